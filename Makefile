@@ -1,0 +1,51 @@
+# In a fresh clone `make quickstart` and `make test` do all that is needed; `make help` lists the rest.
+
+PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint types contracts format clean
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+
+quickstart: .venv/.core  ## pretrain on a CPU in minutes; the report is runs/quickstart/report.html
+	$(BIN)/python run_pretrain.py --config=configs/simclr_digits.py --workdir=runs/quickstart
+
+test: lint types contracts  ## all that CI checks; the tests last
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/.dev  ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.dev  ## static types
+	$(BIN)/mypy
+
+contracts: .venv/.dev  ## who may import what
+	$(BIN)/lint-imports
+
+format: .venv/.dev  ## rewrite the files in the style that lint asks for
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove caches and builds; .venv/ and runs/ stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+.venv/.core: setup.py constraints.txt | .venv/bin/pip
+	@echo "Installing ssl_jax into .venv (once)"
+	$(INSTALL) -e .
+	@touch $@
+
+.venv/.dev: setup.py constraints.txt | .venv/bin/pip
+	@echo "Installing ssl_jax with what its tests need into .venv (once; TensorFlow is big)"
+	$(INSTALL) -e ".[dev]"
+	@touch .venv/.core $@
+
+# pip is the last that venv makes, so a venv that was broken off is made anew.
+.venv/bin/pip:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null || { echo \
+	  "ssl_jax needs Python 3.11 or newer, which $(PYTHON) is not: say where it is by make PYTHON=/path/to/python." >&2; exit 1; }
+	$(PYTHON) -m venv .venv

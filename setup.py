@@ -1,0 +1,67 @@
+"""Packaging. Versions are pinned in constraints.txt; here are the oldest that will do."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "ssl_jax/__init__.py").read_text(), re.M)[1]
+
+# Apart from the rest because TensorFlow is big, and training from arrays does not need it.
+DATA = [
+    "tensorflow-cpu>=2.20; sys_platform == 'linux' and platform_machine == 'x86_64'",
+    "tensorflow>=2.20; sys_platform != 'linux' or platform_machine != 'x86_64'",
+    "tensorflow-datasets>=4.9.8",
+]
+
+setup(
+    name="ssl_jax",
+    version=VERSION,
+    description="Self-supervised image pretraining on JAX, from a laptop CPU to a TPU pod",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    author="ssl_jax authors",
+    license="Apache-2.0",
+    classifiers=[
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    packages=find_packages(include=["ssl_jax", "ssl_jax.*"]),
+    package_data={"ssl_jax": ["*.html"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "flax>=0.12",
+        "jax>=0.10",
+        "jaxtyping>=0.3",
+        "ml_collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12",
+        "pillow>=11.0",
+        "rich>=13.0",
+        "scikit-learn>=1.6",
+        "scipy>=1.14",
+        "tensorboardX>=2.6.2",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+        "plan": ["libtpu"],
+        "data": DATA,
+        "dev": [
+            *DATA,
+            "build>=1.2",
+            "hypothesis>=6.100",
+            "import-linter>=2.5",
+            "mypy>=1.15",
+            "pre-commit>=4.0",
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+            "setuptools>=77",
+        ],
+    },
+    entry_points={"console_scripts": ["ssl-jax = ssl_jax.cli:main"]},
+)

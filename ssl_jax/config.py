@@ -1,0 +1,437 @@
+"""The schema of a run: every key with its default, validation, and values derived from it.
+
+A config file is a Python file with `get_config(variant="")` that starts from `default_config()` and
+changes what its experiment needs. The schema is locked, so a misspelt key is an error, and typed,
+so a value of another type is too.
+"""
+
+import ast
+import dataclasses
+import difflib
+import json
+import math
+import runpy
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ssl_jax.errors import UserError
+
+_CHOICES = {
+    "spmd": ("shard_map", "pmap"),
+    "dtype": ("float32", "bfloat16"),
+    "count_steps": ("epochs", "images"),
+    "data.on_bad_image": ("fatal", "skip"),
+    "model.stem": ("imagenet", "cifar"),
+    "model.padding": ("symmetric", "same"),
+}
+_VIEW_CHOICES = {
+    "crop.sampler": ("torchvision", "tf", "byol", "none"),
+    "crop.interpolation": ("bicubic", "bilinear"),
+    "jitter.style": ("tf", "torchvision"),
+    "jitter.brightness_mode": ("multiply", "add"),
+}
+
+
+def view(**changes: Any) -> ConfigDict:
+    """One kind of view of an image, as data; the defaults are SimCLR's ImageNet view.
+
+    Args:
+      **changes: keys to change, nested ones as dicts: `view(size=32, jitter=dict(prob=0.5))`.
+
+    Returns:
+      A locked ConfigDict. Sizes are in pixels, areas and shifts in fractions of the image, angles
+      in degrees, probabilities, blur sigmas in pixels of the view.
+    """
+    defaults = ConfigDict(
+        {
+            "size": 224,
+            "count": 1,
+            "crop": {
+                "sampler": "tf",
+                "area": (0.08, 1.0),
+                "aspect": (3 / 4, 4 / 3),
+                "interpolation": "bicubic",
+            },
+            "affine": {"degrees": 0.0, "shear": 0.0, "translate": 0.0},
+            "flip": 0.5,
+            "jitter": {
+                "prob": 0.8,
+                "brightness": 0.8,
+                "contrast": 0.8,
+                "saturation": 0.8,
+                "hue": 0.2,
+                "style": "tf",
+                "brightness_mode": "multiply",
+                "random_order": True,
+            },
+            "gray": 0.2,
+            "gray_first": False,
+            "blur": {"prob": 0.5, "sigma": (0.1, 2.0), "kernel_size": 0},
+            "solarize": {"prob": 0.0, "threshold": 0.5},
+            "noise": 0.0,
+            "mean": (),
+            "std": (),
+        }
+    )
+    _update(defaults, changes, "view")
+    return defaults.lock()
+
+
+def default_config() -> ConfigDict:
+    """The whole schema with its defaults: SimCLR v1 on ImageNet is a few changes away.
+
+    Returns:
+      A locked ConfigDict; assign to its keys, replace `views` by a dict of `view(...)`.
+    """
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "method": "simclr",
+            "batch_size": 256,  # images in a step, over all devices
+            "epochs": 100.0,
+            "steps": 0,  # 0: from epochs
+            # How epochs become steps: "epochs" counts the whole batches of each epoch (MoCo, SwAV,
+            # SimSiam); "images" is SimCLR's N * epochs // B + 1.
+            "count_steps": "epochs",
+            "spmd": "shard_map",
+            "dtype": "float32",  # of the computation; parameters, statistics, losses stay float32
+            "log_every": 10,  # steps between lines of metrics
+            "data": {
+                "name": "digits",
+                "dir": "",  # of the image folder
+                "test_dir": "",
+                "on_bad_image": "fatal",
+                "test_fraction": 0.25,  # held out where a source has no test split of its own
+                "threads": 0,  # of the host pipeline; 0: as many as cores
+            },
+            "views": {"view1": view(), "view2": view()},
+            "model": {
+                "depth": 50,
+                "width": 1.0,
+                "sk": False,
+                "stem": "imagenet",
+                "padding": "symmetric",
+                "conv_init": "truncated_fan_in",
+                "zero_init_residual": True,
+                # Devices that share BatchNorm statistics: 0 all, 1 each its own, n groups of n.
+                "bn_group": 0,
+            },
+            "simclr": {
+                "temperature": 0.1,
+                "hidden": 0,  # 0: as wide as the encoder's features
+                "out": 128,
+                "layers": 2,
+                "loss_scale": 1.0,  # 2 is what the official code trains on
+                "block_size": 0,  # 0: chosen
+            },
+            "optim": {
+                "name": "lars",
+                "lr": 0.3,
+                "lr_scaling": "linear",
+                "momentum": 0.9,
+                "nesterov": False,
+                "weight_decay": 1e-6,
+                "trust_coefficient": 0.001,
+                "decay_norm_bias": False,
+                "schedule": "cosine",
+                "warmup_epochs": 10.0,
+                "warmup_start": 0.0,
+                "final_lr": 0.0,
+                "step_epochs": (),
+                "step_gamma": 0.1,
+                "per_epoch": False,
+                "frozen_steps": 0,
+            },
+            "eval": {
+                "knn_every_epochs": 10.0,  # 0: never during training
+                "knn_k": 200,
+                "knn_temperature": 0.1,
+                "crop_fraction": 0.875,  # centre crop of the evaluated image; 1: whole
+                "interpolation": "bicubic",
+                "batch_size": 256,
+                "labels_per_class": (1, 5, 10),
+                "draws": 20,
+            },
+            "checkpoint": {"every_epochs": 10.0, "keep": 2},
+        }
+    )
+    return config.lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What a run's length comes to, in optimiser steps."""
+
+    steps_per_epoch: int
+    total_steps: int
+
+    def every(self, epochs: float) -> int:
+        """Steps in `epochs` epochs, at least 1; 0 epochs mean never and give 0."""
+        return max(1, round(epochs * self.steps_per_epoch)) if epochs > 0 else 0
+
+
+def run_schedule(config: ConfigDict, num_examples: int) -> Schedule:
+    """Derives the run's length from its config.
+
+    Args:
+      config: a validated config.
+      num_examples: images in the training set.
+
+    Returns:
+      Steps per epoch (whole batches) and in total.
+
+    Raises:
+      UserError: the batch is larger than the data set.
+    """
+    per_epoch = num_examples // config.batch_size
+    if per_epoch == 0:
+        raise UserError(
+            f"config.batch_size is {config.batch_size} but the training set has only "
+            f"{num_examples} images: use a smaller batch or more data."
+        )
+    if config.steps:
+        total = config.steps
+    elif config.count_steps == "images":
+        total = int(num_examples * config.epochs) // config.batch_size + 1
+    else:
+        total = round(per_epoch * config.epochs)
+    return Schedule(per_epoch, max(total, 1))
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something done every `every` steps is due after `step` steps (0: never)."""
+    return every > 0 and step > 0 and step % every == 0
+
+
+def load_config(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
+    """Reads a config file and applies command-line overrides.
+
+    Args:
+      path: `FILE.py` or `FILE.py:VARIANT`; the file defines `get_config(variant="")`.
+      overrides: strings `a.b=VALUE`.
+
+    Returns:
+      The validated config.
+
+    Raises:
+      UserError: no such file, no `get_config`, an unknown key, a value that doesn't fit.
+    """
+    file, _, variant = path.partition(":")
+    if not Path(file).is_file():
+        raise UserError(f"There is no config file {file}: give --config=PATH, see configs/.")
+    try:
+        get_config = runpy.run_path(file).get("get_config")
+        if get_config is None:
+            raise UserError(f"{file} does not define get_config(): see configs/ for examples.")
+        config = get_config(variant) if variant else get_config()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"The config file {file} is not valid: {_one_sentence(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"get_config() in {file} returns {config!r}: return a ConfigDict.")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"--config.{key} needs a value: write --config.{key}=VALUE.")
+        _set(config, key, text)
+    validate(config)
+    return config
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks the values that types alone don't.
+
+    Args:
+      config: a config with the whole schema.
+
+    Raises:
+      UserError: naming the first key that is wrong and what it may be.
+    """
+    _check_choices(config, _CHOICES, "config")
+    for key in ("batch_size", "log_every", "eval.batch_size", "eval.knn_k", "model.width"):
+        if not _get(config, key) > 0:
+            raise UserError(f"config.{key} is {_get(config, key)}: it must be positive.")
+    for key in ("steps", "epochs", "optim.lr", "optim.warmup_epochs", "model.bn_group"):
+        if not (_get(config, key) >= 0 and math.isfinite(_get(config, key))):
+            raise UserError(f"config.{key} is {_get(config, key)}: it must be 0 or more.")
+    if config.steps == 0 and config.epochs == 0:
+        raise UserError("config.epochs and config.steps are both 0: set one of them.")
+    if not config.checkpoint.keep >= 1:
+        raise UserError("config.checkpoint.keep must be at least 1, or nothing could be continued.")
+    if not 0 < config.data.test_fraction < 1:
+        raise UserError(
+            f"config.data.test_fraction is {config.data.test_fraction}: it must be between 0 and 1."
+        )
+    if not config.simclr.temperature > 0:
+        raise UserError(
+            f"config.simclr.temperature is {config.simclr.temperature}: it must be positive."
+        )
+    if not config.views:
+        raise UserError("config.views is empty: name at least one view.")
+    for name in config.views:
+        _validate_view(config.views[name], f"config.views.{name}")
+
+
+def flat_views(config: ConfigDict) -> tuple[ConfigDict, ...]:
+    """The views of a sample in order: `config.views` by sorted name, each `count` times."""
+    return tuple(
+        config.views[name] for name in sorted(config.views) for _ in range(config.views[name].count)
+    )
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """The config as plain JSON types, so that what is written compares equal to what is read."""
+    plain: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
+    return plain
+
+
+def from_json(saved: dict[str, Any]) -> ConfigDict:
+    """The config that `to_json` wrote.
+
+    Args:
+      saved: what `to_json` gave.
+
+    Returns:
+      A locked, validated ConfigDict.
+
+    Raises:
+      UserError: keys that this version of the package doesn't know, or lacks.
+    """
+    config = default_config()
+    with config.unlocked():
+        config.views = {name: view() for name in saved.get("views", {})}
+    unknown = set(flatten(saved)) ^ set(flatten(to_json(config)))
+    if unknown:
+        raise UserError(
+            f"The saved config was written by another version of ssl_jax (keys {sorted(unknown)}): "
+            "use that version, or start again in a new workdir."
+        )
+    for key, value in flatten(saved).items():
+        _assign(config, key, tuple(value) if isinstance(value, list) else value)
+    validate(config)
+    return config
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines `key: old -> new` for every key in which two `to_json` configs differ."""
+    a, b = flatten(old), flatten(new)
+    return [
+        f"{key}: {a.get(key, '(absent)')} -> {b.get(key, '(absent)')}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key)
+    ]
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict as one level with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint " Did you mean 'x'?" for the closest known word, or the list of known words."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean '{close[0]}'?" if close else f" It may be one of: {', '.join(known)}."
+
+
+def _update(config: ConfigDict, changes: dict[str, Any], where: str) -> None:
+    for key, value in changes.items():
+        if key not in config:
+            raise UserError(f"{where} has no key '{key}'.{did_you_mean(key, config)}")
+        if isinstance(config[key], ConfigDict) and isinstance(value, dict):
+            _update(config[key], value, f"{where}.{key}")
+        else:
+            _assign(config, key, value)
+
+
+def _get(config: ConfigDict, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def _set(config: ConfigDict, key: str, text: str) -> None:
+    """Sets a dotted key from the text of a command line."""
+    node: Any = config
+    done = "config"
+    parts = key.split(".")
+    for i, part in enumerate(parts):
+        if not isinstance(node, ConfigDict):
+            raise UserError(f"{done} is a value, it has no key '{'.'.join(parts[i:])}'.")
+        if part not in node:
+            raise UserError(f"{done} has no key '{part}'.{did_you_mean(part, node)}")
+        node, done = node[part], f"{done}.{part}"
+    if isinstance(node, ConfigDict):
+        raise UserError(f"{done} is a group of keys ({', '.join(sorted(node))}): set one of them.")
+    value: Any = text
+    if not isinstance(node, str):
+        try:
+            value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+        except (ValueError, SyntaxError) as error:
+            raise UserError(
+                f"{done} takes {_kind(node)}, such as {node!r}; '{text}' is not one."
+            ) from error
+    _assign(config, key, value)
+
+
+def _assign(config: ConfigDict, key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    node = config
+    for part in path:
+        node = node[part]
+    old = node[last]
+    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(old, tuple) and isinstance(value, Sequence) and not isinstance(value, str):
+        value = tuple(value)
+    if type(old) is not type(value):
+        raise UserError(f"config.{key} takes {_kind(old)}, such as {old!r}; {value!r} is not one.")
+    node[last] = value
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "a word"}
+    return names.get(type(value), "a tuple" if isinstance(value, tuple) else type(value).__name__)
+
+
+def _check_choices(config: ConfigDict, choices: dict[str, tuple[str, ...]], where: str) -> None:
+    for key, allowed in choices.items():
+        value = _get(config, key)
+        if value not in allowed:
+            raise UserError(f"{where}.{key} is '{value}'.{did_you_mean(value, allowed)}")
+
+
+def _validate_view(config: ConfigDict, where: str) -> None:
+    _check_choices(config, _VIEW_CHOICES, where)
+    if config.size < 1 or config.count < 1:
+        raise UserError(f"{where}: size and count must be at least 1.")
+    low, high = config.crop.area
+    if not 0 < low <= high <= 1:
+        raise UserError(
+            f"{where}.crop.area is {config.crop.area}: it must be 0 < low <= high <= 1."
+        )
+    for key in ("flip", "jitter.prob", "gray", "blur.prob", "solarize.prob"):
+        if not 0 <= _get(config, key) <= 1:
+            raise UserError(f"{where}.{key} is {_get(config, key)}: a probability lies in [0, 1].")
+    if len(config.mean) != len(config.std) or len(config.mean) not in (0, 3):
+        raise UserError(f"{where}: mean and std must both be empty or both have three values.")
+
+
+def _one_sentence(error: BaseException) -> str:
+    """ConfigDict's errors list the whole config; what helps is their first and last sentence."""
+    while error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    text = str(error.args[0] if error.args else error).strip()
+    if " Other fields present:" in text:
+        first, _, rest = text.partition(" Other fields present:")
+        hint = rest.splitlines()[-1]
+        return f"{first} {hint}" if hint.startswith("Did you mean") else first
+    return text.splitlines()[0] if text else type(error).__name__

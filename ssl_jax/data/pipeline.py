@@ -1,0 +1,146 @@
+"""From a source to batches on the devices, ahead of the step that needs them."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from ssl_jax.config import flat_views
+from ssl_jax.data.augment import colour
+from ssl_jax.data.device_crop import crop_views, resize_images
+from ssl_jax.data.index import Index, example_keys
+from ssl_jax.data.sources import Source
+
+_DEPTH = 2  # batches on the devices ahead of the step: one in use, one ready
+
+
+def make_prepare(
+    config: ConfigDict,
+) -> Callable[[dict[str, Any], dict[str, Array], Array], dict[str, Any]]:
+    """The device's half of the input: crops of resident images, then colour.
+
+    Args:
+      config: of the run; its views are the augmentation.
+
+    Returns:
+      A function of (what the source yielded, resident arrays, key of the step) that gives the batch
+      with "views": a tuple of float32 [n, H, W, 3]. An example's pixels depend on the key and
+      its id alone, not on its place in the batch or on the mesh.
+    """
+    views = flat_views(config)
+
+    def prepare(raw: dict[str, Any], resident: dict[str, Array], key: Array) -> dict[str, Any]:
+        keys = example_keys(key, raw["id"])
+        batch = {name: raw[name] for name in ("id", "label") if name in raw}
+        made = []
+        for number, view in enumerate(views):
+            view_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+            if "views" in raw:
+                cropped = raw["views"][number]
+            else:
+                cropped = crop_views(resident["image"][raw["id"]], view_keys, view)
+            made.append(colour(cropped, view_keys, view))
+        return {**batch, "views": tuple(made)}
+
+    return prepare
+
+
+def prepare_clean(images: Array, config: ConfigDict) -> Float[Array, "n size size 3"]:
+    """Images for evaluation: resized to the first view's size, in [0, 1], normalised as it is.
+
+    Args:
+      images: uint8 [n, H, W, 3].
+      config: of the run.
+
+    Returns:
+      float32 [n, size, size, 3].
+    """
+    view = flat_views(config)[0]
+    x = resize_images(images, view.size, view.crop.interpolation)
+    if view.mean:
+        x = (x - jnp.array(view.mean)) / jnp.array(view.std)
+    return x
+
+
+class Prefetcher:
+    """Draws batches in a thread of its own and places them on the devices ahead of time.
+
+    Attributes:
+      wait_seconds: how long the consumer has waited for data so far.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        index: Index,
+        place: Callable[[Any], Any],
+        first_step: int,
+        last_step: int,
+    ) -> None:
+        """Starts reading.
+
+        Args:
+          source: of the images.
+          index: which ids a step needs.
+          place: puts a host batch on the devices.
+          first_step: to read, counted over the whole run.
+          last_step: where to stop, not read itself.
+        """
+        process, processes = jax.process_index(), jax.process_count()
+        steps = (
+            (step, index.local_ids(step, process, processes))
+            for step in range(first_step, last_step)
+        )
+        self.wait_seconds = 0.0
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=_DEPTH)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(
+            target=self._read, args=(source.batches(steps), place), daemon=True
+        )
+        self._thread.start()
+
+    def _read(self, batches: Iterator[dict[str, Any]], place: Callable[[Any], Any]) -> None:
+        try:
+            for batch in batches:
+                if not self._put(place(batch)):
+                    return
+            self._put(RuntimeError("the source ended before the last step"))
+        except BaseException as error:  # the consumer raises it, in the main thread
+            self._put(error)
+
+    def _put(self, item: Any) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def next(self) -> Any:
+        """The next batch, on the devices; raises what the reading raised."""
+        start = time.perf_counter()
+        item = self._queue.get()
+        self.wait_seconds += time.perf_counter() - start
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stopped.set()
+        self._thread.join(timeout=10)

@@ -1,0 +1,55 @@
+"""The one place where a frozen encoder is run over images."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from ssl_jax.data.sources import Source
+
+Pytree = Any
+
+
+def extract_features(
+    encode: Callable[[Pytree, Any], Any],
+    variables: Pytree,
+    source: Source,
+    *,
+    batch_size: int,
+    place: Callable[[np.ndarray], Any],
+) -> Float[np.ndarray, "n d"]:
+    """The features of every image of a source, in the order of the ids.
+
+    Args:
+      encode: compiled function of (variables, uint8 images [batch_size, H, W, 3]) giving features
+        [batch_size, d], the encoder in evaluation mode.
+      variables: of the encoder.
+      source: of the images.
+      batch_size: images at a time; the last batch is filled up and the surplus cut off, so that no
+        image is dropped and only one shape is compiled.
+      place: puts a batch of images on the devices.
+
+    Returns:
+      float32 [N, d].
+    """
+    rows = []
+    for ids, kept in padded_batches(source.num_examples, batch_size):
+        features = encode(variables, place(source.clean(ids)))
+        rows.append(np.asarray(features, np.float32)[:kept])
+    return np.concatenate(rows)
+
+
+def padded_batches(num_examples: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Ids in batches of one size, the last filled up with its last id.
+
+    Args:
+      num_examples: N.
+      batch_size: of every batch.
+
+    Yields:
+      int32 ids [batch_size] and how many of them are new.
+    """
+    for start in range(0, num_examples, batch_size):
+        ids = np.arange(start, start + batch_size, dtype=np.int32)
+        yield np.minimum(ids, num_examples - 1), min(batch_size, num_examples - start)

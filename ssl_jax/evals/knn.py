@@ -1,0 +1,102 @@
+"""Nearest neighbours of frozen features: the cheapest honest measure of a representation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ssl_jax.errors import UserError
+
+_QUERIES, _KEYS = 1024, 16_384  # similarities held at a time: 64 MiB in float32
+
+
+def knn_classify(
+    train_features: Float[np.ndarray, "n d"],
+    train_labels: Int[np.ndarray, " n"],
+    test_features: Float[np.ndarray, "m d"],
+    *,
+    num_classes: int,
+    k: int = 200,
+    temperature: float = 0.1,
+) -> Int[np.ndarray, " m"]:
+    """Classifies by a weighted vote of the nearest neighbours (Wu et al., 2018, section 3.4).
+
+    Args:
+      train_features: [n, d]; compared by cosine similarity, so their length does not matter.
+      train_labels: [n], in 0 … num_classes-1.
+      test_features: [m, d].
+      num_classes: of the labels.
+      k: neighbours that vote, at most n of them.
+      temperature: a neighbour's vote weighs exp(similarity / temperature).
+
+    Returns:
+      Predicted labels, int32 [m].
+
+    Raises:
+      UserError: features of different width, or as many labels as there are not.
+    """
+    if len(train_labels) != len(train_features):
+        raise UserError(f"{len(train_features)} features have {len(train_labels)} labels.")
+    similarity, neighbour = nearest_neighbours(train_features, test_features, k=k)
+    # Divided by the largest weight of the row, which changes no vote and can't overflow.
+    weight = np.exp((similarity - similarity[:, :1]) / temperature)
+    votes = np.zeros((len(test_features), num_classes))
+    rows = np.arange(len(test_features))[:, None]
+    np.add.at(votes, (rows, np.asarray(train_labels)[neighbour]), weight)
+    return votes.argmax(axis=1).astype(np.int32)
+
+
+def nearest_neighbours(
+    keys: Float[np.ndarray, "n d"], queries: Float[np.ndarray, "m d"], *, k: int
+) -> tuple[Float[np.ndarray, "m k"], Int[np.ndarray, "m k"]]:
+    """The k keys most similar to each query, by cosine, nearest first.
+
+    Chunked over both, so that memory does not grow with n·m.
+
+    Args:
+      keys: [n, d].
+      queries: [m, d].
+      k: how many; n if there are fewer.
+
+    Returns:
+      Cosine similarities float32 [m, k], and indices of keys int32 [m, k].
+
+    Raises:
+      UserError: keys and queries differ in width.
+    """
+    if keys.shape[1] != queries.shape[1]:
+        raise UserError(
+            f"Features of width {queries.shape[1]} can't be compared with width {keys.shape[1]}: "
+            "extract both with one encoder."
+        )
+    k = min(k, len(keys))
+    similarity, index = [], []
+    for start in range(0, len(queries), _QUERIES):
+        query = _unit(jnp.asarray(queries[start : start + _QUERIES]))
+        best = (jnp.full((len(query), k), -jnp.inf), jnp.zeros((len(query), k), jnp.int32))
+        for first in range(0, len(keys), _KEYS):
+            key = jnp.asarray(keys[first : first + _KEYS])
+            best = _merge(best, query, key, jnp.int32(first), k)
+        similarity.append(np.asarray(best[0]))
+        index.append(np.asarray(best[1]))
+    return np.concatenate(similarity), np.concatenate(index)
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _merge(
+    best: tuple[Array, Array], query: Array, key: Array, first: Array, k: int
+) -> tuple[Array, Array]:
+    """The k best of those found so far and of another chunk of keys."""
+    scores = jnp.matmul(query, _unit(key).T, precision="highest")
+    index = jnp.broadcast_to(first + jnp.arange(key.shape[0], dtype=jnp.int32), scores.shape)
+    all_scores = jnp.concatenate([best[0], scores], axis=1)
+    all_index = jnp.concatenate([best[1], index], axis=1)
+    top, at = jax.lax.top_k(all_scores, k)
+    return top, jnp.take_along_axis(all_index, at, axis=1)
+
+
+def _unit(x: Array) -> Array:
+    x = x.astype(jnp.float32)
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)

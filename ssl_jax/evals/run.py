@@ -1,0 +1,240 @@
+"""Evaluating a run: kNN while it trains; at the end a table with its baselines, and pictures."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from ssl_jax.data.index import stream_key
+from ssl_jax.data.pipeline import make_prepare, prepare_clean
+from ssl_jax.data.sources import Source
+from ssl_jax.evals.features import extract_features
+from ssl_jax.evals.knn import knn_classify, nearest_neighbours
+from ssl_jax.evals.linear import few_label_accuracies, linear_probe
+from ssl_jax.methods.base import make_encoder
+from ssl_jax.spmd import Spmd
+
+Pytree = Any
+Row = dict[str, Any]
+
+_PICTURES = 12  # originals with views, and queries with neighbours, kept for the report
+_NEIGHBOURS = 6
+
+
+class Evaluator:
+    """Features of both splits of a run's data, and what is measured on them.
+
+    Attributes:
+      has_labels: whether there is a held-out split and both have labels.
+    """
+
+    def __init__(self, config: ConfigDict, spmd: Spmd, train: Source, test: Source | None) -> None:
+        """Prepares the compiled functions.
+
+        Args:
+          config: of the run.
+          spmd: the mesh; images are split over it.
+          train: split whose labels are known.
+          test: held-out split, or None.
+        """
+        self.config, self.train, self.test = config, train, test
+        self.has_labels = test is not None and train.labels is not None and test.labels is not None
+        encoder = make_encoder(config)
+
+        def encode(variables: Pytree, images: Array) -> Array:
+            return encoder.apply(variables, prepare_clean(images, config), train=False)
+
+        self._encode = spmd.map(encode, inputs=("replicated", "sharded"), outputs="sharded")
+        self._replicate, self._place = spmd.replicate, spmd.place_batch
+        # Whole shares for every device.
+        self._batch_size = -(-config.eval.batch_size // spmd.size) * spmd.size
+
+    def features(self, state: Any, source: Source) -> Float[np.ndarray, "n d"]:
+        """The evaluated network's features of a split, in evaluation mode."""
+        variables = {
+            "params": state.params["encoder"],
+            "batch_stats": state.extra["batch_stats"]["encoder"],
+        }
+        return extract_features(
+            self._encode, variables, source, batch_size=self._batch_size, place=self._place
+        )
+
+    def knn(self, state: Any) -> float:
+        """Accuracy of the weighted vote of nearest neighbours on the held-out split."""
+        assert self.test is not None
+        return self._knn_accuracy(self.features(state, self.train), self.features(state, self.test))
+
+    def finish(
+        self, workdir: Path, initial: Any, state: Any, note: Callable[[str], None]
+    ) -> list[Row]:
+        """Measures the run and its baselines and writes them into its folder.
+
+        Args:
+          workdir: gets `evaluation.json`, where there are labels, and `report_images.npz`.
+          initial: the state before training: the random baseline.
+          state: the trained one.
+          note: prints a line.
+
+        Returns:
+          The rows of the table; empty without labels.
+        """
+        trained = self.features(state, self.train)
+        rows: list[Row] = []
+        neighbours: dict[str, np.ndarray] = {}
+        if self.test is not None:
+            trained_test = self.features(state, self.test)
+            neighbours = self._neighbours(trained, trained_test)
+            if self.has_labels:
+                initial = self._replicate(initial)
+                rows = [
+                    self._row("raw pixels", self._pixels(self.train), self._pixels(self.test)),
+                    self._row(
+                        "random init",
+                        self.features(initial, self.train),
+                        self.features(initial, self.test),
+                    ),
+                    self._row(self.config.method, trained, trained_test),
+                ]
+        self._write(workdir, rows, {**self._view_pictures(state), **neighbours})
+        for line in table(rows, self.config.eval.labels_per_class):
+            note(line)
+        return rows
+
+    def _row(self, name: str, train: np.ndarray, test: np.ndarray) -> Row:
+        assert self.test is not None
+        labels, test_labels = self.train.labels, self.test.labels
+        assert labels is not None and test_labels is not None
+        row: Row = {"name": name}
+        for count in self.config.eval.labels_per_class:
+            if np.bincount(labels).min() < count:
+                continue
+            draws = few_label_accuracies(
+                train,
+                labels,
+                test,
+                test_labels,
+                labels_per_class=count,
+                draws=self.config.eval.draws,
+            )
+            row[f"labels_{count}"] = {
+                "mean": float(draws.mean()),
+                "std": float(draws.std(ddof=1)) if len(draws) > 1 else 0.0,
+                "draws": draws.tolist(),
+            }
+        row["linear"] = float(np.mean(linear_probe(train, labels, test) == test_labels))
+        row["knn"] = self._knn_accuracy(train, test)
+        return row
+
+    def _knn_accuracy(self, train: np.ndarray, test: np.ndarray) -> float:
+        assert self.test is not None and self.train.labels is not None
+        predicted = knn_classify(
+            train,
+            self.train.labels,
+            test,
+            num_classes=int(self.train.labels.max()) + 1,
+            k=self.config.eval.knn_k,
+            temperature=self.config.eval.knn_temperature,
+        )
+        return float(np.mean(predicted == self.test.labels))
+
+    def _pixels(self, source: Source) -> Float[np.ndarray, "n d"]:
+        """The images themselves as features: what any encoder must beat."""
+        images = source.clean(np.arange(source.num_examples))
+        return images.reshape(len(images), -1).astype(np.float32) / 255
+
+    def _view_pictures(self, state: Any) -> dict[str, np.ndarray]:
+        """Originals with the views that the first step would make of them."""
+        ids = np.arange(min(_PICTURES, self.train.num_examples), dtype=np.int32)
+        key = stream_key(jax.random.wrap_key_data(np.asarray(state.key)), "views", 0)
+        raw: dict[str, Any] = next(self.train.batches(iter([(0, ids)])))
+        resident = {name: array[ids] for name, array in self.train.resident().items()}
+        views = make_views_for(self.config, raw, resident, key)
+        sizes = {view.shape for view in views}
+        largest = [v for v in views if v.shape == max(sizes)]
+        pixels = np.clip(np.stack(largest, axis=1) * 255, 0, 255).astype(np.uint8)
+        return {"originals": self.train.clean(ids), "views": pixels}
+
+    def _neighbours(self, train: np.ndarray, test: np.ndarray) -> dict[str, np.ndarray]:
+        """Held-out images, spread over the split, with the most similar training images."""
+        assert self.test is not None
+        queries = np.linspace(0, len(test) - 1, min(_PICTURES, len(test))).astype(np.int32)
+        similarity, index = nearest_neighbours(train, test[queries], k=_NEIGHBOURS)
+        images = self.train.clean(index.reshape(-1))
+        pictures = {
+            "neighbours_query": self.test.clean(queries),
+            "neighbours": images.reshape(*index.shape, *images.shape[1:]),
+            "neighbour_similarity": similarity,
+        }
+        if self.has_labels:
+            assert self.train.labels is not None and self.test.labels is not None
+            pictures["query_label"] = self.test.labels[queries]
+            pictures["neighbour_label"] = self.train.labels[index]
+            pictures["class_names"] = np.array(self.train.class_names)
+        return pictures
+
+    def _write(self, workdir: Path, rows: list[Row], pictures: dict[str, np.ndarray]) -> None:
+        assert self.test is not None or not rows
+        temporary = workdir / "report_images.tmp.npz"
+        np.savez_compressed(temporary, **pictures)  # type: ignore[arg-type]
+        os.replace(temporary, workdir / "report_images.npz")
+        if rows and self.test is not None:
+            record = {
+                "rows": rows,
+                "draws": self.config.eval.draws,
+                "test_examples": self.test.num_examples,
+                "split": f"{self.train.num_examples} training images, "
+                f"{self.test.num_examples} held out",
+            }
+            temporary = workdir / "evaluation.tmp"
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
+            os.replace(temporary, workdir / "evaluation.json")
+
+
+def table(rows: list[Row], labels_per_class: tuple[int, ...]) -> list[str]:
+    """The rows of an evaluation as lines of text, accuracies in percent."""
+    if not rows:
+        return []
+    counts = [count for count in labels_per_class if f"labels_{count}" in rows[0]]
+    header = ["", *(f"{c} label{'s' * (c > 1)}/class" for c in counts), "full linear", "kNN"]
+    cells = [header]
+    for row in rows:
+        few = [f"{100 * row[f'labels_{c}']['mean']:.1f}" for c in counts]
+        cells.append(
+            [row["name"], *few, f"{100 * row['linear']:.1f}", f"{100 * row['knn']:.1f}"]
+        )
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
+    ]
+
+
+def make_views_for(
+    config: ConfigDict, raw: dict[str, Any], resident: dict[str, np.ndarray], key: Array
+) -> list[np.ndarray]:
+    """The views of a few images for a picture: colour, but no normalisation.
+
+    Args:
+      config: of the run.
+      raw: what the source yielded; "id" keys the randomness.
+      resident: the arrays of just these images, in the order of `raw["id"]`.
+      key: of the step.
+
+    Returns:
+      One float32 [n, size, size, 3] in [0, 1] per view.
+    """
+    plain = ConfigDict(config.to_dict())
+    for name in plain.views:
+        plain.views[name].mean = plain.views[name].std = ()
+    prepare = make_prepare(plain)
+    batch = jax.jit(prepare)(raw, resident, key)
+    return [np.asarray(view) for view in batch["views"]]

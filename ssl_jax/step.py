@@ -1,0 +1,165 @@
+"""The train step: forward, loss, gradient, optimiser, method update. The same for every method."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, UInt32
+from ml_collections import ConfigDict
+
+from ssl_jax.config import Schedule, flat_views
+from ssl_jax.data.index import stream_key
+from ssl_jax.methods import make_method
+from ssl_jax.methods.base import Batch, Method, Pytree
+from ssl_jax.optim import learning_rate_schedule, make_optimizer
+
+# (what arrived from the host, arrays resident on the device, key of the step) -> batch with views
+Prepare = Callable[[dict[str, Any], dict[str, Array], Array], Batch]
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything a run needs to go on: saved in checkpoints, replicated, donated to each step.
+
+    Attributes:
+      step: optimiser steps done, which is also the data position; int32 scalar.
+      params: what the optimiser trains.
+      extra: batch statistics, targets, queues.
+      opt_state: of the optimiser, its schedules' counts included.
+      key: data of the run's random key; every stream of randomness folds it with its name and step.
+    """
+
+    step: Int[Array, ""]
+    params: Pytree
+    extra: Pytree
+    opt_state: Pytree
+    key: UInt32[Array, "2"]
+
+
+def assemble(
+    config: ConfigDict,
+    schedule: Schedule,
+    axis_name: str | None = None,
+    groups: tuple[tuple[int, ...], ...] | None = None,
+) -> tuple[Method, optax.GradientTransformation, optax.Schedule]:
+    """The parts of a train step that a config describes.
+
+    Args:
+      config: of the run.
+      schedule: its length.
+      axis_name: mapped axis of the devices; None on a single one.
+      groups: of devices that share BatchNorm statistics; None for all.
+
+    Returns:
+      The method, the optimiser of its parameter groups, and the learning rate by step.
+    """
+    method = make_method(config, schedule.total_steps, axis_name, groups)
+    learning_rate = learning_rate_schedule(
+        config.optim, config.batch_size, schedule.total_steps, schedule.steps_per_epoch
+    )
+    params, _ = jax.eval_shape(method.init, jax.random.key(0), example_batch(config))
+    optimizer = make_optimizer(config.optim, method.param_groups(params), learning_rate)
+    return method, optimizer, learning_rate
+
+
+def init_state(
+    method: Method, optimizer: optax.GradientTransformation, config: ConfigDict
+) -> TrainState:
+    """The state before the first step, on one device.
+
+    Args:
+      method: whose parameters to make.
+      optimizer: of `method.param_groups`.
+      config: of the run: its seed, and the shapes of its views.
+
+    Returns:
+      The state; place it with `Spmd.replicate`.
+    """
+
+    def init(key: Array) -> TrainState:
+        params, extra = method.init(stream_key(key, "init", 0), example_batch(config))
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(step, params, extra, optimizer.init(params), jax.random.key_data(key))
+
+    return jax.jit(init)(jax.random.key(config.seed))
+
+
+def example_batch(config: ConfigDict) -> Batch:
+    """A batch of two blank examples with the shapes of training."""
+    views = tuple(jnp.zeros((2, v.size, v.size, 3)) for v in flat_views(config))
+    ids = jnp.zeros((2,), jnp.int32)
+    return {"views": views, "id": ids, "label": ids}
+
+
+def loss_and_gradients(
+    method: Method, state: TrainState, batch: Batch
+) -> tuple[Float[Array, ""], Pytree, dict[str, Array], Pytree, dict[str, Array]]:
+    """The loss and the parameters' gradients, before the optimiser; per device.
+
+    Args:
+      method: with the axis name under which this is mapped.
+      state: replicated.
+      batch: this device's share, views ready for the encoder.
+
+    Returns:
+      The global loss, the global gradients (equal on all devices), this device's outputs, the new
+      batch statistics averaged over devices, and scalars to log.
+    """
+    rng = stream_key(jax.random.wrap_key_data(state.key), "forward", state.step)
+
+    def loss_of(params: Pytree) -> tuple[Array, tuple[dict[str, Array], Pytree, dict[str, Array]]]:
+        outputs, stats = method.forward(params, state.extra, batch, rng)
+        loss, logs = method.loss(params, outputs, state.extra, batch, state.step)
+        return loss, (outputs, stats, logs)
+
+    (loss, (outputs, stats, logs)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+        state.params
+    )
+    # A per-device BatchNorm's statistics differ by device; the mean keeps the state replicated.
+    gradients, stats = jax.tree.map(method.mean, (gradients, stats))
+    return loss, gradients, outputs, stats, logs
+
+
+def make_train_step(
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    prepare: Prepare,
+    learning_rate: optax.Schedule,
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """One step of training, as a per-device function to be mapped by `Spmd.map`.
+
+    Args:
+      method: with the axis name of the mesh.
+      optimizer: of `method.param_groups`.
+      prepare: makes the views on the device, keyed by the step and the samples' ids.
+      learning_rate: for the log; the optimiser has its own.
+
+    Returns:
+      A function of (state, batch from the host, resident arrays) giving (state, metrics); metrics
+      are float32 scalars equal on all devices.
+    """
+
+    def train_step(
+        state: TrainState, raw: dict[str, Any], resident: dict[str, Array]
+    ) -> tuple[TrainState, dict[str, Array]]:
+        key = stream_key(jax.random.wrap_key_data(state.key), "views", state.step)
+        batch = prepare(raw, resident, key)
+        loss, gradients, outputs, stats, logs = loss_and_gradients(method, state, batch)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        extra = {**state.extra, "batch_stats": stats}
+        params, extra = method.update(params, outputs, extra, state.step)
+        metrics = {
+            "loss": loss,
+            "learning_rate": learning_rate(state.step),
+            "gradient_norm": optax.global_norm(gradients),
+            **logs,
+        }
+        new_state = state.replace(
+            step=state.step + 1, params=params, extra=extra, opt_state=opt_state
+        )
+        return new_state, {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
+
+    return train_step

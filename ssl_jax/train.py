@@ -1,0 +1,134 @@
+"""The loop of a run, and nothing but the loop."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from ssl_jax.checkpoint import Checkpoints
+from ssl_jax.config import Schedule, is_due, run_schedule
+from ssl_jax.data.index import Index
+from ssl_jax.data.pipeline import Prefetcher, make_prepare
+from ssl_jax.data.sources import Source, make_sources
+from ssl_jax.evals.run import Evaluator
+from ssl_jax.metrics import Fetcher, MetricsLog, Progress
+from ssl_jax.report import write_report
+from ssl_jax.spmd import AXIS, Spmd, device_groups, make_spmd
+from ssl_jax.step import TrainState, assemble, init_state, make_train_step
+from ssl_jax.workdir import locked, write_config
+
+
+def pretrain(config: ConfigDict, workdir: str | Path, command: str = "") -> TrainState:
+    """Pretrains an encoder, or continues the run in `workdir`; evaluates it and writes the report.
+
+    Args:
+      config: validated, of the whole run.
+      workdir: the run's folder; made if it doesn't exist.
+      command: recorded there, for "how to reproduce".
+
+    Returns:
+      The final state.
+
+    Raises:
+      UserError: bad input, in one sentence; nothing is overwritten.
+    """
+    workdir = Path(workdir)
+    spmd = make_spmd(config.spmd, batch_size=config.batch_size)
+    train, test = make_sources(config)
+    schedule = run_schedule(config, train.num_examples)
+    with locked(workdir):
+        write_config(workdir, config, command)
+        run = Run(config, workdir, spmd, schedule, train, test)
+        try:
+            state = run.train()
+        finally:
+            run.close()
+        run.evaluator.finish(workdir, run.initial, state, run.progress.note)
+        run.progress.note(f"Report: {write_report(workdir)}")
+    return state
+
+
+class Run:
+    """What a run holds between its steps."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        spmd: Spmd,
+        schedule: Schedule,
+        train: Source,
+        test: Source | None,
+    ) -> None:
+        """Builds the step and the state, restored where there is a checkpoint."""
+        self.config, self.spmd, self.source, self.schedule = config, spmd, train, schedule
+        groups = device_groups(spmd.size, config.model.bn_group)
+        method, optimizer, learning_rate = assemble(config, schedule, AXIS, groups)
+        self.train_step = spmd.map(
+            make_train_step(method, optimizer, make_prepare(config), learning_rate),
+            inputs=("replicated", "sharded", "replicated"),
+            outputs=("replicated", "replicated"),
+            donate=(0,),
+        )
+        self.index = Index(train.num_examples, config.batch_size, config.seed)
+        self.resident = spmd.replicate(train.resident())
+        self.evaluator = Evaluator(config, spmd, train, test)
+        self.fetch = Fetcher()
+        self.progress = Progress(schedule.total_steps, config.batch_size)
+        self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+        self.initial = init_state(method, optimizer, config)
+        self.state = spmd.replicate(self.initial)
+        self.start = self.checkpoints.latest_step or 0
+        if self.start:
+            self.state = self.checkpoints.restore(self.start, self.state)
+            self.progress.note(f"Continuing from step {self.start} of {schedule.total_steps}.")
+        self.log = MetricsLog(workdir, self.start)
+
+    def train(self) -> TrainState:
+        """Steps from where the run stands to its end."""
+        config, total = self.config, self.schedule.total_steps
+        knn_every = self.schedule.every(config.eval.knn_every_epochs)
+        save_every = self.schedule.every(config.checkpoint.every_epochs)
+        pending: dict[str, jax.Array] | None = None
+        place = self.spmd.place_batch
+        with Prefetcher(self.source, self.index, place, self.start, total) as batches:
+            for step in range(self.start + 1, total + 1):
+                self.state, metrics = self.train_step(self.state, batches.next(), self.resident)
+                if step == self.start + 1:
+                    # The first step compiles; rates and ETA are of those that follow.
+                    jax.block_until_ready(metrics)
+                    self.progress.start(step, batches.wait_seconds)
+                if pending is not None:
+                    # One step late: the devices are at work on the next step meanwhile.
+                    self.report(step - 1, pending, batches.wait_seconds)
+                last = step == total
+                pending = metrics if is_due(step, config.log_every) or last else None
+                knn = self.measure_knn(step) if is_due(step, knn_every) or last else None
+                if is_due(step, save_every) or last:
+                    self.checkpoints.save(step, self.state, knn)
+            if pending is not None:
+                self.report(total, pending, batches.wait_seconds)
+        return self.state
+
+    def report(self, step: int, pending: Any, waited: float) -> None:
+        """Fetches and writes the metrics of a step."""
+        scalars = self.fetch(pending) | self.progress.rates(step, waited)
+        self.log.write(step, scalars)
+        self.progress.show(step, scalars)
+
+    def measure_knn(self, step: int) -> float | None:
+        """Accuracy of nearest neighbours on the held-out split, where it has labels."""
+        if not self.evaluator.has_labels:
+            return None
+        jax.block_until_ready(self.state)
+        with self.progress.paused():
+            accuracy = self.evaluator.knn(self.state)
+        self.log.write(step, {"knn": accuracy})
+        self.progress.note(f"step {step}/{self.schedule.total_steps}  kNN {100 * accuracy:.2f} %")
+        return accuracy
+
+    def close(self) -> None:
+        """Finishes what is being written."""
+        self.checkpoints.close()
+        self.log.close()

@@ -1,0 +1,146 @@
+"""A run's folder: one run at a time in it, and one config for its whole life."""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from ssl_jax import __version__
+from ssl_jax.config import differences, from_json, to_json
+from ssl_jax.errors import UserError
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "numpy")
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Holds a run's folder for this process.
+
+    The lock is the operating system's, so a killed run leaves none behind.
+
+    Args:
+      workdir: made if it doesn't exist.
+
+    Raises:
+      UserError: another run holds it (named), or it can't be written.
+    """
+    lock = workdir / ".lock"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a+")
+    except OSError as error:
+        raise UserError(
+            f"The workdir {workdir} can't be written ({error.strerror}): choose another --workdir."
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(
+                f"A run is going on in {workdir} already ({holder}): wait for it, or choose "
+                "another --workdir."
+            ) from error
+        file.truncate(0)
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, started {started}")
+        file.flush()
+        yield
+
+
+def write_config(workdir: Path, config: ConfigDict, command: str) -> None:
+    """Writes `config.json`, or checks that the run in the folder has the same config.
+
+    Args:
+      workdir: of the run.
+      config: resolved.
+      command: that started the run, for "how to reproduce".
+
+    Raises:
+      UserError: the folder holds a run with another config; the differences are listed.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        changed = differences(read_record(workdir)["config"], to_json(config))
+        if changed:
+            raise UserError(
+                f"{workdir} holds a run with another config ({'; '.join(changed)}): "
+                "use its config, or choose another --workdir."
+            )
+        return
+    record = {"config": to_json(config), "command": command, **environment()}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def read_record(workdir: Path) -> dict[str, Any]:
+    """What `write_config` wrote.
+
+    Raises:
+      UserError: there is no run in the folder, or its record is damaged.
+    """
+    path = workdir / "config.json"
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+            raise ValueError("no config in it")
+    except FileNotFoundError:
+        raise UserError(f"There is no run in {workdir}: it has no config.json.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read ({error}): restore it, or start anew.") from error
+    return record
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The config of the run in a folder."""
+    return from_json(read_record(workdir)["config"])
+
+
+def environment() -> dict[str, Any]:
+    """All that a bit-exact repetition depends on beside the config."""
+    devices = jax.devices()
+    return {
+        "versions": {
+            "ssl_jax": __version__,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in _PACKAGES},
+        },
+        "git": git_revision(),
+        "devices": {
+            "platform": devices[0].platform,
+            "kind": devices[0].device_kind,
+            "count": len(devices),
+            "processes": jax.process_count(),
+            "cpu_cores": os.cpu_count(),
+        },
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def git_revision() -> str:
+    """Revision of the source tree this package runs from, "" if it is none."""
+    here = Path(__file__).parent
+    run = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=here,
+        capture_output=True,
+        text=True,
+    )
+    # Installed packages may lie inside somebody else's repository.
+    tracked = subprocess.run(
+        ["git", "ls-files", "--error-unmatch", "errors.py"], cwd=here, capture_output=True
+    )
+    return run.stdout.strip() if run.returncode == tracked.returncode == 0 else ""

@@ -1,0 +1,67 @@
+import jax
+import numpy as np
+import pytest
+
+from ssl_jax.data.index import Index, example_keys, permutation, stream_key
+
+
+def test_an_epoch_repeats_nothing_and_leaves_out_less_than_a_batch():
+    index = Index(num_examples=103, batch_size=10, seed=1)
+    for epoch in range(3):
+        steps = range(epoch * 10, (epoch + 1) * 10)
+        seen = np.concatenate([index.ids(step) for step in steps])
+        assert len(np.unique(seen)) == len(seen) == 100
+        assert seen.min() >= 0 and seen.max() < 103
+
+
+def test_epochs_leave_out_different_samples():
+    left_out = [set(range(103)) - set(permutation(1, e, 103)[:100].tolist()) for e in range(3)]
+    assert left_out[0] != left_out[1] != left_out[2]
+
+
+def test_a_batch_that_divides_the_data_sees_all_of_it():
+    index = Index(num_examples=100, batch_size=10, seed=1)
+    assert sorted(np.concatenate([index.ids(s) for s in range(10)])) == list(range(100))
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    assert not np.array_equal(permutation(0, 0, 50), permutation(1, 0, 50))
+    assert not np.array_equal(permutation(0, 0, 50), permutation(0, 1, 50))
+    # Recorded: the order must be the same on every machine and in every version.
+    assert permutation(0, 0, 10).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    far = Index(1000, 7, seed=3).ids(12345)
+    permutation.cache_clear()
+    assert np.array_equal(Index(1000, 7, seed=3).ids(12345), far)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_split_the_ids_exactly(processes):
+    index = Index(num_examples=64, batch_size=16, seed=0)
+    shares = [index.local_ids(3, p, processes) for p in range(processes)]
+    assert np.array_equal(np.concatenate(shares), index.ids(3))
+
+
+def test_the_order_is_uniform():
+    # Where id 0 ends up over 2,000 epochs of 10 samples: chi-square, 9 degrees of freedom, p = 1e-4.
+    at = [permutation(0, e, 10).tolist().index(0) for e in range(2000)]
+    counts = np.bincount(at, minlength=10)
+    assert ((counts - 200) ** 2 / 200).sum() < 33.7
+
+
+def test_keys_differ_by_stream_step_and_id():
+    key = jax.random.key(0)
+    keys = [
+        stream_key(key, "views", 0),
+        stream_key(key, "views", 1),
+        stream_key(key, "forward", 0),
+        *example_keys(stream_key(key, "views", 0), np.arange(3)),
+    ]
+    data = {tuple(np.asarray(jax.random.key_data(k)).tolist()) for k in keys}
+    assert len(data) == len(keys)
+
+
+def test_an_examples_key_is_its_ids_wherever_it_stands():
+    key = jax.random.key(1)
+    alone = example_keys(key, np.array([7]))[0]
+    among = example_keys(key, np.array([3, 9, 7]))[2]
+    assert np.array_equal(jax.random.key_data(alone), jax.random.key_data(among))

@@ -1,0 +1,22 @@
+import numpy as np
+from tiny import random_source
+
+from ssl_jax.evals.features import extract_features, padded_batches
+
+
+def test_every_image_is_seen_once_and_the_last_batch_is_not_dropped():
+    source = random_source(n=10)
+    shapes = set()
+
+    def encode(variables, images):
+        shapes.add(images.shape)
+        return images.reshape(len(images), -1) * variables
+
+    features = extract_features(encode, 2.0, source, batch_size=4, place=lambda x: x / 1.0)
+    assert shapes == {(4, 8, 8, 3)}
+    np.testing.assert_array_equal(features, source.images.reshape(10, -1) * 2.0)
+
+
+def test_padding_repeats_the_last_id():
+    batches = [(ids.tolist(), kept) for ids, kept in padded_batches(5, 3)]
+    assert batches == [([0, 1, 2], 3), ([3, 4, 4], 2)]

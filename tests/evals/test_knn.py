@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+from sklearn.neighbors import NearestNeighbors
+
+from ssl_jax.errors import UserError
+from ssl_jax.evals import knn as knn_module
+from ssl_jax.evals import knn_classify, nearest_neighbours
+
+
+def data(n=300, m=40, d=6, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, n)
+    centres = rng.normal(size=(3, d))
+    train = centres[labels] + rng.normal(size=(n, d))
+    test = centres[rng.integers(0, 3, m)] + rng.normal(size=(m, d))
+    return train.astype(np.float32), labels, test.astype(np.float32)
+
+
+def oracle(train, labels, test, k, temperature, classes):
+    """Wu et al., section 3.4, in float64."""
+    train = train.astype(np.float64) / np.linalg.norm(train, axis=1, keepdims=True)
+    test = test.astype(np.float64) / np.linalg.norm(test, axis=1, keepdims=True)
+    out = []
+    for query in test:
+        similarity = train @ query
+        nearest = np.argsort(-similarity)[:k]
+        votes = [
+            np.exp(similarity[nearest][labels[nearest] == c] / temperature).sum()
+            for c in range(classes)
+        ]
+        out.append(int(np.argmax(votes)))
+    return out
+
+
+@pytest.mark.parametrize("k", [1, 20, 200, 1000])
+def test_votes_are_the_papers(k):
+    train, labels, test = data()
+    ours = knn_classify(train, labels, test, num_classes=3, k=k, temperature=0.1)
+    assert ours.tolist() == oracle(train, labels, test, k, 0.1, 3)
+
+
+def test_neighbours_are_scikit_learns(monkeypatch):
+    monkeypatch.setattr(knn_module, "_QUERIES", 16)
+    monkeypatch.setattr(knn_module, "_KEYS", 7)
+    train, _, test = data()
+    similarity, index = nearest_neighbours(train, test, k=5)
+    distance, expected = NearestNeighbors(n_neighbors=5, metric="cosine").fit(train).kneighbors(test)
+    np.testing.assert_array_equal(index, expected)
+    np.testing.assert_allclose(similarity, 1 - distance, atol=1e-5)
+
+
+def test_a_tiny_temperature_does_not_overflow():
+    train, labels, test = data()
+    one = knn_classify(train, labels, test, num_classes=3, k=1)
+    sharp = knn_classify(train, labels, test, num_classes=3, k=50, temperature=1e-4)
+    assert (one == sharp).mean() > 0.9
+
+
+def test_bad_shapes_are_told():
+    train, labels, test = data()
+    with pytest.raises(UserError, match="300 features have 299 labels"):
+        knn_classify(train, labels[1:], test, num_classes=3)
+    with pytest.raises(UserError, match="width 5 can't be compared with width 6"):
+        nearest_neighbours(train, test[:, :5], k=1)

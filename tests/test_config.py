@@ -1,0 +1,166 @@
+import json
+
+import pytest
+
+from ssl_jax.config import (
+    default_config,
+    differences,
+    flat_views,
+    from_json,
+    is_due,
+    load_config,
+    run_schedule,
+    to_json,
+    validate,
+    view,
+)
+from ssl_jax.errors import UserError
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(body, header="from ssl_jax.config import default_config, view"):
+        path = tmp_path / "experiment.py"
+        lines = "\n".join(f"    {line}" for line in body.splitlines())
+        path.write_text(
+            f"{header}\ndef get_config(variant=''):\n    config = default_config()\n"
+            f"{lines}\n    return config\n"
+        )
+        return str(path)
+
+    return write
+
+
+def test_defaults_are_valid_and_survive_json():
+    config = default_config()
+    validate(config)
+    again = from_json(json.loads(json.dumps(to_json(config))))
+    assert to_json(again) == to_json(config)
+    assert again.optim.step_epochs == ()
+
+
+def test_named_views_survive_json():
+    config = default_config()
+    config.views = {"a": view(size=96, count=2, crop={"area": (0.05, 0.14)}), "b": view()}
+    again = from_json(to_json(config))
+    assert [v.size for v in flat_views(again)] == [96, 96, 224]
+    assert again.views.a.crop.area == (0.05, 0.14)
+
+
+def test_overrides_are_typed(config_file):
+    path = config_file("config.epochs = 3.0")
+    overrides = ["optim.lr=1", "views.view1.size=96", "eval.labels_per_class=(1, 2)"]
+    config = load_config(path, [*overrides, "model.sk=true", "data.dir=1/2"])
+    assert (config.epochs, config.optim.lr, config.views.view1.size) == (3.0, 1.0, 96)
+    assert config.eval.labels_per_class == (1, 2)
+    assert config.model.sk is True
+    assert config.data.dir == "1/2"
+
+
+def test_a_variant_reaches_get_config(tmp_path):
+    path = tmp_path / "experiment.py"
+    path.write_text(
+        "from ssl_jax.config import default_config\n"
+        "def get_config(variant='512'):\n"
+        "    config = default_config()\n    config.batch_size = int(variant)\n    return config\n"
+    )
+    assert load_config(str(path)).batch_size == 512
+    assert load_config(f"{path}:64").batch_size == 64
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("batchsize=3", ["batchsize", "Did you mean 'batch_size'"]),
+        ("optim.lrr=3", ["config.optim", "lrr", "'lr'"]),
+        ("optim=3", ["config.optim", "group"]),
+        ("optim.lr.x=3", ["config.optim.lr", "no key 'x'"]),
+        ("batch_size=2.5", ["config.batch_size", "an integer", "2.5"]),
+        ("batch_size=many", ["config.batch_size", "many"]),
+        ("batch_size=0", ["config.batch_size", "positive"]),
+        ("batch_size", ["--config.batch_size=VALUE"]),
+        ("spmd=pmapp", ["config.spmd", "Did you mean 'pmap'"]),
+        ("views.view1.crop.area=(0.5, 0.1)", ["config.views.view1.crop.area"]),
+        ("views.view1.flip=1.5", ["config.views.view1.flip", "probability"]),
+        ("views.view1.mean=(0.5,)", ["config.views.view1", "three"]),
+        ("simclr.temperature=0.0", ["config.simclr.temperature", "positive"]),
+        ("epochs=-1.0", ["config.epochs"]),
+        ("checkpoint.keep=0", ["config.checkpoint.keep"]),
+        ("data.test_fraction=1.0", ["config.data.test_fraction"]),
+    ],
+)
+def test_a_bad_override_is_one_sentence_with_its_key(config_file, override, words):
+    with pytest.raises(UserError) as caught:
+        load_config(config_file("pass"), [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("config.batchsize = 3", ["batchsize", "batch_size"]),
+        ("config.batch_size = 'x'", ["batch_size"]),
+        ("view(sise=3)", ["'sise'", "'size'"]),
+        ("config.nothing.more = 3", ["nothing"]),
+        ("return None", ["get_config", "ConfigDict"]),
+    ],
+)
+def test_a_bad_config_file_is_one_sentence_with_its_key(config_file, body, words):
+    with pytest.raises(UserError) as caught:
+        load_config(config_file(body))
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400
+    for word in words:
+        assert word in message
+
+
+def test_a_missing_config_file_is_named():
+    with pytest.raises(UserError, match="no config file nowhere.py"):
+        load_config("nowhere.py")
+
+
+def test_a_file_without_get_config_is_named(tmp_path):
+    path = tmp_path / "empty.py"
+    path.write_text("")
+    with pytest.raises(UserError, match="does not define get_config"):
+        load_config(str(path))
+
+
+def test_steps_from_epochs():
+    config = default_config()
+    config.batch_size, config.epochs = 256, 10.0
+    assert run_schedule(config, 1000).steps_per_epoch == 3
+    assert run_schedule(config, 1000).total_steps == 30
+    config.count_steps = "images"  # SimCLR: N * epochs // B + 1
+    assert run_schedule(config, 1000).total_steps == 1000 * 10 // 256 + 1
+    config.steps = 7
+    assert run_schedule(config, 1000).total_steps == 7
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    config = default_config()
+    with pytest.raises(UserError, match="config.batch_size is 256 .* only 100 images"):
+        run_schedule(config, 100)
+
+
+@pytest.mark.parametrize(
+    ("step", "every", "due"), [(0, 5, False), (5, 5, True), (6, 5, False), (5, 0, False)]
+)
+def test_is_due(step, every, due):
+    assert is_due(step, every) is due
+
+
+def test_differences_name_both_values():
+    old, new = default_config(), default_config()
+    new.optim.lr = 0.5
+    assert differences(to_json(old), to_json(new)) == ["optim.lr: 0.3 -> 0.5"]
+
+
+def test_a_config_of_another_version_is_refused():
+    saved = to_json(default_config())
+    saved["optim"]["gone"] = 1
+    with pytest.raises(UserError, match="another version of ssl_jax .*optim.gone"):
+        from_json(saved)

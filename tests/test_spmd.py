@@ -1,0 +1,60 @@
+import jax
+import numpy as np
+import pytest
+
+from ssl_jax.errors import UserError
+from ssl_jax.spmd import AXIS, device_groups, make_spmd
+
+
+def test_a_batch_that_devices_do_not_divide_is_refused():
+    with pytest.raises(UserError, match="batch_size is 30, which 8 devices .*such as 24"):
+        make_spmd("shard_map", batch_size=30)
+    with pytest.raises(UserError, match="such as 8"):
+        make_spmd("shard_map", batch_size=3)
+
+
+def test_groups_of_devices():
+    assert device_groups(8, 0) is None
+    assert device_groups(8, 8) is None
+    assert device_groups(4, 2) == ((0, 1), (2, 3))
+    assert device_groups(2, 1) == ((0,), (1,))
+    with pytest.raises(UserError, match="bn_group is 3, but 8 devices"):
+        device_groups(8, 3)
+
+
+@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
+def test_both_modes_map_the_same_function_alike(mode):
+    spmd = make_spmd(mode)
+
+    def per_device(state, batch):
+        assert batch["x"].shape == (2, 3)
+        total = jax.lax.psum(batch["x"].sum(), AXIS)
+        return state + total, batch["x"] * 2
+
+    mapped = spmd.map(
+        per_device, ("replicated", "sharded"), ("replicated", "sharded"), donate=(0,)
+    )
+    x = np.arange(48.0, dtype=np.float32).reshape(16, 3)
+    state = spmd.replicate(np.ones(2, np.float32))
+    new, doubled = mapped(state, spmd.place_batch({"x": x}))
+    np.testing.assert_allclose(new, 1 + x.sum())
+    np.testing.assert_allclose(doubled, 2 * x)
+    assert state.is_deleted()
+    only = spmd.map(lambda batch: batch + 1, ("sharded",), "sharded")
+    np.testing.assert_allclose(only(spmd.place_batch(x)), x + 1)
+
+
+def test_replicated_arrays_do_not_share_memory_with_their_source():
+    spmd = make_spmd("shard_map", jax.devices()[:1])
+    source = np.zeros(4, np.float32)
+    placed = spmd.replicate({"a": source})["a"]
+    source += 1
+    np.testing.assert_array_equal(placed, 0)
+
+
+def test_the_batch_lies_in_order_over_the_devices():
+    spmd = make_spmd()
+    placed = spmd.place_batch(np.arange(16))
+    by_device = {s.device: np.asarray(s.data) for s in placed.addressable_shards}
+    for position, device in enumerate(spmd.mesh.devices.flat):
+        assert by_device[device].tolist() == [2 * position, 2 * position + 1]

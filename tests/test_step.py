@@ -1,0 +1,163 @@
+"""The train step across devices, before and after the optimiser."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import assert_replicated, assert_trees_close, leaves, make_step, random_source, tiny_config
+
+from ssl_jax.data.index import Index
+from ssl_jax.data.pipeline import make_prepare
+from ssl_jax.spmd import make_spmd
+from ssl_jax.step import loss_and_gradients
+
+ONE = jax.devices()[:1]
+
+
+def gradients_on(config, source, mode, devices):
+    """Loss and gradients before the optimiser, of one step's views."""
+    spmd = make_spmd(mode, devices, config.batch_size)
+    method, _, state, resident = make_step(config, spmd, source)
+    prepare = make_prepare(config)
+
+    def per_device(state, raw, resident):
+        batch = prepare(raw, resident, jax.random.wrap_key_data(state.key))
+        loss, gradients, _, stats, _ = loss_and_gradients(method, state, batch)
+        return loss, gradients, stats
+
+    mapped = spmd.map(
+        per_device, ("replicated", "sharded", "replicated"), ("replicated",) * 3
+    )
+    ids = Index(source.num_examples, config.batch_size, 0).ids(0)
+    batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
+    return jax.device_get(mapped(state, batch, resident))
+
+
+@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
+def test_loss_and_gradients_agree_between_1_and_8_devices(mode):
+    config, source = tiny_config(), random_source()
+    # Asymmetric: another augmentation for each view, and every device holds other images.
+    config.views.view2.crop.area = (0.2, 0.6)
+    expected = gradients_on(config, source, "shard_map", ONE)
+    actual = gradients_on(config, source, mode, jax.devices())
+    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5)
+    assert_trees_close(actual, expected, rtol=2e-4)
+    # The wrong conventions are seen by this comparison.
+    for factor in (8, 1 / 8):
+        wrong = jax.tree.map(lambda g, f=factor: g * f, actual[1])
+        with pytest.raises(AssertionError):
+            assert_trees_close(wrong, expected[1], rtol=2e-4)
+
+
+def test_batchnorm_groups_change_the_statistics_and_stay_replicated():
+    source = random_source()
+    config = tiny_config()
+    everyone = gradients_on(config, source, "shard_map", jax.devices())
+    config.model.bn_group = 2
+    pairs = gradients_on(config, source, "shard_map", jax.devices())
+    assert not np.isclose(everyone[0], pairs[0], rtol=1e-4)
+    spmd = make_spmd("shard_map", batch_size=32)
+    _, step, state, resident = make_step(config, spmd, source)
+    ids = np.arange(32, dtype=np.int32)
+    batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
+    state, _ = step(state, batch, resident)
+    assert_replicated(state)
+
+
+def run_steps(config, source, spmd, steps):
+    method, step, state, resident = make_step(config, spmd, source)
+    index = Index(source.num_examples, config.batch_size, config.seed)
+    losses = []
+    for number in range(steps):
+        ids = index.ids(number)
+        batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
+        state, metrics = step(state, batch, resident)
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+def test_1_and_8_devices_agree_over_20_steps():
+    config, source = tiny_config(epochs=10.0), random_source()
+    _, one = run_steps(config, source, make_spmd("shard_map", ONE), 20)
+    state, eight = run_steps(config, source, make_spmd("shard_map"), 20)
+    assert one[-1] < one[0]
+    np.testing.assert_allclose(eight, one, rtol=2e-3)
+    np.testing.assert_allclose(eight[:5], one[:5], rtol=1e-4)
+    assert_replicated(state)
+    assert int(state.step) == 20
+
+
+def test_1_and_8_devices_see_the_same_ids_and_pixels():
+    config, source = tiny_config(), random_source()
+    prepare = make_prepare(config)
+    seen = []
+    for devices in (ONE, jax.devices()):
+        spmd = make_spmd("shard_map", devices)
+        mapped = spmd.map(prepare, ("sharded", "replicated", "replicated"), "sharded")
+        ids = Index(64, 32, 5).ids(3)
+        batch = spmd.place_batch({"id": ids})
+        key = spmd.replicate(jax.random.key_data(jax.random.key(1)))
+        made = mapped_with_key(mapped, batch, spmd.replicate(source.resident()), key)
+        seen.append(jax.device_get(made))
+    np.testing.assert_array_equal(seen[0]["id"], seen[1]["id"])
+    for one, eight in zip(seen[0]["views"], seen[1]["views"], strict=True):
+        np.testing.assert_allclose(one, eight, atol=1e-6)
+        assert one.std() > 0.05
+
+
+def mapped_with_key(mapped, batch, resident, key):
+    return mapped(batch, resident, jax.random.wrap_key_data(key))
+
+
+def test_the_state_is_donated_and_counts_steps():
+    config, source = tiny_config(), random_source()
+    spmd = make_spmd("shard_map")
+    _, step, state, resident = make_step(config, spmd, source)
+    ids = np.arange(32, dtype=np.int32)
+    batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
+    new, _ = step(state, batch, resident)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert int(new.step) == 1
+
+
+def test_no_transfer_to_the_devices_in_the_steady_state():
+    config, source = tiny_config(), random_source()
+    spmd = make_spmd("shard_map")
+    _, step, state, resident = make_step(config, spmd, source)
+    ids = np.arange(32, dtype=np.int32)
+    batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
+    state, _ = step(state, batch, resident)
+    with jax.transfer_guard_host_to_device("disallow_explicit"):
+        for _ in range(3):
+            state, metrics = step(state, batch, resident)
+        with pytest.raises(Exception, match="[Dd]isallowed host-to-device"):
+            jnp.add(metrics["loss"], np.float32(1))
+
+
+def test_parameters_and_statistics_stay_float32_under_bfloat16():
+    config, source = tiny_config(dtype="bfloat16"), random_source()
+    state, losses = run_steps(config, source, make_spmd("shard_map", ONE), 2)
+    for name, leaf in leaves((state.params, state.extra, state.opt_state)).items():
+        assert leaf.dtype != jnp.bfloat16, name
+    assert np.isfinite(losses).all()
+
+
+def test_golden_metrics_of_one_step():
+    """Renew when the method, its defaults or the augmentation change on purpose.
+
+    Print `metrics` here and paste; any other change that moves these numbers is a mistake.
+    """
+    config, source = tiny_config(), random_source()
+    spmd = make_spmd("shard_map", ONE)
+    _, step, state, resident = make_step(config, spmd, source)
+    ids = Index(64, 32, 0).ids(0)
+    batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
+    _, metrics = step(state, batch, resident)
+    golden = GOLDEN
+    assert metrics.keys() == golden.keys()
+    for name, value in golden.items():
+        message = f"{name} changed; if that is meant, renew the golden values in this test"
+        np.testing.assert_allclose(float(metrics[name]), value, rtol=1e-3, err_msg=message)
+
+
+GOLDEN = {"loss": 0.0, "learning_rate": 0.0, "gradient_norm": 0.0, "nt_xent": 0.0}

@@ -1,0 +1,86 @@
+"""What the tests train: a network and views small enough to compile in seconds."""
+
+import jax
+import numpy as np
+
+from ssl_jax.config import default_config, run_schedule, view
+from ssl_jax.data.pipeline import make_prepare
+from ssl_jax.data.sources import ArraySource
+from ssl_jax.spmd import AXIS, device_groups
+from ssl_jax.step import assemble, init_state, make_train_step
+
+
+def tiny_config(**changes):
+    """SimCLR on 8×8 images with a ResNet-18 of 4 channels, batch 32."""
+    config = default_config()
+    config.batch_size = 32
+    config.epochs = 2.0
+    config.log_every = 1
+    small = view(
+        size=8,
+        crop={"sampler": "torchvision", "area": (0.5, 1.0), "interpolation": "bilinear"},
+        flip=0.5,
+        jitter={"saturation": 0.0, "hue": 0.0},
+        gray=0.0,
+        blur={"prob": 0.0},
+    )
+    config.views = {"view1": small, "view2": small}
+    config.model.update(depth=18, width=1 / 16, stem="cifar")
+    config.simclr.update(out=16, temperature=0.2)
+    config.optim.update(lr=1.0, warmup_epochs=1.0)
+    config.eval.update(knn_every_epochs=0.0, draws=2, labels_per_class=(1, 5), batch_size=64)
+    config.checkpoint.every_epochs = 0.0
+    config.update(changes)
+    return config
+
+
+def random_source(n=64, size=8, seed=0, classes=4):
+    """Images whose mean brightness and a blob's place depend on the class."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, n).astype(np.int32)
+    images = rng.integers(0, 80, (n, size, size, 3))
+    for image, label in zip(images, labels, strict=True):
+        image[2 * (label % 2) + 1 :: 4, 2 * (label // 2) + 1 :: 4] += 150
+    return ArraySource(images.astype(np.uint8), labels, [str(c) for c in range(classes)])
+
+
+def make_step(config, spmd, source):
+    """The mapped train step and what it starts from, as the loop makes them."""
+    schedule = run_schedule(config, source.num_examples)
+    groups = device_groups(spmd.size, config.model.bn_group)
+    method, optimizer, learning_rate = assemble(config, schedule, AXIS, groups)
+    step = spmd.map(
+        make_train_step(method, optimizer, make_prepare(config), learning_rate),
+        ("replicated", "sharded", "replicated"),
+        ("replicated", "replicated"),
+        donate=(0,),
+    )
+    state = spmd.replicate(init_state(method, optimizer, config))
+    return method, step, state, spmd.replicate(source.resident())
+
+
+def leaves(tree):
+    """Every leaf with its path, as NumPy."""
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def assert_trees_close(actual, expected, rtol=1e-4, atol=1e-6):
+    """Leaf by leaf, naming the one that differs."""
+    actual, expected = leaves(actual), leaves(expected)
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        scale = np.abs(expected[name]).max()
+        np.testing.assert_allclose(
+            actual[name], expected[name], rtol=rtol, atol=atol + rtol * scale, err_msg=name
+        )
+
+
+def assert_replicated(tree):
+    """Every leaf is bit-identical on all the devices that hold it."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        for copy in copies[1:]:
+            np.testing.assert_array_equal(copy, copies[0], err_msg=jax.tree_util.keystr(path))
