@@ -24,7 +24,7 @@ types: .venv/.dev  ## static types
 	$(BIN)/mypy
 
 contracts: .venv/.dev  ## who may import what
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 format: .venv/.dev  ## rewrite the files in the style that lint asks for
 	$(BIN)/ruff check --fix .

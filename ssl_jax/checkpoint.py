@@ -19,12 +19,13 @@ class Checkpoints:
     checkpoint, from which a run continues, can be the one that is deleted.
     """
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
-        """Opens (or makes) the directory.
+    def __init__(self, directory: Path, keep: int = 2, read_only: bool = False) -> None:
+        """Opens the directory.
 
         Args:
-          directory: of the checkpoints.
+          directory: of the checkpoints; made if it doesn't exist, unless `read_only`.
           keep: how many of the newest to keep.
+          read_only: leave everything as it is: a run may be going on in it.
         """
         policy = policies.AnyPreservationPolicy(
             [
@@ -40,7 +41,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
             # An interrupted write leaves a temporary directory behind.
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 

@@ -11,7 +11,7 @@ import difflib
 import json
 import math
 import runpy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,51 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "count_steps": ("epochs", "images"),
     "data.on_bad_image": ("fatal", "skip"),
-    "model.stem": ("imagenet", "cifar"),
-    "model.padding": ("symmetric", "same"),
 }
 _VIEW_CHOICES = {
     "crop.sampler": ("torchvision", "tf", "byol", "none"),
     "crop.interpolation": ("bicubic", "bilinear"),
     "jitter.style": ("tf", "torchvision"),
     "jitter.brightness_mode": ("multiply", "add"),
+}
+
+
+_MODEL = {
+    "depth": 50,
+    "width": 1.0,
+    "sk": False,
+    "stem": "imagenet",
+    "padding": "symmetric",
+    "conv_init": "truncated_fan_in",
+    "zero_init_residual": True,
+    # Devices that share BatchNorm statistics: 0 all, 1 each its own, n groups of n.
+    "bn_group": 0,
+}
+_SIMCLR = {
+    "temperature": 0.1,
+    "hidden": 0,  # 0: as wide as the encoder's features
+    "out": 128,
+    "layers": 2,
+    "loss_scale": 1.0,  # 2 is what the official code trains on
+    "block_size": 0,  # 0: chosen
+}
+_OPTIM = {
+    "name": "lars",
+    "lr": 0.3,
+    "lr_scaling": "linear",
+    "momentum": 0.9,
+    "nesterov": False,
+    "weight_decay": 1e-6,
+    "trust_coefficient": 0.001,
+    "decay_norm_bias": False,
+    "schedule": "cosine",
+    "warmup_epochs": 10.0,
+    "warmup_start": 0.0,
+    "final_lr": 0.0,
+    "step_epochs": (),
+    "step_gamma": 0.1,
+    "per_epoch": False,
+    "frozen_steps": 0,
 }
 
 
@@ -108,43 +145,9 @@ def default_config() -> ConfigDict:
                 "threads": 0,  # of the host pipeline; 0: as many as cores
             },
             "views": {"view1": view(), "view2": view()},
-            "model": {
-                "depth": 50,
-                "width": 1.0,
-                "sk": False,
-                "stem": "imagenet",
-                "padding": "symmetric",
-                "conv_init": "truncated_fan_in",
-                "zero_init_residual": True,
-                # Devices that share BatchNorm statistics: 0 all, 1 each its own, n groups of n.
-                "bn_group": 0,
-            },
-            "simclr": {
-                "temperature": 0.1,
-                "hidden": 0,  # 0: as wide as the encoder's features
-                "out": 128,
-                "layers": 2,
-                "loss_scale": 1.0,  # 2 is what the official code trains on
-                "block_size": 0,  # 0: chosen
-            },
-            "optim": {
-                "name": "lars",
-                "lr": 0.3,
-                "lr_scaling": "linear",
-                "momentum": 0.9,
-                "nesterov": False,
-                "weight_decay": 1e-6,
-                "trust_coefficient": 0.001,
-                "decay_norm_bias": False,
-                "schedule": "cosine",
-                "warmup_epochs": 10.0,
-                "warmup_start": 0.0,
-                "final_lr": 0.0,
-                "step_epochs": (),
-                "step_gamma": 0.1,
-                "per_epoch": False,
-                "frozen_steps": 0,
-            },
+            "model": _MODEL,
+            "simclr": _SIMCLR,
+            "optim": _OPTIM,
             "eval": {
                 "knn_every_epochs": 10.0,  # 0: never during training
                 "knn_k": 200,
@@ -402,7 +405,7 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a tuple" if isinstance(value, tuple) else type(value).__name__)
 
 
-def _check_choices(config: ConfigDict, choices: dict[str, tuple[str, ...]], where: str) -> None:
+def _check_choices(config: ConfigDict, choices: Mapping[str, tuple[str, ...]], where: str) -> None:
     for key, allowed in choices.items():
         value = _get(config, key)
         if value not in allowed:

@@ -14,7 +14,7 @@ from ssl_jax.config import Schedule, flat_views
 from ssl_jax.data.index import stream_key
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import Batch, Method, Pytree
-from ssl_jax.optim import learning_rate_schedule, make_optimizer
+from ssl_jax.optim import learning_rate_schedule, make_optimizer, peak_learning_rate
 
 # (what arrived from the host, arrays resident on the device, key of the step) -> batch with views
 Prepare = Callable[[dict[str, Any], dict[str, Array], Array], Batch]
@@ -60,7 +60,8 @@ def assemble(
         config.optim, config.batch_size, schedule.total_steps, schedule.steps_per_epoch
     )
     params, _ = jax.eval_shape(method.init, jax.random.key(0), example_batch(config))
-    optimizer = make_optimizer(config.optim, method.param_groups(params), learning_rate)
+    peak = peak_learning_rate(config.optim, config.batch_size)
+    optimizer = make_optimizer(config.optim, method.param_groups(params), learning_rate, peak)
     return method, optimizer, learning_rate
 
 
@@ -154,7 +155,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "learning_rate": learning_rate(state.step),
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": optax.tree.norm(gradients),
             **logs,
         }
         new_state = state.replace(

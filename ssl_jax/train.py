@@ -7,14 +7,14 @@ import jax
 from ml_collections import ConfigDict
 
 from ssl_jax.checkpoint import Checkpoints
-from ssl_jax.config import Schedule, is_due, run_schedule
+from ssl_jax.config import is_due, run_schedule
 from ssl_jax.data.index import Index
 from ssl_jax.data.pipeline import Prefetcher, make_prepare
-from ssl_jax.data.sources import Source, make_sources
+from ssl_jax.data.sources import make_sources
 from ssl_jax.evals.run import Evaluator
 from ssl_jax.metrics import Fetcher, MetricsLog, Progress
 from ssl_jax.report import write_report
-from ssl_jax.spmd import AXIS, Spmd, device_groups, make_spmd
+from ssl_jax.spmd import AXIS, device_groups, make_spmd
 from ssl_jax.step import TrainState, assemble, init_state, make_train_step
 from ssl_jax.workdir import locked, write_config
 
@@ -34,12 +34,11 @@ def pretrain(config: ConfigDict, workdir: str | Path, command: str = "") -> Trai
       UserError: bad input, in one sentence; nothing is overwritten.
     """
     workdir = Path(workdir)
-    spmd = make_spmd(config.spmd, batch_size=config.batch_size)
-    train, test = make_sources(config)
-    schedule = run_schedule(config, train.num_examples)
+    # Whatever is wrong with the config shows here, before the folder is touched.
+    plan = Plan(config)
     with locked(workdir):
         write_config(workdir, config, command)
-        run = Run(config, workdir, spmd, schedule, train, test)
+        run = Run(plan, workdir)
         try:
             state = run.train()
         finally:
@@ -49,52 +48,59 @@ def pretrain(config: ConfigDict, workdir: str | Path, command: str = "") -> Trai
     return state
 
 
-class Run:
-    """What a run holds between its steps."""
+class Plan:
+    """What a config comes to on these devices and this data; nothing is written yet."""
 
-    def __init__(
-        self,
-        config: ConfigDict,
-        workdir: Path,
-        spmd: Spmd,
-        schedule: Schedule,
-        train: Source,
-        test: Source | None,
-    ) -> None:
-        """Builds the step and the state, restored where there is a checkpoint."""
-        self.config, self.spmd, self.source, self.schedule = config, spmd, train, schedule
-        groups = device_groups(spmd.size, config.model.bn_group)
-        method, optimizer, learning_rate = assemble(config, schedule, AXIS, groups)
-        self.train_step = spmd.map(
-            make_train_step(method, optimizer, make_prepare(config), learning_rate),
+    def __init__(self, config: ConfigDict) -> None:
+        """Builds the step.
+
+        Raises:
+          UserError: anything in the config that can't be run.
+        """
+        self.config = config
+        self.spmd = make_spmd(config.spmd, batch_size=config.batch_size)
+        self.train, self.test = make_sources(config)
+        self.schedule = run_schedule(config, self.train.num_examples)
+        self.index = Index(self.train.num_examples, config.batch_size, config.seed)
+        groups = device_groups(self.spmd.size, config.model.bn_group)
+        self.method, self.optimizer, learning_rate = assemble(config, self.schedule, AXIS, groups)
+        self.train_step = self.spmd.map(
+            make_train_step(self.method, self.optimizer, make_prepare(config), learning_rate),
             inputs=("replicated", "sharded", "replicated"),
             outputs=("replicated", "replicated"),
             donate=(0,),
         )
-        self.index = Index(train.num_examples, config.batch_size, config.seed)
-        self.resident = spmd.replicate(train.resident())
-        self.evaluator = Evaluator(config, spmd, train, test)
+
+
+class Run:
+    """A plan going on in a folder: its state, and what is written."""
+
+    def __init__(self, plan: Plan, workdir: Path) -> None:
+        """Makes the state, restored where there is a checkpoint."""
+        self.plan, self.config, total = plan, plan.config, plan.schedule.total_steps
+        self.evaluator = Evaluator(plan.config, plan.spmd, plan.train, plan.test)
         self.fetch = Fetcher()
-        self.progress = Progress(schedule.total_steps, config.batch_size)
-        self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
-        self.initial = init_state(method, optimizer, config)
-        self.state = spmd.replicate(self.initial)
+        self.progress = Progress(total, plan.config.batch_size)
+        self.checkpoints = Checkpoints(workdir / "checkpoints", plan.config.checkpoint.keep)
+        self.resident = plan.spmd.replicate(plan.train.resident())
+        self.initial = init_state(plan.method, plan.optimizer, plan.config)
+        self.state = plan.spmd.replicate(self.initial)
         self.start = self.checkpoints.latest_step or 0
         if self.start:
             self.state = self.checkpoints.restore(self.start, self.state)
-            self.progress.note(f"Continuing from step {self.start} of {schedule.total_steps}.")
+            self.progress.note(f"Continuing from step {self.start} of {total}.")
         self.log = MetricsLog(workdir, self.start)
 
     def train(self) -> TrainState:
         """Steps from where the run stands to its end."""
-        config, total = self.config, self.schedule.total_steps
-        knn_every = self.schedule.every(config.eval.knn_every_epochs)
-        save_every = self.schedule.every(config.checkpoint.every_epochs)
+        plan, config, total = self.plan, self.config, self.plan.schedule.total_steps
+        knn_every = plan.schedule.every(config.eval.knn_every_epochs)
+        save_every = plan.schedule.every(config.checkpoint.every_epochs)
         pending: dict[str, jax.Array] | None = None
-        place = self.spmd.place_batch
-        with Prefetcher(self.source, self.index, place, self.start, total) as batches:
+        place = plan.spmd.place_batch
+        with Prefetcher(plan.train, plan.index, place, self.start, total) as batches:
             for step in range(self.start + 1, total + 1):
-                self.state, metrics = self.train_step(self.state, batches.next(), self.resident)
+                self.state, metrics = plan.train_step(self.state, batches.next(), self.resident)
                 if step == self.start + 1:
                     # The first step compiles; rates and ETA are of those that follow.
                     jax.block_until_ready(metrics)
@@ -125,7 +131,8 @@ class Run:
         with self.progress.paused():
             accuracy = self.evaluator.knn(self.state)
         self.log.write(step, {"knn": accuracy})
-        self.progress.note(f"step {step}/{self.schedule.total_steps}  kNN {100 * accuracy:.2f} %")
+        total = self.plan.schedule.total_steps
+        self.progress.note(f"step {step}/{total}  kNN {100 * accuracy:.2f} %")
         return accuracy
 
     def close(self) -> None:

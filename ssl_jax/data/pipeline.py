@@ -38,7 +38,7 @@ def make_prepare(
 
     def prepare(raw: dict[str, Any], resident: dict[str, Array], key: Array) -> dict[str, Any]:
         keys = example_keys(key, raw["id"])
-        batch = {name: raw[name] for name in ("id", "label") if name in raw}
+        batch: dict[str, Any] = {name: raw[name] for name in ("id", "label") if name in raw}
         made = []
         for number, view in enumerate(views):
             view_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
@@ -48,7 +49,7 @@ class Evaluator:
         encoder = make_encoder(config)
 
         def encode(variables: Pytree, images: Array) -> Array:
-            return encoder.apply(variables, prepare_clean(images, config), train=False)
+            return jnp.asarray(encoder.apply(variables, prepare_clean(images, config), train=False))
 
         self._encode = spmd.map(encode, inputs=("replicated", "sharded"), outputs="sharded")
         self._replicate, self._place = spmd.replicate, spmd.place_batch
@@ -151,7 +152,9 @@ class Evaluator:
     def _view_pictures(self, state: Any) -> dict[str, np.ndarray]:
         """Originals with the views that the first step would make of them."""
         ids = np.arange(min(_PICTURES, self.train.num_examples), dtype=np.int32)
-        key = stream_key(jax.random.wrap_key_data(np.asarray(state.key)), "views", 0)
+        # Off the mesh: the pictures are made on one device.
+        key_data = jnp.asarray(np.asarray(state.key))
+        key = stream_key(jax.random.wrap_key_data(key_data), "views", 0)
         raw: dict[str, Any] = next(self.train.batches(iter([(0, ids)])))
         resident = {name: array[ids] for name, array in self.train.resident().items()}
         views = make_views_for(self.config, raw, resident, key)
@@ -188,8 +191,7 @@ class Evaluator:
                 "rows": rows,
                 "draws": self.config.eval.draws,
                 "test_examples": self.test.num_examples,
-                "split": f"{self.train.num_examples} training images, "
-                f"{self.test.num_examples} held out",
+                "split": f"{self.train.num_examples} training images with their labels",
             }
             temporary = workdir / "evaluation.tmp"
             temporary.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,0 +1,311 @@
+"""Geometry on the device, for data sets held there whole: random crops, resizing, rotation.
+
+Boxes are drawn as the official codes draw them and resampled by two small matrix products per
+image, one along its rows and one along its columns. Nothing is gathered, which suits TPUs; the cost
+grows with the sides of the source images, small for a data set that fits on a device.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt8
+from ml_collections import ConfigDict
+
+from ssl_jax.data.augment import to_float
+from ssl_jax.errors import UserError
+
+Geometry = dict[str, Shaped[Array, "..."]]
+Sources = UInt8[Array, "n height width 3"] | Float[Array, "n height width 3"]
+
+_TORCHVISION_TRIES = 10
+_TF_TRIES = 100
+_TF_MIN_COVERED = 0.1
+# By default TPUs multiply in bfloat16 and GPUs in TF32, which is coarser than the pixels' 8 bits.
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+def crop_views(
+    images: Sources, keys: Key[Array, " n"], view: ConfigDict
+) -> Float[Array, "n size size 3"]:
+    """A random crop of every image, resized to the view's size.
+
+    Args:
+      images: uint8, or floats in [0, 1].
+      keys: one per image, not those of its colours; an image's crop depends on its key alone.
+      view: config of the view, static: close over it under `jax.jit`.
+
+    Returns:
+      float32 in [0, 1].
+
+    Raises:
+      UserError: unknown sampler or interpolation, or bicubic interpolation of an affine view.
+    """
+    height, width = images.shape[1:3]
+    geometry = jax.vmap(lambda key: draw_geometry(key, height, width, view))(keys)
+    return apply_geometry(images, geometry, view)
+
+
+def draw_geometry(key: Key[Array, ""], height: int, width: int, view: ConfigDict) -> Geometry:
+    """Draws where one image is cropped and how it is turned; `jax.vmap` it for a batch.
+
+    Args:
+      key: of this image in this view.
+      height: of the image, pixels.
+      width: of the image, pixels.
+      view: config of the view. Its `crop.sampler` is "torchvision" (RandomResizedCrop: ten tries of
+        a uniform area and log-uniform aspect, else the centre), "tf"
+        (`tf.image.sample_distorted_bounding_box` with SimCLR's arguments, else the whole image),
+        "byol" (one draw of a uniform area and log-uniform aspect, its sides cut to the image's), or
+        "none" (the whole image).
+
+    Returns:
+      The box by "top", "left", "height", "width", int32 pixels; for an affine view also "degrees",
+      "shear" (degrees too), "shift_y" and "shift_x" (pixels).
+
+    Raises:
+      UserError: unknown sampler.
+    """
+    samplers = {
+        "torchvision": _torchvision_box,
+        "tf": _tf_box,
+        "byol": _byol_box,
+        "none": _whole_box,
+    }
+    if view.crop.sampler not in samplers:
+        raise UserError(
+            f"crop.sampler is '{view.crop.sampler}': it may be one of {', '.join(samplers)}."
+        )
+    box_key, affine_key = jax.random.split(key)
+    geometry = samplers[view.crop.sampler](box_key, height, width, view.crop)
+    if _is_affine(view):
+        degrees, shear, y, x = jax.random.uniform(affine_key, (4,), minval=-1.0)
+        geometry |= {
+            "degrees": degrees * view.affine.degrees,
+            "shear": shear * view.affine.shear,
+            "shift_y": y * view.affine.translate * height,
+            "shift_x": x * view.affine.translate * width,
+        }
+    return geometry
+
+
+def apply_geometry(
+    images: Sources, geometry: Geometry, view: ConfigDict
+) -> Float[Array, "n size size 3"]:
+    """Crops and resizes by drawn boxes.
+
+    The box is cut out before it is resized, so pixels outside it never count. Where it is larger
+    than the view, "torchvision" and "none" average over what an output pixel covers, as PIL does;
+    "tf" and "byol" sample without it, as `tf.image.resize` does.
+
+    An affine view is turned, sheared (x by y) and shifted about its centre before it is cropped,
+    all in one bilinear sampling whose taps may reach out of the box; outside the image is black.
+    It takes size² · width numbers of memory per channel of an image, right for up to about 32 × 32.
+
+    Args:
+      images: uint8, or floats in [0, 1].
+      geometry: of `draw_geometry`, the images on axis 0.
+      view: config of the view, static.
+
+    Returns:
+      float32 in [0, 1].
+
+    Raises:
+      UserError: unknown interpolation, or bicubic interpolation of an affine view.
+    """
+    if _is_affine(view):
+        if view.crop.interpolation != "bilinear":
+            raise UserError(
+                f"crop.interpolation is '{view.crop.interpolation}' but a view with affine set is "
+                "sampled bilinearly: set crop.interpolation to 'bilinear'."
+            )
+        return _sample(images, *_source_coordinates(images, geometry, view.size))
+    antialias = view.crop.sampler in ("torchvision", "none")
+    return _resize(images, geometry, view.size, view.crop.interpolation, antialias)
+
+
+def resize_images(
+    images: Sources, size: int, interpolation: str = "bicubic", antialias: bool = True
+) -> Float[Array, "n size size 3"]:
+    """Whole images resized to a square, as for evaluation.
+
+    Args:
+      images: uint8, or floats in [0, 1].
+      size: of the result, pixels.
+      interpolation: "bicubic" (Keys, a = -0.5) or "bilinear", pixel centres at halves.
+      antialias: average over what an output pixel covers (PIL), or not (`tf.image.resize`).
+
+    Returns:
+      float32 in [0, 1].
+
+    Raises:
+      UserError: unknown interpolation.
+    """
+    n, height, width, _ = images.shape
+    box = {name: jnp.full(n, side) for name, side in _whole(height, width).items()}
+    return _resize(images, box, size, interpolation, antialias)
+
+
+def _resize(
+    images: Sources, box: Geometry, size: int, interpolation: str, antialias: bool
+) -> Float[Array, "n size size 3"]:
+    height, width = images.shape[1:3]
+    how = (size, interpolation, antialias)
+    rows = _resize_weights(box["top"], box["height"], height, *how)
+    columns = _resize_weights(box["left"], box["width"], width, *how)
+    x = jnp.einsum("nph,nhwc->npwc", rows, to_float(images), precision=_EXACT)
+    x = jnp.einsum("nqw,npwc->npqc", columns, x, precision=_EXACT)
+    return jnp.clip(x, 0.0, 1.0)
+
+
+def _resize_weights(
+    start: Int[Array, " n"],
+    length: Int[Array, " n"],
+    source: int,
+    size: int,
+    interpolation: str,
+    antialias: bool,
+) -> Float[Array, "n size source"]:
+    """What each of `source` pixels in a row adds to each of `size` pixels across its crop."""
+    scale = (length / size)[:, None, None]
+    centre = start[:, None, None] + (jnp.arange(size)[:, None] + 0.5) * scale - 0.5
+    pixel = jnp.arange(source)
+    distance = jnp.abs(pixel - centre) / (jnp.maximum(scale, 1.0) if antialias else 1.0)
+    inside = (pixel >= start[:, None, None]) & (pixel < (start + length)[:, None, None])
+    weights = jnp.where(inside, _kernel(distance, interpolation), 0.0)
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def _kernel(distance: Float[Array, "..."], interpolation: str) -> Float[Array, "..."]:
+    if interpolation == "bilinear":
+        return jnp.maximum(1.0 - distance, 0.0)
+    if interpolation == "bicubic":  # Keys' with a = -0.5, both PIL's and tf.image.resize's
+        near = (1.5 * distance - 2.5) * distance**2 + 1.0
+        far = ((2.5 - 0.5 * distance) * distance - 4.0) * distance + 2.0
+        return jnp.where(distance < 1.0, near, jnp.where(distance < 2.0, far, 0.0))
+    raise UserError(f"crop.interpolation is '{interpolation}': it may be bicubic or bilinear.")
+
+
+def _source_coordinates(
+    images: Sources, geometry: Geometry, size: int
+) -> tuple[Float[Array, "n size size"], Float[Array, "n size size"]]:
+    """Where in the source every pixel of an affine view comes from: its row and its column."""
+    g = {name: value[:, None, None] for name, value in geometry.items()}
+    middle_y, middle_x = ((side - 1) / 2 for side in images.shape[1:3])
+    steps = (jnp.arange(size) + 0.5) / size
+    y = g["top"] + steps[:, None] * g["height"] - 0.5 - middle_y - g["shift_y"]
+    x = g["left"] + steps * g["width"] - 0.5 - middle_x - g["shift_x"]
+    sine, cosine = jnp.sin(jnp.radians(g["degrees"])), jnp.cos(jnp.radians(g["degrees"]))
+    y, x = cosine * y - sine * x, sine * y + cosine * x
+    x = x - jnp.tan(jnp.radians(g["shear"])) * y
+    return y + middle_y, x + middle_x
+
+
+def _sample(
+    images: Sources, y: Float[Array, "n size size"], x: Float[Array, "n size size"]
+) -> Float[Array, "n size size 3"]:
+    """Bilinear sampling at any coordinates, zero outside, without a gather."""
+    n, height, width, _ = images.shape
+    rows = _kernel(jnp.abs(y.reshape(n, -1, 1) - jnp.arange(height)), "bilinear")
+    columns = _kernel(jnp.abs(x.reshape(n, -1, 1) - jnp.arange(width)), "bilinear")
+    lines = jnp.einsum("npi,nijc->npjc", rows, to_float(images), precision=_EXACT)
+    pixels = jnp.sum(columns[..., None] * lines, axis=2)
+    return jnp.clip(pixels, 0.0, 1.0).reshape(*y.shape, 3)
+
+
+def _torchvision_box(key: Array, height: int, width: int, crop: ConfigDict) -> Geometry:
+    size_key, place_key = jax.random.split(key)
+    tall, wide = _draw_sides(size_key, _TORCHVISION_TRIES, height, width, crop)
+    fits = (0 < tall) & (tall <= height) & (0 < wide) & (wide <= width)
+    low, high = crop.aspect
+    centred_tall = min(height, round(width / low))
+    centred_wide = min(width, round(height * high))
+    tall = _first(fits, tall, centred_tall)
+    wide = _first(fits, wide, centred_wide)
+    drawn = _place(place_key, height - tall, width - wide)
+    return {
+        "top": jnp.where(fits.any(), drawn["top"], (height - centred_tall) // 2),
+        "left": jnp.where(fits.any(), drawn["left"], (width - centred_wide) // 2),
+        "height": tall,
+        "width": wide,
+    }
+
+
+def _byol_box(key: Array, height: int, width: int, crop: ConfigDict) -> Geometry:
+    size_key, place_key = jax.random.split(key)
+    tall, wide = _draw_sides(size_key, 1, height, width, crop)
+    tall, wide = jnp.clip(tall[0], 1, height), jnp.clip(wide[0], 1, width)
+    return {**_place(place_key, height - tall, width - wide), "height": tall, "width": wide}
+
+
+def _whole_box(key: Array, height: int, width: int, crop: ConfigDict) -> Geometry:
+    return {name: jnp.asarray(side) for name, side in _whole(height, width).items()}
+
+
+def _whole(height: int, width: int) -> dict[str, int]:
+    return {"top": 0, "left": 0, "height": height, "width": width}
+
+
+def _tf_box(key: Array, height: int, width: int, crop: ConfigDict) -> Geometry:
+    """The algorithm of TensorFlow's kernel, its tries side by side instead of in a loop.
+
+    A try draws the aspect uniformly, then the height uniformly among the integers whose boxes have
+    an area in the range and fit; so sides, not areas, are uniform.
+    """
+    aspect_key, height_key, place_key = jax.random.split(key, 3)
+    smallest, largest = (height * width * area for area in crop.area)
+    aspect = jax.random.uniform(
+        aspect_key, (_TF_TRIES,), minval=crop.aspect[0], maxval=crop.aspect[1]
+    )
+    highest = jnp.round(jnp.sqrt(largest / aspect))
+    widest = jnp.floor((width + 0.5) / aspect)  # the height at which a box is as wide as the image
+    highest = jnp.where(jnp.round(highest * aspect) > width, widest, highest)
+    highest = jnp.minimum(highest, height)
+    lowest = jnp.minimum(jnp.round(jnp.sqrt(smallest / aspect)), highest)
+    tall = lowest + jnp.floor(
+        jax.random.uniform(height_key, (_TF_TRIES,)) * (highest - lowest + 1.0)
+    )
+    # Rounding may have left the range of areas: one pixel more, or less, is tried before giving up.
+    tall = tall + (tall * jnp.round(tall * aspect) < smallest)
+    tall = tall - (tall * jnp.round(tall * aspect) > largest)
+    wide = jnp.round(tall * aspect)
+    area = tall * wide
+    fits = (tall > 0) & (tall <= height) & (wide > 0) & (wide <= width)
+    fits &= (smallest <= area) & (area <= largest) & (area >= _TF_MIN_COVERED * height * width)
+    tall = _first(fits, tall.astype(jnp.int32), height)
+    wide = _first(fits, wide.astype(jnp.int32), width)
+    # The kernel leaves out the last position, where a box would touch the far border.
+    place = _place(place_key, height - tall - 1, width - wide - 1)
+    return {**place, "height": tall, "width": wide}
+
+
+def _draw_sides(
+    key: Array, tries: int, height: int, width: int, crop: ConfigDict
+) -> tuple[Int[Array, " tries"], Int[Array, " tries"]]:
+    """Heights and widths of boxes with a uniform area and a log-uniform aspect, width / height."""
+    area_key, aspect_key = jax.random.split(key)
+    low, high = (height * width * area for area in crop.area)
+    area = jax.random.uniform(area_key, (tries,), minval=low, maxval=high)
+    low, high = (math.log(aspect) for aspect in crop.aspect)
+    aspect = jnp.exp(jax.random.uniform(aspect_key, (tries,), minval=low, maxval=high))
+    tall, wide = jnp.round(jnp.sqrt(area / aspect)), jnp.round(jnp.sqrt(area * aspect))
+    return tall.astype(jnp.int32), wide.astype(jnp.int32)
+
+
+def _place(key: Array, bottom: Array, right: Array) -> Geometry:
+    """A top in 0 … bottom and a left in 0 … right, uniform; 0 where there is no room."""
+    top_key, left_key = jax.random.split(key)
+    return {
+        "top": jax.random.randint(top_key, (), 0, jnp.maximum(bottom, 0) + 1),
+        "left": jax.random.randint(left_key, (), 0, jnp.maximum(right, 0) + 1),
+    }
+
+
+def _first(fits: Bool[Array, " tries"], values: Array, otherwise: int) -> Array:
+    """The value of the first try that fits."""
+    first = fits & (jnp.cumsum(fits) == 1)
+    return jnp.where(fits.any(), jnp.sum(jnp.where(first, values, 0)), otherwise)
+
+
+def _is_affine(view: ConfigDict) -> bool:
+    return any(view.affine[name] != 0 for name in ("degrees", "shear", "translate"))

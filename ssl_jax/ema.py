@@ -1,0 +1,48 @@
+"""Exponential moving averages of parameters: momentum encoders and their schedules."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+Pytree = Any
+
+
+def update(target: Pytree, online: Pytree, decay: float | Float[Array, ""]) -> Pytree:
+    """Moves a target network towards the online one: decay·target + (1-decay)·online.
+
+    MoCo's momentum encoder (He et al., 2020, eq. 2) and BYOL's target (Grill et al., 2020, eq. 1).
+
+    Args:
+      target: float arrays, any pytree.
+      online: a pytree of the same structure and shapes.
+      decay: in [0, 1]; 1 leaves the target as it is, 0 copies the online network.
+
+    Returns:
+      The new target; each leaf keeps the target's dtype, the average is taken in float32 or better.
+    """
+    # An array, not a Python scalar: with bfloat16 leaves a scalar's product would be bfloat16,
+    # where 0.999 is 1. The difference comes first, while a Python float still has 64 bits.
+    step_size = jnp.asarray(1.0 - decay, float)
+    moved = optax.incremental_update(online, target, step_size)
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), moved, target)
+
+
+def cosine_decay(base: float, step: int | Int[Array, ""], total_steps: int) -> Float[Array, ""]:
+    """The EMA's decay by step, 1 - (1-base)·(cos(π·step/total_steps) + 1)/2.
+
+    BYOL (Grill et al., 2020, section 3.2). It rises from `base` to 1, where it stays, as in the
+    official code, should a run go on after `total_steps`.
+
+    Args:
+      base: decay at step 0, in [0, 1].
+      step: optimiser steps done.
+      total_steps: length of the run in steps, positive.
+
+    Returns:
+      float32 scalar.
+    """
+    progress = jnp.minimum(step / total_steps, 1.0)
+    return 1.0 - (1.0 - base) * (jnp.cos(jnp.pi * progress) + 1.0) / 2.0

@@ -1,0 +1,94 @@
+"""A pretrained encoder for use outside training."""
+
+import dataclasses
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from ssl_jax.checkpoint import Checkpoints
+from ssl_jax.config import Schedule
+from ssl_jax.data.pipeline import prepare_clean
+from ssl_jax.errors import UserError
+from ssl_jax.methods.base import make_encoder
+from ssl_jax.step import assemble, init_state
+from ssl_jax.workdir import read_config
+
+Pytree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """The evaluated network of a run.
+
+    Attributes:
+      config: of the run.
+      params: of the encoder.
+      batch_stats: its BatchNorm statistics.
+      step: of the checkpoint.
+    """
+
+    config: ConfigDict
+    params: Pytree
+    batch_stats: Pytree
+    step: int
+
+    def apply(self, images: Array) -> Float[Array, "n d"]:
+        """Features of images, in evaluation mode.
+
+        Args:
+          images: [n, H, W, 3], uint8 or floats in [0, 1]; resized to the run's size and normalised
+            as in training.
+
+        Returns:
+          float32 [n, D].
+        """
+        variables = {"params": self.params, "batch_stats": self.batch_stats}
+        return self._apply(variables, jnp.asarray(images))
+
+    @cached_property
+    def _apply(self) -> Any:
+        module = make_encoder(self.config)
+
+        def apply(variables: Pytree, images: Array) -> Array:
+            return jnp.asarray(module.apply(variables, prepare_clean(images, self.config), train=False))
+
+        return jax.jit(apply)
+
+
+def load(path: str | Path, step: int | None = None) -> Encoder:
+    """Loads the encoder that a run has trained.
+
+    Args:
+      path: the run's workdir.
+      step: of the checkpoint, default the newest.
+
+    Returns:
+      The encoder, on the default device.
+
+    Raises:
+      UserError: no run there, no checkpoint yet, or none of that step.
+    """
+    workdir = Path(path)
+    config = read_config(workdir)
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    step = checkpoints.latest_step if step is None else step
+    if step not in checkpoints.steps:
+        found = ", ".join(map(str, checkpoints.steps)) or "none yet"
+        raise UserError(f"{workdir} has no checkpoint of step {step}: it has {found}.")
+    # The lengths only matter to schedules, which are not used here.
+    method, optimizer, _ = assemble(config, Schedule(1, 1))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        jax.eval_shape(lambda: init_state(method, optimizer, config)),
+    )
+    state = checkpoints.restore(step, like)
+    checkpoints.close()
+    return Encoder(
+        config, state.params["encoder"], state.extra["batch_stats"]["encoder"], int(state.step)
+    )

@@ -1,0 +1,6 @@
+"""The networks: encoders and heads."""
+
+from ssl_jax.models.heads import MLPHead
+from ssl_jax.models.resnet import ResNet
+
+__all__ = ["MLPHead", "ResNet"]

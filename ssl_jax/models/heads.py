@@ -1,0 +1,143 @@
+"""The small perceptrons on top of an encoder: projectors and predictors of all methods."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.initializers import Initializer
+from jaxtyping import Array, Float
+
+from ssl_jax.errors import UserError
+from ssl_jax.models.layers import KERNEL_INITS, Groups, batch_norm, check_choice
+
+# The affine part of the last BatchNorm, where there is one.
+OUT_BN: dict[str, dict[str, bool]] = {
+    "none": {},
+    "full": {"use_scale": True, "use_bias": True},
+    "scale": {"use_scale": True, "use_bias": False},
+    "no_affine": {"use_scale": False, "use_bias": False},
+}
+
+
+class MLPHead(nn.Module):
+    """`layers` linear layers, `dense1` to `denseL`, with a ReLU after all but the last.
+
+    Each may be followed by a BatchNorm (`bn1` to `bnL`). The heads of the official codes:
+
+    | | layers | hidden_bias | hidden_bn | out_bias | out_bn | kernel_init |
+    |---|---|---|---|---|---|---|
+    | SimCLR v1, v2 | 2, 3 | no | yes | no | scale | normal_0.01 |
+    | MoCo v1 | 1 | – | – | yes | none | torch |
+    | MoCo v2 | 2 | yes | no | yes | none | torch |
+    | SwAV | 2 | yes | yes | yes | none | torch |
+    | BYOL, projector and predictor | 2 | yes | yes | no | none | haiku |
+    | SimSiam, projector | 3 | no | yes | yes | no_affine | torch |
+    | SimSiam, predictor | 2 | no | yes | yes | none | torch |
+
+    Attributes:
+      hidden: units of all layers but the last; not used with one layer.
+      out: units of the last layer.
+      layers: their number, 1 or more.
+      hidden_bias: whether the layers before the last have a bias (before their BatchNorm).
+      hidden_bn: whether a BatchNorm follows them.
+      out_bias: whether the last layer has a bias.
+      out_bn: BatchNorm after the last layer: "none", "full", "scale" (γ, no β) or "no_affine".
+      kernel_init: a name of `layers.KERNEL_INITS`. Biases start at 0, with "torch" uniform in
+        ±1/sqrt(fan in) like the kernel.
+      dtype: of the linear layers, "float32" or "bfloat16"; all else is float32.
+      axis_name: mapped axis of the devices that share BatchNorm statistics, None on a single one.
+      axis_index_groups: groups of device positions that share them, None for all.
+
+    Raises:
+      UserError: on construction, for a value that none of the above names.
+    """
+
+    hidden: int
+    out: int
+    layers: int = 2
+    hidden_bias: bool = False
+    hidden_bn: bool = True
+    out_bias: bool = False
+    out_bn: str = "none"
+    kernel_init: str = "torch"
+    dtype: Any = "float32"
+    axis_name: str | None = None
+    axis_index_groups: Groups | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("The head's out_bn", self.out_bn, OUT_BN)
+        check_choice("The head's kernel_init", self.kernel_init, KERNEL_INITS)
+        sizes = {"layers": self.layers, "out": self.out}
+        if self.layers != 1:
+            sizes["hidden"] = self.hidden
+        for name, value in sizes.items():
+            if value < 1:
+                raise UserError(f"The head's {name} is {value}: it must be 1 or more.")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "n d"], train: bool, return_hidden: int | None = None
+    ) -> Float[Array, "n out"]:
+        """Projects features.
+
+        Args:
+          x: features.
+          train: normalise by the batch's statistics and update `batch_stats`, which must be
+            mutable; else by the running ones.
+          return_hidden: stop early and return the output of so many hidden layers, after BatchNorm
+            and ReLU: 1 the first's, 0 the features themselves (SimCLR v2's `ft_proj_selector`).
+
+        Returns:
+          float32 [n, `out`], or [n, `hidden`] of a hidden layer.
+
+        Raises:
+          UserError: there is no such hidden layer.
+        """
+        if return_hidden is not None and not 0 <= return_hidden < self.layers:
+            raise UserError(
+                f"The head has no hidden layer {return_hidden}: it may be 0 to {self.layers - 1}."
+            )
+        # float32 out of BatchNorm, and the exact variance in two passes with a collective each, are
+        # cheap for vectors; and needed, as features of different images start nearly equal.
+        norm = batch_norm(
+            train,
+            self.axis_name,
+            self.axis_index_groups,
+            dtype=jnp.float32,
+            use_fast_variance=False,
+        )
+        x = x.astype(jnp.float32)
+        for i in range(1, self.layers if return_hidden is None else return_hidden + 1):
+            x = self._dense(self.hidden, self.hidden_bias, x, name=f"dense{i}")
+            if self.hidden_bn:
+                x = norm(name=f"bn{i}")(x)
+            x = nn.relu(x)
+        if return_hidden is not None:
+            return x
+        x = self._dense(self.out, self.out_bias, x, name=f"dense{self.layers}")
+        if self.out_bn != "none":
+            x = norm(name=f"bn{self.layers}", **OUT_BN[self.out_bn])(x)
+        return x
+
+    def _dense(self, features: int, use_bias: bool, x: Array, name: str) -> Array:
+        dense = nn.Dense(
+            features,
+            use_bias=use_bias,
+            kernel_init=KERNEL_INITS[self.kernel_init],
+            bias_init=_torch_bias(x.shape[-1])
+            if self.kernel_init == "torch"
+            else nn.initializers.zeros,
+            dtype=jnp.dtype(self.dtype),
+            name=name,
+        )
+        return dense(x).astype(jnp.float32)
+
+
+def _torch_bias(fan_in: int) -> Initializer:
+    def init(key: Array, shape: Any, dtype: Any = jnp.float32) -> Array:
+        bound = fan_in**-0.5
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init

@@ -1,0 +1,255 @@
+"""Residual networks, version 1.5: torchvision's, SimCLR's wide and selective-kernel ones, BYOL's.
+
+Parameters are named after torchvision's: `stem/conv1` is its `conv1`, `stage1_block1` its
+`layer1.0`, `proj_conv` and `proj_bn` its `downsample.0` and `downsample.1`, all else has one name.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ssl_jax.errors import UserError
+from ssl_jax.models.layers import KERNEL_INITS, Groups, batch_norm, check_choice
+
+STAGES = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+STEMS = ("imagenet", "cifar")
+# Of strided convolutions, of the max-pool.
+PADDINGS = {
+    "symmetric": ("symmetric", "symmetric"),
+    "same": ("same", "same"),
+    "simclr": ("symmetric", "same"),
+}
+SK_RATIO, SK_MIN = 16, 32
+
+Layer = Callable[..., Any]  # makes a convolution or a BatchNorm; see ResNet.__call__
+
+
+class ResNet(nn.Module):
+    """A residual network without its classifier (He et al., 2015, arXiv:1512.03385).
+
+    Version 1.5: bottleneck blocks have their stride in the 3×3 convolution. Widths as in SimCLR
+    (Chen et al., 2020, arXiv:2002.05709), selective kernels as in the official code of SimCLR v2
+    (arXiv:2006.10029; Li et al., 2019, arXiv:1903.06586).
+
+    Attributes:
+      depth: 18, 34 (basic blocks), 50, 101 or 152 (bottleneck blocks).
+      width: multiplies all channels; 64·width must be whole.
+      sk: selective kernels in bottleneck blocks; with them come, in all blocks, the stem and
+        shortcut of ResNet-D (He et al., 2018, arXiv:1812.01187).
+      stem: "imagenet" is 7×7 with stride 2 and a 3×3 max-pool with stride 2 (ResNet-D: three 3×3
+        for the 7×7); "cifar" is 3×3 without stride or pool, also with `sk`.
+      padding: "symmetric" as in PyTorch; "same" as in TensorFlow (BYOL), where strides pad less or
+        nothing on the left and top; "simclr" is "same" in the max-pool alone.
+      conv_init: "truncated_fan_in" (SimCLR), "fan_out_normal" (torchvision, MoCo, SwAV), "torch"
+        (PyTorch's default, SimSiam) or "haiku" (BYOL).
+      zero_init_residual: each block starts as its shortcut: γ = 0 in its last BatchNorm.
+      dtype: of the computation, "float32" or "bfloat16". Parameters, BatchNorm's statistics and
+        arithmetic, the final average and the features are float32.
+      remat: keep only the blocks' inputs for the backward pass and compute each block twice.
+      axis_name: mapped axis of the devices that share BatchNorm statistics, None on a single one.
+      axis_index_groups: groups of device positions that share them, None for all.
+
+    Raises:
+      UserError: on construction, for a value that none of the above names.
+    """
+
+    depth: int
+    width: float = 1
+    sk: bool = False
+    stem: str = "imagenet"
+    padding: str = "symmetric"
+    conv_init: str = "truncated_fan_in"
+    zero_init_residual: bool = True
+    dtype: Any = "float32"
+    remat: bool = False
+    axis_name: str | None = None
+    axis_index_groups: Groups | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("config.model.depth", self.depth, STAGES)
+        check_choice("config.model.stem", self.stem, STEMS)
+        check_choice("config.model.padding", self.padding, PADDINGS)
+        check_choice("config.model.conv_init", self.conv_init, KERNEL_INITS)
+        if not (self.width > 0 and (64 * self.width) % (2 if self.sk else 1) == 0):
+            raise UserError(
+                f"config.model.width is {self.width}: it must be a positive multiple of "
+                f"{'1/32 with config.model.sk' if self.sk else '1/64'}, such as 0.25, 1 or 2."
+            )
+        super().__post_init__()
+
+    @property
+    def num_features(self) -> int:
+        """D, the number of features of an image."""
+        return int(64 * self.width) * 8 * (4 if self.depth >= 50 else 1)
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n d"]:
+        """Encodes images.
+
+        Args:
+          x: of any size and number of channels, in the range and normalisation of training.
+          train: normalise by the batch's statistics and update `batch_stats`, which must be
+            mutable; else by the running ones.
+
+        Returns:
+          float32 [n, `num_features`].
+        """
+        dtype = jnp.dtype(self.dtype)
+        conv_padding, pool_padding = PADDINGS[self.padding]
+        init = KERNEL_INITS[self.conv_init]
+        conv = functools.partial(_conv, padding=conv_padding, kernel_init=init, dtype=dtype)
+        norm = batch_norm(train, self.axis_name, self.axis_index_groups, dtype=dtype)
+        block: Layer = BottleneckBlock if self.depth >= 50 else BasicBlock
+        if self.remat:
+            block = nn.remat(block)
+
+        base = int(64 * self.width)
+        x = Stem(base, self.stem, self.sk, pool_padding, conv, norm, name="stem")(x.astype(dtype))
+        for stage, blocks in enumerate(STAGES[self.depth], start=1):
+            for i in range(1, blocks + 1):
+                x = block(
+                    filters=base * 2 ** (stage - 1),
+                    stride=2 if stage > 1 and i == 1 else 1,
+                    sk=self.sk,
+                    zero_init=self.zero_init_residual,
+                    conv=conv,
+                    norm=norm,
+                    name=f"stage{stage}_block{i}",
+                )(x)
+        return x.mean((1, 2), dtype=jnp.float32)
+
+
+class Stem(nn.Module):
+    """What comes before the blocks; see `ResNet.stem`."""
+
+    filters: int
+    kind: str
+    deep: bool
+    pool_padding: str
+    conv: Layer
+    norm: Layer
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Images to the input of the first block."""
+        if self.kind == "cifar":
+            layers = [(self.filters, 3, 1)]
+        elif self.deep:
+            layers = [(self.filters // 2, 3, 2), (self.filters // 2, 3, 1), (self.filters, 3, 1)]
+        else:
+            layers = [(self.filters, 7, 2)]
+        for i, (filters, size, stride) in enumerate(layers, start=1):
+            x = self.conv(filters, size, stride, name=f"conv{i}")(x)
+            x = nn.relu(self.norm(name=f"bn{i}")(x))
+        if self.kind == "cifar":
+            return x
+        return nn.max_pool(x, (3, 3), (2, 2), padding=_pads(3, self.pool_padding))
+
+
+class Block(nn.Module):
+    """What the two kinds of residual block share."""
+
+    filters: int
+    stride: int
+    sk: bool
+    zero_init: bool
+    conv: Layer
+    norm: Layer
+
+    def last_norm(self, name: str) -> Any:
+        """The BatchNorm before the sum."""
+        init = nn.initializers.zeros if self.zero_init else nn.initializers.ones
+        return self.norm(name=name, scale_init=init)
+
+    def shortcut(self, x: Array, features: int) -> Array:
+        """The block's input, projected where its shape changes."""
+        stride = self.stride
+        if stride == 1 and x.shape[-1] == features:
+            return x
+        if self.sk:
+            # SimCLR's form of ResNet-D's average: it looks right and down, also without stride;
+            # past the border of an odd size there are zeros with stride, nothing without.
+            x = nn.avg_pool(
+                x, (2, 2), (stride, stride), [(0, 1), (0, 1)], count_include_pad=stride > 1
+            )
+            stride = 1
+        return self.norm(name="proj_bn")(self.conv(features, 1, stride, name="proj_conv")(x))
+
+
+class BasicBlock(Block):
+    """Two 3×3 convolutions."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[n, h, w, c] to [n, h / stride, w / stride, filters], sizes rounded up."""
+        y = self.conv(self.filters, 3, self.stride, name="conv1")(x)
+        y = nn.relu(self.norm(name="bn1")(y))
+        y = self.conv(self.filters, 3, name="conv2")(y)
+        y = self.last_norm("bn2")(y)
+        return nn.relu(y + self.shortcut(x, self.filters))
+
+
+class BottleneckBlock(Block):
+    """1×1, 3×3 and 1×1 convolutions; with `sk` two 3×3 side by side."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[n, h, w, c] to [n, h / stride, w / stride, 4 filters], sizes rounded up."""
+        y = self.conv(self.filters, 1, name="conv1")(x)
+        y = nn.relu(self.norm(name="bn1")(y))
+        y = self.conv(self.filters * (2 if self.sk else 1), 3, self.stride, name="conv2")(y)
+        y = nn.relu(self.norm(name="bn2")(y))
+        if self.sk:
+            y = SelectiveKernel(self.conv, self.norm, name="sk")(y)
+        y = self.conv(4 * self.filters, 1, name="conv3")(y)
+        y = self.last_norm("bn3")(y)
+        return nn.relu(y + self.shortcut(x, 4 * self.filters))
+
+
+class SelectiveKernel(nn.Module):
+    """Mixes two streams, channel by channel, by weights drawn from both.
+
+    Li et al., 2019 (arXiv:1903.06586) in the form of SimCLR v2's official code: both streams are
+    3×3 without dilation, as one convolution of twice the channels, the first half the first stream.
+    """
+
+    conv: Layer
+    norm: Layer
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[n, h, w, 2 filters] to [n, h, w, filters]."""
+        streams = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
+        filters = streams.shape[-1]
+        pooled = streams.mean((1, 2), keepdims=True, dtype=jnp.float32).sum(-2)
+        y = self.conv(max(filters // SK_RATIO, SK_MIN), 1, name="conv1")(pooled)
+        # An image is one vector here: nearly equal ones need the exact variance, and it is cheap.
+        y = nn.relu(self.norm(name="bn", use_fast_variance=False)(y))
+        y = self.conv(2 * filters, 1, name="conv2")(y)
+        mixing = nn.softmax(y.reshape(-1, 1, 1, 2, filters).astype(jnp.float32), axis=-2)
+        return (streams * mixing.astype(x.dtype)).sum(-2)
+
+
+def _conv(features: int, size: int, stride: int = 1, *, padding: str, **options: Any) -> nn.Conv:
+    return nn.Conv(
+        features,
+        (size, size),
+        (stride, stride),
+        padding=_pads(size, padding),
+        use_bias=False,
+        **options,
+    )
+
+
+def _pads(size: int, padding: str) -> str | list[tuple[int, int]]:
+    return "SAME" if padding == "same" else [(size // 2, size // 2)] * 2

@@ -1,0 +1,401 @@
+"""Optimisers, their masks by parameter path, and learning-rate schedules, all composed from Optax.
+
+Notation: w a tensor of parameters, g its gradient, v its momentum buffer, m the momentum, wd the
+weight decay, η the trust coefficient. Everything that changes lives in the optimiser's state, step
+counts included, so a restored state continues the schedules where they stood.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from ssl_jax.config import did_you_mean
+from ssl_jax.errors import UserError
+
+Pytree = Any
+# True or False for all, a pytree of bools, or a function from a params tree to one.
+Mask = bool | Pytree | Callable[[Pytree], Pytree]
+
+OPTIMIZERS = ("lars", "lars_byol", "lars_clipped", "larc", "sgd", "adamw")
+SCHEDULES = ("cosine", "step", "constant")
+LR_SCALINGS = ("linear", "sqrt", "none")
+LABELS = ("weight", "norm_bias", "constant_lr", "frozen", "frozen_until")
+
+
+def role_labels(params: Pytree) -> Pytree:
+    """Tells weights from biases and normalisation parameters, by path.
+
+    Args:
+      params: any params tree of Flax names: nested or flattened dicts, boxed leaves, nnx states.
+
+    Returns:
+      The same tree with "norm_bias" at every leaf called `bias` or `scale`, "weight" elsewhere.
+    """
+
+    def role(path: tuple[Any, ...], _: Any) -> str:
+        words = re.findall(r"\w+", jax.tree_util.keystr(path))
+        if len(words) > 1 and words[-1] == "value":  # inside the box of an nnx or partitioned leaf
+            words.pop()
+        return "norm_bias" if words and words[-1] in ("bias", "scale") else "weight"
+
+    return jax.tree_util.tree_map_with_path(role, params)
+
+
+def weight_mask(params: Pytree) -> Pytree:
+    """True at every leaf that `role_labels` calls a weight, False at the others."""
+    return jax.tree.map(lambda role: role == "weight", role_labels(params))
+
+
+def lars(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    trust_coefficient: float = 0.001,
+    mask: Mask = weight_mask,
+) -> optax.GradientTransformation:
+    """LARS in SimCLR's form, the learning rate inside the momentum.
+
+    v ← m·v + lr·trust·(g + wd·w); w ← w - v; trust = η‖w‖/‖g + wd·w‖, or 1 where either norm is 0
+    (You et al., 2017, arXiv:1708.03888; SimCLR's official code). Where the mask is False there is
+    neither decay nor trust. It adapts also without decay.
+
+    Args:
+      learning_rate: scalar, or a function of the step.
+      momentum: m.
+      weight_decay: wd.
+      trust_coefficient: η.
+      mask: tensors to adapt and decay; by default all but biases and normalisation parameters.
+
+    Returns:
+      The gradient transformation; its update needs the params.
+    """
+    return optax.lars(
+        learning_rate,
+        weight_decay=weight_decay,
+        weight_decay_mask=mask,
+        trust_coefficient=trust_coefficient,
+        trust_ratio_mask=mask,
+        momentum=momentum,
+    )
+
+
+def lars_byol(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    trust_coefficient: float = 0.001,
+    mask: Mask = weight_mask,
+) -> optax.GradientTransformation:
+    """LARS in BYOL's form, the learning rate outside the momentum.
+
+    v ← m·v + trust·(g + wd·w); w ← w - lr·v; trust as in `lars` (BYOL's official code).
+
+    Args:
+      learning_rate: scalar, or a function of the step.
+      momentum: m.
+      weight_decay: wd.
+      trust_coefficient: η.
+      mask: tensors to adapt and decay; by default all but biases and normalisation parameters.
+
+    Returns:
+      The gradient transformation; its update needs the params.
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient), mask),
+        optax.trace(momentum),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def larc(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    trust_coefficient: float = 0.001,
+) -> optax.GradientTransformation:
+    """LARC without clipping, as SwAV and SimSiam's linear evaluation use it, on every tensor.
+
+    v ← m·v + trust·(g + wd·w); w ← w - lr·v; trust = η‖w‖/(‖g‖ + wd‖w‖ + 1e-8). Where either norm
+    is 0 there is neither trust nor decay (NVIDIA apex's LARC around PyTorch's SGD).
+
+    Args:
+      learning_rate: scalar, or a function of the step.
+      momentum: m.
+      weight_decay: wd.
+      trust_coefficient: η.
+
+    Returns:
+      The gradient transformation; its update needs the params.
+    """
+
+    def adapt(gradient: Array, weight: Array) -> Array:
+        return _larc_adapt(gradient, weight, weight_decay, trust_coefficient)
+
+    return optax.chain(
+        optax.stateless_with_tree_map(adapt),
+        optax.trace(momentum),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def lars_clipped(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    trust_coefficient: float = 0.02,
+    mask: Mask = weight_mask,
+) -> optax.GradientTransformation:
+    """What solo-learn calls LARS: LARC's trust, clipped so that no tensor's rate exceeds lr.
+
+    v ← m·v + min(trust/lr, 1)·(g + wd·w); w ← w - lr·v; trust as in `larc`. Where either norm is 0,
+    and where the mask is False, there is neither trust nor decay.
+
+    Args:
+      learning_rate: scalar, or a function of the step.
+      momentum: m.
+      weight_decay: wd.
+      trust_coefficient: η.
+      mask: tensors to adapt and decay; by default all but biases and normalisation parameters.
+
+    Returns:
+      The gradient transformation; its update needs the params.
+    """
+
+    def init(params: Pytree) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
+
+    def update(
+        updates: Pytree, state: optax.ScaleByScheduleState, params: Pytree
+    ) -> tuple[Pytree, optax.ScaleByScheduleState]:
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+
+        def adapt(gradient: Array, weight: Array) -> Array:
+            return _larc_adapt(gradient, weight, weight_decay, trust_coefficient, limit=rate)
+
+        count = optax.safe_increment(state.count)
+        return jax.tree.map(adapt, updates, params), optax.ScaleByScheduleState(count=count)
+
+    return optax.chain(
+        optax.masked(optax.GradientTransformation(init, update), mask),
+        optax.trace(momentum),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    mask: Mask = True,
+) -> optax.GradientTransformation:
+    """PyTorch's SGD: v ← m·v + g + wd·w; w ← w - lr·v.
+
+    With Nesterov's momentum, w ← w - lr·(g + wd·w + m·v) with the new v.
+
+    Args:
+      learning_rate: scalar, or a function of the step.
+      momentum: m.
+      nesterov: whether the momentum is Nesterov's.
+      weight_decay: wd.
+      mask: tensors to decay.
+
+    Returns:
+      The gradient transformation; its update needs the params.
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),
+    )
+
+
+def make_optimizer(
+    config: ConfigDict, labels: Pytree, schedule: optax.Schedule, peak: float | None = None
+) -> optax.GradientTransformation:
+    """The optimiser of a run, by parameter group.
+
+    Labels: "weight" has weight decay and trust; "norm_bias" has no trust and no decay (unless
+    `decay_norm_bias`, or LARC, which treats every tensor alike); "constant_lr" stays at `peak`;
+    "frozen" never changes and has no state; "frozen_until" neither changes nor gathers momentum in
+    the first `frozen_steps` steps. Inside the last three, role is told by path.
+
+    Args:
+      config: `config.optim`. `momentum` is β1 of AdamW.
+      labels: one of these labels at each leaf of the params, or of a prefix of their tree.
+      schedule: learning rate by step, see `learning_rate_schedule`.
+      peak: learning rate of "constant_lr", see `peak_learning_rate`.
+
+    Returns:
+      The gradient transformation; its update needs the params.
+
+    Raises:
+      UserError: an unknown optimiser or label, or an option that this optimiser doesn't have.
+      ValueError: a "constant_lr" label without `peak`.
+    """
+    _check_options(config)
+
+    def make(label: str) -> optax.GradientTransformation:
+        if label not in LABELS:
+            raise UserError(f"param_groups gives the label '{label}'.{did_you_mean(label, LABELS)}")
+        mask = _mask_of_label(label, config.decay_norm_bias)
+        if label == "frozen":
+            return optax.set_to_zero()
+        if label == "constant_lr":
+            if peak is None:
+                raise ValueError("Parameters labelled 'constant_lr' need `peak`.")
+            return _base_optimizer(config, peak, mask)
+        if label == "frozen_until":
+            steps = config.frozen_steps
+            # The inner count starts with the thaw; the schedule goes on from the run's start.
+            inner = _base_optimizer(config, lambda count: schedule(count + steps), mask)
+            return optax.conditionally_mask(inner, lambda step: step >= steps)
+        return _base_optimizer(config, schedule, mask)
+
+    used = sorted(set(jax.tree.leaves(labels)))
+    return optax.partition({label: make(label) for label in used}, labels)
+
+
+def peak_learning_rate(config: ConfigDict, batch_size: int) -> float:
+    """The learning rate after warmup, `lr` scaled by the batch.
+
+    Args:
+      config: `config.optim`. `lr_scaling` is "linear" (lr·B/256), "sqrt" (lr·√B) or "none".
+      batch_size: global batch B, in images.
+
+    Returns:
+      The scaled learning rate.
+
+    Raises:
+      UserError: an unknown `lr_scaling`.
+    """
+    _check_choice("lr_scaling", config.lr_scaling, LR_SCALINGS)
+    factors = {"linear": batch_size / 256, "sqrt": math.sqrt(batch_size), "none": 1.0}
+    return config.lr * factors[config.lr_scaling]
+
+
+def learning_rate_schedule(
+    config: ConfigDict, batch_size: int, total_steps: int, steps_per_epoch: int
+) -> optax.Schedule:
+    """The learning rate by step: a linear warmup, then the schedule.
+
+    Over the warmup's W steps it is warmup_start + (peak - warmup_start)·step/W. Then "cosine" falls
+    to `final_lr` over the remaining steps and stays there; "step" multiplies the peak by
+    `step_gamma` at each of `step_epochs`, counted from the run's start; "constant" stays at the
+    peak. `warmup_start` and `final_lr` are learning rates, not scaled by the batch.
+
+    Args:
+      config: `config.optim`. With `per_epoch` every step has the rate of its epoch's first step.
+      batch_size: global batch, in images.
+      total_steps: length of the run. A run shorter than its warmup ends inside it.
+      steps_per_epoch: steps in an epoch.
+
+    Returns:
+      A function from the number of steps done to the learning rate of the next one.
+
+    Raises:
+      UserError: an unknown `schedule` or `lr_scaling`, or a first epoch without learning.
+    """
+    _check_choice("schedule", config.schedule, SCHEDULES)
+    peak = peak_learning_rate(config, batch_size)
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if config.per_epoch and warmup and config.warmup_start == 0:
+        raise UserError(
+            "config.optim.per_epoch with a warmup from 0 gives the whole first epoch a learning "
+            "rate of 0: set config.optim.warmup_start, or config.optim.warmup_epochs to 0."
+        )
+    schedule = _after_warmup(config, peak, warmup, total_steps, steps_per_epoch)
+    if warmup:
+        rise = optax.linear_schedule(config.warmup_start, peak, warmup)
+        schedule = optax.join_schedules([rise, schedule], [warmup])
+    if config.per_epoch:
+        return lambda step: schedule(step // steps_per_epoch * steps_per_epoch)
+    return schedule
+
+
+def _after_warmup(
+    config: ConfigDict, peak: float, warmup: int, total_steps: int, steps_per_epoch: int
+) -> optax.Schedule:
+    """The schedule by the number of steps done since the warmup's end."""
+    if config.schedule == "cosine":
+        fraction = optax.cosine_decay_schedule(1.0, max(total_steps - warmup, 1))
+        return lambda step: config.final_lr + (peak - config.final_lr) * fraction(step)
+    if config.schedule == "step":
+        drops = {
+            round(epoch * steps_per_epoch) - warmup: config.step_gamma
+            for epoch in config.step_epochs
+        }
+        return optax.piecewise_constant_schedule(peak, drops)
+    return optax.constant_schedule(peak)
+
+
+def _base_optimizer(
+    config: ConfigDict, learning_rate: optax.ScalarOrSchedule, mask: Mask
+) -> optax.GradientTransformation:
+    """The optimiser named in the config; the mask says what it decays (and adapts, for LARS)."""
+    if config.name == "adamw":
+        return optax.adamw(
+            learning_rate, b1=config.momentum, weight_decay=config.weight_decay, mask=mask
+        )
+    options = {"momentum": config.momentum, "weight_decay": config.weight_decay}
+    if config.name == "sgd":
+        return sgd(learning_rate, nesterov=config.nesterov, mask=mask, **options)
+    options["trust_coefficient"] = config.trust_coefficient
+    if config.name == "larc":
+        return larc(learning_rate, **options)
+    form = {"lars": lars, "lars_byol": lars_byol, "lars_clipped": lars_clipped}[config.name]
+    return form(learning_rate, mask=mask, **options)
+
+
+def _mask_of_label(label: str, decay_norm_bias: bool) -> Mask:
+    if label == "weight" or decay_norm_bias:
+        return True
+    return False if label == "norm_bias" else weight_mask
+
+
+def _check_options(config: ConfigDict) -> None:
+    _check_choice("name", config.name, OPTIMIZERS)
+    if config.nesterov and config.name != "sgd":
+        raise UserError(
+            f"config.optim.nesterov is for sgd, and config.optim.name is '{config.name}': "
+            "turn it off."
+        )
+    if config.decay_norm_bias and config.name.startswith("lars"):
+        raise UserError(
+            f"config.optim.decay_norm_bias is not for '{config.name}', which leaves biases and "
+            "normalisation parameters out: turn it off, or use larc, sgd or adamw."
+        )
+
+
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"config.optim.{key} is '{value}'.{did_you_mean(value, choices)}")
+
+
+def _larc_adapt(
+    gradient: Float[Array, "..."],
+    weight: Float[Array, "..."],
+    weight_decay: float,
+    eta: float,
+    limit: float | Float[Array, ""] | None = None,
+) -> Float[Array, "..."]:
+    """LARC's scaled and decayed gradient; with a limit, scaled by min(trust/limit, 1)."""
+    weight_norm, gradient_norm = jnp.linalg.norm(weight), jnp.linalg.norm(gradient)
+    trust = eta * weight_norm / (gradient_norm + weight_decay * weight_norm + 1e-8)
+    if limit is not None:
+        # Compared before dividing: the learning rate is 0 at the first step of a warmup.
+        trust = jnp.where(trust < limit, trust / limit, 1.0)
+    nonzero = (weight_norm > 0) & (gradient_norm > 0)
+    return jnp.where(nonzero, trust * (gradient + weight_decay * weight), gradient)

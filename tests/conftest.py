@@ -1,0 +1,31 @@
+"""What must be set before JAX is first imported: eight simulated devices and a compilation cache.
+
+The tests run in one process or in several (pytest-xdist). The first sets the environment, which the
+others inherit, and so do the commands that tests start.
+"""
+
+import os
+import shutil
+import tempfile
+
+import pytest
+
+FIRST_PROCESS = "PYTEST_XDIST_WORKER" not in os.environ
+
+if FIRST_PROCESS:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = " ".join(
+        [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+    ).strip()
+    # TensorFlow: no banner about the CPU's instructions.
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    # Shared, so that a program which several tests compile is compiled once; new, so that no run
+    # depends on an earlier one.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ssl_jax_compiled_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Removes the cache once all processes are done."""
+    if FIRST_PROCESS:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

@@ -1,0 +1,198 @@
+"""The rules of the house that imports alone do not show (those are contracts in pyproject.toml)."""
+
+import ast
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "ssl_jax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+MAX_LINES = 60
+DIFFERENTIATORS = {
+    *("grad", "value_and_grad", "vjp", "jvp", "linearize", "linear_transpose", "hessian"),
+    *("jacfwd", "jacrev", "jacobian", "value_and_jacfwd", "value_and_jacrev", "fwd_and_bwd"),
+}
+CUSTOM_RULES = {"custom_vjp", "custom_jvp", "custom_gradient"}
+MESHES_AND_MAPS = {
+    *("shard_map", "smap", "pmap", "soft_pmap", "xmap", "Mesh", "AbstractMesh", "make_mesh"),
+    *("create_device_mesh", "create_hybrid_device_mesh", "set_mesh", "use_mesh"),
+}
+ARRAY_LIBRARIES = {"jax", "flax", "optax"}
+
+Check = Callable[[str, ast.Module], Iterator[str]]
+
+
+def imported_names(tree: ast.Module) -> dict[str, str]:
+    """Name in this file -> what was imported under it, dotted."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                root = alias.name.split(".")[0]
+                names[alias.asname or root] = alias.name if alias.asname else root
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            for alias in node.names:
+                names[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    return names
+
+
+def outside_names(tree: ast.Module) -> Iterator[tuple[int, list[str]]]:
+    """Line and parts of every dotted name that a file imports or reaches through an import."""
+    names = imported_names(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name.split(".")
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            for alias in node.names:
+                yield node.lineno, [*node.module.split("."), alias.name]
+        elif isinstance(node, ast.Attribute):
+            parts = [node.attr]
+            value = node.value
+            while isinstance(value, ast.Attribute):
+                parts.insert(0, value.attr)
+                value = value.value
+            if isinstance(value, ast.Name) and value.id in names:
+                yield node.lineno, [*names[value.id].split("."), *parts]
+
+
+def uses(tree: ast.Module, forbidden: set[str]) -> Iterator[str]:
+    for line, parts in outside_names(tree):
+        if parts[0] in ARRAY_LIBRARIES and parts[-1] in forbidden:
+            yield f"{line}: {'.'.join(parts)}"
+
+
+def only_step_differentiates(path: str, tree: ast.Module) -> Iterator[str]:
+    if path != "step.py":
+        yield from uses(tree, DIFFERENTIATORS)
+    if path not in ("step.py", "losses.py"):
+        yield from uses(tree, CUSTOM_RULES)
+
+
+def only_spmd_builds_meshes_and_maps(path: str, tree: ast.Module) -> Iterator[str]:
+    if path != "spmd.py":
+        yield from uses(tree, MESHES_AND_MAPS)
+
+
+def functions_are_short(path: str, tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            if lines > MAX_LINES:
+                yield f"{node.lineno}: {node.name} has {lines} lines, more than {MAX_LINES}"
+
+
+def no_string_is_parsed_as_code(path: str, tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in ("eval", "exec", "compile"):
+            yield f"{node.lineno}: {node.id}"
+    for line, parts in outside_names(tree):
+        if parts[0] == "builtins" and parts[-1] in ("eval", "exec", "compile"):
+            yield f"{line}: {'.'.join(parts)}"
+
+
+def no_private_names_of_others(path: str, tree: ast.Module) -> Iterator[str]:
+    for line, parts in outside_names(tree):
+        if parts[0] == "ssl_jax":
+            continue
+        if any(part.startswith("_") and not part.endswith("__") for part in parts):
+            yield f"{line}: {'.'.join(parts)}"
+
+
+def only_the_console_prints(path: str, tree: ast.Module) -> Iterator[str]:
+    if path in ("cli.py", "train.py", "metrics.py"):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id == "print":
+            yield f"{node.lineno}: print"
+
+
+def no_drawer_for_odds_and_ends(path: str, tree: ast.Module) -> Iterator[str]:
+    if {"util", "utils"} & set(path.removesuffix(".py").split("/")):
+        yield "1: name a file after what is in it"
+
+
+RULES: dict[Check, list[tuple[str, str]]] = {
+    only_step_differentiates: [
+        ("train.py", "import jax\njax.grad(f)"),
+        ("evals/finetune.py", "import jax as j\nj.value_and_grad(f)(x)"),
+        ("ema.py", "from jax import vjp as pull"),
+        ("models/heads.py", "import flax.linen as nn\nnn.vjp(f, m)"),
+        ("optim.py", "import jax.numpy as jnp\nimport jax\njax.jacrev(f)"),
+        ("models/resnet.py", "import jax\n@jax.custom_vjp\ndef f(x): ..."),
+    ],
+    only_spmd_builds_meshes_and_maps: [
+        ("train.py", "import jax\njax.make_mesh((8,), ('d',))"),
+        ("step.py", "from jax import shard_map"),
+        ("step.py", "from jax.experimental.shard_map import shard_map"),
+        ("losses.py", "import jax\n@jax.pmap\ndef f(x): ..."),
+        ("evals/knn.py", "import jax\njax.sharding.Mesh(d, 'x')"),
+        ("checkpoint.py", "from jax.sharding import Mesh"),
+        ("data/index.py", "from jax.experimental import mesh_utils as m\nm.create_device_mesh(s)"),
+    ],
+    functions_are_short: [
+        ("train.py", "def f():\n" + "    x = 1\n" * MAX_LINES),
+        ("train.py", "class A:\n    async def f():\n" + "        x = 1\n" * MAX_LINES),
+    ],
+    no_string_is_parsed_as_code: [
+        ("config.py", "eval('1 + 1')"),
+        ("config.py", "list(map(exec, lines))"),
+        ("config.py", "import builtins\nbuiltins.eval('1')"),
+        ("config.py", "compile('1', 'f', 'eval')"),
+    ],
+    no_private_names_of_others: [
+        ("step.py", "from jax._src import core"),
+        ("step.py", "import jax._src.core"),
+        ("step.py", "from flax.linen import _hidden"),
+        ("step.py", "import numpy as np\nnp._core.x()"),
+        ("step.py", "import optax\noptax._src"),
+    ],
+    only_the_console_prints: [
+        ("step.py", "print(1)"),
+        ("data/pipeline.py", "def f(log=print): ..."),
+    ],
+    no_drawer_for_odds_and_ends: [
+        ("data/utils.py", ""),
+        ("utils/arrays.py", ""),
+    ],
+}
+ALLOWED: list[tuple[Check, str, str]] = [
+    (only_step_differentiates, "step.py", "import jax\njax.value_and_grad(f)"),
+    (only_step_differentiates, "losses.py", "import jax\n@jax.custom_vjp\ndef f(x): ..."),
+    (only_step_differentiates, "losses.py", "def grad(x): ...\ngrad(1)"),
+    (only_spmd_builds_meshes_and_maps, "spmd.py", "from jax import shard_map"),
+    (only_spmd_builds_meshes_and_maps, "train.py", "from ssl_jax.spmd import Mesh"),
+    (only_spmd_builds_meshes_and_maps, "config.py", "MODES = ('shard_map', 'pmap')"),
+    (functions_are_short, "train.py", "def f():\n" + "    x = 1\n" * (MAX_LINES - 1)),
+    (no_string_is_parsed_as_code, "config.py", "import ast\nast.literal_eval('1')"),
+    (no_string_is_parsed_as_code, "plan.py", "lowered.compile()"),
+    (no_private_names_of_others, "step.py", "import jax\njax.__version__"),
+    (no_private_names_of_others, "step.py", "self._private()\nfrom ssl_jax.a import _b"),
+    (only_the_console_prints, "cli.py", "print(1)"),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_package_keeps_the_rule(rule: Check) -> None:
+    assert FILES
+    broken = [
+        f"ssl_jax/{name}:{found}"
+        for name in (file.relative_to(PACKAGE).as_posix() for file in FILES)
+        for found in rule(name, ast.parse((PACKAGE / name).read_text()))
+    ]
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize(
+    ("rule", "path", "source"),
+    [(rule, *case) for rule, cases in RULES.items() for case in cases],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_each_rule_can_be_broken(rule: Check, path: str, source: str) -> None:
+    assert list(rule(path, ast.parse(source)))
+
+
+@pytest.mark.parametrize(("rule", "path", "source"), ALLOWED)
+def test_rules_leave_the_rest_alone(rule: Check, path: str, source: str) -> None:
+    assert not list(rule(path, ast.parse(source)))
