@@ -78,11 +78,12 @@ def run_steps(config, source, spmd, steps):
 
 def test_1_and_8_devices_agree_over_20_steps():
     config, source = tiny_config(epochs=10.0), random_source()
+    # Gentle: rounding grows with every step, and LARS's first steps multiply it.
+    config.optim.update(name="adamw", lr=0.02)
     _, one = run_steps(config, source, make_spmd("shard_map", ONE), 20)
     state, eight = run_steps(config, source, make_spmd("shard_map"), 20)
-    assert one[-1] < one[0]
-    np.testing.assert_allclose(eight, one, rtol=2e-3)
-    np.testing.assert_allclose(eight[:5], one[:5], rtol=1e-4)
+    assert np.mean(one[-4:]) < np.mean(one[:4]) - 0.1
+    np.testing.assert_allclose(eight, one, rtol=1e-4)
     assert_replicated(state)
     assert int(state.step) == 20
 
@@ -153,11 +154,15 @@ def test_golden_metrics_of_one_step():
     ids = Index(64, 32, 0).ids(0)
     batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
     _, metrics = step(state, batch, resident)
-    golden = GOLDEN
-    assert metrics.keys() == golden.keys()
-    for name, value in golden.items():
+    assert metrics.keys() == GOLDEN.keys()
+    for name, value in GOLDEN.items():
         message = f"{name} changed; if that is meant, renew the golden values in this test"
         np.testing.assert_allclose(float(metrics[name]), value, rtol=1e-3, err_msg=message)
 
 
-GOLDEN = {"loss": 0.0, "learning_rate": 0.0, "gradient_norm": 0.0, "nt_xent": 0.0}
+GOLDEN = {
+    "loss": 5.981627464294434,
+    "nt_xent": 5.981627464294434,
+    "learning_rate": 0.0,
+    "gradient_norm": 69.79141998291016,
+}

@@ -347,17 +347,18 @@ def _blend(base: _Planes, planes: _Planes, factor: Array) -> _Planes:
 
 def _convolve(x: Images, taps: Float[Array, "n half"], axis: int, border: str) -> Images:
     """A symmetric filter along one axis; `taps` go from the centre outwards."""
-    # Shifts and sums: a convolution with a filter per image would be one group per image, and is
-    # 30 times slower on a CPU; a banded matrix per image, slower too.
+    # Shifts and sums: a convolution with a filter per image has a group per image, 30 times as slow
+    # on a CPU, and a banded matrix per image is slower too.
     radius = taps.shape[1] - 1
     width = [(radius, radius) if i == axis else (0, 0) for i in range(4)]
-    padded = jnp.pad(x, width, mode=border)
+    # Without the barrier the compiler fuses what made x into every shift, and makes it per tap.
+    padded = jax.lax.optimization_barrier(jnp.pad(x, width, mode=border))
 
     def shifted(by: int) -> Images:
         start = radius + by
         return jax.lax.slice_in_dim(padded, start, start + x.shape[axis], axis=axis)
 
-    total = _per_image(taps[:, 0], 4) * x
+    total = _per_image(taps[:, 0], 4) * shifted(0)
     for by in range(1, radius + 1):
         total = total + _per_image(taps[:, by], 4) * (shifted(-by) + shifted(by))
     return total

@@ -100,7 +100,7 @@ def apply_geometry(
 
     An affine view is turned, sheared (x by y) and shifted about its centre before it is cropped,
     all in one bilinear sampling whose taps may reach out of the box; outside the image is black.
-    It takes size² · width numbers of memory per channel of an image, right for up to about 32 × 32.
+    It holds size² · width numbers per image at once, which suits images of up to about 32 × 32.
 
     Args:
       images: uint8, or floats in [0, 1].
@@ -208,9 +208,12 @@ def _sample(
     n, height, width, _ = images.shape
     rows = _kernel(jnp.abs(y.reshape(n, -1, 1) - jnp.arange(height)), "bilinear")
     columns = _kernel(jnp.abs(x.reshape(n, -1, 1) - jnp.arange(width)), "bilinear")
-    lines = jnp.einsum("npi,nijc->npjc", rows, to_float(images), precision=_EXACT)
-    pixels = jnp.sum(columns[..., None] * lines, axis=2)
-    return jnp.clip(pixels, 0.0, 1.0).reshape(*y.shape, 3)
+    planes = []
+    for channel in jnp.moveaxis(to_float(images), -1, 0):
+        lines = jnp.einsum("npi,nij->npj", rows, channel, precision=_EXACT)
+        planes.append(jnp.sum(columns * lines, axis=-1))
+    pixels = jnp.stack(planes, axis=-1).reshape(*y.shape, 3)
+    return jnp.clip(pixels, 0.0, 1.0)
 
 
 def _torchvision_box(key: Array, height: int, width: int, crop: ConfigDict) -> Geometry:

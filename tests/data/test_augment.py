@@ -181,9 +181,10 @@ def test_solarize_inverts_at_and_above_the_threshold():
     np.testing.assert_allclose(two[:, 0, 0, 0], [0.6, 0.4], atol=1e-7)
 
 
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("taps", [1, 3, 9, 12])
-def test_blur(style, taps):
+@pytest.mark.parametrize(
+    "taps, style", [(1, "tf"), (3, "torchvision"), (9, "torchvision"), (12, "tf")]
+)
+def test_blur(taps, style):
     compare(
         lambda x, s: augment.gaussian_blur(x, s, taps, style),
         lambda x, s: oracle_blur(x, s, taps, style),

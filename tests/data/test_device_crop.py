@@ -78,8 +78,7 @@ def test_torchvision_resampling_is_pils(interpolation):
     np.testing.assert_allclose(resized, [pil_resize(x, 16, method) for x in images], atol=2e-6)
 
 
-@pytest.mark.parametrize("sampler", ["tf", "byol"])
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("sampler, interpolation", [("tf", "bicubic"), ("byol", "bilinear")])
 def test_tf_resampling_is_tensorflows(sampler, interpolation):
     tf = pytest.importorskip("tensorflow")
     view = config.view(size=16, crop=dict(sampler=sampler, interpolation=interpolation))
@@ -96,8 +95,10 @@ def test_tf_resampling_is_tensorflows(sampler, interpolation):
     np.testing.assert_allclose(whole, [resized(x) for x in images], atol=atol)
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "sampler, interpolation",
+    [("tf", "bicubic"), ("byol", "bilinear"), ("torchvision", "bilinear"), ("none", "bicubic")],
+)
 def test_whole_image_at_its_size_is_unchanged(sampler, interpolation):
     view = config.view(
         size=32, crop=dict(sampler=sampler, interpolation=interpolation, area=(1.0, 1.0))
@@ -351,4 +352,5 @@ def test_bad_crops_are_refused():
         (dict(affine=dict(degrees=5.0)), "set crop.interpolation to 'bilinear'"),
     ):
         with pytest.raises(UserError, match=message):
-            device_crop.crop_views(images, k, config.view(**changes))
+            view = config.view(**changes)
+            jax.eval_shape(lambda x, view=view: device_crop.crop_views(x, k, view), images)
