@@ -55,7 +55,9 @@ class Encoder:
         module = make_encoder(self.config)
 
         def apply(variables: Pytree, images: Array) -> Array:
-            return jnp.asarray(module.apply(variables, prepare_clean(images, self.config), train=False))
+            return jnp.asarray(
+                module.apply(variables, prepare_clean(images, self.config), train=False)
+            )
 
         return jax.jit(apply)
 

@@ -78,9 +78,9 @@ def test_nt_xent_never_builds_the_whole_matrix():
     n, block = 256, 16
     z = jnp.ones((n, 4))
     text = str(
-        jax.make_jaxpr(
-            jax.grad(lambda a: losses.nt_xent(a, z, temperature=0.1, block_size=block))
-        )(z)
+        jax.make_jaxpr(jax.grad(lambda a: losses.nt_xent(a, z, temperature=0.1, block_size=block)))(
+            z
+        )
     )
     assert f"f32[{block},{2 * n}]" in text
     assert f"f32[{2 * n},{2 * n}]" not in text
@@ -102,9 +102,7 @@ def test_nt_xent_gradients_agree_between_1_and_8_devices(pair, mode, block):
     weights = jnp.float32(np.random.default_rng(1).normal(size=(8, 8)))
 
     def loss(w, z1, z2, axis_name):
-        return losses.nt_xent(
-            z1 @ w, z2, temperature=0.2, axis_name=axis_name, block_size=block
-        )
+        return losses.nt_xent(z1 @ w, z2, temperature=0.2, axis_name=axis_name, block_size=block)
 
     def per_device(w, batch):
         value, gradient = jax.value_and_grad(loss)(w, *batch, AXIS)
@@ -135,9 +133,9 @@ def test_info_nce_is_the_papers():
 def test_info_nce_sends_no_gradient_to_keys_and_queue():
     rng = np.random.default_rng(3)
     arrays = [jnp.float32(rng.normal(size=shape)) for shape in [(4, 3), (4, 3), (5, 3)]]
-    gradients = jax.grad(
-        lambda a: losses.info_nce(*a, temperature=0.1), allow_int=False
-    )(tuple(arrays))
+    gradients = jax.grad(lambda a: losses.info_nce(*a, temperature=0.1), allow_int=False)(
+        tuple(arrays)
+    )
     assert float(jnp.abs(gradients[0]).max()) > 0
     assert float(jnp.abs(gradients[1]).max()) == float(jnp.abs(gradients[2]).max()) == 0
 

@@ -31,9 +31,7 @@ def test_both_modes_map_the_same_function_alike(mode):
         total = jax.lax.psum(batch["x"].sum(), AXIS)
         return state + total, batch["x"] * 2
 
-    mapped = spmd.map(
-        per_device, ("replicated", "sharded"), ("replicated", "sharded"), donate=(0,)
-    )
+    mapped = spmd.map(per_device, ("replicated", "sharded"), ("replicated", "sharded"), donate=(0,))
     x = np.arange(48.0, dtype=np.float32).reshape(16, 3)
     state = spmd.replicate(np.ones(2, np.float32))
     new, doubled = mapped(state, spmd.place_batch({"x": x}))

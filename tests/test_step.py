@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import assert_replicated, assert_trees_close, leaves, make_step, random_source, tiny_config
+from tiny import (
+    assert_replicated,
+    assert_trees_close,
+    leaves,
+    make_step,
+    random_source,
+    tiny_config,
+)
 
 from ssl_jax.data.index import Index
 from ssl_jax.data.pipeline import make_prepare
@@ -25,9 +32,7 @@ def gradients_on(config, source, mode, devices):
         loss, gradients, _, stats, _ = loss_and_gradients(method, state, batch)
         return loss, gradients, stats
 
-    mapped = spmd.map(
-        per_device, ("replicated", "sharded", "replicated"), ("replicated",) * 3
-    )
+    mapped = spmd.map(per_device, ("replicated", "sharded", "replicated"), ("replicated",) * 3)
     ids = Index(source.num_examples, config.batch_size, 0).ids(0)
     batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
     return jax.device_get(mapped(state, batch, resident))

@@ -69,7 +69,7 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "{\"config\": 3}"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"config": 3}'])
 def test_a_damaged_record_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match="config.json can't be read"):

@@ -24,6 +24,8 @@ _Planes = tuple[Array, Array, Array]
 _GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
 _STYLES = ("tf", "torchvision")
 _BRIGHTNESS_MODES = ("multiply", "add")
+# Keeps the colours' draws apart from device_crop's, which may be given the same key.
+_COLOUR = 1
 # One uniform number per name; the order is part of what a seed means.
 _UNIFORMS = (
     *("flip", "jitter", "brightness", "contrast", "saturation", "hue"),
@@ -161,7 +163,7 @@ def draw_parameters(key: Key[Array, ""], view: ConfigDict) -> Parameters:
       "brightness", "contrast", "saturation", "hue"; "sigma" in pixels; and, where the view has
       noise, "noise_key".
     """
-    uniform_key, order_key, noise_key = jax.random.split(key, 3)
+    uniform_key, order_key, noise_key = jax.random.split(jax.random.fold_in(key, _COLOUR), 3)
     uniforms = jax.random.uniform(uniform_key, (len(_UNIFORMS),))
     u = dict(zip(_UNIFORMS, uniforms, strict=True))
     jitter = view.jitter
@@ -237,7 +239,7 @@ def colour(
 
     Args:
       images: crops, uint8 or floats in [0, 1].
-      keys: one per image, not those that drew the crops.
+      keys: one per image; they may be those that drew the crops.
       view: config of the view, static: close over it under `jax.jit`.
 
     Returns:

@@ -18,6 +18,8 @@ from ssl_jax.errors import UserError
 Geometry = dict[str, Shaped[Array, "..."]]
 Sources = UInt8[Array, "n height width 3"] | Float[Array, "n height width 3"]
 
+# Keeps the draws of geometry apart from the colours', which may be given the same key.
+_GEOMETRY = 0
 _TORCHVISION_TRIES = 10
 _TF_TRIES = 100
 _TF_MIN_COVERED = 0.1
@@ -32,7 +34,7 @@ def crop_views(
 
     Args:
       images: uint8, or floats in [0, 1].
-      keys: one per image, not those of its colours; an image's crop depends on its key alone.
+      keys: one per image, on which alone its crop depends; `augment.colour` may take the same.
       view: config of the view, static: close over it under `jax.jit`.
 
     Returns:
@@ -76,7 +78,7 @@ def draw_geometry(key: Key[Array, ""], height: int, width: int, view: ConfigDict
         raise UserError(
             f"crop.sampler is '{view.crop.sampler}': it may be one of {', '.join(samplers)}."
         )
-    box_key, affine_key = jax.random.split(key)
+    box_key, affine_key = jax.random.split(jax.random.fold_in(key, _GEOMETRY))
     geometry = samplers[view.crop.sampler](box_key, height, width, view.crop)
     if _is_affine(view):
         degrees, shear, y, x = jax.random.uniform(affine_key, (4,), minval=-1.0)

@@ -187,7 +187,7 @@ class FolderSource:
     def _replace_undecodable(self, ids: Int[np.ndarray, " n"]) -> None:
         """Finds the bad files among some ids' and replaces them, or refuses to go on."""
         with self._lock:  # training and evaluation may both be reading
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
+            with ThreadPoolExecutor(self._config.data.threads or os.cpu_count()) as pool:
                 ids = np.unique(ids)
                 bad = ids[list(pool.map(self._is_undecodable, ids))]
             if len(bad) and self._config.data.on_bad_image == "fatal":

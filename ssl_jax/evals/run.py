@@ -207,9 +207,7 @@ def table(rows: list[Row], labels_per_class: tuple[int, ...]) -> list[str]:
     cells = [header]
     for row in rows:
         few = [f"{100 * row[f'labels_{c}']['mean']:.1f}" for c in counts]
-        cells.append(
-            [row["name"], *few, f"{100 * row['linear']:.1f}", f"{100 * row['knn']:.1f}"]
-        )
+        cells.append([row["name"], *few, f"{100 * row['linear']:.1f}", f"{100 * row['knn']:.1f}"])
     widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
     return [
         "  ".join(

@@ -9,7 +9,7 @@ import scipy.stats
 from PIL import Image
 
 from ssl_jax import config
-from ssl_jax.data import device_crop
+from ssl_jax.data import augment, device_crop
 from ssl_jax.errors import UserError
 
 SAMPLERS = ("torchvision", "tf", "byol", "none")
@@ -248,6 +248,18 @@ def test_a_crop_depends_on_its_key_alone(affine):
     np.testing.assert_allclose(run(images[4:5], keys(12)[4:5]), whole[4:5], atol=5e-6)
     same = run(np.repeat(images[:1], 12, axis=0), keys(12))
     assert np.abs(same - same[:1])[1:].mean(axis=(1, 2, 3)).min() > 0.01
+
+
+def test_the_same_key_may_draw_crop_and_colours():
+    view = config.view(crop=WHOLE, affine=dict(degrees=1.0, shear=1.0, translate=1.0))
+
+    def draw(key):
+        geometry = device_crop.draw_geometry(key, 32, 32, view)
+        drawn = geometry | augment.draw_parameters(key, view)
+        return [drawn[name] for name in ("degrees", "shift_x", "flip", "hue", "sigma", "contrast")]
+
+    drawn = np.stack(jax.jit(jax.vmap(draw))(keys(4000))).astype(float)
+    assert np.abs(np.corrcoef(drawn) - np.eye(len(drawn))).max() < 5 / math.sqrt(4000)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

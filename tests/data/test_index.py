@@ -42,7 +42,7 @@ def test_processes_split_the_ids_exactly(processes):
 
 
 def test_the_order_is_uniform():
-    # Where id 0 ends up over 2,000 epochs of 10 samples: chi-square, 9 degrees of freedom, p = 1e-4.
+    # Where id 0 ends up over 2,000 epochs of 10: chi-square, 9 degrees of freedom, p = 1e-4.
     at = [permutation(0, e, 10).tolist().index(0) for e in range(2000)]
     counts = np.bincount(at, minlength=10)
     assert ((counts - 200) ** 2 / 200).sum() < 33.7

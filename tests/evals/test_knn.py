@@ -44,7 +44,8 @@ def test_neighbours_are_scikit_learns(monkeypatch):
     monkeypatch.setattr(knn_module, "_KEYS", 7)
     train, _, test = data()
     similarity, index = nearest_neighbours(train, test, k=5)
-    distance, expected = NearestNeighbors(n_neighbors=5, metric="cosine").fit(train).kneighbors(test)
+    theirs = NearestNeighbors(n_neighbors=5, metric="cosine").fit(train)
+    distance, expected = theirs.kneighbors(test)
     np.testing.assert_array_equal(index, expected)
     np.testing.assert_allclose(similarity, 1 - distance, atol=1e-5)
 

@@ -19,13 +19,11 @@ def test_a_probe_separates_what_is_separable():
     assert np.mean(linear_probe(train, shuffled, test) == test_labels) < 0.5
 
 
-def test_scales_of_features_do_not_matter():
+def test_the_scale_of_the_features_does_not_matter():
     train, labels = data(0)
     test, _ = data(1)
-    scale = np.float32([1, 100, 0.01, 5, 1])
-    np.testing.assert_array_equal(
-        linear_probe(train, labels, test), linear_probe(train * scale, labels, test * scale)
-    )
+    moved = linear_probe(100 * train + 7, labels, 100 * test + 7)
+    assert (linear_probe(train, labels, test) == moved).mean() > 0.99
 
 
 def test_draws_are_paired_and_class_balanced():
@@ -39,7 +37,5 @@ def test_draws_are_paired_and_class_balanced():
     noise = np.random.default_rng(1).normal(size=train.shape)
     worse = few_label_accuracies(noise, labels, test, test_labels, **arguments)
     assert worse.mean() < first.mean() - 0.1
-    more = few_label_accuracies(
-        train, labels, test, test_labels, labels_per_class=25, draws=6
-    )
+    more = few_label_accuracies(train, labels, test, test_labels, labels_per_class=25, draws=6)
     assert more.mean() > first.mean()

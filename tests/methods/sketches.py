@@ -70,9 +70,7 @@ class MoCoSketch(WithProjector):
         return outputs, {**new_stats, "target": target_stats}
 
     def loss(self, params, outputs, extra, batch, step):
-        loss = losses.info_nce(
-            outputs["query"], outputs["key"], extra["queue"], temperature=0.2
-        )
+        loss = losses.info_nce(outputs["query"], outputs["key"], extra["queue"], temperature=0.2)
         return self.mean(loss), {}
 
     def update(self, params, outputs, extra, step):

@@ -26,6 +26,8 @@ def config_of(method):
         first = config.views.view1
         config.views = {"a_large": first, "b_large": first, "c_small": small}
         config.optim.update(name="larc", frozen_steps=2, warmup_epochs=0.0)
+    if method == "moco_sketch":
+        config.batch_size = 64  # each of 8 devices sends an image to each
     return config
 
 
@@ -45,7 +47,6 @@ def test_the_state_stays_the_same_on_all_devices(method):
     config = config_of(method)
     if method == "moco_sketch":
         config.model.bn_group = 1  # per-device statistics are what would diverge
-        config.batch_size = 64
     _, step, state, resident = make_step(config, spmd, source)
     before = jax.device_get(state)
     for number in range(3):

