@@ -2,9 +2,9 @@
 
 Paper: Chen et al., 2020, arXiv:2002.05709, scaled down: a ResNet-18 a quarter as wide with the
 CIFAR stem, 8×8 scans, batch 256. Deviations: no colour to distort, so the views are affine crops
-with brightness, contrast and noise; no flip, for digits are not symmetric; the last BatchNorm of a block
-starts at γ = 1, for with γ = 0 an untrained network of this size sees one corner of the image only
-and would make a poor baseline of random features.
+with brightness, contrast and noise; no flip, for digits are not symmetric; the last BatchNorm of a
+block starts at γ = 1, for with γ = 0 an untrained network of this size sees one corner of the image
+only and would make a poor baseline of random features.
 """
 
 from ml_collections import ConfigDict

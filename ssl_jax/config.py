@@ -142,7 +142,7 @@ def default_config() -> ConfigDict:
                 "test_dir": "",
                 "on_bad_image": "fatal",
                 "test_fraction": 0.25,  # held out where a source has no test split of its own
-                "threads": 0,  # of the host pipeline; 0: as many as cores
+                "threads": 0,  # of the host pipeline; 0: TensorFlow decides
             },
             "views": {"view1": view(), "view2": view()},
             "model": _MODEL,
