@@ -40,7 +40,6 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12",
         "pillow>=11.0",
-        "rich>=13.0",
         "scikit-learn>=1.6",
         "scipy>=1.14",
         "tensorboardX>=2.6.2",

@@ -90,6 +90,19 @@ class Run:
             self.state = self.checkpoints.restore(self.start, self.state)
             self.progress.note(f"Continuing from step {self.start} of {total}.")
         self.log = MetricsLog(workdir, self.start)
+        self.progress.note(self.summary())
+
+    def summary(self) -> str:
+        """What is run, in a line."""
+        plan, config = self.plan, self.config
+        encoder = jax.tree.leaves(self.state.params["encoder"])
+        device = jax.devices()[0]
+        return (
+            f"{config.method}, ResNet-{config.model.depth} ×{config.model.width:g} "
+            f"({sum(leaf.size for leaf in encoder) / 1e6:.3g} M parameters), "
+            f"{plan.train.num_examples:,} images, batch {config.batch_size} on {plan.spmd.size} × "
+            f"{device.device_kind}, {plan.schedule.total_steps:,} steps; the first step compiles."
+        )
 
     def train(self) -> TrainState:
         """Steps from where the run stands to its end."""

@@ -1,0 +1,20 @@
+"""SimCLR v1 on a folder of your own images: --config.data.dir=PATH, --config.data.test_dir=PATH.
+
+Paper: Chen et al., 2020, arXiv:2002.05709; ResNet-50 at 224 pixels, batch 256, 100 epochs, global
+BatchNorm, square-root scaling of the learning rate as the paper recommends for small batches
+(appendix B.1). Views as in the official code (crop 0.08-1, full colour distortion, blur). Without
+a test folder the run is not evaluated. Cost: 49 GFLOP per image; meant for an accelerator.
+"""
+
+from ml_collections import ConfigDict
+
+from ssl_jax.config import default_config
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The run."""
+    config = default_config()
+    config.data.name = "folder"
+    config.dtype = "bfloat16"
+    config.optim.update(lr=0.075, lr_scaling="sqrt", weight_decay=1e-4)
+    return config
