@@ -51,6 +51,41 @@ _SIMCLR = {
     "layers": 2,
     "loss_scale": 1.0,  # 2 is what the official code trains on
     "block_size": 0,  # 0: chosen
+    # SimCLR v2's memory: projections of an averaged network as further negatives; 0: none.
+    "memory": 0,
+    "memory_momentum": 0.999,
+}
+_MOCO = {
+    "queue": 65536,
+    "momentum": 0.999,
+    "momentum_end": 0.999,  # reached by a cosine over the run; the same: constant
+    "temperature": 0.2,  # v1: 0.07
+    "out": 128,
+    "layers": 2,  # of the projector; v1: 1
+    "symmetric": False,  # each view asks for the other (lightly, solo-learn)
+}
+_SWAV = {
+    "prototypes": 3000,
+    "hidden": 2048,
+    "out": 128,
+    "temperature": 0.1,
+    "epsilon": 0.05,
+    "iterations": 3,
+    "queue": 0,  # embeddings for each assigned crop
+    "queue_from_epoch": 15.0,
+}
+_BYOL = {
+    "hidden": 4096,
+    "out": 256,
+    "momentum": 0.996,  # at the first step; a cosine to 1
+    "head_bn": True,
+}
+_SIMSIAM = {
+    "hidden": 0,  # 0: as wide as the encoder's features
+    "out": 2048,
+    "layers": 3,
+    "predictor_hidden": 512,
+    "stop_gradient": True,
 }
 _OPTIM = {
     "name": "lars",
@@ -141,12 +176,17 @@ def default_config() -> ConfigDict:
                 "dir": "",  # of the image folder
                 "test_dir": "",
                 "on_bad_image": "fatal",
+                "num_classes": 0,  # 0: as many as the labels show
                 "test_fraction": 0.25,  # held out where a source has no test split of its own
                 "threads": 0,  # of the host pipeline; 0: TensorFlow decides
             },
             "views": {"view1": view(), "view2": view()},
             "model": _MODEL,
             "simclr": _SIMCLR,
+            "moco": _MOCO,
+            "swav": _SWAV,
+            "byol": _BYOL,
+            "simsiam": _SIMSIAM,
             "optim": _OPTIM,
             "eval": {
                 "knn_every_epochs": 10.0,  # 0: never during training
@@ -253,7 +293,11 @@ def validate(config: ConfigDict) -> None:
       UserError: naming the first key that is wrong and what it may be.
     """
     _check_choices(config, _CHOICES, "config")
-    for key in ("batch_size", "log_every", "eval.batch_size", "eval.knn_k", "model.width"):
+    temperatures = [f"{method}.temperature" for method in ("simclr", "moco", "swav")]
+    for key in (
+        *("batch_size", "log_every", "eval.batch_size", "eval.knn_k", "eval.draws"),
+        *("model.width", "swav.epsilon", "eval.knn_temperature", *temperatures),
+    ):
         if not _get(config, key) > 0:
             raise UserError(f"config.{key} is {_get(config, key)}: it must be positive.")
     for key in ("steps", "epochs", "optim.lr", "optim.warmup_epochs", "model.bn_group"):
@@ -266,10 +310,6 @@ def validate(config: ConfigDict) -> None:
     if not 0 < config.data.test_fraction < 1:
         raise UserError(
             f"config.data.test_fraction is {config.data.test_fraction}: it must be between 0 and 1."
-        )
-    if not config.simclr.temperature > 0:
-        raise UserError(
-            f"config.simclr.temperature is {config.simclr.temperature}: it must be positive."
         )
     if not config.views:
         raise UserError("config.views is empty: name at least one view.")

@@ -23,6 +23,7 @@ def nt_xent(
     temperature: float,
     axis_name: str | None = None,
     block_size: int | None = None,
+    memory: Float[Array, "k d"] | None = None,
 ) -> Float[Array, ""]:
     """The normalised temperature-scaled cross-entropy of two views (SimCLR, section 2.1, eq. 1).
 
@@ -36,30 +37,43 @@ def nt_xent(
       axis_name: mapped axis over which the batch is split; None on a single device.
       block_size: anchors compared with all embeddings at a time; memory is
         O(N·d + block_size·N). None picks one.
+      memory: further negatives of every anchor, [k, d], rows of unit length, the same on every
+        device; no gradient flows into them (SimCLR v2, section 2).
 
     Returns:
       float32 scalar, the same on every device.
     """
     z = jnp.stack([normalize(z1), normalize(z2)])
-    anchors, negatives = 2 * z.shape[1], 2 * z.shape[1] * _axis_size(axis_name)
-    block = block_size or max(1, min(anchors, _BLOCK_ELEMENTS // negatives))
-    local_mean = _local_nt_xent(z, temperature, axis_name, min(block, anchors))
+    if memory is None:
+        memory = jnp.zeros((0, z.shape[-1]))
+    anchors = 2 * z.shape[1]
+    columns = anchors * _axis_size(axis_name) + memory.shape[0]
+    block = block_size or max(1, min(anchors, _BLOCK_ELEMENTS // columns))
+    local_mean = _local_nt_xent(z, memory, temperature, axis_name, min(block, anchors))
     return _pmean(local_mean, axis_name)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _local_nt_xent(
-    z: Float[Array, "2 n d"], temperature: float, axis_name: str | None, block: int
+    z: Float[Array, "2 n d"],
+    memory: Float[Array, "k d"],
+    temperature: float,
+    axis_name: str | None,
+    block: int,
 ) -> Float[Array, ""]:
-    return _nt_xent_forward(z, temperature, axis_name, block)[0]
+    return _nt_xent_forward(z, memory, temperature, axis_name, block)[0]
 
 
 def _nt_xent_forward(
-    z: Float[Array, "2 n d"], temperature: float, axis_name: str | None, block: int
+    z: Float[Array, "2 n d"],
+    memory: Float[Array, "k d"],
+    temperature: float,
+    axis_name: str | None,
+    block: int,
 ) -> tuple[Float[Array, ""], tuple[Array, ...]]:
     everyone = _gather(z, axis_name)  # [2, N, d]
     rows = _global_rows(z, everyone, axis_name)
-    columns = everyone.reshape(-1, z.shape[-1])
+    columns = jnp.concatenate([everyone.reshape(-1, z.shape[-1]), memory.astype(jnp.float32)])
 
     def log_sum_exp(anchor: Array, row: Array) -> Array:
         scores = _masked_scores(anchor, row, columns, temperature)
@@ -69,7 +83,9 @@ def _nt_xent_forward(
     positive = jnp.sum(z[0] * z[1], axis=-1) / temperature
     loss = jnp.mean(lse) - jnp.mean(positive)
     all_lse = _gather(lse.reshape(2, -1), axis_name).reshape(-1)
-    return loss, (z, columns, rows, lse, all_lse)
+    # What is remembered is no anchor: e^{s - inf} = 0 takes its rows out of the backward.
+    all_lse = jnp.concatenate([all_lse, jnp.full(memory.shape[0], jnp.inf)])
+    return loss, (z, memory, columns, rows, lse, all_lse)
 
 
 def _nt_xent_backward(
@@ -78,13 +94,13 @@ def _nt_xent_backward(
     block: int,
     saved: tuple[Array, ...],
     cotangent: Float[Array, ""],
-) -> tuple[Array]:
+) -> tuple[Array, Array]:
     """Each device completes its own rows; the matrix is symmetric, so nothing is reduced.
 
     dz_i = [Σ_{j≠i} (e^{s_ij - lse_i} + e^{s_ij - lse_j}) z_j - 2 z_positive(i)] / (anchors·τ),
     where `anchors` counts this device's alone: the gradient of the sum of the devices' local means.
     """
-    z, columns, rows, lse, all_lse = saved
+    z, memory, columns, rows, lse, all_lse = saved
 
     def attraction(anchor: Array, row: Array, own_lse: Array) -> Array:
         scores = _masked_scores(anchor, row, columns, temperature)
@@ -93,7 +109,8 @@ def _nt_xent_backward(
 
     dz = _in_blocks(attraction, block, z.reshape(-1, z.shape[-1]), rows.reshape(-1), lse)
     dz = dz.reshape(z.shape) - 2 * z[::-1]
-    return (dz * (cotangent / (2 * z.shape[1] * temperature)),)
+    dz *= cotangent / (2 * z.shape[1] * temperature)
+    return dz, jnp.zeros_like(memory)
 
 
 _local_nt_xent.defvjp(_nt_xent_forward, _nt_xent_backward)

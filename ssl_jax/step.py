@@ -55,7 +55,7 @@ def assemble(
     Returns:
       The method, the optimiser of its parameter groups, and the learning rate by step.
     """
-    method = make_method(config, schedule.total_steps, axis_name, groups)
+    method = make_method(config, schedule, axis_name, groups)
     learning_rate = learning_rate_schedule(
         config.optim, config.batch_size, schedule.total_steps, schedule.steps_per_epoch
     )

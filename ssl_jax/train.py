@@ -10,7 +10,7 @@ from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.config import is_due, run_schedule
 from ssl_jax.data.index import Index
 from ssl_jax.data.pipeline import Prefetcher, make_prepare
-from ssl_jax.data.sources import make_sources
+from ssl_jax.data.sources import Source, make_sources
 from ssl_jax.evals.run import Evaluator
 from ssl_jax.metrics import Fetcher, MetricsLog, Progress
 from ssl_jax.report import write_report
@@ -37,7 +37,7 @@ def pretrain(config: ConfigDict, workdir: str | Path, command: str = "") -> Trai
     # Whatever is wrong with the config shows here, before the folder is touched.
     plan = Plan(config)
     with locked(workdir):
-        write_config(workdir, config, command)
+        write_config(workdir, plan.config, command)
         run = Run(plan, workdir)
         try:
             state = run.train()
@@ -57,9 +57,9 @@ class Plan:
         Raises:
           UserError: anything in the config that can't be run.
         """
-        self.config = config
         self.spmd = make_spmd(config.spmd, batch_size=config.batch_size)
         self.train, self.test = make_sources(config)
+        self.config = config = resolve(config, self.train)
         self.schedule = run_schedule(config, self.train.num_examples)
         self.index = Index(self.train.num_examples, config.batch_size, config.seed)
         groups = device_groups(self.spmd.size, config.model.bn_group)
@@ -70,6 +70,14 @@ class Plan:
             outputs=("replicated", "replicated"),
             donate=(0,),
         )
+
+
+def resolve(config: ConfigDict, train: Source) -> ConfigDict:
+    """A copy of the config with what only the data can tell."""
+    config = ConfigDict(config.to_dict()).lock()
+    if config.data.num_classes == 0 and train.labels is not None:
+        config.data.num_classes = int(train.labels.max()) + 1
+    return config
 
 
 class Run:

@@ -88,3 +88,26 @@ def assert_replicated(tree):
         copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
         for copy in copies[1:]:
             np.testing.assert_array_equal(copy, copies[0], err_msg=jax.tree_util.keystr(path))
+
+
+def method_config(name, **changes):
+    """A config in which a method trains the tiny network."""
+    config = tiny_config(method=name.removesuffix("_memory"), batch_size=64, **changes)
+    config.data.num_classes = 4
+    config.simclr.memory = 256 if name == "simclr_memory" else 0
+    config.moco.update(queue=192, out=8)
+    config.byol.update(hidden=16, out=8)
+    config.simsiam.update(out=16, predictor_hidden=8)
+    config.swav.update(prototypes=12, hidden=16, out=8, queue=128, queue_from_epoch=1.0)
+    if name == "swav":
+        small = view(
+            size=6,
+            count=2,
+            crop={"sampler": "torchvision", "area": (0.1, 0.3), "interpolation": "bilinear"},
+            blur={"prob": 0.0},
+            gray=0.0,
+        )
+        first = config.views.view1
+        config.views = {"a_large": first, "b_large": first, "c_small": small}
+        config.optim.update(name="larc", frozen_steps=2, warmup_epochs=0.0)
+    return config

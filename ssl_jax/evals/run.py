@@ -138,7 +138,7 @@ class Evaluator:
             train,
             self.train.labels,
             test,
-            num_classes=int(self.train.labels.max()) + 1,
+            num_classes=self.config.data.num_classes,
             k=self.config.eval.knn_k,
             temperature=self.config.eval.knn_temperature,
         )

@@ -4,12 +4,24 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from ssl_jax.config import did_you_mean
+from ssl_jax.config import Schedule, did_you_mean
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import Method
+from ssl_jax.methods.byol import BYOL
+from ssl_jax.methods.moco import MoCo
 from ssl_jax.methods.simclr import SimCLR
+from ssl_jax.methods.simsiam import SimSiam
+from ssl_jax.methods.supervised import Supervised
+from ssl_jax.methods.swav import SwAV
 
-_METHODS: dict[str, type[Method]] = {"simclr": SimCLR}
+_METHODS: dict[str, type[Method]] = {
+    "simclr": SimCLR,
+    "moco": MoCo,
+    "swav": SwAV,
+    "byol": BYOL,
+    "simsiam": SimSiam,
+    "supervised": Supervised,
+}
 
 
 def register(name: str) -> Callable[[type[Method]], type[Method]]:
@@ -24,7 +36,7 @@ def register(name: str) -> Callable[[type[Method]], type[Method]]:
 
 def make_method(
     config: ConfigDict,
-    total_steps: int,
+    schedule: Schedule,
     axis_name: str | None = None,
     groups: tuple[tuple[int, ...], ...] | None = None,
 ) -> Method:
@@ -32,7 +44,7 @@ def make_method(
 
     Args:
       config: of the run.
-      total_steps: its length, for schedules inside the method.
+      schedule: its length, for schedules inside the method.
       axis_name: mapped axis of the devices; None on a single one.
       groups: of devices that share BatchNorm statistics; None for all.
 
@@ -46,4 +58,4 @@ def make_method(
         raise UserError(
             f"config.method is '{config.method}'.{did_you_mean(config.method, _METHODS)}"
         )
-    return _METHODS[config.method](config, total_steps, axis_name, groups)
+    return _METHODS[config.method](config, schedule, axis_name, groups)

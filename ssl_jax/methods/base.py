@@ -14,6 +14,8 @@ step serves all. Conventions that the rest of the package relies on:
   order of the global batch.
 """
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from ssl_jax.config import Schedule
 from ssl_jax.models import MLPHead, ResNet
 from ssl_jax.optim import role_labels
 
@@ -34,7 +37,7 @@ class Method:
 
     Attributes:
       config: of the run.
-      total_steps: its length in steps.
+      schedule: its length in steps.
       axis_name: mapped axis of the devices, None on a single one.
       groups: of devices that share BatchNorm statistics, None for all.
       encoder: the Flax module of the evaluated network.
@@ -43,12 +46,12 @@ class Method:
     def __init__(
         self,
         config: ConfigDict,
-        total_steps: int,
+        schedule: Schedule,
         axis_name: str | None = None,
         groups: tuple[tuple[int, ...], ...] | None = None,
     ) -> None:
         self.config = config
-        self.total_steps = total_steps
+        self.schedule = schedule
         self.axis_name = axis_name
         self.groups = groups
         self.encoder = make_encoder(config, axis_name, groups)
@@ -128,46 +131,53 @@ def make_encoder(
     )
 
 
-def train_apply(
-    module: nn.Module, name: str, params: Pytree, stats: Pytree, x: Array
-) -> tuple[Array, Pytree]:
-    """Applies a module in train mode.
+def init_networks(
+    networks: Mapping[str, nn.Module], rng: Array, images: Array
+) -> tuple[Pytree, Pytree]:
+    """Initial parameters of networks that follow one another.
 
     Args:
-      module: called as `module(x, train=True)`.
-      name: its entry in `params` and `stats`.
-      params: of the method.
-      stats: the method's `extra["batch_stats"]`.
-      x: its input.
+      networks: by name, each called as `module(x, train=...)` on what the one before gives.
+      rng: a key.
+      images: of the shape of a view, [n, H, W, 3].
 
     Returns:
-      The output, and the module's new batch statistics ({} if it has none).
+      `params` and `batch_stats` by name, {} for a network without statistics.
     """
-    variables = {"params": params[name], "batch_stats": stats[name]}
-    out, changed = module.apply(variables, x, train=True, mutable=["batch_stats"])
-    return out, changed.get("batch_stats", {})
+    params, stats, x = {}, {}, images[:1]
+    for key, (name, module) in zip(
+        jax.random.split(rng, len(networks)), networks.items(), strict=True
+    ):
+        variables = module.init(key, x, train=False)
+        params[name], stats[name] = variables["params"], variables.get("batch_stats", {})
+        out = jax.eval_shape(functools.partial(module.apply, train=False), variables, x)
+        x = jnp.zeros(out.shape, out.dtype)
+    return params, stats
 
 
-def init_module(module: nn.Module, rng: Array, x: Array) -> tuple[Pytree, Pytree]:
-    """Initial parameters and batch statistics ({} if none) of one module."""
-    variables = module.init(rng, x, train=False)
-    return variables["params"], variables.get("batch_stats", {})
-
-
-def encode_together(
-    method: Method, params: Pytree, stats: Pytree, views: tuple[Array, ...]
+def apply_networks(
+    networks: Mapping[str, nn.Module], params: Pytree, stats: Pytree, x: Array
 ) -> tuple[list[Array], Pytree]:
-    """Encodes views of one size in one forward, so that they share BatchNorm statistics.
+    """Runs networks one after another in train mode.
 
     Args:
-      method: whose encoder to use.
-      params: of the method.
-      stats: the method's `extra["batch_stats"]`.
-      views: V arrays [n, H, W, 3] of equal shape.
+      networks: by name; their entries in `params` and `stats` are used.
+      params: by name, others may be there.
+      stats: batch statistics by name, others may be there.
+      x: input of the first.
 
     Returns:
-      V features [n, D], and the encoder's new batch statistics.
+      Each network's output, and `stats` with these networks' replaced by the new ones.
     """
-    images = jnp.concatenate(views)
-    features, new_stats = train_apply(method.encoder, "encoder", params, stats, images)
-    return jnp.split(features, len(views)), new_stats
+    outputs, new_stats = [], dict(stats)
+    for name, module in networks.items():
+        variables = {"params": params[name], "batch_stats": stats[name]}
+        x, changed = module.apply(variables, x, train=True, mutable=["batch_stats"])
+        outputs.append(x)
+        new_stats[name] = changed.get("batch_stats", {})
+    return outputs, new_stats
+
+
+def stack_views(x: Float[Array, "vn d"], views: int) -> Float[Array, "n v d"]:
+    """What came of views that were concatenated, with the examples on axis 0 again."""
+    return jnp.stack(jnp.split(x, views), axis=1)

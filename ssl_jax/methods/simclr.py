@@ -1,8 +1,10 @@
-"""SimCLR v1: a simple framework for contrastive learning (Chen et al., 2020, arXiv:2002.05709).
+"""SimCLR v1 (Chen et al., 2020, arXiv:2002.05709) and v2 (Chen et al., 2020, arXiv:2006.10029).
 
 Two views of each image go through one encoder and a projector together, so that BatchNorm sees all
 2B images of the global batch; NT-Xent pulls the two projections of an image together against the
-2B - 2 others. The projector is thrown away.
+2B - 2 others. v2 has a projector of three layers, of which fine-tuning may keep the first, and may
+have a memory: projections of earlier batches, made by a slow average of the networks, as further
+negatives (section 2; never released).
 """
 
 from typing import Any
@@ -11,17 +13,30 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ssl_jax import losses
-from ssl_jax.methods.base import Batch, Method, Pytree, encode_together, init_module, train_apply
+from ssl_jax import ema, losses
+from ssl_jax.errors import UserError
+from ssl_jax.methods.base import (
+    Batch,
+    Method,
+    Pytree,
+    apply_networks,
+    init_networks,
+    stack_views,
+)
 
 
 class SimCLR(Method):
-    """SimCLR v1: encoder, projector, NT-Xent."""
+    """SimCLR: encoder, projector, NT-Xent; with a memory, `extra` has a `target` and a `queue`."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         options = self.config.simclr
-        self.projector = self.head(
+        if options.memory % (2 * self.config.batch_size):
+            raise UserError(
+                f"config.simclr.memory is {options.memory}: it must be 0 or a multiple of twice "
+                f"config.batch_size, {2 * self.config.batch_size}."
+            )
+        projector = self.head(
             hidden=options.hidden or self.encoder.num_features,
             out=options.out,
             layers=options.layers,
@@ -29,26 +44,37 @@ class SimCLR(Method):
             out_bn="scale",
             kernel_init="normal_0.01",
         )
+        self.networks = {"encoder": self.encoder, "projector": projector}
 
     def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
-        """Initial encoder and projector; nothing beside their batch statistics."""
-        rng_encoder, rng_projector = jax.random.split(rng)
-        encoder, encoder_stats = init_module(self.encoder, rng_encoder, batch["views"][0])
-        features = jnp.zeros((1, self.encoder.num_features))
-        projector, projector_stats = init_module(self.projector, rng_projector, features)
-        params = {"encoder": encoder, "projector": projector}
-        return params, {"batch_stats": {"encoder": encoder_stats, "projector": projector_stats}}
+        """The averaged networks start as a copy, the memory as unit Gaussian vectors."""
+        rng_networks, rng_memory = jax.random.split(rng)
+        params, stats = init_networks(self.networks, rng_networks, batch["views"][0])
+        options = self.config.simclr
+        if not options.memory:
+            return params, {"batch_stats": stats}
+        queue = losses.normalize(jax.random.normal(rng_memory, (options.memory, options.out)))
+        return params, {
+            "batch_stats": {**stats, "target": jax.tree.map(jnp.copy, stats)},
+            "target": jax.tree.map(jnp.copy, params),
+            "queue": queue,
+        }
 
     def forward(
         self, params: Pytree, extra: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
         """Both views together through encoder and projector: `projection` [n, 2, d]."""
-        stats = extra["batch_stats"]
-        features, encoder_stats = encode_together(self, params, stats, batch["views"])
-        both = jnp.concatenate(features)
-        z, projector_stats = train_apply(self.projector, "projector", params, stats, both)
-        outputs = {"embedding": features[0], "projection": jnp.stack(jnp.split(z, 2), axis=1)}
-        return outputs, {"encoder": encoder_stats, "projector": projector_stats}
+        images, stats = jnp.concatenate(batch["views"]), dict(extra["batch_stats"])
+        target_stats = stats.pop("target", None)
+        (features, z), stats = apply_networks(self.networks, params, stats, images)
+        outputs = {"embedding": jnp.split(features, 2)[0], "projection": stack_views(z, 2)}
+        if target_stats is None:
+            return outputs, stats
+        (_, key), target_stats = apply_networks(
+            self.networks, extra["target"], target_stats, images
+        )
+        outputs["key"] = losses.normalize(jax.lax.stop_gradient(stack_views(key, 2)))
+        return outputs, {**stats, "target": target_stats}
 
     def loss(
         self, params: Pytree, outputs: dict[str, Array], extra: Pytree, batch: Batch, step: Array
@@ -62,5 +88,19 @@ class SimCLR(Method):
             temperature=options.temperature,
             axis_name=self.axis_name,
             block_size=options.block_size or None,
+            memory=extra.get("queue"),
         )
         return options.loss_scale * loss, {"nt_xent": loss}
+
+    def update(
+        self, params: Pytree, outputs: dict[str, Array], extra: Pytree, step: Array
+    ) -> tuple[Pytree, Pytree]:
+        """Remembers the projections of the global batch and moves the averaged networks."""
+        if "queue" not in extra:
+            return params, extra
+        options = self.config.simclr
+        keys = self.gather(outputs["key"]).reshape(-1, options.out)
+        start = (step * keys.shape[0]) % options.memory
+        queue = jax.lax.dynamic_update_slice_in_dim(extra["queue"], keys, start, axis=0)
+        target = ema.update(extra["target"], params, options.memory_momentum)
+        return params, {**extra, "queue": queue, "target": target}

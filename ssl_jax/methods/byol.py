@@ -1,0 +1,85 @@
+"""BYOL: bootstrap your own latent (Grill et al., 2020, arXiv:2006.07733).
+
+An online network predicts, from one view, what a slow average of itself makes of the other view.
+There are no negatives: the predictor, the average and BatchNorm keep it from collapsing.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ssl_jax import ema, losses
+from ssl_jax.methods.base import Batch, Method, Pytree, apply_networks, init_networks
+
+
+class BYOL(Method):
+    """BYOL: encoder, projector, predictor; the target is an encoder and a projector."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        options = self.config.byol
+        head = {
+            "hidden": options.hidden,
+            "out": options.out,
+            "layers": 2,
+            "hidden_bias": True,
+            "hidden_bn": options.head_bn,
+            "kernel_init": "haiku",
+        }
+        self.target_networks = {"encoder": self.encoder, "projector": self.head(**head)}
+        self.networks = {**self.target_networks, "predictor": self.head(**head)}
+
+    def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
+        """The target is initialised on its own, not copied (official code)."""
+        rng_online, rng_target = jax.random.split(rng)
+        image = batch["views"][0]
+        params, stats = init_networks(self.networks, rng_online, image)
+        target, target_stats = init_networks(self.target_networks, rng_target, image)
+        return params, {"batch_stats": {**stats, "target": target_stats}, "target": target}
+
+    def forward(
+        self, params: Pytree, extra: Pytree, batch: Batch, rng: Array
+    ) -> tuple[dict[str, Array], Pytree]:
+        """Each view on its own: `prediction` and `target` [n, 2, d].
+
+        The running statistics move twice a step; the target runs in train mode, too.
+        """
+        stats = dict(extra["batch_stats"])
+        target_stats = stats.pop("target")
+        predictions, targets, features = [], [], []
+        for view in batch["views"]:
+            (h, _, p), stats = apply_networks(self.networks, params, stats, view)
+            (_, z), target_stats = apply_networks(
+                self.target_networks, extra["target"], target_stats, view
+            )
+            features.append(h)
+            predictions.append(p)
+            targets.append(jax.lax.stop_gradient(z))
+        outputs = {
+            "embedding": features[0],
+            "prediction": jnp.stack(predictions, axis=1),
+            "target": jnp.stack(targets, axis=1),
+        }
+        return outputs, {**stats, "target": target_stats}
+
+    def loss(
+        self, params: Pytree, outputs: dict[str, Array], extra: Pytree, batch: Batch, step: Array
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """The sum of both directions' squared distances, each 2 - 2 cos."""
+        p, z = outputs["prediction"], outputs["target"]
+        loss = losses.normalized_mse(p[:, 0], z[:, 1]) + losses.normalized_mse(p[:, 1], z[:, 0])
+        return self.mean(loss), {"target_decay": self.decay(step)}
+
+    def update(
+        self, params: Pytree, outputs: dict[str, Array], extra: Pytree, step: Array
+    ) -> tuple[Pytree, Pytree]:
+        """Moves the target's parameters, not its statistics."""
+        online = {name: params[name] for name in self.target_networks}
+        target = ema.update(extra["target"], online, self.decay(step))
+        return params, {**extra, "target": target}
+
+    def decay(self, step: Array) -> Float[Array, ""]:
+        """The target's decay, a cosine from `momentum` to 1."""
+        return ema.cosine_decay(self.config.byol.momentum, step, self.schedule.total_steps)

@@ -1,0 +1,78 @@
+"""SimSiam: exploring simple Siamese representation learning (Chen & He, 2020, arXiv:2011.10566).
+
+One network, two views, a predictor, and a stopped gradient: no negatives, no average, no queue.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ssl_jax import losses
+from ssl_jax.methods.base import Batch, Method, Pytree, apply_networks, init_networks
+
+
+class SimSiam(Method):
+    """SimSiam: encoder, three-layer projector, predictor at a constant learning rate."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        options = self.config.simsiam
+        projector = self.head(
+            hidden=options.hidden or self.encoder.num_features,
+            out=options.out,
+            layers=options.layers,
+            out_bias=True,
+            out_bn="no_affine",
+            kernel_init="torch",
+        )
+        predictor = self.head(
+            hidden=options.predictor_hidden,
+            out=options.out,
+            layers=2,
+            out_bias=True,
+            kernel_init="torch",
+        )
+        self.networks = {"encoder": self.encoder, "projector": projector, "predictor": predictor}
+
+    def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
+        """Nothing beside the networks and their batch statistics."""
+        params, stats = init_networks(self.networks, rng, batch["views"][0])
+        return params, {"batch_stats": stats}
+
+    def forward(
+        self, params: Pytree, extra: Pytree, batch: Batch, rng: Array
+    ) -> tuple[dict[str, Array], Pytree]:
+        """Each view on its own: `prediction` and `projection` [n, 2, d]."""
+        stats = extra["batch_stats"]
+        predictions, projections, features = [], [], []
+        for view in batch["views"]:
+            (h, z, p), stats = apply_networks(self.networks, params, stats, view)
+            features.append(h)
+            predictions.append(p)
+            projections.append(z)
+        outputs = {
+            "embedding": features[0],
+            "prediction": jnp.stack(predictions, axis=1),
+            "projection": jnp.stack(projections, axis=1),
+        }
+        return outputs, stats
+
+    def loss(
+        self, params: Pytree, outputs: dict[str, Array], extra: Pytree, batch: Batch, step: Array
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """Half the sum of both directions' negative cosines (eq. 4)."""
+        p, z = outputs["prediction"], outputs["projection"]
+        if self.config.simsiam.stop_gradient:
+            z = jax.lax.stop_gradient(z)
+        forth = losses.negative_cosine(p[:, 0], z[:, 1])
+        back = losses.negative_cosine(p[:, 1], z[:, 0])
+        return self.mean((forth + back) / 2), {}
+
+    def param_groups(self, params: Pytree) -> Pytree:
+        """The predictor's rate is constant; the bias before the last BatchNorm is frozen."""
+        labels = super().param_groups(params)
+        labels["predictor"] = jax.tree.map(lambda _: "constant_lr", params["predictor"])
+        labels["projector"][f"dense{self.config.simsiam.layers}"]["bias"] = "frozen"
+        return labels

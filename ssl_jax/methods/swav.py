@@ -1,0 +1,150 @@
+"""SwAV: contrasting cluster assignments (Caron et al., 2020, arXiv:2006.09882).
+
+The first crops of an image are assigned to prototypes, evenly over the global batch, by
+Sinkhorn-Knopp; every crop is trained to predict the assignments of the others. Small crops are
+cheap and only predict.
+"""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ssl_jax import losses
+from ssl_jax.errors import UserError
+from ssl_jax.methods.base import (
+    Batch,
+    Method,
+    Pytree,
+    apply_networks,
+    init_networks,
+    stack_views,
+)
+
+
+class SwAV(Method):
+    """SwAV: encoder, projector, prototypes [d, K], a queue of embeddings for the assignments."""
+
+    assigned = 2  # crops that get assignments, the first two
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        options = self.config.swav
+        projector = self.head(
+            hidden=options.hidden,
+            out=options.out,
+            layers=2,
+            hidden_bias=True,
+            out_bias=True,
+            kernel_init="torch",
+        )
+        self.networks = {"encoder": self.encoder, "projector": projector}
+        self.queue_from = round(options.queue_from_epoch * self.schedule.steps_per_epoch)
+        if options.queue % self.config.batch_size:
+            raise UserError(
+                f"config.swav.queue is {options.queue}: it must be 0 or a multiple of "
+                f"config.batch_size, {self.config.batch_size}."
+            )
+
+    def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
+        """Prototypes of unit length; an empty queue [2, L, d], newest first, and its count."""
+        options = self.config.swav
+        rng_networks, rng_prototypes = jax.random.split(rng)
+        params, stats = init_networks(self.networks, rng_networks, batch["views"][0])
+        # PyTorch's Linear: uniform in ±1/sqrt(fan in), for each of the K rows.
+        bound = options.out**-0.5
+        shape = (options.prototypes, options.out)
+        kernel = jax.random.uniform(rng_prototypes, shape, minval=-bound, maxval=bound)
+        params["prototypes"] = {"kernel": losses.normalize(kernel).T}
+        extra = {"batch_stats": stats}
+        if options.queue:
+            extra["queue"] = jnp.zeros((self.assigned, options.queue, options.out))
+            extra["queued"] = jnp.zeros((), jnp.int32)
+        return params, extra
+
+    def forward(
+        self, params: Pytree, extra: Pytree, batch: Batch, rng: Array
+    ) -> tuple[dict[str, Array], Pytree]:
+        """Crops of one size together, the head once on all: `projection` [n, V, d], unit rows."""
+        stats, views = extra["batch_stats"], batch["views"]
+        encoder = {"encoder": self.encoder}
+        features = []
+        for _, group in itertools.groupby(views, key=lambda view: view.shape[1]):
+            images = jnp.concatenate(list(group))
+            (h,), stats = apply_networks(encoder, params, stats, images)
+            features.append(h)
+        projector = {"projector": self.networks["projector"]}
+        (z,), stats = apply_networks(projector, params, stats, jnp.concatenate(features))
+        outputs = {
+            "embedding": features[0][: views[0].shape[0]],
+            "projection": losses.normalize(stack_views(z, len(views))),
+        }
+        return outputs, stats
+
+    def loss(
+        self, params: Pytree, outputs: dict[str, Array], extra: Pytree, batch: Batch, step: Array
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """Swapped prediction; assignments over the global batch, and the queue once it is full."""
+        options = self.config.swav
+        kernel = params["prototypes"]["kernel"]
+        scores = outputs["projection"] @ kernel
+        q = jnp.stack([self.assign(scores, kernel, extra, i) for i in range(self.assigned)], axis=1)
+        loss = losses.swapped_prediction(scores, q, temperature=options.temperature)
+        use = self.mean(jnp.mean(q, axis=(0, 1)))
+        # exp of the entropy of the mean assignment: how many prototypes are in use.
+        used = jnp.exp(-jnp.sum(use * jnp.log(jnp.maximum(use, 1e-12))))
+        return self.mean(loss), {"prototypes_used": used}
+
+    def assign(
+        self, scores: Float[Array, "n v k"], kernel: Array, extra: Pytree, crop: int
+    ) -> Float[Array, "n k"]:
+        """The assignments of one crop; the current batch is not in the queue."""
+        epsilon, iterations = self.config.swav.epsilon, self.config.swav.iterations
+        own = jax.lax.stop_gradient(scores[:, crop])
+
+        def sinkhorn(rows: Array) -> Array:
+            return losses.sinkhorn(
+                rows, epsilon=epsilon, iterations=iterations, axis_name=self.axis_name
+            )[: own.shape[0]]
+
+        if "queue" not in extra:
+            return sinkhorn(own)
+        queued = jax.lax.stop_gradient(self.my_share(extra["queue"][crop]) @ kernel)
+        # Every device takes the same branch, for the count is the same on all.
+        return jax.lax.cond(
+            extra["queued"] >= self.config.swav.queue,
+            lambda: sinkhorn(jnp.concatenate([own, queued])),
+            lambda: sinkhorn(own),
+        )
+
+    def my_share(self, queue: Float[Array, "l d"]) -> Float[Array, "share d"]:
+        """The rows of the queue that this device works on."""
+        if self.axis_name is None:
+            return queue
+        share = queue.shape[0] // jax.lax.axis_size(self.axis_name)
+        start = jax.lax.axis_index(self.axis_name) * share
+        return jax.lax.dynamic_slice_in_dim(queue, start, share)
+
+    def update(
+        self, params: Pytree, outputs: dict[str, Array], extra: Pytree, step: Array
+    ) -> tuple[Pytree, Pytree]:
+        """Prototypes back to unit length, before the next forward; the batch into the queue."""
+        kernel = losses.normalize(params["prototypes"]["kernel"].T).T
+        params = {**params, "prototypes": {"kernel": kernel}}
+        if "queue" not in extra:
+            return params, extra
+        new = self.gather(outputs["projection"][:, : self.assigned]).swapaxes(0, 1)
+        filled = jnp.concatenate([new, extra["queue"]], axis=1)[:, : extra["queue"].shape[1]]
+        filling = step >= self.queue_from
+        return params, {
+            **extra,
+            "queue": jnp.where(filling, filled, extra["queue"]),
+            "queued": extra["queued"] + filling * new.shape[1],
+        }
+
+    def param_groups(self, params: Pytree) -> Pytree:
+        """Prototypes stay out of the optimiser for the first `config.optim.frozen_steps` steps."""
+        labels = super().param_groups(params)
+        return {**labels, "prototypes": {"kernel": "frozen_until"}}
