@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import Schedule, flat_views
 from ssl_jax.data.index import stream_key
+from ssl_jax.diagnostics import embedding_std
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import Batch, Method, Pytree
 from ssl_jax.optim import learning_rate_schedule, make_optimizer, peak_learning_rate
@@ -156,6 +157,7 @@ def make_train_step(
             "loss": loss,
             "learning_rate": learning_rate(state.step),
             "gradient_norm": optax.tree.norm(gradients),
+            "embedding_std": embedding_std(outputs["embedding"], method.mean),
             **logs,
         }
         new_state = state.replace(

@@ -11,6 +11,7 @@ from ssl_jax.config import is_due, run_schedule
 from ssl_jax.data.index import Index
 from ssl_jax.data.pipeline import Prefetcher, make_prepare
 from ssl_jax.data.sources import Source, make_sources
+from ssl_jax.diagnostics import CollapseWatch
 from ssl_jax.evals.run import Evaluator
 from ssl_jax.metrics import Fetcher, MetricsLog, Progress
 from ssl_jax.report import write_report
@@ -88,6 +89,7 @@ class Run:
         self.plan, self.config, total = plan, plan.config, plan.schedule.total_steps
         self.evaluator = Evaluator(plan.config, plan.spmd, plan.train, plan.test)
         self.fetch = Fetcher()
+        self.watch = CollapseWatch(plan.method.trivial_loss)
         self.progress = Progress(total, plan.config.batch_size)
         self.checkpoints = Checkpoints(workdir / "checkpoints", plan.config.checkpoint.keep)
         self.resident = plan.spmd.replicate(plan.train.resident())
@@ -131,7 +133,7 @@ class Run:
                     self.report(step - 1, pending, batches.wait_seconds)
                 last = step == total
                 pending = metrics if is_due(step, config.log_every) or last else None
-                knn = self.measure_knn(step) if is_due(step, knn_every) or last else None
+                knn = self.measure(step) if is_due(step, knn_every) or last else None
                 if is_due(step, save_every) or last:
                     self.checkpoints.save(step, self.state, knn)
             if pending is not None:
@@ -143,18 +145,20 @@ class Run:
         scalars = self.fetch(pending) | self.progress.rates(step, waited)
         self.log.write(step, scalars)
         self.progress.show(step, scalars)
+        for warning in self.watch.check(step, scalars):
+            self.progress.note(warning)
 
-    def measure_knn(self, step: int) -> float | None:
-        """Accuracy of nearest neighbours on the held-out split, where it has labels."""
-        if not self.evaluator.has_labels:
-            return None
+    def measure(self, step: int) -> float | None:
+        """Writes what is followed on features; returns the kNN accuracy where there are labels."""
         jax.block_until_ready(self.state)
         with self.progress.paused():
-            accuracy = self.evaluator.knn(self.state)
-        self.log.write(step, {"knn": accuracy})
+            measured = self.evaluator.measure(self.state)
+        self.log.write(step, measured)
+        knn = measured.get("knn")
+        accuracy = "" if knn is None else f"  kNN {100 * knn:.2f} %"
         total = self.plan.schedule.total_steps
-        self.progress.note(f"step {step}/{total}  kNN {100 * accuracy:.2f} %")
-        return accuracy
+        self.progress.note(f"step {step}/{total}{accuracy}  RankMe {measured['rankme']:.1f}")
+        return knn
 
     def close(self) -> None:
         """Finishes what is being written."""

@@ -144,7 +144,7 @@ def test_the_loop_fetches_once_per_logged_step_and_transfers_only_batches(tmp_pa
                 return super().train()
 
     monkeypatch.setattr(train_module, "Run", GuardedRun)
-    monkeypatch.setattr(train_module.Run, "measure_knn", lambda self, step: None)
+    monkeypatch.setattr(train_module.Run, "measure", lambda self, step: None)
     monkeypatch.setattr("ssl_jax.evals.run.Evaluator.finish", lambda *a: [])
     pretrain(config, tmp_path)
     steps = 2 * (1347 // 160)

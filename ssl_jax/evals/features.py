@@ -18,6 +18,7 @@ def extract_features(
     *,
     batch_size: int,
     place: Callable[[np.ndarray], Any],
+    first: int | None = None,
 ) -> Float[np.ndarray, "n d"]:
     """The features of every image of a source, in the order of the ids.
 
@@ -29,12 +30,14 @@ def extract_features(
       batch_size: images at a time; the last batch is filled up and the surplus cut off, so that no
         image is dropped and only one shape is compiled.
       place: puts a batch of images on the devices.
+      first: only so many images, those of the lowest ids.
 
     Returns:
-      float32 [N, d].
+      float32 [N, d], or [first, d].
     """
     rows = []
-    for ids, kept in padded_batches(source.num_examples, batch_size):
+    count = min(first or source.num_examples, source.num_examples)
+    for ids, kept in padded_batches(count, batch_size):
         features = encode(variables, place(source.clean(ids)))
         rows.append(np.asarray(features, np.float32)[:kept])
     return np.concatenate(rows)

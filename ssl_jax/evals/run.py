@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from ssl_jax import diagnostics
 from ssl_jax.data.index import stream_key
 from ssl_jax.data.pipeline import make_prepare, prepare_clean
-from ssl_jax.data.sources import Source
+from ssl_jax.data.sources import ArraySource, Source
 from ssl_jax.evals.features import extract_features
 from ssl_jax.evals.knn import knn_classify, nearest_neighbours
 from ssl_jax.evals.linear import few_label_accuracies, linear_probe
@@ -26,6 +27,7 @@ Row = dict[str, Any]
 
 _PICTURES = 12  # originals with views, and queries with neighbours, kept for the report
 _NEIGHBOURS = 6
+_SAMPLED = 1024  # images for the diagnostics
 
 
 class Evaluator:
@@ -52,24 +54,56 @@ class Evaluator:
             return jnp.asarray(encoder.apply(variables, prepare_clean(images, config), train=False))
 
         self._encode = spmd.map(encode, inputs=("replicated", "sharded"), outputs="sharded")
+        plain = ConfigDict(config.to_dict())
+        for name in plain.views:
+            plain.views[name].mean = plain.views[name].std = ()
+        self._prepare = jax.jit(make_prepare(plain))
         self._replicate, self._place = spmd.replicate, spmd.place_batch
         # Whole shares for every device.
         self._batch_size = -(-config.eval.batch_size // spmd.size) * spmd.size
 
-    def features(self, state: Any, source: Source) -> Float[np.ndarray, "n d"]:
-        """The evaluated network's features of a split, in evaluation mode."""
+    def features(
+        self, state: Any, source: Source, first: int | None = None
+    ) -> Float[np.ndarray, "n d"]:
+        """The evaluated network's features of (the `first` images of) a split."""
         variables = {
             "params": state.params["encoder"],
             "batch_stats": state.extra["batch_stats"]["encoder"],
         }
         return extract_features(
-            self._encode, variables, source, batch_size=self._batch_size, place=self._place
+            self._encode,
+            variables,
+            source,
+            batch_size=self._batch_size,
+            place=self._place,
+            first=first,
         )
 
-    def knn(self, state: Any) -> float:
-        """Accuracy of the weighted vote of nearest neighbours on the held-out split."""
-        assert self.test is not None
-        return self._knn_accuracy(self.features(state, self.train), self.features(state, self.test))
+    def measure(self, state: Any) -> dict[str, float]:
+        """What is followed during training, on features of the evaluated network.
+
+        Args:
+          state: of the run.
+
+        Returns:
+          "rankme", "uniformity" and "alignment" of training images, and "knn", the accuracy of a
+          weighted vote of nearest neighbours on the held-out split, where both splits have labels.
+        """
+        # Without labels to vote, a sample is enough.
+        train = self.features(state, self.train, None if self.has_labels else 2 * _SAMPLED)
+        views = self._views(state, min(self._batch_size, self.train.num_examples))[:2]
+        measured = {
+            "rankme": diagnostics.rankme(train[: 2 * _SAMPLED]),
+            "uniformity": diagnostics.uniformity(train[:_SAMPLED]),
+        }
+        if len(views) == 2:
+            measured["alignment"] = diagnostics.alignment(
+                *(self.features(state, ArraySource(pixels(view))) for view in views)
+            )
+        if self.has_labels:
+            assert self.test is not None
+            measured["knn"] = self._knn_accuracy(train, self.features(state, self.test))
+        return measured
 
     def finish(
         self, workdir: Path, initial: Any, state: Any, note: Callable[[str], None]
@@ -151,17 +185,23 @@ class Evaluator:
 
     def _view_pictures(self, state: Any) -> dict[str, np.ndarray]:
         """Originals with the views that the first step would make of them."""
-        ids = np.arange(min(_PICTURES, self.train.num_examples), dtype=np.int32)
-        # Off the mesh: the pictures are made on one device.
+        count = min(_PICTURES, self.train.num_examples)
+        views = self._views(state, count)
+        sizes = {view.shape for view in views}
+        largest = [v for v in views if v.shape == max(sizes)]
+        originals = self.train.clean(np.arange(count))
+        return {"originals": originals, "views": pixels(np.stack(largest, axis=1))}
+
+    def _views(self, state: Any, count: int) -> list[np.ndarray]:
+        """The views that the first step would make of the first images, without normalisation."""
+        ids = np.arange(count, dtype=np.int32)
+        # Off the mesh: few images, on one device.
         key_data = jnp.asarray(np.asarray(state.key))
         key = stream_key(jax.random.wrap_key_data(key_data), "views", 0)
         raw: dict[str, Any] = next(self.train.batches(iter([(0, ids)])))
-        resident = {name: array[ids] for name, array in self.train.resident().items()}
-        views = make_views_for(self.config, raw, resident, key)
-        sizes = {view.shape for view in views}
-        largest = [v for v in views if v.shape == max(sizes)]
-        pixels = np.clip(np.stack(largest, axis=1) * 255, 0, 255).astype(np.uint8)
-        return {"originals": self.train.clean(ids), "views": pixels}
+        resident = {name: array[:count] for name, array in self.train.resident().items()}
+        batch = self._prepare(raw, resident, key)
+        return [np.asarray(view) for view in batch["views"]]
 
     def _neighbours(self, train: np.ndarray, test: np.ndarray) -> dict[str, np.ndarray]:
         """Held-out images, spread over the split, with the most similar training images."""
@@ -198,6 +238,11 @@ class Evaluator:
             os.replace(temporary, workdir / "evaluation.json")
 
 
+def pixels(images: Float[np.ndarray, "*n h w 3"]) -> np.ndarray:
+    """Images in [0, 1] as uint8."""
+    return np.clip(np.round(images * 255), 0, 255).astype(np.uint8)
+
+
 def table(rows: list[Row], labels_per_class: tuple[int, ...]) -> list[str]:
     """The rows of an evaluation as lines of text, accuracies in percent."""
     if not rows:
@@ -216,25 +261,3 @@ def table(rows: list[Row], labels_per_class: tuple[int, ...]) -> list[str]:
         )
         for line in cells
     ]
-
-
-def make_views_for(
-    config: ConfigDict, raw: dict[str, Any], resident: dict[str, np.ndarray], key: Array
-) -> list[np.ndarray]:
-    """The views of a few images for a picture: colour, but no normalisation.
-
-    Args:
-      config: of the run.
-      raw: what the source yielded; "id" keys the randomness.
-      resident: the arrays of just these images, in the order of `raw["id"]`.
-      key: of the step.
-
-    Returns:
-      One float32 [n, size, size, 3] in [0, 1] per view.
-    """
-    plain = ConfigDict(config.to_dict())
-    for name in plain.views:
-        plain.views[name].mean = plain.views[name].std = ()
-    prepare = make_prepare(plain)
-    batch = jax.jit(prepare)(raw, resident, key)
-    return [np.asarray(view) for view in batch["views"]]

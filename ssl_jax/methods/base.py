@@ -43,6 +43,8 @@ class Method:
       encoder: the Flax module of the evaluated network.
     """
 
+    trivial_loss: float | None = None  # of constant outputs, where it is known
+
     def __init__(
         self,
         config: ConfigDict,

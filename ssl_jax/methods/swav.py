@@ -6,6 +6,7 @@ cheap and only predict.
 """
 
 import itertools
+import math
 from typing import Any
 
 import jax
@@ -40,6 +41,7 @@ class SwAV(Method):
             out_bias=True,
             kernel_init="torch",
         )
+        self.trivial_loss = math.log(options.prototypes)
         self.networks = {"encoder": self.encoder, "projector": projector}
         self.queue_from = round(options.queue_from_epoch * self.schedule.steps_per_epoch)
         if options.queue % self.config.batch_size:
