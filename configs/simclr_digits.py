@@ -16,7 +16,8 @@ def get_config(variant: str = "") -> ConfigDict:
     """The run of `make quickstart`."""
     config = default_config()
     config.batch_size = 256
-    config.epochs = 80.0
+    config.epochs = 160.0
+    config.log_every = 20
     config.data.name = "digits"
     digit = view(
         size=8,
@@ -31,7 +32,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.views = {"view1": digit, "view2": digit}
     config.model.update(depth=18, width=0.25, stem="cifar", zero_init_residual=False)
     config.simclr.temperature = 0.2
-    config.optim.update(lr=1.0, lr_scaling="linear", weight_decay=1e-6, warmup_epochs=8.0)
-    config.eval.update(knn_every_epochs=20.0, knn_k=20, crop_fraction=1.0)
-    config.checkpoint.every_epochs = 20.0
+    config.optim.update(lr=2.0, lr_scaling="linear", weight_decay=1e-6, warmup_epochs=10.0)
+    config.eval.update(knn_every_epochs=40.0, knn_k=20, crop_fraction=1.0)
+    config.checkpoint.every_epochs = 40.0
     return config
