@@ -1,0 +1,18 @@
+"""MoCo v2 on scikit-learn's digits, minutes on a CPU.
+
+Paper: Chen et al., 2020, arXiv:2003.04297. Deviations: `recipes.digits_config`; both views ask
+(symmetric), a queue of 1,024 and a key encoder that follows faster (.99), for a run of 800 steps.
+"""
+
+from ml_collections import ConfigDict
+
+from ssl_jax.recipes import digits_config
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The run."""
+    config = digits_config()
+    config.method = "moco"
+    config.moco.update(queue=1024, momentum=0.99, momentum_end=0.99, symmetric=True)
+    config.optim.lr = 0.2
+    return config

@@ -1,0 +1,147 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import make_step, method_config, random_source
+
+from ssl_jax.config import Schedule
+from ssl_jax.errors import UserError
+from ssl_jax.methods import make_method
+from ssl_jax.methods.moco import MoCo
+from ssl_jax.spmd import AXIS, make_spmd
+from ssl_jax.step import example_batch
+
+ONE = jax.devices()[:1]
+
+
+def moco(axis_name=None, **options):
+    config = method_config("moco")
+    config.moco.update(options)
+    return make_method(config, Schedule(1, 10), axis_name)
+
+
+@pytest.mark.parametrize(("batch", "group"), [(64, 8), (32, 4), (16, 2), (8, 1)])
+def test_shuffling_is_undone_and_spreads_images(batch, group):
+    spmd, method = make_spmd(), moco(AXIS)
+
+    def per_device(x, rng):
+        shuffled, unshuffle = method.shuffle(x, jax.random.wrap_key_data(rng))
+        return shuffled, unshuffle(shuffled)
+
+    mapped = spmd.map(per_device, ("sharded", "replicated"), ("sharded", "sharded"))
+    x = np.arange(batch, dtype=np.float32)
+    key = spmd.replicate(jax.random.key_data(jax.random.key(0)))
+    shuffled, back = jax.device_get(mapped(spmd.place_batch(x), key))
+    np.testing.assert_array_equal(back, x)
+    assert sorted(shuffled) == x.tolist()
+    share = batch // 8
+    for part in shuffled.reshape(8, share):
+        origins = np.unique(part // share)
+        assert len(origins) == min(group, share)
+
+
+def test_no_image_is_gathered_everywhere():
+    config, spmd = method_config("moco"), make_spmd()
+    config.model.bn_group = 1
+    source = random_source()
+    _, step, state, resident = make_step(config, spmd, source)
+    ids = np.arange(64, dtype=np.int32)
+    batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
+    program = step.lower(state, batch, resident).compile().as_text()
+    assert "all-to-all" in program
+    gathers = [line for line in program.splitlines() if " all-gather(" in line]
+    # The keys, [64, 1, 8], are; the views, [64, 8, 8, 3], are not.
+    assert gathers
+    assert not any("8,8,3" in line.split(" all-gather(")[0] for line in gathers)
+
+
+def test_the_queue_is_first_in_first_out_over_a_wrap():
+    method = moco()  # 192 keys, batches of 64
+    config = method.config
+    params, extra = method.init(jax.random.key(0), example_batch(config))
+    for step in range(5):
+        keys = jnp.full((64, 1, 8), float(step))
+        _, extra = method.update(params, {"key": keys}, extra, jnp.int32(step))
+    blocks = np.asarray(extra["queue"])[0].reshape(3, 64, 8)
+    assert [np.unique(block).tolist() for block in blocks] == [[3.0], [4.0], [2.0]]
+
+
+def test_the_positive_is_not_in_the_queue_when_logits_are_formed():
+    method = moco()
+    batch = example_batch(method.config)
+    params, extra = method.init(jax.random.key(0), batch)
+    rng = np.random.default_rng(0)
+    keys = rng.normal(size=(64, 1, 8)).astype(np.float32)
+    keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
+    outputs = {"embedding": None, "query": jnp.array(keys), "key": jnp.array(keys)}
+    loss, logs = method.loss(params, outputs, extra, batch, jnp.int32(0))
+    queue = np.asarray(extra["queue"])[0]
+    assert np.max(keys[:, 0] @ queue.T) < 0.9999
+    assert float(logs["contrastive_accuracy"]) == 1
+    # With the keys already enqueued every query would have its positive twice.
+    _, after = method.update(params, outputs, extra, jnp.int32(0))
+    worse, _ = method.loss(params, outputs, after, batch, jnp.int32(1))
+    assert float(worse) > float(loss)
+
+
+def test_a_batch_that_does_not_fill_the_queue_evenly_is_refused():
+    with pytest.raises(UserError, match="config.moco.queue is 100, .* such as 64"):
+        moco(queue=100)
+
+
+def test_the_key_encoder_starts_equal_and_follows_by_its_momentum():
+    method = moco(momentum=0.9, momentum_end=0.9)
+    params, extra = method.init(jax.random.key(0), example_batch(method.config))
+    kernel = params["encoder"]["stem"]["conv1"]["kernel"]
+    target = extra["target"]["encoder"]["stem"]["conv1"]["kernel"]
+    np.testing.assert_array_equal(kernel, target)
+    moved = jax.tree.map(lambda p: p + 1, params)
+    _, extra = method.update(moved, {"key": jnp.zeros((64, 1, 8))}, extra, jnp.int32(0))
+    new = extra["target"]["encoder"]["stem"]["conv1"]["kernel"]
+    np.testing.assert_allclose(new, target + 0.1, rtol=1e-5)
+
+
+def test_the_momentum_may_follow_a_cosine():
+    method = moco(momentum=0.9, momentum_end=0.99)
+    assert float(method.momentum(jnp.int32(0))) == pytest.approx(0.9)
+    assert float(method.momentum(jnp.int32(5))) == pytest.approx(0.945)
+    assert float(method.momentum(jnp.int32(10))) == pytest.approx(0.99)
+
+
+def leak_accuracy(shuffle, monkeypatch):
+    """How well keys are told by the statistics of the batch they were normalised with.
+
+    All images are noise, so a key is its query's for nothing but the device they were encoded on:
+    the mean of each device's images differs, and per-device BatchNorm takes it away from both.
+    """
+    if not shuffle:
+        monkeypatch.setattr(MoCo, "shuffle", lambda self, x, rng: (x, lambda y: y))
+    config, spmd = method_config("moco"), make_spmd()
+    config.model.bn_group = 1
+    method = make_method(config, Schedule(1, 10), AXIS, tuple((i,) for i in range(8)))
+    params, extra = jax.jit(method.init)(jax.random.key(0), example_batch(config))
+
+    def per_device(x1, x2, rng):
+        batch = {"views": (x1, x2)}
+        outputs, _ = method.forward(params, extra, batch, jax.random.wrap_key_data(rng))
+        q = outputs["query"][:, 0]
+        q = q / jnp.linalg.norm(q, axis=1, keepdims=True)
+        keys = method.gather(outputs["key"][:, 0])
+        scores = jax.lax.all_gather(q, AXIS, tiled=True) @ keys.T
+        # Is the most similar key one of the query's own device?
+        return jnp.mean(jnp.argmax(scores, axis=1) // 8 == jnp.arange(64) // 8)
+
+    rng = np.random.default_rng(0)
+    # One pattern a device, the same for all its images, and noise of their own.
+    pattern = np.repeat(rng.normal(size=(8, 8, 8, 3)), 8, axis=0)
+    views = [(pattern + rng.normal(size=pattern.shape)).astype(np.float32) for _ in range(2)]
+    key = spmd.replicate(jax.random.key_data(jax.random.key(3)))
+    mapped = spmd.map(per_device, ("sharded", "sharded", "replicated"), "replicated")
+    return float(mapped(*(spmd.place_batch(v) for v in views), key))
+
+
+def test_shuffling_changes_the_statistics_that_keys_are_normalised_with(monkeypatch):
+    shuffled = leak_accuracy(True, monkeypatch)
+    plain = leak_accuracy(False, monkeypatch)
+    # Patterns stay in the keys only where a batch mixes devices.
+    assert plain < 0.35 < shuffled

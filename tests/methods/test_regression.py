@@ -1,0 +1,139 @@
+"""BYOL and SimSiam: no negatives, so everything hangs on targets and stopped gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import leaves, make_step, method_config, random_source
+
+from ssl_jax.config import Schedule
+from ssl_jax.methods import make_method
+from ssl_jax.spmd import make_spmd
+from ssl_jax.step import example_batch
+
+
+def made(name):
+    method = make_method(method_config(name), Schedule(1, 10))
+    rng = np.random.default_rng(0)
+    views = tuple(jnp.float32(rng.uniform(size=(16, 8, 8, 3))) for _ in range(2))
+    batch = {**example_batch(method.config), "views": views}
+    params, extra = method.init(jax.random.key(0), batch)
+    return method, params, extra, batch
+
+
+def run_steps(config, steps):
+    spmd, source = make_spmd(devices=jax.devices()[:1]), random_source()
+    _, step, state, resident = make_step(config, spmd, source)
+    states = [jax.device_get(state)]
+    ids = np.arange(64, dtype=np.int32)
+    for _ in range(steps):
+        batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
+        state, metrics = step(state, batch, resident)
+        states.append(jax.device_get(state))
+    return states, metrics
+
+
+def test_byols_target_is_its_own_and_ends_at_momentum_one():
+    method, params, extra, _ = made("byol")
+    online, target = leaves(params["encoder"]), leaves(extra["target"]["encoder"])
+    kernels = [name for name in online if "kernel" in name]
+    assert kernels
+    assert all(not np.array_equal(online[name], target[name]) for name in kernels)
+    assert "predictor" not in extra["target"]
+    assert float(method.decay(jnp.int32(0))) == pytest.approx(method.config.byol.momentum)
+    assert float(method.decay(jnp.int32(10))) == pytest.approx(1.0)
+
+
+def test_byols_target_follows_after_the_step_and_uses_batch_statistics():
+    method, params, extra, batch = made("byol")
+    moved = jax.tree.map(lambda p: p + 1, params)
+    _, after = method.update(moved, {}, extra, jnp.int32(0))
+    decay = method.config.byol.momentum
+    for name, leaf in leaves(after["target"]).items():
+        online = leaves({k: moved[k] for k in extra["target"]})[name]
+        expected = decay * leaves(extra["target"])[name] + (1 - decay) * online
+        np.testing.assert_allclose(leaf, expected, rtol=1e-4, atol=1e-6)
+    outputs, stats = method.forward(params, extra, batch, jax.random.key(0))
+    # In train mode the running statistics it has do not matter, and they move.
+    other = jax.tree.map(lambda s: s + 5, extra["batch_stats"])
+    again, _ = method.forward(params, {**extra, "batch_stats": other}, batch, jax.random.key(0))
+    np.testing.assert_allclose(outputs["target"], again["target"], rtol=1e-4, atol=1e-5)
+    before = leaves(extra["batch_stats"]["target"])
+    assert any(
+        not np.array_equal(leaf, before[name]) for name, leaf in leaves(stats["target"]).items()
+    )
+
+
+def test_byols_loss_is_the_papers():
+    method, params, extra, batch = made("byol")
+    rng = np.random.default_rng(1)
+    p, z = rng.normal(size=(2, 16, 2, 8))
+    loss, _ = method.loss(params, {"prediction": p, "target": z}, extra, batch, jnp.int32(0))
+    cos = [
+        np.sum(p[:, a] * z[:, 1 - a], 1)
+        / np.linalg.norm(p[:, a], axis=1)
+        / np.linalg.norm(z[:, 1 - a], axis=1)
+        for a in (0, 1)
+    ]
+    assert float(loss) == pytest.approx(np.mean(4 - 2 * cos[0] - 2 * cos[1]), rel=1e-5)
+
+
+def test_simsiams_loss_is_the_papers_and_its_gradient_stops():
+    method, params, extra, batch = made("simsiam")
+    rng = np.random.default_rng(1)
+    p, z = (jnp.float32(x) for x in rng.normal(size=(2, 16, 2, 16)))
+
+    def loss_of(p, z):
+        outputs = {"prediction": p, "projection": z}
+        return method.loss(params, outputs, extra, batch, jnp.int32(0))[0]
+
+    cos = [
+        np.sum(p[:, a] * z[:, 1 - a], 1)
+        / np.linalg.norm(p[:, a], axis=1)
+        / np.linalg.norm(z[:, 1 - a], axis=1)
+        for a in (0, 1)
+    ]
+    assert float(loss_of(p, z)) == pytest.approx(float(-np.mean(cos[0] + cos[1]) / 2), rel=1e-4)
+    gradient_p, gradient_z = jax.grad(loss_of, argnums=(0, 1))(p, z)
+    assert float(jnp.abs(gradient_p).max()) > 0
+    assert float(jnp.abs(gradient_z).max()) == 0
+
+
+def test_simsiams_predictor_keeps_its_rate_while_the_rest_decays():
+    config = method_config("simsiam")
+    config.epochs = 4.0
+    config.optim.update(name="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, warmup_epochs=0.0)
+    states, metrics = run_steps(config, 4)
+    # The cosine has nearly ended at the last of four steps.
+    assert float(metrics["learning_rate"]) < 0.2 * 0.1 * 64 / 256
+    moved = {
+        name: [
+            np.abs(b.params[name]["dense1"]["kernel"] - a.params[name]["dense1"]["kernel"]).max()
+            for a, b in zip(states, states[1:], strict=False)
+        ]
+        for name in ("projector", "predictor")
+    }
+    assert moved["projector"][-1] / moved["projector"][0] < 0.5
+    assert moved["predictor"][-1] / moved["predictor"][0] > 0.5
+
+
+def test_simsiams_bias_before_the_last_batchnorm_is_frozen():
+    config = method_config("simsiam")
+    config.optim.update(name="sgd", lr=0.1, weight_decay=0.1, decay_norm_bias=True)
+    states, _ = run_steps(config, 2)
+    first, last = (s.params["projector"] for s in (states[0], states[-1]))
+    np.testing.assert_array_equal(first["dense3"]["bias"], last["dense3"]["bias"])
+    assert "bn3" not in last  # without affine parameters
+    assert np.abs(first["dense3"]["kernel"] - last["dense3"]["kernel"]).max() > 0
+
+
+@pytest.mark.parametrize("name", ["byol", "moco", "simclr_memory"])
+def test_no_gradient_reaches_the_target(name):
+    method, params, extra, batch = made(name)
+
+    def loss_of(target):
+        outputs, _ = method.forward(params, {**extra, "target": target}, batch, jax.random.key(0))
+        return method.loss(params, outputs, extra, batch, jnp.int32(0))[0]
+
+    gradient = jax.grad(loss_of)(extra["target"])
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient)) == 0

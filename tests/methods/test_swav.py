@@ -1,0 +1,102 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import make_step, method_config, random_source
+
+from ssl_jax import losses
+from ssl_jax.config import Schedule
+from ssl_jax.errors import UserError
+from ssl_jax.methods import make_method
+from ssl_jax.spmd import make_spmd
+from ssl_jax.step import example_batch
+
+
+def swav(**options):
+    config = method_config("swav")
+    config.swav.update(options)
+    return make_method(config, Schedule(1, 10))
+
+
+def test_prototypes_have_unit_length_and_stay_frozen_for_exactly_the_frozen_steps():
+    config, spmd, source = method_config("swav"), make_spmd(devices=jax.devices()[:1]), None
+    source = random_source()
+    config.optim.update(frozen_steps=2, weight_decay=0.1)
+    _, step, state, resident = make_step(config, spmd, source)
+    initial = np.asarray(state.params["prototypes"]["kernel"])
+    ids = np.arange(64, dtype=np.int32)
+    for number in range(4):
+        batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
+        state, _ = step(state, batch, resident)
+        kernel = np.asarray(state.params["prototypes"]["kernel"])
+        np.testing.assert_allclose(np.linalg.norm(kernel, axis=0), 1, rtol=1e-5)
+        assert np.allclose(kernel, initial, atol=1e-6) == (number < 2)
+
+
+def test_the_queue_fills_from_its_epoch_newest_first():
+    method = swav(queue=128, queue_from_epoch=2.0)
+    params, extra = method.init(jax.random.key(0), example_batch(method.config))
+    for step in range(5):
+        outputs = {"projection": jnp.full((64, 4, 8), float(step))}
+        _, extra = method.update(params, outputs, extra, jnp.int32(step))
+        assert int(extra["queued"]) == 64 * max(0, step - 1)
+    blocks = np.asarray(extra["queue"])[0].reshape(2, 64, 8)
+    assert [np.unique(b).tolist() for b in blocks] == [[4.0], [3.0]]
+
+
+def test_the_queue_is_used_once_full_and_without_the_current_batch():
+    method = swav(queue=128)
+    params, extra = method.init(jax.random.key(0), example_batch(method.config))
+    kernel = params["prototypes"]["kernel"]
+    rng = np.random.default_rng(0)
+    z = losses.normalize(jnp.float32(rng.normal(size=(64, 4, 8))))
+    queue = losses.normalize(jnp.float32(rng.normal(size=(2, 128, 8))))
+    scores = z @ kernel
+    alone = losses.sinkhorn(scores[:, 1])
+    together = losses.sinkhorn(jnp.concatenate([scores[:, 1], queue[1] @ kernel]))[:64]
+    for queued, expected in [(0, alone), (127, alone), (128, together)]:
+        state = {**extra, "queue": queue, "queued": jnp.int32(queued)}
+        np.testing.assert_allclose(method.assign(scores, kernel, state, 1), expected, rtol=1e-4)
+    assert not np.allclose(alone, together, rtol=1e-2)
+
+
+def test_assignments_are_float32_under_bfloat16():
+    assert losses.sinkhorn(jnp.ones((4, 3), jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_crops_of_one_size_are_one_forward():
+    method = swav()
+    batch = example_batch(method.config)
+    params, extra = method.init(jax.random.key(0), batch)
+    calls = str(
+        jax.make_jaxpr(lambda: method.forward(params, extra, batch, jax.random.key(0)))()
+    ).count("conv_general_dilated")
+    single = str(
+        jax.make_jaxpr(
+            lambda: method.forward(
+                params, extra, {**batch, "views": batch["views"][:2]}, jax.random.key(0)
+            )
+        )()
+    ).count("conv_general_dilated")
+    assert len(batch["views"]) == 4
+    assert calls == 2 * single > 0
+
+
+def test_prototypes_in_use_are_counted():
+    method = swav(queue=0)
+    batch = example_batch(method.config)
+    params, extra = method.init(jax.random.key(0), batch)
+    rng = np.random.default_rng(0)
+    z = losses.normalize(jnp.float32(rng.normal(size=(64, 4, 8))))
+    _, logs = method.loss(params, {"projection": z}, extra, batch, jnp.int32(0))
+    assert 11 < float(logs["prototypes_used"]) <= 12.001
+    assert method.trivial_loss == pytest.approx(np.log(12))
+    same = jnp.broadcast_to(z[:1, :1], z.shape)
+    loss, _ = method.loss(params, {"projection": same}, extra, batch, jnp.int32(0))
+    # Constant outputs: balanced assignments against one prediction.
+    assert float(loss) >= method.trivial_loss - 1e-3
+
+
+def test_a_queue_that_batches_do_not_fill_is_refused():
+    with pytest.raises(UserError, match="config.swav.queue is 100"):
+        swav(queue=100)
