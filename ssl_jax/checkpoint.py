@@ -88,7 +88,7 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except (ValueError, KeyError, OSError) as error:
-            first = str(error).strip().splitlines()[0]
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"The checkpoint of step {step} in {self.directory} can't be read ({first}): "
                 "delete that step's directory to continue from the one before."

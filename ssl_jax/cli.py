@@ -65,6 +65,8 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
 def _run(parser: argparse.ArgumentParser, argv: list[str], command: list[str]) -> int:
     overrides, rest = _split_overrides(argv)
     args = parser.parse_args(rest)
+    if overrides and args.command != "pretrain":
+        parser.error(f"--config.{overrides[0]} is for pretrain alone")
     backend.tune_cpu()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     # Orbax and absl announce every step of every checkpoint.

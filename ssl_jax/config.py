@@ -25,6 +25,26 @@ _CHOICES = {
     "count_steps": ("epochs", "images"),
     "data.on_bad_image": ("fatal", "skip"),
 }
+_BOUNDS = {
+    "seed": (0, 2**32 - 1),  # what JAX's keys hold
+    "steps": (0, math.inf),
+    "epochs": (0, 1e9),
+    "optim.lr": (0, 1e9),
+    "optim.momentum": (0, 1),
+    "optim.weight_decay": (0, 1e9),
+    "optim.warmup_epochs": (0, 1e9),
+    "optim.frozen_steps": (0, math.inf),
+    "model.bn_group": (0, math.inf),
+    "eval.crop_fraction": (1e-3, 1),
+    "eval.knn_every_epochs": (0, 1e9),
+    "checkpoint.every_epochs": (0, 1e9),
+    "data.threads": (0, math.inf),
+    "data.num_classes": (0, math.inf),
+    "moco.momentum": (0, 1),
+    "moco.momentum_end": (0, 1),
+    "byol.momentum": (0, 1),
+    "simclr.memory_momentum": (0, 1),
+}
 _VIEW_CHOICES = {
     "crop.sampler": ("torchvision", "tf", "byol", "none"),
     "crop.interpolation": ("bicubic", "bilinear"),
@@ -270,10 +290,16 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
         if get_config is None:
             raise UserError(f"{file} does not define get_config(): see configs/ for examples.")
         config = get_config(variant) if variant else get_config()
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except SyntaxError as error:
+        raise UserError(
+            f"The config file {file} is not Python: line {error.lineno}, {error.msg}."
+        ) from error
+    except (AttributeError, ImportError, LookupError, NameError, TypeError, ValueError) as error:
         raise UserError(f"The config file {file} is not valid: {_one_sentence(error)}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config() in {file} returns {config!r}: return a ConfigDict.")
+    # Through plain types: one view given twice would else stay one object, and so would overrides.
+    config = from_json(to_json(config))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -300,9 +326,15 @@ def validate(config: ConfigDict) -> None:
     ):
         if not _get(config, key) > 0:
             raise UserError(f"config.{key} is {_get(config, key)}: it must be positive.")
-    for key in ("steps", "epochs", "optim.lr", "optim.warmup_epochs", "model.bn_group"):
-        if not (_get(config, key) >= 0 and math.isfinite(_get(config, key))):
-            raise UserError(f"config.{key} is {_get(config, key)}: it must be 0 or more.")
+    for key, (low, high) in _BOUNDS.items():
+        if not low <= _get(config, key) <= high:
+            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise UserError(f"config.{key} is {_get(config, key)}: it must be {limits}.")
+    if not all(type(count) is int and count > 0 for count in config.eval.labels_per_class):
+        raise UserError(
+            f"config.eval.labels_per_class is {config.eval.labels_per_class}: it takes positive "
+            "integers, such as (1, 5, 10)."
+        )
     if config.steps == 0 and config.epochs == 0:
         raise UserError("config.epochs and config.steps are both 0: set one of them.")
     if not config.checkpoint.keep >= 1:
@@ -456,11 +488,12 @@ def _validate_view(config: ConfigDict, where: str) -> None:
     _check_choices(config, _VIEW_CHOICES, where)
     if config.size < 1 or config.count < 1:
         raise UserError(f"{where}: size and count must be at least 1.")
-    low, high = config.crop.area
-    if not 0 < low <= high <= 1:
-        raise UserError(
-            f"{where}.crop.area is {config.crop.area}: it must be 0 < low <= high <= 1."
-        )
+    for key, most in (("crop.area", 1), ("crop.aspect", math.inf), ("blur.sigma", math.inf)):
+        pair = _get(config, key)
+        numbers = len(pair) == 2 and all(type(x) in (int, float) for x in pair)
+        if not (numbers and 0 < pair[0] <= pair[1] <= most):
+            limit = " <= 1" if most == 1 else ""
+            raise UserError(f"{where}.{key} is {pair}: write (low, high), 0 < low <= high{limit}.")
     for key in ("flip", "jitter.prob", "gray", "blur.prob", "solarize.prob"):
         if not 0 <= _get(config, key) <= 1:
             raise UserError(f"{where}.{key} is {_get(config, key)}: a probability lies in [0, 1].")

@@ -15,7 +15,7 @@ from ssl_jax.config import Schedule
 from ssl_jax.data.pipeline import prepare_clean
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import make_encoder
-from ssl_jax.step import assemble, init_state
+from ssl_jax.step import TrainState, assemble, init_state
 from ssl_jax.workdir import read_config
 
 Pytree = Any
@@ -75,22 +75,44 @@ def load(path: str | Path, step: int | None = None) -> Encoder:
     Raises:
       UserError: no run there, no checkpoint yet, or none of that step.
     """
-    workdir = Path(path)
-    config = read_config(workdir)
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    step = checkpoints.latest_step if step is None else step
-    if step not in checkpoints.steps:
-        found = ", ".join(map(str, checkpoints.steps)) or "none yet"
-        raise UserError(f"{workdir} has no checkpoint of step {step}: it has {found}.")
-    # The lengths only matter to schedules, which are not used here.
-    method, optimizer, _ = assemble(config, Schedule(1, 1))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        jax.eval_shape(lambda: init_state(method, optimizer, config)),
-    )
-    state = checkpoints.restore(step, like)
-    checkpoints.close()
+    config = read_config(Path(path))
+    state = restore_state(path, step)
     return Encoder(
         config, state.params["encoder"], state.extra["batch_stats"]["encoder"], int(state.step)
     )
+
+
+def restore_state(path: str | Path, step: int | None = None) -> TrainState:
+    """The whole train state of a checkpoint, on the default device.
+
+    Args:
+      path: the run's workdir.
+      step: of the checkpoint, default the newest.
+
+    Returns:
+      The state.
+
+    Raises:
+      UserError: no run there, no checkpoint yet, or none of that step.
+    """
+    workdir = Path(path)
+    config = read_config(workdir)
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    try:
+        steps = checkpoints.steps
+        if not steps:
+            raise UserError(f"{workdir} has no checkpoint yet: let the run go on until it has one.")
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise UserError(f"{workdir} has no checkpoint of step {step}: it has {steps}.")
+        # The lengths only matter to schedules, which are not used here.
+        method, optimizer, _ = assemble(config, Schedule(1, 1))
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+            jax.eval_shape(lambda: init_state(method, optimizer, config)),
+        )
+        state: TrainState = checkpoints.restore(step, like)
+        return state
+    finally:
+        checkpoints.close()

@@ -105,7 +105,7 @@ def _nt_xent_backward(
     def attraction(anchor: Array, row: Array, own_lse: Array) -> Array:
         scores = _masked_scores(anchor, row, columns, temperature)
         weights = jnp.exp(scores - own_lse[:, None]) + jnp.exp(scores - all_lse[None, :])
-        return weights @ columns
+        return _matmul(weights, columns)
 
     dz = _in_blocks(attraction, block, z.reshape(-1, z.shape[-1]), rows.reshape(-1), lse)
     dz = dz.reshape(z.shape) - 2 * z[::-1]
@@ -136,7 +136,7 @@ def info_nce(
     """
     q, k = normalize(queries), jax.lax.stop_gradient(normalize(keys))
     positive = jnp.sum(q * k, axis=1, keepdims=True)
-    negative = q @ jax.lax.stop_gradient(queue.astype(jnp.float32)).T
+    negative = _matmul(q, jax.lax.stop_gradient(queue.astype(jnp.float32)).T)
     logits = jnp.concatenate([positive, negative], axis=1) / temperature
     return jnp.mean(jax.nn.logsumexp(logits, axis=1) - logits[:, 0])
 
@@ -212,7 +212,7 @@ def normalize(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
 
 
 def _masked_scores(anchors: Array, rows: Int[Array, " b"], columns: Array, tau: float) -> Array:
-    scores = anchors @ columns.T / tau
+    scores = _matmul(anchors, columns.T) / tau
     itself = rows[:, None] == jnp.arange(columns.shape[0])[None, :]
     return jnp.where(itself, -jnp.inf, scores)
 
@@ -235,6 +235,11 @@ def _global_rows(z: Array, everyone: Array, axis_name: str | None) -> Int[Array,
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * n
     own = first + jnp.arange(n)
     return jnp.stack([own, total + own])
+
+
+def _matmul(a: Array, b: Array) -> Array:
+    # float32 by default means bfloat16 passes on a TPU and TF32 on a GPU.
+    return jnp.matmul(a, b, precision="highest")
 
 
 def _gather(x: Array, axis_name: str | None) -> Array:

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -104,7 +105,12 @@ class Progress:
         Args:
           step: steps done.
           waited: seconds waited for data so far.
+
+        Returns:
+          "images_per_s" and "data_wait"; nothing if no step was timed.
         """
+        if step == self._step:
+            return {}
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
         images = (step - self._step) * self._batch
@@ -124,13 +130,13 @@ class Progress:
 
     def show(self, step: int, scalars: dict[str, float]) -> None:
         """Writes the line of a step."""
-        rate = scalars["images_per_s"] / self._batch
-        left = time.strftime("%H:%M:%S", time.gmtime((self._total - step) / max(rate, 1e-9)))
-        text = (
-            f"step {step}/{self._total}  loss {scalars['loss']:.4f}  "
-            f"{scalars['images_per_s']:,.0f} images/s  ETA {left}  "
-            f"data wait {100 * scalars['data_wait']:.1f} %"
-        )
+        text = f"step {step}/{self._total}  loss {scalars['loss']:.4f}"
+        if "images_per_s" in scalars:
+            seconds = round((self._total - step) * self._batch / scalars["images_per_s"])
+            text += (
+                f"  {scalars['images_per_s']:,.0f} images/s  ETA {timedelta(seconds=seconds)}  "
+                f"data wait {100 * scalars['data_wait']:.1f} %"
+            )
         self._write(text, end="" if self._live else "\n")
 
     def note(self, text: str) -> None:

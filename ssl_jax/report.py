@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import math
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -80,7 +81,9 @@ def write_report(workdir: Path) -> Path:
     )
     path = workdir / "report.html"
     # A lone surrogate, which JSON can carry, has no UTF-8 form.
-    path.write_text(page, encoding="utf-8", errors="replace")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(page, encoding="utf-8", errors="replace")
+    os.replace(temporary, path)
     return path
 
 

@@ -142,17 +142,17 @@ def make_spmd(
       The mesh and mapping.
 
     Raises:
-      UserError: the batch can't be split evenly, or pmap with several processes.
+      UserError: the batch can't be split evenly, or there are several processes.
     """
     devices = list(devices or jax.devices())
+    if jax.process_count() > 1:
+        raise UserError("Runs of several processes are not supported yet: start one process.")
     if batch_size % len(devices):
         lower = batch_size - batch_size % len(devices) or len(devices)
         raise UserError(
             f"config.batch_size is {batch_size}, which {len(devices)} devices can't share equally: "
             f"use a multiple of {len(devices)}, such as {lower}."
         )
-    if mode == "pmap" and jax.process_count() > 1:
-        raise UserError('config.spmd is "pmap", which is for one process: use "shard_map".')
     mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
     return Spmd(mesh, mode)
 

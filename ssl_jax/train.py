@@ -7,12 +7,12 @@ import jax
 from ml_collections import ConfigDict
 
 from ssl_jax.checkpoint import Checkpoints
-from ssl_jax.config import is_due, run_schedule
+from ssl_jax.config import from_json, is_due, run_schedule, to_json
 from ssl_jax.data.index import Index
 from ssl_jax.data.pipeline import Prefetcher, make_prepare
 from ssl_jax.data.sources import Source, make_sources
 from ssl_jax.diagnostics import CollapseWatch
-from ssl_jax.evals.run import Evaluator
+from ssl_jax.evals.run import Evaluator, encoder_variables, evaluation_table
 from ssl_jax.metrics import Fetcher, MetricsLog, Progress
 from ssl_jax.report import write_report
 from ssl_jax.spmd import AXIS, device_groups, make_spmd
@@ -38,14 +38,13 @@ def pretrain(config: ConfigDict, workdir: str | Path, command: str = "") -> Trai
     # Whatever is wrong with the config shows here, before the folder is touched.
     plan = Plan(config)
     with locked(workdir):
-        write_config(workdir, plan.config, command)
+        write_config(workdir, plan.config, command, plan.train.fingerprint)
         run = Run(plan, workdir)
         try:
             state = run.train()
         finally:
             run.close()
-        run.evaluator.finish(workdir, run.initial, state, run.progress.note)
-        run.progress.note(f"Report: {write_report(workdir)}")
+        run.finish(workdir)
     return state
 
 
@@ -75,7 +74,7 @@ class Plan:
 
 def resolve(config: ConfigDict, train: Source) -> ConfigDict:
     """A copy of the config with what only the data can tell."""
-    config = ConfigDict(config.to_dict()).lock()
+    config = from_json(to_json(config))
     if config.data.num_classes == 0 and train.labels is not None:
         config.data.num_classes = int(train.labels.max()) + 1
     return config
@@ -93,8 +92,10 @@ class Run:
         self.progress = Progress(total, plan.config.batch_size)
         self.checkpoints = Checkpoints(workdir / "checkpoints", plan.config.checkpoint.keep)
         self.resident = plan.spmd.replicate(plan.train.resident())
-        self.initial = init_state(plan.method, plan.optimizer, plan.config)
-        self.state = plan.spmd.replicate(self.initial)
+        initial = init_state(plan.method, plan.optimizer, plan.config)
+        self.state = plan.spmd.replicate(initial)
+        # The untrained encoder, a baseline at the end, waits on the host.
+        self.initial = jax.device_get(encoder_variables(initial))
         self.start = self.checkpoints.latest_step or 0
         if self.start:
             self.state = self.checkpoints.restore(self.start, self.state)
@@ -135,10 +136,25 @@ class Run:
                 pending = metrics if is_due(step, config.log_every) or last else None
                 knn = self.measure(step) if is_due(step, knn_every) or last else None
                 if is_due(step, save_every) or last:
-                    self.checkpoints.save(step, self.state, knn)
-            if pending is not None:
-                self.report(total, pending, batches.wait_seconds)
+                    if pending is not None:
+                        # Before the checkpoint: a run that continues from it won't do the step.
+                        self.report(step, pending, batches.wait_seconds)
+                        pending = None
+                    with self.progress.paused():
+                        self.checkpoints.save(step, self.state, knn)
         return self.state
+
+    def finish(self, workdir: Path) -> None:
+        """Evaluates the run and writes its report; a run that was done already only reports."""
+        done = self.start == self.plan.schedule.total_steps
+        if not (done and (workdir / "evaluation.json").exists()):
+            self.evaluator.finish(workdir, self.initial, self.state)
+        for line in evaluation_table(workdir):
+            self.progress.note(line)
+        bad = self.plan.train.bad
+        if bad:
+            self.progress.note(f"{len(bad)} images can't be read and were replaced: {bad[0]} …")
+        self.progress.note(f"Report: {write_report(workdir)}")
 
     def report(self, step: int, pending: Any, waited: float) -> None:
         """Fetches and writes the metrics of a step."""

@@ -46,7 +46,7 @@ def locked(workdir: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise UserError(
@@ -60,27 +60,32 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
-def write_config(workdir: Path, config: ConfigDict, command: str) -> None:
+def write_config(workdir: Path, config: ConfigDict, command: str, data: str = "") -> None:
     """Writes `config.json`, or checks that the run in the folder has the same config.
 
     Args:
       workdir: of the run.
       config: resolved.
       command: that started the run, for "how to reproduce".
+      data: fingerprint of the training data.
 
     Raises:
-      UserError: the folder holds a run with another config; the differences are listed.
+      UserError: the folder holds a run with another config, or on other data; the differences are
+        listed.
     """
     path = workdir / "config.json"
     if path.exists():
-        changed = differences(read_record(workdir)["config"], to_json(config))
+        record = read_record(workdir)
+        changed = differences(record["config"], to_json(config))
+        if record.get("data", data) != data:
+            changed.append(f"the training data: {record['data']} -> {data}")
         if changed:
             raise UserError(
                 f"{workdir} holds a run with another config ({'; '.join(changed)}): "
                 "use its config, or choose another --workdir."
             )
         return
-    record = {"config": to_json(config), "command": command, **environment()}
+    record = {"config": to_json(config), "data": data, "command": command, **environment()}
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=2) + "\n")
     os.replace(temporary, path)
@@ -132,15 +137,14 @@ def environment() -> dict[str, Any]:
 
 def git_revision() -> str:
     """Revision of the source tree this package runs from, "" if it is none."""
-    here = Path(__file__).parent
-    run = subprocess.run(
+    commands = (
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=here,
-        capture_output=True,
-        text=True,
+        # Installed packages may lie inside somebody else's repository.
+        ["git", "ls-files", "--error-unmatch", "errors.py"],
     )
-    # Installed packages may lie inside somebody else's repository.
-    tracked = subprocess.run(
-        ["git", "ls-files", "--error-unmatch", "errors.py"], cwd=here, capture_output=True
-    )
-    return run.stdout.strip() if run.returncode == tracked.returncode == 0 else ""
+    try:
+        here = Path(__file__).parent
+        runs = [subprocess.run(c, cwd=here, capture_output=True, text=True) for c in commands]
+    except OSError:  # no git here
+        return ""
+    return "" if any(run.returncode for run in runs) else runs[0].stdout.strip()

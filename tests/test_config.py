@@ -86,6 +86,16 @@ def test_a_variant_reaches_get_config(tmp_path):
         ("simclr.temperature=0.0", ["config.simclr.temperature", "positive"]),
         ("epochs=-1.0", ["config.epochs"]),
         ("checkpoint.keep=0", ["config.checkpoint.keep"]),
+        ("checkpoint.every_epochs=-1.0", ["config.checkpoint.every_epochs", "from 0 to"]),
+        ("seed=-1", ["config.seed", "0 to 4294967295"]),
+        ("seed=4294967296", ["config.seed"]),
+        ("optim.momentum=7.0", ["config.optim.momentum", "0 to 1"]),
+        ("optim.lr=1e999", ["config.optim.lr"]),
+        ("eval.labels_per_class=(0,)", ["config.eval.labels_per_class", "positive"]),
+        ("eval.labels_per_class=('a',)", ["config.eval.labels_per_class"]),
+        ("views.view1.crop.area=(0.1, 0.5, 1.0)", ["config.views.view1.crop.area"]),
+        ("views.view1.blur.sigma=(0.0, 1.0)", ["config.views.view1.blur.sigma"]),
+        ("views.view1.crop.aspect=('x', 1.0)", ["config.views.view1.crop.aspect"]),
         ("data.test_fraction=1.0", ["config.data.test_fraction"]),
     ],
 )
@@ -106,6 +116,9 @@ def test_a_bad_override_is_one_sentence_with_its_key(config_file, override, word
         ("view(sise=3)", ["'sise'", "'size'"]),
         ("config.nothing.more = 3", ["nothing"]),
         ("return None", ["get_config", "ConfigDict"]),
+        ("config.epochs = = 3", ["not Python", "line 4"]),
+        ("import nowhere", ["nowhere"]),
+        ("config.epochs = unknown", ["unknown"]),
     ],
 )
 def test_a_bad_config_file_is_one_sentence_with_its_key(config_file, body, words):
@@ -164,3 +177,9 @@ def test_a_config_of_another_version_is_refused():
     saved["optim"]["gone"] = 1
     with pytest.raises(UserError, match="another version of ssl_jax .*optim.gone"):
         from_json(saved)
+
+
+def test_one_view_given_twice_is_two_views(config_file):
+    path = config_file("one = view(size=32)\nconfig.views = {'a': one, 'b': one}")
+    config = load_config(path, ["views.a.flip=0.0"])
+    assert (config.views.a.flip, config.views.b.flip) == (0.0, 0.5)

@@ -54,7 +54,7 @@ def test_the_progress_line_tells_all(monkeypatch):
         progress = Progress(700, batch_size=128, out=out)
         progress.show(100, scalars)
         text = out.getvalue()
-        for part in ("step 100/700", "loss 4.2500", "1,280 images/s", "ETA 00:01:00", "wait 3.1 %"):
+        for part in ("step 100/700", "loss 4.2500", "1,280 images/s", "ETA 0:01:00", "wait 3.1 %"):
             assert part in text
         assert text.endswith(ending) and text.count("\n") == len(ending)
 
@@ -66,3 +66,18 @@ def test_a_note_on_a_terminal_covers_the_line():
     line = len(out.getvalue()) - 1
     progress.note("short")
     assert out.getvalue().endswith("\r" + "short".ljust(line) + "\n")
+
+
+def test_no_rate_is_told_where_no_step_was_timed():
+    out = io.StringIO()
+    progress = Progress(10**7, batch_size=8, out=out)
+    progress.start(5, 0.0)
+    assert progress.rates(5, 0.0) == {}
+    progress.show(5, {"loss": 1.0})
+    assert "images/s" not in out.getvalue() and "ETA" not in out.getvalue()
+
+
+def test_an_eta_of_days_is_told_in_days():
+    out = io.StringIO()
+    Progress(10**7, 8, out).show(0, {"loss": 1.0, "images_per_s": 800.0, "data_wait": 0.0})
+    assert "ETA 1 day, 3:46:40" in out.getvalue()

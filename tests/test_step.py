@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny import (
     assert_replicated,
@@ -15,10 +16,16 @@ from tiny import (
 
 from ssl_jax.data.index import Index
 from ssl_jax.data.pipeline import make_prepare
-from ssl_jax.spmd import make_spmd
+from ssl_jax.methods import Method
+from ssl_jax.spmd import AXIS, make_spmd
 from ssl_jax.step import loss_and_gradients
 
 ONE = jax.devices()[:1]
+
+
+def with_moved_zeros(state):
+    """Parameters that start at 0 moved off it, so that no gradient is 0 for nothing but that."""
+    return state.replace(params=jax.tree.map(lambda p: jnp.where(p == 0, 0.1, p), state.params))
 
 
 def gradients_on(config, source, mode, devices):
@@ -35,7 +42,7 @@ def gradients_on(config, source, mode, devices):
     mapped = spmd.map(per_device, ("replicated", "sharded", "replicated"), ("replicated",) * 3)
     ids = Index(source.num_examples, config.batch_size, 0).ids(0)
     batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
-    return jax.device_get(mapped(state, batch, resident))
+    return jax.device_get(mapped(with_moved_zeros(state), batch, resident))
 
 
 @pytest.mark.parametrize("mode", ["shard_map", "pmap"])
@@ -47,11 +54,24 @@ def test_loss_and_gradients_agree_between_1_and_8_devices(mode):
     actual = gradients_on(config, source, mode, jax.devices())
     np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5)
     assert_trees_close(actual, expected, rtol=2e-4)
-    # The wrong conventions are seen by this comparison.
-    for factor in (8, 1 / 8):
-        wrong = jax.tree.map(lambda g, f=factor: g * f, actual[1])
-        with pytest.raises(AssertionError):
-            assert_trees_close(wrong, expected[1], rtol=2e-4)
+    for name, gradient in leaves(expected[1]).items():
+        assert np.abs(gradient).max() > 1e-6, name
+
+
+@pytest.mark.parametrize("reduce", [jax.lax.psum, lambda x, axis: jax.lax.pmean(x, axis) / 8])
+def test_a_wrong_convention_of_gradients_is_caught(reduce, monkeypatch):
+    """Sums where means are meant, or a mean too many: 8 times too much or too little."""
+    config, source = tiny_config(), random_source()
+    expected = gradients_on(config, source, "shard_map", ONE)
+    plain = Method.mean
+    # In the step, after differentiation, what has four axes is the gradient of a convolution.
+    monkeypatch.setattr(
+        Method, "mean", lambda self, x: reduce(x, AXIS) if x.ndim == 4 else plain(self, x)
+    )
+    actual = gradients_on(config, source, "shard_map", jax.devices())
+    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5)  # the loss hides it
+    with pytest.raises(AssertionError, match="kernel"):
+        assert_trees_close(actual[1], expected[1], rtol=2e-4)
 
 
 def test_batchnorm_groups_change_the_statistics_and_stay_replicated():
@@ -154,11 +174,13 @@ def test_golden_metrics_of_one_step():
     Print `metrics` here and paste; any other change that moves these numbers is a mistake.
     """
     config, source = tiny_config(), random_source()
+    config.optim.warmup_epochs = 0.0  # or the first step's learning rate is 0
     spmd = make_spmd("shard_map", ONE)
     _, step, state, resident = make_step(config, spmd, source)
     ids = Index(64, 32, 0).ids(0)
     batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
-    _, metrics = step(state, batch, resident)
+    state, metrics = step(state, batch, resident)
+    metrics["parameter_norm"] = optax.tree.norm(state.params)
     assert metrics.keys() == GOLDEN.keys()
     for name, value in GOLDEN.items():
         message = f"{name} changed; if that is meant, renew the golden values in this test"
@@ -166,9 +188,10 @@ def test_golden_metrics_of_one_step():
 
 
 GOLDEN = {
-    "loss": 5.536226272583008,
-    "nt_xent": 5.536226272583008,
-    "learning_rate": 0.0,
-    "gradient_norm": 101.34898376464844,
-    "embedding_std": 0.35324230790138245,
+    "loss": 6.255115509033203,
+    "nt_xent": 6.255115509033203,
+    "learning_rate": 0.125,
+    "gradient_norm": 65.90265655517578,
+    "embedding_std": 0.3630104660987854,
+    "parameter_norm": 9.813742637634277,
 }

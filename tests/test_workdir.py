@@ -7,7 +7,7 @@ import pytest
 
 from ssl_jax.config import default_config, to_json
 from ssl_jax.errors import UserError
-from ssl_jax.workdir import locked, read_config, read_record, write_config
+from ssl_jax.workdir import git_revision, locked, read_config, read_record, write_config
 
 
 def test_a_second_run_is_refused_and_the_first_named(tmp_path):
@@ -84,3 +84,15 @@ def test_a_folder_without_a_run_is_named(tmp_path):
 def test_the_record_is_plain_json(tmp_path):
     write_config(tmp_path, default_config(), "")
     assert json.loads((tmp_path / "config.json").read_text())["config"]["views"]["view1"]["size"]
+
+
+def test_other_data_is_refused(tmp_path):
+    write_config(tmp_path, default_config(), "", data="64 images, checksum 1")
+    write_config(tmp_path, default_config(), "", data="64 images, checksum 1")
+    with pytest.raises(UserError, match="training data: 64 images, .* -> 65 images"):
+        write_config(tmp_path, default_config(), "", data="65 images, checksum 2")
+
+
+def test_no_git_is_no_revision(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert git_revision() == ""

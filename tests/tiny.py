@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from ssl_jax.config import default_config, run_schedule, view
 from ssl_jax.data.pipeline import make_prepare
@@ -28,8 +29,8 @@ def tiny_config(**changes):
         gray=0.0,
         blur={"prob": 0.0},
     )
-    config.views = {"view1": small, "view2": small}
-    config.model.update(depth=6, width=1 / 16, stem="cifar")
+    config.views = {"view1": small, "view2": ConfigDict(small)}
+    config.model.update(depth=6, width=1 / 16, stem="cifar", zero_init_residual=False)
     config.simclr.update(out=16, temperature=0.2)
     config.optim.update(lr=1.0, warmup_epochs=1.0)
     config.eval.update(knn_every_epochs=0.0, draws=2, labels_per_class=(1, 5), batch_size=64)

@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -88,6 +89,9 @@ class FolderSource:
         self.labels = None if labels is None else np.array(labels, np.int32)
         self.bad: list[str] = []
         self._files = np.array([os.fsencode(file) for file in files], object)
+        names = "\0".join(os.path.relpath(file, config.data[key]) for file in files)
+        checksum = zlib.crc32(os.fsencode(names))
+        self.fingerprint = f"{self.num_examples} images, checksum of names {checksum:08x}"
         self._lock = threading.Lock()
 
     def resident(self) -> dict[str, np.ndarray]:

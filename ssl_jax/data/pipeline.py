@@ -18,7 +18,7 @@ from ssl_jax.data.device_crop import crop_views, resize_images
 from ssl_jax.data.index import Index, example_keys
 from ssl_jax.data.sources import Source
 
-_DEPTH = 2  # batches on the devices ahead of the step: one in use, one ready
+_DEPTH = 1  # batches that wait on the devices, beside the one in use and the one being placed
 
 
 def make_prepare(
@@ -53,17 +53,27 @@ def make_prepare(
 
 
 def prepare_clean(images: Array, config: ConfigDict) -> Float[Array, "n size size 3"]:
-    """Images for evaluation: resized to the first view's size, in [0, 1], normalised as it is.
+    """Images for evaluation, in [0, 1], normalised as in training.
+
+    Images that are not of the first view's size are cropped to the central square of
+    `config.eval.crop_fraction` of the shorter side and resized; those of that size are taken as
+    they are (host sources make them so; small images such as CIFAR's are not cropped).
 
     Args:
-      images: uint8 [n, H, W, 3].
+      images: uint8, or floats in [0, 1], [n, H, W, 3].
       config: of the run.
 
     Returns:
       float32 [n, size, size, 3].
     """
     view = flat_views(config)[0]
-    x = resize_images(images, view.size, view.crop.interpolation)
+    height, width = images.shape[1:3]
+    x = images
+    if (height, width) != (view.size, view.size):
+        side = max(1, round(config.eval.crop_fraction * min(height, width)))
+        top, left = (height - side) // 2, (width - side) // 2
+        x = x[:, top : top + side, left : left + side]
+    x = resize_images(x, view.size, config.eval.interpolation)
     if view.mean:
         x = (x - jnp.array(view.mean)) / jnp.array(view.std)
     return x

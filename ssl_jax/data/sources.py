@@ -5,6 +5,7 @@ source is held on the devices whole and needs neither a host pipeline nor Tensor
 decodes and crops, and hands over uint8 views.
 """
 
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -23,11 +24,16 @@ class Source(Protocol):
       num_examples: N.
       labels: class of each id, int32 [N]; None where there are none.
       class_names: of the labels.
+      bad: names of the images that could not be read so far and were replaced.
+      fingerprint: changes when the images' order, number or labels do; a run continues on the
+        same data only.
     """
 
     num_examples: int
     labels: np.ndarray | None
     class_names: tuple[str, ...]
+    bad: list[str]
+    fingerprint: str
 
     def resident(self) -> dict[str, np.ndarray]:
         """Arrays to place whole on every device: {"image": uint8 [N, H, W, 3]}, or {}."""
@@ -70,6 +76,10 @@ class ArraySource:
         self.num_examples = len(images)
         self.labels = None if labels is None else np.asarray(labels, np.int32)
         self.class_names = tuple(class_names)
+        self.bad: list[str] = []
+        label_bytes = b"" if self.labels is None else self.labels.tobytes()
+        checksum = zlib.crc32(label_bytes, zlib.crc32(images.tobytes()))
+        self.fingerprint = f"{self.num_examples} images, checksum {checksum:08x}"
 
     def resident(self) -> dict[str, np.ndarray]:
         """All images: a step only needs ids."""

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from ssl_jax import diagnostics
+from ssl_jax.data.device_crop import resize_images
 from ssl_jax.data.index import stream_key
 from ssl_jax.data.pipeline import make_prepare, prepare_clean
 from ssl_jax.data.sources import ArraySource, Source
-from ssl_jax.evals.features import extract_features
+from ssl_jax.evals.features import extract_features, padded_batches
 from ssl_jax.evals.knn import knn_classify, nearest_neighbours
 from ssl_jax.evals.linear import few_label_accuracies, linear_probe
 from ssl_jax.methods.base import make_encoder
@@ -28,6 +28,8 @@ Row = dict[str, Any]
 _PICTURES = 12  # originals with views, and queries with neighbours, kept for the report
 _NEIGHBOURS = 6
 _SAMPLED = 1024  # images for the diagnostics
+_PIXELS = 16  # side to which images are made smaller for the baseline of raw pixels
+_FITTED = 50_000  # training images at most for the full linear probe, drawn with a fixed seed
 
 
 class Evaluator:
@@ -58,18 +60,18 @@ class Evaluator:
         for name in plain.views:
             plain.views[name].mean = plain.views[name].std = ()
         self._prepare = jax.jit(make_prepare(plain))
+        self._small = jax.jit(lambda images: resize_images(images, _PIXELS, "bilinear"))
         self._replicate, self._place = spmd.replicate, spmd.place_batch
         # Whole shares for every device.
         self._batch_size = -(-config.eval.batch_size // spmd.size) * spmd.size
 
     def features(
-        self, state: Any, source: Source, first: int | None = None
+        self, variables: Pytree, source: Source, first: int | None = None
     ) -> Float[np.ndarray, "n d"]:
-        """The evaluated network's features of (the `first` images of) a split."""
-        variables = {
-            "params": state.params["encoder"],
-            "batch_stats": state.extra["batch_stats"]["encoder"],
-        }
+        """The evaluated network's features of (the `first` images of) a split.
+
+        `variables` are those of `encoder_variables`, on the mesh.
+        """
         return extract_features(
             self._encode,
             variables,
@@ -89,8 +91,9 @@ class Evaluator:
           "rankme", "uniformity" and "alignment" of training images, and "knn", the accuracy of a
           weighted vote of nearest neighbours on the held-out split, where both splits have labels.
         """
+        variables = encoder_variables(state)
         # Without labels to vote, a sample is enough.
-        train = self.features(state, self.train, None if self.has_labels else 2 * _SAMPLED)
+        train = self.features(variables, self.train, None if self.has_labels else 2 * _SAMPLED)
         views = self._views(state, min(self._batch_size, self.train.num_examples))[:2]
         measured = {
             "rankme": diagnostics.rankme(train[: 2 * _SAMPLED]),
@@ -98,48 +101,40 @@ class Evaluator:
         }
         if len(views) == 2:
             measured["alignment"] = diagnostics.alignment(
-                *(self.features(state, ArraySource(pixels(view))) for view in views)
+                *(self.features(variables, ArraySource(pixels(view))) for view in views)
             )
         if self.has_labels:
             assert self.test is not None
-            measured["knn"] = self._knn_accuracy(train, self.features(state, self.test))
+            measured["knn"] = self._knn_accuracy(train, self.features(variables, self.test))
         return measured
 
-    def finish(
-        self, workdir: Path, initial: Any, state: Any, note: Callable[[str], None]
-    ) -> list[Row]:
+    def finish(self, workdir: Path, initial: Pytree, state: Any) -> None:
         """Measures the run and its baselines and writes them into its folder.
 
         Args:
           workdir: gets `evaluation.json`, where there are labels, and `report_images.npz`.
-          initial: the state before training: the random baseline.
-          state: the trained one.
-          note: prints a line.
-
-        Returns:
-          The rows of the table; empty without labels.
+          initial: the encoder's variables before training, the random baseline, on the host.
+          state: the trained state.
         """
-        trained = self.features(state, self.train)
+        variables = encoder_variables(state)
         rows: list[Row] = []
-        neighbours: dict[str, np.ndarray] = {}
+        pictures = self._view_pictures(state)
         if self.test is not None:
-            trained_test = self.features(state, self.test)
-            neighbours = self._neighbours(trained, trained_test)
+            trained = self.features(variables, self.train)
+            trained_test = self.features(variables, self.test)
+            pictures |= self._neighbours(trained, trained_test)
             if self.has_labels:
-                initial = self._replicate(initial)
+                untrained = self._replicate(initial)
                 rows = [
                     self._row("raw pixels", self._pixels(self.train), self._pixels(self.test)),
                     self._row(
                         "random init",
-                        self.features(initial, self.train),
-                        self.features(initial, self.test),
+                        self.features(untrained, self.train),
+                        self.features(untrained, self.test),
                     ),
                     self._row(self.config.method, trained, trained_test),
                 ]
-        self._write(workdir, rows, {**self._view_pictures(state), **neighbours})
-        for line in table(rows, self.config.eval.labels_per_class):
-            note(line)
-        return rows
+        self._write(workdir, rows, pictures)
 
     def _row(self, name: str, train: np.ndarray, test: np.ndarray) -> Row:
         assert self.test is not None
@@ -162,7 +157,9 @@ class Evaluator:
                 "std": float(draws.std(ddof=1)) if len(draws) > 1 else 0.0,
                 "draws": draws.tolist(),
             }
-        row["linear"] = float(np.mean(linear_probe(train, labels, test) == test_labels))
+        seen = np.random.default_rng(0).permutation(len(train))[:_FITTED]
+        predicted = linear_probe(train[seen], labels[seen], test)
+        row["linear"] = float(np.mean(predicted == test_labels))
         row["knn"] = self._knn_accuracy(train, test)
         return row
 
@@ -179,9 +176,14 @@ class Evaluator:
         return float(np.mean(predicted == self.test.labels))
 
     def _pixels(self, source: Source) -> Float[np.ndarray, "n d"]:
-        """The images themselves as features: what any encoder must beat."""
-        images = source.clean(np.arange(source.num_examples))
-        return images.reshape(len(images), -1).astype(np.float32) / 255
+        """The images themselves as features, made small: what any encoder must beat."""
+        rows = []
+        for ids, kept in padded_batches(source.num_examples, self._batch_size):
+            images = source.clean(ids)
+            if images.shape[1] > _PIXELS:
+                images = pixels(np.asarray(self._small(images)))
+            rows.append(images[:kept].reshape(kept, -1).astype(np.float32) / 255)
+        return np.concatenate(rows)
 
     def _view_pictures(self, state: Any) -> dict[str, np.ndarray]:
         """Originals with the views that the first step would make of them."""
@@ -241,6 +243,24 @@ class Evaluator:
 def pixels(images: Float[np.ndarray, "*n h w 3"]) -> np.ndarray:
     """Images in [0, 1] as uint8."""
     return np.clip(np.round(images * 255), 0, 255).astype(np.uint8)
+
+
+def encoder_variables(state: Any) -> Pytree:
+    """The variables of the network that is evaluated: the online or query encoder."""
+    return {
+        "params": state.params["encoder"],
+        "batch_stats": state.extra["batch_stats"]["encoder"],
+    }
+
+
+def evaluation_table(workdir: Path) -> list[str]:
+    """The lines of `table` for the run in a folder; none if it was not evaluated."""
+    path = workdir / "evaluation.json"
+    if not path.exists():
+        return []
+    rows = json.loads(path.read_text())["rows"]
+    counts = [int(key.removeprefix("labels_")) for key in rows[0] if key.startswith("labels_")]
+    return table(rows, tuple(sorted(counts)))
 
 
 def table(rows: list[Row], labels_per_class: tuple[int, ...]) -> list[str]:

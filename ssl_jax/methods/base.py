@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from ssl_jax.config import Schedule
+from ssl_jax.config import Schedule, flat_views
+from ssl_jax.errors import UserError
 from ssl_jax.models import MLPHead, ResNet
 from ssl_jax.optim import role_labels
 
@@ -100,6 +101,15 @@ class Method:
             axis_index_groups=self.groups,
             **options,
         )
+
+    def require_two_views(self) -> None:
+        """Refuses a config whose views are not two of one size, which this method pairs."""
+        sizes = [view.size for view in flat_views(self.config)]
+        if len(sizes) != 2 or sizes[0] != sizes[1]:
+            raise UserError(
+                f"config.views gives views of sizes {sizes}, but '{self.config.method}' pairs two "
+                "of one size: name two with count 1, or one with count 2."
+            )
 
     def mean(self, x: Array) -> Array:
         """The mean over devices of a local mean."""

@@ -19,6 +19,7 @@ class BYOL(Method):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self.require_two_views()
         options = self.config.byol
         head = {
             "hidden": options.hidden,

@@ -25,6 +25,7 @@ class MoCo(Method):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self.require_two_views()
         options, batch = self.config.moco, self.config.batch_size
         if options.queue % batch:
             multiple = batch * max(1, options.queue // batch)

@@ -30,6 +30,7 @@ class SimCLR(Method):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self.require_two_views()
         options = self.config.simclr
         if options.memory % (2 * self.config.batch_size):
             raise UserError(

@@ -18,6 +18,7 @@ class SimSiam(Method):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self.require_two_views()
         options = self.config.simsiam
         projector = self.head(
             hidden=options.hidden or self.encoder.num_features,

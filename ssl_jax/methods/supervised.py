@@ -43,16 +43,13 @@ class Supervised(Method):
     def forward(
         self, params: Pytree, extra: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
-        """All views of one size together: `logits` [n, V, classes]."""
-        views = batch["views"]
-        (features, logits), stats = apply_networks(
-            self.networks, params, extra["batch_stats"], jnp.concatenate(views)
-        )
-        outputs = {
-            "embedding": jnp.split(features, len(views))[0],
-            "logits": jnp.stack(jnp.split(logits, len(views)), axis=1),
-        }
-        return outputs, stats
+        """Each view on its own: `logits` [n, V, classes]."""
+        stats, features, logits = extra["batch_stats"], [], []
+        for view in batch["views"]:
+            (h, out), stats = apply_networks(self.networks, params, stats, view)
+            features.append(h)
+            logits.append(out)
+        return {"embedding": features[0], "logits": jnp.stack(logits, axis=1)}, stats
 
     def loss(
         self, params: Pytree, outputs: dict[str, Array], extra: Pytree, batch: Batch, step: Array

@@ -14,7 +14,7 @@ from tiny import (
     random_source,
 )
 
-from ssl_jax.config import Schedule
+from ssl_jax.config import Schedule, view
 from ssl_jax.errors import UserError
 from ssl_jax.methods import make_method
 from ssl_jax.spmd import make_spmd
@@ -78,3 +78,12 @@ def test_stats_keep_their_leaves():
     made = make_method(config, Schedule(1, 10))
     _, extra = made.init(jax.random.key(0), example_batch(config))
     assert any("target" in name for name in leaves(extra["batch_stats"]))
+
+
+@pytest.mark.parametrize("method", ["simclr", "moco", "byol", "simsiam"])
+@pytest.mark.parametrize("sizes", [(8,), (8, 8, 8), (8, 6)])
+def test_methods_of_pairs_refuse_other_views(method, sizes):
+    config = method_config(method)
+    config.views = {f"view{i}": view(size=size) for i, size in enumerate(sizes)}
+    with pytest.raises(UserError, match="pairs two of one size"):
+        make_method(config, Schedule(1, 10))

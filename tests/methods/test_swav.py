@@ -21,6 +21,7 @@ def swav(**options):
 def test_prototypes_have_unit_length_and_stay_frozen_for_exactly_the_frozen_steps():
     config, spmd, source = method_config("swav"), make_spmd(devices=jax.devices()[:1]), None
     source = random_source()
+    config.epochs = 10.0
     config.optim.update(frozen_steps=2, weight_decay=0.1)
     _, step, state, resident = make_step(config, spmd, source)
     initial = np.asarray(state.params["prototypes"]["kernel"])
