@@ -1,0 +1,34 @@
+"""SwAV on ImageNet, the official recipes; the variant is the batch: `4096` or `256`.
+
+Paper: Caron et al., 2020, arXiv:2006.09882; facebookresearch/swav. ResNet-50, 2×224 + 6×96 crops,
+3,000 prototypes, SGD with LARC. 4096: 800 epochs; 256: 200 epochs with a queue of 3,840 from
+epoch 15. Published: 75.3 % linear (4096). Cost: 76 GFLOP per image. Images come from folders, as for
+`simclr_imagenet.py`. Deviation: computed in bfloat16; blur is an exact Gaussian.
+"""
+
+from ml_collections import ConfigDict
+
+from ssl_jax.config import default_config
+from ssl_jax.recipes import swav_views
+
+
+def get_config(variant: str = "4096") -> ConfigDict:
+    """The run."""
+    config = default_config()
+    config.method = "swav"
+    config.data.name = "folder"
+    config.batch_size = int(variant)
+    config.dtype = "bfloat16"
+    config.views = swav_views()
+    config.model.update(conv_init="fan_out_normal", zero_init_residual=False)
+    config.optim.update(name="larc", lr_scaling="none", weight_decay=1e-6)
+    if variant == "256":
+        config.epochs = 200.0
+        config.swav.update(queue=3840, queue_from_epoch=15.0)
+        config.optim.update(lr=0.6, final_lr=0.0006, warmup_epochs=0.0, frozen_steps=5005)
+    else:
+        config.epochs = 800.0
+        config.optim.update(
+            lr=4.8, final_lr=0.0048, warmup_epochs=10.0, warmup_start=0.3, frozen_steps=313
+        )
+    return config
