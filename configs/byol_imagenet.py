@@ -1,9 +1,9 @@
 """BYOL on ImageNet, the official recipe; the variant is the epochs: `40`, `100`, `300`, `1000`.
 
 Paper: Grill et al., 2020, arXiv:2006.07733; deepmind-research/byol. ResNet-50, batch 4096, LARS
-with the learning rate outside the momentum. Published: 74.3 % linear at 1,000 epochs. Cost: 65 GFLOP per
-image. Images come from folders, as for `simclr_imagenet.py`. Deviation: the evaluation normalises
-as training does, outside the model.
+with the learning rate outside the momentum. Published: 74.3 % linear at 1,000 epochs. Cost: 65
+GFLOP per image. Images come from folders, as for `simclr_imagenet.py`. Deviation: the evaluation
+normalises as training does, outside the model.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,9 @@
 """SimSiam on ImageNet, the official recipe.
 
 Paper: Chen & He, 2020, arXiv:2011.10566; facebookresearch/simsiam. ResNet-50, 100 epochs, batch
-512, SGD 0.05·B/256, the predictor's rate constant. Published: 68.1 % linear (68.3 at batch 256). Cost:
-49 GFLOP per image. Images come from folders, as for `simclr_imagenet.py`. Deviation: computed in
-bfloat16; blur is an exact Gaussian.
+512, SGD 0.05·B/256, the predictor's rate constant. Published: 68.1 % linear (68.3 at batch 256).
+Cost: 49 GFLOP per image. Images come from folders, as for `simclr_imagenet.py`. Deviation:
+computed in bfloat16; blur is an exact Gaussian.
 """
 
 from ml_collections import ConfigDict

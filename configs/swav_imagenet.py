@@ -1,8 +1,8 @@
 """SwAV on ImageNet, the official recipes; the variant is the batch: `4096` or `256`.
 
 Paper: Caron et al., 2020, arXiv:2006.09882; facebookresearch/swav. ResNet-50, 2×224 + 6×96 crops,
-3,000 prototypes, SGD with LARC. 4096: 800 epochs; 256: 200 epochs with a queue of 3,840 from
-epoch 15. Published: 75.3 % linear (4096). Cost: 76 GFLOP per image. Images come from folders, as for
+3,000 prototypes, SGD with LARC. 4096: 800 epochs; 256: 200 epochs with a queue of 3,840 from epoch
+15. Published: 75.3 % linear (4096). Cost: 76 GFLOP per image. Images come from folders, as for
 `simclr_imagenet.py`. Deviation: computed in bfloat16; blur is an exact Gaussian.
 """
 
