@@ -1,5 +1,6 @@
 """Checkpoints of the whole train state, written in the background by Orbax."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,14 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        # Orbax warns of what read_only means each time it is asked for.
+        logger = logging.getLogger("absl")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        finally:
+            logger.setLevel(level)
 
     @property
     def latest_step(self) -> int | None:

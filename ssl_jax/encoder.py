@@ -46,9 +46,23 @@ class Encoder:
 
         Returns:
           float32 [n, D].
+
+        Raises:
+          UserError: another shape or dtype.
         """
+        images = jnp.asarray(images)
+        if images.ndim != 4 or images.shape[-1] != 3:
+            raise UserError(
+                f"An encoder takes images [n, H, W, 3], not {list(images.shape)}: add the axis of "
+                "examples with images[None], repeat the channel of gray images three times."
+            )
+        if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
+            raise UserError(
+                f"An encoder takes uint8 images or floats in [0, 1], not {images.dtype}: convert "
+                "them with images.astype(np.uint8)."
+            )
         variables = {"params": self.params, "batch_stats": self.batch_stats}
-        return self._apply(variables, jnp.asarray(images))
+        return self._apply(variables, images)
 
     @cached_property
     def _apply(self) -> Any:

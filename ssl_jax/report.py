@@ -545,7 +545,10 @@ def _title_of(name: str, mean: float, half: float, labels: int) -> str:
 def _whisker(frame: _Frame, x: float, mean: float, half: float) -> str:
     if math.isnan(half):
         return ""
-    at, low, high = frame.x(x), frame.y(mean - half), frame.y(mean + half)
+    # An interval from a few draws may be wider than the chart.
+    bottom, top = frame.y_range
+    low, high = (frame.y(min(max(y, bottom), top)) for y in (mean - half, mean + half))
+    at = frame.x(x)
     return (
         f'<path class="whisker" d="M{at:.1f} {low:.1f}V{high:.1f}'
         f'M{at - 4:.1f} {low:.1f}h8M{at - 4:.1f} {high:.1f}h8"/>'

@@ -17,7 +17,12 @@ from ssl_jax.metrics import Fetcher, MetricsLog, Progress
 from ssl_jax.report import write_report
 from ssl_jax.spmd import AXIS, device_groups, make_spmd
 from ssl_jax.step import TrainState, assemble, init_state, make_train_step
-from ssl_jax.workdir import locked, write_config
+from ssl_jax.workdir import locked, note_continuation, write_config
+
+_SHORT = (
+    "\nwarning: the warmup of {} steps (config.optim.warmup_epochs) is not shorter than the run: "
+    "the learning rate never reaches its peak."
+)
 
 
 def pretrain(config: ConfigDict, workdir: str | Path, command: str = "") -> TrainState:
@@ -100,19 +105,29 @@ class Run:
         if self.start:
             self.state = self.checkpoints.restore(self.start, self.state)
             self.progress.note(f"Continuing from step {self.start} of {total}.")
+            changed = note_continuation(workdir, self.start) if self.start < total else []
+            if changed:
+                self.progress.note(
+                    f"The run began elsewhere ({'; '.join(changed)}): it goes on with the same "
+                    "images, and equal to rounding, not bit for bit."
+                )
         self.log = MetricsLog(workdir, self.start)
-        self.progress.note(self.summary())
+        if self.start < total:
+            self.progress.note(self.summary())
 
     def summary(self) -> str:
         """What is run, in a line."""
         plan, config = self.plan, self.config
         encoder = jax.tree.leaves(self.state.params["encoder"])
         device = jax.devices()[0]
+        warmup = round(config.optim.warmup_epochs * plan.schedule.steps_per_epoch)
+        short = warmup >= plan.schedule.total_steps
         return (
             f"{config.method}, ResNet-{config.model.depth} ×{config.model.width:g} "
             f"({sum(leaf.size for leaf in encoder) / 1e6:.3g} M parameters), "
             f"{plan.train.num_examples:,} images, batch {config.batch_size} on {plan.spmd.size} × "
             f"{device.device_kind}, {plan.schedule.total_steps:,} steps; the first step compiles."
+            + (_SHORT.format(warmup) if short else "")
         )
 
     def train(self) -> TrainState:
@@ -148,6 +163,7 @@ class Run:
         """Evaluates the run and writes its report; a run that was done already only reports."""
         done = self.start == self.plan.schedule.total_steps
         if not (done and (workdir / "evaluation.json").exists()):
+            self.progress.note("Evaluating the frozen encoder and its baselines.")
             self.evaluator.finish(workdir, self.initial, self.state)
         for line in evaluation_table(workdir):
             self.progress.note(line)

@@ -82,13 +82,20 @@ def write_config(workdir: Path, config: ConfigDict, command: str, data: str = ""
         if changed:
             raise UserError(
                 f"{workdir} holds a run with another config ({'; '.join(changed)}): "
-                "use its config, or choose another --workdir."
+                f"use its config, or choose another --workdir{_hint(workdir)}."
             )
         return
     record = {"config": to_json(config), "data": data, "command": command, **environment()}
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=2) + "\n")
     os.replace(temporary, path)
+
+
+def _hint(workdir: Path) -> str:
+    """What is lost if the folder is deleted, where that is nothing."""
+    if any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
+        return ""
+    return "; this one has no checkpoint yet, deleting it loses nothing"
 
 
 def read_record(workdir: Path) -> dict[str, Any]:
@@ -107,6 +114,25 @@ def read_record(workdir: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read ({error}): restore it, or start anew.") from error
     return record
+
+
+def note_continuation(workdir: Path, step: int) -> list[str]:
+    """Records that the run is continued, and on what.
+
+    Args:
+      workdir: of the run.
+      step: it continues from.
+
+    Returns:
+      The differences to the environment in which it began, on which bit-equality depends.
+    """
+    record, now = read_record(workdir), environment()
+    record.setdefault("continued", []).append({"step": step, **now})
+    path = workdir / "config.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(temporary, path)
+    return differences({key: record.get(key) for key in now}, now)
 
 
 def read_config(workdir: Path) -> ConfigDict:

@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ssl_jax import config as config_lib
+from ssl_jax import report
 from ssl_jax.errors import UserError
 from ssl_jax.report import mean_interval, nice_ticks, proportion_interval, write_report
 
@@ -546,3 +547,13 @@ def test_colours_have_contrast_in_both_themes(workdir):
             for ground in ("page", "wash"):
                 bright, dark = sorted((colours[name], colours[ground]), reverse=True)
                 assert (bright + 0.05) / (dark + 0.05) >= ratio, (name, ground)
+
+
+def test_whiskers_stay_inside_their_chart(tmp_path):
+    # Two draws far apart: Student's interval is then wider than all accuracies there are.
+    frame = report._Frame(40, (0.0, 1.0), (0.0, 100.0))
+    inside = report._whisker(frame, 0.5, 50.0, 10.0)
+    wide = report._whisker(frame, 0.5, 50.0, 500.0)
+    ends = [float(y) for y in re.findall(r"M[\d.]+ ([-\d.]+)V([-\d.]+)", wide)[0]]
+    assert ends == [round(frame.y(0.0), 1), round(frame.y(100.0), 1)]
+    assert inside != wide

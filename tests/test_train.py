@@ -124,6 +124,11 @@ def test_a_finished_run_is_evaluated_and_reported(tmp_path, capsys):
     encoder = ssl_jax.load(tmp_path)
     features = encoder.apply(np.zeros((2, 8, 8, 3), np.uint8))
     assert features.shape[0] == 2 and features.dtype == np.float32
+    for bad in (np.zeros((8, 8, 3), np.uint8), np.zeros((2, 8, 8, 1), np.uint8)):
+        with pytest.raises(UserError, match="takes images"):
+            encoder.apply(bad)
+    with pytest.raises(UserError, match="not int32"):
+        encoder.apply(np.zeros((2, 8, 8, 3), np.int32))
     for a, b in zip(
         jax.tree.leaves(encoder.params), jax.tree.leaves(state.params["encoder"]), strict=True
     ):

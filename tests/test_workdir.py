@@ -7,7 +7,14 @@ import pytest
 
 from ssl_jax.config import default_config, to_json
 from ssl_jax.errors import UserError
-from ssl_jax.workdir import git_revision, locked, read_config, read_record, write_config
+from ssl_jax.workdir import (
+    git_revision,
+    locked,
+    note_continuation,
+    read_config,
+    read_record,
+    write_config,
+)
 
 
 def test_a_second_run_is_refused_and_the_first_named(tmp_path):
@@ -64,7 +71,10 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
     before = (tmp_path / "config.json").read_bytes()
     write_config(tmp_path, config, "again")
     config.optim.lr = 0.7
-    with pytest.raises(UserError, match="optim.lr: 0.3 -> 0.7"):
+    with pytest.raises(UserError, match="optim.lr: 0.3 -> 0.7.*no checkpoint yet"):
+        write_config(tmp_path, config, "")
+    (tmp_path / "checkpoints" / "12").mkdir(parents=True)
+    with pytest.raises(UserError, match="choose another --workdir.$"):
         write_config(tmp_path, config, "")
     assert (tmp_path / "config.json").read_bytes() == before
 
@@ -96,3 +106,12 @@ def test_other_data_is_refused(tmp_path):
 def test_no_git_is_no_revision(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert git_revision() == ""
+
+
+def test_a_continuation_elsewhere_is_recorded_and_told(tmp_path, monkeypatch):
+    write_config(tmp_path, default_config(), "")
+    assert note_continuation(tmp_path, 3) == []
+    monkeypatch.setenv("XLA_FLAGS", "--other")
+    (changed,) = note_continuation(tmp_path, 5)
+    assert changed.startswith("xla_flags: ") and changed.endswith("-> --other")
+    assert [c["step"] for c in read_record(tmp_path)["continued"]] == [3, 5]
