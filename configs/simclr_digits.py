@@ -1,4 +1,4 @@
-"""SimCLR v1 on scikit-learn's digits: the road end to end, 2 min 36 s on two CPU cores.
+"""SimCLR v1 on scikit-learn's digits: the road end to end, 2.5 minutes on two CPU cores.
 
 Paper: Chen et al., 2020, arXiv:2002.05709, scaled down: a ResNet-18 a quarter as wide with the
 CIFAR stem, 8×8 scans, batch 256. Result: 95.0 % at 5 labels per class against 86.0 % of raw pixels;
