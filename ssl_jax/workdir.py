@@ -86,9 +86,7 @@ def write_config(workdir: Path, config: ConfigDict, command: str, data: str = ""
             )
         return
     record = {"config": to_json(config), "data": data, "command": command, **environment()}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, path)
+    _write_record(workdir, record)
 
 
 def _hint(workdir: Path) -> str:
@@ -128,11 +126,15 @@ def note_continuation(workdir: Path, step: int) -> list[str]:
     """
     record, now = read_record(workdir), environment()
     record.setdefault("continued", []).append({"step": step, **now})
-    path = workdir / "config.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, path)
+    _write_record(workdir, record)
     return differences({key: record.get(key) for key in now}, now)
+
+
+def _write_record(workdir: Path, record: dict[str, Any]) -> None:
+    """Replaces `config.json` as a whole, so that a kill leaves the old one or the new one."""
+    temporary = workdir / "config.tmp"
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(temporary, workdir / "config.json")
 
 
 def read_config(workdir: Path) -> ConfigDict:
