@@ -12,8 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# One block of similarities, in float32, stays within 16 MiB.
+# One block of similarities, in float32, stays within 16 MiB; a problem that small is one block.
 _BLOCK_ELEMENTS = 4 * 1024 * 1024
+# Rows and columns of a block where each pair is visited once (4 MiB, about a core's cache).
+_PAIR_BLOCK = 1024
+# Scores within ±60 need no maximum taken out: their exponentials, sums of 2^38 of them and the
+# inverses stay within float32.
+_SMALL_SCORE = 60.0
 
 
 def nt_xent(
@@ -35,8 +40,8 @@ def nt_xent(
       z2: projections of the second view of the same images, [n, d].
       temperature: positive; safe down to 0.01.
       axis_name: mapped axis over which the batch is split; None on a single device.
-      block_size: anchors compared with all embeddings at a time; memory is
-        O(N·d + block_size·N). None picks one.
+      block_size: anchors compared at a time; memory is O(N·d + block_size·N). None picks one
+        that keeps a block within 16 MiB.
       memory: further negatives of every anchor, [k, d], rows of unit length, the same on every
         device; no gradient flows into them (SimCLR v2, section 2).
 
@@ -48,8 +53,13 @@ def nt_xent(
         memory = jnp.zeros((0, z.shape[-1]))
     anchors = 2 * z.shape[1]
     columns = anchors * _axis_size(axis_name) + memory.shape[0]
-    block = block_size or max(1, min(anchors, _BLOCK_ELEMENTS // columns))
-    local_mean = _local_nt_xent(z, memory, temperature, axis_name, min(block, anchors))
+    block = min(block_size or _rows_in_block(columns), anchors)
+    if columns == anchors and block < anchors:
+        # All anchors are here: half of the symmetric matrix tells everything.
+        if block_size is None:
+            block = -(-anchors // -(-anchors // _PAIR_BLOCK))
+        return _nt_xent_of_pairs(z, temperature, block)
+    local_mean = _local_nt_xent(z, memory, temperature, axis_name, block)
     return _pmean(local_mean, axis_name)
 
 
@@ -116,29 +126,152 @@ def _nt_xent_backward(
 _local_nt_xent.defvjp(_nt_xent_forward, _nt_xent_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _nt_xent_of_pairs(z: Float[Array, "2 n d"], temperature: float, block: int) -> Float[Array, ""]:
+    """The loss on one device: each pair of embeddings is visited once, and counts for both."""
+    return _pairs_forward(z, temperature, block)[0]
+
+
+def _pairs_forward(
+    z: Float[Array, "2 n d"], temperature: float, block: int
+) -> tuple[Float[Array, ""], tuple[Array, Array]]:
+    blocks = _split(z.reshape(-1, z.shape[-1]), block)
+
+    def log_sum_exp(scores: Array, axis: int) -> Array:
+        if 1 / temperature <= _SMALL_SCORE:
+            return jnp.log(jnp.sum(jnp.exp(scores), axis=axis))
+        return jax.nn.logsumexp(scores, axis=axis)
+
+    def visit(i: Array, j: Array, lse: Array) -> Array:
+        scores = _pair_scores(blocks, i, j, 2 * z.shape[1], temperature)
+        lse = lse.at[i].set(jnp.logaddexp(lse[i], log_sum_exp(scores, axis=1)))
+        return lse.at[j].set(jnp.logaddexp(lse[j], log_sum_exp(scores, axis=0)))
+
+    lse = _over_pairs(len(blocks), visit, jnp.full(blocks.shape[:2], -jnp.inf))
+    lse = lse.reshape(-1)[: 2 * z.shape[1]]
+    positive = jnp.sum(z[0] * z[1], axis=-1) / temperature
+    return jnp.mean(lse) - jnp.mean(positive), (z, lse)
+
+
+def _pairs_backward(
+    temperature: float, block: int, saved: tuple[Array, Array], cotangent: Float[Array, ""]
+) -> tuple[Array]:
+    z, lse = saved
+    anchors, d = 2 * z.shape[1], z.shape[2]
+    blocks, lse = _split(z.reshape(-1, d), block), _split(lse, block)
+
+    def visit(i: Array, j: Array, dz: tuple[Array, Array]) -> tuple[Array, Array]:
+        scores = _pair_scores(blocks, i, j, anchors, temperature)
+        if 1 / temperature <= _SMALL_SCORE:
+            inverses = jnp.exp(-lse[i])[:, None] + jnp.exp(-lse[j])[None, :]
+            weights = jnp.exp(scores) * inverses
+        else:
+            weights = jnp.exp(scores - lse[i][:, None]) + jnp.exp(scores - lse[j][None, :])
+        # The second transposed, for on the CPU weights.T @ blocks[i] takes twice as long.
+        to_rows, to_columns = dz
+        to_rows = to_rows.at[i].add(_matmul(weights, blocks[j]))
+        return to_rows, to_columns.at[j].add(_matmul(blocks[i].T, weights))
+
+    zeros = jnp.zeros_like(blocks)
+    to_rows, to_columns = _over_pairs(len(blocks), visit, (zeros, zeros.swapaxes(1, 2)))
+    attraction = (to_rows + to_columns.swapaxes(1, 2)).reshape(-1, d)[:anchors]
+    dz = attraction.reshape(z.shape) - 2 * z[::-1]
+    return (dz * (cotangent / (anchors * temperature)),)
+
+
+_nt_xent_of_pairs.defvjp(_pairs_forward, _pairs_backward)
+
+
+def _pair_scores(blocks: Array, i: Array, j: Array, total: int, temperature: float) -> Array:
+    """Scores of block i with block j, -inf but where the row comes before the column."""
+    number = jnp.arange(blocks.shape[1])
+    rows, columns = i * blocks.shape[1] + number, j * blocks.shape[1] + number
+    # A row before a column before `total` leaves out itself, the second visit and the padding.
+    once = (rows[:, None] < columns[None, :]) & (columns < total)[None, :]
+    return jnp.where(once, _matmul(blocks[i], blocks[j].T) / temperature, -jnp.inf)
+
+
+def _over_pairs(blocks: int, visit, carry):  # type: ignore[no-untyped-def]
+    """Folds visit(i, j, carry) over the pairs i <= j of blocks."""
+
+    def row(i: Array, carry):  # type: ignore[no-untyped-def]
+        return jax.lax.fori_loop(i, blocks, lambda j, c: visit(i, j, c), carry)
+
+    return jax.lax.fori_loop(0, blocks, row, carry)
+
+
 def info_nce(
     queries: Float[Array, "n d"],
     keys: Float[Array, "n d"],
     queue: Float[Array, "k d"],
     *,
     temperature: float,
+    block_size: int | None = None,
 ) -> Float[Array, ""]:
     """InfoNCE against a queue of negatives (MoCo, section 3.1, eq. 1).
 
     Args:
       queries: [n, d], normalised here.
       keys: the positives, [n, d], normalised here; no gradient flows into them.
-      queue: the negatives, [K, d], rows of unit length.
-      temperature: positive.
+      queue: the negatives, [K, d], rows of unit length; no gradient flows into them.
+      temperature: positive; safe down to 0.01.
+      block_size: queries compared with the queue at a time; memory is O((n + K)·d + block_size·K).
+        None picks one that keeps a block within 16 MiB.
 
     Returns:
       float32 scalar, the mean over the n queries.
     """
-    q, k = normalize(queries), jax.lax.stop_gradient(normalize(keys))
-    positive = jnp.sum(q * k, axis=1, keepdims=True)
-    negative = _matmul(q, jax.lax.stop_gradient(queue.astype(jnp.float32)).T)
-    logits = jnp.concatenate([positive, negative], axis=1) / temperature
-    return jnp.mean(jax.nn.logsumexp(logits, axis=1) - logits[:, 0])
+    q = normalize(queries)
+    k, queue = jax.lax.stop_gradient((normalize(keys), queue.astype(jnp.float32)))
+    block = min(block_size or _rows_in_block(queue.shape[0]), q.shape[0])
+    return _info_nce(q, k, queue, temperature, block)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _info_nce(
+    q: Float[Array, "n d"],
+    k: Float[Array, "n d"],
+    queue: Float[Array, "k d"],
+    temperature: float,
+    block: int,
+) -> Float[Array, ""]:
+    def loss(q: Array, k: Array) -> Array:
+        _, positive, lse = _info_nce_scores(q, k, queue, temperature)
+        return lse - positive
+
+    return jnp.mean(_in_blocks(loss, block, q, k))
+
+
+def _info_nce_forward(
+    q: Array, k: Array, queue: Array, temperature: float, block: int
+) -> tuple[Float[Array, ""], Float[Array, "n d"]]:
+    """The loss and its gradient together: a query's needs no other's, so nothing is done twice."""
+
+    def loss_and_gradient(q: Array, k: Array) -> tuple[Array, Array]:
+        scores, positive, lse = _info_nce_scores(q, k, queue, temperature)
+        attraction = _matmul(jnp.exp(scores - lse[:, None]), queue)
+        return lse - positive, attraction + jnp.expm1(positive - lse)[:, None] * k
+
+    loss, dq = _in_blocks(loss_and_gradient, block, q, k)
+    return jnp.mean(loss), dq / (q.shape[0] * temperature)
+
+
+def _info_nce_backward(
+    temperature: float, block: int, dq: Float[Array, "n d"], cotangent: Float[Array, ""]
+) -> tuple[Array, None, None]:
+    return dq * cotangent, None, None
+
+
+_info_nce.defvjp(_info_nce_forward, _info_nce_backward)
+
+
+def _info_nce_scores(
+    q: Array, k: Array, queue: Array, temperature: float
+) -> tuple[Float[Array, "n k"], Float[Array, " n"], Float[Array, " n"]]:
+    """Scores of the negatives and of the positive, and the log-sum-exp of both."""
+    scores = _matmul(q, queue.T) / temperature
+    positive = jnp.sum(q * k, axis=1) / temperature
+    return scores, positive, jnp.logaddexp(positive, jax.nn.logsumexp(scores, axis=1))
 
 
 def sinkhorn(
@@ -150,28 +283,36 @@ def sinkhorn(
 ) -> Float[Array, "n k"]:
     """Balanced soft assignments by Sinkhorn-Knopp over the global batch (SwAV, section 3.1).
 
-    In float32 and in logarithms, so that any finite scores are safe. No gradient flows through.
+    In float32, safe for any finite scores; no gradient flows through. The first iteration is done
+    in logarithms. After it every row sums to 1, so that prototypes' sums stay within [1/K, N] and
+    samples' within [1/N, K]: the others multiply factors of rows and columns, which go into the
+    matrix before they could leave float32.
 
     Args:
       scores: of samples against prototypes, [n, K].
       epsilon: entropy regularisation.
-      iterations: of normalising prototypes, then samples.
+      iterations: of normalising prototypes, then samples; at least 1.
       axis_name: mapped axis over which the samples are split; None on a single device.
 
     Returns:
       Assignments, float32 [n, K], each row summing to 1.
     """
-    log_q = jax.lax.stop_gradient(scores.astype(jnp.float32)) / epsilon
-    for _ in range(iterations):
-        top = jnp.max(log_q, axis=0)
-        if axis_name is not None:
-            top = jax.lax.pmax(top, axis_name)
-        total = jnp.sum(jnp.exp(log_q - top), axis=0)
-        if axis_name is not None:
-            total = jax.lax.psum(total, axis_name)
-        log_q -= top + jnp.log(total)
-        log_q -= jax.nn.logsumexp(log_q, axis=1, keepdims=True)
-    return jnp.exp(log_q)
+    scores = jax.lax.stop_gradient(scores.astype(jnp.float32))
+    top = jnp.max(scores, axis=0)
+    if axis_name is not None:
+        top = jax.lax.pmax(top, axis_name)
+    # The floor is far below what an exponential can tell, and still finite divided by epsilon.
+    logits = jnp.maximum(scores - top, -1e30) / epsilon
+    total = _psum(jnp.sum(jnp.exp(logits), axis=0), axis_name)
+    log_q = logits - jnp.log(total)
+    q = jnp.exp(log_q - jnp.max(log_q, axis=1, keepdims=True))
+    rows, columns = 1 / jnp.sum(q, axis=1), jnp.ones(q.shape[1])
+    for done in range(1, iterations):
+        if done % 4 == 0:
+            q, rows = q * columns * rows[:, None], jnp.ones(q.shape[0])
+        columns = 1 / _psum(_matmul(rows, q), axis_name)
+        rows = 1 / _matmul(q, columns)
+    return q * columns * rows[:, None]
 
 
 def swapped_prediction(
@@ -189,8 +330,13 @@ def swapped_prediction(
       cross-entropy, averaged over n.
     """
     views, assigned = scores.shape[1], assignments.shape[1]
-    log_p = jax.nn.log_softmax(scores.astype(jnp.float32) / temperature, axis=-1)
-    cross = -jnp.einsum("nak,nvk->av", assignments, log_p) / scores.shape[0]
+    scores = scores.astype(jnp.float32)
+    # Both terms below would be large and nearly equal otherwise.
+    scores -= jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    agreement = _matmul(assignments.astype(jnp.float32), scores.swapaxes(1, 2)) / temperature
+    lse = jax.nn.logsumexp(scores / temperature, axis=-1)
+    # -Σ q log p = lse - Σ q·scores/τ, for q sums to 1; [A, V].
+    cross = jnp.mean(lse[:, None, :] - agreement, axis=0)
     others = 1.0 - jnp.eye(assigned, views)
     return jnp.sum(cross * others) / (assigned * (views - 1))
 
@@ -222,12 +368,20 @@ def _in_blocks(function, block: int, *rows: Array) -> Array:  # type: ignore[no-
     n = rows[0].shape[0]
     if block >= n:
         return function(*rows)
-    blocks = -(-n // block)
-    pad = blocks * block - n
-    padded = [jnp.pad(r, [(0, pad)] + [(0, 0)] * (r.ndim - 1)) for r in rows]
-    split = tuple(r.reshape(blocks, block, *r.shape[1:]) for r in padded)
-    out = jax.lax.map(lambda args: function(*args), split)
-    return out.reshape(blocks * block, *out.shape[2:])[:n]
+    out = jax.lax.map(lambda args: function(*args), tuple(_split(r, block) for r in rows))
+    return jax.tree.map(lambda o: o.reshape(-1, *o.shape[2:])[:n], out)
+
+
+def _split(x: Array, block: int) -> Array:
+    """Rows in blocks, [blocks, block, ...], the last one padded with zeros."""
+    blocks = -(-x.shape[0] // block)
+    pad = blocks * block - x.shape[0]
+    padded = jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1))
+    return padded.reshape(blocks, block, *x.shape[1:])
+
+
+def _rows_in_block(columns: int) -> int:
+    return max(1, _BLOCK_ELEMENTS // columns)
 
 
 def _global_rows(z: Array, everyone: Array, axis_name: str | None) -> Int[Array, "2 n"]:
@@ -248,6 +402,10 @@ def _gather(x: Array, axis_name: str | None) -> Array:
 
 def _pmean(x: Array, axis_name: str | None) -> Array:
     return x if axis_name is None else jax.lax.pmean(x, axis_name)
+
+
+def _psum(x: Array, axis_name: str | None) -> Array:
+    return x if axis_name is None else jax.lax.psum(x, axis_name)
 
 
 def _axis_size(axis_name: str | None) -> int:

@@ -1,5 +1,7 @@
 """The losses against float64 NumPy written from the papers, and across devices."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,14 +17,14 @@ def unit64(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def nt_xent_oracle(z1, z2, temperature):
-    """SimCLR eq. 1, anchor by anchor."""
-    z = np.concatenate([unit64(z1), unit64(z2)])
+def nt_xent_oracle(z1, z2, temperature, memory=()):
+    """SimCLR eq. 1, anchor by anchor; rows of `memory` are negatives of all."""
+    z = np.concatenate([unit64(z1), unit64(z2), *memory])
     n = len(z1)
     similarity = z @ z.T / temperature
     total = 0.0
     for i in range(2 * n):
-        others = np.delete(np.arange(2 * n), i)
+        others = np.delete(np.arange(len(z)), i)
         positive = similarity[i, (i + n) % (2 * n)]
         top = similarity[i, others].max()
         total += top + np.log(np.exp(similarity[i, others] - top).sum()) - positive
@@ -54,14 +56,18 @@ def test_nt_xent_is_the_papers(pair, temperature, block):
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=2e-7 / temperature)
 
 
-@pytest.mark.parametrize("block", [None, 5])
-def test_nt_xent_gradient_is_the_oracles(pair, block):
-    z1, z2 = pair[0][:5], pair[1][:5]
-    gradient = jax.grad(lambda a: losses.nt_xent(a, z2, temperature=0.2, block_size=block))(
-        jnp.float32(z1)
-    )
-    expected = numeric_gradient(lambda a: nt_xent_oracle(a, z2, 0.2), z1)
-    np.testing.assert_allclose(gradient, expected, atol=1e-5)
+@pytest.mark.parametrize("temperature", [0.2, 0.01])
+@pytest.mark.parametrize("block", [None, 3, 5])
+def test_nt_xent_gradient_is_the_oracles(pair, temperature, block):
+    # The views of three images are exchanged, so that at 0.01 too there is something to learn.
+    z1, z2 = pair[0][:5], pair[1][[1, 2, 0, 3, 4]]
+
+    def loss(a):
+        return losses.nt_xent(a, z2, temperature=temperature, block_size=block)
+
+    gradient = jax.grad(loss)(jnp.float32(z1))
+    expected = numeric_gradient(lambda a: nt_xent_oracle(a, z2, temperature), z1)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=2e-6 / temperature)
 
 
 def test_nt_xent_agrees_with_optax(pair):
@@ -74,16 +80,87 @@ def test_nt_xent_agrees_with_optax(pair):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
-def test_nt_xent_never_builds_the_whole_matrix():
+def test_nt_xent_is_safe_where_all_scores_are_far_below_the_largest_possible():
+    z1 = np.random.default_rng(8).normal([3, 0, 0], 0.01, size=(16, 3))
+    z2 = z1.copy()
+    z1[0] *= -1
+    for block in (None, 5):
+        ours, gradient = jax.value_and_grad(
+            lambda a, block=block: losses.nt_xent(
+                a, jnp.float32(z2), temperature=0.01, block_size=block
+            )
+        )(jnp.float32(z1))
+        np.testing.assert_allclose(ours, nt_xent_oracle(z1, z2, 0.01), rtol=1e-5)
+        assert bool(jnp.isfinite(gradient).all())
+
+
+@pytest.mark.parametrize("block", [None, 5])
+def test_nt_xent_with_a_memory_is_the_oracles(pair, block):
+    z1, z2 = pair[0][:4], pair[1][:4]
+    memory = unit64(np.random.default_rng(9).normal(size=(6, 8)))
+    value, (gradient, to_memory) = jax.value_and_grad(
+        lambda a, m: losses.nt_xent(a, z2, temperature=0.2, memory=m, block_size=block),
+        argnums=(0, 1),
+    )(jnp.float32(z1), jnp.float32(memory))
+
+    def oracle(a):
+        return nt_xent_oracle(a, z2, 0.2, [memory])
+
+    np.testing.assert_allclose(value, oracle(z1), rtol=1e-5)
+    np.testing.assert_allclose(gradient, numeric_gradient(oracle, z1), atol=1e-5)
+    assert float(jnp.abs(to_memory).max()) == 0
+
+
+@pytest.mark.parametrize("memory", [0, 8])
+def test_nt_xent_never_builds_the_whole_matrix(memory):
     n, block = 256, 16
-    z = jnp.ones((n, 4))
-    text = str(
-        jax.make_jaxpr(jax.grad(lambda a: losses.nt_xent(a, z, temperature=0.1, block_size=block)))(
-            z
-        )
-    )
-    assert f"f32[{block},{2 * n}]" in text
-    assert f"f32[{2 * n},{2 * n}]" not in text
+    z, more = jnp.ones((n, 4)), jnp.ones((memory, 4))
+
+    def loss(a):
+        return losses.nt_xent(a, z, temperature=0.1, block_size=block, memory=more)
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(z))
+    # Pairs of blocks where all rows are anchors, else a block of rows with all columns.
+    assert f"f32[{block},{2 * n + memory if memory else block}]" in text
+    assert f"f32[{2 * n},{2 * n + memory}]" not in text
+
+
+def compiled_mib(function, *shapes):
+    """The temporary memory of the compiled value and gradient; nothing is run."""
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    compiled = jax.jit(jax.value_and_grad(function)).lower(*args).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+
+@pytest.mark.parametrize(("n", "limit"), [(8192, 64), (65536, 1024)])
+def test_nt_xent_takes_little_memory(n, limit):
+    shape = (n, 128)
+    assert compiled_mib(lambda a, b: losses.nt_xent(a, b, temperature=0.1), shape, shape) < limit
+
+
+def collectives(text, kind):
+    """The shapes that instructions of that kind produce in a compiled program."""
+    found = re.findall(rf"= (.*?) {kind}(?:-start)?\(", text)
+    return [shape for shapes in found for shape in re.findall(r"\w+\[[\d,]*\]", shapes)]
+
+
+def test_nt_xent_gathers_each_embedding_once_and_reduces_only_scalars():
+    n, d = 64, 24
+
+    def per_device(z1, z2):
+        def loss(a, b):
+            return losses.nt_xent(a, b, temperature=0.1, axis_name=AXIS, block_size=4)
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(z1, z2)
+
+    mapped = make_spmd().map(per_device, ("sharded", "sharded"), ("replicated", "sharded"))
+    z = jax.ShapeDtypeStruct((n, d), jnp.float32)
+    text = mapped.lower(z, z).compile().as_text()
+    # Embeddings of both views, and their log-sum-exps.
+    assert sorted(collectives(text, "all-gather")) == [f"f32[2,{n},{d}]", f"f32[2,{n}]"]
+    assert set(collectives(text, "all-reduce")) == {"f32[]"}
+    for kind in ("reduce-scatter", "all-to-all", "collective-permute"):
+        assert collectives(text, kind) == []
 
 
 def test_nt_xent_takes_bfloat16_and_small_temperatures(pair):
@@ -119,15 +196,37 @@ def test_nt_xent_gradients_agree_between_1_and_8_devices(pair, mode, block):
         assert not np.allclose(wrong, expected_gradient, rtol=1e-2)
 
 
-def test_info_nce_is_the_papers():
+def info_nce_oracle(q, k, queue, temperature):
+    """MoCo eq. 1, the positive first."""
+    positive = np.sum(unit64(q) * unit64(k), 1, keepdims=True)
+    logits = np.concatenate([positive, unit64(q) @ queue.T], axis=1) / temperature
+    top = logits.max(1, keepdims=True)
+    return np.mean(np.log(np.exp(logits - top).sum(1)) + top[:, 0] - logits[:, 0])
+
+
+@pytest.mark.parametrize("block", [None, 1, 4])
+@pytest.mark.parametrize("temperature", [0.07, 0.01])
+def test_info_nce_is_the_papers(block, temperature):
     rng = np.random.default_rng(2)
     q, k, queue = rng.normal(size=(6, 5)), rng.normal(size=(6, 5)), unit64(rng.normal(size=(9, 5)))
-    ours = losses.info_nce(*map(jnp.float32, (q, k, queue)), temperature=0.07)
-    logits = np.concatenate(
-        [np.sum(unit64(q) * unit64(k), 1, keepdims=True), unit64(q) @ queue.T], axis=1
-    )
-    p = np.exp(logits / 0.07)
-    np.testing.assert_allclose(ours, -np.log(p[:, 0] / p.sum(1)).mean(), rtol=1e-5)
+
+    def loss(a):
+        arrays = map(jnp.float32, (k, queue))
+        return losses.info_nce(a, *arrays, temperature=temperature, block_size=block)
+
+    def oracle(a):
+        return info_nce_oracle(a, k, queue, temperature)
+
+    value, gradient = jax.value_and_grad(loss)(jnp.float32(q))
+    np.testing.assert_allclose(value, oracle(q), rtol=1e-5)
+    np.testing.assert_allclose(loss(jnp.float32(q)), value, rtol=1e-6)
+    np.testing.assert_allclose(gradient, numeric_gradient(oracle, q), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "limit"), [(256, 64), (8192, 256)])
+def test_info_nce_takes_little_memory(n, limit):
+    shapes = (n, 128), (n, 128), (65536, 128)
+    assert compiled_mib(lambda *a: losses.info_nce(*a, temperature=0.1), *shapes) < limit
 
 
 def test_info_nce_sends_no_gradient_to_keys_and_queue():
@@ -151,18 +250,41 @@ def sinkhorn_oracle(scores, epsilon, iterations):
     return (q * samples).T
 
 
-def test_sinkhorn_is_the_papers():
+@pytest.mark.parametrize("iterations", [1, 3, 10])
+def test_sinkhorn_is_the_papers(iterations):
     scores = np.random.default_rng(4).uniform(-1, 1, size=(24, 7))
-    ours = losses.sinkhorn(jnp.float32(scores), epsilon=0.05, iterations=3)
-    np.testing.assert_allclose(ours, sinkhorn_oracle(scores, 0.05, 3), atol=1e-5)
+    ours = losses.sinkhorn(jnp.float32(scores), epsilon=0.05, iterations=iterations)
+    np.testing.assert_allclose(ours, sinkhorn_oracle(scores, 0.05, iterations), atol=1e-5)
     np.testing.assert_allclose(ours.sum(1), 1, rtol=1e-5)
 
 
-def test_sinkhorn_is_safe_for_any_finite_scores():
-    scores = jnp.array([[1e4, -1e4, 0.0], [1e4, -1e4, 0.0], [-1e4, -1e4, 1e4]])
-    out = losses.sinkhorn(scores)
-    assert bool(jnp.isfinite(out).all())
-    np.testing.assert_allclose(out.sum(1), 1, rtol=1e-5)
+# After 300 iterations the factors of rows and columns alone would have left float32.
+@pytest.mark.parametrize("iterations", [3, 300])
+def test_sinkhorn_is_safe_for_any_finite_scores(iterations):
+    for size in (1e4, 3e38):
+        scores = size * jnp.array([[1.0, -1.0, 0.0], [1.0, -1.0, 0.0], [-1.0, -1.0, 1.0]])
+        out = losses.sinkhorn(scores, iterations=iterations)
+        assert bool(jnp.isfinite(out).all())
+        np.testing.assert_allclose(out.sum(1), 1, rtol=1e-5)
+
+
+def test_sinkhorn_sends_no_gradient_back():
+    scores = jnp.float32(np.random.default_rng(0).normal(size=(6, 4)))
+    gradient = jax.grad(lambda s: jnp.sum(losses.sinkhorn(s)[:, 0]))(scores)
+    assert float(jnp.abs(gradient).max()) == 0
+
+
+def test_swapped_prediction_is_exact_for_large_scores():
+    scores = jnp.full((1, 2, 3), 1e4)
+    q = jnp.full((1, 2, 3), 1 / 3)
+    loss = losses.swapped_prediction(scores, q, temperature=0.01)
+    assert float(loss) == pytest.approx(np.log(3), rel=1e-5)
+
+
+def test_sinkhorn_holds_one_matrix_at_most():
+    scores = jax.ShapeDtypeStruct((1024, 3000), jnp.float32)
+    memory = jax.jit(losses.sinkhorn).lower(scores).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 1.1 * 4 * 1024 * 3000
 
 
 def test_sinkhorn_reduces_over_all_devices():
