@@ -39,18 +39,18 @@ class Checkpoints:
             ]
         )
         self.directory = directory.absolute()
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy,
-            # An interrupted write leaves a temporary directory behind.
-            cleanup_tmp_directories=not read_only,
-            create=not read_only,
-            read_only=read_only,
-        )
         # Orbax warns of what read_only means each time it is asked for.
         logger = logging.getLogger("absl")
         level = logger.level
         logger.setLevel(logging.ERROR)
         try:
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=policy,
+                # An interrupted write leaves a temporary directory behind.
+                cleanup_tmp_directories=not read_only,
+                create=not read_only,
+                read_only=read_only,
+            )
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         finally:
             logger.setLevel(level)

@@ -13,6 +13,9 @@ from ssl_jax.losses import normalize
 COLLAPSED_STD = 0.02
 # A loss this near to its value for constant outputs has learned nothing.
 NEAR_TRIVIAL = 0.005
+# Of prototypes in use, and of the effective rank of the features: one direction is left.
+COLLAPSED_COUNT = 1.5
+_ANCHORS = 256
 
 
 def embedding_std(
@@ -33,6 +36,55 @@ def embedding_std(
     # About the global mean: the difference of two means would cancel when nearly collapsed.
     variance = mean_over_devices(jnp.mean(jnp.square(unit - mean), axis=0))
     return jnp.mean(jnp.sqrt(variance)) * np.sqrt(unit.shape[1])
+
+
+def contrastive_accuracy(
+    anchors: Float[Array, "n d"],
+    positives: Float[Array, "n d"],
+    candidates: Float[Array, "m d"],
+    *,
+    among: bool,
+) -> Float[Array, ""]:
+    """How often the positive is more similar to its anchor than every negative is.
+
+    On the first 256 anchors of this device at most, which is enough to follow and costs little.
+    As near as the positive within rounding counts as nearer, so that collapsed embeddings, all the
+    same, score 0.
+
+    Args:
+      anchors: of this device, [n, d]; normalised here, like the rest.
+      positives: of the same images, [n, d].
+      candidates: to be told from the positive, [m, d].
+      among: whether each positive is itself one of the candidates.
+
+    Returns:
+      This device's fraction, float32; the caller averages it over devices.
+    """
+    anchors, positives = normalize(anchors)[:_ANCHORS], normalize(positives)[:_ANCHORS]
+    positive = jnp.sum(anchors * positives, axis=1, keepdims=True)
+    similarity = jnp.matmul(anchors, normalize(candidates).T, precision="highest")
+    as_near = jnp.sum(similarity > positive - 1e-6, axis=1)
+    return jnp.mean(as_near <= int(among))
+
+
+def prototypes_used(
+    scores: Float[Array, "n k"], mean_over_devices: Callable[[Array], Array] = lambda x: x
+) -> Float[Array, ""]:
+    """How many prototypes are some image's nearest, as exp of the entropy of their shares.
+
+    Assignments can't tell: Sinkhorn-Knopp spreads also what has collapsed evenly over prototypes.
+
+    Args:
+      scores: of this device's images against the K prototypes, [n, K].
+      mean_over_devices: averages a local mean over devices.
+
+    Returns:
+      Between 1, one prototype is nearest to all, and K.
+    """
+    count = scores.shape[1]
+    nearest = jnp.zeros(count).at[jnp.argmax(scores, axis=1)].add(1 / scores.shape[0])
+    share = mean_over_devices(nearest)
+    return jnp.exp(-jnp.sum(share * jnp.log(jnp.maximum(share, 1e-12))))
 
 
 def rankme(features: Float[np.ndarray, "n d"]) -> float:
@@ -87,9 +139,11 @@ class CollapseWatch:
 
     Attributes:
       trivial_loss: the loss of constant outputs, where it is known: ln K of SwAV.
+      patience: steps for which the loss may stay there; it starts there.
     """
 
     trivial_loss: float | None = None
+    patience: int = 0
     _since: dict[str, int] = dataclasses.field(default_factory=dict)
     _warned: set[str] = dataclasses.field(default_factory=set)
 
@@ -100,28 +154,54 @@ class CollapseWatch:
 
         Args:
           step: of the metrics.
-          metrics: with "embedding_std" and "loss".
+          metrics: those of the step that there are of "loss", "embedding_std", "prototypes_used"
+            and "rankme".
 
         Returns:
           Sentences that say what collapsed and since which step; usually none.
         """
-        signs = {}
-        std = metrics.get("embedding_std")
-        if std is not None and not std >= COLLAPSED_STD:
-            signs["embeddings"] = (
-                f"the embeddings of different images are nearly the same (their standard deviation "
-                f"is {std:.4f} of 1/√d)"
-            )
-        loss, trivial = metrics["loss"], self.trivial_loss
-        if trivial is not None and abs(loss - trivial) < NEAR_TRIVIAL * trivial:
-            signs["assignments"] = (
-                f"the loss stays at that of constant outputs ({loss:.4f}, ln K = {trivial:.4f})"
-            )
         warnings = []
-        for sign, what in signs.items():
+        for sign, what in self._signs(metrics).items():
+            if what is None:
+                self._since.pop(sign, None)
+                continue
             since = self._since.setdefault(sign, step)
-            if step > since and sign not in self._warned:
+            patience = self.patience if sign == "loss" else 0
+            if step > since + patience and sign not in self._warned:
                 self._warned.add(sign)
                 warnings.append(f"warning: collapse since step {since}: {what}.")
-        self._since = {sign: self._since[sign] for sign in signs}
         return warnings
+
+    def _signs(self, metrics: Mapping[str, float]) -> dict[str, str | None]:
+        """By kind of collapse what shows it; None where the metric is there and healthy."""
+        signs: dict[str, str | None] = {}
+
+        def look(key: str, healthy: Callable[[float], bool], what: str) -> None:
+            if key in metrics:
+                value = metrics[key]
+                signs[key] = None if healthy(value) else what.format(value)
+
+        look(
+            "embedding_std",
+            lambda std: std >= COLLAPSED_STD,
+            "the embeddings of different images are nearly the same (their standard deviation is "
+            "{:.4f} of 1/√d)",
+        )
+        look(
+            "rankme",
+            lambda rank: rank >= COLLAPSED_COUNT,
+            "the features have one direction left (RankMe {:.2f})",
+        )
+        look(
+            "prototypes_used",
+            lambda used: used >= COLLAPSED_COUNT,
+            "one prototype is the nearest of nearly all images ({:.2f} are in use)",
+        )
+        trivial = self.trivial_loss
+        if trivial is not None:
+            look(
+                "loss",
+                lambda loss: not abs(loss - trivial) < NEAR_TRIVIAL * trivial,
+                f"the loss stays at that of constant outputs ({{:.4f}}, ln K = {trivial:.4f})",
+            )
+        return signs

@@ -30,19 +30,22 @@ def update(target: Pytree, online: Pytree, decay: float | Float[Array, ""]) -> P
     return jax.tree.map(lambda new, old: new.astype(old.dtype), moved, target)
 
 
-def cosine_decay(base: float, step: int | Int[Array, ""], total_steps: int) -> Float[Array, ""]:
-    """The EMA's decay by step, 1 - (1-base)·(cos(π·step/total_steps) + 1)/2.
+def cosine_decay(
+    base: float, step: int | Int[Array, ""], total_steps: int, *, end: float = 1.0
+) -> Float[Array, ""]:
+    """The EMA's decay by step, end - (end-base)·(cos(π·step/total_steps) + 1)/2.
 
-    BYOL (Grill et al., 2020, section 3.2). It rises from `base` to 1, where it stays, as in the
+    BYOL (Grill et al., 2020, section 3.2). It goes from `base` to `end`, where it stays, as in the
     official code, should a run go on after `total_steps`.
 
     Args:
       base: decay at step 0, in [0, 1].
       step: optimiser steps done.
       total_steps: length of the run in steps, positive.
+      end: decay at the last step, in [0, 1]; the same as `base` for a constant one.
 
     Returns:
       float32 scalar.
     """
     progress = jnp.minimum(step / total_steps, 1.0)
-    return 1.0 - (1.0 - base) * (jnp.cos(jnp.pi * progress) + 1.0) / 2.0
+    return end - (end - base) * (jnp.cos(jnp.pi * progress) + 1.0) / 2.0

@@ -14,7 +14,7 @@ from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.config import Schedule
 from ssl_jax.data.pipeline import prepare_clean
 from ssl_jax.errors import UserError
-from ssl_jax.methods.base import make_encoder
+from ssl_jax.methods import make_method
 from ssl_jax.step import TrainState, assemble, init_state
 from ssl_jax.workdir import read_config
 
@@ -30,12 +30,16 @@ class Encoder:
       params: of the encoder.
       batch_stats: its BatchNorm statistics.
       step: of the checkpoint.
+      projector_layer: 0; or which hidden layer of the projector `apply` goes on to.
+      projector: "params" and "batch_stats" of the projector, where a layer of it is asked for.
     """
 
     config: ConfigDict
     params: Pytree
     batch_stats: Pytree
     step: int
+    projector_layer: int = 0
+    projector: Pytree = None
 
     def apply(self, images: Array) -> Float[Array, "n d"]:
         """Features of images, in evaluation mode.
@@ -48,7 +52,7 @@ class Encoder:
           float32 [n, D].
 
         Raises:
-          UserError: another shape or dtype.
+          UserError: another shape or dtype, or floats that look like 0 … 255.
         """
         images = jnp.asarray(images)
         if images.ndim != 4 or images.shape[-1] != 3:
@@ -61,38 +65,63 @@ class Encoder:
                 f"An encoder takes uint8 images or floats in [0, 1], not {images.dtype}: convert "
                 "them with images.astype(np.uint8)."
             )
-        variables = {"params": self.params, "batch_stats": self.batch_stats}
+        # Bicubic resizing may overshoot 1 a little.
+        if images.dtype != jnp.uint8 and images.size and float(images.max()) > 2.0:
+            raise UserError(
+                f"An encoder takes floats in [0, 1], but these go up to {float(images.max()):g}: "
+                "divide them by 255, or convert them with images.astype(np.uint8)."
+            )
+        variables = {
+            "params": {"encoder": self.params},
+            "batch_stats": {"encoder": self.batch_stats},
+        }
+        if self.projector_layer:
+            for kind, networks in variables.items():
+                networks["projector"] = self.projector[kind]
         return self._apply(variables, images)
 
     @cached_property
     def _apply(self) -> Any:
-        module = make_encoder(self.config)
+        method = make_method(self.config, Schedule(1, 1))
 
         def apply(variables: Pytree, images: Array) -> Array:
-            return jnp.asarray(
-                module.apply(variables, prepare_clean(images, self.config), train=False)
+            return method.features(
+                variables["params"],
+                variables["batch_stats"],
+                prepare_clean(images, self.config),
+                projector_layer=self.projector_layer,
             )
 
         return jax.jit(apply)
 
 
-def load(path: str | Path, step: int | None = None) -> Encoder:
+def load(
+    path: str | Path, step: int | None = None, *, projector_layer: int | None = None
+) -> Encoder:
     """Loads the encoder that a run has trained.
 
     Args:
       path: the run's workdir.
       step: of the checkpoint, default the newest.
+      projector_layer: go on to this hidden layer of the projector, after its ReLU (SimCLR v2's
+        fine-tuning takes 1); 0 stays at the encoder; default `config.eval.projector_layer`.
 
     Returns:
       The encoder, on the default device.
 
     Raises:
-      UserError: no run there, no checkpoint yet, or none of that step.
+      UserError: no run there, no checkpoint yet, none of that step, or no such layer.
     """
     config = read_config(Path(path))
+    layer = config.eval.projector_layer if projector_layer is None else projector_layer
+    make_method(config, Schedule(1, 1)).check_projector_layer(layer)
     state = restore_state(path, step)
+    stats = state.extra["batch_stats"]
+    projector = None
+    if layer:
+        projector = {"params": state.params["projector"], "batch_stats": stats["projector"]}
     return Encoder(
-        config, state.params["encoder"], state.extra["batch_stats"]["encoder"], int(state.step)
+        config, state.params["encoder"], stats["encoder"], int(state.step), layer, projector
     )
 
 

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ssl_jax.errors import UserError
 
 AXIS = "devices"
+_DIVIDES = " that divides the batch"  # a microbatch has to, beside what devices ask of it
 Pytree = Any
 Layout = Literal["replicated", "sharded"]
 
@@ -129,7 +130,10 @@ class Spmd:
 
 
 def make_spmd(
-    mode: str = "shard_map", devices: Sequence[jax.Device] | None = None, batch_size: int = 0
+    mode: str = "shard_map",
+    devices: Sequence[jax.Device] | None = None,
+    batch_size: int = 0,
+    microbatch: int = 0,
 ) -> Spmd:
     """The mesh of `devices` (default: all there are).
 
@@ -137,23 +141,27 @@ def make_spmd(
       mode: "shard_map", or "pmap" (single process).
       devices: to use, default all.
       batch_size: if given, the global batch to be split over them.
+      microbatch: if given, the part of it that they encode at a time.
 
     Returns:
       The mesh and mapping.
 
     Raises:
-      UserError: the batch can't be split evenly, or there are several processes.
+      UserError: a batch can't be split evenly, or there are several processes.
     """
     devices = list(devices or jax.devices())
+    count = len(devices)
     if jax.process_count() > 1:
         raise UserError("Runs of several processes are not supported yet: start one process.")
-    if batch_size % len(devices):
-        lower = batch_size - batch_size % len(devices) or len(devices)
-        raise UserError(
-            f"config.batch_size is {batch_size}, which {len(devices)} devices can't share equally: "
-            f"use a multiple of {len(devices)}, such as {lower}."
-        )
-    mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    parts = (("batch_size", batch_size, 0, ""), ("microbatch", microbatch, batch_size, _DIVIDES))
+    for key, size, whole, condition in parts:
+        if size % count:
+            fitting = [m for m in range(count, size, count) if whole % m == 0]
+            raise UserError(
+                f"config.{key} is {size}, which {count} devices can't share equally: use a "
+                f"multiple of {count}{condition}, such as {max(fitting, default=count)}."
+            )
+    mesh = jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
     return Spmd(mesh, mode)
 
 

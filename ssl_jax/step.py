@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from ml_collections import ConfigDict
 
 from ssl_jax.config import Schedule, flat_views
-from ssl_jax.data.index import stream_key
+from ssl_jax.data.index import stream_key, views_stream
 from ssl_jax.diagnostics import embedding_std
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import Batch, Method, Pytree
@@ -124,6 +124,91 @@ def loss_and_gradients(
     return loss, gradients, outputs, stats, logs
 
 
+def cached_loss_and_gradients(
+    method: Method,
+    state: TrainState,
+    raw: dict[str, Any],
+    prepare: Callable[[dict[str, Any]], Batch],
+    pieces: int,
+) -> tuple[Float[Array, ""], Pytree, dict[str, Array], Pytree, dict[str, Array]]:
+    """What `loss_and_gradients` gives, with a piece of the batch in memory at a time; per device.
+
+    The batch is encoded piece by piece and only the outputs are kept; the loss over the whole
+    global batch and its gradient with respect to the outputs are taken once; then each piece is
+    encoded again, from the same pixels, and the encoder's gradient is accumulated (Gao et al.,
+    2021, arXiv:2101.06983). This is the large batch's gradient, exactly; BatchNorm alone sees a
+    piece at a time. What doesn't depend on the parameters, as keys and targets, is computed once.
+
+    A piece has every `pieces`-th example, so that, over all devices, it has the same examples
+    whatever the number of devices.
+
+    Args:
+      method: with the axis name under which this is mapped.
+      state: replicated.
+      raw: this device's share as the source yielded it, examples on axis 0 of every leaf.
+      prepare: makes a batch with views from a piece of it, the same each time.
+      pieces: into how many the share is cut; a divisor of its examples.
+
+    Returns:
+      As `loss_and_gradients`; batch statistics are averaged over the pieces, each of which started
+      from the old ones.
+    """
+    rng = stream_key(jax.random.wrap_key_data(state.key), "forward", state.step)
+
+    def forward(params: Pytree, piece: Array) -> tuple[dict[str, Array], Pytree]:
+        return method.forward(params, state.extra, prepare(_take(raw, piece, pieces)), rng)
+
+    def encode(total: Pytree, piece: Array) -> tuple[Pytree, dict[str, Array]]:
+        outputs, stats = forward(state.params, piece)
+        return jax.tree.map(jnp.add, total, stats), outputs
+
+    def pull_back(total: Pytree, piece: Array) -> tuple[Pytree, None]:
+        _, pull = jax.vjp(lambda params: forward(params, piece)[0], state.params)
+        (gradients,) = pull(_take(cotangents, piece, pieces))
+        return jax.tree.map(jnp.add, total, gradients), None
+
+    numbers = jnp.arange(pieces)
+    zeros = jax.tree.map(jnp.zeros_like, state.extra["batch_stats"])
+    stats, outputs = jax.lax.scan(encode, zeros, numbers)
+    stats = jax.tree.map(lambda total: total / pieces, stats)
+    outputs = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)
+    kept: Batch = {name: raw[name] for name in ("id", "label") if name in raw}
+
+    def loss_of(params: Pytree, outputs: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        return method.loss(params, outputs, state.extra, kept, state.step)
+
+    (loss, logs), (gradients, cotangents) = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(
+        state.params, outputs
+    )
+    gradients, _ = jax.lax.scan(pull_back, gradients, numbers)
+    gradients, stats = jax.tree.map(method.mean, (gradients, stats))
+    return loss, gradients, outputs, stats, logs
+
+
+def _take(tree: Pytree, piece: Array, pieces: int) -> Pytree:
+    """Every `pieces`-th example, from `piece` on."""
+
+    def take(x: Array) -> Array:
+        rows = x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:])
+        return jax.lax.dynamic_index_in_dim(rows, piece, axis=1, keepdims=False)
+
+    return jax.tree.map(take, tree)
+
+
+def batchnorm_images(config: ConfigDict, devices: int) -> int:
+    """How many images share BatchNorm statistics in training.
+
+    Args:
+      config: of the run.
+      devices: in the mesh.
+
+    Returns:
+      Images of the global batch, or of the microbatch; each may have several views.
+    """
+    group = config.model.bn_group or devices
+    return (config.microbatch or config.batch_size) * group // devices
+
+
 def make_train_step(
     method: Method,
     optimizer: optax.GradientTransformation,
@@ -138,17 +223,28 @@ def make_train_step(
       prepare: makes the views on the device, keyed by the step and the samples' ids.
       learning_rate: for the log; the optimiser has its own.
 
+    With `config.microbatch` the step is that of `cached_loss_and_gradients`.
+
     Returns:
       A function of (state, batch from the host, resident arrays) giving (state, metrics); metrics
       are float32 scalars equal on all devices.
     """
+    config = method.config
+    pieces = config.batch_size // (config.microbatch or config.batch_size)
 
     def train_step(
         state: TrainState, raw: dict[str, Any], resident: dict[str, Array]
     ) -> tuple[TrainState, dict[str, Array]]:
-        key = stream_key(jax.random.wrap_key_data(state.key), "views", state.step)
-        batch = prepare(raw, resident, key)
-        loss, gradients, outputs, stats, logs = loss_and_gradients(method, state, batch)
+        key = views_stream(jax.random.wrap_key_data(state.key), state.step)
+
+        def views_of(part: dict[str, Any]) -> Batch:
+            return prepare(part, resident, key)
+
+        if pieces == 1:
+            computed = loss_and_gradients(method, state, views_of(raw))
+        else:
+            computed = cached_loss_and_gradients(method, state, raw, views_of, pieces)
+        loss, gradients, outputs, stats, logs = computed
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         extra = {**state.extra, "batch_stats": stats}

@@ -12,11 +12,18 @@ from ssl_jax.data.index import Index
 from ssl_jax.data.pipeline import Prefetcher, make_prepare
 from ssl_jax.data.sources import Source, make_sources
 from ssl_jax.diagnostics import CollapseWatch
-from ssl_jax.evals.run import Evaluator, encoder_variables, evaluation_table
+from ssl_jax.errors import UserError
+from ssl_jax.evals.run import Evaluator, evaluated_variables, evaluation_table
 from ssl_jax.metrics import Fetcher, MetricsLog, Progress
 from ssl_jax.report import write_report
 from ssl_jax.spmd import AXIS, device_groups, make_spmd
-from ssl_jax.step import TrainState, assemble, init_state, make_train_step
+from ssl_jax.step import (
+    TrainState,
+    assemble,
+    batchnorm_images,
+    init_state,
+    make_train_step,
+)
 from ssl_jax.workdir import locked, note_continuation, write_config
 
 _SHORT = (
@@ -43,7 +50,7 @@ def pretrain(config: ConfigDict, workdir: str | Path, command: str = "") -> Trai
     # Whatever is wrong with the config shows here, before the folder is touched.
     plan = Plan(config)
     with locked(workdir):
-        write_config(workdir, plan.config, command, plan.train.fingerprint)
+        write_config(workdir, plan.config, command, plan.train.fingerprint, plan.derived)
         run = Run(plan, workdir)
         try:
             state = run.train()
@@ -62,12 +69,20 @@ class Plan:
         Raises:
           UserError: anything in the config that can't be run.
         """
-        self.spmd = make_spmd(config.spmd, batch_size=config.batch_size)
+        self.spmd = make_spmd(
+            config.spmd, batch_size=config.batch_size, microbatch=config.microbatch
+        )
         self.train, self.test = make_sources(config)
         self.config = config = resolve(config, self.train)
         self.schedule = run_schedule(config, self.train.num_examples)
         self.index = Index(self.train.num_examples, config.batch_size, config.seed)
         groups = device_groups(self.spmd.size, config.model.bn_group)
+        self.derived = {"batchnorm_images": batchnorm_images(config, self.spmd.size)}
+        if self.derived["batchnorm_images"] < 2:
+            raise UserError(
+                "BatchNorm would see one image at a time: make config.batch_size, "
+                "config.microbatch or config.model.bn_group larger."
+            )
         self.method, self.optimizer, learning_rate = assemble(config, self.schedule, AXIS, groups)
         self.train_step = self.spmd.map(
             make_train_step(self.method, self.optimizer, make_prepare(config), learning_rate),
@@ -78,10 +93,19 @@ class Plan:
 
 
 def resolve(config: ConfigDict, train: Source) -> ConfigDict:
-    """A copy of the config with what only the data can tell."""
+    """A copy of the config with what only the data can tell.
+
+    Raises:
+      UserError: labels beyond `config.data.num_classes`.
+    """
     config = from_json(to_json(config))
-    if config.data.num_classes == 0 and train.labels is not None:
-        config.data.num_classes = int(train.labels.max()) + 1
+    if config.data.num_classes == 0:
+        config.data.num_classes = train.num_classes
+    elif train.num_classes > config.data.num_classes:
+        raise UserError(
+            f"config.data.num_classes is {config.data.num_classes}, but the training images have "
+            f"labels up to {train.num_classes - 1}: set it to {train.num_classes}, or to 0."
+        )
     return config
 
 
@@ -93,24 +117,29 @@ class Run:
         self.plan, self.config, total = plan, plan.config, plan.schedule.total_steps
         self.evaluator = Evaluator(plan.config, plan.spmd, plan.train, plan.test)
         self.fetch = Fetcher()
-        self.watch = CollapseWatch(plan.method.trivial_loss)
+        # A loss that starts at that of constant outputs leaves it once the rate has risen.
+        patience = plan.schedule.every(max(1.0, plan.config.optim.warmup_epochs))
+        self.watch = CollapseWatch(
+            plan.method.trivial_loss, max(patience, plan.config.optim.frozen_steps)
+        )
         self.progress = Progress(total, plan.config.batch_size)
         self.checkpoints = Checkpoints(workdir / "checkpoints", plan.config.checkpoint.keep)
         self.resident = plan.spmd.replicate(plan.train.resident())
         initial = init_state(plan.method, plan.optimizer, plan.config)
         self.state = plan.spmd.replicate(initial)
         # The untrained encoder, a baseline at the end, waits on the host.
-        self.initial = jax.device_get(encoder_variables(initial))
+        layer = plan.config.eval.projector_layer
+        self.initial = jax.device_get(evaluated_variables(initial, layer))
         self.start = self.checkpoints.latest_step or 0
         if self.start:
             self.state = self.checkpoints.restore(self.start, self.state)
             self.progress.note(f"Continuing from step {self.start} of {total}.")
-            changed = note_continuation(workdir, self.start) if self.start < total else []
-            if changed:
-                self.progress.note(
-                    f"The run began elsewhere ({'; '.join(changed)}): it goes on with the same "
-                    "images, and equal to rounding, not bit for bit."
-                )
+            if self.start < total:
+                self.note_changes(note_continuation(workdir, self.start, plan.derived))
+        elif (workdir / "metrics.jsonl").exists():
+            self.progress.note(
+                "The run was broken off before its first checkpoint: it starts anew."
+            )
         self.log = MetricsLog(workdir, self.start)
         if self.start < total:
             self.progress.note(self.summary())
@@ -126,9 +155,28 @@ class Run:
             f"{config.method}, ResNet-{config.model.depth} ×{config.model.width:g} "
             f"({sum(leaf.size for leaf in encoder) / 1e6:.3g} M parameters), "
             f"{plan.train.num_examples:,} images, batch {config.batch_size} on {plan.spmd.size} × "
-            f"{device.device_kind}, {plan.schedule.total_steps:,} steps; the first step compiles."
+            f"{device.device_kind}{self.cut()}, BatchNorm over "
+            f"{plan.derived['batchnorm_images']} images, "
+            f"{plan.schedule.total_steps:,} steps; the first step compiles."
             + (_SHORT.format(warmup) if short else "")
         )
+
+    def note_changes(self, changed: list[str]) -> None:
+        """Says what is other than where the run began, and what that does."""
+        if not changed:
+            return
+        equal = "and equal to rounding, not bit for bit."
+        if any(line.startswith("derived.") for line in changed):
+            equal = "but BatchNorm sees another number of them, and the losses will differ."
+        self.progress.note(
+            f"The run began elsewhere ({'; '.join(changed)}): it goes on with the same images, "
+            + equal
+        )
+
+    def cut(self) -> str:
+        """Says that the batch is encoded in parts, where it is."""
+        part = self.config.microbatch
+        return f" in microbatches of {part}" if 0 < part < self.config.batch_size else ""
 
     def train(self) -> TrainState:
         """Steps from where the run stands to its end."""
@@ -186,6 +234,8 @@ class Run:
         with self.progress.paused():
             measured = self.evaluator.measure(self.state)
         self.log.write(step, measured)
+        for warning in self.watch.check(step, measured):
+            self.progress.note(warning)
         knn = measured.get("knn")
         accuracy = "" if knn is None else f"  kNN {100 * knn:.2f} %"
         total = self.plan.schedule.total_steps

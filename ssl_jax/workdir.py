@@ -60,7 +60,13 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
-def write_config(workdir: Path, config: ConfigDict, command: str, data: str = "") -> None:
+def write_config(
+    workdir: Path,
+    config: ConfigDict,
+    command: str,
+    data: str = "",
+    derived: dict[str, Any] | None = None,
+) -> None:
     """Writes `config.json`, or checks that the run in the folder has the same config.
 
     Args:
@@ -68,6 +74,7 @@ def write_config(workdir: Path, config: ConfigDict, command: str, data: str = ""
       config: resolved.
       command: that started the run, for "how to reproduce".
       data: fingerprint of the training data.
+      derived: what the config comes to on these devices, for the record.
 
     Raises:
       UserError: the folder holds a run with another config, or on other data; the differences are
@@ -85,7 +92,13 @@ def write_config(workdir: Path, config: ConfigDict, command: str, data: str = ""
                 f"use its config, or choose another --workdir{_hint(workdir)}."
             )
         return
-    record = {"config": to_json(config), "data": data, "command": command, **environment()}
+    record = {
+        "config": to_json(config),
+        "derived": derived or {},
+        "data": data,
+        "command": command,
+        **environment(),
+    }
     _write_record(workdir, record)
 
 
@@ -114,17 +127,18 @@ def read_record(workdir: Path) -> dict[str, Any]:
     return record
 
 
-def note_continuation(workdir: Path, step: int) -> list[str]:
+def note_continuation(workdir: Path, step: int, derived: dict[str, Any] | None = None) -> list[str]:
     """Records that the run is continued, and on what.
 
     Args:
       workdir: of the run.
       step: it continues from.
+      derived: what the config comes to on these devices.
 
     Returns:
       The differences to the environment in which it began, on which bit-equality depends.
     """
-    record, now = read_record(workdir), environment()
+    record, now = read_record(workdir), {"derived": derived or {}, **environment()}
     record.setdefault("continued", []).append({"step": step, **now})
     _write_record(workdir, record)
     return differences({key: record.get(key) for key in now}, now)

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,3 +81,49 @@ def test_nan_embeddings_count_as_collapsed():
     watch = CollapseWatch()
     watch.check(1, {"loss": 1.0, "embedding_std": float("nan")})
     assert watch.check(2, {"loss": 1.0, "embedding_std": float("nan")})
+
+
+def test_a_loss_that_starts_at_ln_k_has_time_to_leave_it():
+    watch = CollapseWatch(trivial_loss=8.0, patience=100)
+    for step in (10, 60, 110):
+        assert watch.check(step, {"loss": 8.0}) == []
+    assert "since step 10" in watch.check(120, {"loss": 8.0})[0]
+
+
+def test_measured_features_and_logged_steps_are_followed_apart():
+    watch = CollapseWatch()
+    assert watch.check(10, {"embedding_std": 0.001}) == []
+    assert watch.check(15, {"rankme": 1.1}) == []
+    assert "since step 10" in watch.check(20, {"embedding_std": 0.001})[0]
+    (warning,) = watch.check(25, {"rankme": 1.2})
+    assert "since step 15" in warning and "RankMe 1.20" in warning
+
+
+def test_prototypes_in_use_tell_collapse_where_assignments_cannot():
+    rng = np.random.default_rng(0)
+    spread = np.float32(rng.normal(size=(6000, 12)))
+    assert 11.5 < float(diagnostics.prototypes_used(spread)) <= 12.001
+    same = np.broadcast_to(spread[:1], spread.shape)
+    assert float(diagnostics.prototypes_used(same)) == pytest.approx(1, abs=1e-4)
+    watch = CollapseWatch()
+    watch.check(1, {"prototypes_used": 1.0})
+    assert "one prototype" in watch.check(2, {"prototypes_used": 1.0})[0]
+
+
+def test_contrastive_accuracy_counts_the_nearest_of_the_global_batch():
+    rng = np.random.default_rng(0)
+    first = np.float32(rng.normal(size=(300, 8)))
+    accuracy = functools.partial(diagnostics.contrastive_accuracy, among=True)
+    assert float(accuracy(first, first, first)) == 1
+    second = first + np.float32(rng.normal(size=first.shape))
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (first, second)]
+    similarity = unit[0] @ unit[1].T
+    expected = np.mean(similarity.argmax(1)[:256] == np.arange(256))
+    assert 0.1 < expected < 0.9
+    assert float(accuracy(first, second, second)) == pytest.approx(expected, abs=0.005)
+    same = np.ones((9, 4), np.float32)
+    assert float(accuracy(same, same, same)) == 0
+    # A queue has the negatives alone.
+    of_queue = diagnostics.contrastive_accuracy(first, second, second[300:], among=False)
+    assert float(of_queue) == 1
+    assert float(diagnostics.contrastive_accuracy(same, same, same, among=False)) == 0

@@ -12,14 +12,16 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from ssl_jax import diagnostics
+from ssl_jax.config import Schedule
 from ssl_jax.data.device_crop import resize_images
-from ssl_jax.data.index import stream_key
-from ssl_jax.data.pipeline import make_prepare, prepare_clean
+from ssl_jax.data.index import views_stream
+from ssl_jax.data.pipeline import make_prepare, prepare_clean, unnormalised
 from ssl_jax.data.sources import ArraySource, Source
 from ssl_jax.evals.features import extract_features, padded_batches
 from ssl_jax.evals.knn import knn_classify, nearest_neighbours
 from ssl_jax.evals.linear import few_label_accuracies, linear_probe
-from ssl_jax.methods.base import make_encoder
+from ssl_jax.methods import make_method
+from ssl_jax.methods.base import evaluated_names
 from ssl_jax.spmd import Spmd
 
 Pytree = Any
@@ -29,7 +31,6 @@ _PICTURES = 12  # originals with views, and queries with neighbours, kept for th
 _NEIGHBOURS = 6
 _SAMPLED = 1024  # images for the diagnostics
 _PIXELS = 16  # side to which images are made smaller for the baseline of raw pixels
-_FITTED = 50_000  # training images at most for the full linear probe, drawn with a fixed seed
 
 
 class Evaluator:
@@ -49,17 +50,20 @@ class Evaluator:
           test: held-out split, or None.
         """
         self.config, self.train, self.test = config, train, test
-        self.has_labels = test is not None and train.labels is not None and test.labels is not None
-        encoder = make_encoder(config)
+        self.has_labels = test is not None and train.num_classes > 0 and test.num_classes > 0
+        method = make_method(config, Schedule(1, 1))
+        layer = config.eval.projector_layer
 
         def encode(variables: Pytree, images: Array) -> Array:
-            return jnp.asarray(encoder.apply(variables, prepare_clean(images, config), train=False))
+            return method.features(
+                variables["params"],
+                variables["batch_stats"],
+                prepare_clean(images, config),
+                projector_layer=layer,
+            )
 
         self._encode = spmd.map(encode, inputs=("replicated", "sharded"), outputs="sharded")
-        plain = ConfigDict(config.to_dict())
-        for name in plain.views:
-            plain.views[name].mean = plain.views[name].std = ()
-        self._prepare = jax.jit(make_prepare(plain))
+        self._prepare = jax.jit(make_prepare(unnormalised(config)))
         self._small = jax.jit(lambda images: resize_images(images, _PIXELS, "bilinear"))
         self._replicate, self._place = spmd.replicate, spmd.place_batch
         # Whole shares for every device.
@@ -70,7 +74,7 @@ class Evaluator:
     ) -> Float[np.ndarray, "n d"]:
         """The evaluated network's features of (the `first` images of) a split.
 
-        `variables` are those of `encoder_variables`, on the mesh.
+        `variables` are those of `evaluated_variables`, on the mesh.
         """
         return extract_features(
             self._encode,
@@ -91,7 +95,7 @@ class Evaluator:
           "rankme", "uniformity" and "alignment" of training images, and "knn", the accuracy of a
           weighted vote of nearest neighbours on the held-out split, where both splits have labels.
         """
-        variables = encoder_variables(state)
+        variables = evaluated_variables(state, self.config.eval.projector_layer)
         # Without labels to vote, a sample is enough.
         train = self.features(variables, self.train, None if self.has_labels else 2 * _SAMPLED)
         views = self._views(state, min(self._batch_size, self.train.num_examples))[:2]
@@ -113,10 +117,10 @@ class Evaluator:
 
         Args:
           workdir: gets `evaluation.json`, where there are labels, and `report_images.npz`.
-          initial: the encoder's variables before training, the random baseline, on the host.
+          initial: the evaluated variables before training, the random baseline, on the host.
           state: the trained state.
         """
-        variables = encoder_variables(state)
+        variables = evaluated_variables(state, self.config.eval.projector_layer)
         rows: list[Row] = []
         pictures = self._view_pictures(state)
         if self.test is not None:
@@ -157,7 +161,8 @@ class Evaluator:
                 "std": float(draws.std(ddof=1)) if len(draws) > 1 else 0.0,
                 "draws": draws.tolist(),
             }
-        seen = np.random.default_rng(0).permutation(len(train))[:_FITTED]
+        fitted = self.config.eval.linear_images
+        seen = np.random.default_rng(0).permutation(len(train))[:fitted]
         predicted = linear_probe(train[seen], labels[seen], test)
         row["linear"] = float(np.mean(predicted == test_labels))
         row["knn"] = self._knn_accuracy(train, test)
@@ -199,7 +204,7 @@ class Evaluator:
         ids = np.arange(count, dtype=np.int32)
         # Off the mesh: few images, on one device.
         key_data = jnp.asarray(np.asarray(state.key))
-        key = stream_key(jax.random.wrap_key_data(key_data), "views", 0)
+        key = views_stream(jax.random.wrap_key_data(key_data), 0)
         raw: dict[str, Any] = next(self.train.batches(iter([(0, ids)])))
         resident = {name: array[:count] for name, array in self.train.resident().items()}
         batch = self._prepare(raw, resident, key)
@@ -245,11 +250,20 @@ def pixels(images: Float[np.ndarray, "*n h w 3"]) -> np.ndarray:
     return np.clip(np.round(images * 255), 0, 255).astype(np.uint8)
 
 
-def encoder_variables(state: Any) -> Pytree:
-    """The variables of the network that is evaluated: the online or query encoder."""
+def evaluated_variables(state: Any, projector_layer: int = 0) -> Pytree:
+    """The variables of what is evaluated: the online or query encoder, never the target.
+
+    Args:
+      state: of the run.
+      projector_layer: see `Method.features`; with one, the projector's are there too.
+
+    Returns:
+      "params" and "batch_stats", each by the network's name.
+    """
+    names = evaluated_names(projector_layer)
     return {
-        "params": state.params["encoder"],
-        "batch_stats": state.extra["batch_stats"]["encoder"],
+        "params": {name: state.params[name] for name in names},
+        "batch_stats": {name: state.extra["batch_stats"][name] for name in names},
     }
 
 

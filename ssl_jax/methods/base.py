@@ -6,6 +6,8 @@ step serves all. Conventions that the rest of the package relies on:
 * `params["encoder"]` and `extra["batch_stats"]["encoder"]` are the network that is evaluated.
 * every leaf of `outputs` has this device's examples on axis 0, and `outputs["embedding"]` [n, D]
   holds the encoder's features of the first view.
+* outputs are floats. With `config.microbatch`, `forward` sees a part of the device's examples at a
+  time, always with the same `rng`, and `loss` gets a batch of ids and labels without views.
 * `stats` is the new `extra["batch_stats"]` and nothing else; nothing else in `extra` changes before
   `update`.
 * `loss` returns the mean over the global batch on every device (the pmean of local means); its
@@ -44,6 +46,7 @@ class Method:
       encoder: the Flax module of the evaluated network.
     """
 
+    networks: Mapping[str, nn.Module] = {}  # by their names in `params`
     trivial_loss: float | None = None  # of constant outputs, where it is known
 
     def __init__(
@@ -93,6 +96,44 @@ class Method:
         """The optimiser's label of each leaf of `params`; see `optim.make_optimizer`."""
         return role_labels(params)
 
+    def features(
+        self, params: Pytree, stats: Pytree, images: Array, projector_layer: int = 0
+    ) -> Float[Array, "n d"]:
+        """What is evaluated: the online encoder, and the projector up to a hidden layer.
+
+        Args:
+          params: with "encoder", and "projector" where a layer of it is asked for.
+          stats: batch statistics of the same.
+          images: as the encoder takes them, [n, H, W, 3].
+          projector_layer: 0 for the encoder's features; l for the projector's hidden layer l after
+            its ReLU (SimCLR v2, section 2: the selector).
+
+        Returns:
+          float32 [n, D], in evaluation mode.
+        """
+        variables = {
+            name: {"params": params[name], "batch_stats": stats[name]}
+            for name in evaluated_names(projector_layer)
+        }
+        x = self.encoder.apply(variables["encoder"], images, train=False)
+        if projector_layer:
+            x = self.networks["projector"].apply(
+                variables["projector"], x, train=False, return_hidden=projector_layer
+            )
+        return jnp.asarray(x)
+
+    def check_projector_layer(self, layer: int) -> None:
+        """Refuses a layer for `features` that this method's projector doesn't have."""
+        if layer == 0:
+            return
+        hidden = getattr(self.networks.get("projector"), "layers", 1) - 1
+        if not 0 < layer <= hidden:
+            has = f"hidden layers 1 to {hidden}" if hidden else "no hidden layer to evaluate"
+            raise UserError(
+                f"The projector layer to evaluate (config.eval.projector_layer) is {layer}, but "
+                f"the projector of '{self.config.method}' has {has}: 0 is the encoder."
+            )
+
     def head(self, **options: Any) -> MLPHead:
         """An MLP head with this run's precision and BatchNorm groups."""
         return MLPHead(
@@ -122,6 +163,11 @@ class Method:
         return jax.lax.all_gather(x, self.axis_name, axis=0, tiled=True)
 
 
+def evaluated_names(projector_layer: int) -> tuple[str, ...]:
+    """The networks that `Method.features` needs."""
+    return ("encoder", "projector") if projector_layer else ("encoder",)
+
+
 def make_encoder(
     config: ConfigDict,
     axis_name: str | None = None,
@@ -138,6 +184,7 @@ def make_encoder(
         conv_init=model.conv_init,
         zero_init_residual=model.zero_init_residual,
         dtype=config.dtype,
+        remat=config.remat,
         axis_name=axis_name,
         axis_index_groups=groups,
     )

@@ -68,10 +68,11 @@ class BYOL(Method):
     def loss(
         self, params: Pytree, outputs: dict[str, Array], extra: Pytree, batch: Batch, step: Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """The sum of both directions' squared distances, each 2 - 2 cos."""
+        """The sum of both directions' squared distances, each 2 - 2 cos, times `loss_scale`."""
         p, z = outputs["prediction"], outputs["target"]
         loss = losses.normalized_mse(p[:, 0], z[:, 1]) + losses.normalized_mse(p[:, 1], z[:, 0])
-        return self.mean(loss), {"target_decay": self.decay(step)}
+        loss = self.config.byol.loss_scale * self.mean(loss)
+        return loss, {"target_decay": self.decay(step)}
 
     def update(
         self, params: Pytree, outputs: dict[str, Array], extra: Pytree, step: Array
@@ -82,5 +83,8 @@ class BYOL(Method):
         return params, {**extra, "target": target}
 
     def decay(self, step: Array) -> Float[Array, ""]:
-        """The target's decay, a cosine from `momentum` to 1."""
-        return ema.cosine_decay(self.config.byol.momentum, step, self.schedule.total_steps)
+        """The target's decay, a cosine from `momentum` to `momentum_end`."""
+        options = self.config.byol
+        return ema.cosine_decay(
+            options.momentum, step, self.schedule.total_steps, end=options.momentum_end
+        )

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ssl_jax import ema, losses
+from ssl_jax.diagnostics import contrastive_accuracy
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import Batch, Method, Pytree, apply_networks, init_networks
 
@@ -34,7 +35,7 @@ class MoCo(Method):
                 f"evenly: use a multiple of config.batch_size, such as {multiple}."
             )
         projector = self.head(
-            hidden=self.encoder.num_features,
+            hidden=options.hidden or self.encoder.num_features,
             out=options.out,
             layers=options.layers,
             hidden_bias=True,
@@ -96,9 +97,7 @@ class MoCo(Method):
             query, key = outputs["query"][:, i], outputs["key"][:, i]
             queue = extra["queue"][i]
             terms.append(losses.info_nce(query, key, queue, temperature=temperature))
-            q = losses.normalize(query)
-            positive = jnp.sum(q * key, axis=1)
-            right.append(jnp.mean(positive > jnp.max(q @ queue.T, axis=1)))
+            right.append(contrastive_accuracy(query, key, queue, among=False))
         loss = self.mean(jnp.mean(jnp.stack(terms)))
         return loss, {"contrastive_accuracy": self.mean(jnp.mean(jnp.stack(right)))}
 
@@ -112,7 +111,7 @@ class MoCo(Method):
         """
         options = self.config.moco
         keys = self.gather(outputs["key"]).swapaxes(0, 1)  # [views, batch, d]
-        start = (step * keys.shape[1]) % options.queue
+        start = step % (options.queue // keys.shape[1]) * keys.shape[1]
         queue = jax.lax.dynamic_update_slice_in_dim(extra["queue"], keys, start, axis=1)
         decay = self.momentum(step)
         target = ema.update(extra["target"], params, decay)
@@ -121,8 +120,9 @@ class MoCo(Method):
     def momentum(self, step: Array) -> Float[Array, ""]:
         """The key encoder's decay: constant, or a cosine from `momentum` to `momentum_end`."""
         options = self.config.moco
-        progress = ema.cosine_decay(0.0, step, self.schedule.total_steps)
-        return options.momentum + (options.momentum_end - options.momentum) * progress
+        return ema.cosine_decay(
+            options.momentum, step, self.schedule.total_steps, end=options.momentum_end
+        )
 
     def shuffle(
         self, images: Float[Array, "n h w c"], rng: Array
@@ -139,11 +139,21 @@ class MoCo(Method):
         Returns:
           As many images from all devices (of the group), and what brings anything back that was
           computed from them.
+
+        Raises:
+          UserError: BatchNorm is not global, and the images can't be exchanged.
         """
         n = images.shape[0]
         devices = 1 if self.axis_name is None else jax.lax.axis_size(self.axis_name)
         group = math.gcd(n, devices)
-        if devices == 1 or group == 1:
+        own_statistics = 0 < self.config.model.bn_group < devices
+        if group == 1 and own_statistics:
+            raise UserError(
+                f"A device encodes {n} images at a time, which {devices} devices can't exchange, "
+                "and BatchNorm would tell a key by its batch: make config.batch_size (or "
+                f"config.microbatch) a multiple of {2 * devices}, or set config.model.bn_group=0."
+            )
+        if group == 1:
             return images, lambda x: x
         rng = jax.random.fold_in(rng, jax.lax.axis_index(self.axis_name))
         order: Int[Array, " n"] = jax.random.permutation(rng, n)

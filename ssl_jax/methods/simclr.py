@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ssl_jax import ema, losses
+from ssl_jax.diagnostics import contrastive_accuracy
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import (
     Batch,
@@ -91,7 +92,10 @@ class SimCLR(Method):
             block_size=options.block_size or None,
             memory=extra.get("queue"),
         )
-        return options.loss_scale * loss, {"nt_xent": loss}
+        # Among this device's own images: the loss alone gathers, once.
+        found = contrastive_accuracy(z[:, 0], z[:, 1], z[:, 1], among=True)
+        logs = {"nt_xent": loss, "contrastive_accuracy": self.mean(found)}
+        return options.loss_scale * loss, logs
 
     def update(
         self, params: Pytree, outputs: dict[str, Array], extra: Pytree, step: Array
@@ -101,7 +105,7 @@ class SimCLR(Method):
             return params, extra
         options = self.config.simclr
         keys = self.gather(outputs["key"]).reshape(-1, options.out)
-        start = (step * keys.shape[0]) % options.memory
+        start = step % (options.memory // keys.shape[0]) * keys.shape[0]
         queue = jax.lax.dynamic_update_slice_in_dim(extra["queue"], keys, start, axis=0)
         target = ema.update(extra["target"], params, options.memory_momentum)
         return params, {**extra, "queue": queue, "target": target}

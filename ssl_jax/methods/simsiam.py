@@ -74,6 +74,7 @@ class SimSiam(Method):
     def param_groups(self, params: Pytree) -> Pytree:
         """The predictor's rate is constant; the bias before the last BatchNorm is frozen."""
         labels = super().param_groups(params)
-        labels["predictor"] = jax.tree.map(lambda _: "constant_lr", params["predictor"])
+        if self.config.simsiam.predictor_constant_lr:
+            labels["predictor"] = jax.tree.map(lambda _: "constant_lr", params["predictor"])
         labels["projector"][f"dense{self.config.simsiam.layers}"]["bias"] = "frozen"
         return labels

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ssl_jax import losses
+from ssl_jax.diagnostics import prototypes_used
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import (
     Batch,
@@ -91,12 +92,10 @@ class SwAV(Method):
         """Swapped prediction; assignments over the global batch, and the queue once it is full."""
         options = self.config.swav
         kernel = params["prototypes"]["kernel"]
-        scores = outputs["projection"] @ kernel
+        scores = self.scores(outputs["projection"], kernel)
         q = jnp.stack([self.assign(scores, kernel, extra, i) for i in range(self.assigned)], axis=1)
         loss = losses.swapped_prediction(scores, q, temperature=options.temperature)
-        use = self.mean(jnp.mean(q, axis=(0, 1)))
-        # exp of the entropy of the mean assignment: how many prototypes are in use.
-        used = jnp.exp(-jnp.sum(use * jnp.log(jnp.maximum(use, 1e-12))))
+        used = prototypes_used(scores[:, 0], self.mean)
         return self.mean(loss), {"prototypes_used": used}
 
     def assign(
@@ -113,13 +112,18 @@ class SwAV(Method):
 
         if "queue" not in extra:
             return sinkhorn(own)
-        queued = jax.lax.stop_gradient(self.my_share(extra["queue"][crop]) @ kernel)
+        queued = jax.lax.stop_gradient(self.scores(self.my_share(extra["queue"][crop]), kernel))
         # Every device takes the same branch, for the count is the same on all.
         return jax.lax.cond(
             extra["queued"] >= self.config.swav.queue,
             lambda: sinkhorn(jnp.concatenate([own, queued])),
             lambda: sinkhorn(own),
         )
+
+    @staticmethod
+    def scores(projection: Float[Array, "*n d"], kernel: Array) -> Float[Array, "*n k"]:
+        """Of embeddings against prototypes; exact, for Sinkhorn-Knopp divides them by epsilon."""
+        return jnp.matmul(projection, kernel, precision="highest")
 
     def my_share(self, queue: Float[Array, "l d"]) -> Float[Array, "share d"]:
         """The rows of the queue that this device works on."""
@@ -143,7 +147,7 @@ class SwAV(Method):
         return params, {
             **extra,
             "queue": jnp.where(filling, filled, extra["queue"]),
-            "queued": extra["queued"] + filling * new.shape[1],
+            "queued": jnp.minimum(extra["queued"] + filling * new.shape[1], filled.shape[1]),
         }
 
     def param_groups(self, params: Pytree) -> Pytree:

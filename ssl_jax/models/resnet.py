@@ -13,7 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ssl_jax.errors import UserError
-from ssl_jax.models.layers import KERNEL_INITS, Groups, batch_norm, check_choice
+from ssl_jax.models.layers import (
+    KERNEL_INITS,
+    Groups,
+    batch_norm,
+    check_choice,
+    conv_general_dilated,
+)
 
 STAGES = {
     18: (2, 2, 2, 2),
@@ -251,6 +257,7 @@ def _conv(features: int, size: int, stride: int = 1, *, padding: str, **options:
         (stride, stride),
         padding=_pads(size, padding),
         use_bias=False,
+        conv_general_dilated=conv_general_dilated,
         **options,
     )
 

@@ -7,6 +7,8 @@ from tiny import make_step, method_config, random_source
 
 from ssl_jax import losses
 from ssl_jax.config import Schedule
+from ssl_jax.data.index import stream_key
+from ssl_jax.data.pipeline import make_prepare
 from ssl_jax.errors import UserError
 from ssl_jax.methods import make_method
 from ssl_jax.spmd import AXIS, make_spmd
@@ -67,22 +69,48 @@ def test_the_queue_is_first_in_first_out_over_a_wrap():
     assert [np.unique(block).tolist() for block in blocks] == [[3.0], [4.0], [2.0]]
 
 
+def info_nce_oracle(query, key, queue, temperature):
+    q = np.float64(query) / np.linalg.norm(np.float64(query), axis=1, keepdims=True)
+    logits = np.concatenate([np.sum(q * key, 1, keepdims=True), q @ np.float64(queue).T], axis=1)
+    logits /= temperature
+    top = logits.max(1, keepdims=True)
+    return np.mean(np.log(np.exp(logits - top).sum(1)) + top[:, 0] - logits[:, 0])
+
+
 def test_the_positive_is_not_in_the_queue_when_logits_are_formed():
-    method = moco()
-    batch = example_batch(method.config)
-    params, extra = method.init(jax.random.key(0), batch)
-    rng = np.random.default_rng(0)
-    keys = rng.normal(size=(64, 1, 8)).astype(np.float32)
-    keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
-    outputs = {"embedding": None, "query": jnp.array(keys), "key": jnp.array(keys)}
-    loss, logs = method.loss(params, outputs, extra, batch, jnp.int32(0))
-    queue = np.asarray(extra["queue"])[0]
-    assert np.max(keys[:, 0] @ queue.T) < 0.9999
-    assert float(logs["contrastive_accuracy"]) == 1
-    # With the keys already enqueued every query would have its positive twice.
-    _, after = method.update(params, outputs, extra, jnp.int32(0))
-    worse, _ = method.loss(params, outputs, after, batch, jnp.int32(1))
-    assert float(worse) > float(loss)
+    config, source, spmd = method_config("moco"), random_source(), make_spmd(devices=ONE)
+    method, step, state, resident = make_step(config, spmd, source)
+    ids = np.arange(64, dtype=np.int32)
+    batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
+    before = jax.device_get(state)
+    key = jax.random.wrap_key_data(jnp.asarray(before.key))
+    views = jax.jit(make_prepare(config))(
+        {"id": ids}, source.resident(), stream_key(key, "views", 0)
+    )
+    alone = make_method(config, Schedule(1, 10))
+    outputs, _ = jax.jit(alone.forward)(
+        before.params, before.extra, views, stream_key(key, "forward", 0)
+    )
+    query, key = (np.asarray(outputs[name])[:, 0] for name in ("query", "key"))
+    after, metrics = step(state, batch, resident)
+    loss = float(metrics["loss"])
+    temperature = config.moco.temperature
+    old, new = (np.asarray(s.extra["queue"])[0] for s in (before, after))
+    assert loss == pytest.approx(info_nce_oracle(query, key, old, temperature), rel=1e-4)
+    # The step has enqueued the keys since; had it before, the loss would be another.
+    np.testing.assert_allclose(new[:64], key, atol=1e-5)
+    assert abs(loss - info_nce_oracle(query, key, new, temperature)) > 0.01
+
+
+def test_images_that_cannot_be_exchanged_are_refused_where_batchnorm_would_leak():
+    config = method_config("moco")
+    config.model.bn_group = 1
+    method = make_method(config, Schedule(1, 10), AXIS)
+    mapped = make_spmd().map(
+        lambda x: method.shuffle(x, jax.random.key(0))[0], ("sharded",), "sharded"
+    )
+    with pytest.raises(UserError, match="3 images at a time, which 8 devices can't exchange"):
+        mapped(np.zeros((24, 2), np.float32))
 
 
 def test_a_batch_that_does_not_fill_the_queue_evenly_is_refused():

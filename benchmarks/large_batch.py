@@ -1,0 +1,224 @@
+"""Embedding caching and rematerialisation: memory and time of SimCLR's step, beside the plain one.
+
+Memory is the compiled program's temporary memory, beside its arguments (state, uint8 views), and
+the resident memory that running a step adds. The small network is a ResNet-18 a quarter as wide on
+16x16 images. Times are medians of alternated rounds; ResNet-50 at 224 pixels is compiled, not run.
+
+    python benchmarks/large_batch.py [--rounds=5] [--large=8192] [--only=time]
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+MIB = 2**20
+_SIZE = 16  # of the small network's images, pixels
+
+
+def make_config(size: int, batch: int, microbatch: int, remat: bool, large: bool) -> Any:
+    """SimCLR with a ResNet-18 a quarter as wide, or with a ResNet-50 in bfloat16."""
+    from ssl_jax.config import default_config
+    from ssl_jax.recipes import simclr_views
+
+    config = default_config()
+    config.batch_size, config.microbatch, config.remat = batch, microbatch, remat
+    config.views = simclr_views(size=size, blur=large)
+    if large:
+        config.dtype = "bfloat16"
+    else:
+        config.model.update(depth=18, width=0.25, stem="cifar")
+    return config
+
+
+def build(config: Any) -> tuple[Any, Any, tuple[Any, Any, Any]]:
+    """The mapped step, a function that makes its state, and the shapes of its arguments."""
+    import jax
+    import numpy as np
+
+    from ssl_jax.config import Schedule, flat_views
+    from ssl_jax.data.pipeline import make_prepare
+    from ssl_jax.spmd import AXIS, make_spmd
+    from ssl_jax.step import assemble, init_state, make_train_step
+
+    spmd = make_spmd(devices=jax.devices()[:1])
+    method, optimizer, rate = assemble(config, Schedule(100, 1000), AXIS)
+    step = spmd.map(
+        make_train_step(method, optimizer, make_prepare(config), rate),
+        ("replicated", "sharded", "replicated"),
+        ("replicated", "replicated"),
+        donate=(0,),
+    )
+    n = config.batch_size
+    views = tuple(
+        jax.ShapeDtypeStruct((n, v.size, v.size, 3), np.uint8) for v in flat_views(config)
+    )
+    raw = {"id": jax.ShapeDtypeStruct((n,), np.int32), "views": views}
+
+    def make_state() -> Any:
+        return spmd.replicate(init_state(method, optimizer, config))
+
+    state = jax.eval_shape(lambda: init_state(method, optimizer, config))
+    return step, make_state, (state, raw, {})
+
+
+def compiled_mib(config: Any) -> float:
+    """Temporary memory of the compiled step."""
+    step, _, shapes = build(config)
+    return step.lower(*shapes).compile().memory_analysis().temp_size_in_bytes / MIB
+
+
+class Runner:
+    """A compiled step with its state, run on random pixels."""
+
+    def __init__(self, config: Any) -> None:
+        """Compiles, and runs once."""
+        import jax
+        import numpy as np
+
+        self.step, make_state, (_, raw, _) = build(config)
+        self.state = make_state()
+        rng = np.random.default_rng(0)
+        self.raw = jax.tree.map(
+            lambda s: jax.device_put(rng.integers(0, 256, s.shape, np.uint8).astype(s.dtype)), raw
+        )
+        self.seconds()
+
+    def seconds(self) -> float:
+        """Of one step."""
+        import jax
+
+        start = time.perf_counter()
+        self.state, metrics = self.step(self.state, self.raw, {})
+        jax.block_until_ready(metrics)
+        return time.perf_counter() - start
+
+
+def resident_mib(batch: int, microbatch: int, remat: bool) -> float:
+    """How much a step adds to a process that holds the views, at its peak."""
+    arguments = [__file__, "--inside", str(batch), str(microbatch), str(int(remat))]
+    out = subprocess.run(
+        [sys.executable, *arguments], check=True, capture_output=True, text=True
+    ).stdout
+    return float(out.split()[-1])
+
+
+def inside(batch: int, microbatch: int, remat: bool) -> float:
+    """Peak growth in this process, from after its views were made."""
+    import jax
+    import numpy as np
+
+    config = make_config(_SIZE, batch, microbatch, remat, large=False)
+    step, make_state, shapes = build(config)
+    compiled = step.lower(*shapes).compile()
+    state = make_state()
+    rng = np.random.default_rng(0)
+    views = jax.tree.map(
+        lambda s: jax.device_put(rng.integers(0, 256, s.shape, np.uint8).astype(s.dtype)), shapes[1]
+    )
+    jax.block_until_ready(views)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    state, metrics = compiled(state, views, {})
+    jax.block_until_ready(metrics)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def alternate(runners: dict[str, Runner], rounds: int) -> dict[str, float]:
+    """Median seconds of each, measured in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(rounds):
+        for name, runner in runners.items():
+            seconds[name].append(runner.seconds())
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """As Markdown."""
+    for row in [header, ["---"] * len(header), *rows]:
+        print("| " + " | ".join(row) + " |", flush=True)
+    print()
+
+
+def memory_rows(large: int) -> list[list[str]]:
+    """The small network at two batches."""
+    rows = []
+    small = large // 16
+    for name, batch, microbatch, remat in [
+        (f"plain, batch {small}", small, 0, False),
+        (f"plain, batch {small}, remat", small, 0, True),
+        (f"batch {large}, microbatch {small}", large, small, False),
+        (f"batch {large}, microbatch {small}, remat", large, small, True),
+    ]:
+        compiled = compiled_mib(make_config(_SIZE, batch, microbatch, remat, large=False))
+        resident = resident_mib(batch, microbatch, remat)
+        rows.append([name, f"{compiled:,.0f}", f"{resident:,.0f}"])
+    compiled = compiled_mib(make_config(_SIZE, large, 0, False, large=False))
+    rows.append([f"plain, batch {large}", f"{compiled:,.0f}", "not run"])
+    return rows
+
+
+def time_rows(batch: int, rounds: int) -> list[list[str]]:
+    """The small network at one batch that all can run."""
+    kinds = {
+        "plain": (0, False),
+        "remat": (0, True),
+        f"microbatch {batch // 4}": (batch // 4, False),
+        f"microbatch {batch // 4}, remat": (batch // 4, True),
+    }
+    runners = {
+        name: Runner(make_config(_SIZE, batch, microbatch, remat, large=False))
+        for name, (microbatch, remat) in kinds.items()
+    }
+    seconds = alternate(runners, rounds)
+    return [
+        [name, f"{batch / s:,.0f}", f"{s / seconds['plain']:.2f}"] for name, s in seconds.items()
+    ]
+
+
+def resnet50_rows(large: int) -> list[list[str]]:
+    """ResNet-50 at 224 pixels, compiled only."""
+    rows = []
+    for batch, microbatch, remat in [
+        (64, 0, False),
+        (64, 0, True),
+        (large, 64, False),
+        (large, 64, True),
+    ]:
+        name = f"batch {batch}" + (f", microbatch {microbatch}" if microbatch else "")
+        name += ", remat" if remat else ""
+        compiled = compiled_mib(make_config(224, batch, microbatch, remat, large=True))
+        rows.append([name, f"{compiled / 1024:,.2f}"])
+    return rows
+
+
+def main() -> None:
+    """Measures and prints three tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--large", type=int, default=8192, help="the batch that is encoded in parts"
+    )
+    parser.add_argument("--timed", type=int, default=512, help="the batch that is timed")
+    parser.add_argument("--only", choices=["memory", "time", "resnet50"], help="default: all three")
+    parser.add_argument("--inside", nargs=3, type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    from ssl_jax.backend import tune_cpu
+
+    tune_cpu()
+    if args.inside:
+        batch, microbatch, remat = args.inside
+        print(inside(batch, microbatch, bool(remat)))
+        return
+    if args.only in (None, "memory"):
+        print_table(["", "compiled, MiB", "resident, MiB"], memory_rows(args.large))
+    if args.only in (None, "time"):
+        print_table(["", "images/s", "time / plain"], time_rows(args.timed, args.rounds))
+    if args.only in (None, "resnet50"):
+        print_table(["ResNet-50, 224", "compiled, GiB"], resnet50_rows(args.large))
+
+
+if __name__ == "__main__":
+    main()
