@@ -35,6 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="example: ssl-jax report runs/a",
     )
     report.add_argument("workdir", type=Path, help="the run's folder")
+    _add_views(
+        commands.add_parser(
+            "views",
+            help="draw images and the views that training sees of them",
+            epilog="example: ssl-jax views --config=configs/simclr_digits.py --out=views.png",
+        )
+    )
+    _add_data(commands.add_parser("data", help="prepare images"))
     return _run(parser, argv, ["ssl-jax", *argv])
 
 
@@ -52,21 +60,64 @@ def pretrain_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_pretrain(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--workdir", required=True, type=Path, help="folder of the run")
+
+
+def _add_views(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.png", help="to write")
+    parser.add_argument("--images", type=int, default=8, help="of the step's batch; default: 8")
+    parser.add_argument("--step", type=int, default=0, help="whose views; default: 0, the first")
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", required=True, metavar="FILE.py[:VARIANT]", help="the experiment, see configs/"
     )
-    parser.add_argument("--workdir", required=True, type=Path, help="folder of the run")
     # Read before argparse sees them; here for the help alone.
     parser.add_argument(
         "--config.KEY", dest="_overrides", metavar="VALUE", help="sets a key, --config.optim.lr=0.1"
     )
 
 
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    pack = actions.add_parser(
+        "pack",
+        help="small images of one size into one file, for config.data.name=packed",
+        epilog="example: ssl-jax data pack cifar10/train cifar10_train.npz",
+    )
+    pack.add_argument("folder", type=Path, help="of images, one sub-folder per class or flat")
+    pack.add_argument("out", type=Path, metavar="FILE.npz", help="to write")
+    convert = actions.add_parser(
+        "convert",
+        help="image files into a few large ones, for config.data.name=records",
+        epilog="example: ssl-jax data convert imagenet/train gs://bucket/imagenet/train",
+    )
+    convert.add_argument("folder", help="of images, one sub-folder per class or flat")
+    convert.add_argument("out", help="folder to write, on a disk or a bucket")
+    convert.add_argument(
+        "--shards", type=int, default=0, help="files to write; default: of about 128 MiB each"
+    )
+
+
+def _prepare_data(args: argparse.Namespace) -> int:
+    """Does what `ssl-jax data ACTION` asks for; returns the number of images."""
+    if args.action == "pack":
+        from ssl_jax.data.packed import pack
+
+        return pack(args.folder, args.out)
+    from ssl_jax.data.records import convert
+
+    return convert(args.folder, args.out, args.shards)
+
+
 def _run(parser: argparse.ArgumentParser, argv: list[str], command: list[str]) -> int:
     overrides, rest = _split_overrides(argv)
     args = parser.parse_args(rest)
-    if overrides and args.command != "pretrain":
-        parser.error(f"--config.{overrides[0]} is for pretrain alone")
+    if overrides and args.command not in ("pretrain", "views"):
+        parser.error(f"--config.{overrides[0]} is for pretrain and views alone")
     backend.tune_cpu()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     # Orbax and absl announce every step of every checkpoint.
@@ -78,6 +129,16 @@ def _run(parser: argparse.ArgumentParser, argv: list[str], command: list[str]) -
 
             config = load_config(args.config, overrides)
             pretrain(config, args.workdir, shlex.join(command))
+        elif args.command == "views":
+            from ssl_jax.picture import write_views
+
+            config = load_config(args.config, overrides)
+            drawn = write_views(
+                config, args.out, images=args.images, step=args.step, command=shlex.join(command)
+            )
+            print(f"{args.out}: {drawn} images and their views at step {args.step}")
+        elif args.command == "data":
+            print(f"{args.out}: {_prepare_data(args):,} images")
         else:
             from ssl_jax.report import write_report
 

@@ -28,6 +28,7 @@ _CHOICES = {
 _BOUNDS = {
     "seed": (0, 2**32 - 1),  # what JAX's keys hold
     "steps": (0, math.inf),
+    "microbatch": (0, math.inf),
     "epochs": (0, 1e9),
     "optim.lr": (0, 1e9),
     "optim.momentum": (0, 1),
@@ -37,12 +38,24 @@ _BOUNDS = {
     "model.bn_group": (0, math.inf),
     "eval.crop_fraction": (1e-3, 1),
     "eval.knn_every_epochs": (0, 1e9),
+    "eval.projector_layer": (0, math.inf),
     "checkpoint.every_epochs": (0, 1e9),
     "data.threads": (0, math.inf),
     "data.num_classes": (0, math.inf),
+    "moco.queue": (1, math.inf),
+    "moco.hidden": (0, math.inf),
+    "swav.prototypes": (1, math.inf),
+    "swav.iterations": (1, math.inf),
+    "swav.queue": (0, math.inf),
+    "swav.queue_from_epoch": (0, 1e9),
+    "simclr.memory": (0, math.inf),
+    "simclr.block_size": (0, math.inf),
+    "simclr.hidden": (0, math.inf),
+    "simsiam.hidden": (0, math.inf),
     "moco.momentum": (0, 1),
     "moco.momentum_end": (0, 1),
     "byol.momentum": (0, 1),
+    "byol.momentum_end": (0, 1),
     "simclr.memory_momentum": (0, 1),
 }
 _VIEW_CHOICES = {
@@ -53,6 +66,23 @@ _VIEW_CHOICES = {
 }
 
 
+_DATA = {
+    # "digits", "folder" (image files), "packed" (one file), "records" (of `ssl-jax data
+    # convert`) or "tfds" (a data set that TFDS has prepared).
+    "name": "digits",
+    "dir": "",  # of the images; "packed": the file; "tfds": its data_dir, "": its own
+    "test_dir": "",
+    # Of TFDS: the data set, its splits (slices too: train[:10%]) and its features.
+    "dataset": "",
+    "split": "train",
+    "test_split": "",
+    "image_key": "image",
+    "label_key": "label",  # "": none
+    "on_bad_image": "fatal",
+    "num_classes": 0,  # 0: as many as the labels show
+    "test_fraction": 0.25,  # held out where a source has no test split of its own
+    "threads": 0,  # of the host pipeline; 0: one per core
+}
 _MODEL = {
     "depth": 50,
     "width": 1.0,
@@ -80,6 +110,7 @@ _MOCO = {
     "momentum": 0.999,
     "momentum_end": 0.999,  # reached by a cosine over the run; the same: constant
     "temperature": 0.2,  # v1: 0.07
+    "hidden": 0,  # 0: as wide as the encoder's features
     "out": 128,
     "layers": 2,  # of the projector; v1: 1
     "symmetric": False,  # each view asks for the other (lightly, solo-learn)
@@ -97,16 +128,21 @@ _SWAV = {
 _BYOL = {
     "hidden": 4096,
     "out": 256,
-    "momentum": 0.996,  # at the first step; a cosine to 1
+    "momentum": 0.996,  # at the first step
+    "momentum_end": 1.0,  # reached by a cosine over the run; the same: constant
     "head_bn": True,
+    "loss_scale": 1.0,
 }
 _SIMSIAM = {
     "hidden": 0,  # 0: as wide as the encoder's features
     "out": 2048,
     "layers": 3,
     "predictor_hidden": 512,
+    "predictor_constant_lr": True,
     "stop_gradient": True,
 }
+# Groups of keys of methods that a file outside the package has registered.
+_REGISTERED: dict[str, dict[str, Any]] = {}
 _OPTIM = {
     "name": "lars",
     "lr": 0.3,
@@ -124,6 +160,21 @@ _OPTIM = {
     "step_gamma": 0.1,
     "per_epoch": False,
     "frozen_steps": 0,
+}
+_EVAL = {
+    "knn_every_epochs": 10.0,  # 0: never during training
+    "knn_k": 200,
+    "knn_temperature": 0.1,
+    "crop_fraction": 0.875,  # centre crop of the evaluated image; 1: whole
+    "interpolation": "bicubic",
+    "batch_size": 256,
+    "labels_per_class": (1, 5, 10),
+    "draws": 20,
+    # Training images at most that the linear probe of all labels is fitted to.
+    "linear_images": 50_000,
+    # What is evaluated: 0 the encoder's features, l those of the projector's hidden
+    # layer l after its ReLU (SimCLR v2's selector).
+    "projector_layer": 0,
 }
 
 
@@ -183,6 +234,10 @@ def default_config() -> ConfigDict:
             "seed": 0,
             "method": "simclr",
             "batch_size": 256,  # images in a step, over all devices
+            # Of them, images in memory at a time, over all devices; 0: all. The loss still sees the
+            # whole batch, BatchNorm a microbatch. See docs/large_batches.md.
+            "microbatch": 0,
+            "remat": False,  # keep only the blocks' inputs for the backward pass
             "epochs": 100.0,
             "steps": 0,  # 0: from epochs
             # How epochs become steps: "epochs" counts the whole batches of each epoch (MoCo, SwAV,
@@ -191,15 +246,7 @@ def default_config() -> ConfigDict:
             "spmd": "shard_map",
             "dtype": "float32",  # of the computation; parameters, statistics, losses stay float32
             "log_every": 10,  # steps between lines of metrics
-            "data": {
-                "name": "digits",
-                "dir": "",  # of the image folder
-                "test_dir": "",
-                "on_bad_image": "fatal",
-                "num_classes": 0,  # 0: as many as the labels show
-                "test_fraction": 0.25,  # held out where a source has no test split of its own
-                "threads": 0,  # of the host pipeline; 0: TensorFlow decides
-            },
+            "data": _DATA,
             "views": {"view1": view(), "view2": view()},
             "model": _MODEL,
             "simclr": _SIMCLR,
@@ -207,21 +254,35 @@ def default_config() -> ConfigDict:
             "swav": _SWAV,
             "byol": _BYOL,
             "simsiam": _SIMSIAM,
+            **_REGISTERED,
             "optim": _OPTIM,
-            "eval": {
-                "knn_every_epochs": 10.0,  # 0: never during training
-                "knn_k": 200,
-                "knn_temperature": 0.1,
-                "crop_fraction": 0.875,  # centre crop of the evaluated image; 1: whole
-                "interpolation": "bicubic",
-                "batch_size": 256,
-                "labels_per_class": (1, 5, 10),
-                "draws": 20,
-            },
+            "eval": _EVAL,
             "checkpoint": {"every_epochs": 10.0, "keep": 2},
         }
     )
     return config.lock()
+
+
+def register_options(method: str, options: Mapping[str, Any]) -> None:
+    """Adds the keys `config.<method>.<option>` to the schema; see `methods.register`.
+
+    Args:
+      method: name of the group.
+      options: defaults by name, which also fix the keys' types.
+
+    Raises:
+      UserError: the schema has another group or key of that name, or a default is of a type that
+        the schema doesn't have.
+    """
+    if method in default_config() and method not in _REGISTERED:
+        raise UserError(f"config.{method} is in the schema already: register another name.")
+    for key, value in options.items():
+        if not isinstance(value, bool | int | float | str | tuple):
+            raise UserError(
+                f"config.{method}.{key} has the default {value!r}: options may be true or false, "
+                "numbers, words and tuples."
+            )
+    _REGISTERED[method] = dict(options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,6 +355,12 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
         raise UserError(
             f"The config file {file} is not Python: line {error.lineno}, {error.msg}."
         ) from error
+    except KeyError as error:
+        if error.args != (variant,):
+            raise UserError(f"The config file {file} is not valid: no key {error}.") from error
+        raise UserError(
+            f"{file} has no variant '{variant}': its first line says which it has."
+        ) from error
     except (AttributeError, ImportError, LookupError, NameError, TypeError, ValueError) as error:
         raise UserError(f"The config file {file} is not valid: {_one_sentence(error)}") from error
     if not isinstance(config, ConfigDict):
@@ -322,6 +389,7 @@ def validate(config: ConfigDict) -> None:
     temperatures = [f"{method}.temperature" for method in ("simclr", "moco", "swav")]
     for key in (
         *("batch_size", "log_every", "eval.batch_size", "eval.knn_k", "eval.draws"),
+        "eval.linear_images",
         *("model.width", "swav.epsilon", "eval.knn_temperature", *temperatures),
     ):
         if not _get(config, key) > 0:
@@ -330,6 +398,11 @@ def validate(config: ConfigDict) -> None:
         if not low <= _get(config, key) <= high:
             limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise UserError(f"config.{key} is {_get(config, key)}: it must be {limits}.")
+    if config.microbatch and config.batch_size % config.microbatch:
+        raise UserError(
+            f"config.microbatch is {config.microbatch}, which does not divide config.batch_size, "
+            f"{config.batch_size}: use a divisor of it, or 0 for the whole batch at once."
+        )
     if not all(type(count) is int and count > 0 for count in config.eval.labels_per_class):
         raise UserError(
             f"config.eval.labels_per_class is {config.eval.labels_per_class}: it takes positive "
@@ -359,7 +432,8 @@ def flat_views(config: ConfigDict) -> tuple[ConfigDict, ...]:
 def to_json(config: ConfigDict) -> dict[str, Any]:
     """The config as plain JSON types, so that what is written compares equal to what is read."""
     plain: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
-    return plain
+    # What happens to be registered in a process is no part of another method's run.
+    return {k: v for k, v in plain.items() if k not in _REGISTERED or k == config.method}
 
 
 def from_json(saved: dict[str, Any]) -> ConfigDict:
@@ -377,7 +451,13 @@ def from_json(saved: dict[str, Any]) -> ConfigDict:
     config = default_config()
     with config.unlocked():
         config.views = {name: view() for name in saved.get("views", {})}
+    method = config.method = str(saved.get("method"))
     unknown = set(flatten(saved)) ^ set(flatten(to_json(config)))
+    if method in saved and method not in config:
+        raise UserError(
+            f"The config's method '{method}' is not one of ssl_jax's own: import the file that "
+            "registers it first."
+        )
     if unknown:
         raise UserError(
             f"The saved config was written by another version of ssl_jax (keys {sorted(unknown)}): "

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from ssl_jax.config import default_config, view
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.247, 0.2435, 0.2616)}
 # SwAV's file has .228 for red.
 IMAGENET_SWAV = {"mean": (0.485, 0.456, 0.406), "std": (0.228, 0.224, 0.225)}
 
@@ -90,6 +91,110 @@ def byol_views(size: int = 224) -> dict[str, Any]:
         "view1": view(**both, blur={"prob": 1.0}, solarize={"prob": 0.0}),
         "view2": view(**both, blur={"prob": 0.1}, solarize={"prob": 0.2}),
     }
+
+
+def imagenet_config(interpolation: str = "bicubic") -> ConfigDict:
+    """What all methods share on ImageNet: TFDS's `imagenet2012`, ResNet-50, bfloat16.
+
+    `tfds build imagenet2012` makes the data set once; --config.data.dir=PATH is its data_dir.
+    Folders take --config.data.name=folder --config.data.dir=PATH/train
+    --config.data.test_dir=PATH/val; sharded records of `ssl-jax data convert` the same with
+    --config.data.name=records.
+
+    Args:
+      interpolation: of the evaluated image's central square.
+    """
+    config = default_config()
+    config.data.update(name="tfds", dataset="imagenet2012", test_split="validation")
+    config.data.num_classes = 1000
+    config.dtype = "bfloat16"
+    config.eval.interpolation = interpolation
+    return config
+
+
+def cifar10_config() -> ConfigDict:
+    """What all methods share on CIFAR-10: packed images held on the devices, ResNet-18, no crop.
+
+    `ssl-jax data pack` makes the files of --config.data.dir and --config.data.test_dir from folders
+    of images; --config.data.name=folder reads the folders themselves, which needs TensorFlow.
+    """
+    config = default_config()
+    config.data.update(name="packed", num_classes=10)
+    config.dtype = "bfloat16"
+    config.log_every = 50
+    config.model.update(depth=18, stem="cifar")
+    config.eval.update(crop_fraction=1.0, knn_k=200, knn_temperature=0.1)
+    return config
+
+
+def lightly_cifar10_config() -> ConfigDict:
+    """The setting of lightly's CIFAR-10 benchmark: batch 512, 200 epochs, SGD .06·B/128.
+
+    Its other two are --config.batch_size=128 (with --config.moco.queue=4096) and
+    --config.epochs=800. The cosine is per epoch, without warmup. Deviations: PyTorch's initialisers
+    in the encoder alone, heads start as each method's official code has them; bfloat16.
+    """
+    config = cifar10_config()
+    config.batch_size = 512
+    config.epochs = 200.0
+    jitter = _jitter(0.4, 0.4, 0.4, 0.1)
+    one = view(
+        size=32,
+        crop=_torchvision((0.08, 1.0)),
+        jitter=jitter,
+        blur={"prob": 0.0},
+        **IMAGENET,
+    )
+    config.views = {"view1": one, "view2": one}
+    config.model.update(conv_init="torch", zero_init_residual=False)
+    config.optim.update(name="sgd", lr=0.12, weight_decay=5e-4, decay_norm_bias=True)
+    config.optim.update(warmup_epochs=0.0, per_epoch=True)
+    return config
+
+
+def solo_cifar10_config(jitter: tuple[float, float, float, float]) -> ConfigDict:
+    """The setting of solo-learn's CIFAR-10 scripts: batch 256, 1,000 epochs, warmup 10, cosine.
+
+    Deviations: its stem pads two pixels and goes on with 34×34 maps, ours one and 32×32; heads
+    start as each method's official code has them; bfloat16.
+
+    Args:
+      jitter: strengths of brightness, contrast, saturation and hue.
+    """
+    config = cifar10_config()
+    config.batch_size = 256
+    config.epochs = 1000.0
+    one = view(
+        size=32,
+        crop={**_torchvision((0.08, 1.0)), "interpolation": "bicubic"},
+        jitter=_jitter(*jitter),
+        # Pillow's blur reaches as far as sigma asks, whatever the size of the image.
+        blur={"prob": 0.5, "kernel_size": 13},
+        **CIFAR10,
+    )
+    config.views = {"view1": one, "view2": one}
+    config.model.update(conv_init="fan_out_normal", zero_init_residual=False)
+    config.optim.update(name="lars_clipped", trust_coefficient=0.02, warmup_start=3e-5)
+    return config
+
+
+def cpu_cifar10_config() -> ConfigDict:
+    """What the `cpu` variants share: a look at CIFAR-10 in minutes on two cores, not a result.
+
+    A ResNet-18 a quarter as wide with the stem for large images, 20 times as fast as a whole one;
+    4 epochs, batch 256, SimCLR's CIFAR views (no blur) for every method, float32. The last
+    BatchNorm of a block starts at γ = 1, as with `digits_config`.
+    """
+    config = cifar10_config()
+    config.batch_size = 256
+    config.epochs = 4.0
+    config.dtype = "float32"
+    config.views = simclr_views(size=32, strength=0.5, blur=False)
+    config.model.update(width=0.25, stem="imagenet", zero_init_residual=False)
+    config.optim.update(lr=2.0, weight_decay=1e-6, warmup_epochs=1.0)
+    config.eval.update(knn_every_epochs=2.0, linear_images=10_000)
+    config.checkpoint.every_epochs = 1.0
+    return config
 
 
 def digits_config() -> ConfigDict:

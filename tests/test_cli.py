@@ -14,7 +14,7 @@ def run(capsys, *arguments):
 
 
 def test_help_of_every_command_has_an_example(capsys):
-    for command in ("pretrain", "report"):
+    for command in ("pretrain", "report", "views"):
         with pytest.raises(SystemExit) as caught:
             cli.main([command, "--help"])
         assert caught.value.code == 0

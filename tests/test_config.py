@@ -183,3 +183,15 @@ def test_one_view_given_twice_is_two_views(config_file):
     path = config_file("one = view(size=32)\nconfig.views = {'a': one, 'b': one}")
     config = load_config(path, ["views.a.flip=0.0"])
     assert (config.views.a.flip, config.views.b.flip) == (0.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["moco.queue=0", "swav.queue=-256", "simclr.memory=-512", "swav.prototypes=0"]
+    + ["swav.iterations=0", "simclr.block_size=-3", "microbatch=-1", "eval.projector_layer=-1"],
+)
+def test_sizes_that_cannot_be_are_refused(override, tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text("from ssl_jax.config import default_config as get_config")
+    with pytest.raises(UserError, match=f"config.{override.split('=')[0]} is .*at least"):
+        load_config(str(file), [override])

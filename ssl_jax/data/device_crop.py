@@ -126,6 +126,25 @@ def apply_geometry(
     return _resize(images, geometry, view.size, view.crop.interpolation, antialias)
 
 
+def view_corners(geometry: Geometry, height: int, width: int) -> Float[Array, "n 4 2"]:
+    """Where in the source the corners of views lie: what of an image they show.
+
+    Args:
+      geometry: of `draw_geometry`, the images on axis 0.
+      height: of the images, pixels.
+      width: of the images, pixels.
+
+    Returns:
+      (y, x) of a view's top left, top right, bottom right and bottom left corner, in pixels from
+      the image's top left corner; those of affine views may lie outside of the image.
+    """
+    still = jnp.zeros(geometry["top"].shape)
+    unmoved = dict.fromkeys(("degrees", "shear", "shift_y", "shift_x"), still)
+    y, x = _trace({**unmoved, **geometry}, jnp.array([0.0, 1.0]), height, width)
+    corners = jnp.stack([y, x], axis=-1) + 0.5  # from pixels' centres to their borders
+    return jnp.stack([corners[:, i, j] for i, j in ((0, 0), (0, 1), (1, 1), (1, 0))], axis=1)
+
+
 def resize_images(
     images: Sources, size: int, interpolation: str = "bicubic", antialias: bool = True
 ) -> Float[Array, "n size size 3"]:
@@ -192,9 +211,15 @@ def _source_coordinates(
     images: Sources, geometry: Geometry, size: int
 ) -> tuple[Float[Array, "n size size"], Float[Array, "n size size"]]:
     """Where in the source every pixel of an affine view comes from: its row and its column."""
+    return _trace(geometry, (jnp.arange(size) + 0.5) / size, *images.shape[1:3])
+
+
+def _trace(
+    geometry: Geometry, steps: Float[Array, " s"], height: int, width: int
+) -> tuple[Float[Array, "n s s"], Float[Array, "n s s"]]:
+    """Where in the source a grid of points, `steps` down and across an affine view, comes from."""
     g = {name: value[:, None, None] for name, value in geometry.items()}
-    middle_y, middle_x = ((side - 1) / 2 for side in images.shape[1:3])
-    steps = (jnp.arange(size) + 0.5) / size
+    middle_y, middle_x = ((side - 1) / 2 for side in (height, width))
     y = g["top"] + steps[:, None] * g["height"] - 0.5 - middle_y - g["shift_y"]
     x = g["left"] + steps * g["width"] - 0.5 - middle_x - g["shift_x"]
     sine, cosine = jnp.sin(jnp.radians(g["degrees"])), jnp.cos(jnp.radians(g["degrees"]))

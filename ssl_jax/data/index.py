@@ -80,6 +80,25 @@ def stream_key(key: Key[Array, ""], name: str, step: int | Array) -> Key[Array, 
     return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(name.encode())), step)
 
 
+def views_stream(key: Key[Array, ""], step: int | Array) -> Key[Array, ""]:
+    """The key of all views of a step, from the run's key."""
+    return stream_key(key, "views", step)
+
+
+def view_keys(key: Key[Array, ""], ids: Int[Array, " n"], number: int) -> Key[Array, " n"]:
+    """The keys on which a view of some examples depends, and on nothing else.
+
+    Args:
+      key: of `views_stream`.
+      ids: of the examples.
+      number: of the view, in the order of `config.flat_views`.
+
+    Returns:
+      One key per example.
+    """
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(example_keys(key, ids), number)
+
+
 def example_keys(key: Key[Array, ""], ids: Int[Array, " n"]) -> Key[Array, " n"]:
     """One key per example from its global id, wherever in the batch or on the mesh it is."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, ids)

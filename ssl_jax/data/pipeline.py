@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from ssl_jax.config import flat_views
 from ssl_jax.data.augment import colour
 from ssl_jax.data.device_crop import crop_views, resize_images
-from ssl_jax.data.index import Index, example_keys
+from ssl_jax.data.index import Index, view_keys
 from ssl_jax.data.sources import Source
 
 _DEPTH = 1  # batches that wait on the devices, beside the one in use and the one being placed
@@ -30,26 +30,33 @@ def make_prepare(
       config: of the run; its views are the augmentation.
 
     Returns:
-      A function of (what the source yielded, resident arrays, key of the step) that gives the batch
-      with "views": a tuple of float32 [n, H, W, 3]. An example's pixels depend on the key and
-      its id alone, not on its place in the batch or on the mesh.
+      A function of (what the source yielded, resident arrays, the step's `views_stream`) that gives
+      the batch with "views": a tuple of float32 [n, H, W, 3]. An example's pixels depend on the key
+      and its id alone, not on its place in the batch or on the mesh.
     """
     views = flat_views(config)
 
     def prepare(raw: dict[str, Any], resident: dict[str, Array], key: Array) -> dict[str, Any]:
-        keys = example_keys(key, raw["id"])
         batch: dict[str, Any] = {name: raw[name] for name in ("id", "label") if name in raw}
         made = []
         for number, view in enumerate(views):
-            view_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+            keys = view_keys(key, raw["id"], number)
             if "views" in raw:
                 cropped = raw["views"][number]
             else:
-                cropped = crop_views(resident["image"][raw["id"]], view_keys, view)
-            made.append(colour(cropped, view_keys, view))
+                cropped = crop_views(resident["image"][raw["id"]], keys, view)
+            made.append(colour(cropped, keys, view))
         return {**batch, "views": tuple(made)}
 
     return prepare
+
+
+def unnormalised(config: ConfigDict) -> ConfigDict:
+    """A copy of a config whose views stay in [0, 1], to be looked at."""
+    plain = ConfigDict(config.to_dict())
+    for name in plain.views:
+        plain.views[name].mean = plain.views[name].std = ()
+    return plain
 
 
 def prepare_clean(images: Array, config: ConfigDict) -> Float[Array, "n size size 3"]:

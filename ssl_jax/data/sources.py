@@ -22,7 +22,9 @@ class Source(Protocol):
 
     Attributes:
       num_examples: N.
-      labels: class of each id, int32 [N]; None where there are none.
+      num_classes: how many classes the labels tell apart; 0 without labels.
+      labels: class of each id, int32 [N]; None where there are none. Those of records on disk are
+        read when they are first asked for.
       class_names: of the labels.
       bad: names of the images that could not be read so far and were replaced.
       fingerprint: changes when the images' order, number or labels do; a run continues on the
@@ -30,10 +32,15 @@ class Source(Protocol):
     """
 
     num_examples: int
-    labels: np.ndarray | None
+    num_classes: int
     class_names: tuple[str, ...]
     bad: list[str]
     fingerprint: str
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """See the class."""
+        ...
 
     def resident(self) -> dict[str, np.ndarray]:
         """Arrays to place whole on every device: {"image": uint8 [N, H, W, 3]}, or {}."""
@@ -75,6 +82,7 @@ class ArraySource:
         self.images = images
         self.num_examples = len(images)
         self.labels = None if labels is None else np.asarray(labels, np.int32)
+        self.num_classes = 0 if self.labels is None else int(self.labels.max()) + 1
         self.class_names = tuple(class_names)
         self.bad: list[str] = []
         label_bytes = b"" if self.labels is None else self.labels.tobytes()
@@ -133,7 +141,7 @@ def make_sources(config: ConfigDict) -> tuple[Source, Source | None]:
       The training source, and the one to evaluate on, None where there is none.
 
     Raises:
-      UserError: an unknown name, a missing or empty folder.
+      UserError: an unknown name, a missing or empty folder or file.
     """
     name = config.data.name
     if name == "digits":
@@ -143,4 +151,17 @@ def make_sources(config: ConfigDict) -> tuple[Source, Source | None]:
         from ssl_jax.data.folder import folder_sources
 
         return folder_sources(config)
-    raise UserError(f"config.data.name is '{name}'.{did_you_mean(name, ['digits', 'folder'])}")
+    if name == "packed":
+        from ssl_jax.data.packed import packed_sources
+
+        return packed_sources(config)
+    if name == "records":
+        from ssl_jax.data.records import records_sources
+
+        return records_sources(config)
+    if name == "tfds":
+        from ssl_jax.data.tfds import tfds_sources
+
+        return tfds_sources(config)
+    known = ["digits", "folder", "packed", "records", "tfds"]
+    raise UserError(f"config.data.name is '{name}'.{did_you_mean(name, known)}")

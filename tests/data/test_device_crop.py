@@ -323,6 +323,33 @@ def test_affine_view_is_bilinear_sampling_with_black_outside():
     np.testing.assert_allclose(crop_views(images, keys(8), view), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("affine", [{}, dict(degrees=30.0, shear=20.0, translate=0.2)])
+def test_corners_are_those_of_what_a_view_shows(affine):
+    view = config.view(size=14, crop=dict(area=(0.3, 0.6), interpolation="bilinear"), affine=affine)
+    # The pixels tell their own places, in red from the left and in green from the top.
+    column, row = np.meshgrid(np.arange(24) + 0.5, np.arange(20) + 0.5)
+    image = np.stack([column / 24, row / 20, 0 * row], axis=-1).astype(np.float32)
+    shown = crop_views(np.repeat(image[None], 8, axis=0), keys(8), view)
+    shown_x, shown_y = shown[..., 0] * 24, shown[..., 1] * 20
+    draw = jax.jit(jax.vmap(lambda key: device_crop.draw_geometry(key, 20, 24, view)))
+    corners = np.asarray(device_crop.view_corners(draw(keys(8)), 20, 24))
+    first, right, _, down = (corners[:, i, None, None] for i in range(4))
+    steps = (np.arange(14) + 0.5) / 14
+    across, below = np.meshgrid(steps, steps)
+    place = first + across[..., None] * (right - first) + below[..., None] * (down - first)
+    y, x = place[..., 0], place[..., 1]
+    # Outside is black, and at a crop's border its last pixel is repeated.
+    seen = (y > 0.5) & (y < 19.5) & (x > 0.5) & (x < 23.5)
+    if not affine:
+        seen[:, [0, 1, -2, -1]] = seen[:, :, [0, 1, -2, -1]] = False
+    assert seen.mean() > 0.5
+    np.testing.assert_allclose(shown_y[seen], y[seen], atol=1e-3)
+    np.testing.assert_allclose(shown_x[seen], x[seen], atol=1e-3)
+    np.testing.assert_allclose(
+        corners[:, 2], corners[:, 1] + corners[:, 3] - corners[:, 0], atol=1e-4
+    )
+
+
 def affine_of_whole(images, **changes):
     view = config.view(size=images.shape[1], crop=WHOLE, affine=dict(degrees=1.0))
     names = ("top", "left", "degrees", "shear", "shift_y", "shift_x")

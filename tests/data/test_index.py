@@ -1,8 +1,17 @@
+import zlib
+
 import jax
 import numpy as np
 import pytest
 
-from ssl_jax.data.index import Index, example_keys, permutation, stream_key
+from ssl_jax.data.index import (
+    Index,
+    example_keys,
+    permutation,
+    stream_key,
+    view_keys,
+    views_stream,
+)
 
 
 def test_an_epoch_repeats_nothing_and_leaves_out_less_than_a_batch():
@@ -65,3 +74,11 @@ def test_an_examples_key_is_its_ids_wherever_it_stands():
     alone = example_keys(key, np.array([7]))[0]
     among = example_keys(key, np.array([3, 9, 7]))[2]
     assert np.array_equal(jax.random.key_data(alone), jax.random.key_data(among))
+
+
+def test_a_views_key_is_folded_from_stream_step_id_and_number():
+    expected = jax.random.key(1)
+    for data in (zlib.crc32(b"views"), 5, 7, 2):
+        expected = jax.random.fold_in(expected, data)
+    of_view = view_keys(views_stream(jax.random.key(1), 5), np.array([3, 7]), 2)[1]
+    assert np.array_equal(jax.random.key_data(of_view), jax.random.key_data(expected))

@@ -1,0 +1,125 @@
+"""The benchmark of the input pipeline measures ours, here at toy size and without the peers."""
+
+import importlib.util
+import itertools
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("tensorflow")
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "input_pipeline.py"
+BATCH = 4
+
+
+@pytest.fixture
+def photos(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        pixels = rng.integers(0, 256, (40 + number, 50, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.JPEG")
+    return tmp_path
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    spec = importlib.util.spec_from_file_location("input_pipeline", BENCHMARK)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look
+    spec.loader.exec_module(module)
+    real = module.our_config
+
+    def small(method, images, *changes):
+        config = real(method, images, *changes)
+        for view in config.views.values():
+            view.size = {224: 16, 96: 8}[view.size]
+            view.blur.kernel_size = 3
+        return config
+
+    monkeypatch.setattr(module, "our_config", small)
+    return module
+
+
+def run(*arguments):
+    command = [sys.executable, str(BENCHMARK), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_our_rows_are_measured_and_compared_with_decoding_alone(benchmark, photos):
+    asked = ["decode", "decode_fast", "simclr", "moco_device", "lightly_simclr"]
+    rates = benchmark.measure(asked, photos, BATCH, 1, 0.1, "")
+    assert list(rates) == asked[:-1]
+    assert all(value > 0 for values in rates.values() for value in values)
+    rows = benchmark.rate_table(rates)
+    assert {len(row) for row in rows} == {len(benchmark.COLUMNS)}
+    assert rows[0][-1] == "100%"
+
+
+def test_rows_of_peers_are_what_others_are_relative_to(benchmark):
+    rates = {"decode": [100.0], "swav": [30.0, 20.0, 70.0], "lightly_swav": [15.0]}
+    _, ours, lightly = benchmark.rate_table(rates)
+    assert ours[1:] == ["2×224 + 6×96", "30", "2.00", "30%"]
+    assert lightly[1:] == ["2×224 + 6×96", "15", "1.00", "15%"]
+
+
+def test_a_rate_counts_images_by_its_clock(benchmark):
+    def batches():
+        while True:
+            time.sleep(0.01)
+            yield 3
+
+    assert 100 < benchmark.rate(batches(), 0.2) < 300
+    ticks = itertools.count()
+    assert benchmark.rate(batches(), 0.1, lambda: next(ticks)) >= 3  # one tick, one batch or more
+
+
+def test_the_profile_goes_stage_by_stage(benchmark, photos):
+    stages = benchmark.profile("simclr", photos, BATCH, 1, 0.05)
+    assert list(stages) == [
+        "feeding ids and names",
+        "read",
+        "decode",
+        "draw seeds and boxes",
+        "cut and resize 2×16",
+        "stack into batches",
+        "the source's own pipeline",
+    ]
+    totals = [total for _, total in stages.values()]
+    assert sum(own for own, _ in stages.values()) == pytest.approx(totals[-1])
+    assert len(benchmark.profile_table(stages)) == len(stages)
+
+
+def test_the_device_half_is_told_as_a_share_of_the_step(benchmark, monkeypatch):
+    # A network takes longest to compile; the benchmark of large batches builds the same step.
+    monkeypatch.setattr(benchmark, "step_flops", lambda config: 0.0)
+    config = benchmark.our_config("simclr", Path(), "batch_size=4", "dtype=float32")
+    rows = benchmark.device_rows(config, 4, 1)
+    assert [name for name, _ in rows] == [
+        "ms for 8 views",
+        "GFLOP of the device half, 4 images",
+        "GFLOP of the train step, 4 images",
+        "share of the step",
+    ]
+    half, step = float(rows[1][1]), float(rows[2][1])
+    # What is added to the step: three turns of the loop of the jitter, which is most of the half.
+    assert 0 < half / 2 < step < half
+
+
+def test_waiting_and_memory_are_of_the_prefetcher(benchmark, photos):
+    assert 0 <= benchmark.wait_share(photos, BATCH, busy=0.01, warmup=1, steps=3) < 1
+    resident = benchmark.resident_mib(photos, BATCH, (1, 3))
+    assert list(resident) == [1, 3] and all(mib > 10 for mib in resident.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [((), "--images"), (("--images=.", "--only=torchvision"), "--peer-python")],
+)
+def test_the_command_says_what_is_missing(arguments, missing):
+    done = run(*arguments)
+    assert done.returncode == 2 and missing in done.stderr

@@ -1,0 +1,137 @@
+"""Real TFDS builds, made by the tests, as the data sets that users have prepared."""
+
+import numpy as np
+import pytest
+from images import COLOURS, by_id, config_of, fill, picture, read
+from PIL import Image
+
+from ssl_jax.data.index import Index
+from ssl_jax.data.sources import make_sources
+from ssl_jax.errors import UserError
+
+pytest.importorskip("tensorflow_datasets")
+from tfds_builds import build  # noqa: E402
+
+FORMATS = ["array_record", "tfrecord"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """The images, and by format the folder of a build of them."""
+    root = tmp_path_factory.mktemp("tfds")
+    images = fill(root / "images")
+    for file_format in FORMATS:
+        build(root / file_format, images, file_format)
+    return root
+
+
+def config_for(folder, **data):
+    return config_of(folder, **{"name": "tfds", "dataset": "pictures", **data})
+
+
+def matched(source, images):
+    """For each id, the id in the folder of the same file; TFDS shuffles the examples."""
+    files = sorted(images.glob("*/*.png"))
+    contents = {file.read_bytes(): i for i, file in enumerate(files)}
+    return np.array([contents[source.read(i)] for i in range(source.num_examples)])
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_every_example_is_there_once_with_its_label(prepared, file_format):
+    config = config_for(prepared / file_format, test_split="test[:5]")
+    train, test = make_sources(config)
+    assert train.num_examples == 12 and test.num_examples == 5
+    assert train.class_names == ("cat", "dog", "emu") and train.num_classes == 3
+    ids = matched(train, prepared / "images")
+    assert sorted(ids) == list(range(12)) and ids.tolist() != list(range(12))
+    np.testing.assert_array_equal(train.labels, ids // 4)
+    assert len(set(matched(test, prepared / "images"))) == 5
+    folder = make_sources(config_of(prepared / "images"))[0]
+    np.testing.assert_array_equal(train.clean(range(12)), folder.clean(ids))
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_steps_resume_anywhere_with_the_same_pixels(prepared, file_format):
+    index = Index(12, 4, seed=3)
+    steps = [(step, index.ids(step)) for step in range(7)]
+    source = make_sources(config_for(prepared / file_format))[0]
+    batches = read(source, steps)
+    for batch in batches:
+        np.testing.assert_array_equal(batch["label"], source.labels[batch["id"]])
+    resumed = make_sources(config_for(prepared / file_format, threads=3))[0]
+    assert by_id(read(resumed, steps[4:]), steps[4:]).items() <= by_id(batches, steps).items()
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_slices_are_the_same_examples(prepared, file_format):
+    whole = make_sources(config_for(prepared / file_format))[0]
+    part = make_sources(config_for(prepared / file_format, split="train[3:10]"))[0]
+    assert [part.read(i) for i in range(7)] == [whole.read(i) for i in range(3, 10)]
+
+
+def test_resuming_reads_nothing_of_what_was_consumed(prepared, monkeypatch):
+    """TFRecord: the headers' 8 bytes of each record, and of images only those of the step."""
+    from ssl_jax.data import records
+    from ssl_jax.data import tfds as module
+
+    seen = []
+
+    def counted(path, offset, length):
+        seen.append(length)
+        return plain(path, offset, length)
+
+    plain = module.read_range
+    monkeypatch.setattr(module, "read_range", counted)
+    monkeypatch.setattr(records, "read_range", counted)
+    source = make_sources(config_for(prepared / "tfrecord"))[0]
+    assert seen == [8] * 12
+    read(source, [(2, Index(12, 4, 0).ids(2))])
+    assert len(seen) == 12 + 4 and min(seen[12:]) > 8
+
+
+def test_labels_can_be_left_out(prepared):
+    source = make_sources(config_for(prepared / "array_record", label_key=""))[0]
+    assert source.labels is None and "label" not in read(source, [(0, [1, 2])])[0]
+
+
+def test_an_undecodable_example_is_named_or_skipped(tmp_path):
+    images = fill(tmp_path / "images")
+    file = images / "dog" / "2.png"
+    picture(7, COLOURS["dog"]).save(file)
+    file.write_bytes(file.read_bytes()[:-30])
+    build(tmp_path / "set", images, "array_record", splits=("train",))
+    config = config_for(tmp_path / "set")
+    ids = matched(make_sources(config)[0], images)
+    (bad,) = np.flatnonzero(ids == 6)
+    with pytest.raises(UserError, match=f"Example {bad} of .*pictures, split train.* decoded"):
+        make_sources(config)[0].clean([bad])
+    config.data.on_bad_image = "skip"
+    source = make_sources(config)[0]
+    (batch,) = read(source, [(0, [bad, (bad + 1) % 12])])
+    assert batch["label"].tolist() == [ids[(bad + 1) % 12] // 4] * 2
+
+
+def test_gray_images_become_rgb(tmp_path):
+    images = fill(tmp_path / "images", per_class=1)
+    for file in images.glob("*/*.png"):
+        Image.open(file).convert("L").save(file)
+    build(tmp_path / "set", images, "tfrecord", splits=("train",))
+    clean = make_sources(config_for(tmp_path / "set"))[0].clean([0, 1, 2])
+    np.testing.assert_array_equal(clean, np.repeat(clean[..., :1], 3, axis=-1))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"dataset": ""}, "config.data.dataset is empty: name one"),
+        ({"dataset": "imagenet2021"}, "which TFDS doesn't know .* Did you mean 'imagenet2012'"),
+        ({"dataset": "cifar10"}, "cifar10/3.0.2 is not prepared in .*: run `tfds build cifar10`"),
+        ({"split": "trian"}, "config.data.split is 'trian', which .* Did you mean 'train'"),
+        ({"test_split": "train[:x]"}, "config.data.test_split is 'train"),
+        ({"image_key": "img"}, "image_key is 'img', which is no image .* Did you mean 'image'"),
+        ({"label_key": "file"}, "label_key is 'file', which is no class label .*: label"),
+    ],
+)
+def test_what_is_not_there_is_one_sentence(prepared, data, words):
+    with pytest.raises(UserError, match=words):
+        make_sources(config_for(prepared / "array_record", **data))

@@ -1,0 +1,50 @@
+"""Small image files, and what tests of the sources that read them share."""
+
+import numpy as np
+from PIL import Image
+
+from ssl_jax import config
+
+COLOURS = {"cat": (200, 30, 30), "dog": (30, 200, 30), "emu": (30, 30, 200)}
+
+
+def picture(number, colour, size=(40, 30)):
+    """Noise around a colour, different for every number."""
+    rng = np.random.default_rng(number)
+    pixels = np.array(colour) + rng.integers(-30, 30, (size[1], size[0], 1))
+    pixels[: size[1] // 2] += rng.integers(-25, 25, 3)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def fill(root, per_class=4, classes=COLOURS):
+    """Class folders of PNG files of several sizes."""
+    for number, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(per_class):
+            image = picture(100 * number + i, COLOURS[name], (30 + 5 * i, 36))
+            image.save(root / name / f"{i}.png")
+    return root
+
+
+def config_of(root, sampler="torchvision", **data):
+    c = config.default_config()
+    c.data.update(**{"name": "folder", "dir": str(root), **data})
+    small = config.view(size=16, crop=dict(sampler=sampler, interpolation="bilinear"))
+    c.views = {"b": config.view(size=8, count=2, crop=dict(sampler=sampler)), "a": small}
+    return c
+
+
+def read(source, steps):
+    """Batches of (step, ids) pairs, as lists."""
+    pairs = ((step, np.array(ids, np.int32)) for step, ids in steps)
+    return list(source.batches(pairs))
+
+
+def by_id(batches, steps):
+    """(step, id, view) -> pixels."""
+    return {
+        (step, int(id), number): view[i].tobytes()
+        for (step, _), batch in zip(steps, batches, strict=True)
+        for number, view in enumerate(batch["views"])
+        for i, id in enumerate(batch["id"])
+    }
