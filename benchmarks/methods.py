@@ -4,6 +4,9 @@ Each method is a run of its own under --workdir, continued if it was broken off 
 it is done, so the command may be given again until the table is complete.
 
     python benchmarks/methods.py [--data=digits] [--workdir=runs/methods] [--methods=simclr,moco]
+    python benchmarks/methods.py --data=cifar10 --train=train.npz --test=test.npz
+
+CIFAR-10, in two files that `ssl-jax data pack` has made, runs the `cpu` variants of its configs.
 """
 
 import argparse
@@ -13,7 +16,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from ssl_jax.metrics import read_metrics
+from ssl_jax.report import mean_interval
 
 ROOT = Path(__file__).parent.parent
 METHODS = ("simclr", "simclrv2", "moco", "swav", "byol", "simsiam", "supervised")
@@ -26,26 +32,49 @@ NAMES = {
     "simsiam": "SimSiam",
     "supervised": "Supervised, all labels",
 }
-COLUMNS = ("", "5 labels", "10 labels", "full linear", "kNN", "std·√d", "RankMe", "images/s")
+COLUMNS = (
+    *("", "5 labels", "over raw pixels", "over random init", "10 labels", "full linear", "kNN"),
+    *("std·√d", "RankMe", "images/s"),
+)
 
 
-def run(method: str, data: str, workdir: Path) -> None:
+def run(method: str, args: argparse.Namespace, workdir: Path) -> None:
     """Trains and evaluates one method, or continues."""
-    command = [sys.executable, str(ROOT / "run_pretrain.py")]
-    command += [f"--config={ROOT / 'configs' / f'{method}_{data}.py'}", f"--workdir={workdir}"]
+    config = f"{ROOT / 'configs' / f'{method}_{args.data}.py'}"
+    command = [sys.executable, str(ROOT / "run_pretrain.py"), f"--workdir={workdir}"]
+    if args.data == "cifar10":
+        command += [f"--config.data.dir={args.train}", f"--config.data.test_dir={args.test}"]
+        config += ":cpu"
+    command.append(f"--config={config}")
     print("$", *command, flush=True)
     if subprocess.run(command).returncode:
         sys.exit(f"{method} failed; what it said is above.")
 
 
-def accuracies(row: dict) -> list[str]:
-    """The cells of an evaluation row, in percent."""
-    few = [100 * row[key]["mean"] for key in ("labels_5", "labels_10")]
-    return [f"{value:.1f}" for value in [*few, 100 * row["linear"], 100 * row["knn"]]]
+def accuracies(row: dict, baselines: list[dict]) -> list[str]:
+    """The cells of an evaluation row, in percent; differences are on the same draws."""
+    return [
+        f"{100 * row['labels_5']['mean']:.1f}",
+        *(difference(row, baseline) for baseline in baselines),
+        *(f"{100 * value:.1f}" for value in (row["labels_10"]["mean"], row["linear"], row["knn"])),
+    ]
+
+
+def difference(row: dict, baseline: dict) -> str:
+    """Points over a baseline at 5 labels, with the 95 % interval over the paired draws."""
+    if row["name"] == baseline["name"]:
+        return ""
+    draws = zip(row["labels_5"]["draws"], baseline["labels_5"]["draws"], strict=True)
+    points = [100 * (a - b) for a, b in draws]
+    mean, half = mean_interval(np.array(points))
+    return f"{mean:+.1f} ± {half:.1f}"
 
 
 def table(workdirs: dict[str, Path]) -> str:
-    """The finished runs as a Markdown table; baselines are of the first run."""
+    """The finished runs as a Markdown table; rows of baselines are of the first run.
+
+    Differences are to the run's own baselines: the untrained network is that of its method.
+    """
     lines: list[list[str]] = []
     for method, workdir in workdirs.items():
         file = workdir / "evaluation.json"
@@ -53,12 +82,15 @@ def table(workdirs: dict[str, Path]) -> str:
             continue
         raw, untrained, trained = json.loads(file.read_text())["rows"]
         if not lines:
-            lines += [[row["name"], *accuracies(row), "", "", ""] for row in (raw, untrained)]
+            lines += [
+                [row["name"], *accuracies(row, [raw, untrained]), "", "", ""]
+                for row in (raw, untrained)
+            ]
         records = read_metrics(workdir / "metrics.jsonl")
         last = {key: value for record in records for key, value in record.items()}
         rate = statistics.median(r["images_per_s"] for r in records if "images_per_s" in r)
         measured = [f"{last['embedding_std']:.2f}", f"{last['rankme']:.1f}", f"{rate:,.0f}"]
-        lines.append([NAMES[method], *accuracies(trained), *measured])
+        lines.append([NAMES[method], *accuracies(trained, [raw, untrained]), *measured])
     rows = [list(COLUMNS), ["---"] * len(COLUMNS), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -66,14 +98,18 @@ def table(workdirs: dict[str, Path]) -> str:
 def main() -> None:
     """Runs what is not done yet, then prints the table and writes it to the workdir."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="digits", choices=["digits"])
+    parser.add_argument("--data", default="digits", choices=["digits", "cifar10"])
+    parser.add_argument("--train", help="CIFAR-10: the packed training images")
+    parser.add_argument("--test", help="CIFAR-10: the packed test images")
     parser.add_argument("--workdir", type=Path, default=Path("runs/methods"))
     parser.add_argument("--methods", default=",".join(METHODS))
     args = parser.parse_args()
+    if args.data == "cifar10" and not (args.train and args.test):
+        parser.error("--data=cifar10 needs --train and --test")
     workdirs = {name: args.workdir / f"{name}_{args.data}" for name in args.methods.split(",")}
     for method, workdir in workdirs.items():
         if not (workdir / "evaluation.json").exists():
-            run(method, args.data, workdir)
+            run(method, args, workdir)
     text = table(workdirs)
     (args.workdir / f"{args.data}.md").write_text(text + "\n")
     print(text)

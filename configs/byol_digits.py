@@ -1,6 +1,8 @@
 """BYOL on scikit-learn's digits, minutes on a CPU.
 
-Paper: Grill et al., 2020, arXiv:2006.07733. Deviations: `recipes.digits_config`; smaller heads,
+Paper: Grill et al., 2020, arXiv:2006.07733. Result: 81.3 % at 5 labels per class (raw
+pixels 86.0, random init 62.3); full linear 92.4 %. Cost: 3 minutes on two cores.
+Deviations: `recipes.digits_config`; smaller heads,
 SGD, a target that follows faster (from .98), for a run of 800 steps.
 """
 
@@ -14,5 +16,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config = digits_config()
     config.method = "byol"
     config.byol.update(hidden=512, out=64, momentum=0.98)
-    config.optim.lr = 0.2
+    config.optim.lr = 0.05
     return config

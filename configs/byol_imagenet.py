@@ -2,14 +2,13 @@
 
 Paper: Grill et al., 2020, arXiv:2006.07733; deepmind-research/byol. ResNet-50, batch 4096, LARS
 with the learning rate outside the momentum. Published: 74.3 % linear at 1,000 epochs. Cost: 65
-GFLOP per image. Images come from folders, as for `simclr_imagenet.py`. Deviation: the evaluation
-normalises as training does, outside the model.
+GFLOP per image. Data: `recipes.imagenet_config`. Deviation: the evaluation normalises as training
+does, outside the model.
 """
 
 from ml_collections import ConfigDict
 
-from ssl_jax.config import default_config
-from ssl_jax.recipes import byol_views
+from ssl_jax.recipes import byol_views, imagenet_config
 
 RECIPES = {  # epochs -> learning rate, weight decay, first momentum of the target
     "40": (0.45, 1e-6, 0.97),
@@ -21,12 +20,10 @@ RECIPES = {  # epochs -> learning rate, weight decay, first momentum of the targ
 
 def get_config(variant: str = "1000") -> ConfigDict:
     """The run."""
-    config = default_config()
+    config = imagenet_config()
     config.method = "byol"
-    config.data.name = "folder"
     config.batch_size = 4096
     config.epochs = float(variant)
-    config.dtype = "bfloat16"
     config.views = byol_views()
     config.model.update(padding="same", conv_init="haiku", zero_init_residual=False)
     lr, weight_decay, momentum = RECIPES[variant]

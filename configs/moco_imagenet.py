@@ -2,24 +2,20 @@
 
 Papers: He et al., 2019, arXiv:1911.05722; Chen et al., 2020, arXiv:2003.04297; code
 facebookresearch/moco. ResNet-50, 200 epochs, batch 256 on 8 devices with BatchNorm of their own,
-SGD 0.03. Published: 60.6 % (v1), 67.5 % (v2) linear. Cost: 33 GFLOP per image. Images come from
-folders, as for `simclr_imagenet.py`. Deviation: blur is an exact Gaussian, Pillow's an
-approximation by boxes.
+SGD 0.03. Published: 60.6 % (v1), 67.5 % (v2) linear. Cost: 33 GFLOP per image. Data:
+`recipes.imagenet_config`. Deviation: blur is an exact Gaussian, Pillow's an approximation by boxes.
 """
 
 from ml_collections import ConfigDict
 
-from ssl_jax.config import default_config
-from ssl_jax.recipes import moco_v1_views, moco_v2_views
+from ssl_jax.recipes import imagenet_config, moco_v1_views, moco_v2_views
 
 
 def get_config(variant: str = "v2") -> ConfigDict:
     """The run."""
-    config = default_config()
+    config = imagenet_config("bilinear")
     config.method = "moco"
-    config.data.name = "folder"
     config.epochs = 200.0
-    config.dtype = "bfloat16"
     config.views = {"v1": moco_v1_views, "v2": moco_v2_views}[variant]()
     config.model.update(conv_init="fan_out_normal", zero_init_residual=False, bn_group=1)
     config.optim.update(

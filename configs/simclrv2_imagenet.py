@@ -2,13 +2,12 @@
 
 Paper: Chen et al., 2020, arXiv:2006.10029; google-research/simclr. 800 epochs, batch 4096, LARS
 0.1·√B, warmup 5 %, a projector of three layers. Published: R50 71.7 %, R152-3×+SK 79.8 % linear.
-Cost: 49 GFLOP per image for R50. Images come from folders, as for `simclr_imagenet.py`.
+Cost: 49 GFLOP per image for R50. Data: `recipes.imagenet_config`.
 """
 
 from ml_collections import ConfigDict
 
-from ssl_jax.config import default_config
-from ssl_jax.recipes import simclr_views
+from ssl_jax.recipes import imagenet_config, simclr_views
 
 NETWORKS = {
     "r50": {"depth": 50},
@@ -19,12 +18,10 @@ NETWORKS = {
 
 def get_config(variant: str = "r50") -> ConfigDict:
     """The run."""
-    config = default_config()
-    config.data.name = "folder"
+    config = imagenet_config()
     config.batch_size = 4096
     config.epochs = 800.0
     config.count_steps = "images"
-    config.dtype = "bfloat16"
     config.views = simclr_views()
     config.model.update(NETWORKS[variant])
     config.simclr.update(layers=3, loss_scale=2.0)

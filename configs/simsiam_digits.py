@@ -1,6 +1,8 @@
 """SimSiam on scikit-learn's digits, minutes on a CPU.
 
-Paper: Chen & He, 2020, arXiv:2011.10566. Deviations: `recipes.digits_config`; smaller heads.
+Paper: Chen & He, 2020, arXiv:2011.10566. Result: 81.5 % at 5 labels per class (raw pixels
+86.0, random init 66.3); full linear 94.4 %. Cost: 4 minutes on two cores.
+Deviations: `recipes.digits_config`; batch 64 and 200 epochs for more steps, LARS, smaller heads.
 """
 
 from ml_collections import ConfigDict
@@ -12,6 +14,9 @@ def get_config(variant: str = "") -> ConfigDict:
     """The run."""
     config = digits_config()
     config.method = "simsiam"
+    config.batch_size = 64
+    config.epochs = 200.0
+    config.log_every = 80
     config.simsiam.update(hidden=256, out=256, predictor_hidden=64)
-    config.optim.update(lr=0.1, warmup_epochs=0.0)
+    config.optim.update(name="lars", lr=2.0, weight_decay=1e-6, decay_norm_bias=False)
     return config

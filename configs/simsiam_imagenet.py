@@ -2,23 +2,20 @@
 
 Paper: Chen & He, 2020, arXiv:2011.10566; facebookresearch/simsiam. ResNet-50, 100 epochs, batch
 512, SGD 0.05·B/256, the predictor's rate constant. Published: 68.1 % linear (68.3 at batch 256).
-Cost: 49 GFLOP per image. Images come from folders, as for `simclr_imagenet.py`. Deviation:
-computed in bfloat16; blur is an exact Gaussian.
+Cost: 49 GFLOP per image. Data: `recipes.imagenet_config`. Deviation: computed in bfloat16; blur
+is an exact Gaussian.
 """
 
 from ml_collections import ConfigDict
 
-from ssl_jax.config import default_config
-from ssl_jax.recipes import moco_v2_views
+from ssl_jax.recipes import imagenet_config, moco_v2_views
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The run."""
-    config = default_config()
+    config = imagenet_config("bilinear")
     config.method = "simsiam"
-    config.data.name = "folder"
     config.batch_size = 512
-    config.dtype = "bfloat16"
     config.views = moco_v2_views()
     config.model.update(conv_init="torch")
     config.optim.update(

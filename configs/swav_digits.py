@@ -1,7 +1,11 @@
 """SwAV on scikit-learn's digits, minutes on a CPU.
 
-Paper: Caron et al., 2020, arXiv:2006.09882. Deviations: `recipes.digits_config`; 64 prototypes, two
-crops of 8×8 and two of 6×6, SGD without LARC.
+Paper: Caron et al., 2020, arXiv:2006.09882. Result: 95.0 % at 5 labels per class (raw pixels
+86.0, random init 62.3); full linear 98.2 %. Cost: 5 minutes on two cores.
+Deviations: `recipes.digits_config`; batch 64 for more steps; two crops of 8×8 and two of 6×6 that
+show at least 40 % of the scan; LARS for LARC; 128 prototypes in 16 dimensions and epsilon .03, for
+with as many dimensions as prototypes embeddings find a direction equally far from all of them, and
+with assignments hardly sharper than predictions the way back out is slow.
 """
 
 from ml_collections import ConfigDict
@@ -13,11 +17,14 @@ def get_config(variant: str = "") -> ConfigDict:
     """The run."""
     config = digits_config()
     config.method = "swav"
-    small = {"sampler": "torchvision", "area": (0.3, 0.6), "interpolation": "bilinear"}
+    config.batch_size = 64
+    config.log_every = 80
+    small = {"sampler": "torchvision", "area": (0.4, 0.8), "interpolation": "bilinear"}
     config.views = {
         "large": digits_view(count=2),
         "small": digits_view(size=6, count=2, crop=small),
     }
-    config.swav.update(prototypes=64, hidden=256, out=64)
-    config.optim.update(lr=0.2, frozen_steps=50)
+    config.swav.update(prototypes=128, hidden=256, out=16, epsilon=0.03)
+    config.optim.update(name="lars", lr=2.0, weight_decay=1e-6, decay_norm_bias=False)
+    config.optim.frozen_steps = 100
     return config

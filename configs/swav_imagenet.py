@@ -2,23 +2,20 @@
 
 Paper: Caron et al., 2020, arXiv:2006.09882; facebookresearch/swav. ResNet-50, 2×224 + 6×96 crops,
 3,000 prototypes, SGD with LARC. 4096: 800 epochs; 256: 200 epochs with a queue of 3,840 from epoch
-15. Published: 75.3 % linear (4096). Cost: 76 GFLOP per image. Images come from folders, as for
-`simclr_imagenet.py`. Deviation: computed in bfloat16; blur is an exact Gaussian.
+15. Published: 75.3 % linear (4096). Cost: 76 GFLOP per image. Data:
+`recipes.imagenet_config`. Deviation: computed in bfloat16; blur is an exact Gaussian.
 """
 
 from ml_collections import ConfigDict
 
-from ssl_jax.config import default_config
-from ssl_jax.recipes import swav_views
+from ssl_jax.recipes import imagenet_config, swav_views
 
 
 def get_config(variant: str = "4096") -> ConfigDict:
     """The run."""
-    config = default_config()
+    config = imagenet_config("bilinear")
     config.method = "swav"
-    config.data.name = "folder"
     config.batch_size = int(variant)
-    config.dtype = "bfloat16"
     config.views = swav_views()
     config.model.update(conv_init="fan_out_normal", zero_init_residual=False)
     config.optim.update(name="larc", lr_scaling="none", weight_decay=1e-6)

@@ -4,10 +4,17 @@ import ast
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+import tiny  # noqa: F401  (it knows a ResNet of depth 6)
+from images import fill
 
 from ssl_jax.config import Schedule, flat_views, load_config
-from ssl_jax.step import assemble, example_batch
+from ssl_jax.data.pipeline import Prefetcher
+from ssl_jax.errors import UserError
+from ssl_jax.optim import learning_rate_schedule
+from ssl_jax.step import assemble, example_batch, init_state
+from ssl_jax.train import Plan
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("*.py"))
@@ -17,6 +24,11 @@ VARIANTS = {
     "moco_imagenet": ["v1"],
     "swav_imagenet": ["256"],
     "byol_imagenet": ["40", "100", "300"],
+    "simclr_cifar10": ["lightly", "solo"],
+    "simsiam_cifar10": ["lightly", "solo"],
+    "moco_cifar10": ["solo"],
+    "swav_cifar10": ["solo"],
+    "byol_cifar10": ["solo"],
 }
 ALL = [(file, v) for file in FILES for v in ["", *VARIANTS.get(file.stem, [])]]
 
@@ -28,10 +40,11 @@ def test_it_builds(file, variant):
     method, optimizer, rate = assemble(config, Schedule(5004, 5004 * 10))
     params, extra = jax.eval_shape(method.init, jax.random.key(0), example_batch(config))
     jax.eval_shape(optimizer.init, params)
-    outputs, _ = jax.eval_shape(
-        method.forward, params, extra, example_batch(config), jax.random.key(0)
-    )
-    assert outputs["embedding"].shape == (2, method.encoder.num_features)
+    if not variant:  # variants change the network's size at most
+        outputs, _ = jax.eval_shape(
+            method.forward, params, extra, example_batch(config), jax.random.key(0)
+        )
+        assert outputs["embedding"].shape == (2, method.encoder.num_features)
     assert float(rate(5004 * 11)) <= config.optim.lr * config.batch_size
 
 
@@ -40,8 +53,16 @@ def test_its_docstring_tells_what_it_is(file):
     docstring = ast.get_docstring(ast.parse(file.read_text()))
     assert len(docstring.splitlines()) >= 3
     if file.stem.endswith("_imagenet"):
-        for word in ("Paper", "Published", "Cost", "folders"):
+        for word in ("Paper", "Published", "Cost", "imagenet_config"):
             assert word in docstring
+    if file.stem.endswith("_cifar10"):
+        assert "Cost" in docstring and "ublished" in docstring
+
+
+def test_every_method_has_a_config_of_each_size():
+    for data in ("digits", "cifar10", "imagenet"):
+        names = {file.stem.removesuffix(f"_{data}") for file in FILES if data in file.stem}
+        assert names >= {"simclr", "simclrv2", "moco", "swav", "byol", "simsiam", "supervised"}
 
 
 def test_multi_crop_is_the_papers():
@@ -58,10 +79,69 @@ def test_multi_crop_is_the_papers():
         ("swav_imagenet", 4.8),
         ("byol_imagenet", 3.2),
         ("simsiam_imagenet", 0.1),
+        ("simclr_cifar10", 2.0),
+        ("simclr_cifar10:lightly", 0.24),
+        ("moco_cifar10:solo", 0.3),
+        ("swav_cifar10", 4e-3),
+        ("simsiam_cifar10", 0.06),
+        ("simsiam_cifar10:lightly", 0.06),
     ],
 )
 def test_the_peak_learning_rate_is_the_published_one(name, peak):
-    config = load_config(str(ROOT / f"configs/{name}.py"))
-    _, _, rate = assemble(config, Schedule(312, 312 * 1000))
+    file, _, variant = name.partition(":")
+    config = load_config(f"{ROOT}/configs/{file}.py" + (f":{variant}" if variant else ""))
+    rate = learning_rate_schedule(config.optim, config.batch_size, 312 * 1000, 312)
     warmup = round(config.optim.warmup_epochs * 312)
     assert float(rate(warmup)) == pytest.approx(peak, rel=1e-5)
+
+
+def test_an_unknown_variant_is_told():
+    with pytest.raises(UserError, match="moco_cifar10.py has no variant 'sol'"):
+        load_config(str(ROOT / "configs/moco_cifar10.py:sol"))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Where TFDS finds an imagenet2012 and a cifar10 of 72 images each."""
+    builds = pytest.importorskip("tfds_builds")
+    root = tmp_path_factory.mktemp("tfds")
+    images = fill(root / "images", per_class=24)
+    for name, version, held_out, classes in (
+        ("imagenet2012", "5.1.0", "validation", 1000),
+        ("cifar10", "3.0.2", "test", 10),
+    ):
+        splits = ("train", held_out)
+        builds.build(root / "tfds", images, "tfrecord", name, version, splits, classes)
+    return str(root / "tfds")
+
+
+def shrink(config):
+    """A network, views and a batch that compile and run in seconds."""
+    config.batch_size, config.dtype = 64, "float32"
+    config.model.update(depth=6, width=1 / 16, sk=False)
+    for view in config.views.values():
+        view.size = max(view.size // 7, 8)
+    config.moco.queue, config.simclr.memory = 128, min(config.simclr.memory, 128)
+    config.swav.update(queue=min(config.swav.queue, 128), prototypes=16)
+    for group in ("simclr", "moco", "swav", "byol", "simsiam"):
+        config[group].hidden = 16
+
+
+@pytest.mark.parametrize(
+    "file",
+    [f for f in FILES if "_imagenet" in f.stem or "_cifar10" in f.stem],
+    ids=lambda f: f.stem,
+)
+def test_a_toy_step_from_a_tfds_build(file, prepared):
+    config = load_config(str(file))
+    config.data.dir = prepared
+    if file.stem.endswith("_cifar10"):
+        config.data.update(name="tfds", dataset="cifar10", test_split="test")
+    shrink(config)
+    plan = Plan(config)
+    assert plan.test.num_examples == plan.train.num_examples == 72
+    assert plan.config.data.num_classes == (10 if "cifar" in file.stem else 1000)
+    state = plan.spmd.replicate(init_state(plan.method, plan.optimizer, plan.config))
+    with Prefetcher(plan.train, plan.index, plan.spmd.place_batch, 0, 1) as batches:
+        state, metrics = plan.train_step(state, batches.next(), {})
+    assert np.isfinite(float(metrics["loss"])) and int(state.step) == 1

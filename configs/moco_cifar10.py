@@ -1,0 +1,46 @@
+"""MoCo v2 on CIFAR-10; the variant is the setting: `lightly` or `solo` (MoCo v2+).
+
+Paper: Chen et al., 2020, arXiv:2003.04297; the official code has no CIFAR command. Both ask in both
+directions. Published: kNN 84.7 % (lightly, 200 epochs), 92.9 % online linear (solo-learn). Cost:
+4.4 GFLOP per view. Data: `recipes.cifar10_config`. Deviations: lightly's BatchNorm is that of
+eighths of the batch, here that of each device, which eight devices make the same; it has one queue
+for both directions, here each has its own; computed in bfloat16.
+"""
+
+from ml_collections import ConfigDict
+
+from ssl_jax.recipes import cpu_cifar10_config, lightly_cifar10_config, solo_cifar10_config
+
+
+def lightly() -> ConfigDict:
+    """Lightly's benchmark at batch 512."""
+    config = lightly_cifar10_config()
+    config.method = "moco"
+    config.moco.update(queue=8192, momentum=0.99, momentum_end=0.99, temperature=0.1)
+    config.moco.symmetric = True
+    config.model.bn_group = 1
+    return config
+
+
+def solo() -> ConfigDict:
+    """solo-learn's script."""
+    config = solo_cifar10_config(jitter=(0.4, 0.4, 0.4, 0.1))
+    config.method = "moco"
+    config.moco.update(queue=32768, momentum=0.99, momentum_end=0.999, temperature=0.2)
+    config.moco.update(hidden=2048, out=256, symmetric=True)
+    config.optim.update(name="sgd", lr=0.3, weight_decay=1e-4, decay_norm_bias=True)
+    return config
+
+
+def cpu() -> ConfigDict:
+    """Minutes on a CPU."""
+    config = cpu_cifar10_config()
+    config.method = "moco"
+    config.moco.update(queue=4096, momentum=0.99, momentum_end=0.99, symmetric=True)
+    config.optim.update(name="sgd", lr=0.2, weight_decay=1e-4, decay_norm_bias=True)
+    return config
+
+
+def get_config(variant: str = "lightly") -> ConfigDict:
+    """The run."""
+    return {"lightly": lightly, "solo": solo, "cpu": cpu}[variant]()

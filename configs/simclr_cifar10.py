@@ -1,0 +1,58 @@
+"""SimCLR on CIFAR-10; the variant is the setting: `official`, `lightly` or `solo`.
+
+Paper: Chen et al., 2020, arXiv:2002.05709, appendix B.9; google-research/simclr's CIFAR command:
+ResNet-18, batch 512, LARS 1.0·B/256, the three-layer projector, 1,000 epochs. Published: about 91 %
+linear (official), kNN 84.8 % (lightly, 200 epochs), 90.7 % online linear (solo-learn). Cost: 3.3
+GFLOP per view. Data: `recipes.cifar10_config`. Deviations: computed in bfloat16; lightly's and
+solo-learn's codes encode the views one after the other, here together; solo-learn's projector has
+no BatchNorm.
+"""
+
+from ml_collections import ConfigDict
+
+from ssl_jax.recipes import (
+    cifar10_config,
+    cpu_cifar10_config,
+    lightly_cifar10_config,
+    simclr_views,
+    solo_cifar10_config,
+)
+
+
+def official() -> ConfigDict:
+    """The released code's."""
+    config = cifar10_config()
+    config.batch_size = 512
+    config.epochs = 1000.0
+    config.count_steps = "images"
+    config.views = simclr_views(size=32, strength=0.5, blur=False)
+    config.simclr.update(layers=3, temperature=0.5, loss_scale=2.0)
+    config.optim.update(lr=1.0, weight_decay=1e-4)
+    return config
+
+
+def lightly() -> ConfigDict:
+    """Lightly's benchmark."""
+    config = lightly_cifar10_config()
+    config.simclr.temperature = 0.5
+    return config
+
+
+def solo() -> ConfigDict:
+    """solo-learn's script."""
+    config = solo_cifar10_config(jitter=(0.8, 0.8, 0.8, 0.2))
+    config.simclr.update(temperature=0.2, hidden=2048, out=256)
+    config.optim.update(lr=0.4, weight_decay=1e-4)
+    return config
+
+
+def cpu() -> ConfigDict:
+    """Minutes on a CPU."""
+    config = cpu_cifar10_config()
+    config.simclr.temperature = 0.2
+    return config
+
+
+def get_config(variant: str = "official") -> ConfigDict:
+    """The run."""
+    return {"official": official, "lightly": lightly, "solo": solo, "cpu": cpu}[variant]()
