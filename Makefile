@@ -2,10 +2,11 @@
 
 PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := $(BIN)/$(PIP)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint types contracts format clean
+.PHONY: help quickstart test peers lint types contracts format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -15,6 +16,9 @@ quickstart: .venv/.core  ## pretrain on a CPU in minutes; the report is runs/qui
 
 test: lint types contracts  ## all that CI checks; the tests last
 	$(BIN)/python -m pytest -n 2
+
+peers: .venv-peers/.done  ## what other packages compute, beside ours; installs torch, which may be big
+	.venv-peers/bin/python -m pytest tests/peers
 
 lint: .venv/.dev  ## style
 	$(BIN)/ruff check .
@@ -30,9 +34,9 @@ format: .venv/.dev  ## rewrite the files in the style that lint asks for
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove caches and builds; .venv/ and runs/ stay
+clean:  ## remove caches and builds; environments and runs/ stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
-	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 .venv/.core: setup.py constraints.txt | .venv/bin/pip
 	@echo "Installing ssl_jax into .venv (once)"
@@ -44,8 +48,13 @@ clean:  ## remove caches and builds; .venv/ and runs/ stay
 	$(INSTALL) -e ".[dev]"
 	@touch .venv/.core $@
 
+.venv-peers/.done: setup.py constraints.txt | .venv-peers/bin/pip
+	@echo "Installing ssl_jax and torch into .venv-peers (once)"
+	.venv-peers/bin/$(PIP) -e ".[peers]"
+	@touch $@
+
 # pip is the last that venv makes, so a venv that was broken off is made anew.
-.venv/bin/pip:
+.venv/bin/pip .venv-peers/bin/pip:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null || { echo \
 	  "ssl_jax needs Python 3.11 or newer, which $(PYTHON) is not: say where it is by make PYTHON=/path/to/python." >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(@D:/bin=)

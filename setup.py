@@ -13,6 +13,7 @@ DATA = [
     "tensorflow-cpu>=2.20; sys_platform == 'linux' and platform_machine == 'x86_64'",
     "tensorflow>=2.20; sys_platform != 'linux' or platform_machine != 'x86_64'",
     "tensorflow-datasets>=4.9.8",
+    "array_record>=0.8; sys_platform != 'win32'",
 ]
 
 setup(
@@ -49,6 +50,8 @@ setup(
         "tpu": ["jax[tpu]"],
         "plan": ["libtpu"],
         "data": DATA,
+        # Other packages, to compare with: tests/peers.
+        "peers": ["pytest>=8.3", "torch>=2.13", "torchvision>=0.28"],
         "dev": [
             *DATA,
             "build>=1.2",

@@ -14,8 +14,17 @@ FIRST_PROCESS = "PYTEST_XDIST_WORKER" not in os.environ
 
 if FIRST_PROCESS:
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # Programs of tests run for less time than it takes to optimise their machine code.
     os.environ["XLA_FLAGS"] = " ".join(
-        [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+        [
+            os.environ.get("XLA_FLAGS", ""),
+            "--xla_force_host_platform_device_count=8",
+            "--xla_backend_optimization_level=0",
+            "--xla_llvm_disable_expensive_passes=true",
+            # Half of the compiler's work in these small programs.
+            "--xla_cpu_use_fusion_emitters=false",
+            "--xla_cpu_parallel_codegen_split_count=1",
+        ]
     ).strip()
     # TensorFlow: no banner about the CPU's instructions.
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"

@@ -87,7 +87,7 @@ for module in pkgutil.walk_packages(ssl_jax.__path__, "ssl_jax."):
         importlib.import_module(module.name)
     except UserError as error:
         assert module.name.startswith("ssl_jax.data."), module.name
-        assert "ssl-jax[data]" in str(error), error
+        assert "'.[data]'" in str(error), error
 print(ssl_jax.__file__)
 """
     out = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(installed))

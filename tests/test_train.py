@@ -1,6 +1,7 @@
 """Whole runs, as processes of their own where they are to be killed."""
 
 import ast
+import functools
 import json
 import os
 import signal
@@ -12,10 +13,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from tiny import leaves, tiny_config
 
 import ssl_jax
 from ssl_jax import train as train_module
+from ssl_jax.cli import pretrain_main
 from ssl_jax.config import to_json
 from ssl_jax.encoder import restore_state
 from ssl_jax.errors import UserError
@@ -54,7 +57,7 @@ def command(command_for):
 
 def environment():
     """As the tests', with two devices."""
-    return os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    return os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2")}
 
 
 def run(command, **options):
@@ -71,18 +74,40 @@ def final_state(workdir):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(command_for, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("undisturbed")
-    result = run(command_for(workdir))
-    assert result.returncode == 0, result.stderr
-    return workdir
+def extras(tmp_path_factory):
+    """Arguments for the digits, resident on the devices, and for image files read by tf.data."""
+    images = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(64):
+        (images / f"{i % 2}").mkdir(exist_ok=True)
+        pixels = rng.integers(0, 256, (20 + i % 5, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(images / f"{i % 2}" / f"{i}.jpg")
+    options = {"data.name": "folder", "data.dir": images, "data.test_dir": images}
+    options |= {"batch_size": 32, "epochs": 12, "checkpoint.every_epochs": 1.5}
+    return {"digits": [], "folder": [f"--config.{key}={v}" for key, v in options.items()]}
 
 
-# Between two checkpoints (every 3 steps), and while one is being written.
-@pytest.mark.parametrize("at", ["step 11/", "step 12/"])
-def test_a_killed_run_ends_bit_identical_to_an_undisturbed_one(undisturbed, command, tmp_path, at):
+@pytest.fixture(scope="module")
+def undisturbed(command_for, extras, tmp_path_factory):
+    """Workdirs of whole runs, by the name of the data; each is made when it is asked for."""
+
+    @functools.cache
+    def make(data):
+        workdir = tmp_path_factory.mktemp(f"undisturbed_{data}")
+        result = run(command_for(workdir, *extras[data]))
+        assert result.returncode == 0, result.stderr
+        return workdir
+
+    return make
+
+
+# While a checkpoint is being written, one every 3 steps, and between two.
+@pytest.mark.parametrize("data, at", [("digits", "step 12/"), ("folder", "step 11/")])
+def test_a_killed_run_ends_bit_identical_to_an_undisturbed_one(
+    undisturbed, extras, command, tmp_path, data, at
+):
     killed = subprocess.Popen(
-        command(tmp_path), env=environment(), stdout=subprocess.PIPE, text=True
+        command(tmp_path, *extras[data]), env=environment(), stdout=subprocess.PIPE, text=True
     )
     for line in killed.stdout:
         if line.startswith(at):
@@ -91,16 +116,16 @@ def test_a_killed_run_ends_bit_identical_to_an_undisturbed_one(undisturbed, comm
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "evaluation.json").exists()
-    again = run(command(tmp_path))
+    again = run(command(tmp_path, *extras[data]))
     assert again.returncode == 0, again.stderr
     assert "Continuing from step" in again.stdout
-    first, second = final_state(undisturbed), final_state(tmp_path)
+    first, second = final_state(undisturbed(data)), final_state(tmp_path)
     assert first.keys() == second.keys()
     for name in first:
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)
     losses = [
         {r["step"]: r["loss"] for r in read_metrics(w / "metrics.jsonl") if "loss" in r}
-        for w in (undisturbed, tmp_path)
+        for w in (undisturbed(data), tmp_path)
     ]
     assert losses[0] == losses[1] and sorted(losses[0]) == list(range(1, 25))
 
@@ -112,6 +137,8 @@ def test_a_finished_run_is_evaluated_and_reported(tmp_path, capsys):
     config.data.test_fraction = 0.25
     state = pretrain(config, tmp_path, "the command")
     out = capsys.readouterr().out
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["derived"] == {"batchnorm_images": 320} and "BatchNorm over 320 images" in out
     for part in ("raw pixels", "random init", "simclr", "full linear", "kNN", "report.html"):
         assert part in out
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
@@ -129,6 +156,8 @@ def test_a_finished_run_is_evaluated_and_reported(tmp_path, capsys):
             encoder.apply(bad)
     with pytest.raises(UserError, match="not int32"):
         encoder.apply(np.zeros((2, 8, 8, 3), np.int32))
+    with pytest.raises(UserError, match="go up to 255: divide them by 255"):
+        encoder.apply(np.full((2, 8, 8, 3), 255.0, np.float32))
     for a, b in zip(
         jax.tree.leaves(encoder.params), jax.tree.leaves(state.params["encoder"]), strict=True
     ):
@@ -138,6 +167,21 @@ def test_a_finished_run_is_evaluated_and_reported(tmp_path, capsys):
     again = pretrain(config, tmp_path, "the command")
     assert int(again.step) == int(state.step)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_broken_off_before_its_first_checkpoint_says_that_it_starts_anew(
+    tmp_path, capsys, monkeypatch
+):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module.Run, "train", interrupted)
+    said = []
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(tiny_config(steps=1, batch_size=320), tmp_path)
+        said.append("it starts anew" in capsys.readouterr().out)
+    assert said == [False, True]
 
 
 def test_another_config_changes_nothing_in_the_folder(tmp_path):
@@ -176,7 +220,7 @@ def test_the_loop_fetches_once_per_logged_step_and_transfers_only_batches(tmp_pa
     ("arguments", "words"),
     [
         (["--config.batchsize=3"], ["batchsize", "batch_size"]),
-        (["--config.batch_size=161"], ["config.batch_size is 161", "2 devices", "160"]),
+        (["--config.batch_size=161"], ["config.batch_size is 161", "8 devices", "160"]),
         (["--config.data.name=folder"], ["config.data.dir"]),
         (["--config.data.name=digit"], ["config.data.name", "digits"]),
         (["--config.method=simcl"], ["config.method", "simclr"]),
@@ -185,13 +229,20 @@ def test_the_loop_fetches_once_per_logged_step_and_transfers_only_batches(tmp_pa
         (["--config.batch_size=4000"], ["config.batch_size is 4000", "1347 images"]),
     ],
 )
-def test_bad_input_is_one_sentence_and_leaves_nothing(command, tmp_path, arguments, words):
-    result = run(command(tmp_path / "run", *arguments))
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ")
+def test_bad_input_is_one_sentence_and_leaves_nothing(command, tmp_path, arguments, words, capsys):
+    code = pretrain_main(command(tmp_path / "run", *arguments)[2:])
+    stderr = capsys.readouterr().err
+    assert code == 2
+    assert stderr.count("\n") == 1 and stderr.startswith("error: ")
     for word in words:
-        assert word in result.stderr
+        assert word in stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_process_ends_with_the_sentence_and_its_code(command, tmp_path):
+    result = run(command(tmp_path / "run", "--config.method=simcl"))
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and "config.method" in result.stderr
 
 
 def test_a_second_start_on_a_workdir_is_refused(command, tmp_path):
@@ -221,5 +272,40 @@ def test_nothing_fetches_beside_the_counted_function(name):
     calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
     stalls = {"float", "int", "np.asarray", "np.array", "jax.device_get"}
     found = [c for c in calls if c in stalls or c.endswith((".item", ".tolist"))]
-    # Once, before the first step: the untrained encoder to the host; a count of NumPy's labels.
-    assert sorted(found) == (["int", "jax.device_get"] if name == "train.py" else [])
+    # Once, before the first step: the untrained encoder to the host.
+    assert found == (["jax.device_get"] if name == "train.py" else [])
+
+
+def test_a_run_that_batchnorm_makes_another_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_module.Run, "measure", lambda self, step: None)
+    monkeypatch.setattr("ssl_jax.evals.run.Evaluator.finish", lambda *a: [])
+    config = tiny_config(steps=1, batch_size=320, microbatch=160)
+    config.model.bn_group = 1
+    pretrain(config, tmp_path)
+    out = capsys.readouterr().out
+    assert "in microbatches of 160, BatchNorm over 20 images" in out
+    run = train_module.Run.__new__(train_module.Run)
+    notes = []
+    run.progress = type("Progress", (), {"note": staticmethod(notes.append)})
+    run.note_changes(["devices.count: 8 -> 4"])
+    run.note_changes(["derived.batchnorm_images: 20 -> 40"])
+    run.note_changes([])
+    assert "equal to rounding" in notes[0] and "losses will differ" in notes[1]
+    assert len(notes) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data.num_classes": 3}, "config.data.num_classes is 3, but .* labels up to 9"),
+        ({"microbatch": 8, "model.bn_group": 1}, "BatchNorm would see one image at a time"),
+    ],
+)
+def test_what_only_data_and_devices_tell_is_refused_too(changes, words, tmp_path):
+    config = tiny_config()
+    for key, value in changes.items():
+        group, _, name = key.rpartition(".")
+        (config[group] if group else config)[name] = value
+    with pytest.raises(UserError, match=words):
+        pretrain(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
