@@ -533,7 +533,7 @@ def prefetching(images: Path, batch: int, last_step: int) -> Iterator[Any]:
         sys.exit(f"This takes {batch} images or more, and {images} has {source.num_examples}.")
     place = make_spmd(devices=jax.devices()[:1]).place_batch
     index = Index(source.num_examples, batch, config.seed)
-    with Prefetcher(source, index, place, 0, last_step) as batches:
+    with Prefetcher(source, index, np.arange(index.batch_size), place, 0, last_step) as batches:
         yield batches
 
 

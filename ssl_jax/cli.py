@@ -125,10 +125,13 @@ def _run(parser: argparse.ArgumentParser, argv: list[str], command: list[str]) -
     try:
         if args.command == "pretrain":
             # After the flags are set, and only when it is needed: it takes seconds to import.
+            from ssl_jax import cluster
             from ssl_jax.train import pretrain
 
             config = load_config(args.config, overrides)
-            pretrain(config, args.workdir, shlex.join(command))
+            cluster.join(config.heartbeat_s)
+            with cluster.alone_on_failure():
+                pretrain(config, args.workdir, shlex.join(command))
         elif args.command == "views":
             from ssl_jax.picture import write_views
 
@@ -144,7 +147,8 @@ def _run(parser: argparse.ArgumentParser, argv: list[str], command: list[str]) -
 
             print(write_report(args.workdir))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if error.told_here:
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted; the same command continues the run.", file=sys.stderr)

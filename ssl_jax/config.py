@@ -30,6 +30,7 @@ _BOUNDS = {
     "steps": (0, math.inf),
     "microbatch": (0, math.inf),
     "epochs": (0, 1e9),
+    "heartbeat_s": (1, 1e6),
     "optim.lr": (0, 1e9),
     "optim.momentum": (0, 1),
     "optim.weight_decay": (0, 1e9),
@@ -141,6 +142,8 @@ _SIMSIAM = {
     "predictor_constant_lr": True,
     "stop_gradient": True,
 }
+# A run goes on with other values of these.
+_FREE = ("heartbeat_s", "data.threads")
 # Groups of keys of methods that a file outside the package has registered.
 _REGISTERED: dict[str, dict[str, Any]] = {}
 _OPTIM = {
@@ -246,6 +249,9 @@ def default_config() -> ConfigDict:
             "spmd": "shard_map",
             "dtype": "float32",  # of the computation; parameters, statistics, losses stay float32
             "log_every": 10,  # steps between lines of metrics
+            # Of several processes: seconds of silence after which one counts as lost, and the rest
+            # end instead of waiting for it.
+            "heartbeat_s": 60.0,
             "data": _DATA,
             "views": {"view1": view(), "view2": view()},
             "model": _MODEL,
@@ -470,8 +476,13 @@ def from_json(saved: dict[str, Any]) -> ConfigDict:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines `key: old -> new` for every key in which two `to_json` configs differ."""
+    """Lines `key: old -> new` for every key in which two `to_json` configs differ.
+
+    Keys that change neither what is computed nor what is written are left out.
+    """
     a, b = flatten(old), flatten(new)
+    for key in _FREE:
+        a.pop(key, None), b.pop(key, None)
     return [
         f"{key}: {a.get(key, '(absent)')} -> {b.get(key, '(absent)')}"
         for key in sorted(a.keys() | b.keys())

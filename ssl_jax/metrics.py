@@ -51,18 +51,38 @@ class MetricsLog:
         self._file = self._path.open("a")
         self._events = SummaryWriter(str(workdir), purge_step=resume_step + 1, flush_secs=30)
 
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Appends the scalars of a step."""
-        values = {name: float(value) for name, value in scalars.items()}
+    def write(self, step: int, scalars: dict[str, Any]) -> None:
+        """Appends what was measured at a step.
+
+        Args:
+          step: after which.
+          scalars: numbers, or lists with a number for each process, of which the events have the
+            largest.
+        """
+        values = {
+            name: list(map(float, value)) if isinstance(value, list) else float(value)
+            for name, value in scalars.items()
+        }
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            number = max(value) if isinstance(value, list) else value
+            self._events.add_scalar(name, number, step)
 
     def close(self) -> None:
         """Flushes and closes the files."""
         self._file.close()
         self._events.close()
+
+
+class NoLog:
+    """The log of a process that is not the first."""
+
+    def write(self, step: int, scalars: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -128,7 +148,7 @@ class Progress:
         yield
         self._since += time.perf_counter() - start
 
-    def show(self, step: int, scalars: dict[str, float]) -> None:
+    def show(self, step: int, scalars: dict[str, Any]) -> None:
         """Writes the line of a step."""
         text = f"step {step}/{self._total}  loss {scalars['loss']:.4f}"
         if "images_per_s" in scalars:
@@ -137,6 +157,10 @@ class Progress:
                 f"  {scalars['images_per_s']:,.0f} images/s  ETA {timedelta(seconds=seconds)}  "
                 f"data wait {100 * scalars['data_wait']:.1f} %"
             )
+            shares = scalars.get("process_data_wait", ())
+            if shares and max(shares) > 0.01:
+                longest = max(range(len(shares)), key=shares.__getitem__)
+                text += f", of process {longest} {100 * shares[longest]:.1f} %"
         self._write(text, end="" if self._live else "\n")
 
     def note(self, text: str) -> None:

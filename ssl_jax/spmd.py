@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from ssl_jax.errors import UserError
 
@@ -115,18 +116,45 @@ class Spmd:
         return on_global_arrays
 
     def replicate(self, tree: Pytree) -> Pytree:
-        """Places a pytree whole on every device, as arrays of its own that may be donated."""
+        """Places a pytree whole on every device, as arrays of its own that may be donated.
+
+        Every process gives the same pytree, and fills its own devices.
+        """
         sharding = self.sharding("replicated")
-        # Through host memory: device_put may alias its input, which donation would then destroy.
-        return jax.tree.map(lambda x: jax.device_put(np.array(x), sharding), tree)
+
+        def place(x: Any) -> jax.Array:
+            # Through host memory: a device may alias its input, which donation would then destroy.
+            own = np.array(x)
+            return jax.make_array_from_callback(own.shape, sharding, lambda index: own[index])
+
+        return jax.tree.map(place, tree)
 
     def place_batch(self, batch: Pytree) -> Pytree:
         """Places this process's share of a batch (NumPy, axis 0) on its devices.
 
-        The only explicit transfer to the devices in the steady state of training.
+        The share is `local_rows` of the global batch, in that order. The only explicit transfer to
+        the devices in the steady state of training.
         """
         sharding = self.sharding("sharded")
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+    def local_rows(self, batch_size: int) -> Int[np.ndarray, " local"]:
+        """The rows of a global batch that lie on this process's devices, ascending.
+
+        Args:
+          batch_size: of the global batch, a multiple of `size`.
+
+        Returns:
+          Row numbers, int32; all of them in a run of one process.
+        """
+        share = batch_size // self.size
+        mine = [
+            position
+            for position, device in enumerate(self.mesh.devices.flat)
+            if device.process_index == jax.process_index()
+        ]
+        rows = np.arange(batch_size, dtype=np.int32).reshape(self.size, share)
+        return rows[mine].reshape(-1)
 
 
 def make_spmd(
@@ -147,12 +175,15 @@ def make_spmd(
       The mesh and mapping.
 
     Raises:
-      UserError: a batch can't be split evenly, or there are several processes.
+      UserError: a batch can't be split evenly, or pmap is asked for in several processes.
     """
     devices = list(devices or jax.devices())
     count = len(devices)
-    if jax.process_count() > 1:
-        raise UserError("Runs of several processes are not supported yet: start one process.")
+    if jax.process_count() > 1 and mode == "pmap":
+        raise UserError(
+            f"config.spmd is 'pmap', which maps over one process, and there are "
+            f"{jax.process_count()}: use 'shard_map'."
+        )
     parts = (("batch_size", batch_size, 0, ""), ("microbatch", microbatch, batch_size, _DIVIDES))
     for key, size, whole, condition in parts:
         if size % count:

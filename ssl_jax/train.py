@@ -1,11 +1,15 @@
 """The loop of a run, and nothing but the loop."""
 
+import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
+from ssl_jax import cluster
 from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.config import from_json, is_due, run_schedule, to_json
 from ssl_jax.data.index import Index
@@ -14,7 +18,7 @@ from ssl_jax.data.sources import Source, make_sources
 from ssl_jax.diagnostics import CollapseWatch
 from ssl_jax.errors import UserError
 from ssl_jax.evals.run import Evaluator, evaluated_variables, evaluation_table
-from ssl_jax.metrics import Fetcher, MetricsLog, Progress
+from ssl_jax.metrics import Fetcher, MetricsLog, NoLog, Progress
 from ssl_jax.report import write_report
 from ssl_jax.spmd import AXIS, device_groups, make_spmd
 from ssl_jax.step import (
@@ -35,28 +39,42 @@ _SHORT = (
 def pretrain(config: ConfigDict, workdir: str | Path, command: str = "") -> TrainState:
     """Pretrains an encoder, or continues the run in `workdir`; evaluates it and writes the report.
 
+    SIGTERM stops it after a checkpoint. Several processes that `jax.distributed.initialize` has
+    joined, each of which calls this, are one run; the first writes and speaks.
+
     Args:
       config: validated, of the whole run.
       workdir: the run's folder; made if it doesn't exist.
       command: recorded there, for "how to reproduce".
 
     Returns:
-      The final state.
+      The final state, or that at which the run was stopped.
 
     Raises:
-      UserError: bad input, in one sentence; nothing is overwritten.
+      UserError: bad input, in one sentence, on all processes; nothing is overwritten.
     """
     workdir = Path(workdir)
-    # Whatever is wrong with the config shows here, before the folder is touched.
-    plan = Plan(config)
-    with locked(workdir):
-        write_config(workdir, plan.config, command, plan.train.fingerprint, plan.derived)
+    with contextlib.ExitStack() as folder, cluster.Stop() as stop:
+        with cluster.agreed():
+            # Whatever is wrong with the config shows here, before the folder is touched.
+            plan = Plan(config)
+            if cluster.is_first():
+                folder.enter_context(locked(workdir))
+                write_config(workdir, plan.config, command, plan.train.fingerprint, plan.derived)
         run = Run(plan, workdir)
         try:
-            state = run.train()
-        finally:
-            run.close()
-        run.finish(workdir)
+            state = run.train(stop)
+        except BaseException:
+            # Several finish together what is being written, which one that was lost can't.
+            if jax.process_count() == 1:
+                run.close()
+            raise
+        run.close()
+        with contextlib.suppress(cluster.StoppedError), stop.at_once():
+            if not run.stopped:
+                run.finish(workdir)
+                return state
+        run.note_stop(state)
     return state
 
 
@@ -76,6 +94,7 @@ class Plan:
         self.config = config = resolve(config, self.train)
         self.schedule = run_schedule(config, self.train.num_examples)
         self.index = Index(self.train.num_examples, config.batch_size, config.seed)
+        self.rows = self.spmd.local_rows(config.batch_size)
         groups = device_groups(self.spmd.size, config.model.bn_group)
         self.derived = {"batchnorm_images": batchnorm_images(config, self.spmd.size)}
         if self.derived["batchnorm_images"] < 2:
@@ -109,11 +128,21 @@ def resolve(config: ConfigDict, train: Source) -> ConfigDict:
     return config
 
 
+def _among() -> str:
+    """Says how many processes there are, where there are several."""
+    count = jax.process_count()
+    return f" of {count} processes" if count > 1 else ""
+
+
 class Run:
     """A plan going on in a folder: its state, and what is written."""
 
     def __init__(self, plan: Plan, workdir: Path) -> None:
-        """Makes the state, restored where there is a checkpoint."""
+        """Makes the state, restored where there is a checkpoint.
+
+        Raises:
+          UserError: processes don't see the same data or checkpoints; or one can't be read.
+        """
         self.plan, self.config, total = plan, plan.config, plan.schedule.total_steps
         self.evaluator = Evaluator(plan.config, plan.spmd, plan.train, plan.test)
         self.fetch = Fetcher()
@@ -122,7 +151,9 @@ class Run:
         self.watch = CollapseWatch(
             plan.method.trivial_loss, max(patience, plan.config.optim.frozen_steps)
         )
-        self.progress = Progress(total, plan.config.batch_size)
+        self.first, self.stopped = cluster.is_first(), False
+        out = None if self.first else open(os.devnull, "w")  # closed with the process
+        self.progress = Progress(total, plan.config.batch_size, out)
         self.checkpoints = Checkpoints(workdir / "checkpoints", plan.config.checkpoint.keep)
         self.resident = plan.spmd.replicate(plan.train.resident())
         initial = init_state(plan.method, plan.optimizer, plan.config)
@@ -131,16 +162,19 @@ class Run:
         layer = plan.config.eval.projector_layer
         self.initial = jax.device_get(evaluated_variables(initial, layer))
         self.start = self.checkpoints.latest_step or 0
+        cluster.require_same(
+            {"training set": plan.train.fingerprint, "newest checkpoint": str(self.start)}
+        )
         if self.start:
             self.state = self.checkpoints.restore(self.start, self.state)
             self.progress.note(f"Continuing from step {self.start} of {total}.")
-            if self.start < total:
+            if self.first and self.start < total:
                 self.note_changes(note_continuation(workdir, self.start, plan.derived))
         elif (workdir / "metrics.jsonl").exists():
             self.progress.note(
                 "The run was broken off before its first checkpoint: it starts anew."
             )
-        self.log = MetricsLog(workdir, self.start)
+        self.log = MetricsLog(workdir, self.start) if self.first else NoLog()
         if self.start < total:
             self.progress.note(self.summary())
 
@@ -155,7 +189,7 @@ class Run:
             f"{config.method}, ResNet-{config.model.depth} ×{config.model.width:g} "
             f"({sum(leaf.size for leaf in encoder) / 1e6:.3g} M parameters), "
             f"{plan.train.num_examples:,} images, batch {config.batch_size} on {plan.spmd.size} × "
-            f"{device.device_kind}{self.cut()}, BatchNorm over "
+            f"{device.device_kind}{self.cut()}{_among()}, BatchNorm over "
             f"{plan.derived['batchnorm_images']} images, "
             f"{plan.schedule.total_steps:,} steps; the first step compiles."
             + (_SHORT.format(warmup) if short else "")
@@ -178,14 +212,14 @@ class Run:
         part = self.config.microbatch
         return f" in microbatches of {part}" if 0 < part < self.config.batch_size else ""
 
-    def train(self) -> TrainState:
-        """Steps from where the run stands to its end."""
+    def train(self, stop: cluster.Stop) -> TrainState:
+        """Steps from where the run stands to its end, or to where it is asked to stop."""
         plan, config, total = self.plan, self.config, self.plan.schedule.total_steps
         knn_every = plan.schedule.every(config.eval.knn_every_epochs)
         save_every = plan.schedule.every(config.checkpoint.every_epochs)
         pending: dict[str, jax.Array] | None = None
         place = plan.spmd.place_batch
-        with Prefetcher(plan.train, plan.index, place, self.start, total) as batches:
+        with Prefetcher(plan.train, plan.index, plan.rows, place, self.start, total) as batches:
             for step in range(self.start + 1, total + 1):
                 self.state, metrics = plan.train_step(self.state, batches.next(), self.resident)
                 if step == self.start + 1:
@@ -196,15 +230,19 @@ class Run:
                     # One step late: the devices are at work on the next step meanwhile.
                     self.report(step - 1, pending, batches.wait_seconds)
                 last = step == total
+                self.stopped = stop.asked(step) and not last
                 pending = metrics if is_due(step, config.log_every) or last else None
-                knn = self.measure(step) if is_due(step, knn_every) or last else None
-                if is_due(step, save_every) or last:
+                due = is_due(step, knn_every) and not self.stopped
+                knn = self.measure(step) if due or last else None
+                if is_due(step, save_every) or last or self.stopped:
                     if pending is not None:
                         # Before the checkpoint: a run that continues from it won't do the step.
                         self.report(step, pending, batches.wait_seconds)
                         pending = None
                     with self.progress.paused():
                         self.checkpoints.save(step, self.state, knn)
+                if self.stopped:
+                    break
         return self.state
 
     def finish(self, workdir: Path) -> None:
@@ -213,6 +251,8 @@ class Run:
         if not (done and (workdir / "evaluation.json").exists()):
             self.progress.note("Evaluating the frozen encoder and its baselines.")
             self.evaluator.finish(workdir, self.initial, self.state)
+        if not self.first:
+            return
         for line in evaluation_table(workdir):
             self.progress.note(line)
         bad = self.plan.train.bad
@@ -220,13 +260,31 @@ class Run:
             self.progress.note(f"{len(bad)} images can't be read and were replaced: {bad[0]} …")
         self.progress.note(f"Report: {write_report(workdir)}")
 
+    def note_stop(self, state: TrainState) -> None:
+        """Says where the run was stopped and how it goes on."""
+        total = self.plan.schedule.total_steps
+        done = "" if self.stopped else ", before it was evaluated"
+        self.progress.note(
+            f"Stopped by SIGTERM at step {int(state.step)} of {total}{done}; "
+            "the checkpoint is written, and the same command continues the run."
+        )
+
     def report(self, step: int, pending: Any, waited: float) -> None:
         """Fetches and writes the metrics of a step."""
-        scalars = self.fetch(pending) | self.progress.rates(step, waited)
+        scalars = self.fetch(pending) | self.pace(step, waited)
         self.log.write(step, scalars)
         self.progress.show(step, scalars)
         for warning in self.watch.check(step, scalars):
             self.progress.note(warning)
+
+    def pace(self, step: int, waited: float) -> dict[str, Any]:
+        """Rates; among several processes each one's too, so that a slow one is seen."""
+        rates: dict[str, Any] = self.progress.rates(step, waited)
+        if rates and jax.process_count() > 1:
+            seconds = self.config.batch_size / rates["images_per_s"]
+            own = cluster.gather(np.array([seconds, rates["data_wait"]], np.float32))
+            rates["process_step_s"], rates["process_data_wait"] = own.T.tolist()
+        return rates
 
     def measure(self, step: int) -> float | None:
         """Writes what is followed on features; returns the kNN accuracy where there are labels."""

@@ -142,6 +142,6 @@ def test_a_toy_step_from_a_tfds_build(file, prepared):
     assert plan.test.num_examples == plan.train.num_examples == 72
     assert plan.config.data.num_classes == (10 if "cifar" in file.stem else 1000)
     state = plan.spmd.replicate(init_state(plan.method, plan.optimizer, plan.config))
-    with Prefetcher(plan.train, plan.index, plan.spmd.place_batch, 0, 1) as batches:
+    with Prefetcher(plan.train, plan.index, plan.rows, plan.spmd.place_batch, 0, 1) as batches:
         state, metrics = plan.train_step(state, batches.next(), {})
     assert np.isfinite(float(metrics["loss"])) and int(state.step) == 1

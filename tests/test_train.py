@@ -172,7 +172,7 @@ def test_a_finished_run_is_evaluated_and_reported(tmp_path, capsys):
 def test_a_run_broken_off_before_its_first_checkpoint_says_that_it_starts_anew(
     tmp_path, capsys, monkeypatch
 ):
-    def interrupted(self):
+    def interrupted(self, stop):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train_module.Run, "train", interrupted)
@@ -201,10 +201,10 @@ def test_the_loop_fetches_once_per_logged_step_and_transfers_only_batches(tmp_pa
     runs = []
 
     class GuardedRun(train_module.Run):
-        def train(self):
+        def train(self, stop):
             runs.append(self)
             with jax.transfer_guard_host_to_device("disallow"):
-                return super().train()
+                return super().train(stop)
 
     monkeypatch.setattr(train_module, "Run", GuardedRun)
     monkeypatch.setattr(train_module.Run, "measure", lambda self, step: None)

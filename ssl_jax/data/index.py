@@ -44,17 +44,33 @@ class Index:
         Returns:
           Distinct ids of the global batch, int32 [B], in the order of the devices.
         """
-        epoch, position = divmod(step, self.steps_per_epoch)
-        order = permutation(self.seed, epoch, self.num_examples)
-        return order[position * self.batch_size : (position + 1) * self.batch_size]
+        return self.local_ids(step, np.arange(self.batch_size, dtype=np.int32))
 
-    def local_ids(self, step: int, process: int, processes: int) -> Int[np.ndarray, " local"]:
-        """One process's share of `ids(step)`: the contiguous slice its devices hold."""
-        share = self.batch_size // processes
-        return self.ids(step)[process * share : (process + 1) * share]
+    def local_ids(self, step: int, rows: Int[np.ndarray, " local"]) -> Int[np.ndarray, " local"]:
+        """One process's share of `ids(step)`.
+
+        Args:
+          step: counted from 0 over the whole run.
+          rows: of the global batch that its devices hold, `Spmd.local_rows`.
+
+        Returns:
+          `ids(step)[rows]`. No more of an epoch's order is kept than these rows of its steps.
+        """
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return _rows_of_epoch(self, epoch, rows.astype(np.int32).tobytes())[position]
 
 
 @functools.lru_cache(maxsize=2)
+def _rows_of_epoch(index: Index, epoch: int, rows: bytes) -> Int[np.ndarray, "steps local"]:
+    """The ids of some rows of every batch of an epoch."""
+    order = permutation(index.seed, epoch, index.num_examples)
+    whole = index.steps_per_epoch * index.batch_size
+    held = np.frombuffer(rows, np.int32)
+    ids = np.ascontiguousarray(order[:whole].reshape(-1, index.batch_size)[:, held])
+    ids.flags.writeable = False
+    return ids
+
+
 def permutation(seed: int, epoch: int, num_examples: int) -> Int[np.ndarray, " n"]:
     """The order of an epoch: the stable argsort of counter-based random bits.
 
@@ -67,11 +83,10 @@ def permutation(seed: int, epoch: int, num_examples: int) -> Int[np.ndarray, " n
       num_examples: how many ids to permute.
 
     Returns:
-      A read-only permutation of range(num_examples), int32.
+      A permutation of range(num_examples), int32.
     """
     bits = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(num_examples)
     order = np.argsort(bits, kind="stable").astype(np.int32)
-    order.flags.writeable = False
     return order
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from ssl_jax.config import flat_views
@@ -97,6 +97,7 @@ class Prefetcher:
         self,
         source: Source,
         index: Index,
+        rows: Int[np.ndarray, " local"],
         place: Callable[[Any], Any],
         first_step: int,
         last_step: int,
@@ -106,15 +107,12 @@ class Prefetcher:
         Args:
           source: of the images.
           index: which ids a step needs.
+          rows: of the global batch that this process's devices hold.
           place: puts a host batch on the devices.
           first_step: to read, counted over the whole run.
           last_step: where to stop, not read itself.
         """
-        process, processes = jax.process_index(), jax.process_count()
-        steps = (
-            (step, index.local_ids(step, process, processes))
-            for step in range(first_step, last_step)
-        )
+        steps = ((step, index.local_ids(step, rows)) for step in range(first_step, last_step))
         self.wait_seconds = 0.0
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=_DEPTH)
         self._stopped = threading.Event()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from ssl_jax.data.sources import Source
 
@@ -17,6 +17,7 @@ def extract_features(
     source: Source,
     *,
     batch_size: int,
+    rows: Int[np.ndarray, " local"],
     place: Callable[[np.ndarray], Any],
     first: int | None = None,
 ) -> Float[np.ndarray, "n d"]:
@@ -24,23 +25,24 @@ def extract_features(
 
     Args:
       encode: compiled function of (variables, uint8 images [batch_size, H, W, 3]) giving features
-        [batch_size, d], the encoder in evaluation mode.
+        [batch_size, d], the encoder in evaluation mode; whole on every process.
       variables: of the encoder.
       source: of the images.
       batch_size: images at a time; the last batch is filled up and the surplus cut off, so that no
         image is dropped and only one shape is compiled.
-      place: puts a batch of images on the devices.
+      rows: of a batch that this process reads.
+      place: puts its images on its devices.
       first: only so many images, those of the lowest ids.
 
     Returns:
       float32 [N, d], or [first, d].
     """
-    rows = []
+    parts = []
     count = min(first or source.num_examples, source.num_examples)
     for ids, kept in padded_batches(count, batch_size):
-        features = encode(variables, place(source.clean(ids)))
-        rows.append(np.asarray(features, np.float32)[:kept])
-    return np.concatenate(rows)
+        features = encode(variables, place(source.clean(ids[rows])))
+        parts.append(np.asarray(features, np.float32)[:kept])
+    return np.concatenate(parts)
 
 
 def padded_batches(num_examples: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:

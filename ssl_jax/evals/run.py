@@ -2,27 +2,28 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from ssl_jax import diagnostics
+from ssl_jax import cluster, diagnostics
 from ssl_jax.config import Schedule
 from ssl_jax.data.device_crop import resize_images
 from ssl_jax.data.index import views_stream
 from ssl_jax.data.pipeline import make_prepare, prepare_clean, unnormalised
-from ssl_jax.data.sources import ArraySource, Source
+from ssl_jax.data.sources import Source
 from ssl_jax.evals.features import extract_features, padded_batches
 from ssl_jax.evals.knn import knn_classify, nearest_neighbours
 from ssl_jax.evals.linear import few_label_accuracies, linear_probe
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import evaluated_names
-from ssl_jax.spmd import Spmd
+from ssl_jax.spmd import AXIS, Spmd
 
 Pytree = Any
 Row = dict[str, Any]
@@ -62,31 +63,44 @@ class Evaluator:
                 projector_layer=layer,
             )
 
-        self._encode = spmd.map(encode, inputs=("replicated", "sharded"), outputs="sharded")
+        def small(_: Pytree, images: Array) -> Array:
+            if images.shape[1] > _PIXELS:
+                images = jnp.round(255 * resize_images(images, _PIXELS, "bilinear"))
+            return images.reshape(len(images), -1).astype(jnp.float32) / 255
+
+        self._encode, self._small = _gathered(spmd, encode), _gathered(spmd, small)
         self._prepare = jax.jit(make_prepare(unnormalised(config)))
-        self._small = jax.jit(lambda images: resize_images(images, _PIXELS, "bilinear"))
         self._replicate, self._place = spmd.replicate, spmd.place_batch
         # Whole shares for every device.
         self._batch_size = -(-config.eval.batch_size // spmd.size) * spmd.size
+        self._rows = spmd.local_rows(self._batch_size)
 
     def features(
         self, variables: Pytree, source: Source, first: int | None = None
     ) -> Float[np.ndarray, "n d"]:
-        """The evaluated network's features of (the `first` images of) a split.
+        """The evaluated network's features of (the `first` images of) a split, on every process.
 
         `variables` are those of `evaluated_variables`, on the mesh.
         """
+        return self._extract(self._encode, variables, source, first)
+
+    def _extract(
+        self, encode: Any, variables: Pytree, source: Source, first: int | None = None
+    ) -> Float[np.ndarray, "n d"]:
         return extract_features(
-            self._encode,
+            encode,
             variables,
             source,
             batch_size=self._batch_size,
+            rows=self._rows,
             place=self._place,
             first=first,
         )
 
     def measure(self, state: Any) -> dict[str, float]:
         """What is followed during training, on features of the evaluated network.
+
+        Every process encodes its share of the images; the first measures, and all get its numbers.
 
         Args:
           state: of the run.
@@ -98,19 +112,19 @@ class Evaluator:
         variables = evaluated_variables(state, self.config.eval.projector_layer)
         # Without labels to vote, a sample is enough.
         train = self.features(variables, self.train, None if self.has_labels else 2 * _SAMPLED)
-        views = self._views(state, min(self._batch_size, self.train.num_examples))[:2]
-        measured = {
-            "rankme": diagnostics.rankme(train[: 2 * _SAMPLED]),
-            "uniformity": diagnostics.uniformity(train[:_SAMPLED]),
-        }
-        if len(views) == 2:
-            measured["alignment"] = diagnostics.alignment(
-                *(self.features(variables, ArraySource(pixels(view))) for view in views)
-            )
-        if self.has_labels:
-            assert self.test is not None
-            measured["knn"] = self._knn_accuracy(train, self.features(variables, self.test))
-        return measured
+        views = self._view_features(state, variables)
+        test = self.features(variables, self.test) if self.has_labels and self.test else None
+        names = ["rankme", "uniformity"]
+        names += ["alignment"] * (len(views) == 2) + ["knn"] * (test is not None)
+        measured = dict.fromkeys(names, 0.0)
+        if cluster.is_first():
+            measured["rankme"] = diagnostics.rankme(train[: 2 * _SAMPLED])
+            measured["uniformity"] = diagnostics.uniformity(train[:_SAMPLED])
+            if len(views) == 2:
+                measured["alignment"] = diagnostics.alignment(*views)
+            if test is not None:
+                measured["knn"] = self._knn_accuracy(train, test)
+        return cluster.from_first(measured)
 
     def finish(self, workdir: Path, initial: Pytree, state: Any) -> None:
         """Measures the run and its baselines and writes them into its folder.
@@ -120,25 +134,28 @@ class Evaluator:
           initial: the evaluated variables before training, the random baseline, on the host.
           state: the trained state.
         """
+        first = cluster.is_first()
         variables = evaluated_variables(state, self.config.eval.projector_layer)
         rows: list[Row] = []
-        pictures = self._view_pictures(state)
+        pictures = self._view_pictures(state) if first else {}
         if self.test is not None:
-            trained = self.features(variables, self.train)
-            trained_test = self.features(variables, self.test)
-            pictures |= self._neighbours(trained, trained_test)
+            encoders = [(self.config.method, self._encode, variables)]
             if self.has_labels:
-                untrained = self._replicate(initial)
-                rows = [
-                    self._row("raw pixels", self._pixels(self.train), self._pixels(self.test)),
-                    self._row(
-                        "random init",
-                        self.features(untrained, self.train),
-                        self.features(untrained, self.test),
-                    ),
-                    self._row(self.config.method, trained, trained_test),
+                encoders += [
+                    ("raw pixels", self._small, {}),
+                    ("random init", self._encode, self._replicate(initial)),
                 ]
-        self._write(workdir, rows, pictures)
+            for name, encode, weights in encoders:
+                train = self._extract(encode, weights, self.train)
+                test = self._extract(encode, weights, self.test)
+                if not first:
+                    continue  # it has encoded its share
+                if name == self.config.method:
+                    pictures |= self._neighbours(train, test)
+                if self.has_labels:
+                    rows.append(self._row(name, train, test))
+        if first:
+            self._write(workdir, rows[1:] + rows[:1], pictures)
 
     def _row(self, name: str, train: np.ndarray, test: np.ndarray) -> Row:
         assert self.test is not None
@@ -180,33 +197,33 @@ class Evaluator:
         )
         return float(np.mean(predicted == self.test.labels))
 
-    def _pixels(self, source: Source) -> Float[np.ndarray, "n d"]:
-        """The images themselves as features, made small: what any encoder must beat."""
-        rows = []
-        for ids, kept in padded_batches(source.num_examples, self._batch_size):
-            images = source.clean(ids)
-            if images.shape[1] > _PIXELS:
-                images = pixels(np.asarray(self._small(images)))
-            rows.append(images[:kept].reshape(kept, -1).astype(np.float32) / 255)
-        return np.concatenate(rows)
-
     def _view_pictures(self, state: Any) -> dict[str, np.ndarray]:
         """Originals with the views that the first step would make of them."""
         count = min(_PICTURES, self.train.num_examples)
-        views = self._views(state, count)
+        views = self._views(state, np.arange(count, dtype=np.int32))
         sizes = {view.shape for view in views}
         largest = [v for v in views if v.shape == max(sizes)]
         originals = self.train.clean(np.arange(count))
         return {"originals": originals, "views": pixels(np.stack(largest, axis=1))}
 
-    def _views(self, state: Any, count: int) -> list[np.ndarray]:
-        """The views that the first step would make of the first images, without normalisation."""
-        ids = np.arange(count, dtype=np.int32)
+    def _view_features(self, state: Any, variables: Pytree) -> list[Float[np.ndarray, "n d"]]:
+        """Features of two views of the first images, of each the same; none of a single view."""
+        count = min(self._batch_size, self.train.num_examples)
+        ids, kept = next(padded_batches(count, self._batch_size))
+        views = self._views(state, ids[self._rows])[:2]
+        if len(views) < 2:
+            return []
+        placed = [self._place(pixels(view)) for view in views]
+        return [np.asarray(self._encode(variables, view), np.float32)[:kept] for view in placed]
+
+    def _views(self, state: Any, ids: Int[np.ndarray, " n"]) -> list[np.ndarray]:
+        """The views that the first step would make of images, without normalisation."""
         # Off the mesh: few images, on one device.
         key_data = jnp.asarray(np.asarray(state.key))
         key = views_stream(jax.random.wrap_key_data(key_data), 0)
         raw: dict[str, Any] = next(self.train.batches(iter([(0, ids)])))
-        resident = {name: array[:count] for name, array in self.train.resident().items()}
+        beyond = int(ids.max()) + 1  # no more than needed goes to that device
+        resident = {name: array[:beyond] for name, array in self.train.resident().items()}
         batch = self._prepare(raw, resident, key)
         return [np.asarray(view) for view in batch["views"]]
 
@@ -243,6 +260,15 @@ class Evaluator:
             temporary = workdir / "evaluation.tmp"
             temporary.write_text(json.dumps(record, indent=1) + "\n")
             os.replace(temporary, workdir / "evaluation.json")
+
+
+def _gathered(spmd: Spmd, encode: Callable[[Pytree, Array], Array]) -> Callable[..., Array]:
+    """Maps an encoder over the devices' shares of images; its features are whole on each."""
+
+    def mapped(variables: Pytree, images: Array) -> Array:
+        return jax.lax.all_gather(encode(variables, images), AXIS, tiled=True)
+
+    return spmd.map(mapped, inputs=("replicated", "sharded"), outputs="replicated")
 
 
 def pixels(images: Float[np.ndarray, "*n h w 3"]) -> np.ndarray:

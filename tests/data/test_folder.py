@@ -178,7 +178,8 @@ def test_pixels_do_not_depend_on_threads_split_order_or_resume(tmp_path):
         assert by_id(read(source_of(tmp_path, threads=threads), steps), steps) == whole
     halves = {}
     for process in (0, 1):
-        local = [(step, index.local_ids(step, process, 2)) for step in range(5)]
+        rows = 3 * process + np.arange(3)
+        local = [(step, index.local_ids(step, rows)) for step in range(5)]
         halves |= by_id(read(source_of(tmp_path), local), local)
     assert halves == whole
     resumed = [(step, ids[::-1]) for step, ids in steps[3:]]
@@ -252,7 +253,8 @@ from ssl_jax.data.folder import folder_sources
 from ssl_jax.data.index import Index
 process, index = int(sys.argv[4]), Index(12, 8, seed=1)
 source = folder_sources(config_of(sys.argv[2]))[0]
-steps = ((step, index.local_ids(step, process, 4)) for step in range(3))
+rows = 2 * process + np.arange(2)
+steps = ((step, index.local_ids(step, rows)) for step in range(3))
 read = list(source.batches(steps))
 np.savez(f"{sys.argv[3]}/{process}.npz", id=[batch["id"] for batch in read],
          **{f"view{v}": [batch["views"][v] for batch in read] for v in range(3)})

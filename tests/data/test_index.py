@@ -6,6 +6,7 @@ import pytest
 
 from ssl_jax.data.index import (
     Index,
+    _rows_of_epoch,
     example_keys,
     permutation,
     stream_key,
@@ -39,15 +40,24 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     # Recorded: the order must be the same on every machine and in every version.
     assert permutation(0, 0, 10).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
     far = Index(1000, 7, seed=3).ids(12345)
-    permutation.cache_clear()
+    _rows_of_epoch.cache_clear()
     assert np.array_equal(Index(1000, 7, seed=3).ids(12345), far)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_split_the_ids_exactly(processes):
     index = Index(num_examples=64, batch_size=16, seed=0)
-    shares = [index.local_ids(3, p, processes) for p in range(processes)]
-    assert np.array_equal(np.concatenate(shares), index.ids(3))
+    rows = np.random.default_rng(0).permutation(16).reshape(processes, -1)
+    shares = [index.local_ids(3, share) for share in rows]
+    for share, held in zip(shares, rows, strict=True):
+        assert np.array_equal(share, index.ids(3)[held])
+    assert sorted(np.concatenate(shares)) == sorted(index.ids(3))
+
+
+def test_a_process_keeps_only_its_share_of_an_epochs_order():
+    index = Index(num_examples=1_000, batch_size=16, seed=0)
+    kept = index.local_ids(3, np.array([2, 5], np.int32))
+    assert kept.base.shape == (62, 2) and kept.base.base is None  # 62 steps
 
 
 def test_the_order_is_uniform():

@@ -1,0 +1,87 @@
+"""Several real processes that are one run, joined as under Slurm, by JAX's own detection."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+DEVICES = 2  # of each process
+
+# Writes down which ids a process has read, and makes one of them slow.
+CONFIG = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from tiny import method_config, tiny_config
+
+def get_config(variant=""):
+    if "IDS" in os.environ:
+        from ssl_jax.data.host import HostSource
+        batches = HostSource.batches
+        process = os.environ.get("SLURM_PROCID", "0")
+
+        def logged(self, steps):
+            for batch in batches(self, steps):
+                with open(os.environ["IDS"] + process, "a") as file:
+                    file.write(" ".join(map(str, batch["id"])) + "\\n")
+                if process == os.environ.get("SLOW"):
+                    time.sleep(0.5)
+                yield batch
+
+        HostSource.batches = logged
+    return method_config(variant) if variant else tiny_config()
+"""
+
+
+def port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start(count, arguments, only=None, **variables):
+    """Starts `count` processes of run_pretrain.py.
+
+    `only` maps the number of a process to arguments that it alone is given; outputs are piped.
+    """
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={DEVICES}")
+    environment = os.environ | {"XLA_FLAGS": flags} | variables
+    if count > 1:
+        environment |= {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost"}
+        environment |= {"SLURM_NTASKS": str(count), "JAX_COORDINATOR_PORT": str(port())}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "run_pretrain.py"), *arguments, *(only or {}).get(i, [])],
+            env=environment | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
+    ]
+
+
+def finish(processes, seconds=240):
+    """(exit code, standard output, standard error) of each, without what the transport says."""
+    try:
+        ended = [process.communicate(timeout=seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        (process.returncode, _without_transport(out), error)
+        for process, (out, error) in zip(processes, ended, strict=True)
+    ]
+
+
+def _without_transport(text):
+    return "".join(line for line in text.splitlines(True) if not line.startswith("[Gloo]"))
+
+
+def wait_for(process, start):
+    """Reads a process's output up to a line that starts so."""
+    for line in process.stdout:
+        if line.startswith(start):
+            return
+    raise AssertionError(f"{start!r} never came: {process.communicate()[1]}")

@@ -1,0 +1,221 @@
+"""Runs of several real processes on this machine, two devices each."""
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from processes import CONFIG, finish, start, wait_for
+from tiny import leaves, tiny_config
+
+from ssl_jax import cluster
+from ssl_jax.checkpoint import Checkpoints
+from ssl_jax.data.index import Index
+from ssl_jax.encoder import restore_state
+from ssl_jax.errors import UserError
+from ssl_jax.metrics import read_metrics
+from ssl_jax.train import pretrain
+
+FOLDER = {"data.name": "folder", "batch_size": 32, "epochs": 6, "checkpoint.every_epochs": 1.5}
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "config.py"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """64 JPEG files of two classes."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(64):
+        (root / f"{i % 2}").mkdir(exist_ok=True)
+        pixels = rng.integers(0, 256, (20 + i % 5, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(root / f"{i % 2}" / f"{i}.jpg")
+    return root
+
+
+@pytest.fixture(scope="module")
+def on_images(config_file, images):
+    """Arguments of SimCLR on the files: 12 steps, a checkpoint every 3."""
+    options = FOLDER | {"data.dir": images, "data.test_dir": images}
+    overrides = [f"--config.{key}={value}" for key, value in options.items()]
+    return [f"--config={config_file}", "--config.heartbeat_s=10", *overrides]
+
+
+@pytest.fixture(scope="module")
+def pair(on_images, tmp_path_factory):
+    """A whole run of two processes, the second with slow storage: its folder and outputs."""
+    workdir = tmp_path_factory.mktemp("pair")
+    ids = str(workdir / "ids")
+    processes = start(2, [*on_images, f"--workdir={workdir}"], IDS=ids, SLOW="1")
+    return workdir, finish(processes)
+
+
+def losses_of(workdir):
+    records = read_metrics(workdir / "metrics.jsonl")
+    return {r["step"]: r["loss"] for r in records if "loss" in r}
+
+
+def test_two_processes_train_as_one_does(pair, images, tmp_path):
+    workdir, (first, second) = pair
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    config = tiny_config()
+    config.update_from_flattened_dict(FOLDER | {"data.dir": str(images)})
+    config.update(epochs=6.0, data={"test_dir": str(images)})
+    pretrain(config, tmp_path / "alone")
+    together, alone = losses_of(workdir), losses_of(tmp_path / "alone")
+    assert sorted(together) == list(range(1, 13)) and together.keys() == alone.keys()
+    np.testing.assert_allclose(list(together.values()), list(alone.values()), rtol=1e-4)
+    measured = [
+        [row["knn"] for row in json.loads((path / "evaluation.json").read_text())["rows"]]
+        for path in (workdir, tmp_path / "alone")
+    ]
+    np.testing.assert_allclose(*measured, atol=0.05)
+
+
+def test_each_sample_is_read_by_one_process(pair):
+    workdir, _ = pair
+    shares = [
+        [[int(id) for id in line.split()] for line in (workdir / f"ids{i}").read_text().split("\n")]
+        for i in (0, 1)
+    ]
+    index = Index(64, 32, 0)
+    for step in range(12):
+        # The first half of a batch lies on the devices of the first process.
+        np.testing.assert_array_equal(shares[0][step] + shares[1][step], index.ids(step))
+
+
+def test_one_process_writes_and_speaks(pair):
+    workdir, (first, second) = pair
+    assert "of 2 processes" in first[1] and "step 12/12" in first[1] and "Report:" in first[1]
+    assert second[1] == ""
+    logged = [r["step"] for r in read_metrics(workdir / "metrics.jsonl") if "loss" in r]
+    assert logged == list(range(1, 13))
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    assert checkpoints.latest_step == 12 and 9 in checkpoints.steps
+    assert not list((workdir / "checkpoints").glob("*tmp*"))
+    assert int(restore_state(workdir).step) == 12
+
+
+def test_a_slow_disk_on_one_process_is_seen(pair):
+    records = read_metrics(pair[0] / "metrics.jsonl")
+    shares = np.array([r["process_data_wait"] for r in records if "process_data_wait" in r])
+    seconds = np.array([r["process_step_s"] for r in records if "process_step_s" in r])
+    assert shares.shape == seconds.shape == (11, 2)
+    waited = (shares * seconds).sum(axis=0)
+    assert waited[1] > 1 and waited[1] > 5 * waited[0]
+    assert "of process 1" in pair[1][0][1]
+
+
+def test_a_lost_process_ends_the_others_and_nothing_is_lost(pair, on_images, tmp_path):
+    arguments = [*on_images, f"--workdir={tmp_path}"]
+    processes = start(2, arguments)
+    wait_for(processes[0], "step 7/")
+    processes[1].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    survivor, killed = finish(processes)
+    assert time.monotonic() - began < 10  # config.heartbeat_s
+    assert killed[0] == -signal.SIGKILL and survivor[0] not in (0, None)
+    assert "another one may be lost" in survivor[2] and "Traceback" not in survivor[2]
+    again = finish(start(2, arguments))
+    assert [code for code, *_ in again] == [0, 0], again
+    assert "Continuing from step" in again[0][1]
+    whole, continued = leaves(restore_state(pair[0])), leaves(restore_state(tmp_path))
+    assert whole.keys() == continued.keys()
+    for name in whole:
+        np.testing.assert_array_equal(whole[name], continued[name], err_msg=name)
+    assert losses_of(pair[0]) == losses_of(tmp_path)
+
+
+def test_sigterm_to_any_process_stops_all_and_one_process_goes_on_then_four(config_file, tmp_path):
+    """MoCo with its queue: four processes, one, and four again equal a run of one process."""
+    options = {"epochs": 1, "model.bn_group": 0, "moco.queue": 128, "data.num_classes": 10}
+    overrides = [f"--config.{key}={value}" for key, value in options.items()]
+    arguments = [f"--config={config_file}:moco", *overrides, f"--workdir={tmp_path}"]
+    steps = []
+    for count, told in ((4, 2), (1, 0)):
+        processes = start(count, arguments)
+        wait_for(processes[0], f"step {2 + (steps or [0])[-1]}/")
+        processes[told].send_signal(signal.SIGTERM)
+        ended = finish(processes)
+        assert [code for code, *_ in ended] == [0] * count, ended
+        assert "the same command continues the run" in ended[0][1]
+        assert all(out == "" for _, out, _ in ended[1:])
+        steps.append(int(restore_state(tmp_path).step))
+        assert f"Stopped by SIGTERM at step {steps[-1]} of 21" in ended[0][1]
+        assert not (tmp_path / "evaluation.json").exists()
+    assert 2 <= steps[0] < steps[1] < 21
+    ended = finish(start(4, arguments))
+    assert [code for code, *_ in ended] == [0] * 4, ended
+    from tiny import method_config
+
+    config = method_config("moco")
+    config.update_from_flattened_dict(options)
+    pretrain(config, tmp_path / "alone")
+    together, alone = losses_of(tmp_path), losses_of(tmp_path / "alone")
+    assert list(together) == list(alone) == list(range(1, 22))
+    np.testing.assert_allclose(list(together.values()), list(alone.values()), rtol=1e-3)
+
+
+def test_what_is_wrong_on_one_process_is_told_once_and_ends_all(on_images, tmp_path):
+    only = {1: ["--config.data.dir=/nowhere"]}
+    first, second = finish(start(2, [*on_images, f"--workdir={tmp_path}"], only=only))
+    assert (first[0], second[0]) == (2, 2), first[2] + second[2]
+    assert "error: Process 1 on " in first[2] and "/nowhere" in first[2]
+    assert "error" not in second[2] + second[1]
+    assert not (tmp_path / "checkpoints").exists()
+
+
+# Alone
+
+
+def test_a_run_without_a_cluster_joins_nothing(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    called = []
+
+    def initialize(**options):
+        called.append(options)
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr("jax.distributed.initialize", initialize)
+    cluster.join(10.4)
+    assert called == [{"heartbeat_timeout_seconds": 10, "shutdown_timeout_seconds": 10}]
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
+    cluster.join(10)
+    assert len(called) == 1
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
+    with pytest.raises(UserError, match="JAX_PROCESS_ID and JAX_COORDINATOR_ADDRESS are needed"):
+        cluster.join(10)
+    monkeypatch.setenv("JAX_PROCESS_ID", "2")
+    with pytest.raises(UserError, match="can't be joined"):
+        cluster.join(10)
+    assert called[-1] == called[0] | {"num_processes": 4, "process_id": 2}
+
+
+def test_alone_everything_is_immediate():
+    assert cluster.is_first()
+    np.testing.assert_array_equal(cluster.gather([1, 2]), [[1, 2]])
+    assert cluster.from_first({"a": 1.5}) == {"a": 1.5}
+    cluster.require_same({"data": "x"})
+    with pytest.raises(UserError, match="as it is"), cluster.agreed():
+        raise UserError("as it is")
+
+
+def test_sigterm_is_kept_until_it_is_asked_for_and_raised_where_nothing_is_lost():
+    before = signal.getsignal(signal.SIGTERM)
+    with cluster.Stop() as stop:
+        assert not stop.asked(1)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked(2)
+        with pytest.raises(cluster.StoppedError), stop.at_once():
+            raise AssertionError("not reached")
+    assert signal.getsignal(signal.SIGTERM) is before
+    with cluster.Stop() as stop, pytest.raises(cluster.StoppedError), stop.at_once():
+        signal.raise_signal(signal.SIGTERM)
