@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from ssl_jax.errors import UserError
-from ssl_jax.spmd import AXIS, device_groups, make_spmd
+from ssl_jax.spmd import AXIS, Spmd, device_groups, make_spmd
 
 
 def test_a_batch_that_devices_do_not_divide_is_refused():
@@ -11,6 +11,28 @@ def test_a_batch_that_devices_do_not_divide_is_refused():
         make_spmd("shard_map", batch_size=30)
     with pytest.raises(UserError, match="such as 8"):
         make_spmd("shard_map", batch_size=3)
+
+
+def test_pmap_of_several_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="config.spmd is 'pmap'.* there are 2: use 'shard_map'"):
+        make_spmd("pmap", batch_size=32)
+
+
+def test_a_process_holds_the_rows_of_its_devices():
+    spmd = make_spmd()
+    assert spmd.local_rows(16).tolist() == list(range(16))
+
+    class Device:
+        def __init__(self, process_index):
+            self.process_index = process_index
+
+    class Elsewhere:
+        # A mesh in the order of a torus, where processes' devices don't lie side by side.
+        devices = np.array([Device(p) for p in (0, 1, 1, 0)])
+        size = 4
+
+    assert Spmd(Elsewhere()).local_rows(8).tolist() == [0, 1, 6, 7]
 
 
 def test_groups_of_devices():

@@ -51,13 +51,13 @@ def random_source(n=64, size=8, seed=0, classes=4):
     return ArraySource(images.astype(np.uint8), labels, [str(c) for c in range(classes)])
 
 
-def make_step(config, spmd, source):
+def make_step(config, spmd, source, prepare=None):
     """The mapped train step and what it starts from, as the loop makes them."""
     schedule = run_schedule(config, source.num_examples)
     groups = device_groups(spmd.size, config.model.bn_group)
     method, optimizer, learning_rate = assemble(config, schedule, AXIS, groups)
     step = spmd.map(
-        make_train_step(method, optimizer, make_prepare(config), learning_rate),
+        make_train_step(method, optimizer, prepare or make_prepare(config), learning_rate),
         ("replicated", "sharded", "replicated"),
         ("replicated", "replicated"),
         donate=(0,),
