@@ -439,18 +439,6 @@ def profile_table(stages: dict[str, tuple[float, float]]) -> list[list[str]]:
     ]
 
 
-def raw_shapes(config: Any, n: int) -> dict[str, Any]:
-    """Shapes of what a host source yields for n images."""
-    import jax
-
-    from ssl_jax.config import flat_views
-
-    views = tuple(
-        jax.ShapeDtypeStruct((n, view.size, view.size, 3), np.uint8) for view in flat_views(config)
-    )
-    return {"id": jax.ShapeDtypeStruct((n,), np.int32), "views": views}
-
-
 def prepare_flops(config: Any) -> tuple[float, float]:
     """FLOPs of the device half of a batch: as compiled, and with the jitter's loop run in full.
 
@@ -461,9 +449,11 @@ def prepare_flops(config: Any) -> tuple[float, float]:
 
     from ssl_jax.config import from_json, to_json
     from ssl_jax.data.pipeline import make_prepare
+    from ssl_jax.step import batch_shapes
 
     def flops(config: Any) -> float:
-        arguments = (raw_shapes(config, config.batch_size), {}, jax.random.key(0))
+        raw = batch_shapes(config, config.batch_size, labelled=False)
+        arguments = (raw, {}, jax.random.key(0))
         program = jax.jit(make_prepare(config)).lower(*arguments).compile()
         return program.cost_analysis()["flops"]
 
@@ -476,10 +466,10 @@ def prepare_flops(config: Any) -> tuple[float, float]:
 
 def step_flops(config: Any) -> float:
     """FLOPs of the whole train step, device half included, as compiled; it is not run."""
-    from large_batch import build
+    from large_batch import build, shapes_of
 
-    step, _, arguments = build(config)
-    return step.lower(*arguments).compile().cost_analysis()["flops"]
+    program = build(config)
+    return program.lower(*shapes_of(program)).compile().cost_analysis()["flops"]
 
 
 def device_rows(config: Any, images: int, rounds: int) -> list[list[str]]:
@@ -493,12 +483,13 @@ def device_rows(config: Any, images: int, rounds: int) -> list[list[str]]:
     import jax
 
     from ssl_jax.data.pipeline import make_prepare
+    from ssl_jax.step import batch_shapes
 
     prepare, key = jax.jit(make_prepare(config)), jax.random.key(0)
     rng = np.random.default_rng(0)
     raw = jax.tree.map(
         lambda s: jax.device_put(rng.integers(0, 256, s.shape, np.uint8).astype(s.dtype)),
-        raw_shapes(config, images),
+        batch_shapes(config, images, labelled=False),
     )
     jax.block_until_ready(prepare(raw, {}, key))
     seconds = []

@@ -34,41 +34,26 @@ def make_config(size: int, batch: int, microbatch: int, remat: bool, large: bool
     return config
 
 
-def build(config: Any) -> tuple[Any, Any, tuple[Any, Any, Any]]:
-    """The mapped step, a function that makes its state, and the shapes of its arguments."""
+def build(config: Any) -> Any:
+    """The program of its train step on one device."""
     import jax
-    import numpy as np
 
-    from ssl_jax.config import Schedule, flat_views
-    from ssl_jax.data.pipeline import make_prepare
-    from ssl_jax.spmd import AXIS, make_spmd
-    from ssl_jax.step import assemble, init_state, make_train_step
+    from ssl_jax.config import Schedule
+    from ssl_jax.spmd import make_spmd
+    from ssl_jax.step import Program
 
-    spmd = make_spmd(devices=jax.devices()[:1])
-    method, optimizer, rate = assemble(config, Schedule(100, 1000), AXIS)
-    step = spmd.map(
-        make_train_step(method, optimizer, make_prepare(config), rate),
-        ("replicated", "sharded", "replicated"),
-        ("replicated", "replicated"),
-        donate=(0,),
-    )
-    n = config.batch_size
-    views = tuple(
-        jax.ShapeDtypeStruct((n, v.size, v.size, 3), np.uint8) for v in flat_views(config)
-    )
-    raw = {"id": jax.ShapeDtypeStruct((n,), np.int32), "views": views}
+    return Program(config, Schedule(100, 1000), make_spmd(devices=jax.devices()[:1]))
 
-    def make_state() -> Any:
-        return spmd.replicate(init_state(method, optimizer, config))
 
-    state = jax.eval_shape(lambda: init_state(method, optimizer, config))
-    return step, make_state, (state, raw, {})
+def shapes_of(program: Any) -> tuple[Any, Any, Any]:
+    """Shapes of the step's arguments; nothing here has labels."""
+    return program.shapes(labelled=False)
 
 
 def compiled_mib(config: Any) -> float:
     """Temporary memory of the compiled step."""
-    step, _, shapes = build(config)
-    return step.lower(*shapes).compile().memory_analysis().temp_size_in_bytes / MIB
+    program = build(config)
+    return program.lower(*shapes_of(program)).compile().memory_analysis().temp_size_in_bytes / MIB
 
 
 class Runner:
@@ -79,8 +64,9 @@ class Runner:
         import jax
         import numpy as np
 
-        self.step, make_state, (_, raw, _) = build(config)
-        self.state = make_state()
+        program = build(config)
+        _, raw, _ = shapes_of(program)
+        self.step, self.state = program.step, program.spmd.replicate(program.init())
         rng = np.random.default_rng(0)
         self.raw = jax.tree.map(
             lambda s: jax.device_put(rng.integers(0, 256, s.shape, np.uint8).astype(s.dtype)), raw
@@ -112,9 +98,10 @@ def inside(batch: int, microbatch: int, remat: bool) -> float:
     import numpy as np
 
     config = make_config(_SIZE, batch, microbatch, remat, large=False)
-    step, make_state, shapes = build(config)
-    compiled = step.lower(*shapes).compile()
-    state = make_state()
+    program = build(config)
+    shapes = shapes_of(program)
+    compiled = program.lower(*shapes).compile()
+    state = program.spmd.replicate(program.init())
     rng = np.random.default_rng(0)
     views = jax.tree.map(
         lambda s: jax.device_put(rng.integers(0, 256, s.shape, np.uint8).astype(s.dtype)), shapes[1]

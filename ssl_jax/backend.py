@@ -25,6 +25,25 @@ def tune_cpu() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --{_CPU_FLAG}={_CPU_VALUE}".strip()
 
 
+def compile_elsewhere(simulated: int = 0) -> None:
+    """Lets this machine's CPU compile for devices that are not there; call before JAX is imported.
+
+    Args:
+      simulated: devices that the CPU stands in for; 0: none, the TPU's own compiler is asked.
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Without them libtpu complains at length that this is no TPU's host.
+    quiet = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_MIN_LOG_LEVEL": "3"}
+    quiet |= {"TPU_STDERR_LOG_LEVEL": "3", "TPU_ACCELERATOR_TYPE": "v4-8"}
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    if simulated:
+        flags = os.environ.get("XLA_FLAGS", "")
+        flag = f"--xla_force_host_platform_device_count={simulated}"
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+
+
 def _cpu_only() -> bool:
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms:

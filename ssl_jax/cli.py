@@ -1,13 +1,16 @@
 """The command line: `ssl-jax COMMAND ...`, and `run_pretrain.py`."""
 
 import argparse
+import json
 import logging
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ssl_jax import __version__, backend
+from ssl_jax.chips import Topology, parse_topology
 from ssl_jax.config import load_config
 from ssl_jax.errors import UserError
 
@@ -42,6 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             epilog="example: ssl-jax views --config=configs/simclr_digits.py --out=views.png",
         )
     )
+    _add_plan(
+        commands.add_parser(
+            "plan",
+            help="compile a run for hardware that is not here: memory, time, exchanges",
+            epilog="example: ssl-jax plan --config=configs/simclr_imagenet.py:8192 "
+            "--topology=v4:4x4x4",
+        )
+    )
     _add_data(commands.add_parser("data", help="prepare images"))
     return _run(parser, argv, ["ssl-jax", *argv])
 
@@ -69,6 +80,51 @@ def _add_views(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.png", help="to write")
     parser.add_argument("--images", type=int, default=8, help="of the step's batch; default: 8")
     parser.add_argument("--step", type=int, default=0, help="whose views; default: 0, the first")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument(
+        "--topology", required=True, metavar="CHIP:SHAPE", help="v4:4x4x4, v5e:4x4, h100:8"
+    )
+    parser.add_argument(
+        "--images", type=int, default=0, help="in the training set, where it is not here to tell"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    parser.add_argument(
+        "--compare", metavar="OTHER", help="a plan that --json has written, or another topology"
+    )
+
+
+def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Prints a plan."""
+    topology = parse_topology(args.topology)
+    other = None
+    if args.compare and not Path(args.compare).exists():
+        other = parse_topology(args.compare)
+        if topology.is_tpu != other.is_tpu:
+            raise UserError("TPUs and GPUs are compiled for apart: compare with a file of --json.")
+    largest = max(t.chips for t in (topology, other) if t is not None)
+    backend.compile_elsewhere(0 if topology.is_tpu else largest)
+    # After the environment is set, which JAX reads when it is imported.
+    from ssl_jax import plan as plans
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    def of(topology: Topology) -> dict[str, Any]:
+        say(f"Compiling for {topology.name}: minutes, for a large network …")
+        config = load_config(args.config, overrides)
+        return plans.fitting(config, topology, args.images, say)
+
+    known = plans.read_plan(Path(args.compare)) if args.compare and other is None else None
+    plan = of(topology)
+    if args.json:
+        print(json.dumps(plan, indent=1))
+        return
+    print(plans.report(plan))
+    if args.compare:
+        print("\n" + plans.compare(plan, of(other) if other else known or {}))
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -116,8 +172,8 @@ def _prepare_data(args: argparse.Namespace) -> int:
 def _run(parser: argparse.ArgumentParser, argv: list[str], command: list[str]) -> int:
     overrides, rest = _split_overrides(argv)
     args = parser.parse_args(rest)
-    if overrides and args.command not in ("pretrain", "views"):
-        parser.error(f"--config.{overrides[0]} is for pretrain and views alone")
+    if overrides and args.command not in ("pretrain", "views", "plan"):
+        parser.error(f"--config.{overrides[0]} is for pretrain, views and plan alone")
     backend.tune_cpu()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     # Orbax and absl announce every step of every checkpoint.
@@ -142,6 +198,8 @@ def _run(parser: argparse.ArgumentParser, argv: list[str], command: list[str]) -
             print(f"{args.out}: {drawn} images and their views at step {args.step}")
         elif args.command == "data":
             print(f"{args.out}: {_prepare_data(args):,} images")
+        elif args.command == "plan":
+            _plan(args, overrides)
         else:
             from ssl_jax.report import write_report
 

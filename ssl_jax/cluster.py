@@ -64,6 +64,8 @@ def join(heartbeat_s: float) -> None:
         if given or _COORDINATOR in os.environ or "should be defined" not in str(error):
             raise UserError(f"The other processes can't be joined: {error}") from error
     except RuntimeError as error:
+        if "must be called before" in str(error):
+            return  # a script has used JAX by itself already
         raise UserError(
             f"The other processes can't be joined ({str(error).splitlines()[0]}): see that all "
             f"of them were started, or set {_COUNT}=1 to run alone."

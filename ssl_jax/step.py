@@ -12,10 +12,13 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import Schedule, flat_views
 from ssl_jax.data.index import stream_key, views_stream
+from ssl_jax.data.pipeline import make_prepare
 from ssl_jax.diagnostics import embedding_std
+from ssl_jax.errors import UserError
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import Batch, Method, Pytree
 from ssl_jax.optim import learning_rate_schedule, make_optimizer, peak_learning_rate
+from ssl_jax.spmd import AXIS, Spmd, device_groups
 
 # (what arrived from the host, arrays resident on the device, key of the step) -> batch with views
 Prepare = Callable[[dict[str, Any], dict[str, Array], Array], Batch]
@@ -86,6 +89,29 @@ def init_state(
         return TrainState(step, params, extra, optimizer.init(params), jax.random.key_data(key))
 
     return jax.jit(init)(jax.random.key(config.seed))
+
+
+def batch_shapes(
+    config: ConfigDict, n: int, labelled: bool = True, cropped: bool = True
+) -> dict[str, Any]:
+    """What a source yields for a step, as shapes.
+
+    Args:
+      config: of the run.
+      n: images.
+      labelled: whether they have labels.
+      cropped: whether their views come with them, as from a host source.
+
+    Returns:
+      "id", and "label" and "views" where they are there.
+    """
+    raw: dict[str, Any] = {"id": jax.ShapeDtypeStruct((n,), jnp.int32)}
+    if labelled:
+        raw["label"] = jax.ShapeDtypeStruct((n,), jnp.int32)
+    if cropped:
+        sizes = [view.size for view in flat_views(config)]
+        raw["views"] = tuple(jax.ShapeDtypeStruct((n, s, s, 3), jnp.uint8) for s in sizes)
+    return raw
 
 
 def example_batch(config: ConfigDict) -> Batch:
@@ -262,3 +288,73 @@ def make_train_step(
         return new_state, {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
 
     return train_step
+
+
+class Program:
+    """The train step of a config on a mesh: what training runs, and what a plan compiles.
+
+    Attributes:
+      method, optimizer: of the config.
+      step: compiled over the mesh; takes the state (donated), a batch from a source, and the arrays
+        that are resident on the devices, and gives the next state and metrics.
+    """
+
+    def __init__(self, config: ConfigDict, schedule: Schedule, spmd: Spmd) -> None:
+        """Assembles it; nothing is compiled yet.
+
+        Args:
+          config: of the run.
+          schedule: its length.
+          spmd: the mesh.
+
+        Raises:
+          UserError: the config can't be run on these devices.
+        """
+        groups = device_groups(spmd.size, config.model.bn_group)
+        self.batchnorm_images = batchnorm_images(config, spmd.size)
+        if self.batchnorm_images < 2:
+            raise UserError(
+                "BatchNorm would see one image at a time: make config.batch_size, "
+                "config.microbatch or config.model.bn_group larger."
+            )
+        self.config, self.spmd = config, spmd
+        self.method, self.optimizer, learning_rate = assemble(config, schedule, AXIS, groups)
+        self.step = spmd.map(
+            make_train_step(self.method, self.optimizer, make_prepare(config), learning_rate),
+            inputs=("replicated", "sharded", "replicated"),
+            outputs=("replicated", "replicated"),
+            donate=(0,),
+        )
+
+    def lower(self, *shapes: Any) -> Any:
+        """The step traced for arguments of those shapes, `jax.stages.Lowered`; not under pmap."""
+        return self.step.lower(*shapes)  # type: ignore[attr-defined]
+
+    def init(self) -> TrainState:
+        """The state before the first step, on one device; place it with `Spmd.replicate`."""
+        return init_state(self.method, self.optimizer, self.config)
+
+    def shapes(
+        self, resident: dict[str, Any] | None = None, labelled: bool = True
+    ) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
+        """The arguments of `step` as shapes with their placement, for `lower(*shapes)`.
+
+        Args:
+          resident: arrays or shapes that a source holds on the devices; None or {}: its batches
+            bring their views.
+          labelled: whether the batches have labels.
+
+        Returns:
+          State, batch and resident arrays.
+        """
+        replicated = self.spmd.sharding("replicated")
+        sharded = self.spmd.sharding("sharded")
+
+        def placed(tree: Pytree, sharding: Any) -> Pytree:
+            return jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+            )
+
+        raw = batch_shapes(self.config, self.config.batch_size, labelled, cropped=not resident)
+        state = placed(jax.eval_shape(self.init), replicated)
+        return state, placed(raw, sharded), placed(resident or {}, replicated)

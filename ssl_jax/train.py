@@ -13,21 +13,15 @@ from ssl_jax import cluster
 from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.config import from_json, is_due, run_schedule, to_json
 from ssl_jax.data.index import Index
-from ssl_jax.data.pipeline import Prefetcher, make_prepare
+from ssl_jax.data.pipeline import Prefetcher
 from ssl_jax.data.sources import Source, make_sources
 from ssl_jax.diagnostics import CollapseWatch
 from ssl_jax.errors import UserError
 from ssl_jax.evals.run import Evaluator, evaluated_variables, evaluation_table
 from ssl_jax.metrics import Fetcher, MetricsLog, NoLog, Progress
 from ssl_jax.report import write_report
-from ssl_jax.spmd import AXIS, device_groups, make_spmd
-from ssl_jax.step import (
-    TrainState,
-    assemble,
-    batchnorm_images,
-    init_state,
-    make_train_step,
-)
+from ssl_jax.spmd import make_spmd
+from ssl_jax.step import Program, TrainState
 from ssl_jax.workdir import locked, note_continuation, write_config
 
 _SHORT = (
@@ -57,11 +51,11 @@ def pretrain(config: ConfigDict, workdir: str | Path, command: str = "") -> Trai
     with contextlib.ExitStack() as folder, cluster.Stop() as stop:
         with cluster.agreed():
             # Whatever is wrong with the config shows here, before the folder is touched.
-            plan = Plan(config)
+            setup = Setup(config)
             if cluster.is_first():
                 folder.enter_context(locked(workdir))
-                write_config(workdir, plan.config, command, plan.train.fingerprint, plan.derived)
-        run = Run(plan, workdir)
+                write_config(workdir, setup.config, command, setup.train.fingerprint, setup.derived)
+        run = Run(setup, workdir)
         try:
             state = run.train(stop)
         except BaseException:
@@ -78,7 +72,7 @@ def pretrain(config: ConfigDict, workdir: str | Path, command: str = "") -> Trai
     return state
 
 
-class Plan:
+class Setup:
     """What a config comes to on these devices and this data; nothing is written yet."""
 
     def __init__(self, config: ConfigDict) -> None:
@@ -95,20 +89,9 @@ class Plan:
         self.schedule = run_schedule(config, self.train.num_examples)
         self.index = Index(self.train.num_examples, config.batch_size, config.seed)
         self.rows = self.spmd.local_rows(config.batch_size)
-        groups = device_groups(self.spmd.size, config.model.bn_group)
-        self.derived = {"batchnorm_images": batchnorm_images(config, self.spmd.size)}
-        if self.derived["batchnorm_images"] < 2:
-            raise UserError(
-                "BatchNorm would see one image at a time: make config.batch_size, "
-                "config.microbatch or config.model.bn_group larger."
-            )
-        self.method, self.optimizer, learning_rate = assemble(config, self.schedule, AXIS, groups)
-        self.train_step = self.spmd.map(
-            make_train_step(self.method, self.optimizer, make_prepare(config), learning_rate),
-            inputs=("replicated", "sharded", "replicated"),
-            outputs=("replicated", "replicated"),
-            donate=(0,),
-        )
+        self.program = Program(config, self.schedule, self.spmd)
+        self.method = self.program.method
+        self.derived = {"batchnorm_images": self.program.batchnorm_images}
 
 
 def resolve(config: ConfigDict, train: Source) -> ConfigDict:
@@ -135,41 +118,41 @@ def _among() -> str:
 
 
 class Run:
-    """A plan going on in a folder: its state, and what is written."""
+    """A run going on in a folder: its state, and what is written."""
 
-    def __init__(self, plan: Plan, workdir: Path) -> None:
+    def __init__(self, setup: Setup, workdir: Path) -> None:
         """Makes the state, restored where there is a checkpoint.
 
         Raises:
           UserError: processes don't see the same data or checkpoints; or one can't be read.
         """
-        self.plan, self.config, total = plan, plan.config, plan.schedule.total_steps
-        self.evaluator = Evaluator(plan.config, plan.spmd, plan.train, plan.test)
+        self.setup, self.config, total = setup, setup.config, setup.schedule.total_steps
+        self.evaluator = Evaluator(setup.config, setup.spmd, setup.train, setup.test)
         self.fetch = Fetcher()
         # A loss that starts at that of constant outputs leaves it once the rate has risen.
-        patience = plan.schedule.every(max(1.0, plan.config.optim.warmup_epochs))
+        patience = setup.schedule.every(max(1.0, setup.config.optim.warmup_epochs))
         self.watch = CollapseWatch(
-            plan.method.trivial_loss, max(patience, plan.config.optim.frozen_steps)
+            setup.method.trivial_loss, max(patience, setup.config.optim.frozen_steps)
         )
         self.first, self.stopped = cluster.is_first(), False
         out = None if self.first else open(os.devnull, "w")  # closed with the process
-        self.progress = Progress(total, plan.config.batch_size, out)
-        self.checkpoints = Checkpoints(workdir / "checkpoints", plan.config.checkpoint.keep)
-        self.resident = plan.spmd.replicate(plan.train.resident())
-        initial = init_state(plan.method, plan.optimizer, plan.config)
-        self.state = plan.spmd.replicate(initial)
+        self.progress = Progress(total, setup.config.batch_size, out)
+        self.checkpoints = Checkpoints(workdir / "checkpoints", setup.config.checkpoint.keep)
+        self.resident = setup.spmd.replicate(setup.train.resident())
+        initial = setup.program.init()
+        self.state = setup.spmd.replicate(initial)
         # The untrained encoder, a baseline at the end, waits on the host.
-        layer = plan.config.eval.projector_layer
+        layer = setup.config.eval.projector_layer
         self.initial = jax.device_get(evaluated_variables(initial, layer))
         self.start = self.checkpoints.latest_step or 0
         cluster.require_same(
-            {"training set": plan.train.fingerprint, "newest checkpoint": str(self.start)}
+            {"training set": setup.train.fingerprint, "newest checkpoint": str(self.start)}
         )
         if self.start:
             self.state = self.checkpoints.restore(self.start, self.state)
             self.progress.note(f"Continuing from step {self.start} of {total}.")
             if self.first and self.start < total:
-                self.note_changes(note_continuation(workdir, self.start, plan.derived))
+                self.note_changes(note_continuation(workdir, self.start, setup.derived))
         elif (workdir / "metrics.jsonl").exists():
             self.progress.note(
                 "The run was broken off before its first checkpoint: it starts anew."
@@ -180,18 +163,18 @@ class Run:
 
     def summary(self) -> str:
         """What is run, in a line."""
-        plan, config = self.plan, self.config
+        setup, config = self.setup, self.config
         encoder = jax.tree.leaves(self.state.params["encoder"])
         device = jax.devices()[0]
-        warmup = round(config.optim.warmup_epochs * plan.schedule.steps_per_epoch)
-        short = warmup >= plan.schedule.total_steps
+        warmup = round(config.optim.warmup_epochs * setup.schedule.steps_per_epoch)
+        short = warmup >= setup.schedule.total_steps
         return (
             f"{config.method}, ResNet-{config.model.depth} ×{config.model.width:g} "
             f"({sum(leaf.size for leaf in encoder) / 1e6:.3g} M parameters), "
-            f"{plan.train.num_examples:,} images, batch {config.batch_size} on {plan.spmd.size} × "
-            f"{device.device_kind}{self.cut()}{_among()}, BatchNorm over "
-            f"{plan.derived['batchnorm_images']} images, "
-            f"{plan.schedule.total_steps:,} steps; the first step compiles."
+            f"{setup.train.num_examples:,} images, batch {config.batch_size} on "
+            f"{setup.spmd.size} × {device.device_kind}{self.cut()}{_among()}, BatchNorm over "
+            f"{setup.derived['batchnorm_images']} images, "
+            f"{setup.schedule.total_steps:,} steps; the first step compiles."
             + (_SHORT.format(warmup) if short else "")
         )
 
@@ -214,14 +197,14 @@ class Run:
 
     def train(self, stop: cluster.Stop) -> TrainState:
         """Steps from where the run stands to its end, or to where it is asked to stop."""
-        plan, config, total = self.plan, self.config, self.plan.schedule.total_steps
-        knn_every = plan.schedule.every(config.eval.knn_every_epochs)
-        save_every = plan.schedule.every(config.checkpoint.every_epochs)
+        setup, config, total = self.setup, self.config, self.setup.schedule.total_steps
+        knn_every = setup.schedule.every(config.eval.knn_every_epochs)
+        save_every = setup.schedule.every(config.checkpoint.every_epochs)
         pending: dict[str, jax.Array] | None = None
-        place = plan.spmd.place_batch
-        with Prefetcher(plan.train, plan.index, plan.rows, place, self.start, total) as batches:
+        place = setup.spmd.place_batch
+        with Prefetcher(setup.train, setup.index, setup.rows, place, self.start, total) as batches:
             for step in range(self.start + 1, total + 1):
-                self.state, metrics = plan.train_step(self.state, batches.next(), self.resident)
+                self.state, metrics = setup.program.step(self.state, batches.next(), self.resident)
                 if step == self.start + 1:
                     # The first step compiles; rates and ETA are of those that follow.
                     jax.block_until_ready(metrics)
@@ -247,7 +230,7 @@ class Run:
 
     def finish(self, workdir: Path) -> None:
         """Evaluates the run and writes its report; a run that was done already only reports."""
-        done = self.start == self.plan.schedule.total_steps
+        done = self.start == self.setup.schedule.total_steps
         if not (done and (workdir / "evaluation.json").exists()):
             self.progress.note("Evaluating the frozen encoder and its baselines.")
             self.evaluator.finish(workdir, self.initial, self.state)
@@ -255,14 +238,14 @@ class Run:
             return
         for line in evaluation_table(workdir):
             self.progress.note(line)
-        bad = self.plan.train.bad
+        bad = self.setup.train.bad
         if bad:
             self.progress.note(f"{len(bad)} images can't be read and were replaced: {bad[0]} …")
         self.progress.note(f"Report: {write_report(workdir)}")
 
     def note_stop(self, state: TrainState) -> None:
         """Says where the run was stopped and how it goes on."""
-        total = self.plan.schedule.total_steps
+        total = self.setup.schedule.total_steps
         done = "" if self.stopped else ", before it was evaluated"
         self.progress.note(
             f"Stopped by SIGTERM at step {int(state.step)} of {total}{done}; "
@@ -296,7 +279,7 @@ class Run:
             self.progress.note(warning)
         knn = measured.get("knn")
         accuracy = "" if knn is None else f"  kNN {100 * knn:.2f} %"
-        total = self.plan.schedule.total_steps
+        total = self.setup.schedule.total_steps
         self.progress.note(f"step {step}/{total}{accuracy}  RankMe {measured['rankme']:.1f}")
         return knn
 

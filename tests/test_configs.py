@@ -13,8 +13,8 @@ from ssl_jax.config import Schedule, flat_views, load_config
 from ssl_jax.data.pipeline import Prefetcher
 from ssl_jax.errors import UserError
 from ssl_jax.optim import learning_rate_schedule
-from ssl_jax.step import assemble, example_batch, init_state
-from ssl_jax.train import Plan
+from ssl_jax.step import assemble, example_batch
+from ssl_jax.train import Setup
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("*.py"))
@@ -138,10 +138,10 @@ def test_a_toy_step_from_a_tfds_build(file, prepared):
     if file.stem.endswith("_cifar10"):
         config.data.update(name="tfds", dataset="cifar10", test_split="test")
     shrink(config)
-    plan = Plan(config)
-    assert plan.test.num_examples == plan.train.num_examples == 72
-    assert plan.config.data.num_classes == (10 if "cifar" in file.stem else 1000)
-    state = plan.spmd.replicate(init_state(plan.method, plan.optimizer, plan.config))
-    with Prefetcher(plan.train, plan.index, plan.rows, plan.spmd.place_batch, 0, 1) as batches:
-        state, metrics = plan.train_step(state, batches.next(), {})
+    setup = Setup(config)
+    assert setup.test.num_examples == setup.train.num_examples == 72
+    assert setup.config.data.num_classes == (10 if "cifar" in file.stem else 1000)
+    state = setup.spmd.replicate(setup.program.init())
+    with Prefetcher(setup.train, setup.index, setup.rows, setup.spmd.place_batch, 0, 1) as batches:
+        state, metrics = setup.program.step(state, batches.next(), {})
     assert np.isfinite(float(metrics["loss"])) and int(state.step) == 1

@@ -1,0 +1,98 @@
+"""Accelerators and how they are joined, by their makers' figures; nothing here imports JAX."""
+
+import dataclasses
+import math
+import re
+
+from ssl_jax.config import did_you_mean
+from ssl_jax.errors import UserError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a chip can do, by its maker.
+
+    Attributes:
+      peak: bfloat16 FLOP/s.
+      memory: bytes.
+      bandwidth: of the memory, bytes/s.
+      link: bytes/s that it sends to its neighbours, all links together, one way.
+      cores: that are devices of their own, on a real machine.
+      compile_as: libtpu's name of the configuration in which a real machine runs; "": its default.
+      axes: of the torus; 0 for a GPU.
+    """
+
+    peak: float
+    memory: int
+    bandwidth: float
+    link: float
+    cores: int = 1
+    compile_as: str = ""
+    axes: int = 0
+
+
+# TPUs: cloud.google.com/tpu/docs/v3 … v6e and, for v3's and v4's links, Jouppi et al.,
+# arXiv:2304.01433; GPUs: NVIDIA's data sheets (SXM; dense bfloat16; NVLink one way).
+CHIPS = {
+    "v3": Chip(123e12, 32 * GIB, 900e9, 280e9, cores=2, axes=2),
+    "v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, compile_as="megacore", axes=3),
+    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, axes=2),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, axes=3),
+    "v6e": Chip(918e12, 32 * GIB, 1640e9, 400e9, axes=2),
+    "a100": Chip(312e12, 80 * 10**9, 2039e9, 300e9),
+    "h100": Chip(989e12, 80 * 10**9, 3350e9, 450e9),
+    "h200": Chip(989e12, 141 * 10**9, 4800e9, 450e9),
+}
+BETWEEN_HOSTS = 50e9  # bytes/s of a GPU beyond its host of eight: 400 Gbit/s each
+GPUS_OF_A_HOST = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Chips and how they are joined.
+
+    Attributes:
+      name: as given, `v4:4x4x4` or `h100:8`.
+      chip: each of them.
+      shape: of the torus, or the number of GPUs.
+    """
+
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def chips(self) -> int:
+        """How many there are."""
+        return math.prod(self.shape)
+
+    @property
+    def is_tpu(self) -> bool:
+        """Whether libtpu compiles for it."""
+        return self.chip.axes > 0
+
+
+# Of what --topology takes, for messages.
+EXAMPLES = (
+    "v3, v5e and v6e take two numbers such as v5e:4x4, v4 and v5p three such as v4:4x4x4, "
+    "a100, h100 and h200 a count such as h100:8"
+)
+
+
+def parse_topology(name: str) -> Topology:
+    """Reads `GENERATION:SHAPE`.
+
+    Raises:
+      UserError: an unknown generation or a shape that it doesn't take.
+    """
+    kind, _, shape = name.partition(":")
+    if kind not in CHIPS:
+        raise UserError(f"--topology={name} names no known chip.{did_you_mean(kind, CHIPS)}")
+    chip = CHIPS[kind]
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or shape.count("x") + 1 != max(
+        chip.axes, 1
+    ):
+        raise UserError(f"--topology={name} has no shape that {kind} comes in: {EXAMPLES}.")
+    return Topology(name, chip, tuple(int(n) for n in shape.split("x")))

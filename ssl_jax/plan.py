@@ -1,0 +1,512 @@
+"""Ahead of time: the train step compiled for hardware that is not there, and what it will cost.
+
+For TPUs the real compiler (libtpu) compiles on any CPU the very program that training would run;
+for GPUs as many simulated devices stand in, and what they say of memory and time is an estimate.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from ml_collections import ConfigDict
+
+from ssl_jax.chips import (
+    BETWEEN_HOSTS,
+    EXAMPLES,
+    GIB,
+    GPUS_OF_A_HOST,
+    Topology,
+)
+from ssl_jax.config import flat_views, run_schedule
+from ssl_jax.data.sources import make_sources
+from ssl_jax.errors import UserError
+from ssl_jax.spmd import make_spmd
+from ssl_jax.step import Program
+
+_KINDS = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8}
+_BYTES |= {"f64": 8, "c64": 8}  # all others: 4
+# Data sets that a plan knows without having them: images in the training split, classes.
+_DATASETS = {"imagenet2012": (1_281_167, 1000), "cifar10": (50_000, 10), "cifar100": (50_000, 100)}
+_HOP_S = 1e-6  # latency of a hop between neighbouring chips (Google, "How to Scale Your Model")
+
+
+def devices_of(topology: Topology) -> list[jax.Device]:
+    """Devices to compile for; on a real machine as many are seen.
+
+    Raises:
+      UserError: libtpu is missing or knows no such slice; or too few devices are simulated.
+    """
+    if not topology.is_tpu:
+        have = jax.devices()
+        if len(have) < topology.chips:
+            raise UserError(
+                f"{topology.name} is simulated by {topology.chips} devices, and there are "
+                f"{len(have)}: set XLA_FLAGS to "
+                f"--xla_force_host_platform_device_count={topology.chips}."
+            )
+        return have[: topology.chips]
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "A plan for TPUs needs their compiler, which is not installed: install the extra "
+            "'plan', pip install -c constraints.txt -e '.[plan]' in a clone."
+        )
+    options = {"chip_config_name": topology.chip.compile_as} if topology.chip.compile_as else {}
+    try:
+        described = topologies.get_topology_desc(topology.name, platform="tpu", **options)
+    except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--topology={topology.name} is no slice that libtpu knows ({reason}): {EXAMPLES}."
+        ) from error
+    return list(described.devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collectives:
+    """One kind of exchange between devices in a step.
+
+    Attributes:
+      kind: XLA's name.
+      count: how often it happens.
+      bytes: of what a device has afterwards, all of them together.
+    """
+
+    kind: str
+    count: int
+    bytes: int
+
+
+def collectives(program: str) -> list[Collectives]:
+    """The exchanges of a compiled step, by kind.
+
+    Args:
+      program: its text, `compiled.as_text()`. Those inside loops count as often as the loop is
+        known to run.
+    """
+    found: dict[str, list[int]] = {}
+    for line, times in _lines(program):
+        match = re.search(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(", line)
+        if match is None:
+            continue
+        shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+        if match[3] and match[2] == "all-gather" and len(shapes) % 2 == 0:
+            shapes = shapes[len(shapes) // 2 :]  # operands, then results
+        total = found.setdefault(match[2], [0, 0])
+        total[0] += times
+        total[1] += times * sum(_size(kind, dimensions) for kind, dimensions in shapes)
+    return [Collectives(kind, *found[kind]) for kind in _KINDS if kind in found]
+
+
+def _size(kind: str, dimensions: str) -> int:
+    return _BYTES.get(kind, 4) * math.prod(int(d) for d in dimensions.split(",") if d)
+
+
+def _lines(program: str) -> Iterator[tuple[str, int]]:
+    """Every instruction with how often it runs."""
+    bodies: dict[str, list[str]] = {}
+    entry, current = "", ""
+    for line in program.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if head and not line.startswith(" "):
+            current = head[2]
+            bodies[current] = []
+            entry = current if head[1] else entry
+        elif current:
+            bodies[current].append(line)
+    times: dict[str, int] = {}
+
+    def visit(name: str, count: int) -> None:
+        times[name] = times.get(name, 0) + count
+        for line in bodies.get(name, ()):
+            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+            inside = count * int(trips[1]) if trips and " while(" in line else count
+            for called in re.findall(r"(?:body|calls|to_apply|async_execution)=%?([\w.\-]+)", line):
+                visit(called, inside)
+            for group in re.findall(r"(?:branch|called)_computations=\{(.*?)\}", line):
+                for called in group.split(","):
+                    visit(called.strip().lstrip("%"), count)
+
+    visit(entry, 1)
+    for name, lines in bodies.items():
+        for line in lines:
+            if name in times:
+                yield line, times[name]
+
+
+def traced_flops(function: Callable[..., Any], *shapes: Any) -> float:
+    """FLOPs of the convolutions and products of a function, on all devices together.
+
+    Counted on what JAX traces, two for a multiplication and an addition, loops as often as they
+    run. Elementwise work is left out; so is what the compiler adds or removes.
+
+    Args:
+      function: of arrays.
+      *shapes: of its arguments.
+    """
+    return _count(jax.make_jaxpr(function)(*shapes).jaxpr)
+
+
+def _count(jaxpr: Any) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, parameters = equation.primitive.name, equation.params
+        if name == "conv_general_dilated":
+            kernel = equation.invars[1].aval
+            channels = kernel.shape[parameters["dimension_numbers"].rhs_spec[0]]
+            out = math.prod(equation.outvars[0].aval.shape)
+            # Of a strided convolution's gradient most products are with zeros between the pixels.
+            zeros = math.prod(parameters["lhs_dilation"])
+            total += 2 * out * math.prod(kernel.shape) / channels / zeros
+            continue
+        if name == "dot_general":
+            (contracted, _), _ = parameters["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += (
+                2
+                * math.prod(equation.outvars[0].aval.shape)
+                * math.prod(shape[axis] for axis in contracted)
+            )
+            continue
+        inner = [_count(inside) for inside in _inside(parameters)]
+        if name == "cond":
+            total += max(inner, default=0.0)
+        elif name == "scan":
+            total += parameters["length"] * sum(inner)
+        elif name == "shard_map":
+            total += parameters["mesh"].size * sum(inner)
+        else:
+            total += sum(inner)
+    return total
+
+
+def _inside(parameters: dict[str, Any]) -> Iterator[Any]:
+    """The traced functions that an operation calls."""
+    for value in parameters.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(item, "eqns"):
+                yield item
+            elif hasattr(item, "jaxpr"):
+                yield item.jaxpr
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a plan needs to know of the training set: its size, and what lies on the devices."""
+
+    images: int
+    classes: int
+    resident: dict[str, Any]
+
+
+def describe_data(config: ConfigDict, images: int = 0) -> Data:
+    """The training set of a config, which need not be there for well-known ones.
+
+    Args:
+      config: of the run.
+      images: how many there are; 0: as the data set's name or files say.
+
+    Raises:
+      UserError: nothing says how many.
+    """
+    dataset = config.data.dataset.partition("/")[0].partition(":")[0]
+    if config.data.name == "tfds" and config.data.split == "train" and dataset in _DATASETS:
+        known, classes = _DATASETS[dataset]
+        return Data(images or known, config.data.num_classes or classes, {})
+    if images:
+        return Data(images, config.data.num_classes or 1000, {})
+    try:
+        source, _ = make_sources(config)
+    except UserError as error:
+        raise UserError(f"{error} A plan without the data takes --images=NUMBER.") from error
+    shapes = {
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype)
+        for name, array in source.resident().items()
+    }
+    return Data(source.num_examples, config.data.num_classes or source.num_classes, shapes)
+
+
+def make_plan(config: ConfigDict, topology: Topology, images: int = 0) -> dict[str, Any]:
+    """Compiles the train step of a config for a topology.
+
+    Args:
+      config: of the run.
+      topology: of `parse_topology`.
+      images: in the training set, where the data is not there to tell.
+
+    Returns:
+      What `report` prints, as plain JSON types: bytes, seconds, FLOPs of one device and step.
+
+    Raises:
+      UserError: the config can't run on these devices.
+    """
+    data = describe_data(config, images)
+    devices = devices_of(topology)
+    config.data.num_classes = data.classes
+    spmd = make_spmd(devices=devices, batch_size=config.batch_size, microbatch=config.microbatch)
+    schedule = run_schedule(config, data.images)
+    program = Program(config, schedule, spmd)
+    shapes = program.shapes(data.resident, labelled=data.classes > 0)
+    plan: dict[str, Any] = {
+        "topology": topology.name,
+        "estimate": not topology.is_tpu,
+        "chips": topology.chips,
+        "devices": len(devices),
+        "devices_of_a_chip": topology.chip.cores,
+        "memory_of_a_device": topology.chip.memory // topology.chip.cores,
+        "method": config.method,
+        "model": f"ResNet-{config.model.depth}, width {config.model.width:g}"
+        + ", selective kernels" * config.model.sk,
+        "dtype": config.dtype,
+        "batch": config.batch_size,
+        "batch_of_a_device": config.batch_size // len(devices),
+        "microbatch": config.microbatch,
+        "remat": config.remat,
+        "batchnorm_images": program.batchnorm_images,
+        "steps": schedule.total_steps,
+        "views": len(flat_views(config)),
+        "traced_flops": traced_flops(program.step, *shapes) / len(devices),
+        "model_flops_of_an_image": model_flops(program),
+    }
+    try:
+        compiled = program.lower(*shapes).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return plan | {"fits": False, "memory": _exceeded(str(error))}
+    plan |= _measure(compiled, plan)
+    return plan | _times(plan, topology)
+
+
+def _exceeded(message: str) -> dict[str, int]:
+    """What the compiler says that a program which doesn't fit would need."""
+    used = re.search(r"Used ([\d.]+)([KMGT]) of", message)
+    size = float(used[1]) * 1024 ** ("KMGT".index(used[2]) + 1) if used else 0
+    return {"peak": round(size)}
+
+
+def _measure(compiled: Any, plan: dict[str, Any]) -> dict[str, Any]:
+    """What the compiled program says of itself."""
+    memory = compiled.memory_analysis()
+    cost = compiled.cost_analysis()
+    kinds = {
+        "arguments": memory.argument_size_in_bytes,
+        "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
+    }
+    kinds["peak"] = sum(kinds.values())
+    pieces = plan["batch"] // (plan["microbatch"] or plan["batch"])
+    return {
+        "memory": kinds,
+        "fits": kinds["peak"] <= plan["memory_of_a_device"],
+        # The compiler counts the body of a loop over microbatches once.
+        "compiled_flops": float(cost.get("flops", 0.0)) if pieces == 1 else None,
+        "bytes_moved": pieces * float(cost.get("bytes accessed", 0.0)),
+        "collectives": [dataclasses.asdict(c) for c in collectives(compiled.as_text())],
+    }
+
+
+def _times(plan: dict[str, Any], topology: Topology) -> dict[str, Any]:
+    """The roofline: seconds of a step by what they would go to, and of the run."""
+    chip = topology.chip
+    beyond = not topology.is_tpu and topology.chips > GPUS_OF_A_HOST
+    link = (BETWEEN_HOSTS if beyond else chip.link) / chip.cores
+    hops = sum(n // 2 for n in topology.shape) if topology.is_tpu else 1
+    exchange = 0.0
+    for found in plan["collectives"]:
+        twice = 2 if found["kind"] == "all-reduce" else 1  # scattered, then gathered
+        exchange += twice * (found["bytes"] / link + found["count"] * hops * _HOP_S)
+    seconds = {
+        "compute": plan["traced_flops"] / (chip.peak / chip.cores),
+        "memory": plan["bytes_moved"] / (chip.bandwidth / chip.cores),
+        "interconnect": exchange if plan["devices"] > 1 else 0.0,
+    }
+    bounds = [max(seconds.values()), sum(seconds.values())]
+    hours = [plan["steps"] * bound / 3600 for bound in bounds]
+    return {
+        "seconds": seconds,
+        "step_seconds": bounds,
+        "hours": hours,
+        "chip_hours": [plan["chips"] * h for h in hours],
+    }
+
+
+def model_flops(program: Program) -> float:
+    """FLOPs of training the encoder on all views of an image: three times those of a forward pass.
+
+    ResNet-50 at 224 pixels: 24.5 GFLOP per view.
+    """
+    config, method = program.config, program.method
+    state = jax.eval_shape(program.init)
+
+    @functools.cache
+    def forward(size: int) -> float:
+        images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+
+        def features(params: Any, stats: Any, x: Any) -> Any:
+            return method.features(params, stats, x)
+
+        return traced_flops(features, state.params, state.extra["batch_stats"], images)
+
+    return 3 * sum(forward(view.size) for view in flat_views(config))
+
+
+def fitting(
+    config: ConfigDict, topology: Topology, images: int = 0, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """A plan; where it doesn't fit, that of the largest microbatch that does, found by compiling.
+
+    Args:
+      config: of the run.
+      topology: of `parse_topology`.
+      images: as in `make_plan`.
+      say: told of each attempt.
+
+    Returns:
+      The plan of the config, with "fitting", the other plan or None, where it doesn't fit.
+    """
+    plan = make_plan(config, topology, images)
+    if plan["fits"]:
+        return plan
+    batch, devices = config.microbatch or config.batch_size, plan["devices"]
+    sizes = [
+        size
+        for size in range(batch - devices, 0, -devices)
+        if config.batch_size % size == 0 and size % devices == 0
+    ]
+    # Memory grows with the microbatch: halve the range.
+    low, high, best = 0, len(sizes), None
+    while low < high:
+        middle = (low + high) // 2
+        say(f"It doesn't fit; trying config.microbatch={sizes[middle]} …")
+        attempt = ConfigDict(config.to_dict())
+        attempt.microbatch = sizes[middle]
+        tried = make_plan(attempt, topology, images)
+        if tried["fits"]:
+            best, high = tried, middle
+        else:
+            low = middle + 1
+    return plan | {"fitting": best}
+
+
+def report(plan: dict[str, Any]) -> str:
+    """A plan in lines for people."""
+    lines = [f"{name:<22}{text}" for name, text in _rows(plan)]
+    if "fitting" in plan:
+        best = plan["fitting"]
+        lines += ["", "It does not fit."]
+        if best is None:
+            lines.append("No microbatch fits either: use more chips, or config.remat=True.")
+        else:
+            lines += [f"It fits with --config.microbatch={best['microbatch']}:", "", report(best)]
+    return "\n".join(lines)
+
+
+def _rows(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    cores = plan["devices_of_a_chip"]
+    about = "about " if plan["estimate"] else ""
+    yield (
+        "topology",
+        f"{plan['topology']}: {plan['chips']} chips, {plan['devices']} devices as compiled and as "
+        f"a real {'slice' if not plan['estimate'] else 'machine'} shows them"
+        + (f" ({cores} of a chip)" if cores > 1 else ""),
+    )
+    yield "run", f"{plan['method']}, {plan['model']}, {plan['dtype']}, {plan['steps']:,} steps"
+    micro = f", in microbatches of {plan['microbatch']}" if plan["microbatch"] else ""
+    yield (
+        "batch",
+        f"{plan['batch']:,}, {plan['batch_of_a_device']} of a device, {plan['views']} views each"
+        f"{micro}; BatchNorm over {plan['batchnorm_images']:,} images",
+    )
+    memory, whole = plan["memory"], plan["memory_of_a_device"]
+    kinds = ", ".join(f"{name} {n / GIB:.2f}" for name, n in memory.items() if name != "peak")
+    fits = "fits" if plan["fits"] else "DOES NOT FIT"
+    yield (
+        "memory",
+        f"{about}{memory['peak'] / GIB:.2f} of {whole / GIB:.1f} GiB of a device"
+        f"{f' ({kinds})' if kinds else ''}: {fits}",
+    )
+    model = plan["model_flops_of_an_image"] * plan["batch_of_a_device"]
+    per_view = plan["model_flops_of_an_image"] / plan["views"] / 1e9
+    yield (
+        "FLOPs of a step",
+        f"{plan['traced_flops'] / 1e12:.3g} T of a device, {plan['traced_flops'] / model:.3f} of "
+        f"the encoder's {per_view:.3g} GFLOP per view",
+    )
+    if "seconds" not in plan:
+        return
+    if plan["compiled_flops"]:
+        ratio = plan["compiled_flops"] / model
+        yield "", f"{plan['compiled_flops'] / 1e12:.3g} T by the compiler's count ({ratio:.3f})"
+    per_image = plan["bytes_moved"] / plan["batch_of_a_device"] / plan["views"]
+    yield (
+        "bytes moved",
+        f"{plan['bytes_moved'] / 1e9:.4g} GB of a device, {per_image / 1e6:.0f} MB per view",
+    )
+    for found in plan["collectives"]:
+        yield found["kind"], f"{found['count']} of {found['bytes'] / 1e6:.4g} MB together"
+    seconds = plan["seconds"]
+    yield (
+        "time of a step",
+        f"{about}{1e3 * plan['step_seconds'][0]:.1f} ms at the least; "
+        + ", ".join(f"{name} {1e3 * s:.1f}" for name, s in seconds.items()),
+    )
+    low, high = plan["hours"]
+    yield (
+        "time of the run",
+        f"{about}{low:.3g} to {high:.3g} hours (all overlapped to nothing overlapped, at peak "
+        f"rates), {plan['chip_hours'][0]:,.0f} to {plan['chip_hours'][1]:,.0f} chip-hours",
+    )
+
+
+def compare(plan: dict[str, Any], other: dict[str, Any]) -> str:
+    """Two plans side by side, with the ratio of their numbers."""
+    lines = [f"{'':<34}{plan['topology']:>16}{other['topology']:>16}{'ratio':>9}"]
+    mine, theirs = dict(_numbers(plan)), dict(_numbers(other))
+    for name in mine | theirs:
+        a, b = mine.get(name), theirs.get(name)
+        ratio = f"{b / a:.3f}" if a and b is not None else ""
+        shown = ["" if x is None else f"{x:,.4g}" for x in (a, b)]
+        lines.append(f"{name:<34}{shown[0]:>16}{shown[1]:>16}{ratio:>9}")
+    return "\n".join(lines)
+
+
+def _numbers(plan: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    yield "devices", plan["devices"]
+    yield "batch", plan["batch"]
+    for name, size in plan["memory"].items():
+        yield f"memory, {name} [GiB]", size / GIB
+    yield "FLOPs of a device [T]", plan["traced_flops"] / 1e12
+    if "seconds" not in plan:
+        return
+    yield "bytes moved [GB]", plan["bytes_moved"] / 1e9
+    for found in plan["collectives"]:
+        yield f"{found['kind']}, count", found["count"]
+        yield f"{found['kind']} [MB]", found["bytes"] / 1e6
+    for name, seconds in plan["seconds"].items():
+        yield f"{name} [ms]", 1e3 * seconds
+    yield "chip-hours, at the least", plan["chip_hours"][0]
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """A plan that `--json` wrote.
+
+    Raises:
+      UserError: it is none.
+    """
+    try:
+        plan: dict[str, Any] = json.loads(path.read_text())
+        dict(_numbers(plan))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no plan that --json wrote ({error}).") from error
+    return plan
