@@ -17,8 +17,8 @@ quickstart: .venv/.core  ## pretrain on a CPU in minutes; the report is runs/qui
 test: lint types contracts  ## all that CI checks; the tests last
 	$(BIN)/python -m pytest -n 2
 
-peers: .venv-peers/.done  ## what other packages compute, beside ours; installs torch, which may be big
-	.venv-peers/bin/python -m pytest tests/peers
+peers: .venv-peers/.done  ## beside torchvision, and by the TPU's compiler; installs torch and libtpu, which are big
+	.venv-peers/bin/python -m pytest tests/peers tests/tpu
 
 lint: .venv/.dev  ## style
 	$(BIN)/ruff check .
@@ -49,8 +49,8 @@ clean:  ## remove caches and builds; environments and runs/ stay
 	@touch .venv/.core $@
 
 .venv-peers/.done: setup.py constraints.txt | .venv-peers/bin/pip
-	@echo "Installing ssl_jax and torch into .venv-peers (once)"
-	.venv-peers/bin/$(PIP) -e ".[peers]"
+	@echo "Installing ssl_jax, torch and libtpu into .venv-peers (once)"
+	.venv-peers/bin/$(PIP) -e ".[peers,plan]"
 	@touch $@
 
 # pip is the last that venv makes, so a venv that was broken off is made anew.

@@ -36,6 +36,8 @@ def compile_elsewhere(simulated: int = 0) -> None:
     # Without them libtpu complains at length that this is no TPU's host.
     quiet = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_MIN_LOG_LEVEL": "3"}
     quiet |= {"TPU_STDERR_LOG_LEVEL": "3", "TPU_ACCELERATOR_TYPE": "v4-8"}
+    # It locks the machine's TPU; where there is none, several may compile.
+    quiet["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
     if simulated:

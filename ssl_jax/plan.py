@@ -10,7 +10,7 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ssl_jax.chips import (
     GPUS_OF_A_HOST,
     Topology,
 )
-from ssl_jax.config import flat_views, run_schedule
+from ssl_jax.config import Schedule, flat_views, run_schedule
 from ssl_jax.data.sources import make_sources
 from ssl_jax.errors import UserError
 from ssl_jax.spmd import make_spmd
@@ -94,10 +94,16 @@ def collectives(program: str) -> list[Collectives]:
         known to run.
     """
     found: dict[str, list[int]] = {}
+    chains: set[str] = set()
     for line, times in _lines(program):
         match = re.search(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(", line)
         if match is None:
             continue
+        # A TPU's exchange may be spread over the computations beside which it goes on.
+        chain = re.search(r'chain_id="(\d+)"', line)
+        if chain and chain[1] in chains:
+            continue
+        chains.update(chain.groups() if chain else ())
         shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
         if match[3] and match[2] == "all-gather" and len(shapes) % 2 == 0:
             shapes = shapes[len(shapes) // 2 :]  # operands, then results
@@ -251,11 +257,7 @@ def make_plan(config: ConfigDict, topology: Topology, images: int = 0) -> dict[s
     """
     data = describe_data(config, images)
     devices = devices_of(topology)
-    config.data.num_classes = data.classes
-    spmd = make_spmd(devices=devices, batch_size=config.batch_size, microbatch=config.microbatch)
-    schedule = run_schedule(config, data.images)
-    program = Program(config, schedule, spmd)
-    shapes = program.shapes(data.resident, labelled=data.classes > 0)
+    program, shapes, schedule = program_of(config, data, devices)
     plan: dict[str, Any] = {
         "topology": topology.name,
         "estimate": not topology.is_tpu,
@@ -285,6 +287,22 @@ def make_plan(config: ConfigDict, topology: Topology, images: int = 0) -> dict[s
         return plan | {"fits": False, "memory": _exceeded(str(error))}
     plan |= _measure(compiled, plan)
     return plan | _times(plan, topology)
+
+
+def program_of(
+    config: ConfigDict, data: Data, devices: Sequence[jax.Device]
+) -> tuple[Program, tuple[Any, ...], Schedule]:
+    """What training on such data would run on those devices, and the shapes of its arguments.
+
+    Raises:
+      UserError: the config can't run on these devices.
+    """
+    config = ConfigDict(config.to_dict())
+    config.data.num_classes = data.classes
+    spmd = make_spmd(devices=devices, batch_size=config.batch_size, microbatch=config.microbatch)
+    schedule = run_schedule(config, data.images)
+    program = Program(config, schedule, spmd)
+    return program, program.shapes(data.resident, labelled=data.classes > 0), schedule
 
 
 def _exceeded(message: str) -> dict[str, int]:

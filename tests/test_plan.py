@@ -1,0 +1,265 @@
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from test_step import ONE
+from tiny import method_config, tiny_config
+
+from ssl_jax import plan
+from ssl_jax.chips import parse_topology
+from ssl_jax.config import Schedule, load_config
+from ssl_jax.data.pipeline import Prefetcher
+from ssl_jax.errors import UserError
+from ssl_jax.spmd import AXIS, make_spmd
+from ssl_jax.step import Program
+from ssl_jax.train import Setup
+
+GPUS = parse_topology("h100:8")
+
+
+@pytest.mark.parametrize(
+    ("name", "chips", "cores"), [("v4:4x4x4", 64, 1), ("v5e:2x4", 8, 1), ("v3:4x4", 16, 2)]
+)
+def test_a_topology_is_a_chip_and_a_shape(name, chips, cores):
+    topology = parse_topology(name)
+    assert (topology.chips, topology.chip.cores, topology.is_tpu) == (chips, cores, True)
+    assert not GPUS.is_tpu and GPUS.chips == 8
+
+
+@pytest.mark.parametrize(
+    "name", ["v4:4x4", "v5e:2x4x4", "v5e:", "v5e", "h100:0", "h100:2x4", "v4:"]
+)
+def test_a_shape_that_a_chip_does_not_come_in_is_refused_with_examples(name):
+    with pytest.raises(UserError, match=r"has no shape that .* such as v4:4x4x4"):
+        parse_topology(name)
+
+
+def test_an_unknown_chip_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match="names no known chip. Did you mean 'v5p'"):
+        parse_topology("v5:2x2x2")
+
+
+def test_more_gpus_than_are_simulated_are_refused():
+    with pytest.raises(UserError, match="h100:16 is simulated by 16 devices, and there are 8"):
+        plan.devices_of(parse_topology("h100:16"))
+
+
+# What a program says of itself
+
+
+def test_exchanges_are_counted_with_their_bytes_and_as_often_as_loops_run():
+    def per_device(x):
+        gathered = jax.lax.all_gather(x, AXIS, tiled=True)
+
+        def body(carry, _):
+            return jax.lax.psum(carry * 1.5, AXIS), None
+
+        looped, _ = jax.lax.scan(body, x, None, length=5)
+        swapped = jax.lax.all_to_all(looped, AXIS, 0, 0)
+        return swapped.sum() + gathered.sum()
+
+    mapped = make_spmd().map(per_device, ("sharded",), "replicated")
+    text = mapped.lower(jax.ShapeDtypeStruct((64, 3), jnp.float32)).compile().as_text()
+    found = {c.kind: (c.count, c.bytes) for c in plan.collectives(text)}
+    assert found == {
+        "all-gather": (1, 64 * 3 * 4),
+        "all-reduce": (5, 5 * 8 * 3 * 4),
+        "all-to-all": (1, 8 * 3 * 4),
+    }
+
+
+def test_asynchronous_exchanges_count_once_and_their_results_alone():
+    text = """ENTRY %main (p: bf16[4]) -> bf16[32] {
+  %s = (bf16[4]{0:T(8)S(1)}, bf16[32]{0:T(8)}) all-gather-start(%p), dimensions={0}
+  %d = bf16[32]{0} all-gather-done(%s)
+  %r = (f32[2,3]{1,0}, f32[]) all-reduce-start(%a, %b), to_apply=%add
+}
+"""
+    found = {c.kind: (c.count, c.bytes) for c in plan.collectives(text)}
+    assert found == {"all-gather": (1, 64), "all-reduce": (1, 28)}
+
+
+def convolve(x, w, stride):
+    return jax.lax.conv_general_dilated(
+        x, w, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_flops_of_convolutions_and_of_their_gradients(stride):
+    x, w = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 5))
+    forward = 2 * 2 * (8 // stride) ** 2 * 5 * 9 * 3
+    assert plan.traced_flops(lambda x, w: convolve(x, w, stride), x, w) == forward
+    gradient = jax.grad(lambda x, w: convolve(x, w, stride).sum(), (0, 1))
+    counted = plan.traced_flops(gradient, x, w)
+    # Forward (its value is not used, but traced) and two gradients; edges are counted in full.
+    assert 3 * forward <= counted <= 3.2 * forward
+
+
+def test_flops_of_products_in_loops_and_on_all_devices():
+    def looped(x):
+        return jax.lax.scan(lambda c, _: (c @ x, None), x, None, length=7)[0]
+
+    x = jnp.zeros((4, 4))
+    assert plan.traced_flops(looped, x) == 7 * 2 * 4**3
+    mapped = make_spmd().map(lambda a: a @ a.T, ("sharded",), "sharded")
+    assert plan.traced_flops(mapped, jnp.zeros((16, 3))) == 8 * 2 * 2 * 2 * 3
+
+
+def test_resnet_50_costs_24_and_a_half_gflop_per_view():
+    config = load_config("configs/simclr_imagenet.py:256")
+    program = Program(config, Schedule(10, 100), make_spmd(devices=ONE))
+    assert plan.model_flops(program) / 2 == pytest.approx(24.5e9, rel=0.01)
+
+
+# The plan
+
+
+@pytest.mark.parametrize("source", ["digits", "folder"])
+def test_a_plan_compiles_what_training_runs(source, tmp_path):
+    config = tiny_config(batch_size=32)
+    if source == "folder":
+        from images import fill
+
+        fill(tmp_path / "images", per_class=16)
+        config.data.update(name="folder", dir=str(tmp_path / "images"))
+        config.model.width = 1 / 16
+    setup = Setup(config)
+    state = setup.spmd.replicate(setup.program.init())
+    resident = setup.spmd.replicate(setup.train.resident())
+    place = setup.spmd.place_batch
+    with Prefetcher(setup.train, setup.index, setup.rows, place, 0, 1) as batches:
+        trained = setup.program.step.lower(state, batches.next(), resident)
+    data = plan.describe_data(config)
+    program, shapes, schedule = plan.program_of(config, data, jax.devices())
+    planned = program.lower(*shapes)
+    assert planned.as_text() == trained.as_text()
+    assert "tf.aliasing_output" in trained.as_text() or "jax.buffer_donor" in trained.as_text()
+    assert schedule == setup.schedule
+
+
+def test_a_plan_for_gpus_is_an_estimate_of_everything(capsys):
+    made = plan.make_plan(method_config("moco"), GPUS, images=6400)
+    assert made["estimate"] and made["fits"]
+    assert (made["chips"], made["devices"], made["batch_of_a_device"]) == (8, 8, 8)
+    assert made["steps"] == 200
+    assert json.loads(json.dumps(made)) == made
+    kinds = {c["kind"] for c in made["collectives"]}
+    assert "all-reduce" in kinds and "all-gather" in kinds
+    low, high = made["step_seconds"]
+    assert low == max(made["seconds"].values()) < high == sum(made["seconds"].values())
+    text = plan.report(made)
+    for words in ("8 devices as compiled", "moco, ResNet-6", "about", "fits", "chip-hours", "all-"):
+        assert words in text
+    assert made["memory"]["peak"] == sum(v for k, v in made["memory"].items() if k != "peak")
+
+
+def test_loops_over_microbatches_are_counted_in_full():
+    config = tiny_config(batch_size=64)
+    whole = plan.make_plan(config, GPUS, images=6400)
+    config = tiny_config(batch_size=64, microbatch=16)
+    parts = plan.make_plan(config, GPUS, images=6400)
+    # Forward twice, backward once: 4/3 of the encoder's, beside augmentation and loss.
+    assert 1.1 < parts["traced_flops"] / whole["traced_flops"] < 1.6
+    counts = [
+        {c["kind"]: c["count"] for c in made["collectives"]}["all-reduce"]
+        for made in (whole, parts)
+    ]
+    assert counts[1] > 2 * counts[0]  # BatchNorm's, in each of four microbatches
+
+
+def test_where_it_does_not_fit_the_largest_microbatch_is_found_by_compiling(monkeypatch):
+    tried = []
+
+    def made(config, topology, images):
+        tried.append(config.microbatch)
+        size = config.microbatch or config.batch_size
+        return {"fits": size <= 24, "devices": 8, "microbatch": config.microbatch}
+
+    monkeypatch.setattr(plan, "make_plan", made)
+    config = ConfigDict({"batch_size": 192, "microbatch": 0})
+    found = plan.fitting(config, GPUS, say=lambda text: None)
+    assert found["fitting"]["microbatch"] == 24 and not found["fits"]
+    assert len(tried) <= 4
+    monkeypatch.setattr(plan, "make_plan", lambda c, t, i: made(c, t, i) | {"fits": False})
+    assert plan.fitting(config, GPUS, say=lambda text: None)["fitting"] is None
+
+
+def test_a_program_too_large_is_told_with_what_it_needs(monkeypatch):
+    made = plan.make_plan(tiny_config(), GPUS, images=6400)
+
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Ran out of memory in hbm. Used 35.02G of 31.25G hbm."
+            )
+
+    monkeypatch.setattr(Program, "lower", lambda self, *shapes: Lowered())
+    without = plan.make_plan(tiny_config(), GPUS, images=6400)
+    assert not without["fits"] and without["memory"]["peak"] == round(35.02 * 2**30)
+    assert "35.02 of 74.5 GiB of a device: DOES NOT FIT" in plan.report(without)
+    text = plan.report(without | {"fitting": made | {"microbatch": 16}})
+    assert "It fits with --config.microbatch=16" in text
+    assert "No microbatch fits" in plan.report(without | {"fitting": None})
+    assert "h100:8" in plan.compare(made, without)
+
+
+def test_data_that_is_not_there_is_known_by_name_or_number(tmp_path):
+    config = load_config("configs/simclr_imagenet.py")
+    data = plan.describe_data(config)
+    assert (data.images, data.classes, data.resident) == (1_281_167, 1000, {})
+    config.data.update(name="records", dir=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="nowhere.* takes --images=NUMBER"):
+        plan.describe_data(config)
+    assert plan.describe_data(config, 500).images == 500
+
+
+def test_a_batch_that_devices_do_not_divide_is_refused():
+    with pytest.raises(UserError, match="config.batch_size is 36, which 8 devices"):
+        plan.make_plan(tiny_config(batch_size=36), GPUS, images=640)
+
+
+def test_the_command_prints_json_and_compares(tmp_path):
+    config = tmp_path / "c.py"
+    config.write_text(
+        f"import sys\nsys.path.insert(0, {str(sys.path[0])!r})\n"
+        "from tiny import tiny_config\n\ndef get_config(variant=''):\n    return tiny_config()\n"
+    )
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "ssl_jax.cli", "plan", f"--config={config}", *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = run("--topology=h100:4", "--json")
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert made["devices"] == 4
+    (tmp_path / "four.json").write_text(done.stdout)
+    done = run("--topology=h100:2", f"--compare={tmp_path / 'four.json'}")
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("devices"))
+    assert line.split() == ["devices", "2", "4", "2.000"]
+    (tmp_path / "none.json").write_text("{}")
+    for arguments, words in (
+        (["--topology=h100:2", f"--compare={tmp_path / 'none.json'}"], "is no plan that --json"),
+        (["--topology=h100:2", "--compare=v4:2x2x1"], "compiled for apart"),
+        (["--topology=v4:2x2"], "has no shape"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+
+
+def test_a_missing_compiler_is_told(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"install the extra 'plan'"):
+        plan.devices_of(parse_topology("v5e:2x4"))
+
+
+def test_numbers_are_finite():
+    made = plan.make_plan(tiny_config(), GPUS, images=6400)
+    assert all(np.isfinite(value) for _, value in plan._numbers(made))

@@ -1,0 +1,60 @@
+"""Every method's train step through the TPU's own compiler, without a TPU."""
+
+import importlib.util
+import os
+
+import jax
+import pytest
+from tiny import METHODS, method_config
+
+from ssl_jax import backend, plan
+from ssl_jax.chips import parse_topology
+from ssl_jax.errors import UserError
+
+if importlib.util.find_spec("libtpu") is None:
+    pytest.skip("the extra `plan` (libtpu) is not installed: make peers", allow_module_level=True)
+jax.devices()  # the CPU reads its flags now; libtpu would end the process over them
+os.environ.pop("XLA_FLAGS", None)
+backend.compile_elsewhere()
+
+TOPOLOGY = parse_topology("v5e:2x4")
+# Exchanges of a step: two of each BatchNorm of the encoder (four of a projector's), the gradients
+# and the metrics together, what the loss gathers. A change here changes what a pod waits for.
+EXCHANGES = {
+    "simclr": {"all-reduce": 19, "all-gather": 2},
+    "simclr_memory": {"all-reduce": 19, "all-gather": 3},
+    "moco": {"all-reduce": 11, "all-gather": 1, "all-to-all": 2},
+    "swav": {"all-reduce": 23, "all-gather": 1},
+    "byol": {"all-reduce": 19},
+    "simsiam": {"all-reduce": 27},
+    "supervised": {"all-reduce": 11},
+}
+# Temporary memory, a tenth above what it is.
+MIB = {
+    "simclr": 4.3,
+    "simclr_memory": 6.0,
+    "moco": 5.2,
+    "swav": 6.2,
+    "byol": 7.0,
+    "simsiam": 6.2,
+    "supervised": 4.3,
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_exchanges_and_memory_of_a_step(method):
+    made = plan.make_plan(method_config(method, dtype="bfloat16"), TOPOLOGY, images=6400)
+    assert made["fits"] and not made["estimate"]
+    exchanges = {c["kind"]: c["count"] for c in made["collectives"]}
+    assert exchanges == EXCHANGES[method]
+    assert made["memory"]["temporary"] < MIB[method] * 2**20
+
+
+def test_the_compiler_refuses_a_slice_that_does_not_exist():
+    with pytest.raises(UserError, match=r"v5e:3x3 is no slice that libtpu knows \(.*v5e:4x4"):
+        plan.devices_of(parse_topology("v5e:3x3"))
+
+
+def test_v4_shows_one_device_for_a_chip():
+    assert len(plan.devices_of(parse_topology("v4:2x2x1"))) == 4
+    assert len(plan.devices_of(parse_topology("v3:2x2"))) == 8
