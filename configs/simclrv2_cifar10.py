@@ -26,7 +26,8 @@ def full() -> ConfigDict:
 def cpu() -> ConfigDict:
     """Minutes on a CPU."""
     config = cpu_cifar10_config()
-    config.simclr.update(temperature=0.2, layers=3, memory=4096, memory_momentum=0.99)
+    config.simclr.update(temperature=0.2, layers=3, memory=1024, memory_momentum=0.99)
+    config.optim.update(name="sgd", lr=0.2)
     return config
 
 

@@ -73,6 +73,10 @@ def conv_general_dilated(
     kernel: Kernel,
     strides: tuple[int, ...],
     padding: str | Pads,
+    *,
+    lhs_dilation: tuple[int, ...] = (1, 1),
+    rhs_dilation: tuple[int, ...] = (1, 1),
+    feature_group_count: int = 1,
     **unused: Any,
 ) -> Images:
     """A convolution for `flax.linen.Conv`, whose backward pass is fast in loops on a CPU too.
@@ -86,11 +90,19 @@ def conv_general_dilated(
       kernel: the weights.
       strides: vertical and horizontal, pixels.
       padding: "SAME", or pixels before and after in each direction.
+      lhs_dilation: none.
+      rhs_dilation: none.
+      feature_group_count: 1.
       **unused: what else `Conv` passes, at its defaults.
 
     Returns:
       The channels of each position, in the dtype of `x`.
+
+    Raises:
+      NotImplementedError: dilated or grouped convolutions, which no network here has.
     """
+    if {*lhs_dilation, *rhs_dilation, feature_group_count} != {1}:
+        raise NotImplementedError("Convolutions with dilation or groups need flax's own.")
     if isinstance(padding, str):
         padding = tuple(lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding))
     return _conv(x, kernel, tuple(strides), tuple(map(tuple, padding)))

@@ -1,5 +1,6 @@
 """The convolution whose backward pass is fast in loops on a CPU: its gradients are JAX's own."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,3 +54,10 @@ def test_elsewhere_the_convolutions_are_jaxs(platform):
 def test_the_choice_of_platform_costs_nothing_in_the_program():
     x, w = jnp.zeros((2, 8, 8, 4)), jnp.zeros((3, 3, 4, 4))
     assert "conditional(" not in gradients(conv_general_dilated).lower(x, w).compile().as_text()
+
+
+@pytest.mark.parametrize("options", [{"kernel_dilation": 2}, {"feature_group_count": 2}])
+def test_other_convolutions_are_refused(options):
+    conv = nn.Conv(4, (3, 3), conv_general_dilated=conv_general_dilated, **options)
+    with pytest.raises(NotImplementedError, match="dilation or groups"):
+        conv.init(jax.random.key(0), jnp.zeros((1, 8, 8, 4)))
