@@ -27,7 +27,7 @@ def cpu() -> ConfigDict:
     """Minutes on a CPU."""
     config = cpu_cifar10_config()
     config.simclr.update(temperature=0.2, layers=3, memory=1024, memory_momentum=0.99)
-    config.optim.update(name="sgd", lr=0.2)
+    config.optim.lr = 0.5
     return config
 
 

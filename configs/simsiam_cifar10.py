@@ -54,7 +54,9 @@ def cpu() -> ConfigDict:
     """Minutes on a CPU."""
     config = cpu_cifar10_config()
     config.method = "simsiam"
+    config.batch_size = 64
     config.simsiam.update(hidden=256, out=256, predictor_hidden=64)
+    config.optim.update(name="sgd", lr=0.1, weight_decay=5e-4)
     return config
 
 
