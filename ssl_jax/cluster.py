@@ -121,9 +121,14 @@ def agreed() -> Iterator[None]:
     text[: len(sentence)] = sentence
     for told in gather(text):
         if told.any():
-            shared = UserError(bytes(told[told > 0]).decode(errors="replace"))
-            shared.told_here = is_first()
-            raise shared
+            raise _agreed_error(bytes(told[told > 0]).decode(errors="replace"))
+
+
+def _agreed_error(sentence: str) -> UserError:
+    """An error that all processes raise, and one tells."""
+    error = UserError(sentence)
+    error.agreed, error.told_here = True, is_first()
+    return error
 
 
 def require_same(values: dict[str, str]) -> None:
@@ -140,30 +145,28 @@ def require_same(values: dict[str, str]) -> None:
     for number, name in enumerate(names):
         other = np.flatnonzero(seen[:, number] != seen[0, number])
         if len(other):
-            error = UserError(
+            raise _agreed_error(
                 f"Process {other[0]} sees another {name} than process 0: all hosts need the same "
                 "data, and one --workdir on a file system that they share."
             )
-            error.told_here = is_first()
-            raise error
 
 
 @contextlib.contextmanager
 def alone_on_failure() -> Iterator[None]:
-    """Ends this process at once, with code 1, when something fails that the others don't know of.
+    """Ends this process at once when something fails that the others don't know of.
 
     Leaving as usual would wait for them, and they wait for this one in a collective. What all
-    processes have agreed on (a `UserError`) leaves as usual, and so does everything where there is
-    one process.
+    processes have agreed on leaves as usual, and so does everything where there is one process.
     """
     try:
         yield
-    except UserError:
-        raise
     except BaseException as error:
-        if jax.process_count() == 1:
+        alone = jax.process_count() == 1
+        if alone or (isinstance(error, UserError) and error.agreed):
             raise
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if isinstance(error, UserError):
+            print(f"error: Process {jax.process_index()}: {error}", file=sys.stderr)
+        elif isinstance(error, jax.errors.JaxRuntimeError):
             reason = str(error).strip().splitlines()[0]
             print(
                 f"error: Process {jax.process_index()} can't go on, another one may be lost "
@@ -174,7 +177,7 @@ def alone_on_failure() -> Iterator[None]:
             traceback.print_exc()
         sys.stderr.flush()
         sys.stdout.flush()
-        os._exit(1)
+        os._exit(2 if isinstance(error, UserError) else 1)
 
 
 class StoppedError(Exception):

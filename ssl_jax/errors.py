@@ -7,7 +7,9 @@ class UserError(Exception):
     The command line prints the sentence without a stack trace and exits with code 2.
 
     Attributes:
-      told_here: whether this process prints it; of several that share the error, one does.
+      agreed: whether all processes of the run have raised it.
+      told_here: whether this process prints it; of several that have agreed on it, one does.
     """
 
+    agreed = False
     told_here = True

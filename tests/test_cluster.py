@@ -4,6 +4,7 @@ import json
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -219,3 +220,26 @@ def test_sigterm_is_kept_until_it_is_asked_for_and_raised_where_nothing_is_lost(
     assert signal.getsignal(signal.SIGTERM) is before
     with cluster.Stop() as stop, pytest.raises(cluster.StoppedError), stop.at_once():
         signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UserError("x.jpg can't be read."), 2, "error: Process 3: x.jpg can't be read."),
+        (jax.errors.JaxRuntimeError("lost\nmore"), 1, "another one may be lost (lost)"),
+        (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"),
+    ],
+)
+def test_what_fails_on_one_process_ends_it_at_once(monkeypatch, capsys, error, code, words):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(jax, "process_index", lambda: 3)
+    left = []
+    monkeypatch.setattr("os._exit", left.append)
+    with cluster.alone_on_failure():
+        raise error
+    assert left == [code] and words in capsys.readouterr().err
+    agreed = UserError("known to all")
+    agreed.agreed = True
+    with pytest.raises(UserError, match="known to all"), cluster.alone_on_failure():
+        raise agreed
+    assert left == [code]

@@ -1,0 +1,165 @@
+"""Plans of every method, compiled without hardware; tables for docs/plans.md and docs/pods.md.
+
+    python benchmarks/plans.py runs        the ImageNet recipes on two TPU generations
+    python benchmarks/plans.py exchanges   what devices exchange in a step, 8 and 128 of them
+    python benchmarks/plans.py scaling     SimCLR from 8 to 1,024 chips
+
+Needs the extra `plan`. Each plan is compiled in a process of its own, takes one to some minutes,
+and is kept in --out, so the command may be given again until the table is complete.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+V4, V5E = "v4:4x4x4", "v5e:8x8"
+RUNS = (
+    ("simclr_imagenet.py:8192", V4, ()),
+    ("simclr_imagenet.py:8192", V5E, ()),
+    ("simclrv2_imagenet.py:r152w3sk", V4, ("microbatch=512",)),
+    ("simclrv2_imagenet.py:r152w3sk", "v5p:4x4x4", ("microbatch=1024",)),
+    ("moco_imagenet.py:v2", "v4:2x2x2", ()),
+    ("moco_imagenet.py:v2", "v5e:2x4", ()),
+    ("swav_imagenet.py:4096", V4, ()),
+    ("swav_imagenet.py:4096", V5E, ()),
+    ("byol_imagenet.py", V4, ()),
+    ("byol_imagenet.py", V5E, ()),
+    ("simsiam_imagenet.py", "v4:2x2x2", ()),
+    ("simsiam_imagenet.py", "v5e:2x4", ()),
+)
+METHODS = ("simclr", "simclrv2", "moco", "swav", "byol", "simsiam", "supervised")
+OF_A_DEVICE = 32
+SLICES = ("v4:2x2x2", "v4:4x4x4", "v4:4x8x8", "v4:8x8x16")
+
+
+def plan(config: str, topology: str, overrides: tuple[str, ...], out: Path) -> dict:
+    """The plan as `ssl-jax plan --json` prints it, from `out` where it is there already."""
+    name = "_".join([config, topology, *overrides]).replace(":", "-").replace("/", "-")
+    file = out / f"{name}.json"
+    if not file.exists():
+        command = [sys.executable, "-m", "ssl_jax.cli", "plan", "--json", f"--topology={topology}"]
+        command += [f"--config={ROOT / 'configs' / config}"]
+        command += [f"--config.{override}" for override in overrides]
+        print("$", *command, file=sys.stderr, flush=True)
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{name}: {done.stderr[-2000:]}")
+        file.write_text(done.stdout)
+    return json.loads(file.read_text())
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """As Markdown."""
+    for row in [header, ["---"] * len(header), *rows]:
+        print("| " + " | ".join(row) + " |")
+
+
+def runs(out: Path) -> None:
+    """The recipes: does it fit, what does it cost."""
+    rows = []
+    for config, topology, overrides in RUNS:
+        made = plan(config, topology, overrides, out)
+        seconds, batch = made["seconds"], f"{made['batch']:,}"
+        if made["microbatch"]:
+            batch += f" by {made['microbatch']:,}"
+        model = made["model_flops_of_an_image"] * made["batch_of_a_device"]
+        times = " / ".join(f"{1e3 * seconds[kind]:.0f}" for kind in seconds)
+        rows.append(
+            [
+                config.replace("_imagenet.py", "").rstrip(":"),
+                topology,
+                batch,
+                f"{made['memory']['peak'] / 2**30:.1f} of {made['memory_of_a_device'] / 2**30:.0f}",
+                f"{made['traced_flops'] / 1e12:.3g} ({made['traced_flops'] / model:.2f})",
+                f"{made['bytes_moved'] / 1e9:.0f}",
+                ", ".join(f"{c['count']} {c['kind']}" for c in made["collectives"]),
+                times,
+                f"{made['hours'][0]:.1f}–{made['hours'][1]:.1f}",
+                f"{made['chip_hours'][0]:,.0f}–{made['chip_hours'][1]:,.0f}",
+            ]
+        )
+    print_table(
+        [
+            *("config", "topology", "batch", "GiB of a device", "TFLOP of a step and device"),
+            *(
+                "GB moved",
+                "exchanges",
+                "ms: compute / memory / interconnect",
+                "hours",
+                "chip-hours",
+            ),
+        ],
+        rows,
+    )
+
+
+def exchanges(out: Path) -> None:
+    """Of one step, by kind, on 8 and 128 devices with as many images each."""
+    rows = []
+    for method in METHODS:
+        for topology, devices in (("v5e:2x4", 8), ("v5e:8x16", 128)):
+            overrides: tuple[str, ...] = (f"batch_size={OF_A_DEVICE * devices}",)
+            made = plan(f"{method}_imagenet.py", topology, overrides, out)
+            found = {c["kind"]: c for c in made["collectives"]}
+            rows.append(
+                [method if devices == 8 else "", str(devices)]
+                + [
+                    f"{found[kind]['count']}, {found[kind]['bytes'] / 1e6:.4g} MB"
+                    if kind in found
+                    else ""
+                    for kind in ("all-reduce", "all-gather", "all-to-all")
+                ]
+            )
+    print_table(["method", "devices", "all-reduce", "all-gather", "all-to-all"], rows)
+
+
+def scaling(out: Path) -> None:
+    """SimCLR on growing slices: of one batch (strong), and of 64 images of a chip (weak)."""
+    rows = []
+    for kind in ("strong", "weak"):
+        base = None
+        for topology in SLICES:
+            chips = {"v4:2x2x2": 8, "v4:4x4x4": 64, "v4:4x8x8": 256, "v4:8x8x16": 1024}[topology]
+            batch = 4096 if kind == "strong" else 64 * chips
+            made = plan("simclr_imagenet.py", topology, (f"batch_size={batch}",), out)
+            rate = [batch / chips / seconds for seconds in reversed(made["step_seconds"])]
+            base = base or rate
+            memory = made["memory"]["peak"] / 2**30
+            rows.append(
+                [
+                    kind,
+                    topology,
+                    f"{batch:,}",
+                    f"{memory:.1f}" + ("" if made["fits"] else ", too much"),
+                    f"{1e3 * made['seconds']['compute']:.1f}",
+                    f"{1e3 * made['seconds']['memory']:.1f}",
+                    f"{1e3 * made['seconds']['interconnect']:.2f}",
+                    f"{rate[0]:,.0f}–{rate[1]:,.0f}",
+                    f"{100 * rate[0] / base[0]:.0f} %",
+                ]
+            )
+    print_table(
+        [
+            *("scaling", "slice", "batch", "GiB of a chip", "compute ms", "memory ms"),
+            *("interconnect ms", "images/s of a chip", "of the smallest slice's"),
+        ],
+        rows,
+    )
+
+
+def main() -> None:
+    """Prints the table that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    tables = {"runs": runs, "exchanges": exchanges, "scaling": scaling}
+    parser.add_argument("table", choices=tables)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "plans")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    tables[args.table](args.out)
+
+
+if __name__ == "__main__":
+    main()
