@@ -485,23 +485,31 @@ def device_rows(config: Any, images: int, rounds: int) -> list[list[str]]:
     from ssl_jax.data.pipeline import make_prepare
     from ssl_jax.step import batch_shapes
 
-    prepare, key = jax.jit(make_prepare(config)), jax.random.key(0)
-    rng = np.random.default_rng(0)
+    key, rng = jax.random.key(0), np.random.default_rng(0)
     raw = jax.tree.map(
         lambda s: jax.device_put(rng.integers(0, 256, s.shape, np.uint8).astype(s.dtype)),
         batch_shapes(config, images, labelled=False),
     )
-    jax.block_until_ready(prepare(raw, {}, key))
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        jax.block_until_ready(prepare(raw, {}, key))
-        seconds.append(time.perf_counter() - start)
+    barrier = jax.lax.optimization_barrier
+    versions = {}
+    for name, replaced in (("", barrier), (", blur fused with what made the image", lambda x: x)):
+        jax.lax.optimization_barrier = replaced
+        versions[name] = jax.jit(make_prepare(config)).lower(raw, {}, key).compile()
+    jax.lax.optimization_barrier = barrier
+    seconds: dict[str, list[float]] = {name: [] for name in versions}
+    for _ in range(rounds + 1):
+        for name, prepare in versions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(prepare(raw, {}, key))
+            seconds[name].append(time.perf_counter() - start)
     counted, whole = prepare_flops(config)
     step = step_flops(config) + whole - counted
     views, n = len(raw["views"]), config.batch_size
     return [
-        [f"ms for {views * images} views", f"{1e3 * statistics.median(seconds):,.0f}"],
+        *(
+            [f"ms for {views * images} views{name}", f"{1e3 * statistics.median(taken[1:]):,.0f}"]
+            for name, taken in seconds.items()
+        ),
         [f"GFLOP of the device half, {n} images", f"{whole / 1e9:.3g}"],
         [f"GFLOP of the train step, {n} images", f"{step / 1e9:.3g}"],
         ["share of the step", f"{whole / step:.2%}"],
