@@ -13,7 +13,7 @@ DEVICES = 2  # of each process
 CONFIG = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT / "tests")!r})
-from tiny import method_config, tiny_config
+from tiny import method_config, tiny_config, without_colour
 
 def get_config(variant=""):
     if "IDS" in os.environ:
@@ -30,7 +30,7 @@ def get_config(variant=""):
                 yield batch
 
         HostSource.batches = logged
-    return method_config(variant) if variant else tiny_config()
+    return without_colour(method_config(variant) if variant else tiny_config())
 """
 
 

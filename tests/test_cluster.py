@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from processes import CONFIG, finish, start, wait_for
-from tiny import leaves, tiny_config
+from tiny import leaves, method_config, tiny_config, without_colour
 
 from ssl_jax import cluster
 from ssl_jax.checkpoint import Checkpoints
@@ -66,7 +66,7 @@ def losses_of(workdir):
 def test_two_processes_train_as_one_does(pair, images, tmp_path):
     workdir, (first, second) = pair
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
-    config = tiny_config()
+    config = without_colour(tiny_config())
     config.update_from_flattened_dict(FOLDER | {"data.dir": str(images)})
     config.update(epochs=6.0, data={"test_dir": str(images)})
     pretrain(config, tmp_path / "alone")
@@ -154,9 +154,7 @@ def test_sigterm_to_any_process_stops_all_and_one_process_goes_on_then_four(conf
     assert 2 <= steps[0] < steps[1] < 21
     ended = finish(start(4, arguments))
     assert [code for code, *_ in ended] == [0] * 4, ended
-    from tiny import method_config
-
-    config = method_config("moco")
+    config = without_colour(method_config("moco"))
     config.update_from_flattened_dict(options)
     pretrain(config, tmp_path / "alone")
     together, alone = losses_of(tmp_path), losses_of(tmp_path / "alone")

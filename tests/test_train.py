@@ -30,10 +30,11 @@ ROOT = Path(__file__).parent.parent
 CONFIG = """
 import sys
 sys.path.insert(0, {tests!r})
-from tiny import tiny_config
+from tiny import tiny_config, without_colour
 
 def get_config(variant=""):
-    return tiny_config(epochs=3.0, batch_size=160, checkpoint=dict(every_epochs=0.4, keep=2))
+    config = tiny_config(epochs=3.0, batch_size=160, checkpoint=dict(every_epochs=0.4, keep=2))
+    return config if variant == "colour" else without_colour(config)
 """
 
 

@@ -41,6 +41,13 @@ def tiny_config(**changes):
     return config
 
 
+def without_colour(config):
+    """The config with crops alone: half of a tiny step's compilation is colour's random numbers."""
+    for each in config.views.values():
+        each.flip = each.jitter.prob = 0.0
+    return config
+
+
 def random_source(n=64, size=8, seed=0, classes=4):
     """Images whose mean brightness and a blob's place depend on the class."""
     rng = np.random.default_rng(seed)

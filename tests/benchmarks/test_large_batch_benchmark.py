@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import method_config
+from tiny import method_config, without_colour
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "large_batch.py"
 
@@ -18,7 +18,7 @@ def benchmark(monkeypatch):
     spec.loader.exec_module(module)
 
     def tiny(size, batch, microbatch, remat, large):
-        config = method_config("simclr", microbatch=microbatch, remat=remat)
+        config = without_colour(method_config("simclr", microbatch=microbatch, remat=remat))
         config.batch_size = batch
         return config
 

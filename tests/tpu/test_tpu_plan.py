@@ -5,7 +5,7 @@ import os
 
 import jax
 import pytest
-from tiny import METHODS, method_config
+from tiny import METHODS, method_config, without_colour
 
 from ssl_jax import backend, plan
 from ssl_jax.chips import parse_topology
@@ -48,6 +48,21 @@ def test_exchanges_and_memory_of_a_step(method):
     exchanges = {c["kind"]: c["count"] for c in made["collectives"]}
     assert exchanges == EXCHANGES[method]
     assert made["memory"]["temporary"] < MIB[method] * 2**20
+
+
+@pytest.mark.parametrize("method", ["simclr", "moco"])
+def test_only_gathered_embeddings_grow_with_the_devices(method):
+    exchanged = []
+    for topology, batch in ((TOPOLOGY, 64), (parse_topology("v5e:4x4"), 128)):
+        config = without_colour(method_config(method, dtype="bfloat16"))
+        config.batch_size, config.moco.queue = batch, 256
+        made = plan.make_plan(config, topology, images=6400)
+        exchanged.append({c["kind"]: c["bytes"] for c in made["collectives"]})
+    few, many = exchanged
+    assert few.keys() == many.keys()
+    for kind in few:
+        grown = 2 if kind == "all-gather" else 1
+        assert many[kind] == grown * few[kind], kind
 
 
 def test_the_compiler_refuses_a_slice_that_does_not_exist():
