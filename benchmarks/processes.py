@@ -35,7 +35,7 @@ def start(count: int, arguments: list[str]) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = os.environ | {"JAX_PLATFORMS": "cpu"}
+    common = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}  # one device each
     common |= {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost"}
     common |= {"SLURM_NTASKS": str(count), "JAX_COORDINATOR_PORT": str(port)}
     command = [sys.executable, str(ROOT / "run_pretrain.py"), *arguments]

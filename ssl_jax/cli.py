@@ -186,7 +186,7 @@ def _run(parser: argparse.ArgumentParser, argv: list[str], command: list[str]) -
 
             config = load_config(args.config, overrides)
             cluster.join(config.heartbeat_s)
-            with cluster.alone_on_failure():
+            with cluster.alone_on_failure(lambda text: print(text, file=sys.stderr)):
                 pretrain(config, args.workdir, shlex.join(command))
         elif args.command == "views":
             from ssl_jax.picture import write_views

@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -85,6 +85,12 @@ def gather(values: Any) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array))
 
 
+def pace(step_seconds: float, data_wait: float) -> dict[str, list[float]]:
+    """Every process's seconds for a step and share of time spent waiting for data, for the log."""
+    both = gather(np.array([step_seconds, data_wait], np.float32))
+    return {"process_step_s": both[:, 0].tolist(), "process_data_wait": both[:, 1].tolist()}
+
+
 def from_first(values: dict[str, float]) -> dict[str, float]:
     """The first process's numbers, on all of them; the names are the same everywhere."""
     if jax.process_count() == 1:
@@ -152,11 +158,14 @@ def require_same(values: dict[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def alone_on_failure() -> Iterator[None]:
+def alone_on_failure(tell: Callable[[str], None]) -> Iterator[None]:
     """Ends this process at once when something fails that the others don't know of.
 
     Leaving as usual would wait for them, and they wait for this one in a collective. What all
     processes have agreed on leaves as usual, and so does everything where there is one process.
+
+    Args:
+      tell: shows a text to the user.
     """
     try:
         yield
@@ -165,16 +174,15 @@ def alone_on_failure() -> Iterator[None]:
         if alone or (isinstance(error, UserError) and error.agreed):
             raise
         if isinstance(error, UserError):
-            print(f"error: Process {jax.process_index()}: {error}", file=sys.stderr)
+            tell(f"error: Process {jax.process_index()}: {error}")
         elif isinstance(error, jax.errors.JaxRuntimeError):
             reason = str(error).strip().splitlines()[0]
-            print(
+            tell(
                 f"error: Process {jax.process_index()} can't go on, another one may be lost "
-                f"({reason}): the same command, on all hosts, continues from the last checkpoint.",
-                file=sys.stderr,
+                f"({reason}): the same command, on all hosts, continues from the last checkpoint."
             )
         else:
-            traceback.print_exc()
+            tell(traceback.format_exc())
         sys.stderr.flush()
         sys.stdout.flush()
         os._exit(2 if isinstance(error, UserError) else 1)

@@ -380,7 +380,10 @@ def model_flops(program: Program) -> float:
 
 
 def fitting(
-    config: ConfigDict, topology: Topology, images: int = 0, say: Callable[[str], None] = print
+    config: ConfigDict,
+    topology: Topology,
+    images: int = 0,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """A plan; where it doesn't fit, that of the largest microbatch that does, found by compiling.
 

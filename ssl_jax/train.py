@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from ssl_jax import cluster
@@ -68,7 +67,7 @@ def pretrain(config: ConfigDict, workdir: str | Path, command: str = "") -> Trai
             if not run.stopped:
                 run.finish(workdir)
                 return state
-        run.note_stop(state)
+        run.note_stop()
     return state
 
 
@@ -144,7 +143,7 @@ class Run:
         # The untrained encoder, a baseline at the end, waits on the host.
         layer = setup.config.eval.projector_layer
         self.initial = jax.device_get(evaluated_variables(initial, layer))
-        self.start = self.checkpoints.latest_step or 0
+        self.start = self.done = self.checkpoints.latest_step or 0
         cluster.require_same(
             {"training set": setup.train.fingerprint, "newest checkpoint": str(self.start)}
         )
@@ -212,7 +211,7 @@ class Run:
                 if pending is not None:
                     # One step late: the devices are at work on the next step meanwhile.
                     self.report(step - 1, pending, batches.wait_seconds)
-                last = step == total
+                last, self.done = step == total, step
                 self.stopped = stop.asked(step) and not last
                 pending = metrics if is_due(step, config.log_every) or last else None
                 due = is_due(step, knn_every) and not self.stopped
@@ -243,12 +242,12 @@ class Run:
             self.progress.note(f"{len(bad)} images can't be read and were replaced: {bad[0]} …")
         self.progress.note(f"Report: {write_report(workdir)}")
 
-    def note_stop(self, state: TrainState) -> None:
+    def note_stop(self) -> None:
         """Says where the run was stopped and how it goes on."""
         total = self.setup.schedule.total_steps
-        done = "" if self.stopped else ", before it was evaluated"
+        unevaluated = "" if self.stopped else ", before it was evaluated"
         self.progress.note(
-            f"Stopped by SIGTERM at step {int(state.step)} of {total}{done}; "
+            f"Stopped by SIGTERM at step {self.done} of {total}{unevaluated}; "
             "the checkpoint is written, and the same command continues the run."
         )
 
@@ -265,8 +264,7 @@ class Run:
         rates: dict[str, Any] = self.progress.rates(step, waited)
         if rates and jax.process_count() > 1:
             seconds = self.config.batch_size / rates["images_per_s"]
-            own = cluster.gather(np.array([seconds, rates["data_wait"]], np.float32))
-            rates["process_step_s"], rates["process_data_wait"] = own.T.tolist()
+            rates |= cluster.pace(seconds, rates["data_wait"])
         return rates
 
     def measure(self, step: int) -> float | None:

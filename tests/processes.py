@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 DEVICES = 2  # of each process
 
-# Writes down which ids a process has read, and makes one of them slow.
+# Writes down which ids a process has read, and makes one of them slow once.
 CONFIG = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT / "tests")!r})
@@ -22,11 +22,11 @@ def get_config(variant=""):
         process = os.environ.get("SLURM_PROCID", "0")
 
         def logged(self, steps):
-            for batch in batches(self, steps):
+            for number, batch in enumerate(batches(self, steps)):
                 with open(os.environ["IDS"] + process, "a") as file:
                     file.write(" ".join(map(str, batch["id"])) + "\\n")
-                if process == os.environ.get("SLOW"):
-                    time.sleep(0.5)
+                if number == 7 and process == os.environ.get("SLOW"):
+                    time.sleep(4)
                 yield batch
 
         HostSource.batches = logged

@@ -110,7 +110,7 @@ def test_a_slow_disk_on_one_process_is_seen(pair):
     seconds = np.array([r["process_step_s"] for r in records if "process_step_s" in r])
     assert shares.shape == seconds.shape == (11, 2)
     waited = (shares * seconds).sum(axis=0)
-    assert waited[1] > 1 and waited[1] > 5 * waited[0]
+    assert waited[1] > 1 and waited[1] > 3 * waited[0]
     assert "of process 1" in pair[1][0][1]
 
 
@@ -228,16 +228,17 @@ def test_sigterm_is_kept_until_it_is_asked_for_and_raised_where_nothing_is_lost(
         (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"),
     ],
 )
-def test_what_fails_on_one_process_ends_it_at_once(monkeypatch, capsys, error, code, words):
+def test_what_fails_on_one_process_ends_it_at_once(monkeypatch, error, code, words):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     monkeypatch.setattr(jax, "process_index", lambda: 3)
     left = []
     monkeypatch.setattr("os._exit", left.append)
-    with cluster.alone_on_failure():
+    told = []
+    with cluster.alone_on_failure(told.append):
         raise error
-    assert left == [code] and words in capsys.readouterr().err
+    assert left == [code] and words in told[0]
     agreed = UserError("known to all")
     agreed.agreed = True
-    with pytest.raises(UserError, match="known to all"), cluster.alone_on_failure():
+    with pytest.raises(UserError, match="known to all"), cluster.alone_on_failure(told.append):
         raise agreed
     assert left == [code]

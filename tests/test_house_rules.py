@@ -96,7 +96,8 @@ def no_string_is_parsed_as_code(path: str, tree: ast.Module) -> Iterator[str]:
 
 def no_private_names_of_others(path: str, tree: ast.Module) -> Iterator[str]:
     for line, parts in outside_names(tree):
-        if parts[0] == "ssl_jax":
+        # The public way to leave without waiting for others.
+        if parts[0] == "ssl_jax" or parts == ["os", "_exit"]:
             continue
         if any(part.startswith("_") and not part.endswith("__") for part in parts):
             yield f"{line}: {'.'.join(parts)}"

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -183,11 +184,11 @@ def test_where_it_does_not_fit_the_largest_microbatch_is_found_by_compiling(monk
 
     monkeypatch.setattr(plan, "make_plan", made)
     config = ConfigDict({"batch_size": 192, "microbatch": 0})
-    found = plan.fitting(config, GPUS, say=lambda text: None)
+    found = plan.fitting(config, GPUS)
     assert found["fitting"]["microbatch"] == 24 and not found["fits"]
     assert len(tried) <= 4
     monkeypatch.setattr(plan, "make_plan", lambda c, t, i: made(c, t, i) | {"fits": False})
-    assert plan.fitting(config, GPUS, say=lambda text: None)["fitting"] is None
+    assert plan.fitting(config, GPUS)["fitting"] is None
 
 
 def test_a_program_too_large_is_told_with_what_it_needs(monkeypatch):
@@ -227,7 +228,7 @@ def test_a_batch_that_devices_do_not_divide_is_refused():
 def test_the_command_prints_json_and_compares(tmp_path):
     config = tmp_path / "c.py"
     config.write_text(
-        f"import sys\nsys.path.insert(0, {str(sys.path[0])!r})\n"
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from tiny import tiny_config\n\ndef get_config(variant=''):\n    return tiny_config()\n"
     )
 

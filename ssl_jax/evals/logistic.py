@@ -85,27 +85,40 @@ def fit_linear(
     x, y = jnp.asarray((features - centre) / scale), jnp.asarray(labels, jnp.int32)
     start = jnp.zeros((features.shape[1] + 1, num_classes), jnp.float32)
     ordered = sorted(set(penalties), reverse=True)
-    validation: dict[float, float] = {}
     penalty = ordered[0]
+    validation: dict[float, float] = {}
     if len(ordered) > 1:
+        shuffled = np.random.default_rng(seed).permutation(len(y))
         held = round(validation_fraction * len(y))
         if not 0 < held < len(y):
             raise UserError(
                 f"{validation_fraction:g} of {len(y)} examples is no validation split: give more "
                 "examples, or one penalty."
             )
-        shuffled = np.random.default_rng(seed).permutation(len(y))
-        out, seen = shuffled[:held], shuffled[held:]
-        solution = start
-        for each in ordered:  # from the strongest: each starts where the one before has ended
-            solution = _minimise(solution, x[seen], y[seen], jnp.float32(each), max_iterations)
-            right = jnp.argmax(_logits(solution, x[out]), axis=1) == y[out]
-            validation[each] = float(right.mean())
+        start, validation = _sweep(start, x, y, shuffled, held, ordered, max_iterations)
         penalty = min(ordered, key=lambda p: (-validation[p], p))
-        start = solution
     fitted = np.asarray(_minimise(start, x, y, jnp.float32(penalty), max_iterations))
     weights = fitted[:-1] / scale
     return LinearClassifier(weights, fitted[-1] - centre @ weights, penalty, validation)
+
+
+def _sweep(
+    solution: Array,
+    x: Array,
+    y: Array,
+    shuffled: np.ndarray,
+    held: int,
+    penalties: Sequence[float],
+    max_iterations: int,
+) -> tuple[Array, dict[float, float]]:
+    """The last solution, and the accuracy on the `held` first of the shuffled by penalty."""
+    out, seen = shuffled[:held], shuffled[held:]
+    accuracy = {}
+    for penalty in penalties:  # from the strongest: each starts where the one before has ended
+        solution = _minimise(solution, x[seen], y[seen], jnp.float32(penalty), max_iterations)
+        right = jnp.argmax(_logits(solution, x[out]), axis=1) == y[out]
+        accuracy[penalty] = float(right.mean())
+    return solution, accuracy
 
 
 def _check(features: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
