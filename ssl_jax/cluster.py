@@ -56,9 +56,7 @@ def join(heartbeat_s: float) -> None:
             ) from error
     seconds = max(1, round(heartbeat_s))
     try:
-        jax.distributed.initialize(
-            **given, heartbeat_timeout_seconds=seconds, shutdown_timeout_seconds=seconds
-        )
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=seconds)
     except ValueError as error:
         # What JAX says where it finds no cluster to join.
         if given or _COORDINATOR in os.environ or "should be defined" not in str(error):
@@ -89,6 +87,16 @@ def pace(step_seconds: float, data_wait: float) -> dict[str, list[float]]:
     """Every process's seconds for a step and share of time spent waiting for data, for the log."""
     both = gather(np.array([step_seconds, data_wait], np.float32))
     return {"process_step_s": both[:, 0].tolist(), "process_data_wait": both[:, 1].tolist()}
+
+
+def wait_for_all() -> None:
+    """Returns once all processes have called it: one that leaves must not find others at work."""
+    gather(np.zeros(1, np.int32))
+
+
+def decided(choice: bool) -> bool:
+    """The first process's choice, on all of them."""
+    return bool(gather(np.array([choice]))[0, 0])
 
 
 def from_first(values: dict[str, float]) -> dict[str, float]:
@@ -188,8 +196,8 @@ def alone_on_failure(tell: Callable[[str], None]) -> Iterator[None]:
         os._exit(2 if isinstance(error, UserError) else 1)
 
 
-class StoppedError(Exception):
-    """SIGTERM came where nothing is lost by stopping at once."""
+class StoppedError(BaseException):
+    """SIGTERM came where nothing is lost by stopping at once; no library is to swallow it."""
 
 
 class Stop:

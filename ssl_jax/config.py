@@ -142,8 +142,9 @@ _SIMSIAM = {
     "predictor_constant_lr": True,
     "stop_gradient": True,
 }
-# A run goes on with other values of these.
-_FREE = ("heartbeat_s", "data.threads")
+# A run goes on with other values of these: how it waits and reads, and on how many devices the
+# same number of images shares BatchNorm (it says so where that number is another).
+_FREE = ("heartbeat_s", "data.threads", "model.bn_group")
 # Groups of keys of methods that a file outside the package has registered.
 _REGISTERED: dict[str, dict[str, Any]] = {}
 _OPTIM = {
@@ -478,7 +479,7 @@ def from_json(saved: dict[str, Any]) -> ConfigDict:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lines `key: old -> new` for every key in which two `to_json` configs differ.
 
-    Keys that change neither what is computed nor what is written are left out.
+    Keys in which a run may change when it goes on are left out.
     """
     a, b = flatten(old), flatten(new)
     for key in _FREE:

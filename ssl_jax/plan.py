@@ -10,7 +10,7 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,12 @@ from ssl_jax.spmd import make_spmd
 from ssl_jax.step import Program
 
 _KINDS = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
+_EXCHANGE = re.compile(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8}
 _BYTES |= {"f64": 8, "c64": 8}  # all others: 4
 # Data sets that a plan knows without having them: images in the training split, classes.
 _DATASETS = {"imagenet2012": (1_281_167, 1000), "cifar10": (50_000, 10), "cifar100": (50_000, 100)}
+_RESIDENT = ("digits", "packed")  # whose images lie on the devices, so that their size matters
 _HOP_S = 1e-6  # latency of a hop between neighbouring chips (Google, "How to Scale Your Model")
 
 
@@ -96,7 +98,7 @@ def collectives(program: str) -> list[Collectives]:
     found: dict[str, list[int]] = {}
     chains: set[str] = set()
     for line, times in _lines(program):
-        match = re.search(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(", line)
+        match = _EXCHANGE.search(line)
         if match is None:
             continue
         # A TPU's exchange may be spread over the computations beside which it goes on.
@@ -107,6 +109,8 @@ def collectives(program: str) -> list[Collectives]:
         shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
         if match[3] and match[2] == "all-gather" and len(shapes) % 2 == 0:
             shapes = shapes[len(shapes) // 2 :]  # operands, then results
+        elif match[3] and match[2] == "collective-permute":
+            shapes = shapes[1:2]  # operand, result, contexts
         total = found.setdefault(match[2], [0, 0])
         total[0] += times
         total[1] += times * sum(_size(kind, dimensions) for kind, dimensions in shapes)
@@ -117,8 +121,8 @@ def _size(kind: str, dimensions: str) -> int:
     return _BYTES.get(kind, 4) * math.prod(int(d) for d in dimensions.split(",") if d)
 
 
-def _lines(program: str) -> Iterator[tuple[str, int]]:
-    """Every instruction with how often it runs."""
+def _lines(program: str) -> list[tuple[str, int]]:
+    """Every instruction with how often it runs; of branches, those that exchange the most."""
     bodies: dict[str, list[str]] = {}
     entry, current = "", ""
     for line in program.splitlines():
@@ -129,24 +133,29 @@ def _lines(program: str) -> Iterator[tuple[str, int]]:
             entry = current if head[1] else entry
         elif current:
             bodies[current].append(line)
-    times: dict[str, int] = {}
 
-    def visit(name: str, count: int) -> None:
-        times[name] = times.get(name, 0) + count
+    def run(name: str, times: int) -> list[tuple[str, int]]:
+        done = []
         for line in bodies.get(name, ()):
+            done.append((line, times))
             trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-            inside = count * int(trips[1]) if trips and " while(" in line else count
-            for called in re.findall(r"(?:body|calls|to_apply|async_execution)=%?([\w.\-]+)", line):
-                visit(called, inside)
-            for group in re.findall(r"(?:branch|called)_computations=\{(.*?)\}", line):
-                for called in group.split(","):
-                    visit(called.strip().lstrip("%"), count)
+            inside = times * int(trips[1]) if trips and " while(" in line else times
+            for called in _CALLED.findall(line):
+                done += run(called, inside)
+            names = re.search(r"branch_computations=\{(.*?)\}", line)
+            branches = names[1].replace("%", "").split(", ") if names else []
+            branches += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)
+            done += max([run(branch, times) for branch in branches], key=_exchanges, default=[])
+        return done
 
-    visit(entry, 1)
-    for name, lines in bodies.items():
-        for line in lines:
-            if name in times:
-                yield line, times[name]
+    return run(entry, 1)
+
+
+_CALLED = re.compile(r"(?:body|calls|to_apply|async_execution)=%?([\w.\-]+)")
+
+
+def _exchanges(lines: Iterable[tuple[str, int]]) -> int:
+    return sum(times for line, times in lines if _EXCHANGE.search(line))
 
 
 def traced_flops(function: Callable[..., Any], *shapes: Any) -> float:
@@ -228,17 +237,19 @@ def describe_data(config: ConfigDict, images: int = 0) -> Data:
     if config.data.name == "tfds" and config.data.split == "train" and dataset in _DATASETS:
         known, classes = _DATASETS[dataset]
         return Data(images or known, config.data.num_classes or classes, {})
-    if images:
+    if images and config.data.name not in _RESIDENT:
         return Data(images, config.data.num_classes or 1000, {})
     try:
         source, _ = make_sources(config)
     except UserError as error:
-        raise UserError(f"{error} A plan without the data takes --images=NUMBER.") from error
+        raise UserError(f"{error} Files that are not here need --images=NUMBER.") from error
     shapes = {
-        name: jax.ShapeDtypeStruct(array.shape, array.dtype)
+        name: jax.ShapeDtypeStruct((images or len(array), *array.shape[1:]), array.dtype)
         for name, array in source.resident().items()
     }
-    return Data(source.num_examples, config.data.num_classes or source.num_classes, shapes)
+    return Data(
+        images or source.num_examples, config.data.num_classes or source.num_classes, shapes
+    )
 
 
 def make_plan(config: ConfigDict, topology: Topology, images: int = 0) -> dict[str, Any]:
@@ -282,7 +293,7 @@ def make_plan(config: ConfigDict, topology: Topology, images: int = 0) -> dict[s
     try:
         compiled = program.lower(*shapes).compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error):
             raise
         return plan | {"fits": False, "memory": _exceeded(str(error))}
     plan |= _measure(compiled, plan)
@@ -412,7 +423,11 @@ def fitting(
         say(f"It doesn't fit; trying config.microbatch={sizes[middle]} …")
         attempt = ConfigDict(config.to_dict())
         attempt.microbatch = sizes[middle]
-        tried = make_plan(attempt, topology, images)
+        try:
+            tried = make_plan(attempt, topology, images)
+        except UserError:  # too few images for BatchNorm: larger ones only
+            high = middle
+            continue
         if tried["fits"]:
             best, high = tried, middle
         else:
@@ -479,7 +494,7 @@ def _rows(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
     seconds = plan["seconds"]
     yield (
         "time of a step",
-        f"{about}{1e3 * plan['step_seconds'][0]:.1f} ms at the least; "
+        f"{about}{1e3 * plan['step_seconds'][0]:.1f} to {1e3 * plan['step_seconds'][1]:.1f} ms; "
         + ", ".join(f"{name} {1e3 * s:.1f}" for name, s in seconds.items()),
     )
     low, high = plan["hours"]
@@ -516,7 +531,7 @@ def _numbers(plan: dict[str, Any]) -> Iterator[tuple[str, float]]:
         yield f"{found['kind']} [MB]", found["bytes"] / 1e6
     for name, seconds in plan["seconds"].items():
         yield f"{name} [ms]", 1e3 * seconds
-    yield "chip-hours, at the least", plan["chip_hours"][0]
+    yield "chip-hours, all overlapped", plan["chip_hours"][0]
 
 
 def read_plan(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The loop of a run, and nothing but the loop."""
 
 import contextlib
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ssl_jax.metrics import Fetcher, MetricsLog, NoLog, Progress
 from ssl_jax.report import write_report
 from ssl_jax.spmd import make_spmd
 from ssl_jax.step import Program, TrainState
-from ssl_jax.workdir import locked, note_continuation, write_config
+from ssl_jax.workdir import lock_text, locked, note_continuation, write_config
 
 _SHORT = (
     "\nwarning: the warmup of {} steps (config.optim.warmup_epochs) is not shorter than the run: "
@@ -48,12 +49,14 @@ def pretrain(config: ConfigDict, workdir: str | Path, command: str = "") -> Trai
     """
     workdir = Path(workdir)
     with contextlib.ExitStack() as folder, cluster.Stop() as stop:
+        # Whatever is wrong with the config shows here, before the folder is touched.
         with cluster.agreed():
-            # Whatever is wrong with the config shows here, before the folder is touched.
             setup = Setup(config)
+        with cluster.agreed():
             if cluster.is_first():
                 folder.enter_context(locked(workdir))
                 write_config(workdir, setup.config, command, setup.train.fingerprint, setup.derived)
+        cluster.require_same({"workdir": lock_text(workdir)})
         run = Run(setup, workdir)
         try:
             state = run.train(stop)
@@ -65,9 +68,11 @@ def pretrain(config: ConfigDict, workdir: str | Path, command: str = "") -> Trai
         run.close()
         with contextlib.suppress(cluster.StoppedError), stop.at_once():
             if not run.stopped:
-                run.finish(workdir)
+                run.finish(workdir, stop)
+                cluster.wait_for_all()
                 return state
         run.note_stop()
+        cluster.wait_for_all()
     return state
 
 
@@ -227,12 +232,15 @@ class Run:
                     break
         return self.state
 
-    def finish(self, workdir: Path) -> None:
+    def finish(self, workdir: Path, stop: cluster.Stop) -> None:
         """Evaluates the run and writes its report; a run that was done already only reports."""
-        done = self.start == self.setup.schedule.total_steps
-        if not (done and (workdir / "evaluation.json").exists()):
+        total = self.setup.schedule.total_steps
+        done = self.start == total and (workdir / "evaluation.json").exists()
+        if not cluster.decided(done):
             self.progress.note("Evaluating the frozen encoder and its baselines.")
-            self.evaluator.finish(workdir, self.initial, self.state)
+            # Several processes see a SIGTERM at the same row, counted on from the steps.
+            asked = (stop.asked(step) for step in itertools.count(total + 1))
+            self.evaluator.finish(workdir, self.initial, self.state, lambda: next(asked))
         if not self.first:
             return
         for line in evaluation_table(workdir):

@@ -60,6 +60,23 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
+def lock_text(workdir: Path, patience_s: float = 10.0) -> str:
+    """Who holds a run's folder, as another process sees it; "" if nobody.
+
+    Args:
+      workdir: of the run.
+      patience_s: seconds for which a file may be late on a network's file system.
+    """
+    until = time.monotonic() + patience_s
+    while True:
+        with contextlib.suppress(OSError):
+            if text := (workdir / ".lock").read_text():
+                return text
+        if time.monotonic() > until:
+            return ""
+        time.sleep(0.2)
+
+
 def write_config(
     workdir: Path,
     config: ConfigDict,

@@ -4,10 +4,12 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 DEVICES = 2  # of each process
+STARTED = []
 
 # Writes down which ids a process has read, and makes one of them slow once.
 CONFIG = f"""
@@ -50,7 +52,7 @@ def start(count, arguments, only=None, **variables):
     if count > 1:
         environment |= {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost"}
         environment |= {"SLURM_NTASKS": str(count), "JAX_COORDINATOR_PORT": str(port())}
-    return [
+    processes = [
         subprocess.Popen(
             [sys.executable, str(ROOT / "run_pretrain.py"), *arguments, *(only or {}).get(i, [])],
             env=environment | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
@@ -60,6 +62,14 @@ def start(count, arguments, only=None, **variables):
         )
         for i in range(count)
     ]
+    STARTED.extend(processes)
+    return processes
+
+
+def end_all():
+    """Kills what a failed test has left behind: SIGTERM would only ask."""
+    while STARTED:
+        STARTED.pop().kill()
 
 
 def finish(processes, seconds=240):
@@ -79,9 +89,14 @@ def _without_transport(text):
     return "".join(line for line in text.splitlines(True) if not line.startswith("[Gloo]"))
 
 
-def wait_for(process, start):
+def wait_for(process, start, seconds=200):
     """Reads a process's output up to a line that starts so."""
-    for line in process.stdout:
-        if line.startswith(start):
-            return
+    limit = threading.Timer(seconds, process.kill)
+    limit.start()
+    try:
+        for line in process.stdout:
+            if line.startswith(start):
+                return
+    finally:
+        limit.cancel()
     raise AssertionError(f"{start!r} never came: {process.communicate()[1]}")

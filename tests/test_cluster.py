@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from processes import CONFIG, finish, start, wait_for
+from processes import CONFIG, end_all, finish, start, wait_for
 from tiny import leaves, method_config, tiny_config, without_colour
 
 from ssl_jax import cluster
@@ -56,6 +56,12 @@ def pair(on_images, tmp_path_factory):
     ids = str(workdir / "ids")
     processes = start(2, [*on_images, f"--workdir={workdir}"], IDS=ids, SLOW="1")
     return workdir, finish(processes)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    yield
+    end_all()
 
 
 def losses_of(workdir):
@@ -136,7 +142,8 @@ def test_a_lost_process_ends_the_others_and_nothing_is_lost(pair, on_images, tmp
 
 def test_sigterm_to_any_process_stops_all_and_one_process_goes_on_then_four(config_file, tmp_path):
     """MoCo with its queue: four processes, one, and four again equal a run of one process."""
-    options = {"epochs": 1, "model.bn_group": 0, "moco.queue": 128, "data.num_classes": 10}
+    # Long enough for JAX's service, which looks for signals once a second.
+    options = {"epochs": 2, "model.bn_group": 0, "moco.queue": 128, "data.num_classes": 10}
     overrides = [f"--config.{key}={value}" for key, value in options.items()]
     arguments = [f"--config={config_file}:moco", *overrides, f"--workdir={tmp_path}"]
     steps = []
@@ -149,26 +156,34 @@ def test_sigterm_to_any_process_stops_all_and_one_process_goes_on_then_four(conf
         assert "the same command continues the run" in ended[0][1]
         assert all(out == "" for _, out, _ in ended[1:])
         steps.append(int(restore_state(tmp_path).step))
-        assert f"Stopped by SIGTERM at step {steps[-1]} of 21" in ended[0][1]
+        assert f"Stopped by SIGTERM at step {steps[-1]} of 42" in ended[0][1]
         assert not (tmp_path / "evaluation.json").exists()
-    assert 2 <= steps[0] < steps[1] < 21
+    assert 2 <= steps[0] < steps[1] < 42
     ended = finish(start(4, arguments))
     assert [code for code, *_ in ended] == [0] * 4, ended
     config = without_colour(method_config("moco"))
     config.update_from_flattened_dict(options)
     pretrain(config, tmp_path / "alone")
     together, alone = losses_of(tmp_path), losses_of(tmp_path / "alone")
-    assert list(together) == list(alone) == list(range(1, 22))
+    assert list(together) == list(alone) == list(range(1, 43))
     np.testing.assert_allclose(list(together.values()), list(alone.values()), rtol=1e-3)
 
 
 def test_what_is_wrong_on_one_process_is_told_once_and_ends_all(on_images, tmp_path):
-    only = {1: ["--config.data.dir=/nowhere"]}
+    only = {1: ["--config.data.dir=/nowhere", f"--workdir={tmp_path}"]}
     first, second = finish(start(2, [*on_images, f"--workdir={tmp_path}"], only=only))
     assert (first[0], second[0]) == (2, 2), first[2] + second[2]
     assert "error: Process 1 on " in first[2] and "/nowhere" in first[2]
     assert "error" not in second[2] + second[1]
-    assert not (tmp_path / "checkpoints").exists()
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "config.json").exists()
+
+
+def test_a_folder_that_is_not_shared_is_refused(on_images, tmp_path):
+    only = {i: [f"--workdir={tmp_path / str(i)}"] for i in (0, 1)}
+    first, second = finish(start(2, on_images, only=only))
+    assert (first[0], second[0]) == (2, 2), first[2] + second[2]
+    assert "Process 1 sees another workdir than process 0" in first[2]
+    assert "on a file system that they share" in first[2] and second[2] == ""
 
 
 # Alone
@@ -185,7 +200,7 @@ def test_a_run_without_a_cluster_joins_nothing(monkeypatch):
 
     monkeypatch.setattr("jax.distributed.initialize", initialize)
     cluster.join(10.4)
-    assert called == [{"heartbeat_timeout_seconds": 10, "shutdown_timeout_seconds": 10}]
+    assert called == [{"heartbeat_timeout_seconds": 10}]
     monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
     cluster.join(10)
     assert len(called) == 1

@@ -215,9 +215,39 @@ def test_data_that_is_not_there_is_known_by_name_or_number(tmp_path):
     data = plan.describe_data(config)
     assert (data.images, data.classes, data.resident) == (1_281_167, 1000, {})
     config.data.update(name="records", dir=str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="nowhere.* takes --images=NUMBER"):
+    with pytest.raises(UserError, match="nowhere.* need --images=NUMBER"):
         plan.describe_data(config)
     assert plan.describe_data(config, 500).images == 500
+
+
+def test_images_that_lie_on_the_devices_are_planned_with_their_size():
+    data = plan.describe_data(tiny_config(), 500)
+    assert data.images == 500 and data.resident["image"].shape == (500, 8, 8, 3)
+
+
+def test_of_branches_the_one_that_exchanges_most_counts():
+    def per_device(x):
+        def many(x):
+            return jax.lax.psum(jax.lax.psum(x, AXIS) * 2, AXIS)
+
+        return jax.lax.cond(x.sum() > 0, many, lambda x: jax.lax.psum(x, AXIS), x)
+
+    mapped = make_spmd().map(per_device, ("sharded",), "sharded")
+    text = mapped.lower(jax.ShapeDtypeStruct((64,), jnp.float32)).compile().as_text()
+    assert [(c.kind, c.count) for c in plan.collectives(text)] == [("all-reduce", 2)]
+    text = """ENTRY %main (p: f32[4]) -> f32[4] {
+  %c = f32[4] conditional(%q, %a, %b), true_computation=%yes, false_computation=%no
+}
+%yes (p: f32[4]) -> f32[4] {
+  %r = (f32[4], f32[4], u32[], u32[]) collective-permute-start(%p)
+}
+%no (p: f32[4]) -> f32[4] {
+  %s = f32[4] copy(%p)
+}
+"""
+    assert [(c.kind, c.count, c.bytes) for c in plan.collectives(text)] == [
+        ("collective-permute", 1, 16)
+    ]
 
 
 def test_a_batch_that_devices_do_not_divide_is_refused():

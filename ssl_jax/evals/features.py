@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -20,6 +21,7 @@ def extract_features(
     rows: Int[np.ndarray, " local"],
     place: Callable[[np.ndarray], Any],
     first: int | None = None,
+    keep: bool = True,
 ) -> Float[np.ndarray, "n d"]:
     """The features of every image of a source, in the order of the ids.
 
@@ -34,15 +36,23 @@ def extract_features(
       place: puts its images on its devices.
       first: only so many images, those of the lowest ids.
 
+      keep: whether to keep them; a process that only lends its devices doesn't.
+
     Returns:
-      float32 [N, d], or [first, d].
+      float32 [N, d], or [first, d]; of no images where they are not kept.
     """
-    parts = []
     count = min(first or source.num_examples, source.num_examples)
-    for ids, kept in padded_batches(count, batch_size):
+    kept_features = np.empty((0, 0), np.float32)
+    for number, (ids, kept) in enumerate(padded_batches(count, batch_size)):
         features = encode(variables, place(source.clean(ids[rows])))
-        parts.append(np.asarray(features, np.float32)[:kept])
-    return np.concatenate(parts)
+        if number == 0:
+            kept_features = np.empty((count if keep else 0, features.shape[1]), np.float32)
+        if keep:
+            start = number * batch_size
+            kept_features[start : start + kept] = np.asarray(features, np.float32)[:kept]
+        else:
+            jax.block_until_ready(features)
+    return kept_features
 
 
 def padded_batches(num_examples: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -78,7 +78,9 @@ class Evaluator:
     def features(
         self, variables: Pytree, source: Source, first: int | None = None
     ) -> Float[np.ndarray, "n d"]:
-        """The evaluated network's features of (the `first` images of) a split, on every process.
+        """The evaluated network's features of (the `first` images of) a split.
+
+        Every process encodes its share; the first one has them, the others get none.
 
         `variables` are those of `evaluated_variables`, on the mesh.
         """
@@ -95,6 +97,7 @@ class Evaluator:
             rows=self._rows,
             place=self._place,
             first=first,
+            keep=cluster.is_first(),
         )
 
     def measure(self, state: Any) -> dict[str, float]:
@@ -126,13 +129,23 @@ class Evaluator:
                 measured["knn"] = self._knn_accuracy(train, test)
         return cluster.from_first(measured)
 
-    def finish(self, workdir: Path, initial: Pytree, state: Any) -> None:
+    def finish(
+        self,
+        workdir: Path,
+        initial: Pytree,
+        state: Any,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Measures the run and its baselines and writes them into its folder.
 
         Args:
           workdir: gets `evaluation.json`, where there are labels, and `report_images.npz`.
           initial: the evaluated variables before training, the random baseline, on the host.
           state: the trained state.
+          stopping: asked before each row.
+
+        Raises:
+          StoppedError: it was answered yes.
         """
         first = cluster.is_first()
         variables = evaluated_variables(state, self.config.eval.projector_layer)
@@ -146,14 +159,16 @@ class Evaluator:
                     ("random init", self._encode, self._replicate(initial)),
                 ]
             for name, encode, weights in encoders:
-                train = self._extract(encode, weights, self.train)
-                test = self._extract(encode, weights, self.test)
+                if stopping():
+                    raise cluster.StoppedError
+                splits = [self._extract(encode, weights, s) for s in (self.train, self.test)]
                 if not first:
                     continue  # it has encoded its share
                 if name == self.config.method:
-                    pictures |= self._neighbours(train, test)
+                    pictures |= self._neighbours(*splits)
                 if self.has_labels:
-                    rows.append(self._row(name, train, test))
+                    rows.append(self._row(name, *splits))
+                del splits  # before the next are extracted
         if first:
             self._write(workdir, rows[1:] + rows[:1], pictures)
 

@@ -1,6 +1,8 @@
+import jax.numpy as jnp
 import numpy as np
 from tiny import random_source
 
+from ssl_jax.data.sources import ArraySource
 from ssl_jax.evals.features import extract_features, padded_batches
 
 
@@ -22,3 +24,16 @@ def test_every_image_is_seen_once_and_the_last_batch_is_not_dropped():
 def test_padding_repeats_the_last_id():
     batches = [(ids.tolist(), kept) for ids, kept in padded_batches(5, 3)]
     assert batches == [([0, 1, 2], 3), ([3, 4, 4], 2)]
+
+
+def test_a_process_that_lends_its_devices_keeps_nothing():
+    source = ArraySource(np.zeros((10, 8, 8, 3), np.uint8))
+    asked = []
+
+    def encode(variables, images):
+        asked.append(len(images))
+        return images.reshape(len(images), -1)
+
+    options = {"batch_size": 4, "rows": np.arange(2), "place": jnp.asarray, "keep": False}
+    assert extract_features(encode, None, source, **options).shape == (0, 192)
+    assert asked == [2, 2, 2]
