@@ -100,7 +100,11 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
     """Prints a plan."""
     topology = parse_topology(args.topology)
     other = None
+    if args.compare and args.json:
+        raise UserError("--json prints one plan: give it without --compare.")
     if args.compare and not Path(args.compare).exists():
+        if ":" not in args.compare:
+            raise UserError(f"--compare={args.compare} is neither a file nor a topology.")
         other = parse_topology(args.compare)
         if topology.is_tpu != other.is_tpu:
             raise UserError("TPUs and GPUs are compiled for apart: compare with a file of --json.")

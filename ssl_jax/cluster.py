@@ -161,7 +161,7 @@ def require_same(values: dict[str, str]) -> None:
         if len(other):
             raise _agreed_error(
                 f"Process {other[0]} sees another {name} than process 0: all hosts need the same "
-                "data, and one --workdir on a file system that they share."
+                "command and data, and one --workdir on a file system that they share."
             )
 
 

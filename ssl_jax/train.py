@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def pretrain(config: ConfigDict, workdir: str | Path, command: str = "") -> Trai
             if cluster.is_first():
                 folder.enter_context(locked(workdir))
                 write_config(workdir, setup.config, command, setup.train.fingerprint, setup.derived)
-        cluster.require_same({"workdir": lock_text(workdir)})
+        same = {"workdir": lock_text(workdir), "config": json.dumps(to_json(config))}
+        cluster.require_same(same)
         run = Run(setup, workdir)
         try:
             state = run.train(stop)

@@ -186,6 +186,13 @@ def test_a_folder_that_is_not_shared_is_refused(on_images, tmp_path):
     assert "on a file system that they share" in first[2] and second[2] == ""
 
 
+def test_another_config_on_one_process_is_refused(on_images, tmp_path):
+    only = {1: ["--config.optim.lr=0.5"]}
+    first, second = finish(start(2, [*on_images, f"--workdir={tmp_path}"], only=only))
+    assert (first[0], second[0]) == (2, 2), first[2] + second[2]
+    assert "Process 1 sees another config than process 0" in first[2] and second[2] == ""
+
+
 # Alone
 
 

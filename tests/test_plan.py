@@ -280,6 +280,8 @@ def test_the_command_prints_json_and_compares(tmp_path):
         (["--topology=h100:2", f"--compare={tmp_path / 'none.json'}"], "is no plan that --json"),
         (["--topology=h100:2", "--compare=v4:2x2x1"], "compiled for apart"),
         (["--topology=v4:2x2"], "has no shape"),
+        (["--topology=h100:2", "--compare=none.json"], "neither a file nor a topology"),
+        (["--topology=h100:2", "--compare=h100:4", "--json"], "without --compare"),
     ):
         done = run(*arguments)
         assert done.returncode == 2 and words in done.stderr, done.stderr
