@@ -26,6 +26,16 @@ def fill(root, per_class=4, classes=COLOURS):
     return root
 
 
+def noise_files(root):
+    """64 JPEG files of noise, of five sizes and two classes."""
+    rng = np.random.default_rng(0)
+    for i in range(64):
+        (root / f"{i % 2}").mkdir(exist_ok=True)
+        pixels = rng.integers(0, 256, (20 + i % 5, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(root / f"{i % 2}" / f"{i}.jpg")
+    return root
+
+
 def config_of(root, sampler="torchvision", **data):
     c = config.default_config()
     c.data.update(**{"name": "folder", "dir": str(root), **data})

@@ -7,7 +7,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from images import noise_files
 from processes import CONFIG, end_all, finish, start, wait_for
 from tiny import leaves, method_config, tiny_config, without_colour
 
@@ -31,14 +31,7 @@ def config_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """64 JPEG files of two classes."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(64):
-        (root / f"{i % 2}").mkdir(exist_ok=True)
-        pixels = rng.integers(0, 256, (20 + i % 5, 24, 3), np.uint8)
-        Image.fromarray(pixels).save(root / f"{i % 2}" / f"{i}.jpg")
-    return root
+    return noise_files(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from images import noise_files
 from tiny import leaves, tiny_config
 
 import ssl_jax
@@ -77,12 +77,7 @@ def final_state(workdir):
 @pytest.fixture(scope="module")
 def extras(tmp_path_factory):
     """Arguments for the digits, resident on the devices, and for image files read by tf.data."""
-    images = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(64):
-        (images / f"{i % 2}").mkdir(exist_ok=True)
-        pixels = rng.integers(0, 256, (20 + i % 5, 24, 3), np.uint8)
-        Image.fromarray(pixels).save(images / f"{i % 2}" / f"{i}.jpg")
+    images = noise_files(tmp_path_factory.mktemp("images"))
     options = {"data.name": "folder", "data.dir": images, "data.test_dir": images}
     options |= {"batch_size": 32, "epochs": 12, "checkpoint.every_epochs": 1.5}
     return {"digits": [], "folder": [f"--config.{key}={v}" for key, v in options.items()]}
