@@ -75,6 +75,7 @@ def runs(out: Path) -> None:
                 f"{made['memory']['peak'] / 2**30:.1f} of {made['memory_of_a_device'] / 2**30:.0f}",
                 f"{made['traced_flops'] / 1e12:.3g} ({made['traced_flops'] / model:.2f})",
                 f"{made['bytes_moved'] / 1e9:.0f}",
+                f"{sum(made['cycles'].values()) / 1e6:,.0f}",
                 ", ".join(f"{c['count']} {c['kind']}" for c in made["collectives"]),
                 times,
                 f"{made['hours'][0]:.1f}–{made['hours'][1]:.1f}",
@@ -86,6 +87,7 @@ def runs(out: Path) -> None:
             *("config", "topology", "batch", "GiB of a device", "TFLOP of a step and device"),
             *(
                 "GB moved",
+                "M cycles",
                 "exchanges",
                 "ms: compute / memory / interconnect",
                 "hours",
@@ -101,7 +103,7 @@ def exchanges(out: Path) -> None:
     rows = []
     for method in METHODS:
         for topology, devices in (("v5e:2x4", 8), ("v5e:8x16", 128)):
-            overrides: tuple[str, ...] = (f"batch_size={OF_A_DEVICE * devices}",)
+            overrides: tuple[str, ...] = (f"batch_size={OF_A_DEVICE * devices}", "eval.probe=False")
             made = plan(f"{method}_imagenet.py", topology, overrides, out)
             found = {c["kind"]: c for c in made["collectives"]}
             rows.append(

@@ -7,7 +7,7 @@ import re
 from ssl_jax.config import did_you_mean
 from ssl_jax.errors import UserError
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +34,17 @@ class Chip:
 
 
 # TPUs: cloud.google.com/tpu/docs/v3 … v6e and, for v3's and v4's links, Jouppi et al.,
-# arXiv:2304.01433; GPUs: NVIDIA's data sheets (SXM; dense bfloat16; NVLink one way).
+# arXiv:2304.01433; GPUs: NVIDIA's data sheets (SXM; dense bfloat16; NVLink one way), memory as
+# nvidia-smi shows it.
 CHIPS = {
     "v3": Chip(123e12, 32 * GIB, 900e9, 280e9, cores=2, axes=2),
     "v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, compile_as="megacore", axes=3),
     "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, axes=2),
     "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, axes=3),
     "v6e": Chip(918e12, 32 * GIB, 1640e9, 400e9, axes=2),
-    "a100": Chip(312e12, 80 * 10**9, 2039e9, 300e9),
-    "h100": Chip(989e12, 80 * 10**9, 3350e9, 450e9),
-    "h200": Chip(989e12, 141 * 10**9, 4800e9, 450e9),
+    "a100": Chip(312e12, 81920 * MIB, 2039e9, 300e9),
+    "h100": Chip(989e12, 81559 * MIB, 3350e9, 450e9),
+    "h200": Chip(989e12, 143771 * MIB, 4800e9, 450e9),
 }
 BETWEEN_HOSTS = 50e9  # bytes/s of a GPU beyond its host of eight: 400 Gbit/s each
 GPUS_OF_A_HOST = 8

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,12 @@ from ssl_jax.chips import (
 )
 from ssl_jax.config import Schedule, flat_views, run_schedule
 from ssl_jax.data.sources import make_sources
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, first_line
+from ssl_jax.hlo import CompiledText, part_of
 from ssl_jax.spmd import make_spmd
+from ssl_jax.start import resolve_start
 from ssl_jax.step import Program
 
-_KINDS = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
-_EXCHANGE = re.compile(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8}
-_BYTES |= {"f64": 8, "c64": 8}  # all others: 4
 # Data sets that a plan knows without having them: images in the training split, classes.
 _DATASETS = {"imagenet2012": (1_281_167, 1000), "cifar10": (50_000, 10), "cifar100": (50_000, 100)}
 _RESIDENT = ("digits", "packed")  # whose images lie on the devices, so that their size matters
@@ -66,96 +64,11 @@ def devices_of(topology: Topology) -> list[jax.Device]:
     try:
         described = topologies.get_topology_desc(topology.name, platform="tpu", **options)
     except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"--topology={topology.name} is no slice that libtpu knows ({reason}): {EXAMPLES}."
+            f"--topology={topology.name} is no slice that libtpu knows "
+            f"({first_line(error)}): {EXAMPLES}."
         ) from error
     return list(described.devices)
-
-
-@dataclasses.dataclass(frozen=True)
-class Collectives:
-    """One kind of exchange between devices in a step.
-
-    Attributes:
-      kind: XLA's name.
-      count: how often it happens.
-      bytes: of what a device has afterwards, all of them together.
-    """
-
-    kind: str
-    count: int
-    bytes: int
-
-
-def collectives(program: str) -> list[Collectives]:
-    """The exchanges of a compiled step, by kind.
-
-    Args:
-      program: its text, `compiled.as_text()`. Those inside loops count as often as the loop is
-        known to run.
-    """
-    found: dict[str, list[int]] = {}
-    chains: set[str] = set()
-    for line, times in _lines(program):
-        match = _EXCHANGE.search(line)
-        if match is None:
-            continue
-        # A TPU's exchange may be spread over the computations beside which it goes on.
-        chain = re.search(r'chain_id="(\d+)"', line)
-        if chain and chain[1] in chains:
-            continue
-        chains.update(chain.groups() if chain else ())
-        shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-        if match[3] and match[2] == "all-gather" and len(shapes) % 2 == 0:
-            shapes = shapes[len(shapes) // 2 :]  # operands, then results
-        elif match[3] and match[2] == "collective-permute":
-            shapes = shapes[1:2]  # operand, result, contexts
-        total = found.setdefault(match[2], [0, 0])
-        total[0] += times
-        total[1] += times * sum(_size(kind, dimensions) for kind, dimensions in shapes)
-    return [Collectives(kind, *found[kind]) for kind in _KINDS if kind in found]
-
-
-def _size(kind: str, dimensions: str) -> int:
-    return _BYTES.get(kind, 4) * math.prod(int(d) for d in dimensions.split(",") if d)
-
-
-def _lines(program: str) -> list[tuple[str, int]]:
-    """Every instruction with how often it runs; of branches, those that exchange the most."""
-    bodies: dict[str, list[str]] = {}
-    entry, current = "", ""
-    for line in program.splitlines():
-        head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
-        if head and not line.startswith(" "):
-            current = head[2]
-            bodies[current] = []
-            entry = current if head[1] else entry
-        elif current:
-            bodies[current].append(line)
-
-    def run(name: str, times: int) -> list[tuple[str, int]]:
-        done = []
-        for line in bodies.get(name, ()):
-            done.append((line, times))
-            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-            inside = times * int(trips[1]) if trips and " while(" in line else times
-            for called in _CALLED.findall(line):
-                done += run(called, inside)
-            names = re.search(r"branch_computations=\{(.*?)\}", line)
-            branches = names[1].replace("%", "").split(", ") if names else []
-            branches += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)
-            done += max([run(branch, times) for branch in branches], key=_exchanges, default=[])
-        return done
-
-    return run(entry, 1)
-
-
-_CALLED = re.compile(r"(?:body|calls|to_apply|async_execution)=%?([\w.\-]+)")
-
-
-def _exchanges(lines: Iterable[tuple[str, int]]) -> int:
-    return sum(times for line, times in lines if _EXCHANGE.search(line))
 
 
 def traced_flops(function: Callable[..., Any], *shapes: Any) -> float:
@@ -194,7 +107,9 @@ def _count(jaxpr: Any) -> float:
             continue
         inner = [_count(inside) for inside in _inside(parameters)]
         if name == "cond":
-            total += max(inner, default=0.0)
+            # Of a choice by platform the plainest counts: others take more work to be faster.
+            by_platform = parameters.get("branches_platforms") is not None
+            total += (min if by_platform else max)(inner, default=0.0)
         elif name == "scan":
             total += parameters["length"] * sum(inner)
         elif name == "shard_map":
@@ -233,12 +148,13 @@ def describe_data(config: ConfigDict, images: int = 0) -> Data:
     Raises:
       UserError: nothing says how many.
     """
+    share = config.data.subset * (1 - config.data.validation)
     dataset = config.data.dataset.partition("/")[0].partition(":")[0]
     if config.data.name == "tfds" and config.data.split == "train" and dataset in _DATASETS:
         known, classes = _DATASETS[dataset]
-        return Data(images or known, config.data.num_classes or classes, {})
+        return Data(round(share * (images or known)), config.data.num_classes or classes, {})
     if images and config.data.name not in _RESIDENT:
-        return Data(images, config.data.num_classes or 1000, {})
+        return Data(round(share * images), config.data.num_classes or 1000, {})
     try:
         source, _ = make_sources(config)
     except UserError as error:
@@ -252,13 +168,19 @@ def describe_data(config: ConfigDict, images: int = 0) -> Data:
     )
 
 
-def make_plan(config: ConfigDict, topology: Topology, images: int = 0) -> dict[str, Any]:
+def make_plan(
+    config: ConfigDict,
+    topology: Topology,
+    images: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
     """Compiles the train step of a config for a topology.
 
     Args:
       config: of the run.
       topology: of `parse_topology`.
       images: in the training set, where the data is not there to tell.
+      say: told when all is checked and compiling begins.
 
     Returns:
       What `report` prints, as plain JSON types: bytes, seconds, FLOPs of one device and step.
@@ -290,13 +212,14 @@ def make_plan(config: ConfigDict, topology: Topology, images: int = 0) -> dict[s
         "traced_flops": traced_flops(program.step, *shapes) / len(devices),
         "model_flops_of_an_image": model_flops(program),
     }
+    say(f"Compiling for {topology.name}: minutes, for a large network …")
     try:
         compiled = program.lower(*shapes).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error):
             raise
         return plan | {"fits": False, "memory": _exceeded(str(error))}
-    plan |= _measure(compiled, plan)
+    plan |= _measure(compiled, program, plan)
     return plan | _times(plan, topology)
 
 
@@ -310,6 +233,7 @@ def program_of(
     """
     config = ConfigDict(config.to_dict())
     config.data.num_classes = data.classes
+    resolve_start(config)
     spmd = make_spmd(devices=devices, batch_size=config.batch_size, microbatch=config.microbatch)
     schedule = run_schedule(config, data.images)
     program = Program(config, schedule, spmd)
@@ -323,26 +247,52 @@ def _exceeded(message: str) -> dict[str, int]:
     return {"peak": round(size)}
 
 
-def _measure(compiled: Any, plan: dict[str, Any]) -> dict[str, Any]:
-    """What the compiled program says of itself."""
-    memory = compiled.memory_analysis()
-    cost = compiled.cost_analysis()
-    kinds = {
+def memory_kinds(memory: Any) -> dict[str, int]:
+    """What a compiled program takes of a device's memory, bytes by kind.
+
+    Args:
+      memory: of its `memory_analysis`.
+    """
+    return {
         "arguments": memory.argument_size_in_bytes,
         "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
         "program": memory.generated_code_size_in_bytes,
     }
+
+
+def _measure(compiled: Any, program: Program, plan: dict[str, Any]) -> dict[str, Any]:
+    """What the compiled program says of itself."""
+    cost = compiled.cost_analysis()
+    kinds = memory_kinds(compiled.memory_analysis())
     kinds["peak"] = sum(kinds.values())
     pieces = plan["batch"] // (plan["microbatch"] or plan["batch"])
+    text = CompiledText(compiled.as_text())
+    moved = pieces * float(cost.get("bytes accessed", 0.0))
     return {
         "memory": kinds,
         "fits": kinds["peak"] <= plan["memory_of_a_device"],
         # The compiler counts the body of a loop over microbatches once.
         "compiled_flops": float(cost.get("flops", 0.0)) if pieces == 1 else None,
-        "bytes_moved": pieces * float(cost.get("bytes accessed", 0.0)),
-        "collectives": [dataclasses.asdict(c) for c in collectives(compiled.as_text())],
+        # Of a TPU's program what stays on the chip is known, and left out.
+        "bytes_moved": moved if plan["estimate"] else float(text.traffic()),
+        "cycles": text.cycles(),
+        "float32_activations": _float32_activations(text, program, plan),
+        "collectives": [dataclasses.asdict(c) for c in text.collectives()],
     }
+
+
+def _float32_activations(compiled: CompiledText, program: Program, plan: Any) -> list[str]:
+    """Large arrays of float32 that have an entry for each image, or for each of its views."""
+    images = (plan["microbatch"] or plan["batch"]) // plan["devices"]
+    entries = {images * views for views in range(1, plan["views"] + 1)}
+    weights = {leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(program.init))}
+    found = set()
+    for shape, where in compiled.wide(2**20):
+        dimensions = tuple(int(d) for d in re.findall(r"\d+", shape.removeprefix("f32")))
+        if dimensions[0] in entries and dimensions not in weights and len(dimensions) > 1:
+            found.add(f"{shape} in {part_of(where)}")
+    return sorted(found)
 
 
 def _times(plan: dict[str, Any], topology: Topology) -> dict[str, Any]:
@@ -407,7 +357,7 @@ def fitting(
     Returns:
       The plan of the config, with "fitting", the other plan or None, where it doesn't fit.
     """
-    plan = make_plan(config, topology, images)
+    plan = make_plan(config, topology, images, say)
     if plan["fits"]:
         return plan
     batch, devices = config.microbatch or config.batch_size, plan["devices"]
@@ -489,6 +439,8 @@ def _rows(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "bytes moved",
         f"{plan['bytes_moved'] / 1e9:.4g} GB of a device, {per_image / 1e6:.0f} MB per view",
     )
+    if plan["cycles"]:
+        yield "cycles", _cycles(plan["cycles"])
     for found in plan["collectives"]:
         yield found["kind"], f"{found['count']} of {found['bytes'] / 1e6:.4g} MB together"
     seconds = plan["seconds"]
@@ -497,12 +449,31 @@ def _rows(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
         f"{about}{1e3 * plan['step_seconds'][0]:.1f} to {1e3 * plan['step_seconds'][1]:.1f} ms; "
         + ", ".join(f"{name} {1e3 * s:.1f}" for name, s in seconds.items()),
     )
-    low, high = plan["hours"]
+    times = " to ".join(_duration(3600 * hours) for hours in plan["hours"])
+    chip_hours = " to ".join(_number(hours) for hours in plan["chip_hours"])
     yield (
         "time of the run",
-        f"{about}{low:.3g} to {high:.3g} hours (all overlapped to nothing overlapped, at peak "
-        f"rates), {plan['chip_hours'][0]:,.0f} to {plan['chip_hours'][1]:,.0f} chip-hours",
+        f"{about}{times} (all overlapped to nothing overlapped, at peak rates), "
+        f"{chip_hours} chip-hours",
     )
+
+
+def _cycles(parts: dict[str, int]) -> str:
+    total = sum(parts.values())
+    largest_first = sorted(parts.items(), key=lambda item: -item[1])
+    shares = ", ".join(f"{part} {100 * n / total:.1f} %" for part, n in largest_first)
+    return f"{total / 1e6:,.4g} M by the compiler's estimate: {shares}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{_number(seconds / length)} {unit}"
+    return f"{_number(seconds)} s"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def compare(plan: dict[str, Any], other: dict[str, Any]) -> str:
@@ -526,6 +497,8 @@ def _numbers(plan: dict[str, Any]) -> Iterator[tuple[str, float]]:
     if "seconds" not in plan:
         return
     yield "bytes moved [GB]", plan["bytes_moved"] / 1e9
+    if plan["cycles"]:
+        yield "cycles [M]", sum(plan["cycles"].values()) / 1e6
     for found in plan["collectives"]:
         yield f"{found['kind']}, count", found["count"]
         yield f"{found['kind']} [MB]", found["bytes"] / 1e6

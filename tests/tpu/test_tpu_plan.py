@@ -9,6 +9,7 @@ from tiny import METHODS, method_config, without_colour
 
 from ssl_jax import backend, plan
 from ssl_jax.chips import parse_topology
+from ssl_jax.config import load_config
 from ssl_jax.errors import UserError
 
 if importlib.util.find_spec("libtpu") is None:
@@ -48,6 +49,18 @@ def test_exchanges_and_memory_of_a_step(method):
     exchanges = {c["kind"]: c["count"] for c in made["collectives"]}
     assert exchanges == EXCHANGES[method]
     assert made["memory"]["temporary"] < MIB[method] * 2**20
+    assert made["cycles"]
+    assert made["float32_activations"] == []
+
+
+def test_of_a_network_in_bfloat16_only_the_pictures_are_float32():
+    config = load_config("configs/simclr_imagenet.py:256")
+    config.model.depth = 18
+    made = plan.make_plan(config, parse_topology("v5e:2x2"))
+    where = {each.split(" in ")[1] for each in made["float32_activations"]}
+    assert "augment" in where and not where & {"forward", "backward", "loss"}
+    # By the compiler's own estimate; with a blur by shifts it was half of it.
+    assert made["cycles"]["augment"] < sum(made["cycles"].values()) / 6
 
 
 @pytest.mark.parametrize("method", ["simclr", "moco"])
@@ -63,6 +76,16 @@ def test_only_gathered_embeddings_grow_with_the_devices(method):
     for kind in few:
         grown = 2 if kind == "all-gather" else 1
         assert many[kind] == grown * few[kind], kind
+
+
+def test_exchanges_in_a_loop_over_microbatches_count_as_often_as_it_runs():
+    made = []
+    for microbatch in (32, 16):
+        config = without_colour(method_config("simclr", dtype="bfloat16", microbatch=microbatch))
+        made.append(plan.make_plan(config, TOPOLOGY, images=6400))
+    few, many = ({c["kind"]: c["count"] for c in m["collectives"]}["all-reduce"] for m in made)
+    assert many > 1.5 * few
+    assert many - few == pytest.approx(few, rel=0.35)  # beside those outside of the loop
 
 
 def test_the_compiler_refuses_a_slice_that_does_not_exist():
