@@ -10,11 +10,13 @@ import optax
 from jaxtyping import Array, Float, Int, UInt32
 from ml_collections import ConfigDict
 
+from ssl_jax import probe
 from ssl_jax.config import Schedule, flat_views
 from ssl_jax.data.index import stream_key, views_stream
 from ssl_jax.data.pipeline import make_prepare
 from ssl_jax.diagnostics import embedding_std
 from ssl_jax.errors import UserError
+from ssl_jax.finite import COUNT, STEP
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import Batch, Method, Pytree
 from ssl_jax.optim import learning_rate_schedule, make_optimizer, peak_learning_rate
@@ -33,6 +35,9 @@ class TrainState(flax.struct.PyTreeNode):
       extra: batch statistics, targets, queues.
       opt_state: of the optimiser, its schedules' counts included.
       key: data of the run's random key; every stream of randomness folds it with its name and step.
+      probe: the linear classifier that is trained along, of `probe.init`; {} where there is none.
+      nonfinite: how many steps had a loss or gradients that were not finite, and which was the
+        newest, counted from 1.
     """
 
     step: Int[Array, ""]
@@ -40,6 +45,8 @@ class TrainState(flax.struct.PyTreeNode):
     extra: Pytree
     opt_state: Pytree
     key: UInt32[Array, "2"]
+    probe: Pytree
+    nonfinite: Int[Array, "2"]
 
 
 def assemble(
@@ -85,8 +92,13 @@ def init_state(
 
     def init(key: Array) -> TrainState:
         params, extra = method.init(stream_key(key, "init", 0), example_batch(config))
-        step = jnp.zeros((), jnp.int32)
-        return TrainState(step, params, extra, optimizer.init(params), jax.random.key_data(key))
+        step, classes = jnp.zeros((), jnp.int32), config.data.num_classes
+        # Methods with a classifier of their own need no second one.
+        probed = config.eval.probe and classes > 0 and not method.classifies
+        along = probe.init(method.encoder.num_features, classes) if probed else {}
+        key_data = jax.random.key_data(key)
+        none = jnp.zeros(2, jnp.int32)
+        return TrainState(step, params, extra, optimizer.init(params), key_data, along, none)
 
     return jax.jit(init)(jax.random.key(config.seed))
 
@@ -138,15 +150,16 @@ def loss_and_gradients(
     rng = stream_key(jax.random.wrap_key_data(state.key), "forward", state.step)
 
     def loss_of(params: Pytree) -> tuple[Array, tuple[dict[str, Array], Pytree, dict[str, Array]]]:
-        outputs, stats = method.forward(params, state.extra, batch, rng)
-        loss, logs = method.loss(params, outputs, state.extra, batch, state.step)
+        with jax.named_scope("forward"):
+            outputs, stats = method.forward(params, state.extra, batch, rng)
+        with jax.named_scope("loss"):
+            loss, logs = method.loss(params, outputs, state.extra, batch, state.step)
         return loss, (outputs, stats, logs)
 
     (loss, (outputs, stats, logs)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
         state.params
     )
-    # A per-device BatchNorm's statistics differ by device; the mean keeps the state replicated.
-    gradients, stats = jax.tree.map(method.mean, (gradients, stats))
+    gradients, stats = _averaged(method, state, gradients, stats)
     return loss, gradients, outputs, stats, logs
 
 
@@ -165,8 +178,7 @@ def cached_loss_and_gradients(
     2021, arXiv:2101.06983). This is the large batch's gradient, exactly; BatchNorm alone sees a
     piece at a time. What doesn't depend on the parameters, as keys and targets, is computed once.
 
-    A piece has every `pieces`-th example, so that, over all devices, it has the same examples
-    whatever the number of devices.
+    A piece has every `pieces`-th example: over all devices the same, however many there are.
 
     Args:
       method: with the axis name under which this is mapped.
@@ -182,7 +194,8 @@ def cached_loss_and_gradients(
     rng = stream_key(jax.random.wrap_key_data(state.key), "forward", state.step)
 
     def forward(params: Pytree, piece: Array) -> tuple[dict[str, Array], Pytree]:
-        return method.forward(params, state.extra, prepare(_take(raw, piece, pieces)), rng)
+        with jax.named_scope("forward"):
+            return method.forward(params, state.extra, prepare(_take(raw, piece, pieces)), rng)
 
     def encode(total: Pytree, piece: Array) -> tuple[Pytree, dict[str, Array]]:
         outputs, stats = forward(state.params, piece)
@@ -201,14 +214,27 @@ def cached_loss_and_gradients(
     kept: Batch = {name: raw[name] for name in ("id", "label") if name in raw}
 
     def loss_of(params: Pytree, outputs: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-        return method.loss(params, outputs, state.extra, kept, state.step)
+        with jax.named_scope("loss"):
+            return method.loss(params, outputs, state.extra, kept, state.step)
 
     (loss, logs), (gradients, cotangents) = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(
         state.params, outputs
     )
     gradients, _ = jax.lax.scan(pull_back, gradients, numbers)
-    gradients, stats = jax.tree.map(method.mean, (gradients, stats))
+    gradients, stats = _averaged(method, state, gradients, stats)
     return loss, gradients, outputs, stats, logs
+
+
+def _averaged(
+    method: Method, state: TrainState, gradients: Pytree, stats: Pytree
+) -> tuple[Pytree, Pytree]:
+    """The means over devices; of frozen networks the old statistics, which a mean would round."""
+    # A per-device BatchNorm's statistics differ by device; the mean keeps the state replicated.
+    gradients, stats = jax.tree.map(method.mean, (gradients, stats))
+    return gradients, {
+        name: state.extra["batch_stats"][name] if name in method.frozen else new
+        for name, new in stats.items()
+    }
 
 
 def _take(tree: Pytree, piece: Array, pieces: int) -> Pytree:
@@ -264,30 +290,63 @@ def make_train_step(
         key = views_stream(jax.random.wrap_key_data(state.key), state.step)
 
         def views_of(part: dict[str, Any]) -> Batch:
-            return prepare(part, resident, key)
+            with jax.named_scope("augment"):
+                return prepare(part, resident, key)
 
         if pieces == 1:
             computed = loss_and_gradients(method, state, views_of(raw))
         else:
             computed = cached_loss_and_gradients(method, state, raw, views_of, pieces)
         loss, gradients, outputs, stats, logs = computed
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         extra = {**state.extra, "batch_stats": stats}
-        params, extra = method.update(params, outputs, extra, state.step)
+        label = raw.get("label")
+        along, probed = _probe_step(method, state.probe, outputs["embedding"], label)
+        with jax.named_scope("update"):
+            params, extra = method.update(params, outputs, extra, state.step)
         metrics = {
             "loss": loss,
             "learning_rate": learning_rate(state.step),
             "gradient_norm": optax.tree.norm(gradients),
             "embedding_std": embedding_std(outputs["embedding"], method.mean),
             **logs,
+            **probed,
         }
-        new_state = state.replace(
-            step=state.step + 1, params=params, extra=extra, opt_state=opt_state
-        )
+        new_state = state.replace(params=params, extra=extra, opt_state=opt_state, probe=along)
+        new_state = _counted(state, new_state, [loss, metrics["gradient_norm"]], config.on_nan)
+        metrics |= {COUNT: new_state.nonfinite[0], STEP: new_state.nonfinite[1]}
         return new_state, {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
 
     return train_step
+
+
+def _counted(state: TrainState, after: TrainState, sizes: list[Array], allowed: int) -> TrainState:
+    """The state after a step, and whether that was finite; if it may be skipped, the old one."""
+    # Of the new parameters too: an update may overflow where gradients don't.
+    finite = jnp.isfinite(jnp.stack([*sizes, optax.tree.norm(after.params)])).all()
+    if allowed:
+        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+    counted = jnp.stack([state.nonfinite[0] + 1, state.step + 1])
+    # The first beyond what is allowed is told, whatever came of it until it was noticed.
+    over = state.nonfinite[0] > allowed
+    counted = jnp.where(finite | over, state.nonfinite, counted)
+    return after.replace(step=state.step + 1, nonfinite=counted)
+
+
+def _probe_step(
+    method: Method, along: Pytree, features: Array, label: Array | None
+) -> tuple[Pytree, dict[str, Array]]:
+    """The probe after a step, and what to log of it; per device."""
+    if not along or label is None:
+        return along, {}
+    with jax.named_scope("probe"):
+        (loss, right), gradients = jax.value_and_grad(probe.loss, has_aux=True)(
+            along["params"], features, label
+        )
+        along = probe.update(along, jax.tree.map(method.mean, gradients))
+    return along, {"probe_loss": method.mean(loss), "probe_train_accuracy": method.mean(right)}
 
 
 class Program:

@@ -1,5 +1,6 @@
 """The losses against float64 NumPy written from the papers, and across devices."""
 
+import functools
 import re
 
 import jax
@@ -324,3 +325,30 @@ def test_regressions_are_the_papers():
 def test_a_zero_row_has_a_finite_gradient():
     gradient = jax.grad(lambda x: losses.negative_cosine(x, jnp.ones((2, 3))))(jnp.zeros((2, 3)))
     assert bool(jnp.isfinite(gradient).all())
+
+
+@pytest.mark.parametrize(("platform", "block"), [("cpu", 1024), ("cuda", 4096), ("tpu", 4096)])
+def test_accelerators_take_larger_blocks(platform, block):
+    z = jnp.zeros((2048, 8))
+    loss = jax.jit(lambda z: losses.nt_xent(z, z, temperature=0.1))
+    text = loss.trace(z).lower(lowering_platforms=(platform,)).as_text()
+    assert f"tensor<{block}x{block}xf32>" in text
+    assert (f"tensor<{4096 // block}x{block}x8xf32>" in text) == (block < 4096)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1])
+def test_every_way_to_cut_the_matrix_gives_the_same(temperature, monkeypatch):
+    rng = np.random.default_rng(0)
+    z1, z2 = (jnp.asarray(rng.normal(size=(37, 8)), jnp.float32) for _ in range(2))
+
+    def value_and_gradients():
+        loss = functools.partial(losses.nt_xent, temperature=temperature)
+        return jax.value_and_grad(loss, (0, 1))(z1, z2)
+
+    whole = value_and_gradients()
+    for limits in ((1, 20), (74 * 10, 20), (74 * 74, 1)):
+        monkeypatch.setattr(losses, "_CPU_BLOCK", limits)
+        for mine, expected in zip(
+            jax.tree.leaves(value_and_gradients()), jax.tree.leaves(whole), strict=True
+        ):
+            np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-5)

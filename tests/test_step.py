@@ -184,6 +184,7 @@ def test_golden_metrics_of_one_step():
     ids = Index(64, 32, 0).ids(0)
     batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
     state, metrics = step(state, batch, resident)
+    assert (metrics.pop("nonfinite_steps"), metrics.pop("nonfinite_step")) == (0, 0)
     metrics["parameter_norm"] = optax.tree.norm(state.params)
     assert metrics.keys() == GOLDEN.keys()
     for name, value in GOLDEN.items():

@@ -9,6 +9,7 @@ from ssl_jax.config import Schedule, did_you_mean, register_options
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import Method
 from ssl_jax.methods.byol import BYOL
+from ssl_jax.methods.distill import Distill
 from ssl_jax.methods.moco import MoCo
 from ssl_jax.methods.simclr import SimCLR
 from ssl_jax.methods.simsiam import SimSiam
@@ -22,6 +23,7 @@ _METHODS: dict[str, type[Method]] = {
     "byol": BYOL,
     "simsiam": SimSiam,
     "supervised": Supervised,
+    "distill": Distill,
 }
 _OWN = frozenset(_METHODS)
 

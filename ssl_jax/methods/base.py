@@ -48,6 +48,9 @@ class Method:
 
     networks: Mapping[str, nn.Module] = {}  # by their names in `params`
     trivial_loss: float | None = None  # of constant outputs, where it is known
+    frozen: tuple[str, ...] = ()  # networks whose batch statistics stay as they are
+    needs_labels = False  # whether the loss takes them
+    classifies = False  # whether it trains a classifier, and has `classify`
 
     def __init__(
         self,
@@ -96,6 +99,10 @@ class Method:
         """The optimiser's label of each leaf of `params`; see `optim.make_optimizer`."""
         return role_labels(params)
 
+    def classify(self, params: Pytree, stats: Pytree, images: Array) -> Float[Array, "n classes"]:
+        """Logits of images in evaluation mode, where the method trains a classifier."""
+        raise NotImplementedError
+
     def features(
         self, params: Pytree, stats: Pytree, images: Array, projector_layer: int = 0
     ) -> Float[Array, "n d"]:
@@ -126,7 +133,7 @@ class Method:
         """Refuses a layer for `features` that this method's projector doesn't have."""
         if layer == 0:
             return
-        hidden = getattr(self.networks.get("projector"), "layers", 1) - 1
+        hidden = max(getattr(self.networks.get("projector"), "layers", 1) - 1, 0)
         if not 0 < layer <= hidden:
             has = f"hidden layers 1 to {hidden}" if hidden else "no hidden layer to evaluate"
             raise UserError(
@@ -208,7 +215,10 @@ def init_networks(
         jax.random.split(rng, len(networks)), networks.items(), strict=True
     ):
         variables = module.init(key, x, train=False)
-        params[name], stats[name] = variables["params"], variables.get("batch_stats", {})
+        params[name], stats[name] = (
+            variables.get("params", {}),
+            variables.get("batch_stats", {}),
+        )
         out = jax.eval_shape(functools.partial(module.apply, train=False), variables, x)
         x = jnp.zeros(out.shape, out.dtype)
     return params, stats

@@ -99,7 +99,8 @@ class MoCo(Method):
             terms.append(losses.info_nce(query, key, queue, temperature=temperature))
             right.append(contrastive_accuracy(query, key, queue, among=False))
         loss = self.mean(jnp.mean(jnp.stack(terms)))
-        return loss, {"contrastive_accuracy": self.mean(jnp.mean(jnp.stack(right)))}
+        accuracy = self.mean(jnp.mean(jnp.stack(right)))
+        return loss, {"contrastive_accuracy": accuracy, "target_decay": self.momentum(step)}
 
     def update(
         self, params: Pytree, outputs: dict[str, Array], extra: Pytree, step: Array
@@ -133,7 +134,7 @@ class MoCo(Method):
         device has fewer images than there are devices, they are exchanged within groups.
 
         Args:
-          images: this device's.
+          images: this device's; with `config.moco.shuffle` off they stay where they are.
           rng: the same on every device.
 
         Returns:
@@ -147,6 +148,8 @@ class MoCo(Method):
         devices = 1 if self.axis_name is None else jax.lax.axis_size(self.axis_name)
         group = math.gcd(n, devices)
         own_statistics = 0 < self.config.model.bn_group < devices
+        if not self.config.moco.shuffle:
+            return images, lambda x: x
         if group == 1 and own_statistics:
             raise UserError(
                 f"A device encodes {n} images at a time, which {devices} devices can't exchange, "

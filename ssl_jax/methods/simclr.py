@@ -38,6 +38,7 @@ class SimCLR(Method):
                 f"config.simclr.memory is {options.memory}: it must be 0 or a multiple of twice "
                 f"config.batch_size, {2 * self.config.batch_size}."
             )
+        self.width = options.out if options.layers else self.encoder.num_features
         projector = self.head(
             hidden=options.hidden or self.encoder.num_features,
             out=options.out,
@@ -55,7 +56,7 @@ class SimCLR(Method):
         options = self.config.simclr
         if not options.memory:
             return params, {"batch_stats": stats}
-        queue = losses.normalize(jax.random.normal(rng_memory, (options.memory, options.out)))
+        queue = losses.normalize(jax.random.normal(rng_memory, (options.memory, self.width)))
         return params, {
             "batch_stats": {**stats, "target": jax.tree.map(jnp.copy, stats)},
             "target": jax.tree.map(jnp.copy, params),
@@ -95,6 +96,8 @@ class SimCLR(Method):
         # Among this device's own images: the loss alone gathers, once.
         found = contrastive_accuracy(z[:, 0], z[:, 1], z[:, 1], among=True)
         logs = {"nt_xent": loss, "contrastive_accuracy": self.mean(found)}
+        if "queue" in extra:
+            logs["target_decay"] = jnp.float32(options.memory_momentum)
         return options.loss_scale * loss, logs
 
     def update(
@@ -104,7 +107,7 @@ class SimCLR(Method):
         if "queue" not in extra:
             return params, extra
         options = self.config.simclr
-        keys = self.gather(outputs["key"]).reshape(-1, options.out)
+        keys = self.gather(outputs["key"]).reshape(-1, self.width)
         start = step % (options.memory // keys.shape[0]) * keys.shape[0]
         queue = jax.lax.dynamic_update_slice_in_dim(extra["queue"], keys, start, axis=0)
         target = ema.update(extra["target"], params, options.memory_momentum)

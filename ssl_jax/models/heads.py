@@ -23,22 +23,22 @@ OUT_BN: dict[str, dict[str, bool]] = {
 class MLPHead(nn.Module):
     """`layers` linear layers, `dense1` to `denseL`, with a ReLU after all but the last.
 
-    Each may be followed by a BatchNorm (`bn1` to `bnL`). The heads of the official codes:
+    Each may be followed by a BatchNorm (`bn1` to `bnL`). The heads of the official codes::
 
-    | | layers | hidden_bias | hidden_bn | out_bias | out_bn | kernel_init |
-    |---|---|---|---|---|---|---|
-    | SimCLR v1, v2 | 2, 3 | no | yes | no | scale | normal_0.01 |
-    | MoCo v1 | 1 | – | – | yes | none | torch |
-    | MoCo v2 | 2 | yes | no | yes | none | torch |
-    | SwAV | 2 | yes | yes | yes | none | torch |
-    | BYOL, projector and predictor | 2 | yes | yes | no | none | haiku |
-    | SimSiam, projector | 3 | no | yes | yes | no_affine | torch |
-    | SimSiam, predictor | 2 | no | yes | yes | none | torch |
+                                     layers  hidden_bias  hidden_bn  out_bias  out_bn    kernel_init
+      SimCLR v1, v2                  2, 3    no           yes        no        scale     normal_0.01
+      MoCo v1                        1                               yes       none      torch
+      MoCo v2                        2       yes          no         yes       none      torch
+      SwAV                           2       yes          yes        yes       none      torch
+      BYOL, projector and predictor  2       yes          yes        no        none      haiku
+      SimSiam, projector             3       no           yes        yes       no_affine torch
+      SimSiam, predictor             2       no           yes        yes       none      torch
 
     Attributes:
       hidden: units of all layers but the last; not used with one layer.
       out: units of the last layer.
-      layers: their number, 1 or more.
+      layers: their number; 0: the head is the identity.
+      kept: the hidden layers that are there; None: the whole head.
       hidden_bias: whether the layers before the last have a bias (before their BatchNorm).
       hidden_bn: whether a BatchNorm follows them.
       out_bias: whether the last layer has a bias.
@@ -56,6 +56,7 @@ class MLPHead(nn.Module):
     hidden: int
     out: int
     layers: int = 2
+    kept: int | None = None
     hidden_bias: bool = False
     hidden_bn: bool = True
     out_bias: bool = False
@@ -68,12 +69,14 @@ class MLPHead(nn.Module):
     def __post_init__(self) -> None:
         check_choice("The head's out_bn", self.out_bn, OUT_BN)
         check_choice("The head's kernel_init", self.kernel_init, KERNEL_INITS)
-        sizes = {"layers": self.layers, "out": self.out}
-        if self.layers != 1:
-            sizes["hidden"] = self.hidden
-        for name, value in sizes.items():
-            if value < 1:
-                raise UserError(f"The head's {name} is {value}: it must be 1 or more.")
+        sizes = {"layers": (self.layers, 0)}
+        if self.layers:
+            sizes["out"] = (self.out, 1)
+        if self.layers > 1:
+            sizes["hidden"] = (self.hidden, 1)
+        for name, (value, least) in sizes.items():
+            if value < least:
+                raise UserError(f"The head's {name} is {value}: it must be {least} or more.")
         super().__post_init__()
 
     @nn.compact
@@ -95,10 +98,11 @@ class MLPHead(nn.Module):
         Raises:
           UserError: there is no such hidden layer.
         """
-        if return_hidden is not None and not 0 <= return_hidden < self.layers:
-            raise UserError(
-                f"The head has no hidden layer {return_hidden}: it may be 0 to {self.layers - 1}."
-            )
+        if return_hidden is None:
+            return_hidden = self.kept
+        last = max(self.layers - 1, 0)
+        if return_hidden is not None and not 0 <= return_hidden <= last:
+            raise UserError(f"The head has no hidden layer {return_hidden}: it may be 0 to {last}.")
         # float32 out of BatchNorm, and the exact variance in two passes with a collective each, are
         # cheap for vectors; and needed, as features of different images start nearly equal.
         norm = batch_norm(
@@ -114,7 +118,7 @@ class MLPHead(nn.Module):
             if self.hidden_bn:
                 x = norm(name=f"bn{i}")(x)
             x = nn.relu(x)
-        if return_hidden is not None:
+        if return_hidden is not None or not self.layers:
             return x
         x = self._dense(self.out, self.out_bias, x, name=f"dense{self.layers}")
         if self.out_bn != "none":

@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from ssl_jax.errors import UserError
@@ -19,6 +20,7 @@ from ssl_jax.models.layers import (
     batch_norm,
     check_choice,
     conv_general_dilated,
+    max_pool,
 )
 
 STAGES = {
@@ -27,8 +29,9 @@ STAGES = {
     50: (3, 4, 6, 3),
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
+    200: (3, 24, 36, 3),
 }
-STEMS = ("imagenet", "cifar")
+STEMS = ("imagenet", "cifar", "cifar_pad2", "cifar_no_relu")
 # Of strided convolutions, of the max-pool.
 PADDINGS = {
     "symmetric": ("symmetric", "symmetric"),
@@ -48,12 +51,14 @@ class ResNet(nn.Module):
     (arXiv:2006.10029; Li et al., 2019, arXiv:1903.06586).
 
     Attributes:
-      depth: 18, 34 (basic blocks), 50, 101 or 152 (bottleneck blocks).
+      depth: 18, 34 (basic blocks), 50, 101, 152 or 200 (bottleneck blocks).
       width: multiplies all channels; 64·width must be whole.
       sk: selective kernels in bottleneck blocks; with them come, in all blocks, the stem and
         shortcut of ResNet-D (He et al., 2018, arXiv:1812.01187).
       stem: "imagenet" is 7×7 with stride 2 and a 3×3 max-pool with stride 2 (ResNet-D: three 3×3
-        for the 7×7); "cifar" is 3×3 without stride or pool, also with `sk`.
+        for the 7×7); "cifar" is 3×3 without stride or pool, also with `sk`. As two libraries have
+        it: "cifar_pad2" pads two pixels (solo-learn), "cifar_no_relu" has no ReLU (lightly's
+        benchmarks).
       padding: "symmetric" as in PyTorch; "same" as in TensorFlow (BYOL), where strides pad less or
         nothing on the left and top; "simclr" is "same" in the max-pool alone.
       conv_init: "truncated_fan_in" (SimCLR), "fan_out_normal" (torchvision, MoCo, SwAV), "torch"
@@ -152,7 +157,10 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Images to the input of the first block."""
-        if self.kind == "cifar":
+        small = self.kind.startswith("cifar")
+        if self.kind == "cifar_pad2":
+            x = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])  # the other pixel is the convolution's
+        if small:
             layers = [(self.filters, 3, 1)]
         elif self.deep:
             layers = [(self.filters // 2, 3, 2), (self.filters // 2, 3, 1), (self.filters, 3, 1)]
@@ -160,10 +168,14 @@ class Stem(nn.Module):
             layers = [(self.filters, 7, 2)]
         for i, (filters, size, stride) in enumerate(layers, start=1):
             x = self.conv(filters, size, stride, name=f"conv{i}")(x)
-            x = nn.relu(self.norm(name=f"bn{i}")(x))
-        if self.kind == "cifar":
+            x = self.norm(name=f"bn{i}")(x)
+            x = x if self.kind == "cifar_no_relu" else nn.relu(x)
+        if small:
             return x
-        return nn.max_pool(x, (3, 3), (2, 2), padding=_pads(3, self.pool_padding))
+        pads = _pads(3, self.pool_padding)
+        if isinstance(pads, str):
+            pads = lax.padtype_to_pads(x.shape[1:3], (3, 3), (2, 2), pads)
+        return max_pool(x, tuple(map(tuple, pads)))
 
 
 class Block(nn.Module):

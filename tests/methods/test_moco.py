@@ -144,7 +144,7 @@ def leak_accuracy(shuffle, seed=0):
     a direction of its own: BatchNorm subtracts a part of it from all the others, and leaves them
     a common mark. Keys of earlier batches carry other marks.
     """
-    spmd, method = make_spmd(), moco(AXIS)
+    spmd, method = make_spmd(), moco(AXIS, shuffle=shuffle)
     norm = nn.BatchNorm(use_running_average=False, use_scale=False, use_bias=False)
 
     def encode(x):
@@ -152,8 +152,8 @@ def leak_accuracy(shuffle, seed=0):
 
     def per_device(first, second, earlier, rng):
         key = jax.random.wrap_key_data(rng)
-        moved, back = method.shuffle(second, key) if shuffle else (second, lambda x: x)
-        before, back_too = method.shuffle(earlier, key) if shuffle else (earlier, lambda x: x)
+        moved, back = method.shuffle(second, key)
+        before, back_too = method.shuffle(earlier, key)
         query, positive = encode(first), back(encode(moved))
         queue = method.gather(back_too(encode(before)))
         scores = jnp.sum(query * positive, axis=1)

@@ -71,6 +71,19 @@ def test_the_conventions_of_the_protocol_hold(method):
     assert "encoder" in params and "encoder" in extra["batch_stats"]
 
 
+def test_without_a_projector_the_loss_is_of_the_features():
+    config = method_config("simclr_memory")
+    config.simclr.layers = 0
+    made = make_method(config, Schedule(1, 10))
+    batch = example_batch(config)
+    params, extra = made.init(jax.random.key(0), batch)
+    outputs, _ = made.forward(params, extra, batch, jax.random.key(1))
+    np.testing.assert_array_equal(outputs["projection"][:, 0], outputs["embedding"])
+    assert not jax.tree.leaves(params["projector"])
+    _, updated = made.update(params, outputs, extra, jnp.int32(0))
+    assert updated["queue"].shape == (config.simclr.memory, made.encoder.num_features)
+
+
 def test_an_unknown_method_is_told_with_the_nearest():
     config = method_config("simclr")
     config.method = "mocoo"

@@ -116,6 +116,14 @@ def test_outputs_of_hidden_layers(hidden):
         np.testing.assert_array_equal(head.apply(first, x, train=False, return_hidden=1), out)
 
 
+def test_no_layers_are_the_features_themselves():
+    head = MLPHead(hidden=7, out=5, layers=0)
+    x = jnp.arange(6.0).reshape(2, 3)
+    assert not jax.tree.leaves(head.init(jax.random.key(0), x, train=False))
+    for hidden in (None, 0):
+        np.testing.assert_array_equal(head.apply({}, x, train=True, return_hidden=hidden), x)
+
+
 @pytest.mark.parametrize("layer", [-1, 3])
 def test_a_hidden_layer_that_is_not_there_is_refused(layer):
     head = MLPHead(hidden=7, out=5, layers=3)
@@ -261,7 +269,7 @@ def test_groups_of_devices_are_as_their_images_on_one(group):
     [
         ({"out_bn": "half"}, "out_bn is 'half': it may be none, full, scale, no_affine"),
         ({"kernel_init": "ones"}, "kernel_init is 'ones': it may be"),
-        ({"layers": 0}, "layers is 0: it must be 1 or more"),
+        ({"layers": -1}, "layers is -1: it must be 0 or more"),
         ({"hidden": 0}, "hidden is 0: it must be 1 or more"),
         ({"out": 0}, "out is 0: it must be 1 or more"),
     ],

@@ -1,0 +1,104 @@
+"""Distillation of a classifier into another (SimCLR v2: Chen et al., 2020, arXiv:2006.10029).
+
+The last of its three steps: a teacher that was fine-tuned on few labels gives its opinion of images
+without labels, and a student, small or of the same size, learns it (section 2, equations 2 and 3).
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ssl_jax.errors import UserError
+from ssl_jax.methods.base import Batch, Method, Pytree, apply_networks, init_networks
+from ssl_jax.methods.supervised import (
+    Classifier,
+    classifier_group,
+    classifying_networks,
+    cross_entropy,
+    evaluate_networks,
+)
+from ssl_jax.models import ResNet
+
+
+class Distill(Method):
+    """A student, and in `extra` the teacher, which stays as it is and runs in evaluation mode."""
+
+    classifies = True
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        options, classes = self.config.distill, self.config.data.num_classes
+        if not options.depth:
+            raise UserError(
+                "config.distill.teacher is empty: give the workdir of a supervised or fine-tuned "
+                "run, whose opinion is to be learnt."
+            )
+        if options.labels and classes < 2:
+            raise UserError(
+                f"config.distill.labels is {options.labels}, but the training images have no "
+                "labels: use 0."
+            )
+        self.needs_labels = options.labels > 0
+        teacher = ResNet(
+            **{name: options[name] for name in ("depth", "width", "sk", "stem", "padding")},
+            dtype=self.config.dtype,
+        )
+        self.teacher = classifying_networks(self, teacher, options)
+        self.networks: dict[str, nn.Module] = {
+            "encoder": self.encoder,
+            "classifier": Classifier(classes),
+        }
+
+    def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
+        """The teacher is drawn too, until its run's weights take the place."""
+        keys = jax.random.split(rng)
+        params, stats = init_networks(self.networks, keys[0], batch["views"][0])
+        teacher, teacher_stats = init_networks(self.teacher, keys[1], batch["views"][0])
+        opinion = {"params": teacher, "batch_stats": teacher_stats}
+        return params, {"batch_stats": stats, "teacher": opinion}
+
+    def forward(
+        self, params: Pytree, extra: Pytree, batch: Batch, rng: Array
+    ) -> tuple[dict[str, Array], Pytree]:
+        """Each view on its own, to both: `logits` and `teacher` [n, V, classes]."""
+        stats, features, logits, opinions = extra["batch_stats"], [], [], []
+        weights = extra["teacher"]["params"], extra["teacher"]["batch_stats"]
+        for view in batch["views"]:
+            (h, out), stats = apply_networks(self.networks, params, stats, view)
+            features.append(h)
+            logits.append(out)
+            opinion = evaluate_networks(self.teacher, *weights, view, self.teacher)[-1]
+            opinions.append(jax.lax.stop_gradient(opinion))
+        return {
+            "embedding": features[0],
+            "logits": jnp.stack(logits, axis=1),
+            "teacher": jnp.stack(opinions, axis=1),
+        }, stats
+
+    def loss(
+        self, params: Pytree, outputs: dict[str, Array], extra: Pytree, batch: Batch, step: Array
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """Cross-entropy with the teacher's softened opinion, and, of its share, with the labels."""
+        options = self.config.distill
+        t = options.temperature
+        opinion = jax.nn.softmax(outputs["teacher"].astype(jnp.float32) / t)
+        log_p = jax.nn.log_softmax(outputs["logits"].astype(jnp.float32) / t)
+        distilled = -jnp.mean(jnp.sum(opinion * log_p, axis=-1)) * t * t
+        agree = outputs["teacher"].argmax(-1) == outputs["logits"].argmax(-1)
+        logs = {"distillation": self.mean(distilled), "agreement": self.mean(jnp.mean(agree))}
+        if not options.labels:
+            return self.mean(distilled), logs
+        labelled, right = cross_entropy(outputs["logits"], batch["label"])
+        loss = (1 - options.labels) * distilled + options.labels * labelled
+        return self.mean(loss), {**logs, "train_accuracy": self.mean(right)}
+
+    def param_groups(self, params: Pytree) -> Pytree:
+        """As for a supervised classifier."""
+        return {**super().param_groups(params), **classifier_group(self.config, params)}
+
+    def classify(self, params: Pytree, stats: Pytree, images: Array) -> Float[Array, "n classes"]:
+        """The student's logits of images, in evaluation mode."""
+        return evaluate_networks(self.networks, params, stats, images, self.networks)[-1]
