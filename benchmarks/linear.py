@@ -1,4 +1,4 @@
-"""Linear probes on frozen features: ours (L-BFGS in JAX) beside scikit-learn's, in turns.
+"""Linear probes and kNN on frozen features: ours in JAX beside scikit-learn's, in turns.
 
 Features of 50,000 × 512 are random ones (ReLU of random projections) of packed images, which ask
 for as many iterations as an encoder's; or --features=FILE.npz of `ssl-jax features`.
@@ -43,6 +43,43 @@ def scikit_learn(x: np.ndarray, y: np.ndarray, penalty: float) -> Callable:
     return lambda test: model.predict((test - centre) / scale)
 
 
+def our_vote(x: np.ndarray, y: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """A majority of 200 neighbours by cosine."""
+    from ssl_jax.evals.knn import knn_classify
+
+    classes = int(y.max()) + 1
+    return knn_classify(x, y, test, num_classes=classes, k=200, temperature=None)
+
+
+def their_vote(x: np.ndarray, y: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """The same; it keeps all similarities of a chunk in memory."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    return KNeighborsClassifier(200, algorithm="brute", metric="cosine").fit(x, y).predict(test)
+
+
+def knn_table(
+    x: np.ndarray, y: np.ndarray, test: np.ndarray, test_labels: np.ndarray, rounds: int
+) -> None:
+    """Prints it."""
+    print(f"\n{len(test):,} of {x.shape[1]} features against {len(x):,}\n")
+    print("| kNN, majority of 200 | accuracy % | seconds (median) | times ours |")
+    print("| --- | --- | --- | --- |")
+    votes = {"ours": our_vote, "scikit-learn": their_vote}
+    seconds: dict[str, list[float]] = {name: [] for name in votes}
+    accuracy = {}
+    for _ in range(rounds):
+        for name, vote in votes.items():
+            start = time.perf_counter()
+            predicted = vote(x, y, test)
+            seconds[name].append(time.perf_counter() - start)
+            accuracy[name] = 100 * np.mean(predicted == test_labels)
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    for name, median in medians.items():
+        ratio = median / medians["ours"]
+        print(f"| {name} | {accuracy[name]:.2f} | {median:.1f} | {ratio:.2f} |", flush=True)
+
+
 def main() -> None:
     """Prints a table as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -76,6 +113,7 @@ def main() -> None:
         for name, median in medians.items():
             cells = [f"{penalty:g}", name, f"{accuracy[name]:.2f}", f"{median:.1f}"]
             print("| " + " | ".join([*cells, f"{median / medians['ours']:.2f}"]) + " |", flush=True)
+    knn_table(x, y, test, test_labels, args.rounds)
 
 
 if __name__ == "__main__":

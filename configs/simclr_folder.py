@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from ssl_jax.config import default_config
 
 
-def get_config(variant: str = "") -> ConfigDict:
+def get_config() -> ConfigDict:
     """The run."""
     config = default_config()
     config.data.name = "folder"

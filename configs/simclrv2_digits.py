@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from ssl_jax.recipes import digits_config
 
 
-def get_config(variant: str = "") -> ConfigDict:
+def get_config() -> ConfigDict:
     """The run."""
     config = digits_config()
     config.simclr.update(temperature=0.2, layers=3, memory=1024, memory_momentum=0.99)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from ssl_jax.recipes import digits_config
 
 
-def get_config(variant: str = "") -> ConfigDict:
+def get_config() -> ConfigDict:
     """The run."""
     config = digits_config()
     config.method = "simsiam"

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from ssl_jax.recipes import imagenet_config, moco_v2_views
 
 
-def get_config(variant: str = "") -> ConfigDict:
+def get_config() -> ConfigDict:
     """The run."""
     config = imagenet_config("bilinear")
     config.method = "simsiam"

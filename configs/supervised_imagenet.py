@@ -12,7 +12,7 @@ from ssl_jax.config import view
 from ssl_jax.recipes import IMAGENET, imagenet_config
 
 
-def get_config(variant: str = "") -> ConfigDict:
+def get_config() -> ConfigDict:
     """The run."""
     config = imagenet_config("bilinear")
     config.method = "supervised"

@@ -51,3 +51,17 @@ def test_a_layer_that_is_not_there_is_told(run):
     config.eval.projector_layer = 1
     with pytest.raises(UserError, match="'supervised' has no hidden layer"):
         make_method(config, Schedule(1, 1))
+
+
+def test_an_encoder_is_printed_in_a_line(run):
+    # Convolutions of 3×3: 3 to 4, 4 to 4 twice, 4 to 8 and 8 to 8, and a shortcut of 1×1 from 4 to
+    # 8; a BatchNorm's two numbers for each channel after each.
+    weights = 9 * (3 * 4 + 2 * 4 * 4 + 4 * 8 + 8 * 8) + 4 * 8 + 2 * (3 * 4 + 3 * 8)
+    encoder = ssl_jax.load(run, projector_layer=0)
+    assert repr(encoder) == (
+        f"Encoder(simclr, ResNet-6 ×0.0625, 8 features, {weights:,} parameters, "
+        f"step 2 of {str(run)!r})"
+    )
+    assert encoder.num_features == 8
+    layer = ssl_jax.load(run)
+    assert "24 features of projector layer 1" in repr(layer) and layer.num_features == 24

@@ -1,6 +1,7 @@
 """Nearest neighbours of frozen features: the cheapest honest measure of a representation."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ssl_jax.errors import UserError
+from ssl_jax.spmd import Layout, Spmd, make_spmd
 
 _QUERIES, _KEYS = 1024, 16_384  # similarities held at a time: 64 MiB in float32
 
@@ -19,9 +21,9 @@ def knn_classify(
     *,
     num_classes: int,
     k: int = 200,
-    temperature: float = 0.1,
+    temperature: float | None = 0.1,
 ) -> Int[np.ndarray, " m"]:
-    """Classifies by a weighted vote of the nearest neighbours (Wu et al., 2018, section 3.4).
+    """Classifies by a vote of the nearest neighbours (Wu et al., 2018, section 3.4).
 
     Args:
       train_features: [n, d]; compared by cosine similarity, so their length does not matter.
@@ -29,7 +31,7 @@ def knn_classify(
       test_features: [m, d].
       num_classes: of the labels.
       k: neighbours that vote, at most n of them.
-      temperature: a neighbour's vote weighs exp(similarity / temperature).
+      temperature: a neighbour's vote weighs exp(similarity / temperature); None: all weigh alike.
 
     Returns:
       Predicted labels, int32 [m].
@@ -37,15 +39,39 @@ def knn_classify(
     Raises:
       UserError: features of different width, or as many labels as there are not.
     """
+    votes = knn_votes(
+        train_features,
+        train_labels,
+        test_features,
+        num_classes=num_classes,
+        k=k,
+        temperature=temperature,
+    )
+    return votes.argmax(axis=1).astype(np.int32)
+
+
+def knn_votes(
+    train_features: Float[np.ndarray, "n d"],
+    train_labels: Int[np.ndarray, " n"],
+    test_features: Float[np.ndarray, "m d"],
+    *,
+    num_classes: int,
+    k: int = 200,
+    temperature: float | None = 0.1,
+) -> Float[np.ndarray, "m c"]:
+    """The share of each class in the vote of `knn_classify`, which describes the arguments."""
     if len(train_labels) != len(train_features):
         raise UserError(f"{len(train_features)} features have {len(train_labels)} labels.")
     similarity, neighbour = nearest_neighbours(train_features, test_features, k=k)
     # Divided by the largest weight of the row, which changes no vote and can't overflow.
-    weight = np.exp((similarity - similarity[:, :1]) / temperature)
+    weight = np.ones_like(similarity)
+    if temperature is not None:
+        weight = np.exp((similarity - similarity[:, :1]) / temperature)
     votes = np.zeros((len(test_features), num_classes))
     rows = np.arange(len(test_features))[:, None]
     np.add.at(votes, (rows, np.asarray(train_labels)[neighbour]), weight)
-    return votes.argmax(axis=1).astype(np.int32)
+    shares: np.ndarray = votes / votes.sum(axis=1, keepdims=True)
+    return shares
 
 
 def nearest_neighbours(
@@ -53,7 +79,8 @@ def nearest_neighbours(
 ) -> tuple[Float[np.ndarray, "m k"], Int[np.ndarray, "m k"]]:
     """The k keys most similar to each query, by cosine, nearest first.
 
-    Chunked over both, so that memory does not grow with n·m.
+    Chunked over both, so that memory does not grow with n·m; the queries are spread over this
+    process's devices, each of which compares its share with all keys.
 
     Args:
       keys: [n, d].
@@ -72,24 +99,39 @@ def nearest_neighbours(
             "extract both with one encoder."
         )
     k = min(k, len(keys))
+    spmd = make_spmd(devices=jax.local_devices())
+    merge = _merging(spmd, k)
     similarity, index = [], []
-    for start in range(0, len(queries), _QUERIES):
-        query = _unit(jnp.asarray(queries[start : start + _QUERIES]))
-        best = (jnp.full((len(query), k), -jnp.inf), jnp.zeros((len(query), k), jnp.int32))
+    rows = min(_QUERIES, -(-len(queries) // spmd.size)) * spmd.size  # of a chunk
+    for start in range(0, len(queries), rows):
+        query = np.zeros((rows, queries.shape[1]), np.float32)
+        kept = len(queries[start : start + rows])
+        query[:kept] = queries[start : start + rows]
+        placed, best = spmd.place_batch((query, _nothing_yet(rows, k)))
         for first in range(0, len(keys), _KEYS):
-            key = jnp.asarray(keys[first : first + _KEYS])
-            best = _merge(best, query, key, jnp.int32(first), k)
-        similarity.append(np.asarray(best[0]))
-        index.append(np.asarray(best[1]))
+            key = jnp.asarray(keys[first : first + _KEYS], jnp.float32)
+            best = merge(best, placed, *spmd.replicate((key, jnp.int32(first))))
+        similarity.append(np.asarray(best[0])[:kept])
+        index.append(np.asarray(best[1])[:kept])
     return np.concatenate(similarity), np.concatenate(index)
 
 
-@functools.partial(jax.jit, static_argnums=4)
+def _nothing_yet(rows: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.full((rows, k), -np.inf, np.float32), np.zeros((rows, k), np.int32)
+
+
+@functools.cache
+def _merging(spmd: Spmd, k: int) -> Callable[..., tuple[Array, Array]]:
+    """The merging of `_merge`, each device for its own queries."""
+    layouts: tuple[Layout, ...] = ("sharded", "sharded", "replicated", "replicated")
+    return spmd.map(functools.partial(_merge, k=k), layouts, "sharded")
+
+
 def _merge(
     best: tuple[Array, Array], query: Array, key: Array, first: Array, k: int
 ) -> tuple[Array, Array]:
     """The k best of those found so far and of another chunk of keys."""
-    scores = jnp.matmul(query, _unit(key).T, precision="highest")
+    scores = jnp.matmul(_unit(query), _unit(key).T, precision="highest")
     index = jnp.broadcast_to(first + jnp.arange(key.shape[0], dtype=jnp.int32), scores.shape)
     all_scores = jnp.concatenate([best[0], scores], axis=1)
     all_index = jnp.concatenate([best[1], index], axis=1)

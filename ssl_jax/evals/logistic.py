@@ -14,6 +14,7 @@ from ssl_jax.errors import UserError
 
 # Of the mean cross-entropy, features in units of their overall spread.
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+METRICS = ("top1", "mean_per_class")  # by which a penalty may be chosen
 _TOLERANCE = 1e-4  # of the gradient's largest entry
 _MEMORY = 10
 
@@ -26,7 +27,8 @@ class LinearClassifier:
       weights: of the features as they are, not of scaled ones, float32 [d, classes].
       bias: float32 [classes].
       penalty: on the squared weights, chosen or given.
-      validation: accuracy on the validation split by penalty; empty where the penalty was given.
+      validation: accuracy (or its mean per class) on the validation split by penalty; empty where
+        the penalty was given.
     """
 
     weights: Float[np.ndarray, "d c"]
@@ -52,6 +54,7 @@ def fit_linear(
     validation_fraction: float = 0.1,
     max_iterations: int = 500,
     seed: int = 0,
+    metric: str = "top1",
 ) -> LinearClassifier:
     """Fits a linear classifier to frozen features.
 
@@ -68,6 +71,7 @@ def fit_linear(
       validation_fraction: of the examples, on which the penalty is chosen.
       max_iterations: of L-BFGS at most, for each fit.
       seed: of the split.
+      metric: by which the penalty is chosen, "top1" or "mean_per_class".
 
     Returns:
       The classifier.
@@ -77,13 +81,14 @@ def fit_linear(
         choose a penalty on.
     """
     features, labels = np.asarray(features, np.float32), np.asarray(labels)
-    _check(features, labels, num_classes)
+    _check(features, labels, num_classes, metric)
     if not penalties:
         raise UserError("There is no penalty to choose: give at least one.")
     centre = features.mean(axis=0)
     scale = max(float((features - centre).std()), 1e-12)
     x, y = jnp.asarray((features - centre) / scale), jnp.asarray(labels, jnp.int32)
-    start = jnp.zeros((features.shape[1] + 1, num_classes), jnp.float32)
+    fit = _Fit(x, y, num_classes, max_iterations)
+    start = np.zeros((features.shape[1] + 1, num_classes), np.float32)
     ordered = sorted(set(penalties), reverse=True)
     penalty = ordered[0]
     validation: dict[float, float] = {}
@@ -95,33 +100,74 @@ def fit_linear(
                 f"{validation_fraction:g} of {len(y)} examples is no validation split: give more "
                 "examples, or one penalty."
             )
-        start, validation = _sweep(start, x, y, shuffled, held, ordered, max_iterations)
+        start, validation = _sweep(start, fit, shuffled, held, ordered, metric)
         penalty = min(ordered, key=lambda p: (-validation[p], p))
-    fitted = np.asarray(_minimise(start, x, y, jnp.float32(penalty), max_iterations))
+    fitted = fit(start, penalty)
     weights = fitted[:-1] / scale
     return LinearClassifier(weights, fitted[-1] - centre @ weights, penalty, validation)
 
 
+class _Fit:
+    """Minimises on examples, from a start, with a penalty."""
+
+    def __init__(self, x: Array, y: Array, classes: int, max_iterations: int) -> None:
+        self.x, self.y, self.classes, self.max_iterations = x, y, classes, max_iterations
+        product = np.asarray(jnp.matmul(x.T, x, precision="highest"), np.float64) / len(x)
+        self.variances, self.directions = np.linalg.eigh(product)
+
+    def __call__(self, start: np.ndarray, penalty: float) -> np.ndarray:
+        """The solution, float32 [d + 1, classes]; its last row is the bias.
+
+        In coordinates in which the loss at equal scores is as steep in all directions: its
+        curvature there is the features' covariance over the number of classes. Features are far
+        from that, and L-BFGS takes several times as many steps in their own.
+        """
+        steep = np.maximum(self.variances, 0) / self.classes + penalty
+        # Of few examples there are directions without any, but for the penalty.
+        root = np.sqrt(np.maximum(steep, 1e-7 * steep.max() + 1e-30))
+        into, lower = self.directions / root, self.directions * root
+        bias = self.classes**-0.5
+        own = np.concatenate([lower.T @ start[:-1], bias * start[-1:]]).astype(np.float32)
+        found = np.asarray(
+            _minimise(
+                jnp.asarray(own),
+                self.x,
+                self.y,
+                jnp.float32(penalty),
+                jnp.asarray(into, jnp.float32),
+                jnp.asarray(lower, jnp.float32),
+                self.max_iterations,
+            )
+        )
+        back = np.concatenate([into @ found[:-1], found[-1:] / bias])
+        return back.astype(np.float32)
+
+
 def _sweep(
-    solution: Array,
-    x: Array,
-    y: Array,
+    solution: np.ndarray,
+    fit: _Fit,
     shuffled: np.ndarray,
     held: int,
     penalties: Sequence[float],
-    max_iterations: int,
-) -> tuple[Array, dict[float, float]]:
-    """The last solution, and the accuracy on the `held` first of the shuffled by penalty."""
+    metric: str,
+) -> tuple[np.ndarray, dict[float, float]]:
+    """The last solution, and the metric on the `held` first of the shuffled by penalty."""
     out, seen = shuffled[:held], shuffled[held:]
-    accuracy = {}
+    labels, accuracy = np.asarray(fit.y)[out], {}
+    part = _Fit(fit.x[seen], fit.y[seen], fit.classes, fit.max_iterations)
+    weights = np.ones(held)
+    if metric == "mean_per_class":
+        weights /= np.bincount(labels)[labels]
     for penalty in penalties:  # from the strongest: each starts where the one before has ended
-        solution = _minimise(solution, x[seen], y[seen], jnp.float32(penalty), max_iterations)
-        right = jnp.argmax(_logits(solution, x[out]), axis=1) == y[out]
-        accuracy[penalty] = float(right.mean())
+        solution = part(solution, penalty)
+        predicted = np.asarray(jnp.argmax(_logits(solution, fit.x[out]), axis=1))
+        accuracy[penalty] = float(np.average(predicted == labels, weights=weights))
     return solution, accuracy
 
 
-def _check(features: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
+def _check(features: np.ndarray, labels: np.ndarray, num_classes: int, metric: str) -> None:
+    if metric not in METRICS:
+        raise UserError(f"The metric is {metric!r}: it may be 'top1' or 'mean_per_class'.")
     if features.ndim != 2 or len(labels) != len(features):
         raise UserError(
             f"Features {list(features.shape)} have {len(labels)} labels: give [n, d] and [n]."
@@ -135,23 +181,35 @@ def _check(features: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
         )
 
 
-def _logits(solution: Float[Array, "d1 c"], x: Float[Array, "n d"]) -> Float[Array, "n c"]:
+def _logits(solution: Float[np.ndarray, "d1 c"], x: Float[Array, "n d"]) -> Float[Array, "n c"]:
     return jnp.matmul(x, solution[:-1], precision="highest") + solution[-1]
 
 
-@functools.partial(jax.jit, static_argnums=4)
+@functools.partial(jax.jit, static_argnums=6)
 def _minimise(
     start: Float[Array, "d1 c"],
     x: Float[Array, "n d"],
     y: Int[Array, " n"],
     penalty: Array,
+    into: Float[Array, "d d"],
+    lower: Float[Array, "d d"],
     max_iterations: int,
 ) -> Float[Array, "d1 c"]:
-    """L-BFGS until the gradient vanishes; the last row of the solution is the bias."""
+    """L-BFGS until the gradient of weights and bias vanishes, in the coordinates of `_Fit`.
+
+    `into` brings a solution's rows to weights, and `lower` a gradient's rows to theirs.
+    """
+    bias = start.shape[1] ** 0.5
 
     def objective(solution: Array) -> Array:
-        losses = optax.softmax_cross_entropy_with_integer_labels(_logits(solution, x), y)
-        return losses.mean() + penalty / 2 * jnp.sum(jnp.square(solution[:-1]))
+        weights = jnp.matmul(into, solution[:-1], precision="highest")
+        logits = jnp.matmul(x, weights, precision="highest") + bias * solution[-1]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        return losses.mean() + penalty / 2 * jnp.sum(jnp.square(weights))
+
+    def largest(gradient: Array) -> Array:
+        of_weights = jnp.matmul(lower, gradient[:-1], precision="highest")
+        return jnp.maximum(jnp.abs(of_weights).max(), jnp.abs(gradient[-1]).max() / bias)
 
     solver = optax.lbfgs(memory_size=_MEMORY)
     value_and_grad = optax.value_and_grad_from_state(objective)
@@ -163,7 +221,7 @@ def _minimise(
             gradient, state, solution, value=value, grad=gradient, value_fn=objective
         )
         solution = optax.apply_updates(solution, updates)
-        return solution, state, done + 1, jnp.abs(gradient).max()
+        return solution, state, done + 1, largest(gradient)
 
     def going(carry: tuple[Array, optax.OptState, Array, Array]) -> Array:
         return (carry[2] < max_iterations) & (carry[3] > _TOLERANCE)

@@ -1,26 +1,34 @@
 """Evaluating a run: kNN while it trains; at the end a table with its baselines, and pictures."""
 
+import contextlib
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from ssl_jax import cluster, diagnostics
+from ssl_jax import cluster, diagnostics, probe
 from ssl_jax.config import Schedule
 from ssl_jax.data.device_crop import resize_images
 from ssl_jax.data.index import views_stream
 from ssl_jax.data.pipeline import make_prepare, prepare_clean, unnormalised
 from ssl_jax.data.sources import Source
+from ssl_jax.errors import UserError
+from ssl_jax.evals.embedding_map import choose_images, lay_out
 from ssl_jax.evals.features import extract_features, padded_batches
 from ssl_jax.evals.knn import knn_classify, nearest_neighbours
 from ssl_jax.evals.linear import few_label_accuracies, linear_probe
+from ssl_jax.evals.metrics import classification_metrics
+from ssl_jax.evals.pictures import thumbnails, view_grid
+from ssl_jax.evals.projector import write_projector
+from ssl_jax.evals.results import read_results, result_line, write_result
+from ssl_jax.files import replacing
+from ssl_jax.memory import enough_memory
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import evaluated_names
 from ssl_jax.spmd import AXIS, Spmd
@@ -28,8 +36,13 @@ from ssl_jax.spmd import AXIS, Spmd
 Pytree = Any
 Row = dict[str, Any]
 
+LAST_FILE = "report_images.npz"  # of those that the end of a run writes
 _PICTURES = 12  # originals with views, and queries with neighbours, kept for the report
 _NEIGHBOURS = 6
+_SIDE = 128  # of those pictures at most, and of a map's, in pixels
+_MAP_SIDE = 32
+_RETRIEVED = 5000  # held-out images at most whose nearest neighbours are looked for
+_FAILURES = 24  # of them kept
 _SAMPLED = 1024  # images for the diagnostics
 _PIXELS = 16  # side to which images are made smaller for the baseline of raw pixels
 
@@ -68,12 +81,21 @@ class Evaluator:
                 images = jnp.round(255 * resize_images(images, _PIXELS, "bilinear"))
             return images.reshape(len(images), -1).astype(jnp.float32) / 255
 
+        def classify(variables: Pytree, images: Array) -> Array:
+            ready = prepare_clean(images, config)
+            logits: Array = method.classify(variables["params"], variables["batch_stats"], ready)
+            return logits
+
+        # Of the run's own classifier, where it trains one.
+        classified = method.classifies and test is not None and test.num_classes > 0
+        self._classifier = tuple(method.networks) if classified else ()
+        self._classify = _gathered(spmd, classify)
         self._encode, self._small = _gathered(spmd, encode), _gathered(spmd, small)
         self._prepare = jax.jit(make_prepare(unnormalised(config)))
         self._replicate, self._place = spmd.replicate, spmd.place_batch
         # Whole shares for every device.
         self._batch_size = -(-config.eval.batch_size // spmd.size) * spmd.size
-        self._rows = spmd.local_rows(self._batch_size)
+        self._rows, self._devices = spmd.local_rows(self._batch_size), spmd.size
 
     def features(
         self, variables: Pytree, source: Source, first: int | None = None
@@ -89,16 +111,20 @@ class Evaluator:
     def _extract(
         self, encode: Any, variables: Pytree, source: Source, first: int | None = None
     ) -> Float[np.ndarray, "n d"]:
-        return extract_features(
-            encode,
-            variables,
-            source,
-            batch_size=self._batch_size,
-            rows=self._rows,
-            place=self._place,
-            first=first,
-            keep=cluster.is_first(),
-        )
+        half = max(1, self._batch_size // 2)
+        divisible = self._batch_size > self._devices  # it is whole shares of all devices
+        levers = [f"--config.eval.batch_size={half}"] if divisible else []
+        with enough_memory("A batch of the evaluation", levers):
+            return extract_features(
+                encode,
+                variables,
+                source,
+                batch_size=self._batch_size,
+                rows=self._rows,
+                place=self._place,
+                first=first,
+                keep=cluster.is_first(),
+            )
 
     def measure(self, state: Any) -> dict[str, float]:
         """What is followed during training, on features of the evaluated network.
@@ -117,7 +143,10 @@ class Evaluator:
         train = self.features(variables, self.train, None if self.has_labels else 2 * _SAMPLED)
         views = self._view_features(state, variables)
         test = self.features(variables, self.test) if self.has_labels and self.test else None
-        names = ["rankme", "uniformity"]
+        accuracy = self._classifier_accuracy(state)
+        if state.probe and test is not None and not self.config.eval.projector_layer:
+            accuracy["probe_accuracy"] = self._probe_accuracy(state, test)
+        names = ["rankme", "uniformity", *accuracy]
         names += ["alignment"] * (len(views) == 2) + ["knn"] * (test is not None)
         measured = dict.fromkeys(names, 0.0)
         if cluster.is_first():
@@ -127,7 +156,36 @@ class Evaluator:
                 measured["alignment"] = diagnostics.alignment(*views)
             if test is not None:
                 measured["knn"] = self._knn_accuracy(train, test)
+            measured |= accuracy
         return cluster.from_first(measured)
+
+    def logits(self, state: Any) -> Float[np.ndarray, "n c"]:
+        """Of the held-out images by the run's own classifier; none on other processes."""
+        assert self.test is not None
+        return self._extract(self._classify, _variables(state, self._classifier), self.test)
+
+    def _probe_accuracy(self, state: Any, test: Float[np.ndarray, "n d"]) -> float:
+        """Of the linear classifier that was trained along; 0 where the features aren't."""
+        if not len(test) or self.test is None:
+            return 0.0
+        logits = probe.scores(jax.device_get(state.probe["params"]), jnp.asarray(test))
+        return float(np.mean(np.asarray(logits).argmax(axis=1) == self.test.labels))
+
+    def is_done(self, workdir: Path) -> bool:
+        """Whether `finish` has written its last file."""
+        return (workdir / LAST_FILE).exists()
+
+    def _classifier_accuracy(self, state: Any) -> dict[str, float]:
+        if not self._classifier or self.test is None:
+            return {}
+        logits = self.logits(state)
+        right = logits.argmax(axis=1) == self.test.labels if len(logits) else [0.0]
+        return {"test_accuracy": float(np.mean(right))}
+
+    def view_grid(self, state: Any) -> UInt8[np.ndarray, "rows columns 3"]:
+        """One picture of the first images with the views that the first step makes of them."""
+        pictures = self._view_pictures(state)
+        return view_grid(pictures["originals"], pictures["views"])
 
     def finish(
         self,
@@ -139,19 +197,29 @@ class Evaluator:
         """Measures the run and its baselines and writes them into its folder.
 
         Args:
-          workdir: gets `evaluation.json`, where there are labels, and `report_images.npz`.
+          workdir: gets `evaluation.json`, where there are labels, `report_images.npz` and the files
+            of TensorBoard's embedding projector.
           initial: the evaluated variables before training, the random baseline, on the host.
           state: the trained state.
           stopping: asked before each row.
 
         Raises:
           StoppedError: it was answered yes.
+          UserError: the folder can't be written to.
         """
         first = cluster.is_first()
         variables = evaluated_variables(state, self.config.eval.projector_layer)
         rows: list[Row] = []
         pictures = self._view_pictures(state) if first else {}
-        if self.test is not None:
+        if self._classifier and self.test is not None:
+            logits = self.logits(state)
+            if first:
+                measured = classification_metrics(logits, np.asarray(self.test.labels))
+                with _written_into(workdir):
+                    write_result(workdir, "classifier", "the run's own classifier", measured)
+        # A frozen encoder's features were measured where it was trained.
+        measured_here = self.config.eval.frozen_at_end and not self.config.supervised.freeze
+        if self.test is not None and measured_here:
             encoders = [(self.config.method, self._encode, variables)]
             if self.has_labels:
                 encoders += [
@@ -165,12 +233,19 @@ class Evaluator:
                 if not first:
                     continue  # it has encoded its share
                 if name == self.config.method:
-                    pictures |= self._neighbours(*splits)
+                    pictures |= self._neighbours(*splits) | self._failures(*splits)
+                    pictures |= self._map(splits[1])
+                    projected = self._projected(splits[1], pictures)
+                    with _written_into(workdir):
+                        write_projector(workdir, *projected, int(state.step))
+                elif weights:
+                    pictures["map_untrained"] = lay_out(splits[1][pictures["map_index"]])
                 if self.has_labels:
                     rows.append(self._row(name, *splits))
                 del splits  # before the next are extracted
         if first:
-            self._write(workdir, rows[1:] + rows[:1], pictures)
+            with _written_into(workdir):
+                self._write(workdir, rows[1:] + rows[:1], pictures, int(state.step))
 
     def _row(self, name: str, train: np.ndarray, test: np.ndarray) -> Row:
         assert self.test is not None
@@ -257,24 +332,90 @@ class Evaluator:
             assert self.train.labels is not None and self.test.labels is not None
             pictures["query_label"] = self.test.labels[queries]
             pictures["neighbour_label"] = self.train.labels[index]
-            pictures["class_names"] = np.array(self.train.class_names)
+            # A source may name fewer classes than its labels, or the other's, tell apart.
+            known = self.train.class_names
+            count = max(self.train.num_classes, self.test.num_classes)
+            numbers = tuple(str(i) for i in range(len(known), count))
+            pictures["class_names"] = np.array((*known, *numbers))
         return pictures
 
-    def _write(self, workdir: Path, rows: list[Row], pictures: dict[str, np.ndarray]) -> None:
+    def _failures(self, train: np.ndarray, test: np.ndarray) -> dict[str, np.ndarray]:
+        """Held-out images whose nearest training image is of another class, nearest first."""
+        if not self.has_labels:
+            return {}
+        assert self.test is not None and self.train.labels is not None
+        assert self.test.labels is not None
+        asked = np.linspace(0, len(test) - 1, min(_RETRIEVED, len(test))).astype(np.int32)
+        similarity, index = nearest_neighbours(train, test[asked], k=_NEIGHBOURS)
+        wrong = np.flatnonzero(self.train.labels[index[:, 0]] != self.test.labels[asked])
+        shown = wrong[np.argsort(-similarity[wrong, 0], kind="stable")][:_FAILURES]
+        counted = {"failures_count": np.array(len(wrong)), "failures_asked": np.array(len(asked))}
+        if not len(shown):
+            return counted
+        images = thumbnails(self.train.clean(index[shown].reshape(-1)), _SIDE)
+        return counted | {
+            "failures_query": thumbnails(self.test.clean(asked[shown]), _SIDE),
+            "failures_neighbours": images.reshape(*index[shown].shape, *images.shape[1:]),
+            "failures_similarity": similarity[shown],
+            "failures_query_label": self.test.labels[asked[shown]],
+            "failures_neighbour_label": self.train.labels[index[shown]],
+        }
+
+    def _map(self, test: np.ndarray) -> dict[str, np.ndarray]:
+        """Held-out images in a plane, with the nearest of them to each by the features."""
+        assert self.test is not None
+        labels = self.test.labels if self.has_labels else None
+        index = choose_images(labels, len(test))
+        # The nearest of all is the image itself.
+        similarity, near = nearest_neighbours(test[index], test[index], k=_NEIGHBOURS + 1)
+        others = near != np.arange(len(index))[:, None]
+        others[others.all(axis=1), -1] = False  # it has copies that came before it
+        found = {
+            "map_index": index,
+            "map_images": thumbnails(self.test.clean(index), _MAP_SIDE),
+            "map_positions": lay_out(test[index]),
+            "map_neighbour": near[others].reshape(len(index), -1),
+            "map_similarity": similarity[others].reshape(len(index), -1),
+        }
+        return found if labels is None else found | {"map_label": labels[index]}
+
+    def _projected(
+        self, test: np.ndarray, pictures: dict[str, np.ndarray]
+    ) -> tuple[np.ndarray, list[str], np.ndarray]:
+        """The features of a map's images, their classes' names, and the images."""
+        names = pictures["class_names"][pictures["map_label"]] if "map_label" in pictures else []
+        return test[pictures["map_index"]], list(map(str, names)), pictures["map_images"]
+
+    def _write(
+        self, workdir: Path, rows: list[Row], pictures: dict[str, np.ndarray], step: int
+    ) -> None:
         assert self.test is not None or not rows
-        temporary = workdir / "report_images.tmp.npz"
-        np.savez_compressed(temporary, **pictures)  # type: ignore[arg-type]
-        os.replace(temporary, workdir / "report_images.npz")
         if rows and self.test is not None:
             record = {
                 "rows": rows,
+                "step": step,
                 "draws": self.config.eval.draws,
                 "test_examples": self.test.num_examples,
                 "split": f"{self.train.num_examples} training images with their labels",
             }
-            temporary = workdir / "evaluation.tmp"
-            temporary.write_text(json.dumps(record, indent=1) + "\n")
-            os.replace(temporary, workdir / "evaluation.json")
+            with replacing(workdir / "evaluation.json") as file:
+                file.write_text(json.dumps(record, indent=1) + "\n")
+        # Last, for it says that all is there.
+        with replacing(workdir / LAST_FILE) as file:
+            np.savez_compressed(file, **pictures)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _written_into(workdir: Path) -> Iterator[None]:
+    """What went wrong in writing, in a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"The evaluation can't be written into {workdir} ({error.strerror or error}): see that "
+            "there is space and that it may be written to; the same command continues from the "
+            "newest checkpoint."
+        ) from error
 
 
 def _gathered(spmd: Spmd, encode: Callable[[Pytree, Array], Array]) -> Callable[..., Array]:
@@ -301,7 +442,10 @@ def evaluated_variables(state: Any, projector_layer: int = 0) -> Pytree:
     Returns:
       "params" and "batch_stats", each by the network's name.
     """
-    names = evaluated_names(projector_layer)
+    return _variables(state, evaluated_names(projector_layer))
+
+
+def _variables(state: Any, names: tuple[str, ...]) -> Pytree:
     return {
         "params": {name: state.params[name] for name in names},
         "batch_stats": {name: state.extra["batch_stats"][name] for name in names},
@@ -309,13 +453,14 @@ def evaluated_variables(state: Any, projector_layer: int = 0) -> Pytree:
 
 
 def evaluation_table(workdir: Path) -> list[str]:
-    """The lines of `table` for the run in a folder; none if it was not evaluated."""
+    """The lines of `table` for the run in a folder, and of its evaluations; maybe none."""
     path = workdir / "evaluation.json"
+    others = [result_line(record) for record in read_results(workdir)[0]]
     if not path.exists():
-        return []
+        return others
     rows = json.loads(path.read_text())["rows"]
     counts = [int(key.removeprefix("labels_")) for key in rows[0] if key.startswith("labels_")]
-    return table(rows, tuple(sorted(counts)))
+    return table(rows, tuple(sorted(counts))) + others
 
 
 def table(rows: list[Row], labels_per_class: tuple[int, ...]) -> list[str]:

@@ -4,7 +4,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from ssl_jax.errors import UserError
 from ssl_jax.evals import knn as knn_module
-from ssl_jax.evals import knn_classify, nearest_neighbours
+from ssl_jax.evals import knn_classify, knn_votes, nearest_neighbours
 
 
 def data(n=300, m=40, d=6, seed=0):
@@ -63,3 +63,25 @@ def test_bad_shapes_are_told():
         knn_classify(train, labels[1:], test, num_classes=3)
     with pytest.raises(UserError, match="width 5 can't be compared with width 6"):
         nearest_neighbours(train, test[:, :5], k=1)
+
+
+def test_a_majority_counts_neighbours_alike():
+    train = np.array([[1, 0], [1, 0.5], [1, 0.6]], np.float32)
+    labels = np.array([0, 1, 1], np.int32)
+    query = np.array([[1, 0]], np.float32)
+    options = {"num_classes": 2, "k": 3}
+    assert knn_classify(train, labels, query, temperature=0.01, **options) == [0]
+    assert knn_classify(train, labels, query, temperature=None, **options) == [1]
+    votes = knn_votes(train, labels, query, temperature=None, **options)
+    np.testing.assert_allclose(votes, [[1 / 3, 2 / 3]])
+
+
+@pytest.mark.parametrize("queries", [1, 7, 8, 9])
+def test_queries_are_spread_over_the_devices_whatever_their_number(queries):
+    rng = np.random.default_rng(0)
+    keys, asked = rng.normal(size=(50, 4)), rng.normal(size=(queries, 4))
+    similarity, index = nearest_neighbours(keys, asked, k=3)
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (asked, keys)]
+    expected = np.sort(unit[0] @ unit[1].T, axis=1)[:, ::-1][:, :3]
+    np.testing.assert_allclose(similarity, expected, rtol=1e-5, atol=1e-6)
+    assert index.shape == (queries, 3)

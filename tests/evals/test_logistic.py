@@ -47,7 +47,7 @@ def test_it_is_scikit_learns_solution(digits, penalty):
 def test_the_penalty_is_chosen_on_images_held_out(digits):
     x, y, test, test_labels = digits
     rng = np.random.default_rng(0)
-    few, noise = rng.permutation(1200)[:200], rng.normal(size=(1200, 300)) * 8
+    few, noise = rng.permutation(1200)[:400], rng.normal(size=(1200, 300)) * 8
     noisy = np.concatenate([x, noise], axis=1)
     tested = np.concatenate([test, rng.normal(size=(597, 300)) * 8], axis=1)
     chosen = fit_linear(noisy[few], y[few], num_classes=10)
@@ -85,3 +85,25 @@ def test_a_class_that_is_absent_is_never_predicted_and_scores_are_logits(digits)
 def test_bad_input_is_told(features, labels, options, words):
     with pytest.raises(UserError, match=words):
         fit_linear(features, np.array(labels), num_classes=3, **options)
+
+
+def test_the_metric_chooses_the_penalty():
+    """A rare class drowns under a strong penalty, at which the frequent one is told best."""
+    rng = np.random.default_rng(0)
+    y = (np.arange(600) % 10 == 0).astype(int)
+    told = 2 * y[:, None] + rng.normal(size=(600, 1))
+    x = np.concatenate([told, rng.normal(size=(600, 150))], axis=1)
+    chosen = {m: fit_linear(x, y, num_classes=2, metric=m) for m in ("top1", "mean_per_class")}
+    assert chosen["top1"].penalty > chosen["mean_per_class"].penalty
+    assert chosen["top1"].validation != chosen["mean_per_class"].validation
+    with pytest.raises(UserError, match="metric is 'mean': it may be 'top1'"):
+        fit_linear(x, y, num_classes=2, metric="mean")
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1e-7, 1e-3])
+def test_features_of_few_directions_are_fitted(penalty):
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % 3
+    x = (y[:, None] == np.arange(3)) @ rng.normal(size=(3, 200))  # rank 3, of 200
+    model = fit_linear(x, y, num_classes=3, penalties=[penalty], max_iterations=100)
+    assert (model.predict(x) == y).all()

@@ -1,0 +1,108 @@
+"""SimCLR v2's three steps on digits: pretrain big, fine-tune on few labels, distil to small.
+
+For each seed a big and a small network are pretrained on all images without labels and fine-tuned
+on the same few labels; the big one then teaches a student of the small one's size on all images
+without labels. The small network is fine-tuned with each of three rates, and its best counts, by
+the held-out images: what the student is compared with is flattered.
+
+    python benchmarks/distillation.py [--seeds=5] [--labels=0.05] [--out=runs/distillation]
+
+Every part is a run in --out, so the command may be given again until the table is complete.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+BIG, SMALL = 0.25, 0.0625  # widths of a ResNet-18
+RATES = (0.005, 0.01, 0.05)  # of the small network's fine-tuning; the big one has the middle one
+BRIEF = ("eval.knn_every_epochs=0", "eval.draws=2", "checkpoint.every_epochs=0", "log_every=1000")
+
+
+def pretrained(width: float, seed: int, epochs: float, out: Path) -> Path:
+    """SimCLR v2 without a memory, on digits; where it is."""
+    from ssl_jax.config import load_config
+    from ssl_jax.train import pretrain
+
+    workdir = out / f"pretrain_{width:g}_{seed}"
+    if not (workdir / "evaluation.json").exists():
+        changes = (f"seed={seed}", f"model.width={width}", f"epochs={epochs}", "simclr.memory=0")
+        config = load_config(str(ROOT / "configs" / "simclrv2_digits.py"), [*changes, *BRIEF])
+        pretrain(config, workdir)
+    return workdir
+
+
+def accuracy(workdir: Path, train: Any) -> float:
+    """Top-1 of a run with a classifier; `train` makes it."""
+    if not (workdir / "evaluation.json").exists():
+        train()
+    result = json.loads((workdir / "evals" / "classifier.json").read_text())
+    return float(result["metrics"]["top1"]["value"])
+
+
+def finetuned(run: Path, seed: int, rate: float, args: argparse.Namespace) -> tuple[Path, float]:
+    """Fine-tuned on few labels, the same of each network; where it is, and its accuracy."""
+    from ssl_jax.evals import finetune
+
+    workdir = run.with_name(f"{run.name}_finetune_{rate:g}")
+    changes = (f"seed={seed}", f"data.subset_seed={seed}", f"optim.lr={rate}", "batch_size=32")
+    overrides = (*changes, f"epochs={args.finetune_epochs}", *BRIEF)
+    found = accuracy(
+        workdir, lambda: finetune(run, workdir, labels=args.labels, overrides=overrides)
+    )
+    return workdir, found
+
+
+def student(teacher: Path, seed: int, args: argparse.Namespace) -> float:
+    """Of the small network, taught on all images without their labels."""
+    from ssl_jax.evals import distill
+
+    workdir = args.out / f"student_{seed}"
+    warmup = args.distill_epochs / 20
+    changes = (f"seed={seed}", f"model.width={SMALL}", "batch_size=128")
+    overrides = (*changes, f"epochs={args.distill_epochs}", f"optim.warmup_epochs={warmup}", *BRIEF)
+    return accuracy(workdir, lambda: distill(teacher, workdir, overrides=overrides))
+
+
+def main() -> None:
+    """Runs what is missing and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--labels", type=float, default=0.05)
+    parser.add_argument("--epochs", type=float, default=100.0)
+    parser.add_argument("--finetune-epochs", type=float, default=60.0)
+    parser.add_argument("--distill-epochs", type=float, default=100.0)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "distillation")
+    args = parser.parse_args()
+    from ssl_jax.backend import tune_cpu
+
+    tune_cpu()
+    from ssl_jax.report import mean_interval
+
+    rows = []
+    for seed in range(args.seeds):
+        big, small = (pretrained(w, seed, args.epochs, args.out) for w in (BIG, SMALL))
+        teacher, of_teacher = finetuned(big, seed, RATES[1], args)
+        direct = max(finetuned(small, seed, rate, args)[1] for rate in RATES)
+        rows.append((of_teacher, direct, student(teacher, seed, args)))
+    teachers, direct, students = 100 * np.array(rows).T
+    columns = {
+        "big, fine-tuned": teachers,
+        "small, fine-tuned (best of three rates)": direct,
+        "small, distilled from the big one": students,
+        "distilled over fine-tuned": students - direct,
+    }
+    print("| | top-1, mean of seeds | by seed |")
+    print("| --- | --- | --- |")
+    for name, values in columns.items():
+        mean, half = mean_interval(values)
+        each = ", ".join(f"{value:.1f}" for value in values)
+        print(f"| {name} | {mean:.1f} ± {half:.1f} | {each} |")
+
+
+if __name__ == "__main__":
+    main()

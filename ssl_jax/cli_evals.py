@@ -1,0 +1,337 @@
+"""The commands that evaluate a run: features, knn, linear, finetune, distill, transfer."""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ssl_jax.cli_parser import Parser, add_from, add_keys, require_encoder, require_folder_of
+from ssl_jax.config import close_path
+from ssl_jax.errors import UserError
+
+_FAST = "lbfgs"
+
+
+def add(parser: Parser, commands: Any) -> None:
+    """Adds the commands to the parser's.
+
+    Args:
+      parser: of the command line.
+      commands: what its `add_subparsers` gave.
+    """
+    for name, (does, example) in _COMMANDS.items():
+        command = parser.add_command(commands, name, does, f"--from=runs/a {example}")
+        add_from(command)
+        command.add_argument("--json", action="store_true", help="print JSON and nothing else")
+        if name in ("features", "knn", "linear", "transfer"):
+            command.add_argument(
+                "--step", type=int, help="of the run's checkpoint (default: the newest)"
+            )
+        if name in ("features", "knn", "linear", "finetune"):
+            command.add_argument("--projector-layer", type=int, help=_LAYER[name == "finetune"])
+        add_keys(command, "sets a key, --config.eval.knn_k=20 (default: as the run has it)")
+        _OPTIONS[name](command)
+
+
+def _add_features(parser: Parser) -> None:
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.npz", help="file to write")
+
+
+def _add_knn(parser: Parser) -> None:
+    parser.add_argument(
+        "--k", type=int, help="neighbours that vote (default: config.eval.knn_k of the run)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        help="of a vote's weight exp(similarity / temperature) "
+        "(default: config.eval.knn_temperature of the run)",
+    )
+    parser.add_argument("--majority", action="store_true", help="let all votes weigh alike")
+
+
+def _add_linear(parser: Parser) -> None:
+    parser.add_argument(
+        "--recipe",
+        default=_FAST,
+        help="an official one (simclr, simclr_cifar, moco, swav, byol, simsiam), trained on crops "
+        f"and flips (default: {_FAST}, on features, its penalty chosen on a part of the images)",
+    )
+    parser.add_argument(
+        "--workdir", type=Path, help="folder of a recipe's run (default: RUN/linear_RECIPE)"
+    )
+
+
+def _add_finetune(parser: Parser) -> None:
+    parser.add_argument(
+        "--labels", type=float, default=1.0, help="share of the training images that is labelled"
+    )
+    parser.add_argument(
+        "--workdir", type=Path, help="folder of the new run (default: RUN/finetune_LABELS)"
+    )
+
+
+def _add_distill(parser: Parser) -> None:
+    parser.add_argument("--workdir", type=Path, help="folder of the new run (default: RUN/distill)")
+
+
+def _add_transfer(parser: Parser) -> None:
+    parser.add_argument(
+        "--sets",
+        required=True,
+        type=Path,
+        metavar="FILE.json",
+        help="the list of data sets, see docs/evaluate.md",
+    )
+    parser.add_argument(
+        "--workdir", type=Path, help="folder of the fine-tuned runs (default: RUN/transfer)"
+    )
+    parser.add_argument(
+        "--rates",
+        type=_numbers,
+        metavar="X,Y",
+        help="learning rates to choose from in fine-tuning, of a batch of 256 "
+        "(default: 0.1,0.01,0.001)",
+    )
+    parser.add_argument(
+        "--decays",
+        type=_numbers,
+        metavar="X,Y",
+        help="weight decays to choose from in fine-tuning (default: 0,0.0001)",
+    )
+    parser.add_argument(
+        "--no-finetune",
+        dest="finetune",
+        action="store_false",
+        help="measure linear classifiers alone",
+    )
+
+
+# What they do, and an example.
+_COMMANDS = {
+    "features": ("write an encoder's features of all images", "--out=features.npz"),
+    "knn": ("classify by nearest neighbours of frozen features", "--k=20"),
+    "linear": ("train a linear classifier on a frozen encoder", "--recipe=moco"),
+    "finetune": (
+        "train encoder and classifier on some labels",
+        "--labels=0.1 --config.batch_size=64",
+    ),
+    "distill": ("train a student of a run that has a classifier", "--config.model.depth=18"),
+    "transfer": ("measure on other data sets, linear and fine-tuned", "--sets=sets.json"),
+}
+_OPTIONS = {
+    "features": _add_features,
+    "knn": _add_knn,
+    "linear": _add_linear,
+    "finetune": _add_finetune,
+    "distill": _add_distill,
+    "transfer": _add_transfer,
+}
+_LAYER = (
+    "go on to this hidden layer of the projector (default: config.eval.projector_layer of the run)",
+    "hidden layers of the projector to keep (default: 1 of three layers of SimCLR's, else 0)",
+)
+NAMES = tuple(_COMMANDS)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list like 0.1,0.01") from None
+
+
+def run(
+    args: argparse.Namespace, overrides: list[str], command: str, tell: Callable[[str], None]
+) -> None:
+    """Does what the command asks for and prints it.
+
+    Args:
+      args: parsed.
+      overrides: strings `a.b=VALUE`.
+      command: as it was given, for "how to reproduce".
+      tell: shows why one of several processes ends.
+
+    Raises:
+      UserError: bad input, in one sentence.
+    """
+    args.run = args.run.expanduser()
+    require_encoder(args.run)
+    if args.command == "features":
+        require_folder_of(args.out)
+    if args.command == "transfer" and not args.sets.is_file():
+        raise UserError(f"There is no list of data sets {args.sets}.{close_path(args.sets)}")
+    # After the backend's flags are set; it takes seconds to import.
+    from ssl_jax import cluster
+    from ssl_jax.encoder import config_at
+    from ssl_jax.interop.official import is_elsewhere
+    from ssl_jax.report import write_report
+
+    trains = args.command in ("finetune", "distill") or (
+        args.command == "linear" and args.recipe != _FAST
+    )
+    heartbeat_s = config_at(args.run).heartbeat_s
+    cluster.join(heartbeat_s)
+    with cluster.alone_on_failure(tell):
+        if trains:
+            _trained(args, overrides, command)
+        elif args.command == "transfer":
+            with cluster.agreed():
+                _require_one_process()
+            _transfer(args, overrides, command)
+        else:
+            with cluster.agreed():
+                _require_one_process()
+            _on_features(args, overrides, command)
+    if args.command != "features" and cluster.is_first() and not is_elsewhere(args.run):
+        report = write_report(args.run)
+        if not args.json:
+            print(f"Report: {report}")
+
+
+def _require_one_process() -> None:
+    import jax
+
+    if jax.process_count() > 1:
+        raise UserError(
+            f"Features are compared in one process, and there are {jax.process_count()}: run this "
+            "command on one host; --recipe, finetune and distill train on all."
+        )
+
+
+def _on_features(args: argparse.Namespace, overrides: list[str], command: str) -> None:
+    from ssl_jax.config import apply_overrides
+    from ssl_jax.encoder import config_at
+    from ssl_jax.evals.frozen import knn_metrics, linear_metrics, run_features
+
+    if args.command == "linear" and args.workdir:
+        raise UserError("--workdir is for a --recipe, which trains: leave it out.")
+    if args.command == "knn" and args.k is not None and args.k < 1:
+        raise UserError(f"--k={args.k} neighbours can't vote: give 1 or more.")
+    if args.command == "knn" and args.temperature is not None and args.temperature <= 0:
+        raise UserError(f"--temperature={args.temperature} must be positive.")
+    config = apply_overrides(config_at(args.run), overrides)
+    features = run_features(
+        args.run, step=args.step, projector_layer=args.projector_layer, overrides=overrides
+    )
+    if args.command == "features":
+        features.save(args.out)
+        held_out = 0 if features.test is None else len(features.test)
+        told = {"file": str(args.out), "train": len(features.train), "test": held_out}
+        told["width"] = features.train.shape[1]
+        _tell(
+            args,
+            told,
+            f"{args.out}: {told['train']:,} training and {held_out:,} held-out images, "
+            f"{told['width']} features each",
+        )
+        return
+    more: dict[str, Any] = {"command": command, "step": features.step}
+    if args.command == "knn":
+        k = args.k or config.eval.knn_k
+        # Bounds have been checked, so 0 is not among what was given.
+        temperature = None if args.majority else args.temperature or config.eval.knn_temperature
+        metrics = knn_metrics(features, k=k, temperature=temperature)
+        weighed = "majority" if temperature is None else f"temperature {temperature:g}"
+        what = f"{min(k, len(features.train))} nearest neighbours, {weighed}"
+        more |= {"k": k, "temperature": temperature}
+    else:
+        metrics, penalty = linear_metrics(features)
+        what = f"linear classifier on features, penalty {penalty:g}"
+        more |= {"penalty": penalty}
+    name = f"linear_{_FAST}" if args.command == "linear" else "knn"
+    _keep(args, name, what, metrics, more)
+
+
+def _transfer(args: argparse.Namespace, overrides: list[str], command: str) -> None:
+    from ssl_jax.evals import transfer
+
+    for flag in ("rates", "decays", "workdir"):
+        if not args.finetune and getattr(args, flag) is not None:
+            raise UserError(f"--{flag} is for fine-tuning: leave it or --no-finetune out.")
+    rows = transfer.transfer(
+        args.run,
+        transfer.read_sets(args.sets),
+        args.workdir,
+        step=args.step,
+        rates=(args.rates or transfer.RATES) if args.finetune else (),
+        decays=args.decays or transfer.DECAYS,
+        overrides=overrides,
+        command=command,
+        say=lambda text: None if args.quiet else print(text, file=sys.stderr),
+        told="warnings" if args.quiet else "line",
+    )
+    _tell(args, {"rows": rows}, "\n".join(transfer.table(rows)))
+
+
+def _trained(args: argparse.Namespace, overrides: list[str], command: str) -> None:
+    from ssl_jax.encoder import results_folder
+    from ssl_jax.evals import runs
+
+    if args.command == "linear":
+        config = runs.linear_config(args.run, args.recipe, overrides)
+        if args.projector_layer is not None:
+            config.supervised.projector_layer = args.projector_layer
+        if args.step is not None:
+            config.start.step = args.step
+        folder, what = f"linear_{args.recipe}", f"linear classifier, recipe {args.recipe}"
+    elif args.command == "finetune":
+        layer = args.projector_layer
+        config = runs.finetune_config(args.run, args.labels, layer, overrides)
+        share = config.data.subset
+        folder, what = f"finetune_{share:g}", f"fine-tuned on {100 * share:g} % of the images"
+    else:
+        config = runs.distill_config(args.run, overrides)
+        folder, what = "distill", f"student, ResNet-{config.model.depth} ×{config.model.width:g}"
+    workdir = args.workdir or results_folder(args.run) / folder
+    told = "quiet" if args.quiet else "all"
+    # What the run says is for people.
+    with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+        state, metrics = runs.train_classifier(config, workdir, command, told)
+    if metrics is None:
+        return  # another process tells, or the run was stopped and has said so
+    if args.command == "linear":
+        _require_same_encoder(args.run, config.start.step, state)
+    _keep(args, folder, what, metrics, {"command": command, "trained_in": str(workdir)})
+
+
+def _require_same_encoder(run: Path, step: int, state: Any) -> None:
+    """The frozen encoder is, bit for bit, the one that was evaluated."""
+    import jax
+    import numpy as np
+
+    from ssl_jax.encoder import weights_at
+
+    if jax.process_count() > 1:
+        return  # reading it takes all of them
+    try:
+        source = weights_at(run, step or None)
+    except UserError:
+        return  # the run has gone on and keeps newer ones
+    for kind, mine, theirs in (
+        ("weights", state.params, source.params),
+        ("statistics", state.extra["batch_stats"], source.batch_stats),
+    ):
+        pairs = zip(
+            jax.tree.leaves(mine["encoder"]), jax.tree.leaves(theirs["encoder"]), strict=True
+        )
+        if not all(np.array_equal(a, b) for a, b in map(jax.device_get, pairs)):
+            raise RuntimeError(f"The frozen encoder's {kind} have changed.")
+
+
+def _keep(
+    args: argparse.Namespace, name: str, what: str, metrics: dict[str, Any], more: Any
+) -> None:
+    from ssl_jax.encoder import results_folder
+    from ssl_jax.evals.results import result_line, write_result
+
+    write_result(results_folder(args.run), name, what, metrics, **more)
+    record = {"what": what, **more, "metrics": metrics}
+    _tell(args, record, result_line(record))
+
+
+def _tell(args: argparse.Namespace, record: dict[str, Any], line: str) -> None:
+    print(json.dumps(record) if args.json else line)

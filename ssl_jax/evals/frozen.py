@@ -1,0 +1,141 @@
+"""A run's frozen encoder over its data, or others: what kNN and linear probes start from."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from ssl_jax.config import apply_overrides
+from ssl_jax.data.sources import make_sources
+from ssl_jax.encoder import config_at, load
+from ssl_jax.errors import UserError
+from ssl_jax.evals.knn import knn_votes
+from ssl_jax.evals.logistic import PENALTIES, fit_linear
+from ssl_jax.evals.metrics import classification_metrics
+from ssl_jax.evals.run import Evaluator
+from ssl_jax.files import asked_for
+from ssl_jax.spmd import make_spmd
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """Of the two splits of a data set; no held-out ones where there is no such split.
+
+    Attributes:
+      train, test: float32 [n, d] and [m, d].
+      train_labels, test_labels: int32 [n] and [m]; None without labels.
+      class_names: of the labels.
+      step: of the checkpoint.
+    """
+
+    train: Float[np.ndarray, "n d"]
+    train_labels: Int[np.ndarray, " n"] | None
+    test: Float[np.ndarray, "m d"] | None
+    test_labels: Int[np.ndarray, " m"] | None
+    class_names: tuple[str, ...]
+    step: int
+
+    def labelled(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
+        """Features and labels of both splits, and the number of classes.
+
+        Raises:
+          UserError: there is no held-out split, or no labels.
+        """
+        train, test = self.train_labels, self.test_labels
+        if self.test is None or train is None or test is None:
+            raise UserError(
+                "The data has no held-out split with labels to be measured on: name one, such as "
+                "--config.data.test_dir=DIR."
+            )
+        classes = max(len(self.class_names), int(train.max()) + 1, int(test.max()) + 1)
+        return self.train, train, self.test, test, classes
+
+    def save(self, file: Path) -> None:
+        """Writes an `.npz` of what is there, by the attributes' names.
+
+        Raises:
+          UserError: it can't be written.
+        """
+        arrays: dict[str, Any] = {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if value is not None and name != "class_names"
+        }
+        with asked_for(file) as temporary, temporary.open("wb") as handle:
+            np.savez(handle, class_names=np.array(self.class_names, str), **arrays)
+
+
+def run_features(
+    path: str | Path,
+    *,
+    step: int | None = None,
+    projector_layer: int | None = None,
+    overrides: Iterable[str] = (),
+) -> Features:
+    """The features that a run's encoder has of its data.
+
+    Args:
+      path: the run's workdir.
+      step: of the checkpoint, default the newest.
+      projector_layer: see `ssl_jax.load`.
+      overrides: strings `a.b=VALUE` that change the run's config: `data.…` names other data, and
+        `data.subset` takes a share of it, `eval.…` how images are prepared.
+
+    Returns:
+      The features, in the order of the sources.
+
+    Raises:
+      UserError: no run or no data there, or a bad override.
+    """
+    config = apply_overrides(config_at(path), overrides)
+    if projector_layer is not None:
+        config.eval.projector_layer = projector_layer
+    encoder = load(path, step, projector_layer=config.eval.projector_layer)
+    train, test = make_sources(config)
+    spmd = make_spmd()
+    evaluator = Evaluator(config, spmd, train, test)
+    variables = spmd.replicate(encoder.variables)
+    return Features(
+        evaluator.features(variables, train),
+        train.labels,
+        None if test is None else evaluator.features(variables, test),
+        None if test is None else test.labels,
+        train.class_names,
+        encoder.step,
+    )
+
+
+def knn_metrics(
+    features: Features, *, k: int = 200, temperature: float | None = 0.1
+) -> dict[str, Any]:
+    """`classification_metrics` of the vote of nearest neighbours; see `knn_classify`.
+
+    Raises:
+      UserError: there are no labels to vote with or to be measured on.
+    """
+    train, labels, test, test_labels, classes = features.labelled()
+    votes = knn_votes(train, labels, test, num_classes=classes, k=k, temperature=temperature)
+    # Their logarithms are scores whose softmax is the vote.
+    return classification_metrics(np.log(np.maximum(votes, 1e-12)), test_labels)
+
+
+def linear_metrics(
+    features: Features,
+    *,
+    penalties: Iterable[float] = PENALTIES,
+    seed: int = 0,
+    metric: str = "top1",
+) -> tuple[dict[str, Any], float]:
+    """`classification_metrics` of a linear classifier, and its penalty; see `fit_linear`.
+
+    Raises:
+      UserError: there are no labels to fit or to be measured on.
+    """
+    train, labels, test, test_labels, classes = features.labelled()
+    model = fit_linear(
+        train, labels, num_classes=classes, penalties=tuple(penalties), seed=seed, metric=metric
+    )
+    return classification_metrics(model.scores(test), test_labels), model.penalty

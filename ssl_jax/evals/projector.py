@@ -1,0 +1,44 @@
+"""Features as TensorBoard's embedding projector reads them."""
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+from tensorboardX import embedding
+
+from ssl_jax.diagnostics import unit_rows
+from ssl_jax.evals.pictures import contact_sheet
+
+_FOLDER = "projector"
+
+
+def write_projector(
+    workdir: Path,
+    features: Float[np.ndarray, "n d"],
+    names: list[str],
+    images: UInt8[np.ndarray, "n s s 3"],
+    step: int,
+) -> None:
+    """Writes `projector_config.pbtxt` and what it names; what was there is replaced.
+
+    Args:
+      workdir: of the run, where TensorBoard looks for events too.
+      features: written as unit vectors, to five decimals.
+      names: of the images' classes; empty without labels.
+      images: square ones.
+      step: of the features.
+    """
+    folder = workdir / _FOLDER
+    folder.mkdir(exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        (workdir / "projector_config.pbtxt").unlink()
+    embedding.make_mat(unit_rows(features).round(5), str(folder))
+    if names:
+        # A tab or a line break would be another column or row.
+        embedding.make_tsv([" ".join(name.split()) or "?" for name in names], str(folder))
+    Image.fromarray(contact_sheet(images)).save(folder / "sprite.png")
+    # Last: it says that the others are there. Of the images it wants the size alone.
+    channels_first = images.transpose(0, 3, 1, 2)
+    embedding.append_pbtxt(names or None, channels_first, str(workdir), _FOLDER, step, "features")

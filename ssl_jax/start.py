@@ -1,0 +1,148 @@
+"""Where a run's first weights come from, when they are another run's."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ssl_jax.encoder import config_at, weights_at
+from ssl_jax.errors import UserError
+from ssl_jax.methods.base import make_encoder
+from ssl_jax.step import TrainState
+
+_MODEL = ("depth", "width", "sk", "stem", "padding")
+
+
+def resolve_start(config: ConfigDict) -> None:
+    """Fills in what the runs say from which the config takes weights.
+
+    Args:
+      config: of a run, changed in place: the width of a kept projector, the teacher's networks.
+
+    Raises:
+      UserError: no run there, or one that can't be started from or learnt from.
+    """
+    if config.start.path:
+        _resolve_encoder(config)
+    if config.method == "distill" and config.distill.teacher:
+        _resolve_teacher(config)
+
+
+def _resolve_encoder(config: ConfigDict) -> None:
+    source = config_at(_path(config.start.path))
+    for name in _MODEL:
+        if config.model[name] != source.model[name]:
+            raise UserError(
+                f"config.model.{name} is {config.model[name]!r}, but the encoder in "
+                f"{config.start.path} (config.start.path) has {source.model[name]!r}: set it so."
+            )
+    if config.start.heads and source.method != config.method:
+        raise UserError(
+            f"config.start.heads is on, but {config.start.path} is of '{source.method}': its heads "
+            f"are no heads of '{config.method}'; set it to false."
+        )
+    options = config.supervised
+    if config.method != "supervised" or not options.projector_layer:
+        return
+    if source.method == "supervised":
+        hidden = source.supervised.projector_hidden
+        layers = source.supervised.projector_layer
+    else:
+        hidden, layers = source.simclr.hidden, source.simclr.layers - 1
+        if source.method != "simclr":
+            raise UserError(
+                f"config.supervised.projector_layer is {options.projector_layer}, but "
+                f"{config.start.path} is a run of '{source.method}': only SimCLR's projectors are "
+                "kept; use 0."
+            )
+    if options.projector_layer > layers:
+        raise UserError(
+            f"config.supervised.projector_layer is {options.projector_layer}, but the projector in "
+            f"{config.start.path} has {layers} hidden layers: use 0 to {layers}."
+        )
+    options.projector_hidden = hidden or make_encoder(source).num_features
+
+
+def _resolve_teacher(config: ConfigDict) -> None:
+    source = config_at(_path(config.distill.teacher))
+    if source.method not in ("supervised", "distill"):
+        raise UserError(
+            f"{config.distill.teacher} (config.distill.teacher) is a run of '{source.method}', "
+            "which has no classifier to learn from: fine-tune it first, ssl-jax finetune."
+        )
+    config.distill.update({name: source.model[name] for name in _MODEL})
+    kept = source.supervised if source.method == "supervised" else None
+    config.distill.projector_layer = kept.projector_layer if kept else 0
+    config.distill.projector_hidden = kept.projector_hidden if kept else 0
+    if config.data.num_classes != source.data.num_classes:
+        raise UserError(
+            f"config.data.num_classes is {config.data.num_classes}, but the teacher in "
+            f"{config.distill.teacher} tells {source.data.num_classes} classes apart: set it so."
+        )
+
+
+def started(state: TrainState, config: ConfigDict) -> TrainState:
+    """The state of a run before its first step, with the weights that come from elsewhere.
+
+    Args:
+      state: drawn, on one device.
+      config: resolved.
+
+    Returns:
+      The state; a target that copies the encoder copies these weights too.
+
+    Raises:
+      UserError: a run without a checkpoint, or of other shapes.
+    """
+    params, extra = dict(state.params), dict(state.extra)
+    if config.start.path:
+        source = weights_at(_path(config.start.path), config.start.step or None)
+        stats = dict(extra["batch_stats"])
+        for name in _names(config, params):
+            if name not in source.params:
+                raise UserError(f"{config.start.path} (config.start.path) has no {name} to start.")
+            params[name] = _taken(params[name], source.params[name], name)
+            if name in stats:
+                stats[name] = _taken(stats[name], source.batch_stats.get(name, {}), name)
+            if name in extra.get("target", {}):
+                # A copy of its own: the state is donated, each array once.
+                copied = jax.tree.map(lambda x: x.copy(), params[name])
+                extra["target"] = {**extra["target"], name: copied}
+        extra["batch_stats"] = stats
+    if "teacher" in extra:
+        source = weights_at(_path(config.distill.teacher), config.distill.step or None)
+        stats = source.batch_stats
+        extra["teacher"] = {
+            "params": _taken(extra["teacher"]["params"], source.params, "teacher"),
+            "batch_stats": _taken(extra["teacher"]["batch_stats"], stats, "teacher"),
+        }
+    return state.replace(params=params, extra=extra)
+
+
+def _names(config: ConfigDict, params: Any) -> list[str]:
+    """The networks that come from elsewhere."""
+    if config.start.heads:
+        return list(params)
+    kept = ("encoder", "projector") if config.method == "supervised" else ("encoder",)
+    return [name for name in kept if name in params]
+
+
+def _taken(drawn: Any, source: Any, name: str) -> Any:
+    """The source's leaves in the places of the drawn ones."""
+    if not isinstance(drawn, dict):
+        if drawn.shape != source.shape:
+            raise UserError(
+                f"Weights of the {name} have the shape {list(source.shape)} where this run has "
+                f"{list(drawn.shape)}: config.model must be that of the run they come from."
+            )
+        return jnp.array(source)
+    missing = sorted(set(drawn) - set(source))
+    if missing:
+        raise UserError(f"The run that the {name} comes from has no {missing[0]}: it can't start.")
+    return {key: _taken(drawn[key], source[key], name) for key in drawn}
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()

@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+
+from ssl_jax.errors import UserError
+from ssl_jax.evals import classification_metrics
+from ssl_jax.evals.metrics import metrics_line
+
+
+def data(n=300, classes=7, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, n)
+    scores = rng.normal(size=(n, classes)) + 1.5 * np.eye(classes)[labels]
+    return scores.astype(np.float32), labels
+
+
+def by_hand(scores, labels):
+    """Each number of a few lines of plain Python, in float64."""
+    n, classes = scores.shape
+    top1, top5, of_class, bins = 0, 0, {c: [] for c in range(classes)}, {}
+    for row, label in zip(scores.astype(np.float64), labels, strict=True):
+        order = sorted(range(classes), key=lambda c: -row[c])
+        top1 += order[0] == label
+        top5 += label in order[:5]
+        of_class[label].append(order[0] == label)
+        p = np.exp(row - row.max())
+        confidence = (p / p.sum()).max()
+        bins.setdefault(int(confidence * 15), []).append((order[0] == label, confidence))
+    gaps = [abs(np.sum([right - c for right, c in b])) for b in bins.values()]
+    per_class = np.mean([np.mean(c) for c in of_class.values() if c])
+    return top1 / n, top5 / n, per_class, sum(gaps) / n
+
+
+def test_numbers_are_those_by_hand():
+    scores, labels = data()
+    found = classification_metrics(scores, labels, draws=0)
+    names = ("top1", "top5", "mean_per_class", "calibration_error")
+    for name, expected in zip(names, by_hand(scores, labels), strict=True):
+        assert found[name]["value"] == pytest.approx(expected, abs=1e-6), name
+        assert found[name]["low"] == found[name]["high"] == found[name]["value"]
+    confusion = np.array(found["confusion"])
+    assert confusion.sum() == found["examples"] == 300
+    assert np.trace(confusion) / 300 == pytest.approx(found["top1"]["value"])
+    assert (confusion.sum(axis=1) == np.bincount(labels)).all()
+
+
+def test_intervals_are_those_of_a_proportion():
+    scores, labels = data(n=2000)
+    found = classification_metrics(scores, labels)["top1"]
+    half = 1.96 * np.sqrt(found["value"] * (1 - found["value"]) / 2000)
+    assert found["low"] == pytest.approx(found["value"] - half, abs=0.25 * half)
+    assert found["high"] == pytest.approx(found["value"] + half, abs=0.25 * half)
+    again = classification_metrics(scores, labels)["top1"]
+    assert again == found
+
+
+def test_classes_that_do_not_occur_and_equal_scores():
+    found = classification_metrics(np.zeros((4, 3)), np.array([0, 0, 1, 1]), draws=5)
+    assert found["top1"]["value"] == 0  # nothing is told apart
+    assert "top5" not in found
+    scores = np.eye(3)[[0, 0, 1, 0]]
+    found = classification_metrics(scores, np.array([0, 0, 1, 1]), draws=5)
+    assert found["mean_per_class"]["value"] == 0.75
+
+
+def test_scores_that_are_not_finite_are_wrong():
+    scores = np.array([[np.nan, 0, 0], [np.inf, 0, 0], [1, 0, 0]])
+    found = classification_metrics(scores, np.zeros(3, int), draws=5)
+    assert found["top1"]["value"] == pytest.approx(1 / 3)
+
+
+def test_what_cannot_be_measured_is_refused():
+    with pytest.raises(UserError, match="don't belong to 3 labels"):
+        classification_metrics(np.zeros((2, 3)), np.zeros(3, int))
+    with pytest.raises(UserError, match="Labels go from 0 to 3, but there are scores of 3 classes"):
+        classification_metrics(np.zeros((2, 3)), np.array([0, 3]))
+
+
+def test_the_line_is_in_percent():
+    scores, labels = data()
+    line = metrics_line(classification_metrics(scores, labels))
+    assert line.startswith("top-1 ") and "top-5" in line and line.endswith("% of 300 images")

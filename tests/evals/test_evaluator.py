@@ -1,0 +1,122 @@
+"""What the end of a run leaves for its report and for TensorBoard."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny import random_source, tiny_config
+
+from ssl_jax.config import run_schedule
+from ssl_jax.data.sources import ArraySource
+from ssl_jax.errors import UserError
+from ssl_jax.evals.run import Evaluator, evaluated_variables
+from ssl_jax.report import write_report
+from ssl_jax.spmd import make_spmd
+from ssl_jax.step import Program
+
+
+def finished(folder, train, test):
+    """Evaluates an encoder as it was drawn, without training; its features of both splits."""
+    config = tiny_config(batch_size=32)
+    config.data.num_classes = train.num_classes
+    spmd = make_spmd()
+    state = Program(config, run_schedule(config, train.num_examples), spmd).init()
+    initial = jax.device_get(evaluated_variables(state))
+    state = spmd.replicate(state)
+    evaluator = Evaluator(config, spmd, train, test)
+    evaluator.finish(folder, initial, state)
+    variables = evaluated_variables(state)
+    return [evaluator.features(variables, split) for split in (train, test)]
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("labelled")
+    splits = random_source(96), random_source(40, seed=1)
+    return folder, splits, finished(folder, *splits)
+
+
+def held(folder):
+    with np.load(folder / "report_images.npz") as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def cosines(a, b):
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in map(np.float64, (a, b))]
+    return unit[0] @ unit[1].T
+
+
+def test_failures_are_all_images_whose_nearest_is_of_another_class(labelled):
+    folder, (train, test), (known, asked) = labelled
+    found = held(folder)
+    similarity = cosines(asked, known)
+    wrong = np.flatnonzero(train.labels[similarity.argmax(axis=1)] != test.labels)
+    assert 0 < len(wrong) < 40
+    assert (found["failures_count"], found["failures_asked"]) == (len(wrong), 40)
+    order = wrong[np.argsort(-similarity[wrong].max(axis=1))][:24]
+    np.testing.assert_array_equal(found["failures_query"], test.images[order])
+    np.testing.assert_array_equal(found["failures_query_label"], test.labels[order])
+    near = np.argsort(-similarity[order], axis=1)[:, :6]
+    np.testing.assert_array_equal(found["failures_neighbour_label"][:, 0], train.labels[near[:, 0]])
+    np.testing.assert_allclose(
+        found["failures_similarity"], np.take_along_axis(similarity[order], near, 1), atol=1e-5
+    )
+    assert found["failures_neighbours"].shape == (len(order), 6, 8, 8, 3)
+
+
+def test_a_map_has_every_held_out_image_and_its_nearest_without_itself(labelled):
+    folder, (_, test), (_, asked) = labelled
+    found = held(folder)
+    np.testing.assert_array_equal(found["map_images"], test.images)
+    np.testing.assert_array_equal(found["map_label"], test.labels)
+    similarity = cosines(asked, asked) - 9 * np.eye(40)
+    best = np.sort(similarity, axis=1)[:, ::-1][:, :6]
+    np.testing.assert_allclose(found["map_similarity"], best, atol=1e-5)
+    reached = np.take_along_axis(similarity, found["map_neighbour"], axis=1)
+    np.testing.assert_allclose(reached, best, atol=1e-5)
+    assert found["map_positions"].shape == found["map_untrained"].shape == (40, 2)
+    # The encoder is the untrained one, and both are laid out alike.
+    np.testing.assert_array_equal(found["map_positions"], found["map_untrained"])
+
+
+def test_the_projector_has_the_images_of_the_map(labelled):
+    folder, (_, test), (_, asked) = labelled
+    unit = asked / np.linalg.norm(asked, axis=1, keepdims=True)
+    written = np.loadtxt(folder / "projector" / "tensors.tsv")
+    np.testing.assert_allclose(written, unit, atol=1e-5)
+    names = (folder / "projector" / "metadata.tsv").read_text().split()
+    assert names == [str(label) for label in test.labels]
+
+
+def test_classes_without_a_name_are_numbered(tmp_path):
+    """The names of a packed file may be fewer than its labels, and the test split may have more."""
+    train, test = random_source(64), random_source(32, seed=1)
+    train.class_names = ("a", "b")
+    test.labels, test.num_classes = test.labels + 1, test.num_classes + 1
+    finished(tmp_path, train, test)
+    assert held(tmp_path)["class_names"].tolist() == ["a", "b", "2", "3", "4"]
+
+
+def test_without_labels_there_is_a_map_of_one_colour_and_no_failure(tmp_path):
+    splits = (ArraySource(random_source(n, seed=n).images) for n in (96, 40))
+    finished(tmp_path, *splits)
+    found = held(tmp_path)
+    assert not [name for name in found if name.startswith("failures") or "label" in name]
+    assert found["map_positions"].shape == (40, 2) and "map_untrained" not in found
+    assert not (tmp_path / "projector" / "metadata.tsv").exists()
+    config = {"config": {"method": "simclr", "data": {"name": "arrays"}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    page = write_report(tmp_path).read_text()
+    for words in ("without labels no neighbour is wrong", "no labels to colour them by"):
+        assert words in page
+
+
+@pytest.mark.parametrize("writes", ["numpy.savez_compressed", "ssl_jax.evals.run.write_projector"])
+def test_a_full_disk_at_the_end_is_a_sentence(tmp_path, monkeypatch, writes):
+    def full(*args, **arrays):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writes, full)
+    with pytest.raises(UserError, match=r"evaluation can't be written into .*\(No space left"):
+        finished(tmp_path, random_source(40), random_source(24, seed=1))

@@ -1,0 +1,353 @@
+"""Evaluations that train, of a tiny run on digits: recipes, fine-tuning, distillation, commands."""
+
+import json
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config, without_colour
+
+from ssl_jax import cli
+from ssl_jax.config import Schedule
+from ssl_jax.encoder import restore_state
+from ssl_jax.errors import UserError
+from ssl_jax.evals import distill, finetune, runs
+from ssl_jax.evals.results import read_results, write_result
+from ssl_jax.interop.weights import travelling
+from ssl_jax.methods import make_method
+from ssl_jax.start import resolve_start, started
+from ssl_jax.step import assemble, init_state
+from ssl_jax.train import pretrain
+from ssl_jax.workdir import read_config
+
+BRIEF = ("epochs=1.0", "batch_size=64", "log_every=100", "eval.draws=2")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A SimCLR run with a projector of three layers."""
+    config = without_colour(tiny_config(batch_size=64))
+    config.simclr.layers = 3
+    workdir = tmp_path_factory.mktemp("runs") / "simclr"
+    pretrain(config, workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def teacher(run):
+    """It fine-tuned on a tenth of the labels, from the projector's first layer."""
+    workdir = run.with_name("teacher")
+    finetune(run, workdir, labels=0.1, overrides=(*BRIEF, "batch_size=16"))
+    return workdir
+
+
+def command(capsys, *arguments):
+    code = cli.main(list(map(str, arguments)))
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out
+
+
+def same(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y) for x, y in pairs)
+
+
+# Recipes
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rate", "batch", "epochs"),
+    [
+        ("simclr", 0.1, 4096, 90),
+        ("simclr_cifar", 0.1, 512, 100),
+        ("moco", 30, 256, 100),
+        ("swav", 0.3, 256, 100),
+        ("byol", 0.2, 1024, 80),
+        ("simsiam", 0.1, 4096, 90),
+    ],
+)
+def test_linear_recipes_are_the_official_ones(run, recipe, rate, batch, epochs):
+    config = runs.linear_config(run, recipe)
+    assert (config.optim.lr, config.batch_size, config.epochs) == (rate, batch, epochs)
+    assert config.optim.lr_scaling == "linear" and config.optim.warmup_epochs == 0
+    assert config.optim.weight_decay == (1e-6 if recipe in ("simclr", "swav") else 0)
+    assert config.optim.nesterov == (recipe in ("simclr", "simclr_cifar", "byol"))
+    assert config.optim.name == ("larc" if recipe == "simsiam" else "sgd")
+    assert config.optim.schedule == ("step" if recipe == "moco" else "cosine")
+    assert config.supervised.classifier_init == (
+        0.01 if recipe in ("moco", "swav", "simsiam") else 0
+    )
+    (view,) = config.views.values()
+    assert view.jitter.prob == view.gray == view.blur.prob == view.solarize.prob == 0
+    assert view.flip == 0 and view.size == 8  # as in the run
+
+
+@pytest.mark.parametrize("source", ["moco", "swav"])
+def test_nothing_of_the_runs_own_optimiser_stays(run, tmp_path, source):
+    other = tmp_path / source
+    shutil.copytree(run, other)
+    record = json.loads((other / "config.json").read_text())
+    optim = record["config"]["optim"]
+    optim |= {"schedule": "step", "step_epochs": [1.0], "final_lr": 0.1, "warmup_start": 0.3}
+    optim |= {"trust_coefficient": 0.02, "frozen_steps": 9}
+    record["config"]["model"]["bn_group"] = 1
+    (other / "config.json").write_text(json.dumps(record))
+    made = [runs.linear_config(run, "byol"), runs.linear_config(other, "byol")]
+    made += [runs.finetune_config(run), runs.finetune_config(other)]
+    for mine, theirs in zip(made[::2], made[1::2], strict=True):
+        assert mine.optim.to_dict() == theirs.optim.to_dict()
+        assert theirs.model.bn_group == 0 and theirs.optim.final_lr == 0
+
+
+def test_what_is_made_of_a_run_sends_nothing_where_the_run_did(run, tmp_path, monkeypatch):
+    theirs = read_config(run)
+    theirs.wandb = "theirs"
+    monkeypatch.setattr(runs, "config_at", lambda path: theirs)
+    made = [runs.finetune_config(run), runs.linear_config(run, "moco")]
+    assert [config.wandb for config in made] == ["", ""]
+    assert travelling(theirs)["wandb"] == ""
+
+
+def test_a_file_that_was_being_written_is_no_result(tmp_path):
+    file = write_result(tmp_path, "knn", "kNN", {"examples": 4})
+    (file.parent / ".knn.123.json").write_text("{")
+    (file.parent / "lin.json").write_text("{")
+    found, damaged = read_results(tmp_path)
+    assert [record["what"] for record in found] + damaged == ["kNN", "lin.json"]
+
+
+def test_mocos_rate_falls_at_60_and_80_of_100_epochs(run):
+    config = runs.linear_config(run, "moco")
+    config.data.num_classes = 10
+    _, _, rate = assemble(config, Schedule(10, 1000))
+    rates = [float(rate(10 * epoch)) for epoch in (0, 59, 60, 79, 80, 99)]
+    np.testing.assert_allclose(rates, [30, 30, 3, 3, 0.3, 0.3], rtol=1e-5)
+
+
+def test_fine_tuning_is_simclr_v2s(run):
+    config = runs.finetune_config(run, labels=0.01)
+    assert (config.epochs, config.data.subset, config.supervised.projector_layer) == (60, 0.01, 1)
+    assert runs.finetune_config(run, labels=0.1).epochs == 30
+    config.data.num_classes = 10
+    _, _, rate = assemble(config, Schedule(10, 1000))
+    assert float(rate(0)) == pytest.approx(0.005 * 1024**0.5)
+    assert config.optim.weight_decay == 0 and config.optim.name == "lars"
+
+
+# Weights that come from elsewhere
+
+
+def first_state(config):
+    config.data.num_classes = 10
+    resolve_start(config)
+    method, optimizer, _ = assemble(config, Schedule(1, 10))
+    return started(init_state(method, optimizer, config), config)
+
+
+def test_fine_tuning_starts_at_the_runs_encoder_and_kept_projector(run):
+    source = restore_state(run)
+    state = first_state(runs.finetune_config(run))
+    assert same(state.params["encoder"], source.params["encoder"])
+    assert sorted(state.params["projector"]) == ["bn1", "dense1"]
+    assert same(state.params["projector"]["dense1"], source.params["projector"]["dense1"])
+    stats = state.extra["batch_stats"]["projector"]
+    assert same(stats["bn1"], source.extra["batch_stats"]["projector"]["bn1"])
+    assert not state.params["classifier"]["Dense_0"]["kernel"].any()
+
+
+def test_what_is_kept_of_the_projector_is_its_hidden_layer(run):
+    config = runs.finetune_config(run)
+    state = first_state(config)
+    method = make_method(config, Schedule(1, 1))
+    images = jnp.asarray(np.random.default_rng(0).random((3, 8, 8, 3)), jnp.float32)
+    classifier = {**state.params["classifier"]["Dense_0"]}
+    classifier["kernel"] = jax.random.normal(jax.random.key(0), classifier["kernel"].shape)
+    params = {**state.params, "classifier": {"Dense_0": classifier}}
+    logits = method.classify(params, state.extra["batch_stats"], images)
+    from ssl_jax import load
+
+    hidden = load(run, projector_layer=1)
+    features = hidden._apply(hidden.variables, images)
+    np.testing.assert_allclose(
+        logits, features @ classifier["kernel"] + classifier["bias"], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_pretraining_may_start_there_too_and_targets_follow(run):
+    config = runs.finetune_config(run)
+    config.method = "moco"
+    config.batch_size = 64
+    config.moco.update(queue=64, out=8)
+    with config.unlocked():
+        config.views = {"a": config.views["view"], "b": config.views["view"]}
+    source, state = restore_state(run), first_state(config)
+    assert same(state.params["encoder"], source.params["encoder"])
+    assert same(state.extra["target"]["encoder"], source.params["encoder"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model": {"depth": 18}}, r"config.model.depth is 18, but the encoder in .* has 6"),
+        ({"supervised": {"projector_layer": 3}}, "has 2 hidden layers: use 0 to 2"),
+        ({"start": {"path": "/nowhere"}}, "/nowhere"),
+        ({"start": {"step": 7}}, "no checkpoint of step 7"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(run, changes, sentence):
+    config = runs.finetune_config(run)
+    for group, values in changes.items():
+        config[group].update(values)
+    with pytest.raises(UserError, match=sentence):
+        first_state(config)
+
+
+def test_a_run_without_a_classifier_teaches_nothing(run):
+    with pytest.raises(UserError, match="has no classifier to learn from: fine-tune it first"):
+        first_state(runs.distill_config(run))
+    config = tiny_config(method="distill")
+    with pytest.raises(UserError, match="config.distill.teacher is empty"):
+        make_method(config, Schedule(1, 1))
+
+
+# Training them
+
+
+def test_the_frozen_encoder_stays_as_it_is_bit_for_bit(run, capsys):
+    flags = [f"--config.{change}" for change in BRIEF]
+    out = command(capsys, "linear", f"--from={run}", "--recipe=moco", *flags)
+    assert "linear classifier, recipe moco: top-1 " in out
+    source, state = restore_state(run), restore_state(run / "linear_moco")
+    assert same(state.params["encoder"], source.params["encoder"])
+    assert same(state.extra["batch_stats"]["encoder"], source.extra["batch_stats"]["encoder"])
+    assert state.params["classifier"]["Dense_0"]["kernel"].any()
+    record = json.loads((run / "evals" / "linear_moco.json").read_text())
+    assert record["trained_in"].endswith("linear_moco")
+    page = (run / "report.html").read_text()
+    assert "Further evaluations" in page and "recipe moco" in page
+
+
+def test_a_student_learns_its_teachers_opinion(teacher, tmp_path):
+    metrics = distill(teacher, tmp_path / "student", overrides=(*BRIEF, "model.width=0.03125"))
+    assert metrics["examples"] == 450
+    student = restore_state(tmp_path / "student")
+    source = restore_state(teacher)
+    assert same(student.extra["teacher"]["params"], source.params)
+    assert same(student.extra["teacher"]["batch_stats"], source.extra["batch_stats"])
+    lines = (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()
+    assert any("agreement" in json.loads(line) for line in lines)
+
+
+@pytest.mark.parametrize(("temperature", "share"), [(1.0, 0.0), (3.0, 0.25)])
+def test_the_distillation_loss_is_the_papers(teacher, temperature, share):
+    config = runs.distill_config(teacher)
+    config.data.num_classes = 10
+    config.distill.update(temperature=temperature, labels=share)
+    resolve_start(config)
+    method = make_method(config, Schedule(1, 1))
+    rng = np.random.default_rng(0)
+    s, t = rng.normal(size=(2, 6, 1, 10))
+    label = rng.integers(0, 10, 6)
+
+    def softmax(x):
+        return np.exp(x) / np.exp(x).sum(axis=-1, keepdims=True)
+
+    log_s = np.log(softmax(s[:, 0] / temperature))
+    expected = -np.mean(np.sum(softmax(t[:, 0] / temperature) * log_s, axis=1)) * temperature**2
+    labelled = -np.mean(np.log(softmax(s[:, 0]))[np.arange(6), label])
+    outputs = {"logits": jnp.asarray(s, jnp.float32), "teacher": jnp.asarray(t, jnp.float32)}
+    loss, logs = method.loss({}, outputs, {}, {"label": jnp.asarray(label)}, jnp.int32(0))
+    assert float(loss) == pytest.approx((1 - share) * expected + share * labelled, rel=1e-5)
+    agreed = np.mean(s[:, 0].argmax(1) == t[:, 0].argmax(1))
+    assert float(logs["agreement"]) == pytest.approx(agreed)
+
+
+# On features
+
+
+def test_commands_on_features_print_and_keep_what_they_find(run, capsys, tmp_path):
+    out = command(capsys, "knn", f"--from={run}", "--k=5", "--majority")
+    assert "5 nearest neighbours, majority: top-1 " in out and "Report: " in out
+    found = json.loads(command(capsys, "linear", f"--from={run}", "--json"))
+    assert found["metrics"]["examples"] == 450 and found["penalty"] > 0
+    assert 0.1 < found["metrics"]["top1"]["low"] < found["metrics"]["top1"]["high"] < 1
+    file = tmp_path / "features.npz"
+    told = json.loads(command(capsys, "features", f"--from={run}", f"--out={file}", "--json"))
+    with np.load(file, allow_pickle=False) as arrays:
+        assert arrays["train"].shape == (told["train"], told["width"])
+        assert arrays["test_labels"].shape == (450,) and len(arrays["class_names"]) == 10
+    layer = json.loads(
+        command(
+            capsys, "features", f"--from={run}", f"--out={file}", "--json", "--projector-layer=2"
+        )
+    )
+    assert layer["width"] == told["width"]  # the projector's hidden layers are as wide
+    subset = ["--config.data.subset=0.1", "--json"]
+    few = json.loads(command(capsys, "knn", f"--from={run}", *subset))
+    assert few["k"] == 200 and few["metrics"]["examples"] == 450
+    assert {"knn.json", "linear_lbfgs.json"} <= {f.name for f in (run / "evals").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("knn", "--config.data.names=x"), "config.data has no key 'names'"),
+        (("linear", "--recipe=mocco"), "--recipe=mocco. Did you mean 'moco'"),
+        (("features", "--out=/nowhere/f.npz"), "/nowhere .* is no folder"),
+        (("knn", "--step=7"), "no checkpoint of step 7"),
+    ],
+)
+def test_bad_input_is_one_sentence(run, capsys, arguments, sentence):
+    name, *rest = arguments
+    assert cli.main([name, f"--from={run}", *rest]) == 2
+    assert re.search(sentence, capsys.readouterr().err)
+
+
+def test_images_without_labels_are_distilled_and_not_fine_tuned_on(teacher, tmp_path):
+    from images import fill
+
+    fill(tmp_path / "flat_source", per_class=30)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, file in enumerate(sorted((tmp_path / "flat_source").rglob("*.png"))):
+        shutil.copy(file, flat / f"{number}.png")
+    fill(tmp_path / "test", per_class=2)
+    data = (f"data.dir={flat}", f"data.test_dir={tmp_path / 'test'}", "data.name=folder")
+    overrides = (*BRIEF, *data)
+    assert distill(teacher, tmp_path / "student", overrides=overrides)["examples"] == 6
+    with pytest.raises(UserError, match="training images have no labels to learn"):
+        finetune(teacher, tmp_path / "other", overrides=overrides)
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_cannot_be_measured_is_not_trained(run, tmp_path):
+    from images import fill
+
+    fill(tmp_path / "images", per_class=30)
+    data = (f"data.dir={tmp_path / 'images'}", "data.name=folder", "data.test_dir=")
+    from ssl_jax.data.sources import make_sources
+
+    config = runs.finetune_config(run, overrides=data)
+    if make_sources(config)[1] is None:
+        with pytest.raises(UserError, match="no held-out split with labels to measure"):
+            finetune(run, tmp_path / "other", overrides=data)
+        assert not (tmp_path / "other").exists()
+
+
+def test_data_without_a_held_out_split_is_not_measured(run, tmp_path, capsys):
+    from images import fill
+
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    fill(tmp_path / "images", per_class=4)
+    flags = ("--config.data.name=folder", f"--config.data.dir={tmp_path / 'images'}")
+    assert cli.main(["features", f"--from={other}", *flags, f"--out={tmp_path / 'f.npz'}"]) == 0
+    with np.load(tmp_path / "f.npz") as arrays:
+        split = "test" in arrays.files
+    if not split:
+        assert cli.main(["knn", f"--from={other}", *flags]) == 2
+        assert "no held-out split with labels" in capsys.readouterr().err

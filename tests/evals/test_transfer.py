@@ -1,0 +1,185 @@
+"""Transfer of a tiny run to two data sets: chosen on held-out images, one table, resumable."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import method_config, random_source, tiny_config, without_colour
+
+from ssl_jax import cli
+from ssl_jax.errors import UserError
+from ssl_jax.evals import transfer
+from ssl_jax.train import pretrain
+
+BRIEF = ("--config.steps=4", "--config.batch_size=16", "--config.log_every=100")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    config = without_colour(tiny_config(batch_size=64, steps=2))
+    config.eval.frozen_at_end = False
+    workdir = tmp_path_factory.mktemp("transfer") / "run"
+    pretrain(config, workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """Digits, and three classes of blobs of which the second is rare, as packed files."""
+    folder = tmp_path_factory.mktemp("sets")
+    for split, n in (("train", 120), ("test", 60)):
+        source = random_source(n=n, seed=n, classes=3)
+        kept = (source.labels != 1) | (np.arange(n) % 3 == 0)
+        np.savez(
+            folder / f"{split}.npz",
+            images=source.images[kept],
+            labels=source.labels[kept],
+            class_names=np.array(["a", "b", "c"]),
+        )
+    packed = {"name": "packed", "dir": f"{folder}/train.npz", "test_dir": f"{folder}/test.npz"}
+    file = folder / "sets.json"
+    listed = {
+        "blobs": {"metric": "mean_per_class", "data": packed},
+        "digits": {"data": {"name": "digits", "test_fraction": 0.5}},
+    }
+    file.write_text(json.dumps(listed))
+    return file
+
+
+def test_settings_are_chosen_on_held_out_images_and_measured_once_on_the_test(run, sets, capsys):
+    line = ["transfer", f"--from={run}", f"--sets={sets}", "--rates=0.1,1e-9", "--decays=0"]
+    assert cli.main([*line, *BRIEF]) == 0
+    out, err = capsys.readouterr()
+    rows = [row.split(" | ") for row in out.splitlines() if row.startswith("| ")]
+    assert [row[:2] for row in rows[2:]] == [["| blobs", "mean per class"], ["| digits", "top1"]]
+    folder = run / "transfer" / "blobs"
+    tried = {}
+    for rate in (0.1, 1e-9):
+        one = folder / f"rate_{rate:g}_decay_0"
+        metrics = json.loads((one / "evals" / "classifier.json").read_text())["metrics"]
+        config = json.loads((one / "config.json").read_text())["config"]
+        assert config["data"]["validation"] == 0.1 and config["optim"]["lr"] == rate
+        tried[rate] = metrics["mean_per_class"]["value"]
+    best = max(tried, key=tried.get)
+    chosen = folder / f"chosen_rate_{best:g}_decay_0"
+    config = json.loads((chosen / "config.json").read_text())["config"]
+    assert config["data"]["validation"] == 0 and config["optim"]["nesterov"]
+    with np.load(sets.with_name("train.npz")) as train, np.load(sets.with_name("test.npz")) as test:
+        held = sum(round(0.1 * n) for n in np.bincount(train["labels"]))
+        tests = len(test["labels"])
+    assert metrics["examples"] == held
+    record = json.loads((run / "evals" / "transfer_blobs_finetune.json").read_text())
+    assert record["metrics"]["examples"] == tests and record["rate"] == best
+    assert f"{100 * record['metrics']['mean_per_class']['value']:.1f} [" in rows[2][3]
+    assert "blobs: fine-tuned, rate" in (run / "report.html").read_text()
+    # The same again trains nothing and finds the same.
+    sizes = {f: f.stat().st_size for f in run.rglob("transfer/*/*/metrics.jsonl")}
+    assert len(sizes) == 6
+    assert cli.main([*line, *BRIEF]) == 0
+    assert capsys.readouterr().out == out
+    assert {f: f.stat().st_size for f in sizes} == sizes
+
+
+def test_linear_alone_trains_nothing(run, sets, capsys):
+    before = set((run / "transfer").glob("*/*"))
+    line = ["transfer", f"--from={run}", f"--sets={sets}", "--no-finetune", "--json"]
+    assert cli.main(line) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["dataset"] for row in rows] == ["blobs", "digits"]
+    assert all(set(row) == {"dataset", "metric", "linear"} for row in rows)
+    assert rows[1]["linear"]["examples"] == 899  # half of the digits
+    assert set((run / "transfer").glob("*/*")) == before
+
+
+@pytest.mark.parametrize(
+    ("listed", "sentence"),
+    [
+        ("[", "can't be read"),
+        ("{}", "can't be read: write"),
+        ('{"a": 1}', 'a needs a group "data"'),
+        ('{"a/b": {"data": {}}}', "'a/b' can't name a folder"),
+        ('{"a": {"data": {"nam": "x"}}}', "config.data.nam. Did you mean 'name'"),
+        ('{"a": {"data": {"threads": "x"}}}', "config.data.threads is 'x': it takes such as 0"),
+        ('{"a": {"data": {}, "metric": "top2"}}', "metric is 'top2'. Did you mean 'top1'"),
+        ('{"a": {"data": {}, "metric": 5}}', "metric is '5'. It may be"),
+        ('{"a": {"data": {"dir": 5}}}', "config.data.dir is 5: it takes such as ''"),
+        ('{"a": {"data": {"subset": 2}}}', "a: config.data.subset is 2.0: it is a share"),
+        ('{"a": {"data": {"validation": 0.1}}}', "a: config.data.validation."),
+        ('{"a": {"data": {}, "metrics": "x"}}', "a has no key 'metrics'"),
+    ],
+)
+def test_a_bad_list_is_one_sentence(tmp_path, listed, sentence):
+    file = tmp_path / "sets.json"
+    file.write_text(listed)
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        transfer.read_sets(file)
+
+
+def test_what_can_not_be_run_is_refused_before_anything_is(run, tmp_path, capsys):
+    file = tmp_path / "sets.json"
+    packed = {"name": "packed", "dir": "/nowhere.npz"}
+    file.write_text(json.dumps({"digits": {"data": {}}, "b": {"data": packed}}))
+    line = ["transfer", f"--from={run}", f"--sets={file}", f"--workdir={tmp_path / 'w'}"]
+    assert cli.main(line) == 2
+    assert "/nowhere.npz" in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--config.optim.lr=1",), "config.optim.lr is what transfer sets: give --rates"),
+        (("--config.start.step=1",), "config.start.step is what transfer sets"),
+        (("--rates=0.1,-0.1",), "digits: config.optim.lr is -0.1: it must be"),
+        (("--config.batch_size=5000",), "digits: config.batch_size is 5000 but the training set"),
+        (("--step=77",), "no checkpoint of step 77"),
+        (("--no-finetune", "--rates=0.1"), "--rates is for fine-tuning"),
+    ],
+)
+def test_what_is_set_elsewhere_or_can_not_end_is_refused(run, tmp_path, capsys, flags, sentence):
+    file = tmp_path / "sets.json"
+    file.write_text(json.dumps({"digits": {"data": {}}}))
+    line = ["transfer", f"--from={run}", f"--sets={file}"]
+    if "--no-finetune" not in flags:
+        line.append(f"--workdir={tmp_path / 'w'}")
+    assert cli.main([*line, *flags]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
+
+
+def test_classes_of_few_images_are_only_fine_tuned_on_with_one_setting(run, sets, tmp_path, capsys):
+    file, few = tmp_path / "sets.json", tmp_path / "few.npz"
+    with np.load(sets.with_name("train.npz")) as train:
+        ids = np.concatenate([np.flatnonzero(train["labels"] == c)[:4] for c in range(3)])
+        arrays = {name: train[name][ids] for name in ("images", "labels")}
+        np.savez(few, class_names=train["class_names"], **arrays)
+    data = {"name": "packed", "dir": str(few), "test_dir": str(few)}
+    file.write_text(json.dumps({"few": {"data": data}}))
+    line = ["transfer", f"--from={run}", f"--sets={file}", f"--workdir={tmp_path / 'w'}"]
+    assert cli.main([*line, "--config.batch_size=4"]) == 2
+    assert "few: Its classes are too small for a tenth to be held out" in capsys.readouterr().err
+
+
+def test_what_changes_fine_tuning_is_no_business_of_the_evaluated_run(tmp_path, capsys):
+    config = without_colour(method_config("moco"))  # whose queue other batches don't fill
+    config.steps = 1
+    config.data.num_classes = 0
+    config.eval.frozen_at_end = False
+    run, file = tmp_path / "run", tmp_path / "sets.json"
+    pretrain(config, run)
+    file.write_text(json.dumps({"digits": {"data": {}}}))
+    capsys.readouterr()
+    line = ["transfer", f"--from={run}", f"--sets={file}", "--rates=0.1", "--decays=0"]
+    assert cli.main([*line, "--config.epochs=0.05", "--config.batch_size=48", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["rate"] == 0.1 and row["finetune"]["examples"] == 450
+    (trained,) = run.glob("transfer/digits/*/config.json")
+    assert json.loads(trained.read_text())["config"]["steps"] == 0  # epochs were asked for
+
+
+def test_the_list_in_the_repository_is_read():
+    listed = transfer.read_sets(Path(__file__).parents[2] / "configs" / "transfer.json")
+    assert {data_set.metric for data_set in listed} == set(transfer.METRICS)
+    assert len(listed) == 9

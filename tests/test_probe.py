@@ -1,0 +1,65 @@
+"""The probe that is trained along: its gradient, and that nothing else notices it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import assert_replicated, leaves, make_step, random_source, tiny_config, without_colour
+
+from ssl_jax import probe
+from ssl_jax.spmd import make_spmd
+
+ONE = jax.devices()[:1]
+
+
+def trained(steps=3, devices=None, **changes):
+    config = without_colour(tiny_config())
+    config.data.num_classes = 4
+    config.eval.update(changes)
+    spmd, source = make_spmd(devices=devices), random_source()
+    _, step, state, resident = make_step(config, spmd, source)
+    for number in range(steps):
+        ids = np.arange(32, dtype=np.int32) + 32 * (number % 2)
+        raw = next(source.batches(iter([(number, ids)])))
+        state, metrics = step(state, spmd.place_batch(raw), resident)
+    return state, metrics
+
+
+def test_the_loss_is_cross_entropy_and_its_features_get_no_gradient():
+    rng = np.random.default_rng(0)
+    x, label = rng.normal(size=(6, 5)), rng.integers(0, 3, 6)
+    params = {"kernel": rng.normal(size=(5, 3)), "bias": rng.normal(size=3)}
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+    logits = x @ np.asarray(params["kernel"], np.float64) + np.asarray(params["bias"], np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    value, right = probe.loss(params, jnp.asarray(x, jnp.float32), jnp.asarray(label))
+    assert value == pytest.approx(-log_p[np.arange(6), label].mean(), rel=1e-5)
+    assert right == pytest.approx(np.mean(logits.argmax(axis=1) == label))
+    gradient = jax.grad(lambda x: probe.loss(params, x, jnp.asarray(label))[0])
+    assert not gradient(jnp.asarray(x, jnp.float32)).any()
+
+
+def test_it_learns_and_changes_nothing_else():
+    with_it, metrics = trained(steps=40)
+    without, others = trained(steps=40, probe=False)
+    assert without.probe == {} and "probe_loss" not in others
+    assert float(metrics["probe_loss"]) < np.log(4) - 0.005
+    for name in ("params", "extra", "opt_state"):
+        mine, theirs = leaves(getattr(with_it, name)), leaves(getattr(without, name))
+        for key in theirs:
+            np.testing.assert_allclose(mine[key], theirs[key], rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+def test_one_and_eight_devices_agree():
+    eight, one = trained()[0].probe, trained(devices=ONE)[0].probe
+    assert_replicated(eight)
+    for key, expected in leaves(one["params"]).items():
+        np.testing.assert_allclose(leaves(eight["params"])[key], expected, rtol=2e-2, atol=1e-4)
+
+
+def test_the_first_step_goes_where_the_gradient_points():
+    before = probe.init(2, 2)
+    gradients = {"kernel": jnp.array([[1.0, -1.0], [0.0, 0.0]]), "bias": jnp.array([2.0, -2.0])}
+    after = probe.update(before, gradients)["params"]
+    assert (np.sign(after["bias"]) == [-1, 1]).all() and after["kernel"][0, 0] < 0
+    assert (after["kernel"][1] == 0).all()
