@@ -1,0 +1,288 @@
+"""A model card from what a run has written down: data, recipe, results with their baselines."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ssl_jax.encoder import results_folder
+from ssl_jax.errors import UserError
+from ssl_jax.evals.metrics import interval_text
+from ssl_jax.evals.results import read_results
+from ssl_jax.interop.described import is_torchvisions, preprocessing
+from ssl_jax.interop.weights import Weights
+from ssl_jax.methods.base import make_encoder
+from ssl_jax.report import mean_interval
+from ssl_jax.workdir import read_record
+
+_PAPERS = {
+    "simclr": ("SimCLR", "2002.05709"),
+    "moco": ("MoCo", "1911.05722"),
+    "swav": ("SwAV", "2006.09882"),
+    "byol": ("BYOL", "2006.07733"),
+    "simsiam": ("SimSiam", "2011.10566"),
+    "distill": ("SimCLR v2's distillation", "2006.10029"),
+    "supervised": ("supervised training", ""),
+}
+_TOP = """---
+# license: choose one, it is yours to give
+library_name: {library}
+pipeline_tag: image-feature-extraction
+tags:
+- self-supervised
+- {method}
+- image-feature-extraction
+---
+"""
+
+
+def model_card(path: str | Path, weights: Weights) -> str:
+    """The card in Markdown.
+
+    Args:
+      path: of the run, or of the file.
+      weights: that were exported.
+
+    Returns:
+      The text; what isn't known is left out, and the licence left to be chosen.
+    """
+    config = weights.config
+    kind = weights.source.partition(":")[0] or config.method
+    name, paper = _PAPERS.get(kind, (kind, ""))
+    plain = is_torchvisions(config)
+    lines = [
+        _TOP.format(library="timm" if plain else "ssl_jax", method=kind),
+        f"# ResNet-{config.model.depth}{_width(config)}, {name}",
+        "",
+        f"An image encoder by {name}{f' (arXiv:{paper})' if paper else ''}: {_size(weights)}.",
+        *_origin(weights),
+        "",
+        "## Use",
+        "",
+        *_use(config, plain),
+        "",
+        "## Images",
+        "",
+        _images(config),
+        "",
+        *_training(path, weights),
+        *_results(path, weights.step),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _size(weights: Weights) -> str:
+    features = make_encoder(weights.config).num_features
+    count = sum(leaf.size for leaf in jax.tree.leaves(weights.params["encoder"]))
+    return f"{features:,} features of an image, {count:,} parameters"
+
+
+def _width(config: ConfigDict) -> str:
+    width, sk = config.model.width, " with selective kernels" if config.model.sk else ""
+    return (f" ×{width:g}" if width != 1 else "") + sk
+
+
+def _origin(weights: Weights) -> list[str]:
+    return [f"Imported from {weights.source}."] if weights.source else []
+
+
+def _use(config: ConfigDict, plain: bool) -> Iterator[str]:
+    yield "```python"
+    if plain:
+        yield "import timm"
+        yield ""
+        yield 'net = timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)'
+        yield "```"
+        yield ""
+        yield "```python"
+    if not config.model.sk:
+        yield "from PIL import Image"
+        yield "from torch_encoder import load, preprocess  # of this folder"
+        yield ""
+        yield 'net = load("model.safetensors")'
+        yield 'features = net(preprocess(Image.open("picture.jpg"), net)[None])'
+        yield "```"
+        yield ""
+        yield "```python"
+    yield "import ssl_jax"
+    yield ""
+    yield 'encoder = ssl_jax.load("ssl_jax.safetensors")'
+    yield "features = encoder.apply(images)  # uint8 [n, H, W, 3] to float32 [n, d]"
+    yield "```"
+
+
+def _images(config: ConfigDict) -> str:
+    how = preprocessing(config)
+    normalised = (
+        f"normalised by mean {_numbers(how['mean'])} and standard deviation {_numbers(how['std'])}"
+        if how["mean"]
+        else "not normalised further"
+    )
+    return (
+        f"The central {100 * how['crop_fraction']:g} % of the shorter side, resized to "
+        f"{how['size']}×{how['size']} ({how['interpolation']}), RGB in 0 to 1, {normalised}; "
+        "images of that size as they are."
+    )
+
+
+def _numbers(values: Any) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _training(path: str | Path, weights: Weights) -> Iterator[str]:
+    if weights.source:
+        return
+    config = weights.config
+    yield "## Training"
+    yield ""
+    yield f"- Data: {_data(path, config)}; labels were {_labels(config)}."
+    length = f"{config.steps:,} steps" if config.steps else f"{config.epochs:g} epochs"
+    yield f"- {length}, batches of {config.batch_size:,}; the weights are of step {weights.step:,}."
+    yield from _views(config)
+    # A method from outside the package may have anything under that name.
+    temperature = config.get(config.method, {}).get("temperature")
+    known = isinstance(temperature, int | float)
+    yield f"- {f'Temperature {temperature:g}, seed' if known else 'Seed'} {config.seed}."
+    optim = config.optim
+    yield (
+        f"- {optim.name}, rate {optim.lr:g} ({optim.lr_scaling} scaling), {optim.schedule}, "
+        f"{optim.warmup_epochs:g} epochs of warmup, weight decay {optim.weight_decay:g}, "
+        f"{config.dtype}."
+    )
+    if config.start.path:
+        yield f"- Started from the weights of {Path(config.start.path).name}."
+    if config.method == "distill":
+        yield f"- Taught by {Path(config.distill.teacher).name}, which was trained with labels."
+    record = _record(path)
+    if record:
+        versions = record.get("versions", {})
+        devices = record.get("devices", {})
+        yield (
+            f"- ssl_jax {versions.get('ssl_jax', '?')}"
+            + (f" ({record['git']})" if record.get("git") else "")
+            + f", JAX {versions.get('jax', '?')}, {devices.get('count', '?')} × "
+            f"{devices.get('kind', '?')}."
+        )
+    yield ""
+
+
+def _views(config: ConfigDict) -> Iterator[str]:
+    """The recipe of each kind of view; views of one recipe are named together."""
+    recipes: dict[str, list[str]] = {}
+    for name in sorted(config.views):
+        view = config.views[name]
+        several = f"{name} ({view.count} times)" if view.count > 1 else name
+        recipes.setdefault(_view(view), []).append(several)
+    for recipe, names in recipes.items():
+        yield f"- {', '.join(names)}: {recipe}."
+
+
+def _view(view: ConfigDict) -> str:
+    """What makes a view of an image, in its order; numbers behind a name are probabilities."""
+    crop, jitter = view.crop, view.jitter
+    low, high = (100 * share for share in crop.area)
+    parts = [
+        "the whole image"
+        if crop.sampler == "none"
+        else f"a crop of {low:g} to {high:g} % of the area ({crop.sampler}'s sampler)"
+    ]
+    parts[0] += f" at {view.size} pixels ({crop.interpolation})"
+    affine = {name: value for name, value in view.affine.items() if value}
+    if affine:
+        parts.append("affine (" + ", ".join(f"{k} {v:g}" for k, v in affine.items()) + ")")
+    strengths = ("brightness", "contrast", "saturation", "hue")
+    details = {
+        "flip": (view.flip, ""),
+        "colour": (jitter.prob, ", ".join(f"{name} {jitter[name]:g}" for name in strengths)),
+        "grey": (view.gray, ""),
+        "blur": (view.blur.prob, "sigma {:g} to {:g}".format(*view.blur.sigma)),
+        "solarize": (view.solarize.prob, f"from {view.solarize.threshold:g}"),
+    }
+    for name, (probability, how) in details.items():
+        if probability:
+            parts.append(f"{name} {probability:g}{f' ({how})' if how else ''}")
+    if view.noise:
+        parts.append(f"noise {view.noise:g}")
+    return ", ".join(parts)
+
+
+def _record(path: str | Path) -> dict[str, Any]:
+    try:
+        return read_record(Path(path))
+    except UserError:
+        return {}
+
+
+def _data(path: str | Path, config: ConfigDict) -> str:
+    """The data set's name and size; no path of the machine."""
+    data = config.data
+    named = data.dataset if data.name == "tfds" else data.name
+    size = str(_record(path).get("data", "")).partition(",")[0]
+    share = f", {100 * data.subset:g} % of it" if data.subset < 1 else ""
+    return f"{named} ({size})" + share if size else f"{named}{share}"
+
+
+def _labels(config: ConfigDict) -> str:
+    return "used" if config.method == "supervised" else "not used"
+
+
+def _results(path: str | Path, step: int) -> Iterator[str]:
+    """What was measured on this checkpoint."""
+    folder = results_folder(path)
+    found = [r for r in read_results(folder)[0] if r.get("step", step) == step]
+    evaluation = _evaluation(folder, step)
+    if not found and not evaluation:
+        return
+    yield "## Results"
+    yield ""
+    if evaluation:
+        yield from _frozen(evaluation["rows"], int(evaluation["test_examples"]))
+    if found:
+        yield "| evaluation | top-1 | mean per class | images |"
+        yield "| --- | --- | --- | --- |"
+        for record in found:
+            metrics = record["metrics"]
+            cells = [
+                interval_text(metrics[key]) if key in metrics else ""
+                for key in ("top1", "mean_per_class")
+            ]
+            yield f"| {record['what']} | {' | '.join(cells)} | {metrics['examples']:,} |"
+        yield ""
+        yield "Percent, with 95 % intervals by bootstrap over the held-out images."
+
+
+def _frozen(rows: list[dict[str, Any]], images: int) -> Iterator[str]:
+    yield f"Percent of {images:,} held-out images, with 95 % intervals, by the frozen encoder, and"
+    yield "by raw pixels and the untrained network:"
+    yield ""
+    counts = [key for key in rows[0] if key.startswith("labels_")]
+    head = ["", *(f"{key.removeprefix('labels_')} labels a class" for key in counts)]
+    yield "| " + " | ".join([*head, "all labels, linear", "kNN"]) + " |"
+    yield "|" + " --- |" * (len(head) + 2)
+    for row in rows:
+        few = []
+        for key in counts:
+            mean, half = mean_interval(100 * np.array(row[key]["draws"]))
+            few.append(f"{mean:.1f} ± {half:.1f}")
+        rest = []
+        for key in ("linear", "knn"):
+            half = 196 * (row[key] * (1 - row[key]) / images) ** 0.5
+            rest.append(f"{100 * row[key]:.1f} ± {half:.1f}")
+        yield "| " + " | ".join([row["name"], *few, *rest]) + " |"
+    yield ""
+    yield "Few labels: over draws of the labelled images; the others: over the held-out images."
+    yield ""
+
+
+def _evaluation(folder: Path, step: int) -> dict[str, Any]:
+    """The run's last evaluation, if it is of this checkpoint and whole."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
+        list(_frozen(found["rows"], int(found["test_examples"])))
+        return found if found["step"] == step else {}
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return {}

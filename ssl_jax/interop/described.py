@@ -1,0 +1,46 @@
+"""What an encoder is and how its images are prepared, in words that travel with it."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ssl_jax.config import flat_views
+
+
+def preprocessing(config: ConfigDict) -> dict[str, Any]:
+    """How images are prepared for the encoder, as JSON types.
+
+    Pixels are in [0, 1]; the central square of `crop_fraction` of the shorter side is resized to
+    `size` (where the image isn't of that size already), then `mean` and `std` normalise each
+    channel, empty for none.
+    """
+    one = flat_views(config)[0]
+    return {
+        "size": one.size,
+        # Small images are taken whole.
+        "crop_fraction": config.eval.crop_fraction if config.model.stem == "imagenet" else 1.0,
+        "interpolation": config.eval.interpolation,
+        "antialias": True,
+        "range": [0, 1],
+        "mean": list(one.mean),
+        "std": list(one.std),
+    }
+
+
+def architecture(config: ConfigDict) -> dict[str, Any]:
+    """What the encoder is, as `torch_encoder.Encoder` takes it."""
+    model = config.model
+    return {
+        "depth": model.depth,
+        "width": model.width,
+        "stem": model.stem,
+        "padding": model.padding,
+    }
+
+
+def is_torchvisions(config: ConfigDict) -> bool:
+    """Whether torchvision's and timm's own models load it."""
+    model = config.model
+    plain = {"width": 1.0, "stem": "imagenet", "padding": "symmetric"}
+    own = architecture(config)
+    return model.depth <= 152 and not model.sk and all(own[k] == v for k, v in plain.items())

@@ -1,0 +1,237 @@
+"""A run's encoder as others take it: PyTorch's names, our tree, a program, a folder with a card."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export as jax_export
+from ml_collections import ConfigDict
+
+from ssl_jax.config import flat_views, from_json, to_json
+from ssl_jax.encoder import Encoder, load, weights_at
+from ssl_jax.errors import UserError
+from ssl_jax.files import asked_for
+from ssl_jax.interop.card import model_card
+from ssl_jax.interop.described import architecture, is_torchvisions, preprocessing
+from ssl_jax.interop.torch_names import to_torch
+from ssl_jax.interop.weights import Weights, save, travelling, write_weights
+from ssl_jax.methods.base import make_encoder
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+_LOADER = "torch_encoder.py"
+# Of a serialised program's constants; its format ends at 2 GiB.
+_MOST_BYTES = 2**31 - 2**24
+
+
+def export_torch(path: str | Path, file: str | Path, *, step: int | None = None) -> list[str]:
+    """Writes the encoder as safetensors with torchvision's names; a loader beside it where needed.
+
+    Args:
+      path: a run's workdir, or a file of weights.
+      file: to write, `*.safetensors`; its header has the architecture and the preprocessing.
+      step: of the run's checkpoint, default the newest.
+
+    Returns:
+      The lines of Python that load it.
+
+    Raises:
+      UserError: nothing to export, selective kernels (neither library has them), or it can't be
+        written.
+    """
+    weights, file = weights_at(path, step), Path(file)
+    _write_torch(weights, file)
+    if is_torchvisions(weights.config):
+        depth = weights.config.model.depth
+        return [
+            "import safetensors.torch, torch, torchvision",
+            f"net = torchvision.models.resnet{depth}()",
+            "net.fc = torch.nn.Identity()",
+            f'net.load_state_dict(safetensors.torch.load_file("{file.name}"))',
+            "net = net.eval()",
+        ]
+    _copy_loader(file.parent)
+    return ["from torch_encoder import load", f'net = load("{file.name}")']
+
+
+def _write_torch(weights: Weights, file: Path) -> None:
+    config = weights.config
+    if config.model.sk:
+        raise UserError(
+            "The encoder has selective kernels, which neither torchvision nor timm has in this "
+            "form: export it with --format=jax or --format=program."
+        )
+    state = to_torch(*_on_host(weights.params["encoder"], weights.batch_stats["encoder"]))
+    header = {
+        "format": "pt",
+        "model": json.dumps(architecture(config)),
+        "preprocessing": json.dumps(preprocessing(config)),
+        "ssl_jax_config": json.dumps(travelling(config)),
+    }
+    save(state, file, header)
+
+
+def _on_host(*trees: Any) -> Any:
+    return jax.tree.map(lambda x: np.asarray(jax.device_get(x), np.float32), trees)
+
+
+def _copy_loader(folder: Path) -> None:
+    # No module of this package, for it needs torch.
+    source = Path(__file__).with_name(_LOADER).with_suffix(".txt")
+    shutil.copyfile(source, folder / _LOADER)
+
+
+def export_tree(path: str | Path, file: str | Path, *, step: int | None = None) -> None:
+    """Writes all networks of a run in a file that `ssl_jax.load` and `config.start.path` take.
+
+    Args:
+      path: a run's workdir, or a file of weights of another code.
+      file: to write, `*.safetensors`.
+      step: of the run's checkpoint, default the newest.
+
+    Raises:
+      UserError: nothing to export, or it can't be written.
+    """
+    write_weights(weights_at(path, step), file)
+
+
+def export_program(
+    path: str | Path, file: str | Path, *, step: int | None = None, projector_layer: int = 0
+) -> dict[str, Any]:
+    """Writes the encoder, weights included, as a program that JAX alone runs.
+
+    It takes uint8 images [n, size, size, 3], any n, and gives float32 features [n, d], computed in
+    float32 throughout. On CPUs, GPUs and TPUs it is run by
+
+        jax.export.deserialize(bytearray(Path(file).read_bytes())).call(images)
+
+    Args:
+      path: a run's workdir, or a file of weights.
+      file: to write.
+      step: of the run's checkpoint, default the newest.
+      projector_layer: go on to this hidden layer of the projector.
+
+    Returns:
+      "size", of its images, and "features", their number.
+
+    Raises:
+      UserError: nothing to export, a network too big for one program, or it can't be written.
+    """
+    encoder = load(path, step, projector_layer=projector_layer)
+    config = from_json(to_json(encoder.config))
+    config.dtype = "float32"
+    size = flat_views(config)[0].size
+    count = sum(leaf.nbytes for leaf in jax.tree.leaves(encoder.variables))
+    if count > _MOST_BYTES:
+        raise UserError(
+            f"The network has {count / 2**30:.1f} GiB of weights, and a program holds 2: export it "
+            "with --format=jax."
+        )
+    function = _program(dataclasses.replace(encoder, config=config))
+    (n,) = jax_export.symbolic_shape("n")
+    images = jax.ShapeDtypeStruct((n, size, size, 3), jnp.uint8)
+    # Else a GPU's and a TPU's convolutions would round their inputs.
+    with jax.default_matmul_precision("highest"):
+        exported = jax_export.export(jax.jit(function), platforms=PLATFORMS)(images)
+    _write(Path(file), bytes(exported.serialize()))
+    return {"size": size, "features": int(exported.out_avals[0].shape[1])}
+
+
+def _program(encoder: Encoder) -> Callable[[jax.Array], jax.Array]:
+    variables = jax.device_get(encoder.variables)
+
+    def features(images: jax.Array) -> jax.Array:
+        result: jax.Array = encoder._apply(variables, images)
+        return result
+
+    return features
+
+
+def _write(file: Path, data: bytes) -> None:
+    with asked_for(file) as temporary:
+        temporary.write_bytes(data)
+
+
+def export_folder(path: str | Path, folder: str | Path, *, step: int | None = None) -> None:
+    """Writes a folder as on the Hugging Face hub: config, weights, preprocessing, a model card.
+
+    `timm.create_model("local-dir:FOLDER")` loads it where the network is torchvision's;
+    `torch_encoder.py` in it loads any without selective kernels, `ssl_jax.load` the file
+    `ssl_jax.safetensors`.
+
+    Args:
+      path: a run's workdir, or a file of weights.
+      folder: to write; made if it isn't there.
+      step: of the run's checkpoint, default the newest.
+
+    Raises:
+      UserError: nothing to export, or it can't be written.
+    """
+    folder, weights = Path(folder), weights_at(path, step)
+    config = weights.config
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} can't be made ({error.strerror}): choose another.") from error
+    write_weights(weights, folder / "ssl_jax.safetensors")
+    if not config.model.sk:
+        _write_torch(weights, folder / "model.safetensors")
+        _copy_loader(folder)
+    _write_json(folder / "config.json", _hub_config(config))
+    _write_json(folder / "preprocessor_config.json", _hub_preprocessing(config))
+    _write(folder / "README.md", model_card(path, weights).encode())
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    _write(file, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _hub_config(config: ConfigDict) -> dict[str, Any]:
+    """As timm reads it, where it is a network of timm's."""
+    how = preprocessing(config)
+    size = how["size"]
+    found: dict[str, Any] = {
+        "num_classes": 0,
+        "num_features": make_encoder(config).num_features,
+        "pretrained_cfg": {
+            "tag": f"ssl_jax_{config.method}",
+            "input_size": [3, size, size],
+            "fixed_input_size": False,
+            "pool_size": None,
+            "interpolation": how["interpolation"],
+            "crop_pct": how["crop_fraction"],
+            "mean": how["mean"] or [0.0] * 3,
+            "std": how["std"] or [1.0] * 3,
+            "num_classes": 0,
+            "first_conv": "conv1",
+            "classifier": "fc",
+        },
+        "ssl_jax": {**architecture(config), "sk": config.model.sk, "method": config.method},
+    }
+    if is_torchvisions(config):
+        found = {"architecture": f"resnet{config.model.depth}", **found}
+    return found
+
+
+def _hub_preprocessing(config: ConfigDict) -> dict[str, Any]:
+    """As an image processor of the hub reads it."""
+    how = preprocessing(config)
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": round(how["size"] / how["crop_fraction"])},
+        "resample": {"bilinear": 2, "bicubic": 3}[how["interpolation"]],
+        "do_center_crop": True,
+        "crop_size": {"height": how["size"], "width": how["size"]},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": bool(how["mean"]),
+        "image_mean": how["mean"] or [0.0] * 3,
+        "image_std": how["std"] or [1.0] * 3,
+    }

@@ -1,0 +1,251 @@
+"""Exports of a tiny run: a program for JAX alone, our tree, the folder, the commands."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny_config, without_colour
+
+import ssl_jax
+from ssl_jax import cli
+from ssl_jax.config import view
+from ssl_jax.encoder import restore_state
+from ssl_jax.interop.official import read_weights
+from ssl_jax.interop.weights import Weights, write_weights
+from ssl_jax.methods.base import make_encoder
+from ssl_jax.train import pretrain
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    config = without_colour(tiny_config(steps=2, batch_size=64, seed=7))
+    config.simclr.layers = 3
+    config.views.view2.gray = 0.25
+    workdir = tmp_path_factory.mktemp("export") / "run"
+    pretrain(config, workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def selective(tmp_path_factory):
+    """A network with selective kernels, which PyTorch's libraries don't have, of random numbers."""
+    config = tiny_config()
+    config.model.update(depth=50, width=1 / 32, sk=True)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    module, rng = make_encoder(config), np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda k: module.init(k, np.zeros((1, 8, 8, 3)), train=False), key)
+    drawn = jax.tree.map(lambda x: rng.uniform(0.5, 1, x.shape).astype(np.float32), shapes)
+    file = tmp_path_factory.mktemp("sk") / "sk.safetensors"
+    networks = ({"encoder": drawn[kind]} for kind in ("params", "batch_stats"))
+    write_weights(Weights(config, *networks), file)
+    return file
+
+
+def images(n=3, size=8):
+    return np.random.default_rng(0).integers(0, 256, (n, size, size, 3), np.uint8)
+
+
+def command(capsys, *arguments):
+    code = cli.main(list(map(str, arguments)))
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out
+
+
+def test_a_program_needs_jax_alone_and_takes_any_number_of_images(run, tmp_path, capsys):
+    file = tmp_path / "encoder.bin"
+    out = command(capsys, "export", f"--from={run}", "--format=program", f"--out={file}")
+    assert "uint8 images [n, 8, 8, 3] to features [n, 8]" in out
+    # In a process that can't import this package, nor Flax.
+    script = f"""
+import sys
+for name in ("ssl_jax", "flax", "optax", "orbax"):
+    sys.modules[name] = None
+import jax, numpy as np
+from jax import export
+program = export.deserialize(bytearray(open({str(file)!r}, "rb").read()))
+assert set(program.platforms) == {{"cpu", "cuda", "tpu"}}, program.platforms
+images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+np.savez({str(tmp_path / "out.npz")!r}, *[program.call(images[:n]) for n in (1, 3)])
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+    expected = np.asarray(ssl_jax.load(run).apply(images()))
+    with np.load(tmp_path / "out.npz") as found:
+        np.testing.assert_allclose(found["arr_1"], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found["arr_0"], expected[:1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_program_may_go_on_to_a_layer_of_the_projector(run, tmp_path):
+    from ssl_jax.interop.export import export_program
+
+    told = export_program(run, tmp_path / "a.bin", projector_layer=1)
+    data = bytearray((tmp_path / "a.bin").read_bytes())
+    found = jax.export.deserialize(data).call(images())
+    expected = ssl_jax.load(run, projector_layer=1).apply(images())
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert told == {"size": 8, "features": expected.shape[1]}
+
+
+def test_our_tree_is_loaded_and_started_from(run, tmp_path, capsys):
+    file = tmp_path / "ours.safetensors"
+    command(capsys, "export", f"--from={run}", "--format=jax", f"--out={file}")
+    np.testing.assert_array_equal(
+        ssl_jax.load(file).apply(images()), ssl_jax.load(run).apply(images())
+    )
+    layer = ssl_jax.load(file, projector_layer=2).apply(images())
+    np.testing.assert_array_equal(layer, ssl_jax.load(run, projector_layer=2).apply(images()))
+    # As the first weights of another run, with or without its heads.
+    for heads in (False, True):
+        config = without_colour(tiny_config(steps=1, batch_size=64))
+        config.simclr.layers = 3
+        config.optim.lr = 0.0
+        config.eval.frozen_at_end = False
+        config.start.update(path=str(file), heads=heads)
+        pretrain(config, tmp_path / f"heads_{heads}")
+        mine, theirs = restore_state(tmp_path / f"heads_{heads}"), restore_state(run)
+
+        def same(name, mine=mine, theirs=theirs):
+            both = (jax.tree.leaves(state.params[name]) for state in (mine, theirs))
+            return all(np.array_equal(a, b) for a, b in zip(*both, strict=True))
+
+        assert same("encoder") and same("projector") == heads
+
+
+def test_a_file_is_evaluated_like_a_run(run, tmp_path, capsys):
+    file = tmp_path / "ours.safetensors"
+    command(capsys, "export", f"--from={run}", "--format=jax", f"--out={file}")
+    of_file = json.loads(command(capsys, "knn", f"--from={file}", "--k=5", "--json"))
+    of_run = json.loads(command(capsys, "knn", f"--from={run}", "--k=5", "--json"))
+    assert of_file["metrics"] == of_run["metrics"]
+    assert (tmp_path / "ours.safetensors_evals" / "evals" / "knn.json").exists()
+    brief = ["--config.epochs=1", "--config.batch_size=64", "--config.eval.frozen_at_end=false"]
+    out = command(capsys, "linear", f"--from={file}", "--recipe=moco", *brief)
+    assert "linear classifier, recipe moco: top-1" in out
+    out = command(capsys, "finetune", f"--from={file}", "--labels=0.5", *brief)
+    assert "fine-tuned on 50 % of the images: top-1" in out
+
+
+def test_the_folder_has_a_card_from_the_run(run, tmp_path, capsys):
+    command(capsys, "knn", f"--from={run}", "--k=5")
+    out = command(capsys, "export", f"--from={run}", "--format=folder", f"--out={tmp_path / 'hub'}")
+    assert "choose a licence" in out
+    names = {file.name for file in (tmp_path / "hub").iterdir()}
+    assert names == {
+        *("README.md", "config.json", "model.safetensors", "preprocessor_config.json"),
+        *("ssl_jax.safetensors", "torch_encoder.py"),
+    }
+    card = (tmp_path / "hub" / "README.md").read_text()
+    count = sum(leaf.size for leaf in jax.tree.leaves(ssl_jax.load(run).params))
+    for what in (
+        "# license: choose",
+        "SimCLR",
+        "1347 images",
+        "raw pixels",
+        "random init",
+        "5 nearest",
+        f"8 features of an image, {count:,} parameters",
+        "- view1: a crop of 50 to 100 % of the area (torchvision's sampler) at 8 pixels "
+        "(bilinear).",
+        "(bilinear), grey 0.25.",
+        "- Temperature 0.2, seed 7.",
+    ):
+        assert what in card, what
+    assert str(run) not in card
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert config["num_features"] == 8 and "architecture" not in config  # no network of timm's
+    how = json.loads((tmp_path / "hub" / "preprocessor_config.json").read_text())
+    assert how["crop_size"] == {"height": 8, "width": 8} and how["do_normalize"] is False
+    assert (tmp_path / "hub" / "model.safetensors").stat().st_mode & 0o044 == 0o044
+    for path in (tmp_path / "hub", tmp_path / "hub" / "ssl_jax.safetensors"):
+        np.testing.assert_array_equal(
+            ssl_jax.load(path).apply(images()), ssl_jax.load(run).apply(images())
+        )
+    told = json.loads(command(capsys, "knn", f"--from={tmp_path / 'hub'}", "--k=5", "--json"))
+    assert told["k"] == 5
+
+
+def test_the_card_tells_how_views_are_made():
+    from ssl_jax.interop.card import _views
+
+    config = tiny_config()
+    jitter = {"prob": 0.8, "brightness": 0.4, "contrast": 0.3, "saturation": 0.2, "hue": 0.1}
+    one = view(size=96, count=6, jitter=jitter, blur={"prob": 0.5}, solarize={"prob": 0.2})
+    plain = view(size=8, crop={"sampler": "none"}, flip=0.0, jitter={"prob": 0.0}, gray=0.0)
+    plain.blur.prob, plain.affine.degrees, plain.noise = 0.0, 15.0, 0.05
+    config.views = {"a": one, "b": plain, "c": plain}
+    assert list(_views(config)) == [
+        "- a (6 times): a crop of 8 to 100 % of the area (tf's sampler) at 96 pixels (bicubic), "
+        "flip 0.5, colour 0.8 (brightness 0.4, contrast 0.3, saturation 0.2, hue 0.1), grey 0.2, "
+        "blur 0.5 (sigma 0.1 to 2), solarize 0.2 (from 0.5).",
+        "- b, c: the whole image at 8 pixels (bicubic), affine (degrees 15), noise 0.05.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [("cosine", "- Seed 7."), (0.5, "- Temperature 0.5, seed 7.")]
+)
+def test_the_card_of_a_method_of_ones_own_has_its_temperature_if_it_is_a_number(
+    tmp_path, value, words
+):
+    from ssl_jax.interop.card import _training
+
+    config = tiny_config()
+    config.method, config.seed = "own", 7
+    with config.unlocked():
+        config.own = {"temperature": value}
+    assert words in list(_training(tmp_path, Weights(config, {}, {}, 3)))
+
+
+def test_selective_kernels_are_refused_where_nobody_has_them(selective, tmp_path, capsys):
+    line = [
+        "export",
+        f"--from={selective}",
+        "--format=torch",
+        f"--out={tmp_path / 'a.safetensors'}",
+    ]
+    assert cli.main(line) == 2
+    assert "selective kernels, which neither torchvision nor timm" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    command(capsys, "export", f"--from={selective}", "--format=folder", f"--out={tmp_path / 'hub'}")
+    assert not (tmp_path / "hub" / "model.safetensors").exists()
+    assert "torch_encoder" not in (tmp_path / "hub" / "README.md").read_text()
+    mine, theirs = read_weights(tmp_path / "hub" / "ssl_jax.safetensors"), read_weights(selective)
+    jax.tree.map(np.testing.assert_array_equal, mine.params, theirs.params)
+    assert mine.config.model.sk
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--format=torch", "--out=a.bin"), "give it a name that ends in .safetensors"),
+        (("--format=jax", "--out=/nowhere/a.safetensors"), "/nowhere (--out) is no folder"),
+        (("--format=jax", "--out=a.safetensors", "--step=9"), "no checkpoint of step 9"),
+        (("--format=jax", "--out=a.safetensors", "--projector-layer=1"), "is for --format=program"),
+        (("--format=program", "--out=a.bin", "--projector-layer=7"), "hidden layers 1 to 2"),
+    ],
+)
+def test_bad_input_is_one_sentence(run, tmp_path, monkeypatch, capsys, flags, sentence):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["export", f"--from={run}", *flags]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_our_own_is_imported_as_it_is(run, tmp_path, capsys):
+    file = tmp_path / "torch.safetensors"
+    out = command(capsys, "export", f"--from={run}", "--format=torch", f"--out={file}")
+    assert "from torch_encoder import load" in out and (tmp_path / "torch_encoder.py").exists()
+    out = command(capsys, "import", file, f"--out={tmp_path / 'ours.safetensors'}")
+    assert "ResNet-6 ×0.0625, cifar stem, symmetric padding; networks: encoder" in out
+    assert read_weights(tmp_path / "ours.safetensors").config.views.view1.size == 8
+    np.testing.assert_array_equal(
+        ssl_jax.load(tmp_path / "ours.safetensors").apply(images()),
+        ssl_jax.load(run).apply(images()),
+    )
+    told = json.loads(
+        command(capsys, "import", file, f"--out={tmp_path / 'b.safetensors'}", "--json")
+    )
+    assert told["left_out"] == [] and told["model"]["depth"] == 6

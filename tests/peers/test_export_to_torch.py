@@ -1,0 +1,169 @@
+"""What we export loads in torchvision's and timm's own models, and the features are the same."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed here: make peers")
+torchvision = pytest.importorskip("torchvision")
+timm = pytest.importorskip("timm")
+
+from PIL import Image  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+import ssl_jax  # noqa: E402
+from ssl_jax.config import default_config, view  # noqa: E402
+from ssl_jax.interop import export  # noqa: E402
+from ssl_jax.interop.official import read_weights  # noqa: E402
+from ssl_jax.interop.weights import Weights, write_weights  # noqa: E402
+from ssl_jax.methods.base import make_encoder  # noqa: E402
+
+SIZE = 64
+
+
+def drawn(tmp_path, size=SIZE, mean=(0.4, 0.5, 0.6), **model):
+    """A file of ours with random weights and statistics everywhere."""
+    config = default_config()
+    config.model.update(zero_init_residual=False, **model)
+    one = view(size=size, mean=mean, std=(0.2, 0.25, 0.3) if mean else ())
+    config.views = {"view1": one, "view2": one}
+    module = make_encoder(config)
+    variables = module.init(jax.random.key(0), np.zeros((1, size, size, 3)), train=False)
+    rng = np.random.default_rng(0)
+
+    def redrawn(path, value):
+        name = path[-1].key
+        low = {"scale": 0.5, "var": 0.5, "mean": -0.3, "bias": -0.3}.get(name)
+        if low is None:
+            return np.asarray(value)
+        return rng.uniform(low, 1.5 if low > 0 else 0.3, value.shape).astype(np.float32)
+
+    variables = jax.tree_util.tree_map_with_path(redrawn, variables)
+    params, stats = variables["params"], variables["batch_stats"]
+    file = tmp_path / "ours.safetensors"
+    write_weights(Weights(config, {"encoder": params}, {"encoder": stats}, 3), file)
+    return file
+
+
+def pixels(size=SIZE, n=2):
+    return np.random.default_rng(1).integers(0, 256, (n, size, size, 3), np.uint8)
+
+
+def normalised(images, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)):
+    x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    return torchvision.transforms.functional.normalize(x, mean, std)
+
+
+def assert_same(mine, theirs):
+    mine, theirs = np.asarray(mine), theirs.detach().numpy()
+    assert mine.shape == theirs.shape
+    assert np.abs(mine - theirs).max() <= 1e-4 * np.abs(theirs).max()
+    assert np.std(theirs, axis=0).max() > 1e-3
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+def test_torchvision_and_timm_load_every_depth(tmp_path, depth):
+    source = drawn(tmp_path, depth=depth)
+    file = tmp_path / "encoder.safetensors"
+    lines = export.export_torch(source, file)
+    expected = ssl_jax.load(source).apply(pixels())
+    names = {"torchvision": torchvision, "torch": torch, "safetensors": sys.modules["safetensors"]}
+    exec("\n".join(lines).replace('"encoder', f'"{tmp_path}/encoder'), names)
+    with torch.no_grad():
+        assert_same(expected, names["net"].eval()(normalised(pixels())))
+        net = timm.create_model(f"resnet{depth}", num_classes=0)
+        net.load_state_dict(load_file(file))
+        assert_same(expected, net.eval()(normalised(pixels())))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"depth": 18, "width": 2.0},
+        {"depth": 50, "width": 0.5},
+        {"depth": 18, "stem": "cifar"},
+        {"depth": 18, "stem": "cifar_pad2"},
+        {"depth": 18, "stem": "cifar_no_relu", "width": 0.25},
+        {"depth": 18, "padding": "same"},
+        {"depth": 50, "padding": "simclr", "width": 0.25},
+        {"depth": 200, "width": 0.25, "padding": "same"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [SIZE, 65])
+def test_other_widths_stems_and_paddings_load_by_the_file_beside(
+    tmp_path, monkeypatch, model, size
+):
+    if size == 65 and model.get("padding", "symmetric") == "symmetric":
+        size = 33
+    source = drawn(tmp_path, size, **model)
+    export.export_torch(source, tmp_path / "encoder.safetensors")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torch_encoder", raising=False)
+    import torch_encoder
+
+    net = torch_encoder.load(tmp_path / "encoder.safetensors")
+    with torch.no_grad():
+        assert_same(ssl_jax.load(source).apply(pixels(size)), net(normalised(pixels(size))))
+    # And back, as it pads and prepares.
+    again = read_weights(tmp_path / "encoder.safetensors")
+    assert again.config.model.padding == model.get("padding", "symmetric")
+    assert again.config.model.stem == model.get("stem", "imagenet")
+    np.testing.assert_array_equal(
+        ssl_jax.load(tmp_path / "encoder.safetensors").apply(pixels(size)),
+        ssl_jax.load(source).apply(pixels(size)),
+    )
+
+
+@pytest.mark.parametrize("mean", [(), (0.4, 0.5, 0.6)])
+def test_a_folder_is_loaded_by_timm_with_its_preprocessing(tmp_path, monkeypatch, mean):
+    source = drawn(tmp_path, depth=18, mean=mean)
+    folder = tmp_path / "hub"
+    export.export_folder(source, folder)
+    net = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+    config = timm.data.resolve_model_data_config(net)
+    assert tuple(config["input_size"]) == (3, SIZE, SIZE)
+    assert tuple(config["mean"]) == (mean or (0.0, 0.0, 0.0))
+    transform = timm.data.create_transform(**config)
+    images = pixels()
+    x = torch.stack([transform(Image.fromarray(image).resize((73, 73))) for image in images])
+    assert x.shape == (2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        plain = normalised(images, mean or (0, 0, 0), (0.2, 0.25, 0.3) if mean else (1, 1, 1))
+        assert_same(ssl_jax.load(source).apply(images), net(plain))
+
+
+def test_pictures_are_prepared_alike(tmp_path, monkeypatch):
+    """A picture of another size: cropped, resized and normalised as `ssl_jax.load` does."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8))
+    picture = coarse.resize((160, 121), Image.Resampling.BICUBIC)
+    source = drawn(tmp_path, depth=18)
+    folder = tmp_path / "hub"
+    export.export_folder(source, folder)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "torch_encoder", raising=False)
+    import torch_encoder
+
+    net = torch_encoder.load(folder / "model.safetensors")
+    with torch.no_grad():
+        theirs = net(torch_encoder.preprocess(picture, net)[None]).numpy()
+    mine = np.asarray(ssl_jax.load(source).apply(np.asarray(picture)[None]))
+    assert np.abs(mine - theirs).max() <= 2e-3 * np.abs(theirs).max()
+
+
+def test_the_example_in_torch(tmp_path, monkeypatch, capsys):
+    export.export_folder(drawn(tmp_path, depth=18), tmp_path / "hub")
+    for number, image in enumerate(pixels()):
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
+    monkeypatch.delitem(sys.modules, "torch_encoder", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    files = [str(tmp_path / f"{number}.png") for number in (0, 1, 0)]
+    monkeypatch.setattr(sys, "argv", ["features_in_torch.py", str(tmp_path / "hub"), *files])
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "features_in_torch.py"))
+    rows = [line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert rows[0] == rows[2] and rows[0][0] == "1.000" != rows[0][1]
