@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, first_line
 
 _TEXT = 1024  # bytes of a sentence that processes tell each other
 # Where JAX knows no cluster, these say which process of how many this is. JAX reads the first.
@@ -65,7 +65,7 @@ def join(heartbeat_s: float) -> None:
         if "must be called before" in str(error):
             return  # a script has used JAX by itself already
         raise UserError(
-            f"The other processes can't be joined ({str(error).splitlines()[0]}): see that all "
+            f"The other processes can't be joined ({first_line(error)}): see that all "
             f"of them were started, or set {_COUNT}=1 to run alone."
         ) from error
 
@@ -135,12 +135,12 @@ def agreed() -> Iterator[None]:
     text[: len(sentence)] = sentence
     for told in gather(text):
         if told.any():
-            raise _agreed_error(bytes(told[told > 0]).decode(errors="replace"))
+            raise agreed_error(bytes(told[told > 0]).decode(errors="replace"))
 
 
-def _agreed_error(sentence: str) -> UserError:
+def agreed_error(sentence: str, kind: type[UserError] = UserError) -> UserError:
     """An error that all processes raise, and one tells."""
-    error = UserError(sentence)
+    error = kind(sentence)
     error.agreed, error.told_here = True, is_first()
     return error
 
@@ -159,7 +159,7 @@ def require_same(values: dict[str, str]) -> None:
     for number, name in enumerate(names):
         other = np.flatnonzero(seen[:, number] != seen[0, number])
         if len(other):
-            raise _agreed_error(
+            raise agreed_error(
                 f"Process {other[0]} sees another {name} than process 0: all hosts need the same "
                 "command and data, and one --workdir on a file system that they share."
             )
@@ -184,10 +184,10 @@ def alone_on_failure(tell: Callable[[str], None]) -> Iterator[None]:
         if isinstance(error, UserError):
             tell(f"error: Process {jax.process_index()}: {error}")
         elif isinstance(error, jax.errors.JaxRuntimeError):
-            reason = str(error).strip().splitlines()[0]
             tell(
                 f"error: Process {jax.process_index()} can't go on, another one may be lost "
-                f"({reason}): the same command, on all hosts, continues from the last checkpoint."
+                f"({first_line(error)}): the same command, on all hosts, continues from the last "
+                "checkpoint."
             )
         else:
             tell(traceback.format_exc())

@@ -1,7 +1,8 @@
 """Signs of collapse: what the loss alone does not show."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -94,8 +95,11 @@ def rankme(features: Float[np.ndarray, "n d"]) -> float:
       features: [n, d].
 
     Returns:
-      exp of the entropy of the normalised singular values, between 1 and min(n, d).
+      exp of the entropy of the normalised singular values, between 1 and min(n, d); NaN where the
+      features are not all finite.
     """
+    if not np.isfinite(features).all():
+        return math.nan
     values = np.linalg.svd(np.asarray(features, np.float64), compute_uv=False)
     p = values / max(values.sum(), 1e-300) + 1e-7
     return float(np.exp(-np.sum(p * np.log(p))))
@@ -110,7 +114,7 @@ def uniformity(features: Float[np.ndarray, "n d"]) -> float:
     Returns:
       At most 0, which means that all are the same; lower is more even.
     """
-    x = _unit(features)
+    x = unit_rows(features)
     squared = np.maximum(2 - 2 * x @ x.T, 0)[np.triu_indices(len(x), 1)]
     return float(np.log(np.exp(-2 * squared).mean()))
 
@@ -125,10 +129,11 @@ def alignment(first: Float[np.ndarray, "n d"], second: Float[np.ndarray, "n d"])
     Returns:
       Between 0 (the views are told apart by nothing) and 4.
     """
-    return float(np.square(_unit(first) - _unit(second)).sum(axis=1).mean())
+    return float(np.square(unit_rows(first) - unit_rows(second)).sum(axis=1).mean())
 
 
-def _unit(x: np.ndarray) -> np.ndarray:
+def unit_rows(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    """Features divided by their length, float64; those of length 0 stay as they are."""
     x = np.asarray(x, np.float64)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
@@ -144,6 +149,7 @@ class CollapseWatch:
 
     trivial_loss: float | None = None
     patience: int = 0
+    _widest: float = 0.0
     _since: dict[str, int] = dataclasses.field(default_factory=dict)
     _warned: set[str] = dataclasses.field(default_factory=set)
 
@@ -161,7 +167,7 @@ class CollapseWatch:
           Sentences that say what collapsed and since which step; usually none.
         """
         warnings = []
-        for sign, what in self._signs(metrics).items():
+        for sign, what in self.signs(metrics).items():
             if what is None:
                 self._since.pop(sign, None)
                 continue
@@ -172,7 +178,7 @@ class CollapseWatch:
                 warnings.append(f"warning: collapse since step {since}: {what}.")
         return warnings
 
-    def _signs(self, metrics: Mapping[str, float]) -> dict[str, str | None]:
+    def signs(self, metrics: Mapping[str, float]) -> dict[str, str | None]:
         """By kind of collapse what shows it; None where the metric is there and healthy."""
         signs: dict[str, str | None] = {}
 
@@ -187,6 +193,13 @@ class CollapseWatch:
             "the embeddings of different images are nearly the same (their standard deviation is "
             "{:.4f} of 1/√d)",
         )
+        std = metrics.get("embedding_std", math.nan)
+        if std >= COLLAPSED_STD:
+            self._widest = max(self._widest, std)
+            # Directions are lost before all is: BatchNorm at the end of a projector keeps a rest.
+            halved = std < self._widest / 2
+            told = f"({std:.2f} of 1/√d, {self._widest:.2f} before)"
+            signs["halved"] = f"the spread of embeddings has halved {told}" if halved else None
         look(
             "rankme",
             lambda rank: rank >= COLLAPSED_COUNT,
@@ -201,7 +214,68 @@ class CollapseWatch:
         if trivial is not None:
             look(
                 "loss",
-                lambda loss: not abs(loss - trivial) < NEAR_TRIVIAL * trivial,
+                lambda loss: not abs(loss - trivial) < NEAR_TRIVIAL * abs(trivial),
                 f"the loss stays at that of constant outputs ({{:.4f}}, ln K = {trivial:.4f})",
             )
         return signs
+
+
+@dataclasses.dataclass(frozen=True)
+class CollapseSign:
+    """A sign of collapse in a run's records.
+
+    Attributes:
+      kind: "embedding_std", "halved", "rankme", "prototypes_used" or "loss".
+      since: the step at which it was first seen.
+      until: the step at which it was gone; None where it holds to the end.
+      what: shows it, with the value where it was seen last.
+    """
+
+    kind: str
+    since: int
+    until: int | None
+    what: str
+
+
+def collapse_signs(
+    records: Iterable[tuple[int, Mapping[str, float]]],
+    trivial_loss: float | None = None,
+    patience: int = 0,
+) -> list[CollapseSign]:
+    """The signs of collapse in what a run has logged, as `CollapseWatch` knows them.
+
+    A sign counts that held at two records in a row. A loss that starts at that of constant outputs
+    and leaves it, or still has the time to, is none.
+
+    Args:
+      records: pairs of a step and its metrics, in order.
+      trivial_loss: see `CollapseWatch`.
+      patience: see there, too.
+
+    Returns:
+      The signs: first those that hold to the end, then the others, each by the step they began at.
+    """
+    watch = CollapseWatch(trivial_loss)
+    held: dict[str, list[tuple[int, str]]] = {}
+    found: list[CollapseSign] = []
+    loss_was_healthy = False
+
+    def end(kind: str, until: int | None) -> None:
+        seen = held.pop(kind, [])
+        if len(seen) < 2:
+            return
+        since, last = seen[0][0], seen[-1][0]
+        began_so = kind == "loss" and not loss_was_healthy
+        if not began_so or (until is None and last > since + patience):
+            found.append(CollapseSign(kind, since, until, seen[-1][1]))
+
+    for step, metrics in records:
+        for kind, what in watch.signs(metrics).items():
+            if what is not None:
+                held.setdefault(kind, []).append((step, what))
+                continue
+            end(kind, step)
+            loss_was_healthy = loss_was_healthy or kind == "loss"
+    for kind in list(held):
+        end(kind, None)
+    return sorted(found, key=lambda sign: (sign.until is not None, sign.since))

@@ -13,3 +13,15 @@ class UserError(Exception):
 
     agreed = False
     told_here = True
+
+    def __init__(self, sentence: object = "") -> None:
+        """Keeps it on one line, whatever the input holds that is quoted in it."""
+        told = str(sentence)
+        super().__init__(
+            "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in told)
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

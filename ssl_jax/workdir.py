@@ -19,7 +19,14 @@ from ml_collections import ConfigDict
 from ssl_jax import __version__
 from ssl_jax.config import differences, from_json, to_json
 from ssl_jax.errors import UserError
+from ssl_jax.files import replacing
 
+# Of a run's folder: what config.json holds beside the config, and the tree of checkpoints. It is
+# raised with either, and tests/test_workdir.py holds the tree to it. A config's own keys may grow
+# without it (`ssl_jax.config.from_json`).
+FORMAT = 1
+# Of what is derived: judges the run, and changes nothing in it.
+_JUDGING = ("derived.trivial_loss:", "derived.patience:")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "numpy")
 
 
@@ -98,18 +105,26 @@ def write_config(
         listed.
     """
     path = workdir / "config.json"
+    kept = any(folder.name.isdigit() for folder in (workdir / "checkpoints").glob("*"))
     if path.exists():
         record = read_record(workdir)
-        changed = differences(record["config"], to_json(config))
+        changed = differences(to_json(from_json(record["config"])), to_json(config))
         if record.get("data", data) != data:
             changed.append(f"the training data: {record['data']} -> {data}")
         if changed:
+            hint = "" if kept else "; this one has no checkpoint yet, deleting it loses nothing"
             raise UserError(
                 f"{workdir} holds a run with another config ({'; '.join(changed)}): "
-                f"use its config, or choose another --workdir{_hint(workdir)}."
+                f"use its config, or choose another --workdir{hint}."
             )
         return
+    if kept:
+        raise UserError(
+            f"{workdir} has checkpoints but no config.json, so nothing tells what they are of: "
+            "bring it back, or choose another --workdir."
+        )
     record = {
+        "format": FORMAT,
         "config": to_json(config),
         "derived": derived or {},
         "data": data,
@@ -119,18 +134,11 @@ def write_config(
     _write_record(workdir, record)
 
 
-def _hint(workdir: Path) -> str:
-    """What is lost if the folder is deleted, where that is nothing."""
-    if any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
-        return ""
-    return "; this one has no checkpoint yet, deleting it loses nothing"
-
-
 def read_record(workdir: Path) -> dict[str, Any]:
     """What `write_config` wrote.
 
     Raises:
-      UserError: there is no run in the folder, or its record is damaged.
+      UserError: there is no run in the folder, its record is damaged, or of another format.
     """
     path = workdir / "config.json"
     try:
@@ -141,6 +149,15 @@ def read_record(workdir: Path) -> dict[str, Any]:
         raise UserError(f"There is no run in {workdir}: it has no config.json.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read ({error}): restore it, or start anew.") from error
+    written = record.get("format", 1)  # absent from the first runs
+    if written != FORMAT:
+        versions = record.get("versions")
+        by = versions.get("ssl_jax", "?") if isinstance(versions, dict) else "?"
+        raise UserError(
+            f"{workdir} is a run of format {written!r}, written by ssl_jax {by}, and this version "
+            f"({__version__}) reads format {FORMAT}: use the version that wrote it, or choose "
+            "another --workdir."
+        )
     return record
 
 
@@ -158,14 +175,14 @@ def note_continuation(workdir: Path, step: int, derived: dict[str, Any] | None =
     record, now = read_record(workdir), {"derived": derived or {}, **environment()}
     record.setdefault("continued", []).append({"step": step, **now})
     _write_record(workdir, record)
-    return differences({key: record.get(key) for key in now}, now)
+    changed = differences({key: record.get(key) for key in now}, now)
+    return [line for line in changed if not line.startswith(_JUDGING)]
 
 
 def _write_record(workdir: Path, record: dict[str, Any]) -> None:
     """Replaces `config.json` as a whole, so that a kill leaves the old one or the new one."""
-    temporary = workdir / "config.tmp"
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, workdir / "config.json")
+    with replacing(workdir / "config.json") as file:
+        file.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def read_config(workdir: Path) -> ConfigDict:

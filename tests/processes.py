@@ -36,14 +36,23 @@ def get_config(variant=""):
 """
 
 
+PRETRAIN = [str(ROOT / "run_pretrain.py")]
+# `ssl-jax`, where a ResNet of depth 6 is known.
+COMMAND = [
+    "-c",
+    f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import tiny; "
+    "from ssl_jax.cli import main; sys.exit(main(sys.argv[1:]))",
+]
+
+
 def port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
-def start(count, arguments, only=None, **variables):
-    """Starts `count` processes of run_pretrain.py.
+def start(count, arguments, only=None, program=PRETRAIN, **variables):
+    """Starts `count` processes of a program.
 
     `only` maps the number of a process to arguments that it alone is given; outputs are piped.
     """
@@ -54,7 +63,7 @@ def start(count, arguments, only=None, **variables):
         environment |= {"SLURM_NTASKS": str(count), "JAX_COORDINATOR_PORT": str(port())}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "run_pretrain.py"), *arguments, *(only or {}).get(i, [])],
+            [sys.executable, *program, *arguments, *(only or {}).get(i, [])],
             env=environment | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

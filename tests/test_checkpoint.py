@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tiny import assert_trees_close, make_step, method_config, random_source, ready_views
 
-from ssl_jax.checkpoint import Checkpoints
+from ssl_jax.checkpoint import Checkpoints, damage, set_aside_damaged
 from ssl_jax.data.index import Index
 from ssl_jax.errors import UserError
 from ssl_jax.spmd import make_spmd
@@ -37,6 +37,12 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     checkpoints.wait()
     assert checkpoints.steps == [2, 5, 6]
     checkpoints.close()
+    # The best is known after a restart.
+    again = Checkpoints(tmp_path / "c", keep=2)
+    again.save(7, state_of(7), 0.3)
+    again.save(8, state_of(8))
+    again.close()
+    assert Checkpoints(tmp_path / "c", read_only=True).steps == [2, 7, 8]
 
 
 def test_no_checkpoint_is_no_step(tmp_path):
@@ -53,6 +59,89 @@ def test_a_checkpoint_of_other_shapes_is_refused_in_one_sentence(tmp_path):
         checkpoints.restore(1, {"step": jnp.int32(0), "other": jnp.zeros(3)})
     assert "\n" not in str(caught.value)
     checkpoints.close()
+
+
+# Damage
+
+
+def written(path, steps=(1, 2, 3)):
+    checkpoints = Checkpoints(path, keep=5)
+    for step in steps:
+        checkpoints.save(step, {"w": jnp.full((64, 64), step, jnp.float32)})
+    checkpoints.close()
+    return {step: path / str(step) for step in steps}
+
+
+def largest(folder):
+    files = [f for f in folder.rglob("*") if f.is_file() and f.name != "checksums.json"]
+    return max(files, key=lambda file: file.stat().st_size)
+
+
+def flip_a_bit(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+DAMAGE = {
+    "a flipped bit": (flip_a_bit, "other bytes"),
+    "cut short": (lambda file: file.write_bytes(file.read_bytes()[:-7]), "bytes, not those"),
+    "missing": (lambda file: file.unlink(), "No such file"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_found_and_refused(tmp_path, kind):
+    damage_it, words = DAMAGE[kind]
+    folders = written(tmp_path / "c")
+    assert [damage(folder) for folder in folders.values()] == [""] * 3
+    damage_it(largest(folders[3]))
+    assert words in damage(folders[3])
+    checkpoints = Checkpoints(tmp_path / "c", read_only=True)
+    like = {"w": jnp.zeros((64, 64))}
+    with pytest.raises(UserError, match=r"step 3 .* is damaged .*: take another .*\[1, 2\]"):
+        checkpoints.restore(3, like)
+    assert float(checkpoints.restore(2, like)["w"][0, 0]) == 2
+    checkpoints.close()
+
+
+def test_damaged_ones_are_set_aside_up_to_one_that_is_whole(tmp_path):
+    folders = written(tmp_path / "c")
+    for step in (1, 2, 3):
+        flip_a_bit(largest(folders[step]))
+    (folders[1] / "checksums.json").unlink()  # killed right after it was written
+    for _ in range(2):  # the same steps, damaged again
+        said = set_aside_damaged(tmp_path / "c", tmp_path / "damaged")
+        assert [line[:39] for line in said] == [
+            "warning: the checkpoint of step 3 is da",
+            "warning: the checkpoint of step 2 is da",
+        ]
+        assert set_aside_damaged(tmp_path / "c", tmp_path / "damaged") == []
+        folders = written(tmp_path / "c", (2, 3))
+        for step in (2, 3):
+            flip_a_bit(largest(folders[step]))
+    names = sorted(file.name for file in (tmp_path / "damaged").iterdir())
+    assert names == ["2", "2_1", "3", "3_1"]
+
+
+def test_where_none_is_whole_the_run_does_not_start_anew(tmp_path):
+    folders = written(tmp_path / "c")
+    for folder in folders.values():
+        flip_a_bit(largest(folder))
+    with pytest.raises(UserError, match=r"No checkpoint in .* is whole \(step 3: "):
+        set_aside_damaged(tmp_path / "c", tmp_path / "damaged")
+    assert all(folder.exists() for folder in folders.values())
+    (folders[3] / "checksums.json").write_text("null")
+    assert damage(folders[3]) == "its checksums.json is none"
+
+
+def test_a_write_that_fails_leaves_no_thread_waiting(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "c")
+    monkeypatch.setattr(checkpoints._manager, "save", lambda *args, **options: None)
+    checkpoints.save(1, state_of(1))
+    checkpoints.save(2, state_of(2))
+    checkpoints.close()
+    assert not checkpoints._sealing.is_alive()
 
 
 @pytest.mark.parametrize("method", ["moco", "swav"])

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from images import noise_files
-from processes import CONFIG, end_all, finish, start, wait_for
+from processes import COMMAND, CONFIG, end_all, finish, start, wait_for
 from tiny import leaves, method_config, tiny_config, without_colour
 
 from ssl_jax import cluster
@@ -85,6 +85,7 @@ def test_each_sample_is_read_by_one_process(pair):
         [[int(id) for id in line.split()] for line in (workdir / f"ids{i}").read_text().split("\n")]
         for i in (0, 1)
     ]
+    assert shares[0].pop(0) == list(range(12))  # for the picture of views
     index = Index(64, 32, 0)
     for step in range(12):
         # The first half of a batch lies on the devices of the first process.
@@ -113,6 +114,7 @@ def test_a_slow_disk_on_one_process_is_seen(pair):
     assert "of process 1" in pair[1][0][1]
 
 
+@pytest.mark.long
 def test_a_lost_process_ends_the_others_and_nothing_is_lost(pair, on_images, tmp_path):
     arguments = [*on_images, f"--workdir={tmp_path}"]
     processes = start(2, arguments)
@@ -122,7 +124,9 @@ def test_a_lost_process_ends_the_others_and_nothing_is_lost(pair, on_images, tmp
     survivor, killed = finish(processes)
     assert time.monotonic() - began < 10  # config.heartbeat_s
     assert killed[0] == -signal.SIGKILL and survivor[0] not in (0, None)
-    assert "another one may be lost" in survivor[2] and "Traceback" not in survivor[2]
+    # Ours says it, or JAX's service where that is the first to notice.
+    words = ("another one may be lost", "distributed service detected fatal error")
+    assert any(each in survivor[2] for each in words) and "Traceback" not in survivor[2]
     again = finish(start(2, arguments))
     assert [code for code, *_ in again] == [0, 0], again
     assert "Continuing from step" in again[0][1]
@@ -133,6 +137,7 @@ def test_a_lost_process_ends_the_others_and_nothing_is_lost(pair, on_images, tmp
     assert losses_of(pair[0]) == losses_of(tmp_path)
 
 
+@pytest.mark.long
 def test_sigterm_to_any_process_stops_all_and_one_process_goes_on_then_four(config_file, tmp_path):
     """MoCo with its queue: four processes, one, and four again equal a run of one process."""
     # Long enough for JAX's service, which looks for signals once a second.
@@ -160,6 +165,29 @@ def test_sigterm_to_any_process_stops_all_and_one_process_goes_on_then_four(conf
     together, alone = losses_of(tmp_path), losses_of(tmp_path / "alone")
     assert list(together) == list(alone) == list(range(1, 43))
     np.testing.assert_allclose(list(together.values()), list(alone.values()), rtol=1e-3)
+
+
+def test_two_processes_fine_tune_another_run_and_features_are_for_one(tmp_path):
+    source = tmp_path / "source"
+    pretrain(without_colour(tiny_config(steps=2)), source)
+    # Without a rate the encoder stays the run's.
+    brief = ["--config.steps=1", "--config.batch_size=32", "--config.optim.lr=0"]
+    arguments = ["finetune", f"--from={source}", "--labels=0.5", *brief]
+    ended = finish(start(2, arguments, program=COMMAND))
+    assert [code for code, *_ in ended] == [0, 0], ended
+    assert "fine-tuned on 50 % of the images: top-1 " in ended[0][1] and ended[1][1] == ""
+    found = json.loads((source / "evals" / "finetune_0.5.json").read_text())
+    assert found["metrics"]["examples"] == 450
+    mine, theirs = restore_state(source / "finetune_0.5"), restore_state(source)
+    for a, b in zip(
+        jax.tree.leaves(mine.params["encoder"]),
+        jax.tree.leaves(theirs.params["encoder"]),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+    ended = finish(start(2, ["knn", f"--from={source}"], program=COMMAND))
+    assert [code for code, *_ in ended] == [2, 2]
+    assert "run this command on one host" in ended[0][2].replace("\n", " ")
 
 
 def test_what_is_wrong_on_one_process_is_told_once_and_ends_all(on_images, tmp_path):

@@ -41,6 +41,18 @@ def test_rankme_counts_directions():
         assert diagnostics.rankme(features) == pytest.approx(rank, rel=1e-3)
 
 
+def test_features_that_are_not_finite_have_no_rank():
+    features = gaussian(20)
+    features[3, 2] = np.nan
+    assert np.isnan(diagnostics.rankme(features))
+
+
+def test_rows_of_unit_length_are_float64_and_zeros_stay():
+    unit = diagnostics.unit_rows(np.float32([[3, 4], [0, 0]]))
+    assert unit.dtype == np.float64
+    np.testing.assert_allclose(unit, [[0.6, 0.8], [0, 0]], rtol=1e-15)
+
+
 def test_alignment_and_uniformity_are_the_papers():
     x, y = gaussian(30), gaussian(30, seed=1)
     ux = x.astype(np.float64) / np.linalg.norm(x, axis=1, keepdims=True)
@@ -127,3 +139,48 @@ def test_contrastive_accuracy_counts_the_nearest_of_the_global_batch():
     of_queue = diagnostics.contrastive_accuracy(first, second, second[300:], among=False)
     assert float(of_queue) == 1
     assert float(diagnostics.contrastive_accuracy(same, same, same, among=False)) == 0
+
+
+def test_embeddings_that_lose_half_of_their_spread_are_told_once():
+    watch = diagnostics.CollapseWatch()
+    spreads = [0.5, 0.64, 0.5, 0.31, 0.4, 0.3, 0.29, 0.2]
+    said = [watch.check(10 * i, {"embedding_std": std}) for i, std in enumerate(spreads)]
+    assert [len(warnings) for warnings in said] == [0] * 6 + [1, 0]
+    (warning,) = said[6]
+    assert (
+        "collapse since step 50: the spread of embeddings has halved (0.29 of 1/√d, 0.64" in warning
+    )
+    assert watch.check(90, {"embedding_std": float("nan")}) == []
+
+
+def signs(stds, **options):
+    records = [(10 * i, {"embedding_std": std, "loss": 8.0}) for i, std in enumerate(stds)]
+    found = diagnostics.collapse_signs(records, **options)
+    return [(sign.kind, sign.since, sign.until) for sign in found]
+
+
+def test_signs_in_a_runs_records_say_from_when_to_when():
+    assert signs([0.5, 0.6, 0.5]) == []
+    assert signs([0.5, 0.001, 0.5, 0.5]) == []  # one batch may mislead
+    assert signs([0.5, 0.001, 0.002, 0.5]) == [("embedding_std", 10, 30)]
+    assert signs([0.5, 0.5, 0.002, 0.001]) == [("embedding_std", 20, None)]
+    assert signs([0.9, 0.3, 0.3, 0.8, 0.01, 0.01]) == [
+        ("embedding_std", 40, None),
+        ("halved", 10, 30),
+    ]
+
+
+def test_a_loss_that_leaves_that_of_constant_outputs_is_no_sign_and_one_that_comes_back_is():
+    def of(losses, patience=0):
+        records = [(i, {"loss": loss}) for i, loss in enumerate(losses)]
+        found = diagnostics.collapse_signs(records, trivial_loss=8.0, patience=patience)
+        return [(s.since, s.until) for s in found]
+
+    assert of([8.0, 8.0, 8.0, 7.0, 6.0]) == []
+    assert of([8.0, 8.0, 8.0]) == [(0, None)]
+    assert of([8.0, 7.0, 8.0, 8.0]) == [(2, None)]
+    assert of([7.0, 8.0, 8.0, 7.0]) == [(1, 3)]
+    # It has as long to leave it as the watch of the run gives it.
+    assert of([8.0, 8.0, 8.0], patience=2) == []
+    assert of([8.0, 8.0, 8.0, 8.0], patience=2) == [(0, None)]
+    assert of([7.0, 8.0, 8.0], patience=2) == [(1, None)]

@@ -2,12 +2,18 @@ import json
 import os
 import subprocess
 import sys
+import zlib
+from pathlib import Path
 
+import jax
 import pytest
+from tiny import METHODS, method_config
 
-from ssl_jax.config import default_config, to_json
+from ssl_jax.config import Schedule, default_config, to_json
 from ssl_jax.errors import UserError
+from ssl_jax.step import assemble, init_state
 from ssl_jax.workdir import (
+    FORMAT,
     git_revision,
     locked,
     note_continuation,
@@ -15,6 +21,8 @@ from ssl_jax.workdir import (
     read_record,
     write_config,
 )
+
+TREES = Path(__file__).with_name("checkpoint_trees.json")
 
 
 def test_a_second_run_is_refused_and_the_first_named(tmp_path):
@@ -79,11 +87,65 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+def test_checkpoints_whose_config_is_gone_are_refused(tmp_path):
+    write_config(tmp_path, default_config(), "")
+    (tmp_path / "checkpoints" / "12").mkdir(parents=True)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="has checkpoints but no config.json.*: bring it back"):
+        write_config(tmp_path, default_config(), "")
+    assert not (tmp_path / "config.json").exists()
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"config": 3}'])
 def test_a_damaged_record_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match="config.json can't be read"):
         read_record(tmp_path)
+
+
+@pytest.mark.parametrize("number", [0, 2, "x", None])
+def test_a_run_of_another_format_is_refused(tmp_path, number):
+    write_config(tmp_path, default_config(), "")
+    record = read_record(tmp_path)
+    record["format"], record["versions"]["ssl_jax"] = number, "9.9"
+    before = json.dumps(record)
+    (tmp_path / "config.json").write_text(before)
+    told = rf"format {number!r}, written by ssl_jax 9\.9, .* reads format 1: use the version that"
+    for use in (read_record, read_config, lambda path: write_config(path, default_config(), "")):
+        with pytest.raises(UserError, match=told):
+            use(tmp_path)
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_the_first_runs_name_no_format(tmp_path):
+    write_config(tmp_path, default_config(), "")
+    record = read_record(tmp_path)
+    assert record.pop("format") == FORMAT
+    del record["config"]["data"]["stall_s"]  # a key that came later
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert to_json(read_config(tmp_path)) == to_json(default_config())
+    write_config(tmp_path, default_config(), "")  # the run goes on
+
+
+def test_checkpoints_of_this_format_have_this_tree():
+    """A change of the state needs another FORMAT, or runs that go on break: then renew this file.
+
+    `python tests/test_workdir.py` writes it.
+    """
+    assert json.loads(TREES.read_text()) == {"format": FORMAT, **trees()}
+
+
+def trees():
+    """Of each method's state the leaves with shapes and dtypes, as a checksum."""
+    found = {}
+    for name in METHODS:
+        config = method_config(name)
+        method, optimizer, _ = assemble(config, Schedule(1, 1))
+        state = jax.eval_shape(lambda m=method, o=optimizer, c=config: init_state(m, o, c))
+        leaves = jax.tree_util.tree_leaves_with_path(state)
+        lines = [f"{jax.tree_util.keystr(p)} {x.shape} {x.dtype}\n" for p, x in leaves]
+        found[name] = f"{len(lines)} leaves, {zlib.crc32(''.join(lines).encode()):08x}"
+    return found
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
@@ -115,3 +177,16 @@ def test_a_continuation_elsewhere_is_recorded_and_told(tmp_path, monkeypatch):
     (changed,) = note_continuation(tmp_path, 5)
     assert changed.startswith("xla_flags: ") and changed.endswith("-> --other")
     assert [c["step"] for c in read_record(tmp_path)["continued"]] == [3, 5]
+
+
+def test_what_judges_a_run_is_recorded_and_no_difference(tmp_path):
+    write_config(tmp_path, default_config(), "", derived={"batchnorm_images": 20})
+    now = {"batchnorm_images": 20, "trivial_loss": 8.0, "patience": 30}  # later versions' keys
+    assert note_continuation(tmp_path, 3, now) == []
+    changed = note_continuation(tmp_path, 5, now | {"batchnorm_images": 40, "patience": 60})
+    assert changed == ["derived.batchnorm_images: 20 -> 40"]
+    assert read_record(tmp_path)["continued"][0]["derived"] == now
+
+
+if __name__ == "__main__":
+    TREES.write_text(json.dumps({"format": FORMAT, **trees()}, indent=1) + "\n")

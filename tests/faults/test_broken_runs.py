@@ -1,0 +1,315 @@
+"""Faults of real processes: kills, a full disk, damage, a read-only folder."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from images import noise_files
+from tiny import leaves
+
+from ssl_jax.encoder import restore_state
+from ssl_jax.metrics import read_metrics
+
+pytestmark = pytest.mark.long
+ROOT = Path(__file__).parents[2]
+STEPS = 400
+CONFIG = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from tiny import tiny_config, without_colour
+
+def get_config(variant=""):
+    config = without_colour(tiny_config(batch_size=64, steps={STEPS}, log_every=20))
+    config.checkpoint.every_epochs = 0.25
+    config.eval.frozen_at_end = False
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    file = tmp_path_factory.mktemp("config") / "config.py"
+    file.write_text(CONFIG)
+    return file
+
+
+def command(config, workdir, *flags):
+    return [
+        sys.executable,
+        str(ROOT / "run_pretrain.py"),
+        f"--config={config}",
+        f"--workdir={workdir}",
+        *flags,
+    ]
+
+
+def run(config, workdir, *flags, **options):
+    return subprocess.run(
+        command(config, workdir, *flags), capture_output=True, text=True, timeout=300, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config, tmp_path_factory):
+    """The leaves of the state at the end of a run that nothing has happened to."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = run(config, workdir)
+    assert done.returncode == 0, done.stderr
+    return leaves(restore_state(workdir))
+
+
+def assert_same(workdir, undisturbed):
+    state = leaves(restore_state(workdir))
+    assert state.keys() == undisturbed.keys()
+    for name, value in state.items():
+        np.testing.assert_array_equal(value, undisturbed[name], err_msg=name)
+
+
+def test_twenty_kills_at_random_moments_change_no_bit(config, undisturbed, tmp_path):
+    workdir, kills, rng = tmp_path / "run", 0, random.Random(0)
+    steps = []
+    while kills < 20:
+        with (tmp_path / "out").open("w") as out:
+            process = subprocess.Popen(command(config, workdir), stdout=out, stderr=out)
+            # From the first checkpoint of this process on, so that each gets on; while it writes.
+            before = steps[-1] if steps else 0
+            for _ in range(3000):
+                found = [int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit()]
+                if max(found, default=0) > before or process.poll() is not None:
+                    break
+                time.sleep(0.01)
+            assert process.poll() is None, (tmp_path / "out").read_text()
+            time.sleep(rng.uniform(0, 0.05))
+            process.kill()
+            process.wait()
+        found = [int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit()]
+        steps.append(max(found))
+        kills += 1
+    assert steps == sorted(steps) and 0 < steps[0] and steps[-1] < STEPS
+    done = run(config, workdir)
+    assert done.returncode == 0, done.stderr
+    assert_same(workdir, undisturbed)
+    logged = [r["step"] for r in read_metrics(workdir / "metrics.jsonl") if "loss" in r]
+    assert logged == list(range(20, STEPS + 1, 20))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_loses_no_bit(config, undisturbed, tmp_path, number):
+    workdir = tmp_path / "run"
+    with (tmp_path / "out").open("w") as out:
+        # Jobs in the background ignore SIGINT; this one doesn't.
+        line = ["env", "--default-signal=INT", *command(config, workdir)]
+        process = subprocess.Popen(line, stdout=out, stderr=out)
+        for _ in range(3000):
+            if any(p.name.isdigit() for p in workdir.glob("checkpoints/*")):
+                break
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait(60) == (0 if number == signal.SIGTERM else 130)
+    assert "the same command continues" in (tmp_path / "out").read_text()
+    done = run(config, workdir)
+    assert done.returncode == 0 and "Continuing from step" in done.stdout, done.stderr
+    assert_same(workdir, undisturbed)
+
+
+@pytest.mark.parametrize("how", ["a flipped bit", "cut short"])
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
+    config, undisturbed, tmp_path, how
+):
+    workdir = tmp_path / "run"
+    done = run(config, workdir)
+    assert done.returncode == 0, done.stderr
+    steps = sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
+    newest = workdir / "checkpoints" / str(steps[-1])
+    files = [f for f in newest.rglob("*") if f.is_file() and f.name != "checksums.json"]
+    file = max(files, key=lambda f: f.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data if how == "a flipped bit" else data[:-9])
+    done = run(config, workdir)
+    assert done.returncode == 0, done.stderr
+    assert f"warning: the checkpoint of step {steps[-1]} is damaged" in done.stdout
+    assert f"Continuing from step {steps[-2]} of {STEPS}" in done.stdout
+    assert (workdir / "damaged" / str(steps[-1])).is_dir()
+    assert_same(workdir, undisturbed)
+
+
+def in_own_mounts(script):
+    """Runs a script where it may mount; skips where the system doesn't let it."""
+    inside = ["unshare", "--map-root-user", "--mount"]
+    probe = "mount -t tmpfs tmpfs /mnt"
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*inside, "sh", "-c", probe], capture_output=True).returncode
+    ):
+        pytest.skip("this system lets no user mount a file system of their own")
+    return subprocess.run([*inside, "sh", "-c", script], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("kilobytes", [300, 420, 560, 700])
+def test_a_full_disk_is_one_sentence_and_loses_nothing_before(
+    config, undisturbed, tmp_path, kilobytes
+):
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    go = " ".join(command(config, disk / "run"))
+    script = f"""
+    mount -t tmpfs -o size={kilobytes}k tmpfs {disk}
+    {go} > {tmp_path}/out 2> {tmp_path}/err; echo $? > {tmp_path}/code
+    ls {disk}/run/checkpoints > {tmp_path}/steps
+    mount -o remount,size=1g {disk}
+    {go} > {tmp_path}/out2 2> {tmp_path}/err2; echo $? > {tmp_path}/code2
+    cp -r {disk}/run {kept}
+    """
+    in_own_mounts(script)
+    error = (tmp_path / "err").read_text()
+    assert (tmp_path / "code").read_text() == "2\n", error
+    # Libraries' threads may add what they see as they end.
+    (told,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert "No space left on device" in told and "the same command continues" in told
+    assert (tmp_path / "code2").read_text() == "0\n", (tmp_path / "err2").read_text()
+    steps = [int(name) for name in (tmp_path / "steps").read_text().split() if name.isdigit()]
+    if steps:
+        assert f"Continuing from step {max(steps)} of" in (tmp_path / "out2").read_text()
+    assert_same(kept, undisturbed)
+
+
+def test_a_read_only_folder_is_one_sentence(config, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    go = " ".join(command(config, disk / "run"))
+    script = f"""
+    mount -t tmpfs tmpfs {disk}
+    mount -o remount,ro {disk}
+    {go} > {tmp_path}/out 2> {tmp_path}/err; echo $? > {tmp_path}/code
+    """
+    in_own_mounts(script)
+    error = (tmp_path / "err").read_text()
+    assert (tmp_path / "code").read_text() == "2\n" and error.count("\n") == 1
+    assert "can't be written (Read-only file system): choose another --workdir" in error
+
+
+def test_a_clock_that_goes_back_changes_nothing(config, undisturbed, tmp_path):
+    """Each look at the time is a minute before the last."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import itertools, time\n"
+        "now, back = time.time(), itertools.count()\n"
+        "time.time = lambda: now - 60 * next(back)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = run(config, tmp_path / "run", env=environment)
+    assert done.returncode == 0, done.stderr
+    assert_same(tmp_path / "run", undisturbed)
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert min(r["images_per_s"] for r in records if "images_per_s" in r) > 0
+
+
+# What happens to images and to the thread that reads them
+
+
+IMAGE_STEPS = 150
+IMAGES = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from tiny import tiny_config, without_colour
+
+def get_config(variant=""):
+    config = without_colour(tiny_config(batch_size=32, steps={IMAGE_STEPS}, log_every=10))
+    config.data.name = "folder"
+    config.checkpoint.every_epochs = 5.0
+    config.eval.frozen_at_end = False
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def image_runs(tmp_path_factory):
+    """A config for folders, a folder of 64 images, and the undisturbed run's end."""
+    pytest.importorskip("tensorflow", reason="images on disk are read by TensorFlow")
+    root = tmp_path_factory.mktemp("images")
+    (root / "config.py").write_text(IMAGES)
+    (root / "images").mkdir()
+    noise_files(root / "images")
+    done = run(root / "config.py", root / "run", f"--config.data.dir={root / 'images'}")
+    assert done.returncode == 0, done.stderr
+    return root, leaves(restore_state(root / "run"))
+
+
+def wait_for_step(workdir, step, process):
+    for _ in range(6000):
+        if any(r["step"] >= step for r in read_metrics(workdir / "metrics.jsonl")):
+            return
+        assert process.poll() is None, "the run ended before it was disturbed"
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.mark.parametrize("how", ["missing", "cut short"])
+def test_an_image_that_goes_bad_mid_run_is_named_and_nothing_is_lost(image_runs, tmp_path, how):
+    root, undisturbed = image_runs
+    folder, workdir = tmp_path / "images", tmp_path / "run"
+    shutil.copytree(root / "images", folder)
+    flag, image = f"--config.data.dir={folder}", folder / "1" / "7.jpg"
+    good = image.read_bytes()
+    line = command(root / "config.py", workdir, flag)
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_step(workdir, 20, process)
+    image.write_bytes(good[:60]) if how == "cut short" else image.unlink()
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 2, error
+    # libjpeg adds what it thinks of such a file.
+    (told,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert str(image) in told and "Traceback" not in error
+    image.write_bytes(good)
+    done = run(root / "config.py", workdir, flag)
+    assert done.returncode == 0 and "Continuing from step" in done.stdout, done.stderr
+    assert_same(workdir, undisturbed)
+
+
+def test_images_damaged_mid_run_may_be_replaced_and_are_counted(image_runs, tmp_path):
+    root, _ = image_runs
+    folder, workdir = tmp_path / "images", tmp_path / "run"
+    shutil.copytree(root / "images", folder)
+    flags = [f"--config.data.dir={folder}", "--config.data.on_bad_image=skip"]
+    line = command(root / "config.py", workdir, *flags)
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_step(workdir, 20, process)
+    (folder / "0" / "2.jpg").write_bytes(b"")
+    (folder / "1" / "7.jpg").write_bytes(b"no picture")
+    out, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error
+    assert "2 images can't be read and were replaced" in out
+    assert int(restore_state(workdir).step) == IMAGE_STEPS
+
+
+def test_a_reading_thread_that_raises_ends_the_run_and_loses_nothing(config, undisturbed, tmp_path):
+    """Something that no one foresaw, and not in the loop's own thread."""
+    broken = tmp_path / "broken.py"
+    broken.write_text(
+        CONFIG
+        + """
+from ssl_jax.data.sources import ArraySource
+before = ArraySource.batches
+
+def batches(self, steps):
+    for number, batch in enumerate(before(self, steps)):
+        if number == 150:
+            raise RuntimeError("nobody thought of this")
+        yield batch
+
+ArraySource.batches = batches
+"""
+    )
+    workdir = tmp_path / "run"
+    done = run(broken, workdir)
+    assert done.returncode not in (0, 2) and "nobody thought of this" in done.stderr
+    done = run(config, workdir)
+    assert done.returncode == 0 and "Continuing from step" in done.stdout, done.stderr
+    assert_same(workdir, undisturbed)

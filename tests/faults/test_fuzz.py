@@ -1,0 +1,222 @@
+"""Thousands of configs and damaged files: each is valid or one sentence; none ends the process."""
+
+import io
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tiny import leaves, tiny_config
+
+from ssl_jax import cli
+from ssl_jax.config import apply_overrides, flatten, to_json
+from ssl_jax.encoder import restore_state
+from ssl_jax.errors import UserError
+from ssl_jax.interop.export import export_torch, export_tree
+from ssl_jax.interop.official import read_weights
+from ssl_jax.train import Setup, pretrain
+from ssl_jax.workdir import read_config
+
+pytestmark = pytest.mark.long
+MANY = settings(
+    max_examples=2000,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def assert_clear(error):
+    told = str(error)
+    assert told and "\n" not in told and len(told) < 1000
+    assert told.rstrip()[-1] in ".?)", told
+
+
+# Configs
+
+KEYS = [key for key in flatten(to_json(tiny_config())) if key not in ("data.dir", "data.test_dir")]
+WORDS = [
+    "",
+    "x",
+    "none",
+    "cifar",
+    "imagenet",
+    "moco",
+    "swav",
+    "byol",
+    "simsiam",
+    "supervised",
+    "adam",
+]
+VALUES = st.one_of(
+    st.sampled_from(["0", "1", "2", "-1", "0.5", "1e30", "1e-30", "nan", "inf", "True", "false"]),
+    st.sampled_from(["()", "(1,)", "(0.1, 0.9)", "(1, 2, 3)", "None", "[]", "{}", "1+1", "'a'"]),
+    st.sampled_from(WORDS),
+    st.integers(-(2**70), 2**70).map(str),
+    st.floats().map(repr),
+    st.text(max_size=6),
+)
+OVERRIDES = st.lists(st.tuples(st.sampled_from(KEYS), VALUES), min_size=1, max_size=3)
+
+
+@MANY
+@given(OVERRIDES)
+def test_any_override_is_valid_or_one_sentence(pairs):
+    try:
+        config = apply_overrides(tiny_config(), [f"{key}={value}" for key, value in pairs])
+    except UserError as error:
+        assert_clear(error)
+        return
+    # Networks that take minutes to trace are none of this test's business.
+    config.model.depth = min(config.model.depth, 18)
+    if config.model.width > 4 or max(v.size * v.count for v in config.views.values()) > 300:
+        return
+    if (
+        max(config.swav.prototypes, config.moco.queue, config.simclr.memory, config.swav.queue)
+        > 1e6
+    ):
+        return
+    config.data.num_classes = min(config.data.num_classes, 1000)
+    try:
+        Setup(config)
+    except UserError as error:
+        assert_clear(error)
+
+
+@MANY
+@given(st.lists(st.text(max_size=12), min_size=1, max_size=3))
+def test_any_argument_is_an_exit_code(arguments):
+    try:
+        code = cli.main(["pretrain", *arguments])
+    except SystemExit as left:  # argparse's usage
+        code = left.code
+    assert code in (0, 2)
+
+
+# Images
+
+
+def encoded(kind, seed):
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(rng.integers(0, 256, (24, 31, 3), np.uint8))
+    out = io.BytesIO()
+    image.save(out, kind)
+    return out.getvalue()
+
+
+def mutated(data, rng):
+    """With bits flipped, parts cut out, doubled or replaced."""
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 6)):
+        at, n = int(rng.integers(0, len(data))), int(rng.integers(1, 40))
+        what = rng.integers(0, 5)
+        if what == 0:
+            data[at] ^= 1 << int(rng.integers(0, 8))
+        elif what == 1 and len(data) > 2 * n:
+            del data[at : at + n]
+        elif what == 2:
+            data[at:at] = data[at : at + n]
+        elif what == 3:
+            data[at : at + n] = rng.integers(0, 256, n, np.uint8).tobytes()
+        elif len(data) > 20:
+            del data[max(at, 10) :]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_thousand_damaged_images_end_no_process(tmp_path, kind):
+    pytest.importorskip("tensorflow")
+    from ssl_jax.data.folder import folder_sources
+
+    rng, good = np.random.default_rng(0), encoded(kind, 0)
+    folder = tmp_path / "a"
+    folder.mkdir()
+    suffix = kind.lower()
+    for number in range(1000):
+        (folder / f"{number:04}.{suffix}").write_bytes(mutated(encoded(kind, number), rng))
+    for number in range(1000, 1100):
+        (folder / f"{number:04}.{suffix}").write_bytes(good)
+    config = tiny_config()
+    config.data.update(name="folder", dir=str(folder), on_bad_image="skip")
+    source, _ = folder_sources(config)
+    steps = iter([(0, np.arange(1100, dtype=np.int32))])
+    (batch,) = source.batches(steps)
+    assert all(view.shape[1:] == (8, 8, 3) for view in batch["views"])
+    assert 100 < len(source.bad) < 1000  # some mutations leave a picture
+    config.data.on_bad_image = "fatal"
+    source, _ = folder_sources(config)
+    with pytest.raises(UserError) as caught:
+        list(source.batches(iter([(0, np.arange(1100, dtype=np.int32))])))
+    assert_clear(caught.value)
+
+
+# Weights and checkpoints
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    config = tiny_config(steps=2, batch_size=64)
+    config.eval.frozen_at_end = False
+    workdir = tmp_path_factory.mktemp("run") / "run"
+    pretrain(config, workdir)
+    return workdir
+
+
+@pytest.mark.parametrize("form", ["ours", "torch's names", "pickle"])
+def test_damaged_weights_are_whole_or_one_sentence(run, tmp_path, form):
+    file = tmp_path / ("a.pkl" if form == "pickle" else "a.safetensors")
+    if form == "ours":
+        export_tree(run, file)
+    elif form == "torch's names":
+        export_torch(run, file)
+    else:
+        value = {"experiment_state": [{"net/~/initial_conv": {"w": np.ones((7, 7, 3, 4))}}]}
+        file.write_bytes(pickle.dumps(value, protocol=2))
+    data, rng, refused = file.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(700):
+        file.write_bytes(mutated(data, rng))
+        try:
+            read_weights(file)
+        except UserError as error:
+            assert_clear(error)
+            refused += 1
+    assert refused > 100
+
+
+def test_damaged_checkpoints_are_refused_or_as_they_were(run, tmp_path):
+    rng, refused, expected = np.random.default_rng(0), 0, leaves(restore_state(run))
+    newest = max((run / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
+    files = sorted(f.relative_to(run) for f in newest.rglob("*") if f.is_file())
+    for number in range(150):
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(run, copy)
+        file = copy / files[number % len(files)]
+        file.write_bytes(mutated(file.read_bytes() or b"some bytes", rng))
+        try:
+            restored = leaves(restore_state(copy))
+        except UserError as error:
+            assert_clear(error)
+            refused += 1
+            continue
+        # Orbax's own notes may be damaged, not the state.
+        assert restored.keys() == expected.keys()
+        for name in expected:
+            np.testing.assert_array_equal(restored[name], expected[name], err_msg=name)
+    assert refused > 100
+
+
+def test_a_damaged_config_is_one_sentence(run, tmp_path):
+    rng = np.random.default_rng(0)
+    data = (run / "config.json").read_bytes()
+    for _ in range(500):
+        copy = tmp_path / "config.json"
+        copy.write_bytes(mutated(data, rng))
+        try:
+            read_config(tmp_path)
+        except UserError as error:
+            assert_clear(error)

@@ -1,0 +1,68 @@
+"""A long run of small steps: nothing grows."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ssl_jax.metrics import read_metrics
+
+pytestmark = pytest.mark.long
+ROOT = Path(__file__).parents[2]
+STEPS = 10_000
+CONFIG = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from tiny import tiny_config, without_colour
+
+def get_config(variant=""):
+    config = without_colour(tiny_config(batch_size=16, steps={STEPS}, log_every=20))
+    config.optim.lr = 0.1
+    config.eval.update(knn_every_epochs=5.0, frozen_at_end=False)
+    config.checkpoint.every_epochs = 2.5
+    return config
+"""
+
+
+def measured(pid):
+    """Resident bytes, open files and threads of a process."""
+    process = Path(f"/proc/{pid}")
+    pages = int((process / "statm").read_text().split()[1])
+    files, threads = (len(os.listdir(process / name)) for name in ("fd", "task"))
+    return pages * os.sysconf("SC_PAGE_SIZE"), files, threads
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc to measure by")
+def test_ten_thousand_steps_leave_memory_and_files_flat(tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG)
+    workdir, seen = tmp_path / "run", []
+    line = [sys.executable, str(ROOT / "run_pretrain.py"), f"--config={tmp_path / 'config.py'}"]
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen([*line, f"--workdir={workdir}"], stdout=out, stderr=out)
+        log = workdir / "metrics.jsonl"
+        while process.poll() is None:
+            records = read_metrics(log)
+            if records and records[-1]["step"] < STEPS:
+                try:
+                    seen.append((records[-1]["step"], *measured(process.pid)))
+                except OSError:  # it ends
+                    break
+            time.sleep(0.5)
+        assert process.wait(60) == 0, (tmp_path / "out").read_text()
+    steps, memory, files, threads = np.array(seen, np.int64).T
+    # The first evaluations and checkpoints compile and open what is kept.
+    early = (steps > 0.2 * STEPS) & (steps < 0.4 * STEPS)
+    late = steps > 0.8 * STEPS
+    assert early.sum() >= 10 and late.sum() >= 10
+    growth = np.median(memory[late]) - np.median(memory[early])
+    print(f"memory {np.median(memory[early]) / 2**20:.0f} MiB, growth {growth / 2**20:.1f} MiB")
+    # A leak of 4 kB a step would be 24 MB here.
+    assert growth < 24e6
+    # While a checkpoint is written there are some more.
+    assert np.median(files[late]) <= np.median(files[early]) + 2
+    assert files[late].max() <= files[early].max() + 5
+    assert threads[late].max() <= threads[early].max() + 5

@@ -1,0 +1,144 @@
+"""A step that is not finite stops the run before anything of it is saved, or changes nothing."""
+
+import json
+import warnings
+
+import jax
+import numpy as np
+import pytest
+from tiny import (
+    assert_replicated,
+    leaves,
+    make_step,
+    method_config,
+    random_source,
+    ready_views,
+    tiny_config,
+    without_colour,
+)
+
+from ssl_jax.data.index import Index
+from ssl_jax.encoder import restore_state
+from ssl_jax.errors import UserError
+from ssl_jax.metrics import read_metrics
+from ssl_jax.spmd import make_spmd
+from ssl_jax.train import pretrain
+
+
+def poisoned(config, ids, step, at):
+    """A prepared batch; at some steps a pixel of one image is NaN."""
+    views = ready_views(config, ids)
+    if step in at:
+        views[0][3, 0, 0] = np.nan
+    return views
+
+
+def stepped(name, at, on_nan, steps=4):
+    config = method_config(name)
+    config.on_nan = on_nan
+    source, spmd = random_source(), make_spmd()
+    _, step, state, resident = make_step(
+        config, spmd, source, prepare=lambda raw, resident, key: raw
+    )
+    ids = np.arange(64, dtype=np.int32)
+    states, counted = [jax.device_get(state)], []
+    for number in range(steps):
+        batch = {"id": ids, "views": poisoned(config, ids, number, at), "label": source.labels[ids]}
+        state, metrics = step(state, spmd.place_batch(batch), resident)
+        assert_replicated(state)
+        states.append(jax.device_get(state))
+        counted.append((float(metrics["nonfinite_steps"]), float(metrics["nonfinite_step"])))
+    return states, counted
+
+
+def without_counts(state):
+    names = leaves(state)
+    return {k: v for k, v in names.items() if k not in (".step", ".nonfinite")}
+
+
+@pytest.mark.parametrize("name", ["moco", "byol"])
+def test_a_skipped_step_changes_nothing_but_its_number(name):
+    states, counted = stepped(name, at=(1, 2), on_nan=5)
+    assert counted == [(0, 0), (1, 2), (2, 3), (2, 3)]
+    assert [int(state.step) for state in states] == [0, 1, 2, 3, 4]
+    for before, after, same in zip(states, states[1:], (False, True, True, False), strict=False):
+        pairs = [
+            np.array_equal(value, without_counts(after)[name])
+            for name, value in without_counts(before).items()
+        ]
+        assert all(pairs) == same
+    assert all(np.isfinite(value).all() for value in without_counts(states[-1]).values())
+
+
+def test_where_none_may_be_skipped_they_are_counted():
+    states, counted = stepped("simclr", at=(1,), on_nan=0)
+    # What comes of it is not finite either; the first is told.
+    assert counted == [(0, 0), (1, 2), (1, 2), (1, 2)]
+    assert not np.isfinite(
+        leaves(states[-1].params)["['encoder']['stem']['conv1']['kernel']"]
+    ).all()
+
+
+def diverging(**changes):
+    """SimCLR at a rate at which weights overflow within a few steps."""
+    config = without_colour(tiny_config(batch_size=160, steps=60, **changes))
+    config.optim.update(name="sgd", lr=1e9, warmup_epochs=1.0, weight_decay=1.0)
+    config.eval.frozen_at_end = False
+    config.checkpoint.every_epochs = 0.13  # of eight steps: each
+    return config
+
+
+def test_a_run_stops_with_the_images_and_keeps_the_checkpoint_before(tmp_path):
+    config = diverging(log_every=7)
+    with warnings.catch_warnings(), pytest.raises(UserError) as caught:
+        warnings.simplefilter("ignore", RuntimeWarning)
+        pretrain(config, tmp_path)
+    told = json.loads((tmp_path / "nonfinite.json").read_text())
+    at = told["step"]
+    assert f"not finite at step {at}; the checkpoint of step {at - 1} is as it was" in str(
+        caught.value
+    )
+    expected = Index(1347, 160, 0).local_ids(at - 1, np.arange(160))
+    assert told["ids"] == expected.tolist()
+    state = restore_state(tmp_path)
+    assert int(state.step) == at - 1
+    assert all(np.isfinite(value).all() for value in leaves(state).values())
+    losses = [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r]
+    assert np.isfinite(losses).all()
+    # The same command comes to the same step.
+    with pytest.raises(UserError, match=f"not finite at step {at};"):
+        pretrain(config, tmp_path)
+
+
+def test_a_bounded_number_is_skipped_and_said(tmp_path, capsys):
+    config = diverging(log_every=1, on_nan=3)
+    with pytest.raises(UserError, match="not finite at step"):
+        pretrain(config, tmp_path)
+    said = [line for line in capsys.readouterr().out.splitlines() if "changed nothing" in line]
+    assert len(said) == 3 and said[0].endswith("(1 of at most 3 such steps, config.on_nan).")
+    told = json.loads((tmp_path / "nonfinite.json").read_text())
+    state = restore_state(tmp_path)
+    assert int(state.step) == told["step"] - 1 and int(state.nonfinite[0]) == 3
+    assert all(np.isfinite(value).all() for value in without_counts(state).values())
+
+
+def test_the_step_is_told_that_was_the_first_however_rarely_it_is_looked(tmp_path):
+    at = set()
+    for log_every in (1, 20):
+        config = diverging(log_every=log_every)
+        config.checkpoint.every_epochs = 0.0
+        config.eval.knn_every_epochs = 0.0
+        with pytest.raises(UserError, match="nothing was saved yet"):
+            pretrain(config, tmp_path / str(log_every))
+        at.add(json.loads((tmp_path / str(log_every) / "nonfinite.json").read_text())["step"])
+    assert len(at) == 1
+
+
+def test_more_may_be_skipped_in_the_same_folder(tmp_path):
+    config = diverging(log_every=1)
+    with pytest.raises(UserError, match="let config.on_nan skip"):
+        pretrain(config, tmp_path)
+    config.on_nan = 2
+    with pytest.raises(UserError, match="not finite at step"):
+        pretrain(config, tmp_path)
+    assert int(restore_state(tmp_path).nonfinite[0]) == 2
