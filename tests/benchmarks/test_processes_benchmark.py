@@ -3,11 +3,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from images import fill
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 def test_memory_of_each_process_is_measured(tmp_path):
     images = fill(tmp_path / "images")
     command = [sys.executable, str(ROOT / "benchmarks/processes.py"), f"--images={images}"]

@@ -1,0 +1,185 @@
+"""The agenda of an accelerator: every figure of docs/benchmarks.md that needs one, step by step.
+
+    python benchmarks/accelerator.py --out=DIR [--train=train.npz --test=test.npz] [--minutes=8.5]
+        [--only=step,loss,...] [--toy]
+
+Steps are done in order until the minutes are over; what is done stays in DIR, and the same command
+goes on with the rest. CIFAR-10 (files of `ssl-jax data pack`) is trained by each method with
+lightly's setting for 200 epochs; such a run stops with the time and continues from its checkpoint.
+DIR/results.md is written after each step. `--toy` does the same with tiny networks, on a CPU.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+METHODS = ("simclr", "moco", "swav", "byol", "simsiam")
+LEAST_S = 45.0  # in which no step is begun
+TOY = ("--config.model.depth=18", "--config.model.width=0.0625")
+
+
+def commands(args: argparse.Namespace) -> dict[str, list[str]]:
+    """What each measuring step runs; each writes its figures as JSON where it is told to."""
+    torch = ["torch"] if importlib.util.find_spec("torch") and not args.toy else []
+    peers = ",".join(["bare", "plain", *torch])
+
+    def step(config: str, batches: str, *more: str) -> list[str]:
+        if args.toy:
+            config, batches = "simclr_cifar10.py", "4"
+            more = (*more, "--rounds=1", "--seconds=0.1", *TOY)
+        file = BENCHMARKS / "train_step.py"
+        return [str(file), f"--config={ROOT / 'configs' / config}", f"--batches={batches}", *more]
+
+    def loss(sizes: str, large: str, *more: str) -> list[str]:
+        if args.toy:
+            sizes, large, more = "8", large and "16", ("--info-nce=", "--sinkhorn=", "--rounds=1")
+        return [str(BENCHMARKS / "loss.py"), f"--sizes={sizes}", f"--large={large or 0}", *more]
+
+    small = "2" if args.toy else "512"
+    found = {
+        "step": step("simclr_imagenet.py", "256", f"--peers={peers}"),
+        "loss": loss("1024,4096", "", "--info-nce=", "--sinkhorn="),
+        "loss_large": loss("8192", "65536", "--info-nce=256x65536", "--sinkhorn=8192x3000"),
+        "cached": step("simclr_imagenet.py", "8192", f"--microbatch={small}", "--peers="),
+        "sweep": step("simclr_imagenet.py", "64,128,512", "--peers="),
+    }
+    for method in METHODS[1:]:
+        found[f"step_{method}"] = step(f"{method}_imagenet.py", "256", "--peers=")
+    return found
+
+
+def measure(name: str, command: list[str], out: Path, seconds: float) -> str:
+    """Runs a step that measures; returns what is to be said of it."""
+    file, log = out / f"{name}.json", out / f"{name}.log"
+    if file.exists():
+        return "done before"
+    partial = file.with_suffix(".partial")
+    with log.open("w") as handle:
+        try:
+            done = subprocess.run(
+                [sys.executable, *command, f"--json={partial}"],
+                env=environment(),
+                stdout=handle,
+                stderr=subprocess.STDOUT,
+                timeout=seconds,
+            )
+        except subprocess.TimeoutExpired:
+            return "not finished in the time left"
+    if done.returncode:
+        return f"failed, see {log}"
+    partial.rename(file)
+    return "done"
+
+
+def train(method: str, args: argparse.Namespace, seconds: float) -> str:
+    """Trains a method on CIFAR-10, as far as the time lets it."""
+    workdir = args.out / f"cifar_{method}"
+    if (workdir / "evaluation.json").exists():
+        return "done before"
+    command = [sys.executable, str(ROOT / "run_pretrain.py"), f"--workdir={workdir}"]
+    command += [f"--config={ROOT / 'configs' / f'{method}_cifar10.py'}:lightly"]
+    command += [f"--config.data.dir={args.train}", f"--config.data.test_dir={args.test}"]
+    command += ["--config.checkpoint.every_epochs=0"]  # at the end, and when it is stopped
+    if args.toy:
+        command += [*TOY, "--config.epochs=1", "--config.batch_size=8", "--config.eval.knn_k=2"]
+        command += ["--config.moco.queue=16", "--config.swav.prototypes=4", "--config.eval.draws=1"]
+    with (args.out / f"cifar_{method}.log").open("a") as log:
+        process = subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT)
+        try:
+            process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # it saves a checkpoint
+            process.wait()
+    if (workdir / "evaluation.json").exists():
+        return "done"
+    return f"failed, see {log.name}" if process.returncode else "goes on next time"
+
+
+def environment() -> dict[str, str]:
+    """Of the steps: they find the package where it isn't installed."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def write_results(out: Path) -> None:
+    """All figures so far, as Markdown."""
+    lines = []
+    for file in sorted(out.glob("*.json")):
+        found = json.loads(file.read_text())
+        rows = found["rows"] if isinstance(found, dict) else found
+        lines += [f"## {file.stem}", ""]
+        lines += [found["hardware"], ""] if isinstance(found, dict) else []
+        header = list(rows[0])
+        lines += ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
+        lines += ["| " + " | ".join(cell(row[name]) for name in header) + " |" for row in rows]
+        lines.append("")
+    runs = [workdir for workdir in sorted(out.glob("cifar_*")) if workdir.is_dir()]
+    if runs:
+        lines += ["## CIFAR-10 (JPEG q75), ResNet-18", ""]
+        lines += [
+            "| method | epochs | kNN | full linear | minutes |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        lines += [cifar_row(workdir) for workdir in runs]
+    (out / "results.md").write_text("\n".join(lines) + "\n")
+
+
+def cifar_row(workdir: Path) -> str:
+    """How far a run is, and what it has reached."""
+    metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    config = json.loads((workdir / "config.json").read_text())["config"]
+    knn = [line["knn"] for line in metrics if "knn" in line]
+    rates = [line["images_per_s"] for line in metrics if "images_per_s" in line]
+    images = metrics[-1]["step"] * config["batch_size"]
+    linear = ""
+    if (workdir / "evaluation.json").exists():
+        rows = json.loads((workdir / "evaluation.json").read_text())["rows"]
+        linear = f"{100 * rows[-1]['linear']:.1f}"
+    minutes = images / (sum(rates) / len(rates)) / 60 if rates else 0.0
+    best = f"{100 * max(knn):.1f}" if knn else ""
+    return f"| {config['method']} | {images / 50_000:.0f} | {best} | {linear} | {minutes:.1f} |"
+
+
+def cell(value: object) -> str:
+    """A figure in the table."""
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def main() -> None:
+    """Does what the time allows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--train", type=Path, help="packed CIFAR-10")
+    parser.add_argument("--test", type=Path)
+    parser.add_argument("--minutes", type=float, default=8.5)
+    parser.add_argument("--only", default="", help="names of steps, cifar_METHOD among them")
+    parser.add_argument("--toy", action="store_true")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * args.minutes
+    measuring = commands(args)
+    training = [f"cifar_{method}" for method in METHODS] if args.train and args.test else []
+    for name in args.only.split(",") if args.only else [*measuring, *training]:
+        left = end - time.monotonic()
+        if left < LEAST_S:
+            print("The time is over; the same command goes on.")
+            return
+        if name in measuring:
+            said = measure(name, measuring[name], args.out, left)
+        else:
+            # A stopped run needs some of the time to save its checkpoint.
+            said = train(name.removeprefix("cifar_"), args, left - LEAST_S / 2)
+        print(f"{name}: {said}", flush=True)
+        write_results(args.out)
+    print(f"All is done: {args.out / 'results.md'}")
+
+
+if __name__ == "__main__":
+    main()

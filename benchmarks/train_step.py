@@ -1,0 +1,392 @@
+"""The real train step on one accelerator: images/s, memory, share of the peak, where time goes.
+
+The step is that of the config, with its augmentation on the device; its input, uint8 crops, is
+random and lies on the device. Beside it, in turns: the same step without augmentation, SimCLR's in
+plain Flax, and in torch (channels last, bfloat16, compiled), in a process of its own. Times are
+medians of alternated rounds; an image counts once with all its views. Needs no TensorFlow.
+
+    python benchmarks/train_step.py [--config=configs/simclr_imagenet.py] [--batches=128,256]
+        [--peers=bare,plain,torch] [--torch-python=PATH] [--rounds=3] [--seconds=3]
+        [--profile=FILE] [--microbatch=N] [--json=FILE] [--config.KEY=VALUE ...]
+
+`--profile` writes what each kernel of the step takes, and the compiled program, beside FILE.
+`--split` times the parts of the step one by one, each compiled alone.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PEERS = Path(__file__).with_name("step_peers.py")
+COLUMNS = ("step", "batch", "images/s", "time / ours", "ms", "GiB", "TFLOP/s", "share of peak")
+
+
+class Ours:
+    """The train step of a config, compiled for the first device."""
+
+    def __init__(self, config: Any) -> None:
+        import jax
+        import numpy as np
+
+        from ssl_jax.config import Schedule, flat_views
+        from ssl_jax.plan import model_flops
+        from ssl_jax.spmd import make_spmd
+        from ssl_jax.step import Program
+
+        spmd = make_spmd(devices=jax.devices()[:1], batch_size=config.batch_size)
+        program = Program(config, Schedule(100, 1000), spmd)
+        rng, n = np.random.default_rng(0), config.batch_size
+        sizes = [view.size for view in flat_views(config)]
+        views = tuple(rng.integers(0, 256, (n, s, s, 3), np.uint8) for s in sizes)
+        ids = np.arange(n, dtype=np.int32)
+        self.batch = spmd.place_batch({"id": ids, "label": ids % 10, "views": views})
+        self.compiled = program.lower(*program.shapes()).compile()
+        self.state = spmd.replicate(program.init())
+        self.flops = model_flops(program) * n
+        self.program, self.resident = program, spmd.replicate({})
+        self.gib = compiled_gib(self.compiled)
+
+    def run(self, steps: int) -> float:
+        """Seconds of so many steps."""
+        import jax
+
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.state, metrics = self.compiled(self.state, self.batch, self.resident)
+        jax.block_until_ready(metrics)
+        return time.perf_counter() - start
+
+
+class PlainFlax:
+    """SimCLR's step as one writes it in Flax."""
+
+    def __init__(self, config: Any, views: Any) -> None:
+        from step_peers import plain_flax_step
+
+        self.views = views
+        step, self.state = plain_flax_step(
+            config.model.depth, config.model.stem, config.dtype, self.views
+        )
+        self.compiled = step.lower(self.state, self.views).compile()
+        self.gib = compiled_gib(self.compiled)
+
+    def run(self, steps: int) -> float:
+        """Seconds of so many steps."""
+        import jax
+
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.state, loss = self.compiled(self.state, self.views)
+        jax.block_until_ready(loss)
+        return time.perf_counter() - start
+
+
+class Torch:
+    """SimCLR's step in torch, in a process that prepares itself while ours compiles."""
+
+    def __init__(self, config: Any, python: str, compiled: bool) -> None:
+        size = config.views.view1.size
+        command = [python, str(PEERS), f"--batch={config.batch_size}", f"--size={size}"]
+        command += [f"--depth={config.model.depth}", f"--stem={config.model.stem}"]
+        command += [f"--dtype={config.dtype}", *["--compile"] * compiled]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, **pipes)
+        self.gib = 0.0
+
+    def _answer(self) -> list[str]:
+        line = self.process.stdout.readline().split()
+        if not line:
+            raise RuntimeError("The torch process ended; what it said is above.")
+        return line
+
+    def wait(self) -> None:
+        """Until it has compiled."""
+        self._answer()
+
+    def run(self, steps: int) -> float:
+        """Seconds of so many steps."""
+        print(steps, file=self.process.stdin, flush=True)
+        seconds, self.gib = map(float, self._answer())
+        return seconds
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.process.communicate()
+
+
+def compiled_gib(compiled: Any) -> float:
+    """What a program needs while it runs, by its compiler."""
+    memory = compiled.memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return needed / 2**30
+
+
+def bare(config: Any) -> Any:
+    """The config without augmentation: its views are divided by 255 and no more."""
+    from ml_collections import ConfigDict
+
+    config = ConfigDict(config.to_dict())
+    for view in config.views.values():
+        view.flip = view.gray = view.jitter.prob = view.blur.prob = view.solarize.prob = 0.0
+        view.mean = view.std = ()
+    return config
+
+
+def peak_flops() -> float | None:
+    """Of the first device in bfloat16, by its maker; None if it is not known."""
+    import jax
+
+    from ssl_jax.chips import CHIPS
+
+    kind = jax.devices()[0].device_kind.lower()
+    found = [chip for name, chip in CHIPS.items() if name in kind]
+    return found[0].peak if found else None
+
+
+def measure(config: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Our step and its peers at one batch, in turns.
+
+    Returns:
+      A row for each.
+    """
+    runners: dict[str, Any] = {}
+    model, options = config.model, config.simclr
+    plain = (model.width, model.sk, options.layers, options.memory) == (1, False, 2, 0)
+    contrastive = config.method == "simclr" and list(config.views) == ["view1", "view2"] and plain
+    peers = [p for p in args.peers.split(",") if p and (contrastive or p == "bare")]
+    torch = Torch(config, args.torch_python, args.compile) if "torch" in peers else None
+    runners["ours"] = ours = Ours(config)
+    if args.profile:
+        profile(ours, args)
+    if args.split:
+        split(ours, args.seconds)
+    if "bare" in peers:
+        runners["ours, no augmentation"] = Ours(bare(config))
+    if "plain" in peers:
+        runners["plain Flax, no augmentation"] = PlainFlax(config, ours.batch["views"])
+    if torch is not None:
+        torch.wait()
+        runners["torch, no augmentation"] = torch
+    seconds = {name: [] for name in runners}
+    steps = {}
+    for name, runner in runners.items():
+        runner.run(2)
+        steps[name] = max(1, round(args.seconds / runner.run(1)))
+    for _ in range(args.rounds):
+        for name, runner in runners.items():
+            seconds[name].append(runner.run(steps[name]) / steps[name])
+    if torch is not None:
+        torch.close()
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    peak = peak_flops()
+    rows = []
+    for name, each in medians.items():
+        rate = ours.flops / each / 1e12
+        rows.append(
+            {
+                "step": name,
+                "batch": config.batch_size,
+                "images/s": config.batch_size / each,
+                "time / ours": each / medians["ours"],
+                "ms": 1e3 * each,
+                "GiB": runners[name].gib,
+                "TFLOP/s": rate,
+                "share of peak": rate * 1e12 / peak if peak else None,
+            }
+        )
+        print(" | ".join(cells(rows[-1])), file=sys.stderr, flush=True)
+    return rows
+
+
+# Where time goes.
+
+
+def profile(ours: Ours, args: argparse.Namespace) -> None:
+    """Traces three steps; writes every kernel's time and the compiled program, prints sums."""
+    import jax
+
+    from ssl_jax.hlo import part_of
+
+    ours.run(2)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            ours.run(3)
+        (trace,) = Path(folder).rglob("*.xplane.pb")
+        events = kernel_times(jax.profiler.ProfileData.from_file(str(trace)))
+    text = ours.compiled.as_text()
+    parts, kernels = Counter(), []
+    names = dict(re.findall(r'%([\w.\-]+) = [^\n]*?op_name="([^"]*)"', text))
+    for (kernel, op), seconds in events.items():
+        where = names.get(op, "")
+        part = part_of(where)
+        parts[part] += seconds / 3
+        kernels.append((1e3 * seconds / 3, part, op, kernel, where))
+    total = sum(parts.values())
+    for part, seconds in parts.most_common():
+        print(f"{part:<12}{1e3 * seconds:8.2f} ms{100 * seconds / total:6.1f} %", file=sys.stderr)
+    lines = [f"{ms:9.4f} {' | '.join(rest)}" for ms, *rest in sorted(kernels, reverse=True)]
+    args.profile.write_text("\n".join(lines))
+    with gzip.open(args.profile.with_suffix(".hlo.gz"), "wt") as program:
+        program.write(text)
+
+
+def kernel_times(data: Any) -> dict[tuple[str, str], float]:
+    """Seconds by (kernel, instruction of the program) on the first device; on a CPU by thunk.
+
+    Of all runs of a kernel the median stands for each: now and then one waits for the profiler.
+    """
+    devices = [plane for plane in data.planes if plane.name.startswith("/device:")]
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for plane in devices[:1] or data.planes:
+        for line in plane.lines:
+            if devices and not line.name.startswith("Stream"):
+                continue
+            for event in line.events:
+                op = next((str(value) for name, value in event.stats if name == "hlo_op"), "")
+                if devices or op:
+                    seconds.setdefault((event.name, op), []).append(event.duration_ns / 1e9)
+    return {kernel: len(each) * statistics.median(each) for kernel, each in seconds.items()}
+
+
+def split(ours: Ours, seconds: float) -> None:
+    """Times the parts of the step, each compiled alone; differences are the parts' own."""
+    import jax
+
+    from ssl_jax.data.index import views_stream
+    from ssl_jax.data.pipeline import make_prepare
+    from ssl_jax.step import loss_and_gradients
+
+    program = ours.program
+    method, spmd, prepare = program.method, program.spmd, make_prepare(program.config)
+
+    def views_of(state: Any, raw: Any) -> Any:
+        return prepare(raw, {}, views_stream(jax.random.wrap_key_data(state.key), state.step))
+
+    def forward(state: Any, batch: Any) -> Any:
+        return method.forward(state.params, state.extra, batch, jax.random.key(0))
+
+    def loss(state: Any, outputs: Any, batch: Any) -> Any:
+        def of(outputs: Any) -> Any:
+            return method.loss(state.params, outputs, state.extra, batch, state.step)[0]
+
+        return jax.value_and_grad(of)(outputs)
+
+    def gradients(state: Any, batch: Any) -> Any:
+        return loss_and_gradients(method, state, batch)[:2]
+
+    def mapped(function: Callable[..., Any], arguments: tuple[Any, ...], outputs: Any) -> Any:
+        layouts = ["replicated"] + ["sharded"] * (len(arguments) - 1)
+        return spmd.map(function, inputs=tuple(layouts), outputs=outputs)
+
+    state = ours.state
+    make = mapped(views_of, (state, ours.batch), "sharded")
+    batch = make(state, ours.batch)
+    encode = mapped(forward, (state, batch), ("sharded", "replicated"))
+    outputs, _ = encode(state, batch)
+    parts = {
+        "augmentation": (make, (state, ours.batch)),
+        "forward": (encode, (state, batch)),
+        "loss, both ways": (
+            mapped(loss, (state, outputs, batch), ("replicated", "sharded")),
+            (state, outputs, batch),
+        ),
+        "forward, loss, backward": (
+            mapped(gradients, (state, batch), ("replicated", "replicated")),
+            (state, batch),
+        ),
+    }
+    for name, (function, arguments) in parts.items():
+        jax.block_until_ready(function(*arguments))
+        times, end = [], time.perf_counter() + seconds
+        while time.perf_counter() < end or not times:
+            start = time.perf_counter()
+            jax.block_until_ready(function(*arguments))
+            times.append(time.perf_counter() - start)
+        print(f"{name:<26}{1e3 * statistics.median(times):9.2f} ms", file=sys.stderr, flush=True)
+    ours.state = state
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """One row of the table."""
+    share = row["share of peak"]
+    return [
+        row["step"],
+        f"{row['batch']:,}",
+        f"{row['images/s']:,.0f}",
+        f"{row['time / ours']:.3f}",
+        f"{row['ms']:,.1f}",
+        f"{row['GiB']:.1f}" if row["GiB"] else "",
+        f"{row['TFLOP/s']:.3g}",
+        "" if share is None else f"{100 * share:.1f} %",
+    ]
+
+
+def hardware() -> str:
+    """The device and the versions, for beside the table."""
+    import jax
+
+    device = jax.devices()[0].device_kind
+    return f"{device}, JAX {jax.__version__}, Python {sys.version.split()[0]}"
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """The command line, and what it changes in the config."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default=str(ROOT / "configs" / "simclr_imagenet.py"))
+    parser.add_argument("--batches", default="128,256")
+    parser.add_argument("--microbatch", type=int, default=0)
+    parser.add_argument("--peers", default="bare,plain", help="of bare, plain and torch")
+    parser.add_argument("--torch-python", default=sys.executable)
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="in torch")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each turn")
+    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--split", action="store_true")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_known_args()
+
+
+def main() -> None:
+    """Measures every batch and prints the table."""
+    args, overrides = parse_arguments()
+    if args.profile:
+        # Kernels that a GPU replays as one graph have no names.
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer=".strip()
+    if "torch" in args.peers.split(","):
+        # It takes its share of the accelerator's memory beside ours.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".6")
+    from ssl_jax.backend import tune_cpu
+
+    tune_cpu()
+    from ssl_jax.config import load_config
+
+    rows = []
+    for batch in map(int, args.batches.split(",")):
+        changed = [f"batch_size={batch}", f"microbatch={args.microbatch}", "model.bn_group=0"]
+        changed += [override.removeprefix("--config.") for override in overrides]
+        config = load_config(args.config, changed)
+        rows += measure(config, args)
+        args.profile, args.split = None, False  # of the first batch
+    table = [list(COLUMNS), ["---"] * len(COLUMNS), *map(cells, rows)]
+    print(hardware())
+    print("\n".join("| " + " | ".join(line) + " |" for line in table))
+    if args.json:
+        args.json.write_text(json.dumps({"hardware": hardware(), "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
