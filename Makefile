@@ -6,7 +6,7 @@ PIP := python -m pip install --quiet --disable-pip-version-check -c constraints.
 INSTALL := $(BIN)/$(PIP)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test peers lint types contracts format clean
+.PHONY: help quickstart test long peers docs audit lint types contracts format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -15,10 +15,19 @@ quickstart: .venv/.core  ## pretrain on a CPU in minutes; the report is runs/qui
 	$(BIN)/python run_pretrain.py --config=configs/simclr_digits.py --workdir=runs/quickstart
 
 test: lint types contracts  ## all that CI checks; the tests last
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not long"
+
+long: .venv/.dev  ## tests that take minutes: runs that are killed, damaged and starved, several processes, fuzzing
+	$(BIN)/python -m pytest -m long
 
 peers: .venv-peers/.done  ## beside torchvision, and by the TPU's compiler; installs torch and libtpu, which are big
 	.venv-peers/bin/python -m pytest tests/peers tests/tpu
+
+docs: .venv/.dev  ## the documentation as a site, build/docs/index.html; a warning is an error
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
+
+audit: .venv/.dev  ## known vulnerabilities of the pinned versions, as far as the index tells them
+	$(BIN)/python .ci/audit.py
 
 lint: .venv/.dev  ## style
 	$(BIN)/ruff check .

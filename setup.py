@@ -16,6 +16,8 @@ DATA = [
     "array_record>=0.8; sys_platform != 'win32'",
 ]
 
+DOCS = ["furo>=2025.1", "myst-parser>=5.0", "sphinx>=9.0", "sphinx-copybutton>=0.5"]
+
 setup(
     name="ssl_jax",
     version=VERSION,
@@ -30,9 +32,10 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=["ssl_jax", "ssl_jax.*"]),
-    package_data={"ssl_jax": ["*.html"]},
+    package_data={"ssl_jax": ["report/page.*", "interop/*.txt"]},
     python_requires=">=3.11",
     install_requires=[
+        "flatbuffers>=24.3",  # of jax.export
         "flax>=0.12",
         "jax>=0.10",
         "jaxtyping>=0.3",
@@ -41,9 +44,11 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12",
         "pillow>=11.0",
+        "safetensors>=0.5",
         "scikit-learn>=1.6",
         "scipy>=1.14",
         "tensorboardX>=2.6.2",
+        "threadpoolctl>=3.1",
     ],
     extras_require={
         "cuda": ["jax[cuda13]"],
@@ -51,19 +56,34 @@ setup(
         "plan": ["libtpu"],
         "data": DATA,
         # Other packages, to compare with: tests/peers.
-        "peers": ["pytest>=8.3", "torch>=2.13", "torchvision>=0.28"],
+        "peers": [
+            "dm-haiku>=0.0.14",
+            "pytest>=8.3",
+            "timm>=1.0",
+            "torch>=2.13",
+            "torchvision>=0.28",
+        ],
+        "docs": DOCS,
+        "wandb": ["wandb>=0.20"],
         "dev": [
             *DATA,
+            *DOCS,
             "build>=1.2",
             "hypothesis>=6.100",
             "import-linter>=2.5",
             "mypy>=1.15",
+            "pip-audit>=2.9",
+            "playwright>=1.50",  # drives a Chromium that is on the machine; installs none
             "pre-commit>=4.0",
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff>=0.12",
             "setuptools>=77",
+            "wandb>=0.20",
         ],
     },
+    # By a path and no finder: else a script that lies beside the clone, a folder of the same name,
+    # imports that folder.
+    options={"editable_wheel": {"mode": "compat"}},
     entry_points={"console_scripts": ["ssl-jax = ssl_jax.cli:main"]},
 )

@@ -2,16 +2,23 @@
 
 import contextlib
 import json
-import os
+import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import jax
-from tensorboardX import SummaryWriter
+import numpy as np
+from jaxtyping import UInt8
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from ssl_jax.errors import UserError
+from ssl_jax.files import replacing
 
 Pytree = Any
 
@@ -32,24 +39,48 @@ class Fetcher:
         return jax.device_get(tree)
 
 
+class Writer(Protocol):
+    """Is told what a run measures, beside the files in its folder."""
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """What was measured at a step."""
+        ...
+
+    def picture(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
+        """A picture, RGB."""
+        ...
+
+    def close(self, failed: bool = False) -> None:
+        """Nothing more will come, because the run has failed or is at its end."""
+        ...
+
+
 class MetricsLog:
     """`metrics.jsonl`, one JSON object per line, and the same scalars as TensorBoard events."""
 
-    def __init__(self, workdir: Path, resume_step: int = 0) -> None:
+    def __init__(self, workdir: Path, resume_step: int = 0, others: Sequence[Writer] = ()) -> None:
         """Opens the log to be continued.
 
         Args:
           workdir: of the run.
           resume_step: lines beyond this step were written after the checkpoint that the run
             continues from; they are dropped, for their steps will be done again.
+          others: are told the same numbers and pictures.
         """
+        self._others = tuple(others)
         self._path = workdir / "metrics.jsonl"
         keep = [r for r in read_metrics(self._path) if r["step"] <= resume_step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in keep))
-        os.replace(temporary, self._path)
-        self._file = self._path.open("a")
-        self._events = SummaryWriter(str(workdir), purge_step=resume_step + 1, flush_secs=30)
+        with self._writing():
+            with replacing(self._path) as file:
+                file.write_text("".join(json.dumps(record) + "\n" for record in keep))
+            self._file = self._path.open("a")
+            # Written here and not by a thread of its own, which on a full disk would end alone.
+            self._events = EventsWriter(str(workdir / "events"))
+            # Events from this step on, of before the run was broken off, count no longer.
+            began = {"step": resume_step + 1, "wall_time": time.time()}
+            self._events.write_event(Event(file_version="brain.Event:2", **began))
+            log = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(session_log=log, **began))
 
     def write(self, step: int, scalars: dict[str, Any]) -> None:
         """Appends what was measured at a step.
@@ -63,16 +94,53 @@ class MetricsLog:
             name: list(map(float, value)) if isinstance(value, list) else float(value)
             for name, value in scalars.items()
         }
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            number = max(value) if isinstance(value, list) else value
-            self._events.add_scalar(name, number, step)
+        numbers = {n: max(v) if isinstance(v, list) else v for n, v in values.items()}
+        with self._writing():
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+            for name, number in numbers.items():
+                told = {"step": step, "wall_time": time.time()}
+                self._events.write_event(Event(summary=summary.scalar(name, number), **told))
+            self._events.flush()
+        for other in self._others:
+            other.write(step, numbers)
 
-    def close(self) -> None:
-        """Flushes and closes the files."""
-        self._file.close()
-        self._events.close()
+    def picture(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Adds a picture to the events.
+
+        Args:
+          step: after which it was made.
+          name: of what it shows.
+          image: RGB.
+        """
+        with self._writing():
+            shown = summary.image(name, image, dataformats="HWC")
+            self._events.write_event(Event(summary=shown, step=step, wall_time=time.time()))
+            self._events.flush()
+        for other in self._others:
+            other.picture(step, name, image)
+
+    def close(self, failed: bool = False) -> None:
+        """Flushes and closes the files; the others are told whether the run has failed."""
+        try:
+            with self._writing():
+                self._file.close()
+                self._events.close()
+        finally:
+            for other in self._others:
+                other.close(failed)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What went wrong in writing, in a sentence."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._path} or the events beside it can't be written ({error.strerror}): see "
+                "that there is space and that they may be written to; the same command continues "
+                "from the newest checkpoint."
+            ) from error
 
 
 class NoLog:
@@ -81,7 +149,10 @@ class NoLog:
     def write(self, step: int, scalars: dict[str, Any]) -> None:
         """Nothing."""
 
-    def close(self) -> None:
+    def picture(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Nothing."""
+
+    def close(self, failed: bool = False) -> None:
         """Nothing."""
 
 
@@ -91,28 +162,41 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     records = []
     for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
     return records
+
+
+# What is shown, by how much a run is to tell. Warnings always are.
+_TOLD = {
+    "all": {"line", "note", "result"},
+    "line": {"line"},  # of a run that is part of something larger
+    "quiet": {"result"},
+    "warnings": set(),
+}
 
 
 class Progress:
     """One line that is written over on a terminal, and plain lines elsewhere."""
 
-    def __init__(self, total_steps: int, batch_size: int, out: TextIO | None = None) -> None:
+    def __init__(
+        self, total_steps: int, batch_size: int, out: TextIO | None = None, told: str = "all"
+    ) -> None:
         """Looks whether it writes to a terminal.
 
         Args:
           total_steps: of the run.
           batch_size: images in a step.
           out: where to write, default standard output.
+          told: "all"; "line", the progress line alone; "quiet", the result alone; or "warnings",
+            which the others tell too.
         """
-        self._out = out or sys.stdout
+        self._out, self._told = out or sys.stdout, _TOLD[told]
         self._total, self._batch = total_steps, batch_size
         self._live = self._out.isatty()
-        self._width = 0
+        self._width = 0  # of the line
         self.start(0, 0.0)
 
     def start(self, step: int, waited: float) -> None:
@@ -161,15 +245,44 @@ class Progress:
             if shares and max(shares) > 0.01:
                 longest = max(range(len(shares)), key=shares.__getitem__)
                 text += f", of process {longest} {100 * shares[longest]:.1f} %"
-        self._write(text, end="" if self._live else "\n")
+        self.line(text)
+
+    def line(self, text: str) -> None:
+        """Writes what is going on, until the next text."""
+        if "line" in self._told:
+            self._write(text, end="" if self._live else "\n")
 
     def note(self, text: str) -> None:
         """Writes a line that stays."""
+        if "note" in self._told:
+            self._write(text, end="\n")
+
+    def result(self, text: str) -> None:
+        """Writes a line that stays, and is not left out where little is told."""
+        if "result" in self._told:
+            self._write(text, end="\n")
+
+    def warn(self, text: str) -> None:
+        """Writes a line that stays, however little is told."""
         self._write(text, end="\n")
 
+    def end(self) -> None:
+        """Leaves the line, so that what others write doesn't begin behind it."""
+        if self._width:
+            # Of a run among others nothing stays.
+            gone = f"\r{' ' * self._width}\r"
+            self._width = 0
+            self._out.write("\n" if "note" in self._told else gone)
+            self._out.flush()
+
     def _write(self, text: str, end: str) -> None:
-        start = "\r" if self._live else ""
-        padded = text.ljust(self._width) if self._live else text
-        self._width = 0 if end else len(text)
-        self._out.write(start + padded + end)
+        if not self._live:
+            self._out.write(text + end)
+        else:
+            # A line that wraps would not be written over.
+            most = shutil.get_terminal_size().columns - 1
+            text = text if end else text[:most]
+            covering = text.ljust(min(self._width, most))
+            self._width = 0 if end else len(text)
+            self._out.write("\r" + covering + end)
         self._out.flush()

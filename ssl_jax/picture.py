@@ -6,7 +6,6 @@ what a step sees; `draw` lays it out.
 
 import dataclasses
 import math
-import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from ssl_jax.data.index import Index, view_keys, views_stream
 from ssl_jax.data.pipeline import make_prepare, unnormalised
 from ssl_jax.data.sources import Source, make_sources
 from ssl_jax.errors import UserError
+from ssl_jax.files import asked_for
 
 # What was drawn for one image in one view: `draw_parameters`, `draw_geometry` or a host's box.
 Drawn = dict[str, np.ndarray]
@@ -141,15 +141,8 @@ def write_views(
     data = config.data.dataset if config.data.name == "tfds" else config.data.name
     title = f"Views of {data} at step {step}"
     picture = draw(samples, title, command)
-    temporary = out.with_name(out.name + ".tmp")
-    try:
-        picture.save(temporary, "PNG")
-        os.replace(temporary, out)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{out} can't be written ({error.strerror}): choose another --out."
-        ) from error
+    with asked_for(out) as file:
+        picture.save(file, "PNG")
     return len(samples.ids)
 
 

@@ -155,8 +155,8 @@ def lightly_cifar10_config() -> ConfigDict:
 def solo_cifar10_config(jitter: tuple[float, float, float, float]) -> ConfigDict:
     """The setting of solo-learn's CIFAR-10 scripts: batch 256, 1,000 epochs, warmup 10, cosine.
 
-    Deviations: its stem pads two pixels and goes on with 34×34 maps, ours one and 32×32; heads
-    start as each method's official code has them; bfloat16.
+    Its stem pads two pixels and goes on with 34×34 maps. Deviations: heads start as each method's
+    official code has them; bfloat16.
 
     Args:
       jitter: strengths of brightness, contrast, saturation and hue.
@@ -173,7 +173,7 @@ def solo_cifar10_config(jitter: tuple[float, float, float, float]) -> ConfigDict
         **CIFAR10,
     )
     config.views = {"view1": one, "view2": one}
-    config.model.update(conv_init="fan_out_normal", zero_init_residual=False)
+    config.model.update(stem="cifar_pad2", conv_init="fan_out_normal", zero_init_residual=False)
     config.optim.update(name="lars_clipped", trust_coefficient=0.02, warmup_start=3e-5)
     return config
 

@@ -4,14 +4,17 @@ import contextlib
 import itertools
 import json
 import os
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from ssl_jax import cluster
-from ssl_jax.checkpoint import Checkpoints
+from ssl_jax import cluster, summary
+from ssl_jax.checkpoint import Checkpoints, set_aside_damaged
 from ssl_jax.config import from_json, is_due, run_schedule, to_json
 from ssl_jax.data.index import Index
 from ssl_jax.data.pipeline import Prefetcher
@@ -19,19 +22,26 @@ from ssl_jax.data.sources import Source, make_sources
 from ssl_jax.diagnostics import CollapseWatch
 from ssl_jax.errors import UserError
 from ssl_jax.evals.run import Evaluator, evaluated_variables, evaluation_table
-from ssl_jax.metrics import Fetcher, MetricsLog, NoLog, Progress
+from ssl_jax.finite import COUNT, STEP, FiniteWatch
+from ssl_jax.memory import enough_memory, step_levers
+from ssl_jax.metrics import Fetcher, MetricsLog, NoLog, Progress, read_metrics
 from ssl_jax.report import write_report
 from ssl_jax.spmd import make_spmd
+from ssl_jax.start import resolve_start, started
 from ssl_jax.step import Program, TrainState
+from ssl_jax.wandb_writer import WandbWriter, require_wandb
 from ssl_jax.workdir import lock_text, locked, note_continuation, write_config
 
+_PLAN = "; `ssl-jax plan` tells what a step needs, and the largest microbatch, without the hardware"
 _SHORT = (
-    "\nwarning: the warmup of {} steps (config.optim.warmup_epochs) is not shorter than the run: "
+    "warning: the warmup of {} steps (config.optim.warmup_epochs) is not shorter than the run: "
     "the learning rate never reaches its peak."
 )
 
 
-def pretrain(config: ConfigDict, workdir: str | Path, command: str = "") -> TrainState:
+def pretrain(
+    config: ConfigDict, workdir: str | Path, command: str = "", *, told: str = "all"
+) -> TrainState:
     """Pretrains an encoder, or continues the run in `workdir`; evaluates it and writes the report.
 
     SIGTERM stops it after a checkpoint. Several processes that `jax.distributed.initialize` has
@@ -41,6 +51,7 @@ def pretrain(config: ConfigDict, workdir: str | Path, command: str = "") -> Trai
       config: validated, of the whole run.
       workdir: the run's folder; made if it doesn't exist.
       command: recorded there, for "how to reproduce".
+      told: how much is printed, as `Progress` takes it.
 
     Returns:
       The final state, or that at which the run was stopped.
@@ -59,14 +70,18 @@ def pretrain(config: ConfigDict, workdir: str | Path, command: str = "") -> Trai
                 write_config(workdir, setup.config, command, setup.train.fingerprint, setup.derived)
         same = {"workdir": lock_text(workdir), "config": json.dumps(to_json(config))}
         cluster.require_same(same)
-        run = Run(setup, workdir)
-        try:
-            state = run.train(stop)
-        except BaseException:
-            # Several finish together what is being written, which one that was lost can't.
-            if jax.process_count() == 1:
-                run.close()
-            raise
+        levers = step_levers(config, setup.spmd.size)
+        with enough_memory("The step", levers, _PLAN):
+            run = Run(setup, workdir, told)
+            try:
+                state = run.train(stop)
+            except BaseException as error:
+                # Several finish together what is being written, which one that was lost can't. What
+                # has gone wrong first is told.
+                if jax.process_count() == 1 or isinstance(error, UserError) and error.agreed:
+                    with contextlib.suppress(UserError, OSError):
+                        run.close(failed=True)
+                raise
         run.close()
         with contextlib.suppress(cluster.StoppedError), stop.at_once():
             if not run.stopped:
@@ -87,6 +102,7 @@ class Setup:
         Raises:
           UserError: anything in the config that can't be run.
         """
+        require_wandb(config.wandb)
         self.spmd = make_spmd(
             config.spmd, batch_size=config.batch_size, microbatch=config.microbatch
         )
@@ -97,14 +113,23 @@ class Setup:
         self.rows = self.spmd.local_rows(config.batch_size)
         self.program = Program(config, self.schedule, self.spmd)
         self.method = self.program.method
-        self.derived = {"batchnorm_images": self.program.batchnorm_images}
+        if self.method.needs_labels and self.train.num_classes == 0:
+            raise UserError(
+                f"config.method is '{config.method}', but the training images have no labels: use "
+                "a folder with one subfolder per class."
+            )
+        optim = config.optim
+        # A loss that starts at that of constant outputs leaves it once the rate has risen.
+        patience = max(self.schedule.every(max(1.0, optim.warmup_epochs)), optim.frozen_steps)
+        self.watched = {"trivial_loss": self.method.trivial_loss, "patience": patience}
+        self.derived = {"batchnorm_images": self.program.batchnorm_images, **self.watched}
 
 
 def resolve(config: ConfigDict, train: Source) -> ConfigDict:
-    """A copy of the config with what only the data can tell.
+    """A copy of the config with what only the data, and runs it takes weights from, can tell.
 
     Raises:
-      UserError: labels beyond `config.data.num_classes`.
+      UserError: labels beyond `config.data.num_classes`, or no weights to take.
     """
     config = from_json(to_json(config))
     if config.data.num_classes == 0:
@@ -114,48 +139,52 @@ def resolve(config: ConfigDict, train: Source) -> ConfigDict:
             f"config.data.num_classes is {config.data.num_classes}, but the training images have "
             f"labels up to {train.num_classes - 1}: set it to {train.num_classes}, or to 0."
         )
+    resolve_start(config)
     return config
-
-
-def _among() -> str:
-    """Says how many processes there are, where there are several."""
-    count = jax.process_count()
-    return f" of {count} processes" if count > 1 else ""
 
 
 class Run:
     """A run going on in a folder: its state, and what is written."""
 
-    def __init__(self, setup: Setup, workdir: Path) -> None:
+    def __init__(self, setup: Setup, workdir: Path, told: str = "all") -> None:
         """Makes the state, restored where there is a checkpoint.
 
         Raises:
           UserError: processes don't see the same data or checkpoints; or one can't be read.
         """
+        self.began = time.perf_counter()
         self.setup, self.config, total = setup, setup.config, setup.schedule.total_steps
         self.evaluator = Evaluator(setup.config, setup.spmd, setup.train, setup.test)
         self.fetch = Fetcher()
-        # A loss that starts at that of constant outputs leaves it once the rate has risen.
-        patience = setup.schedule.every(max(1.0, setup.config.optim.warmup_epochs))
-        self.watch = CollapseWatch(
-            setup.method.trivial_loss, max(patience, setup.config.optim.frozen_steps)
-        )
+        self.watch = CollapseWatch(**setup.watched)
         self.first, self.stopped = cluster.is_first(), False
         out = None if self.first else open(os.devnull, "w")  # closed with the process
-        self.progress = Progress(total, setup.config.batch_size, out)
+        self.progress = Progress(total, setup.config.batch_size, out, told)
+        damaged: list[str] = []
+        with cluster.agreed():
+            if self.first:
+                damaged = set_aside_damaged(workdir / "checkpoints", workdir / "damaged")
+        for warning in damaged:
+            self.progress.warn(warning)
         self.checkpoints = Checkpoints(workdir / "checkpoints", setup.config.checkpoint.keep)
         self.resident = setup.spmd.replicate(setup.train.resident())
         initial = setup.program.init()
-        self.state = setup.spmd.replicate(initial)
         # The untrained encoder, a baseline at the end, waits on the host.
         layer = setup.config.eval.projector_layer
         self.initial = jax.device_get(evaluated_variables(initial, layer))
         self.start = self.done = self.checkpoints.latest_step or 0
+        if not self.start:
+            initial = started(initial, setup.config)
+        self.state = setup.spmd.replicate(initial)
         cluster.require_same(
             {"training set": setup.train.fingerprint, "newest checkpoint": str(self.start)}
         )
         if self.start:
-            self.state = self.checkpoints.restore(self.start, self.state)
+            # What the watch knew, it knew from these; its warnings have been given.
+            for record in read_metrics(workdir / "metrics.jsonl"):
+                if record["step"] <= self.start:
+                    self.watch.check(record["step"], record)
+            self.state = self.checkpoints.restore(self.start, self.state, verify=False)
             self.progress.note(f"Continuing from step {self.start} of {total}.")
             if self.first and self.start < total:
                 self.note_changes(note_continuation(workdir, self.start, setup.derived))
@@ -163,26 +192,37 @@ class Run:
             self.progress.note(
                 "The run was broken off before its first checkpoint: it starts anew."
             )
-        self.log = MetricsLog(workdir, self.start) if self.first else NoLog()
-        if self.start < total:
-            self.progress.note(self.summary())
-
-    def summary(self) -> str:
-        """What is run, in a line."""
-        setup, config = self.setup, self.config
-        encoder = jax.tree.leaves(self.state.params["encoder"])
-        device = jax.devices()[0]
-        warmup = round(config.optim.warmup_epochs * setup.schedule.steps_per_epoch)
-        short = warmup >= setup.schedule.total_steps
-        return (
-            f"{config.method}, ResNet-{config.model.depth} ×{config.model.width:g} "
-            f"({sum(leaf.size for leaf in encoder) / 1e6:.3g} M parameters), "
-            f"{setup.train.num_examples:,} images, batch {config.batch_size} on "
-            f"{setup.spmd.size} × {device.device_kind}{self.cut()}{_among()}, BatchNorm over "
-            f"{setup.derived['batchnorm_images']} images, "
-            f"{setup.schedule.total_steps:,} steps; the first step compiles."
-            + (_SHORT.format(warmup) if short else "")
+        rows = np.arange(setup.config.batch_size)
+        self.finite = FiniteWatch(
+            setup.config.on_nan,
+            workdir,
+            lambda step: setup.index.local_ids(step, rows),
+            self.fetch(self.state.nonfinite)[0] if self.start else 0,
         )
+        with cluster.agreed():
+            self.log = self.open_log(workdir) if self.first else NoLog()
+        self.note_start(workdir)
+
+    def note_start(self, workdir: Path) -> None:
+        """Says what is run, where anything is left to do."""
+        setup = self.setup
+        if self.start == setup.schedule.total_steps:
+            return
+        self.tell(summary.start_rows(setup, self.state.params, workdir, self.start))
+        warmup = round(self.config.optim.warmup_epochs * setup.schedule.steps_per_epoch)
+        if warmup >= setup.schedule.total_steps:
+            self.progress.warn(_SHORT.format(warmup))
+
+    def open_log(self, workdir: Path) -> MetricsLog:
+        """The log of the run, continued; one that begins has a picture of the first views."""
+        project = self.config.wandb if self.start < self.setup.schedule.total_steps else ""
+        others = []
+        if project:
+            others = [WandbWriter(project, workdir, to_json(self.config), self.progress.warn)]
+        log = MetricsLog(workdir, self.start, others)
+        if not self.start:
+            log.picture(0, "views", self.evaluator.view_grid(self.state))
+        return log
 
     def note_changes(self, changed: list[str]) -> None:
         """Says what is other than where the run began, and what that does."""
@@ -196,11 +236,6 @@ class Run:
             + equal
         )
 
-    def cut(self) -> str:
-        """Says that the batch is encoded in parts, where it is."""
-        part = self.config.microbatch
-        return f" in microbatches of {part}" if 0 < part < self.config.batch_size else ""
-
     def train(self, stop: cluster.Stop) -> TrainState:
         """Steps from where the run stands to its end, or to where it is asked to stop."""
         setup, config, total = self.setup, self.config, self.setup.schedule.total_steps
@@ -208,11 +243,16 @@ class Run:
         save_every = setup.schedule.every(config.checkpoint.every_epochs)
         pending: dict[str, jax.Array] | None = None
         place = setup.spmd.place_batch
-        with Prefetcher(setup.train, setup.index, setup.rows, place, self.start, total) as batches:
+        span = (self.start, total, config.data.stall_s)
+        with Prefetcher(setup.train, setup.index, setup.rows, place, *span) as batches:
+            run_step = setup.program.step
             for step in range(self.start + 1, total + 1):
-                self.state, metrics = setup.program.step(self.state, batches.next(), self.resident)
+                batch = batches.next()
                 if step == self.start + 1:
-                    # The first step compiles; rates and ETA are of those that follow.
+                    run_step = self.compiled(batch)
+                self.state, metrics = run_step(self.state, batch, self.resident)
+                if step == self.start + 1:
+                    # The first step warms up; rates and ETA are of those that follow.
                     jax.block_until_ready(metrics)
                     self.progress.start(step, batches.wait_seconds)
                 if pending is not None:
@@ -221,25 +261,47 @@ class Run:
                 last, self.done = step == total, step
                 self.stopped = stop.asked(step) and not last
                 pending = metrics if is_due(step, config.log_every) or last else None
-                due = is_due(step, knn_every) and not self.stopped
-                knn = self.measure(step) if due or last else None
-                if is_due(step, save_every) or last or self.stopped:
-                    if pending is not None:
-                        # Before the checkpoint: a run that continues from it won't do the step.
-                        self.report(step, pending, batches.wait_seconds)
-                        pending = None
+                due = (is_due(step, knn_every) or last) and not self.stopped
+                saving = is_due(step, save_every) or last or self.stopped
+                # Before anything is measured or saved: what isn't finite is neither; and a run that
+                # continues from the checkpoint won't do the step.
+                if (due or saving) and pending is not None:
+                    self.report(step, pending, batches.wait_seconds)
+                    pending = None
+                elif due or saving:
+                    counted = {name: metrics[name] for name in (COUNT, STEP)}
+                    self.require_finite(step, self.fetch(counted))
+                knn = self.measure(step) if due else None
+                if saving:
                     with self.progress.paused():
                         self.checkpoints.save(step, self.state, knn)
                 if self.stopped:
                     break
         return self.state
 
+    def compiled(self, batch: Any) -> Any:
+        """The train step for such batches, compiled, which is told."""
+        self.progress.line("Compiling the step …")
+        arguments = (self.state, batch, self.resident)
+        step, rows = summary.compiled(self.setup.program.step, arguments, self.setup.spmd.size)
+        self.tell(rows)
+        return step
+
+    def tell(self, rows: Iterable[tuple[str, str]]) -> None:
+        """Writes rows of a name and a text."""
+        for line in summary.lines(rows):
+            self.progress.note(line)
+
     def finish(self, workdir: Path, stop: cluster.Stop) -> None:
         """Evaluates the run and writes its report; a run that was done already only reports."""
         total = self.setup.schedule.total_steps
-        done = self.start == total and (workdir / "evaluation.json").exists()
+        done = self.start == total and self.evaluator.is_done(workdir)
         if not cluster.decided(done):
-            self.progress.note("Evaluating the frozen encoder and its baselines.")
+            if self.config.eval.frozen_at_end:
+                what = "the frozen encoder and its baselines"
+                if not self.evaluator.has_labels:
+                    what = "nothing but neighbours and a map, for the images have no labels"
+                self.progress.note(f"Evaluating {what}.")
             # Several processes see a SIGTERM at the same row, counted on from the steps.
             asked = (stop.asked(step) for step in itertools.count(total + 1))
             self.evaluator.finish(workdir, self.initial, self.state, lambda: next(asked))
@@ -247,27 +309,39 @@ class Run:
             return
         for line in evaluation_table(workdir):
             self.progress.note(line)
+        seconds = 0.0 if done else time.perf_counter() - self.began
+        self.tell(summary.end_rows(workdir, seconds, self.start))
         bad = self.setup.train.bad
         if bad:
-            self.progress.note(f"{len(bad)} images can't be read and were replaced: {bad[0]} …")
-        self.progress.note(f"Report: {write_report(workdir)}")
+            self.progress.warn(f"{len(bad)} images can't be read and were replaced: {bad[0]} …")
+        self.progress.result(f"Report: {write_report(workdir)}")
 
     def note_stop(self) -> None:
         """Says where the run was stopped and how it goes on."""
         total = self.setup.schedule.total_steps
         unevaluated = "" if self.stopped else ", before it was evaluated"
-        self.progress.note(
+        self.progress.warn(
             f"Stopped by SIGTERM at step {self.done} of {total}{unevaluated}; "
             "the checkpoint is written, and the same command continues the run."
         )
 
     def report(self, step: int, pending: Any, waited: float) -> None:
         """Fetches and writes the metrics of a step."""
-        scalars = self.fetch(pending) | self.pace(step, waited)
+        scalars = self.require_finite(step, self.fetch(pending)) | self.pace(step, waited)
         self.log.write(step, scalars)
         self.progress.show(step, scalars)
         for warning in self.watch.check(step, scalars):
-            self.progress.note(warning)
+            self.progress.warn(warning)
+
+    def require_finite(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Fetched metrics without those that count the steps which were not finite.
+
+        Raises:
+          UserError: there were too many.
+        """
+        for warning in self.finite.check(step, metrics, self.checkpoints.latest_step):
+            self.progress.warn(warning)
+        return metrics
 
     def pace(self, step: int, waited: float) -> dict[str, Any]:
         """Rates; among several processes each one's too, so that a slow one is seen."""
@@ -284,14 +358,23 @@ class Run:
             measured = self.evaluator.measure(self.state)
         self.log.write(step, measured)
         for warning in self.watch.check(step, measured):
-            self.progress.note(warning)
+            self.progress.warn(warning)
         knn = measured.get("knn")
         accuracy = "" if knn is None else f"  kNN {100 * knn:.2f} %"
+        for name, what in (("test_accuracy", "top-1"), ("probe_accuracy", "probe")):
+            if name in measured:
+                accuracy += f"  {what} {100 * measured[name]:.2f} %"
         total = self.setup.schedule.total_steps
         self.progress.note(f"step {step}/{total}{accuracy}  RankMe {measured['rankme']:.1f}")
         return knn
 
-    def close(self) -> None:
-        """Finishes what is being written."""
-        self.checkpoints.close()
-        self.log.close()
+    def close(self, failed: bool = False) -> None:
+        """Finishes what is being written, of a run that has failed or not."""
+        self.progress.end()
+        try:
+            self.checkpoints.close()
+        except BaseException:
+            failed = True
+            raise
+        finally:
+            self.log.close(failed)

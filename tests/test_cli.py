@@ -1,11 +1,24 @@
+"""What is typed and what is told: help, misspelt words, errors, traces."""
+
+import argparse
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from ssl_jax import cli
-from ssl_jax.config import default_config, to_json
+from ssl_jax.config import apply_overrides, default_config, flatten, load_config, to_json
+from ssl_jax.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+COMMANDS = {
+    *("pretrain", "report", "views", "plan", "features", "knn", "linear", "finetune", "distill"),
+    *("transfer", "export", "import", "data", "doctor", "config"),
+}
 
 
 def run(capsys, *arguments):
@@ -13,12 +26,56 @@ def run(capsys, *arguments):
     return code, *capsys.readouterr()
 
 
-def test_help_of_every_command_has_an_example(capsys):
-    for command in ("pretrain", "report", "views"):
-        with pytest.raises(SystemExit) as caught:
-            cli.main([command, "--help"])
-        assert caught.value.code == 0
-        assert f"example: ssl-jax {command}" in capsys.readouterr().out
+def parsers():
+    """All parsers by what is typed."""
+    main = cli._parser()
+    found = {"": main, **main.commands}
+    return found | {f"data {name}": p for name, p in main.commands["data"].commands.items()}
+
+
+@pytest.mark.parametrize("typed", parsers())
+def test_the_help_of_every_command_has_an_example(capsys, typed):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*typed.split(), "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"^example:\n  ssl-jax {typed or 'pretrain'}\b", out, re.M)
+    if not typed:
+        assert set(re.findall(r"^    (\w+) ", out, re.M)) == COMMANDS
+        assert "Exit codes: 0 done" in out and "docs/" in out
+
+
+@pytest.mark.parametrize("typed", parsers())
+def test_every_example_is_understood(typed):
+    parser = parsers()[typed]
+    (example,) = re.findall(r"^  ssl-jax (.*)", parser.epilog.split("\n\n")[0], re.M)[:1]
+    _, rest = cli._split_overrides(example.split())
+    cli.require_known(cli._parser(), rest)
+    assert cli._parser().parse_args(rest).command
+
+
+@pytest.mark.parametrize("typed", parsers())
+def test_every_option_says_its_default(typed):
+    for action in parsers()[typed]._actions:
+        if not action.option_strings or action.dest in ("help", "version"):
+            continue
+        needed = "(required)" if action.required else "(default: "
+        assert needed in action.help, action.option_strings
+        assert action.help[0].islower(), action.help
+
+
+def test_the_defaults_that_are_written_out_are_those_that_count():
+    from ssl_jax.evals import transfer
+
+    parser = parsers()["transfer"]
+    for name, values in (("rates", transfer.RATES), ("decays", transfer.DECAYS)):
+        (action,) = (a for a in parser._actions if a.dest == name)
+        assert f"(default: {','.join(f'{value:g}' for value in values)})" in action.help
+
+
+def test_no_command_shows_the_help_and_fails(capsys):
+    code, out, err = run(capsys)
+    assert code == 2 and out == "" and "pretrain" in err
 
 
 def test_help_does_not_wait_for_jax():
@@ -37,6 +94,66 @@ def test_overrides_come_in_both_forms():
     assert rest == ["--config=a.py", "--workdir", "w"]
 
 
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (["pretrian"], "ssl-jax has no command 'pretrian'. Did you mean 'pretrain'?"),
+        (["--quite", "knn"], "ssl-jax has no option --quite: did you mean --quiet?"),
+        (["data", "pakc"], "ssl-jax data has no command 'pakc'. Did you mean 'pack'?"),
+        (["knn", "--form=a"], "ssl-jax knn has no option --form: did you mean --from?"),
+        # Before argparse finds out that --config is missing.
+        (
+            ["pretrain", "--confg=a.py", "--workdir=w"],
+            "ssl-jax pretrain has no option --confg: did you mean --config?",
+        ),
+        (
+            ["pretrain", "--confg.seed=1"],
+            "ssl-jax pretrain has no option --confg.seed: did you mean --config.seed?",
+        ),
+        (
+            ["pretrain", "--optim.lr=1"],
+            "ssl-jax pretrain has no option --optim.lr: a key of the config is set by "
+            "--config.optim.lr=VALUE.",
+        ),
+        (["knn", "--zzz"], "ssl-jax knn has no option --zzz; `ssl-jax knn --help` lists those"),
+        # No abbreviations: they would change their meaning when an option is added.
+        (["knn", "--maj", "--from=a"], "has no option --maj: did you mean --majority?"),
+        (
+            ["pretrain"],
+            "ssl-jax pretrain needs --config, --workdir; `ssl-jax pretrain --help` shows an",
+        ),
+        (["knn", "--from=a", "--k=x"], "ssl-jax knn: argument --k: invalid int value: 'x'; `"),
+        (
+            ["export", "--from=a", "--out=b", "--format=torhc"],
+            "argument --format: there is no 'torhc'. Did you mean 'torch'?",
+        ),
+        (["knn", "--from=a", "b"], "ssl-jax: unrecognized arguments: b; `ssl-jax --help` shows"),
+        (["report", "a", "--config.seed=1"], "--config.seed=1: report takes no config, leave"),
+    ],
+)
+def test_what_is_misspelt_is_one_sentence(capsys, typed, told):
+    code, out, err = run(capsys, *typed)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and told in err and err.count("\n") == 1
+
+
+def test_a_negative_number_is_no_option(capsys):
+    code, _, err = run(capsys, "knn", "--from=nowhere", "--temperature", "-1.5", "--k", "-1")
+    assert code == 2 and "There is no run, nor a file of weights, nowhere." in err
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_flags_for_all_commands_stand_anywhere(capsys, monkeypatch, place):
+    seen = []
+    monkeypatch.setattr(cli, "_prepare_data", lambda args: seen.append(args) or 3)
+    line = ["data", "pack", "a", "b"]
+    line[place:place] = ["--quiet", "--debug"]
+    assert run(capsys, *line)[0] == 0
+    assert seen[0].quiet and seen[0].debug
+    assert run(capsys, "data", "pack", "a", "b")[0] == 0
+    assert not seen[1].quiet and not seen[1].debug
+
+
 def test_a_user_error_is_one_line_and_code_2(capsys, tmp_path):
     code, out, err = run(capsys, "report", str(tmp_path))
     assert code == 2 and out == ""
@@ -44,6 +161,159 @@ def test_a_user_error_is_one_line_and_code_2(capsys, tmp_path):
     code, _, err = run(capsys, "pretrain", "--config=none.py", f"--workdir={tmp_path / 'w'}")
     assert code == 2 and "none.py" in err
     assert not (tmp_path / "w").exists()
+    code, _, err = run(capsys, "--debug", "report", str(tmp_path))
+    assert code == 2 and err.startswith("Traceback (most recent call last):")
+    assert err.endswith(f"error: There is no run in {tmp_path}: it has no config.json.\n")
+
+
+def test_paths_that_are_wrong_are_told_with_one_that_is_close(capsys, tmp_path):
+    (tmp_path / "config.py").write_text("")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    a_run = f"--from={tmp_path / 'run'}"
+    for line, told in (
+        (["pretrain", f"--config={tmp_path}/confg.py", "--workdir=w"], f"'{tmp_path}/config.py'?"),
+        (["knn", f"--from={tmp_path}/runn"], f"weights, {tmp_path}/runn. Did you mean"),
+        (["knn", f"--from={tmp_path}/empty"], "empty: it has no config.json."),
+        (["report", f"{tmp_path}/runn"], f"Did you mean '{tmp_path}/run'?"),
+        (["transfer", a_run, "--sets=no.json"], "no list of data sets no.json"),
+        (["features", a_run, "--out=nowhere/f.npz"], "nowhere (--out) is no folder"),
+        (["export", a_run, "--format=jax", "--out=nowhere/f"], "nowhere (--out) is no folder"),
+        (["views", "--config=c.py", "--out=nowhere/v.png"], "nowhere (--out) is no folder"),
+        (["import", f"{tmp_path}/moco.pth", "--out=a"], "moco.pth."),
+        (["data", "convert", f"{tmp_path}/emty", "out"], f"Did you mean '{tmp_path}/empty'?"),
+    ):
+        code, _, err = run(capsys, *line)
+        assert code == 2 and told in err and err.count("\n") == 1, err
+
+
+def test_a_wrong_path_is_told_before_jax_is_imported(tmp_path):
+    script = (
+        "import sys\nfrom ssl_jax import cli\n"
+        "for line in (['pretrain', '--config=no.py', '--workdir=w'], ['knn', '--from=no'],\n"
+        "             ['export', '--from=no', '--format=jax', '--out=a'], ['report', 'no'],\n"
+        "             ['data', 'convert', 'no', 'out'], ['import', 'no', '--out=a']):\n"
+        "    assert cli.main(line) == 2\n"
+        "sys.exit('jax' in sys.modules or 'tensorflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+BROKEN = """
+import sys
+from ssl_jax import cli
+from ssl_jax.data import packed
+
+def broken(*arguments):
+    raise KeyError("of\\nnobody")
+
+packed.pack = broken
+sys.exit(cli.main())
+"""
+
+
+def test_an_unexpected_error_is_one_line_without_its_trace(tmp_path):
+    command = [sys.executable, "-c", BROKEN, "data", "pack", tmp_path, "a.npz"]
+
+    def typed(*more):
+        return subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True)
+
+    plain, debug = typed(), typed("--debug")
+    assert plain.returncode == debug.returncode == 1
+    told = "error: unexpected KeyError: 'of\\nnobody' (--debug shows where)\n"
+    assert plain.stderr == told and plain.stdout == ""
+    assert debug.stderr.startswith("Traceback (most recent call last):")
+    assert ", in broken" in debug.stderr and debug.stderr.endswith(told)
+
+
+@pytest.mark.parametrize(
+    ("where", "line"),
+    [
+        ("ssl_jax.train.pretrain", ["pretrain", "--config={}/config.py", "--workdir=w"]),
+        ("ssl_jax.report.write_report", ["report", "{}"]),
+        ("ssl_jax.evals.frozen.run_features", ["knn", "--from={}"]),
+        ("ssl_jax.interop.export.export_tree", ["export", "--from={}", "--format=jax", "--out=a"]),
+        ("ssl_jax.doctor.examine", ["doctor"]),
+        ("ssl_jax.plan.fitting", ["plan", "--config={}/config.py", "--topology=h100:8"]),
+        ("ssl_jax.picture.write_views", ["views", "--config={}/config.py", "--out=a.png"]),
+    ],
+)
+def test_no_command_prints_the_trace_of_an_unexpected_error(
+    capsys, tmp_path, monkeypatch, where, line
+):
+    saved = {"config": to_json(default_config()), "command": "c", "versions": {}}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    (tmp_path / "config.py").write_text(
+        "from ssl_jax.config import default_config\ndef get_config(): return default_config()\n"
+    )
+
+    def broken(*arguments, **named):
+        raise RuntimeError("x" * 1000 + "\nsecond line")
+
+    monkeypatch.setattr(where, broken)
+    monkeypatch.setattr("ssl_jax.backend.compile_elsewhere", lambda simulated: None)
+    code, out, err = run(capsys, *(word.format(tmp_path) for word in line))
+    assert (code, out) == (1, "")
+    assert err.startswith("error: unexpected RuntimeError: xxx") and err.count("\n") == 1
+    assert len(err) < 400 and "--debug shows where" in err
+
+
+@pytest.mark.parametrize("typed", [["--workdir={}"], ["--workdir", "{}"]])
+def test_the_trace_of_an_unexpected_error_is_kept_in_the_runs_folder(
+    capsys, tmp_path, monkeypatch, typed
+):
+    def broken(*arguments, **named):
+        raise RuntimeError("of nobody")
+
+    monkeypatch.setattr("ssl_jax.train.pretrain", broken)
+    line = [
+        f"--config={ROOT / 'configs' / 'simclr_digits.py'}",
+        *(w.format(tmp_path) for w in typed),
+    ]
+    code, _, err = run(capsys, "pretrain", *line)
+    assert code == 1 and err.endswith(f"of nobody ({tmp_path / 'error.txt'} says where)\n")
+    kept = (tmp_path / "error.txt").read_text()
+    assert kept.startswith("Traceback ") and ", in broken" in kept
+
+
+def test_a_folder_that_cannot_be_listed_gives_no_hint(monkeypatch, tmp_path):
+    def forbidden(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    with pytest.raises(UserError, match="There is no config file .*see configs/.$"):
+        load_config(str(tmp_path / "a.py"))
+
+
+def test_an_error_in_one_of_several_processes_is_one_line(capsys):
+    """By injection: what `cluster.alone_on_failure` tells, it tells of the error at hand."""
+    import traceback
+
+    for debug in (False, True):
+        for error in (ValueError("why"), UserError("What to do.")):
+            try:
+                raise error
+            except (ValueError, UserError):
+                expected = isinstance(error, UserError)
+                text = "error: Process 1: What to do." if expected else traceback.format_exc()
+                cli._teller(argparse.Namespace(debug=debug))(text)
+            err = capsys.readouterr().err
+            assert ("Traceback" in err) == debug
+            assert debug or err.count("\n") == 1
+            assert ("What to do." if expected else "ValueError: why") in err
+
+
+def test_an_interrupt_and_a_closed_pipe_end_with_their_codes(capsys, monkeypatch):
+    for error, code in ((KeyboardInterrupt, 130), (BrokenPipeError, 1)):
+
+        def broken(args, error=error):
+            raise error
+
+        monkeypatch.setattr(cli, "_prepare_data", broken)
+        found, _, err = run(capsys, "data", "pack", "a", "b")
+        assert found == code and "Traceback" not in err
 
 
 def test_report_is_written_anew(capsys, tmp_path):
@@ -53,3 +323,19 @@ def test_report_is_written_anew(capsys, tmp_path):
     code, out, _ = run(capsys, "report", str(tmp_path))
     assert code == 0 and out.strip() == str(tmp_path / "report.html")
     assert (tmp_path / "report.html").exists()
+
+
+def test_config_prints_every_key_as_it_is_typed_and_what_is_not_the_default(capsys):
+    file = f"--config={ROOT / 'configs' / 'simclr_digits.py'}"
+    assert cli.main(["config", file, "--config.optim.lr=0.7", "--config.steps=3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "--config.optim.lr=0.7  # default: 0.3" in lines
+    assert "--config.steps=3  # default: 0" in lines
+    assert "--config.optim.momentum=0.9" in lines
+    config = load_config(str(ROOT / "configs" / "simclr_digits.py"), ["optim.lr=0.7", "steps=3"])
+    assert len(lines) == len(flatten(to_json(config)))
+    # Typed, they are the config.
+    typed = [line.partition("  #")[0].removeprefix("--config.") for line in lines]
+    assert to_json(apply_overrides(config, typed)) == to_json(config)
+    assert cli.main(["config", file, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["method"] == "simclr"

@@ -2,7 +2,9 @@ import json
 
 import pytest
 
+from ssl_jax import config as config_module
 from ssl_jax.config import (
+    apply_overrides,
     default_config,
     differences,
     flat_views,
@@ -177,6 +179,44 @@ def test_a_config_of_another_version_is_refused():
     saved["optim"]["gone"] = 1
     with pytest.raises(UserError, match="another version of ssl_jax .*optim.gone"):
         from_json(saved)
+    del saved["optim"]["gone"], saved["optim"]["lr"]
+    with pytest.raises(UserError, match="another version of ssl_jax .*optim.lr"):
+        from_json(saved)
+
+
+def test_a_config_saved_before_a_key_came_has_what_was_done_before():
+    saved = to_json(default_config())
+    del saved["data"]["stall_s"]
+    saved["optim"]["lr"] = 0.7
+    config = from_json(saved)
+    assert (config.data.stall_s, config.optim.lr) == (900.0, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("lr=0.5", "Did you mean 'config.optim.lr'"),
+        ("temperature=0.2", "Did you mean 'config.simclr.temperature'"),
+        ("loss.temperature=0.2", "Did you mean 'config.simclr.temperature'"),
+        ("optim.batch_sise=3", "config.optim has no key 'batch_sise'"),
+        ("batchsize=3", "Did you mean 'batch_size'"),
+    ],
+)
+def test_a_key_of_another_group_is_told(typed, meant):
+    with pytest.raises(UserError, match=meant):
+        apply_overrides(default_config(), [typed])
+
+
+def test_a_key_of_views_that_came_later_is_filled_in_for_each(monkeypatch):
+    config = default_config()
+    config.views = {"a": view(flip=0.3), "b": view(flip=0.7)}
+    saved = to_json(config)
+    for one in saved["views"].values():
+        del one["flip"]
+    with pytest.raises(UserError, match="another version .*views.a.flip, views.b.flip"):
+        from_json(saved)
+    monkeypatch.setitem(config_module._ADDED, "views.*.flip", 0.25)
+    assert [one.flip for one in from_json(saved).views.values()] == [0.25, 0.25]
 
 
 def test_one_view_given_twice_is_two_views(config_file):

@@ -53,6 +53,16 @@ def test_it_trains_is_evaluated_and_loaded_by_the_commands_of_the_page(config_fi
     script = f"import ssl_jax; ssl_jax.load({str(tmp_path / 'run')!r})"
     alone = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "'barlow_twins'" in alone.stderr and "import the file that registers it" in alone.stderr
+    knn = [sys.executable, "-m", "ssl_jax.cli", "knn", f"--from={tmp_path / 'run'}"]
+    refused = subprocess.run(knn, capture_output=True, text=True)
+    assert refused.returncode == 2 and "by --import=FILE.py" in refused.stderr
+    small = f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nimport tiny\n"
+    (tmp_path / "mine.py").write_text(small + CODE.partition('"""\n')[2])
+    mine = [*knn, f"--import={tmp_path / 'mine.py'}"]
+    done = subprocess.run(mine, capture_output=True, text=True)
+    assert done.returncode == 0 and "top-1" in done.stdout, done.stderr
+    absent = subprocess.run([*knn, "--import=absent.py"], capture_output=True, text=True)
+    assert absent.returncode == 2 and "no file absent.py (--import)" in absent.stderr
 
 
 def test_a_registered_methods_keys_are_no_part_of_other_runs(config_file):

@@ -1,150 +1,36 @@
 """The report of a run: what it shows, and what it says when something is missing."""
 
 import base64
+import hashlib
 import io
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_digits
+from report_runs import (
+    DRAWS,
+    Page,
+    evaluation,
+    images,
+    map_and_failures,
+    records,
+    write_config,
+    write_metrics,
+    write_run,
+)
 
 from ssl_jax import config as config_lib
-from ssl_jax import report
 from ssl_jax.errors import UserError
 from ssl_jax.report import mean_interval, nice_ticks, proportion_interval, write_report
+from ssl_jax.report.charts import Frame, whisker
 
-VOID = {"meta", "img", "br", "link", "input", "hr"}
 NASTY = "<script>alert('x')</script>&\"quoted\""
 # Student's t at 97.5 %, from the printed tables.
 T = {1: 12.7062, 4: 2.776445, 19: 2.093024}
-
-
-class Page(HTMLParser):
-    """Every element with its attributes and text; fails on a tag closed out of order."""
-
-    def __init__(self, path: Path):
-        super().__init__(convert_charrefs=True)
-        self.source = path.read_text(encoding="utf-8")
-        self.stack: list[dict] = []
-        self.elements: list[dict] = []
-        self.feed(self.source)
-        self.close()
-        assert not self.stack, f"left open: {[e['tag'] for e in self.stack]}"
-
-    def handle_starttag(self, tag, attrs):
-        assert len(attrs) == len(dict(attrs)), f"an attribute twice in <{tag}>"
-        element = {"tag": tag, "attrs": dict(attrs), "text": ""}
-        self.elements.append(element)
-        if tag not in VOID:
-            self.stack.append(element)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append({"tag": tag, "attrs": dict(attrs), "text": ""})
-
-    def handle_endtag(self, tag):
-        assert self.stack and self.stack[-1]["tag"] == tag, f"</{tag}> closes {self.stack[-1:]}"
-        self.stack.pop()
-
-    def handle_data(self, data):
-        for element in self.stack:
-            element["text"] += data
-
-    def all(self, tag, cls=""):
-        return [
-            e
-            for e in self.elements
-            if e["tag"] == tag and (not cls or cls in (e["attrs"].get("class") or "").split())
-        ]
-
-    def lead(self):
-        return self.all("p", "lead")[0]["text"]
-
-    def section(self, name):
-        (found,) = [e for e in self.all("section") if e["attrs"]["aria-labelledby"] == name]
-        return found["text"]
-
-
-def draws(seed: int, mean: float) -> np.ndarray:
-    return np.random.default_rng(seed).normal(mean, 0.02, 20).clip(0, 1)
-
-
-DRAWS = {
-    name: {labels: draws(10 * i + labels, 0.5 + 0.03 * labels + 0.05 * i) for labels in (1, 5, 10)}
-    for i, name in enumerate(("raw pixels", "random init", "SimCLR"))
-}
-
-
-def evaluation(table=DRAWS) -> dict:
-    rows = []
-    for i, (name, by_labels) in enumerate(table.items()):
-        # Baselines are named in words, the trained row by the config's name of the method.
-        row = {
-            "name": {"SimCLR": "simclr"}.get(name, name),
-            "linear": 0.953 + 0.01 * i,
-            "knn": 0.97 + 0.005 * i,
-        }
-        for labels, values in by_labels.items():
-            row[f"labels_{labels}"] = {
-                "mean": float(values.mean()),
-                "std": float(values.std()),
-                "draws": values.tolist(),
-            }
-        rows.append(row)
-    return {"rows": rows, "test_examples": 450, "draws": 20, "split": "a quarter held out"}
-
-
-def write_config(folder: Path, **changes) -> None:
-    record = {
-        "config": config_lib.to_json(config_lib.default_config()),
-        "versions": {"jax": "0.10.2", "ssl_jax": "0.1.0"},
-        "git": "3f2c9ab",
-        "devices": {"platform": "cpu", "count": 8},
-        "command": "python run_pretrain.py --config=configs/digits.py --workdir=out",
-    }
-    (folder / "config.json").write_text(json.dumps(record | changes))
-
-
-def write_metrics(folder: Path, records: list[dict], tail: str = "") -> None:
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    (folder / "metrics.jsonl").write_text(lines + tail)
-
-
-def records(last: int = 200) -> list[dict]:
-    found: list[dict] = []
-    for step in range(10, last + 1, 10):
-        found.append(
-            {
-                "step": step,
-                "loss": 5 - step / 100,
-                "learning_rate": 0.3,
-                "images_per_s": 1234.0,
-                "data_wait": 0.1,
-            }
-        )
-        if step % 100 == 0:
-            found.append({"step": step, "knn": 0.8 + step / 2000})
-    return found
-
-
-def images() -> dict[str, np.ndarray]:
-    data = load_digits()
-    pixels = (data.images / 16 * 255).astype(np.uint8)[..., None].repeat(3, axis=-1)
-    originals = pixels[:3]
-    return {
-        "originals": originals,
-        "views": np.stack([originals[:, ::-1], originals[:, :, ::-1]], axis=1),
-        "neighbours_query": pixels[10:12],
-        "neighbours": pixels[20:26].reshape(2, 3, 8, 8, 3),
-        "query_label": np.array([0, 1]),
-        "neighbour_label": np.array([[0, 0, 2], [1, 0, 1]]),
-        "neighbour_similarity": np.array([[0.99, 0.9, 0.81], [0.7, 0.6, 0.5]]),
-        "class_names": np.array(["cat", "dog", "lynx"]),
-    }
 
 
 @pytest.fixture
@@ -164,8 +50,17 @@ def test_is_one_wellformed_page_that_needs_nothing_else(workdir):
     assert page.all("html")[0]["attrs"]["lang"] == "en"
     assert "SimCLR on digits" in page.all("title")[0]["text"]
     assert len(page.all("h1")) == 1
-    assert not page.all("script") and not page.all("link") and not page.all("iframe")
-    assert "//" not in re.sub(r"base64,[^\"]*", "", page.source)
+    assert not page.all("link") and not page.all("iframe")
+    (script,) = page.all("script")
+    assert not script["attrs"]
+    digest = base64.b64encode(hashlib.sha256(script["text"].encode()).digest()).decode()
+    (policy,) = [e["attrs"] for e in page.all("meta") if "http-equiv" in e["attrs"]]
+    assert policy["content"] == (
+        "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+        f"script-src 'sha256-{digest}'"
+    )
+    without = page.source.replace(script["text"], "")
+    assert "//" not in re.sub(r"base64,[^\"]*", "", without)
     assert "$" not in page.source
     for element in page.elements:
         assert not {"href", "srcset", "onclick", "onload"} & element["attrs"].keys()
@@ -207,7 +102,9 @@ def test_images_of_other_sizes_keep_their_shape(workdir):
 def test_charts_and_tables_are_described(workdir):
     page = Page(write_report(workdir))
     charts = [e for e in page.all("svg") if e["attrs"].get("role") == "img"]
-    assert len(charts) == 6
+    assert (
+        len(charts) == 7
+    )  # two of the evaluation, four of what was logged, and its share of waits
     assert all(len(e["attrs"]["aria-label"]) > 20 for e in charts)
     assert all(e["attrs"]["scope"] in ("col", "row") for e in page.all("th"))
     assert len(page.all("caption")) == 2
@@ -266,6 +163,17 @@ def test_accuracies_are_fractions(workdir, value):
     bad["rows"][0]["linear"] = value
     (workdir / "evaluation.json").write_text(json.dumps(bad))
     assert "evaluation.json is damaged or" in Page(write_report(workdir)).section("evaluation")
+
+
+def test_intervals_beyond_all_accuracies_leave_the_axis_its_ticks(workdir):
+    # 52.5 ± 12.7 * 22.5: Student's of two draws.
+    table = {"SimCLR": {5: np.array([0.3, 0.75])}}
+    (workdir / "evaluation.json").write_text(json.dumps(evaluation(table)))
+    page = Page(write_report(workdir))
+    (chart,) = [
+        e for e in page.all("svg") if "labels per class" in e["attrs"].get("aria-label", "")
+    ]
+    assert chart["text"].startswith("test accuracy, %020406080100")
 
 
 def test_one_draw_has_no_interval(workdir):
@@ -375,6 +283,18 @@ def test_neighbours_of_another_class_are_marked_by_more_than_colour(workdir):
     assert "4 of 6 are of the test image's class" in page.section("neighbours")
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["query_label", "neighbour_label", "map_label"]
+    + ["failures_query_label", "failures_neighbour_label"],
+)
+def test_labels_beyond_the_names_are_damage(tmp_path, name):
+    write_run(tmp_path)
+    given = images() | map_and_failures()
+    np.savez(tmp_path / "report_images.npz", **given | {name: given[name] + 3})
+    assert "report_images.npz is damaged" in Page(write_report(tmp_path)).section("failures")
+
+
 def test_classes_of_one_name_are_still_two_classes(workdir):
     np.savez(workdir / "report_images.npz", **images() | {"class_names": np.array(["crane"] * 3)})
     assert len(Page(write_report(workdir)).all("figure", "wrong")) == 2
@@ -402,6 +322,9 @@ def test_neighbours_without_labels_are_shown_unjudged(workdir):
         ("evaluation.json", "evaluation"),
         ("report_images.npz", "views"),
         ("report_images.npz", "neighbours"),
+        ("report_images.npz", "embeddings"),
+        ("report_images.npz", "failures"),
+        ("metrics.jsonl", "collapse"),
     ],
 )
 @pytest.mark.parametrize("damage", ["absent", "cut", "other"])
@@ -421,7 +344,7 @@ def test_says_what_is_not_there(workdir, file, section, damage):
         words = "holds no"
     elif damage != "absent":
         path.write_text("")
-        words = f"{file} holds no record"
+        words = "Not judged" if section == "collapse" else f"{file} holds no record"
     page = Page(write_report(workdir))
     assert words in page.section(section)
     assert page.all("section") and page.lead().endswith(".")
@@ -453,12 +376,14 @@ def test_text_from_files_is_escaped(workdir):
     bad = evaluation()
     bad["split"] = bad["rows"][2]["name"] = NASTY
     (workdir / "evaluation.json").write_text(json.dumps(bad))
-    pictures = images() | {"class_names": np.array([NASTY] * 3)}
+    pictures = images() | map_and_failures() | {"class_names": np.array([NASTY] * 3)}
     np.savez(workdir / "report_images.npz", **pictures)
     page = Page(write_report(workdir))
-    assert not page.all("script") and "<script" not in page.source
+    assert len(page.all("script")) == 2 and "<script>alert" not in page.source
     assert page.all("h1")[0]["text"] == f"{NASTY} on {NASTY}"
-    for name in ("run", "evaluation", "training", "neighbours", "reproduce"):
+    for name in (
+        *("run", "evaluation", "training", "neighbours", "embeddings", "failures", "reproduce"),
+    ):
         assert NASTY in page.section(name)
     assert any(NASTY in image["attrs"]["alt"] for image in page.all("img"))
 
@@ -551,9 +476,231 @@ def test_colours_have_contrast_in_both_themes(workdir):
 
 def test_whiskers_stay_inside_their_chart(tmp_path):
     # Two draws far apart: Student's interval is then wider than all accuracies there are.
-    frame = report._Frame(40, (0.0, 1.0), (0.0, 100.0))
-    inside = report._whisker(frame, 0.5, 50.0, 10.0)
-    wide = report._whisker(frame, 0.5, 50.0, 500.0)
+    frame = Frame(40, (0.0, 1.0), (0.0, 100.0))
+    inside = whisker(frame, 0.5, 50.0, 10.0)
+    wide = whisker(frame, 0.5, 50.0, 500.0)
     ends = [float(y) for y in re.findall(r"M[\d.]+ ([-\d.]+)V([-\d.]+)", wide)[0]]
     assert ends == [round(frame.y(0.0), 1), round(frame.y(100.0), 1)]
     assert inside != wide
+
+
+def write_run_with(folder, **logged):
+    """A run whose metrics follow, by name, these values, a step apart."""
+    write_run(folder)
+    steps = max(map(len, logged.values()))
+    write_metrics(
+        folder,
+        [
+            {"step": 10 * (i + 1), **{name: v[i] for name, v in logged.items() if i < len(v)}}
+            for i in range(steps)
+        ],
+    )
+    return Page(write_report(folder))
+
+
+def verdict(page):
+    (found,) = page.all("p", "verdict")
+    return found["text"].split(maxsplit=1)
+
+
+def test_a_healthy_run_shows_what_its_verdict_rests_on(tmp_path):
+    page = write_run_with(tmp_path, embedding_std=[0.7, 0.6, 0.65], rankme=[3, 20, 40], loss=[5, 4])
+    assert verdict(page) == ["✓", "No sign of collapse."]
+    text = page.section("collapse")
+    assert "0.6500 at the end (from 0.6000 to 0.7000)" in text
+    assert "40.00 at the end" in text and "4.000 at the end" in text
+
+
+def test_a_collapsed_run_says_since_when(tmp_path):
+    page = write_run_with(tmp_path, embedding_std=[0.7, 0.01, 0.005, 0.001], loss=[5.0] * 4)
+    assert verdict(page) == ["✕", "Collapsed since step 20."]
+    assert "0.0010 of 1/√d" in page.section("collapse")
+
+
+def test_a_spread_that_is_halved_is_a_sign_and_one_that_comes_back_is_told(tmp_path):
+    page = write_run_with(tmp_path, embedding_std=[0.8, 0.3, 0.3, 0.3])
+    assert verdict(page) == ["✕", "A sign of collapse since step 20."]
+    page = write_run_with(tmp_path, embedding_std=[0.8, 0.3, 0.3, 0.7])
+    assert verdict(page) == ["✓", "No sign of collapse at the end."]
+    assert "For a time: from step 20 to 40 the spread" in page.section("collapse")
+
+
+@pytest.mark.parametrize(
+    ("derived", "last", "words"),
+    [
+        ({"trivial_loss": 8.0, "patience": 30}, 40, "No sign of collapse."),  # of any method
+        ({"trivial_loss": 8.0, "patience": 30}, 50, "Collapsed since step 10."),
+        ({"trivial_loss": None, "patience": 30}, 50, "No sign of collapse."),
+        ({}, 50, "No sign of collapse."),
+    ],
+)
+@pytest.mark.parametrize("continued", [False, True])
+def test_a_loss_has_the_time_of_the_warmup_to_leave_that_of_constant_outputs(
+    tmp_path, derived, last, words, continued
+):
+    # A folder from before these were derived has them from when it went on.
+    recorded = {"continued": [{"derived": derived}]} if continued else {"derived": derived}
+    config = config_lib.to_json(config_lib.default_config()) | {"method": "own"}
+    write_run(tmp_path, config=config, **recorded)
+    logged = [{"step": s, "loss": 8.0, "embedding_std": 0.7} for s in range(10, last + 1, 10)]
+    write_metrics(tmp_path, logged)
+    assert verdict(Page(write_report(tmp_path)))[1] == words
+
+
+def test_a_swav_run_from_before_that_was_recorded_is_judged_by_its_prototypes(tmp_path):
+    config = config_lib.to_json(config_lib.default_config()) | {"method": "swav"}
+    config["swav"]["prototypes"] = 3000
+    stuck = {"loss": 8.0064, "embedding_std": 0.7}  # ln 3000
+    for derived, words in (
+        ({"batchnorm_images": 20}, "Collapsed since step 10."),
+        ({"trivial_loss": 8.00637, "patience": 10}, "No sign of collapse."),
+    ):
+        write_run(tmp_path, config=config, derived=derived)
+        write_metrics(tmp_path, [{"step": step, **stuck} for step in (10, 20)])
+        assert verdict(Page(write_report(tmp_path)))[1] == words
+
+
+def test_a_run_without_diagnostics_is_not_judged(tmp_path):
+    page = write_run_with(tmp_path, loss=[5.0, 4.0])
+    assert not page.all("p", "verdict")
+    assert "neither embedding_std nor rankme" in page.section("collapse")
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("simclr", "no EMA"),
+        ("moco", "momentum is 0.999 throughout"),
+        ("byol", "goes from 0.996 to 1 by a cosine"),
+    ],
+)
+def test_a_momentum_that_is_not_logged_is_told(tmp_path, method, words):
+    config = config_lib.to_json(config_lib.default_config()) | {"method": method}
+    write_run(tmp_path, config=config)
+    assert words in Page(write_report(tmp_path)).section("training")
+
+
+@pytest.mark.parametrize("momentum", ["cosine", (0.9, 1.0), 0.5])
+def test_an_option_of_a_method_of_ones_own_is_not_taken_for_the_emas(tmp_path, momentum):
+    config = config_lib.to_json(config_lib.default_config())
+    write_run(tmp_path, config=config | {"method": "own", "own": {"momentum": momentum}})
+    assert "EMA" not in Page(write_report(tmp_path)).section("training")
+
+
+def test_every_scalar_that_was_logged_has_a_curve(tmp_path):
+    names = ("loss", "learning_rate", "target_decay", "knn", "probe_accuracy", "embedding_std")
+    names += ("rankme", "images_per_s", "alignment")
+    page = write_run_with(tmp_path, **{name: [0.25, 0.5] for name in names})
+    titles = {e["text"] for e in page.all("h3")}
+    assert {"Loss", "EMA momentum", "RankMe", "Throughput", "alignment"} <= titles
+    assert "Other curves (1)" in page.section("training")
+    assert "From 0.2500 to" not in page.section("training")  # a value has its step
+    assert "From 0.2500 at step 10 to 0.5000 at step 20." in page.section("training")
+
+
+def map_data(page):
+    (found,) = [e for e in page.all("script") if e["attrs"].get("type") == "application/json"]
+    return json.loads(found["text"])
+
+
+def test_the_map_has_every_image_once_with_its_class_as_colour_and_mark(tmp_path):
+    page = Page(write_report(write_run(tmp_path)))
+    points = [e for e in page.all("path", "pt") if "transform" in e["attrs"]]
+    assert len(points) == 2 * 12  # of the trained encoder and of the untrained one
+    looks = {}
+    for i, point in enumerate(points):
+        looks.setdefault(i % 12 % 3, set()).add((point["attrs"]["class"], point["attrs"]["d"]))
+        assert point["text"] == ["cat", "dog", "lynx"][i % 12 % 3]
+    assert all(len(found) == 1 for found in looks.values())
+    colours, marks = zip(*(found.pop() for found in looks.values()), strict=True)
+    assert len(set(colours)) == len(set(marks)) == 3
+    given = map_and_failures()["map_positions"]
+    placed = np.array(
+        [re.findall(r"[-.\d]+", p["attrs"]["transform"]) for p in points[:12]], np.float64
+    )
+    for axis in (0, 1):
+        slope, offset = np.polyfit(given[:, axis], placed[:, axis], 1)
+        assert np.abs(slope * given[:, axis] + offset - placed[:, axis]).max() < 0.06
+    assert placed.min() >= 0 and placed.max() <= 400
+    legend = page.all("ul", "marks")[0]["text"]
+    assert legend == "catdoglynx"
+
+
+def test_the_maps_script_has_the_images_and_who_is_near_whom(tmp_path):
+    data, given = map_data(Page(write_report(write_run(tmp_path)))), map_and_failures()
+    assert data["near"] == given["map_neighbour"].tolist() and data["labels"] == [0, 1, 2] * 4
+    assert data["similarity"][0] == [0.9, 0.8, 0.75] and data["names"] == ["cat", "dog", "lynx"]
+    assert data["pixelated"] and data["columns"] == 4
+    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(data["sheet"].split(",")[1]))))
+    for i, image in enumerate(given["map_images"]):
+        row, column = divmod(i, 4)
+        np.testing.assert_array_equal(sheet[8 * row :, 8 * column :][:8, :8], image)
+
+
+def test_a_map_without_labels_has_one_colour(tmp_path):
+    write_run(tmp_path)
+    drawn = map_and_failures()
+    for name in ("map_label", "map_untrained"):
+        del drawn[name]
+    np.savez(tmp_path / "report_images.npz", **images(), **drawn)
+    page = Page(write_report(tmp_path))
+    assert "no labels" in page.section("embeddings") and not page.all("ul", "marks")
+    assert len({e["attrs"]["class"] for e in page.all("path", "pt")}) == 1
+    assert map_data(page)["labels"] == []
+
+
+def test_a_map_of_features_that_are_not_finite_is_left_out(tmp_path):
+    write_run(tmp_path)
+    lost = np.full((12, 2), np.nan, np.float32)
+    for name, words, maps in (
+        ("map_positions", "not all finite", 0),
+        ("map_untrained", "placed by t-SNE", 1),
+    ):
+        np.savez(tmp_path / "report_images.npz", **images(), **map_and_failures() | {name: lost})
+        page = Page(write_report(tmp_path))
+        assert words in page.section("embeddings") and len(page.all("svg", "map")) == maps
+        assert "nan" not in page.section("embeddings")
+
+
+def test_retrieval_failures_are_counted_and_marked(tmp_path):
+    page = Page(write_report(write_run(tmp_path)))
+    text = page.section("failures")
+    assert "Of 40 held-out images, 2 have a nearest training image of another class (5.0 %)" in text
+    wrong = [figure["text"].split() for figure in page.all("figure", "wrong")]
+    assert wrong[-3:] == [["0.98", "✕lynx"], ["0.80", "✕lynx"], ["0.70", "✕cat"]]
+
+
+def test_a_run_that_retrieves_all_and_one_of_before_say_so(tmp_path):
+    write_run(tmp_path)
+    none = {"failures_count": np.array(0), "failures_asked": np.array(40)}
+    np.savez(tmp_path / "report_images.npz", **images(), **none)
+    assert "Of 40 held-out images, 0 have" in Page(write_report(tmp_path)).section("failures")
+    np.savez(tmp_path / "report_images.npz", **images())
+    page = Page(write_report(tmp_path))
+    assert "before ssl_jax kept them" in page.section("failures")
+    assert "holds no map" in page.section("embeddings")
+
+
+def test_photographs_keep_the_page_small(tmp_path):
+    write_run(tmp_path)
+    rng = np.random.default_rng(0)
+    smooth = rng.integers(0, 256, (300, 4, 4, 3)).astype(np.uint8).repeat(8, 1).repeat(8, 2)
+    drawn = map_and_failures(300) | {"map_images": smooth}
+    large = rng.integers(0, 256, (24, 6, 8, 8, 3)).astype(np.uint8).repeat(16, 2).repeat(16, 3)
+    drawn |= {"failures_query": large[:, 0], "failures_neighbours": large}
+    drawn |= {"failures_similarity": np.ones((24, 6)), "failures_query_label": np.zeros(24, int)}
+    drawn |= {"failures_neighbour_label": np.ones((24, 6), int), "failures_count": np.array(24)}
+    np.savez(tmp_path / "report_images.npz", **images(), **drawn)
+    path = write_report(tmp_path)
+    assert "data:image/jpeg" in path.read_text() and path.stat().st_size < 1_500_000
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+    write_run(tmp_path)
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=r"report\.html can't be written \(No space left"):
+        write_report(tmp_path)

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from ssl_jax.cli import pretrain_main
 from ssl_jax.config import to_json
 from ssl_jax.encoder import restore_state
 from ssl_jax.errors import UserError
+from ssl_jax.evals import run as eval_run
 from ssl_jax.metrics import read_metrics
 from ssl_jax.spmd import Spmd
 from ssl_jax.train import pretrain
@@ -98,6 +100,7 @@ def undisturbed(command_for, extras, tmp_path_factory):
 
 
 # While a checkpoint is being written, one every 3 steps, and between two.
+@pytest.mark.long
 @pytest.mark.parametrize("data, at", [("digits", "step 12/"), ("folder", "step 11/")])
 def test_a_killed_run_ends_bit_identical_to_an_undisturbed_one(
     undisturbed, extras, command, tmp_path, data, at
@@ -134,7 +137,9 @@ def test_a_finished_run_is_evaluated_and_reported(tmp_path, capsys):
     state = pretrain(config, tmp_path, "the command")
     out = capsys.readouterr().out
     record = json.loads((tmp_path / "config.json").read_text())
-    assert record["derived"] == {"batchnorm_images": 320} and "BatchNorm over 320 images" in out
+    assert "BatchNorm over 320 images" in out
+    # The patience is an epoch: 1347 images in batches of 320.
+    assert record["derived"] == {"batchnorm_images": 320, "trivial_loss": None, "patience": 4}
     for part in ("raw pixels", "random init", "simclr", "full linear", "kNN", "report.html"):
         assert part in out
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
@@ -305,3 +310,70 @@ def test_what_only_data_and_devices_tell_is_refused_too(changes, words, tmp_path
     with pytest.raises(UserError, match=words):
         pretrain(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("halved", [False, True])
+def test_a_full_memory_names_the_levers(tmp_path, monkeypatch, halved):
+    """By injection: a CPU has none of its own to fill."""
+    config = tiny_config(batch_size=64, remat=halved, dtype="bfloat16" if halved else "float32")
+
+    def full(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory, 9 bytes.\n  at")
+
+    class Full(train_module.Program):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.step = full
+
+    monkeypatch.setattr(train_module, "Program", Full)
+    with pytest.raises(UserError) as caught:
+        pretrain(config, tmp_path)
+    told = str(caught.value)
+    assert "Out of memory, 9 bytes.): try --config.microbatch=32" in told
+    assert ("remat" in told) == ("bfloat16" in told) == (not halved)
+    assert "`ssl-jax plan`" in told and "\n" not in told
+
+
+def test_a_memory_that_fills_in_an_evaluation_names_its_lever(tmp_path, monkeypatch):
+    """By injection; the run goes on with the lever pulled, from its checkpoint."""
+    config = tiny_config(batch_size=64, steps=2)
+    config.eval.batch_size, config.checkpoint.every_epochs = 64, 1.0
+    config.eval.frozen_at_end = False
+
+    def full(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory, 9 bytes.\n  at")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(eval_run, "extract_features", full)
+        with pytest.raises(UserError) as caught:
+            pretrain(config, tmp_path)
+    assert "A batch of the evaluation doesn't fit" in str(caught.value)
+    assert "9 bytes.): try --config.eval.batch_size=32." in str(caught.value)
+    config.eval.batch_size = 32
+    assert int(pretrain(config, tmp_path).step) == 2
+
+
+def test_a_run_that_goes_on_remembers_how_wide_its_embeddings_were(tmp_path, monkeypatch):
+    config = tiny_config(batch_size=64, steps=4)
+    config.eval.frozen_at_end, config.checkpoint.every_epochs = False, 0.05
+    pretrain(config, tmp_path)
+    seen = [r["embedding_std"] for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r]
+    run = train_module.Run(train_module.Setup(config), tmp_path)
+    told = run.watch.check(5, {"embedding_std": max(seen) * 0.49})
+    told += run.watch.check(6, {"embedding_std": max(seen) * 0.49})
+    run.close()
+    assert len(told) == 1 and "has halved" in told[0]
+
+
+def test_no_file_of_a_run_can_be_written_by_others(tmp_path):
+    """With the usual umask; a looser one is its owner's choice."""
+    config = tiny_config(steps=1)
+    before = os.umask(0o022)
+    try:
+        pretrain(config, tmp_path / "run")
+    finally:
+        os.umask(before)
+    files = [tmp_path / "run", *(tmp_path / "run").rglob("*")]
+    assert {"config.json", "report.html", "metrics.jsonl"} <= {file.name for file in files}
+    for file in files:
+        assert not stat.S_IMODE(file.stat().st_mode) & 0o022, file

@@ -32,7 +32,8 @@ def folder_sources(config: ConfigDict) -> tuple["FolderSource", "FolderSource | 
         return train, None
     test = FolderSource(config, "test_dir")
     differing = sorted(set(train.class_names) ^ set(test.class_names))
-    if differing:
+    # Images without labels may be measured on others that have them.
+    if differing and train.num_classes:
         raise UserError(
             f"config.data.dir ({config.data.dir}) and config.data.test_dir "
             f"({config.data.test_dir}) must have the same class folders, but only one of them has "

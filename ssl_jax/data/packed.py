@@ -1,6 +1,5 @@
 """A folder of small images as one file of pixels: held on the devices whole, without TensorFlow."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from PIL import Image
 from ssl_jax.data.listing import list_images
 from ssl_jax.data.sources import ArraySource
 from ssl_jax.errors import UserError
+from ssl_jax.files import asked_for
 
 _KEYS = {"images", "labels", "class_names"}
 
@@ -44,19 +44,13 @@ def pack(folder: str | Path, out: str | Path) -> int:
                 "config.data.name 'folder' for others."
             )
         row[...] = image
-    temporary = out.with_name(out.name + ".tmp")
-    try:
-        with temporary.open("wb") as handle:
-            np.savez(
-                handle,
-                images=images,
-                labels=np.array(labels or [], np.int32),
-                class_names=np.array(class_names, str),
-            )
-        os.replace(temporary, out)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{out} can't be written ({error.strerror}): choose another.") from error
+    with asked_for(out) as temporary, temporary.open("wb") as handle:
+        np.savez(
+            handle,
+            images=images,
+            labels=np.array(labels or [], np.int32),
+            class_names=np.array(class_names, str),
+        )
     return len(files)
 
 
@@ -76,7 +70,8 @@ def packed_sources(config: ConfigDict) -> tuple[ArraySource, ArraySource | None]
     if not config.data.test_dir:
         return train, None
     test = _load(config.data.test_dir, "config.data.test_dir")
-    if train.class_names != test.class_names:
+    # Images without labels may be measured on others that have them.
+    if train.num_classes and train.class_names != test.class_names:
         raise UserError(
             f"config.data.dir ({config.data.dir}) and config.data.test_dir "
             f"({config.data.test_dir}) have other classes: pack two splits of one data set."

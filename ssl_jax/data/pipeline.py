@@ -17,6 +17,7 @@ from ssl_jax.data.augment import colour
 from ssl_jax.data.device_crop import crop_views, resize_images
 from ssl_jax.data.index import Index, view_keys
 from ssl_jax.data.sources import Source
+from ssl_jax.errors import UserError
 
 _DEPTH = 1  # batches that wait on the devices, beside the one in use and the one being placed
 
@@ -101,6 +102,7 @@ class Prefetcher:
         place: Callable[[Any], Any],
         first_step: int,
         last_step: int,
+        stall_s: float = 0.0,
     ) -> None:
         """Starts reading.
 
@@ -111,9 +113,10 @@ class Prefetcher:
           place: puts a host batch on the devices.
           first_step: to read, counted over the whole run.
           last_step: where to stop, not read itself.
+          stall_s: seconds that `next` waits at most; 0: for ever.
         """
         steps = ((step, index.local_ids(step, rows)) for step in range(first_step, last_step))
-        self.wait_seconds = 0.0
+        self.wait_seconds, self._stall_s = 0.0, stall_s
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=_DEPTH)
         self._stopped = threading.Event()
         self._thread = threading.Thread(
@@ -140,9 +143,20 @@ class Prefetcher:
         return False
 
     def next(self) -> Any:
-        """The next batch, on the devices; raises what the reading raised."""
+        """The next batch, on the devices; raises what the reading raised.
+
+        Raises:
+          UserError: none has come for `stall_s` seconds.
+        """
         start = time.perf_counter()
-        item = self._queue.get()
+        try:
+            item = self._queue.get(timeout=self._stall_s or None)
+        except queue.Empty:
+            raise UserError(
+                f"No images have come for {self._stall_s:g} seconds (config.data.stall_s): see "
+                "whether the file system that holds them answers; the same command continues from "
+                "the newest checkpoint."
+            ) from None
         self.wait_seconds += time.perf_counter() - start
         if isinstance(item, BaseException):
             raise item

@@ -5,6 +5,7 @@ source is held on the devices whole and needs neither a host pipeline nor Tensor
 decodes and crops, and hands over uint8 views.
 """
 
+import queue
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -106,6 +107,89 @@ class ArraySource:
         return self.images[np.asarray(ids)]
 
 
+class Subset:
+    """Some of a source's images, under ids of their own, 0 … n-1."""
+
+    def __init__(self, source: Source, ids: Int[np.ndarray, " n"]) -> None:
+        self._source, self._ids = source, np.asarray(ids, np.int32)
+        self.num_examples = len(ids)
+        self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.bad = source.bad
+        checksum = zlib.crc32(self._ids.tobytes())
+        self.fingerprint = f"{source.fingerprint}; {len(ids)} of them, checksum {checksum:08x}"
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Of these images."""
+        labels = self._source.labels
+        return None if labels is None else labels[self._ids]
+
+    def resident(self) -> dict[str, np.ndarray]:
+        """The images alone, where the source holds its images on the devices."""
+        return {name: array[self._ids] for name, array in self._source.resident().items()}
+
+    def batches(self, steps: Iterator[tuple[int, np.ndarray]]) -> Iterator[dict[str, Any]]:
+        """The source's batches of these images, renumbered."""
+        asked: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+
+        def in_source() -> Iterator[tuple[int, np.ndarray]]:
+            for step, ids in steps:
+                asked.put(ids)
+                yield step, self._ids[ids]
+
+        for batch in self._source.batches(in_source()):
+            yield {**batch, "id": asked.get()}
+
+    def clean(self, ids: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "n h w 3"]:
+        """As the source's."""
+        return self._source.clean(self._ids[np.asarray(ids)])
+
+
+def balanced_ids(
+    labels: Int[np.ndarray, " n"], share: float, seed: int = 0
+) -> Int[np.ndarray, " kept"]:
+    """A share of the images with as many of each class, at least one.
+
+    Args:
+      labels: of all images.
+      share: of them, above 0 and at most 1; of a class that has too few, all.
+      seed: of the draw. A larger share of the same seed holds the smaller.
+
+    Returns:
+      Ids, ascending.
+    """
+    classes = np.unique(labels)
+    each = max(1, round(share * len(labels) / len(classes)))
+    generators = (np.random.default_rng([seed, int(c)]) for c in classes)
+    drawn = [
+        generator.permutation(np.flatnonzero(labels == c))[:each]
+        for c, generator in zip(classes, generators, strict=True)
+    ]
+    return np.sort(np.concatenate(drawn)).astype(np.int32)
+
+
+def held_out_ids(
+    labels: Int[np.ndarray, " n"] | None, count: int, share: float
+) -> Int[np.ndarray, " held"]:
+    """A share of each class's images, always the same ones; no class is held out whole.
+
+    Args:
+      labels: of all images, None where there are none: all count as one class.
+      count: of the images.
+      share: of them.
+
+    Returns:
+      Ids, ascending.
+    """
+    classes = np.zeros(count, np.int32) if labels is None else labels
+    drawn = []
+    for label in np.unique(classes):
+        members = np.flatnonzero(classes == label)
+        held = min(round(share * len(members)), len(members) - 1)
+        drawn.append(np.random.default_rng([0, abs(int(label))]).permutation(members)[:held])
+    return np.sort(np.concatenate(drawn)).astype(np.int32)
+
+
 def digits(config: ConfigDict) -> tuple[Source, Source]:
     """scikit-learn's 1,797 scans of handwritten digits, 8×8, split by class with a fixed seed.
 
@@ -138,11 +222,34 @@ def make_sources(config: ConfigDict) -> tuple[Source, Source | None]:
       config: of the run.
 
     Returns:
-      The training source, and the one to evaluate on, None where there is none.
+      The training source (of `config.data.subset`, that share of it), and the one to evaluate on,
+      None where there is none.
 
     Raises:
       UserError: an unknown name, a missing or empty folder or file.
     """
+    train, test = _named_sources(config)
+    share = config.data.validation
+    if share:
+        held = held_out_ids(train.labels, train.num_examples, share)
+        rest = np.setdiff1d(np.arange(train.num_examples), held)
+        if not len(held):
+            raise UserError(
+                f"config.data.validation={share:g} of {train.num_examples} training images holds "
+                "none out: take a larger share."
+            )
+        train, test = Subset(train, rest), Subset(train, held)
+    share, seed = config.data.subset, config.data.subset_seed
+    if share == 1:
+        return train, test
+    if train.labels is None:
+        order = np.random.default_rng(seed).permutation(train.num_examples)
+        kept = np.sort(order[: max(1, round(share * train.num_examples))])
+        return Subset(train, kept), test
+    return Subset(train, balanced_ids(train.labels, share, seed)), test
+
+
+def _named_sources(config: ConfigDict) -> tuple[Source, Source | None]:
     name = config.data.name
     if name == "digits":
         return digits(config)

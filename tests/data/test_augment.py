@@ -400,3 +400,13 @@ def test_unknown_styles_are_refused(call):
 def test_a_blur_without_taps_is_refused():
     with pytest.raises(UserError, match="kernel_size is 0"):
         augment.gaussian_blur(random_images(), 1.0, 0)
+
+
+@pytest.mark.parametrize("border", ["constant", "reflect"])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_blurring_by_matrices_is_blurring_by_shifts(border, axis):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.random((3, 12, 9, 3)), jnp.float32)
+    taps = jnp.asarray(rng.random((3, 4)), jnp.float32)
+    by_shifts = augment._by_shifts(x, taps, axis, border)
+    np.testing.assert_allclose(augment._by_matrices(x, taps, axis, border), by_shifts, rtol=1e-5)

@@ -1,0 +1,102 @@
+"""Draws what `make quickstart` comes to: python docs/result.py runs/quickstart.
+
+It writes docs/images/quickstart.png from the run's own evaluation and pictures: accuracies of the
+frozen features beside raw pixels and the untrained network, and held-out scans with the training
+scans whose features are nearest.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+OUT = Path(__file__).parent / "images" / "quickstart.png"
+SCALE = 2  # pixels of a unit, so that screens with dense pixels have sharp type
+WIDTH, HEIGHT = 800, 286
+INK, GRAY, PAPER, EDGE = "#16202a", "#55616c", "#fbfcfd", "#c6ccd2"
+# Told apart by brightness, too.
+COLOURS = {"raw pixels": "#b9c3cc", "random init": "#e39c37", "trained": "#00619e"}
+COLUMNS = ("1 label", "5 labels", "10 labels", "all, linear", "all, kNN")
+BASE, TOP, LEFT, GROUP, BAR = 226, 66, 44, 78, 22
+SHOWN, SIDE = 5, 30  # rows of neighbours, and the side of a scan
+
+
+class Page:
+    """A picture in units."""
+
+    def __init__(self) -> None:
+        """An empty card."""
+        self.image = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), PAPER)
+        self.draw = ImageDraw.Draw(self.image)
+        self.box(0, 0, WIDTH - 0.5, HEIGHT - 0.5, None, EDGE)
+
+    def box(self, x0: float, y0: float, x1: float, y1: float, fill: str | None, line: str = ""):
+        """A rectangle."""
+        corners = [SCALE * value for value in (x0, y0, x1, y1)]
+        self.draw.rectangle(corners, fill=fill, outline=line or fill)
+
+    def text(self, x: float, y: float, words: str, size: float = 12, fill=INK, anchor="mm"):
+        """Words at a place."""
+        font = ImageFont.load_default(size * SCALE)
+        self.draw.text((SCALE * x, SCALE * y), words, fill, font, anchor)
+
+    def scan(self, x: float, y: float, pixels: np.ndarray) -> None:
+        """An image of 8×8, enlarged."""
+        picture = Image.fromarray(pixels).resize((SIDE * SCALE,) * 2, Image.Resampling.NEAREST)
+        self.image.paste(picture, (round(x * SCALE), round(y * SCALE)))
+
+
+def accuracies(row: dict) -> list[float]:
+    """A row's accuracies in percent, in the order of the columns."""
+    few = [row[f"labels_{n}"]["mean"] for n in (1, 5, 10)]
+    return [100 * value for value in (*few, row["linear"], row["knn"])]
+
+
+def draw_accuracies(page: Page, rows: list[dict]) -> None:
+    """Bars from 0, in a group for each way of measuring."""
+    page.text(LEFT, 24, "Accuracy on 450 held-out digits, %", 14, anchor="lm")
+    for number, (row, colour) in enumerate(zip(rows, COLOURS.values(), strict=True)):
+        x = LEFT + 116 * number
+        page.box(x, 41, x + 10, 51, colour)
+        name = "SimCLR, frozen" if number == 2 else row["name"]
+        page.text(x + 15, 46, name, 11.5, GRAY, "lm")
+        for group, value in enumerate(accuracies(row)):
+            left = LEFT + GROUP * group + (BAR + 1) * number
+            top = BASE - value / 100 * (BASE - TOP - 10)
+            page.box(left, top, left + BAR - 1, BASE, colour)
+            page.text(left + BAR / 2, top - 7, f"{value:.0f}", 10.5, INK)
+    page.box(LEFT - 6, BASE, LEFT + 5 * GROUP - 8, BASE + 0.5, INK)
+    for group, name in enumerate(COLUMNS):
+        page.text(LEFT + GROUP * group + 1.5 * BAR, BASE + 14, name, 11.5)
+    page.text(
+        LEFT, 264, "labels per class; no label was used in pretraining", 11.5, GRAY, anchor="lm"
+    )
+
+
+def draw_neighbours(page: Page, shown: dict[str, np.ndarray]) -> None:
+    """A held-out scan of as many digits as there is room for, and its nearest training scans."""
+    left = 484
+    page.text(left, 24, "Held-out", 14, anchor="lm")
+    page.text(left + 76, 24, "Nearest by features", 14, anchor="lm")
+    _, first = np.unique(shown["query_label"], return_index=True)
+    for number, row in enumerate(first[:SHOWN]):
+        y = 42 + (SIDE + 8) * number
+        page.scan(left, y, shown["neighbours_query"][row])
+        for place, pixels in enumerate(shown["neighbours"][row]):
+            page.scan(left + 76 + (SIDE + 6) * place, y, pixels)
+    page.text(left, 264, "of one run of make quickstart", 11.5, GRAY, anchor="lm")
+
+
+def main(run: Path) -> None:
+    """Draws the picture of a run."""
+    page = Page()
+    draw_accuracies(page, json.loads((run / "evaluation.json").read_text())["rows"])
+    with np.load(run / "report_images.npz") as shown:
+        draw_neighbours(page, dict(shown))
+    page.image.quantize(64).save(OUT, optimize=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,24 @@
+"""Evaluates a run's frozen encoder: python examples/evaluate.py RUN.
+
+Features are computed once; then neighbours vote, and a linear classifier is fitted to all labels
+and to few of them.
+"""
+
+import sys
+
+import numpy as np
+
+from ssl_jax.evals import few_label_accuracies
+from ssl_jax.evals.frozen import knn_metrics, linear_metrics, run_features
+from ssl_jax.evals.metrics import metrics_line
+
+features = run_features(sys.argv[1])
+print("kNN   ", metrics_line(knn_metrics(features, k=20)))
+metrics, penalty = linear_metrics(features)
+print("linear", metrics_line(metrics), f"(penalty {penalty:g})")
+train, train_labels, test, test_labels, _ = features.labelled()
+for count in (1, 5):
+    draws = few_label_accuracies(
+        train, train_labels, test, test_labels, labels_per_class=count, draws=5
+    )
+    print(f"{count} labels a class: {100 * np.mean(draws):.1f} % ± {100 * np.std(draws):.1f}")

@@ -1,0 +1,209 @@
+"""What a run logged: its curves, and whether it has collapsed."""
+
+import math
+from collections.abc import Callable
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from ssl_jax.diagnostics import CollapseSign, collapse_signs
+from ssl_jax.report.charts import figure, line_chart, shows_means
+from ssl_jax.report.reading import METHODS, Curve, Metrics
+from ssl_jax.report.words import absent, number, percent
+
+
+def _ends(curve: Curve, unit: str = "") -> str:
+    steps, values = curve
+    first, last = (f"{number(values[i])}{unit} at step {steps[i]:,}" for i in (0, -1))
+    return f"{first}." if len(steps) == 1 else f"From {first} to {last}."
+
+
+def _best(curve: Curve) -> str:
+    steps, values = curve
+    best = int(np.argmax(values))
+    return f"Last {values[-1]:.1f} %, best {values[best]:.1f} % at step {steps[best]:,}."
+
+
+def _middle(curve: Curve) -> str:
+    return f"Median {number(float(np.median(curve[1])))} images per second."
+
+
+def _peak(curve: Curve) -> str:
+    return f"Peak {curve[1].max():g}."
+
+
+# Title, name of the axis, what is said of the curve, and whether it holds fractions (drawn in
+# percent) or begins at 0; in the order of the page.
+CHARTS: dict[str, tuple[str, str, Callable[[Curve], str], str]] = {
+    "loss": ("Loss", "loss", _ends, ""),
+    "learning_rate": ("Learning rate", "learning rate", _peak, "zero"),
+    "target_decay": ("EMA momentum", "decay of the target", _ends, ""),
+    "knn": ("kNN accuracy", "accuracy, %", _best, "percent"),
+    "probe_accuracy": ("Probe accuracy, held out", "accuracy, %", _best, "percent"),
+    "test_accuracy": ("Classifier accuracy, held out", "accuracy, %", _best, "percent"),
+    "embedding_std": ("Spread of embeddings", "std, 1 = evenly spread", _ends, "zero"),
+    "rankme": ("RankMe", "effective rank of features", _ends, "zero"),
+    "images_per_s": ("Throughput", "images per second", _middle, "zero"),
+}
+
+
+def chart_options(kind: str) -> dict[str, bool]:
+    """The options of a chart of that kind."""
+    return {"from_zero": kind == "zero", "is_percent": kind == "percent"}
+
+
+def as_drawn(curve: Curve, kind: str) -> Curve:
+    """A curve in the units of its chart."""
+    return (curve[0], 100 * curve[1]) if kind == "percent" else curve
+
+
+def training_section(metrics: Metrics, config: dict[str, Any]) -> str:
+    """The curves, as HTML; those that few look at are folded away."""
+    if not metrics.last_step:
+        return absent("Not there: metrics.jsonl holds no record.")
+    figures = []
+    for name, (title, y_label, told, kind) in CHARTS.items():
+        if name not in metrics.curves:
+            continue
+        curve = as_drawn(metrics.curves[name], kind)
+        text = told(curve)
+        if name == "images_per_s" and "data_wait" in metrics.curves:
+            wait = float(np.median(metrics.curves["data_wait"][1]))
+            text += f" Waiting for data: {percent(wait)} % of the time."
+        chart = line_chart(curve, y_label, metrics.last_step, **chart_options(kind))
+        figures.append(figure(title, text, chart))
+    others = [
+        figure(name, _ends(curve), line_chart(curve, "value", metrics.last_step))
+        for name, curve in sorted(metrics.curves.items())
+        if name not in CHARTS
+    ]
+    html = f'{_warnings(metrics)}<div class="pairs">{"".join(figures)}</div>'
+    html += _remarks(metrics, config)
+    if others:
+        html += (
+            f"<details><summary>Other curves ({len(others)})</summary>"
+            f'<div class="pairs">{"".join(others)}</div></details>'
+        )
+    return html
+
+
+def _warnings(metrics: Metrics) -> str:
+    return "".join(
+        f'<p class="warning">{escape(name)} is not a finite number in {len(steps):,} of '
+        f"{len(steps) + len(metrics.curves.get(name, ([],))[0]):,} records, first at step "
+        f"{steps[0]:,}.</p>"
+        for name, steps in metrics.not_finite.items()
+    )
+
+
+def _remarks(metrics: Metrics, config: dict[str, Any]) -> str:
+    remarks = []
+    if "knn" not in metrics.curves:
+        remarks.append("No kNN accuracy has been measured during training.")
+    if "probe_accuracy" not in metrics.curves:
+        remarks.append("No probe has been trained along.")
+    # What an option of that name is to a method from outside the package isn't known.
+    if "target_decay" not in metrics.curves and config.get("method") in METHODS:
+        remarks.append(_momentum(config))
+    if any(shows_means(curve) for curve in metrics.curves.values()):
+        remarks.append("Lines are means of neighbouring records; the band spans them.")
+    if metrics.unreadable:
+        lines = "1 line" if metrics.unreadable == 1 else f"{metrics.unreadable} lines"
+        remarks.append(f"{lines} of metrics.jsonl could not be read.")
+    return absent(" ".join(remarks)) if remarks else ""
+
+
+def _momentum(config: dict[str, Any]) -> str:
+    """Why there is no curve of the EMA's momentum."""
+    options = config.get(config.get("method", ""), {})
+    keys = {key: options[key] for key in ("momentum", "memory_momentum") if key in options}
+    if "memory_momentum" in keys and not options.get("memory"):
+        keys = {}
+    for momentum in keys.values():
+        end = options.get("momentum_end", momentum)
+        if end == momentum:
+            return f"The EMA's momentum is {momentum:g} throughout."
+        return f"The EMA's momentum goes from {momentum:g} to {end:g} by a cosine."
+    return "The method has no EMA, and so no momentum."
+
+
+def collapse_verdict(metrics: Metrics, run: dict[str, Any]) -> str:
+    """Whether a run, of which this is the record, has collapsed, in a sentence."""
+    return _verdict(_signs(metrics, run)) if _judged(metrics) else "Not judged."
+
+
+def collapse_section(metrics: Metrics, run: dict[str, Any]) -> str:
+    """The verdict and what it rests on, as HTML."""
+    if not _judged(metrics):
+        return absent("Not judged: metrics.jsonl has neither embedding_std nor rankme.")
+    evidence = {
+        "embedding_std": "Standard deviation of embeddings, 1 where they are spread evenly",
+        "rankme": "RankMe, the effective rank of features",
+        "loss": "Loss",
+    }
+    signs = _signs(metrics, run)
+    standing = [sign for sign in signs if sign.until is None]
+    reasons = [f"Since step {sign.since:,} {sign.what}." for sign in standing]
+    gone = [f"from step {s.since:,} to {s.until:,} {s.what}" for s in signs if s.until is not None]
+    if gone:
+        reasons.append(f"For a time: {'; '.join(gone)}.")
+    kind, mark = ("warning", "✕") if standing else ("good", "✓")
+    items = "".join(
+        f"<div><dt>{what}</dt><dd>{_course(metrics.curves[name])}</dd></div>"
+        for name, what in evidence.items()
+        if name in metrics.curves
+    )
+    told = f"<p>{escape(' '.join(reasons))}</p>" if reasons else ""
+    return (
+        f'<p class="verdict {kind}"><span aria-hidden="true">{mark}</span> {_verdict(signs)}</p>'
+        f'{told}<dl class="facts">{items}</dl>'
+    )
+
+
+def _judged(metrics: Metrics) -> bool:
+    logged = metrics.curves.keys() | metrics.not_finite.keys()
+    return bool(logged & {"embedding_std", "rankme"})
+
+
+def _verdict(signs: list[CollapseSign]) -> str:
+    standing = [sign for sign in signs if sign.until is None]
+    # Half of the spread may be lost to learning, too.
+    sure = [sign for sign in standing if sign.kind != "halved"]
+    if sure:
+        return f"Collapsed since step {sure[0].since:,}."
+    if standing:
+        return f"A sign of collapse since step {standing[0].since:,}."
+    return "No sign of collapse at the end." if signs else "No sign of collapse."
+
+
+def _course(curve: Curve) -> str:
+    _, values = curve
+    return (
+        f"{number(values[-1])} at the end (from {number(values.min())} to {number(values.max())})"
+    )
+
+
+def _signs(metrics: Metrics, run: dict[str, Any]) -> list[CollapseSign]:
+    by_step: dict[int, dict[str, float]] = {}
+    for name, (steps, values) in metrics.curves.items():
+        for step, value in zip(steps, values, strict=True):
+            by_step.setdefault(int(step), {})[name] = float(value)
+    for name, lost in metrics.not_finite.items():
+        for step in lost:
+            by_step.setdefault(step, {})[name] = math.nan
+    trivial_loss, patience = _watched(run)
+    return collapse_signs(sorted(by_step.items()), trivial_loss, patience)
+
+
+def _watched(run: dict[str, Any]) -> tuple[float | None, int]:
+    """The loss of constant outputs, and for how many steps it may start there."""
+    derived: dict[str, Any] = {}
+    for record in (run, *run.get("continued", ())):
+        derived |= record.get("derived") or {}
+    if "trivial_loss" in derived:
+        return derived["trivial_loss"], derived["patience"]
+    # A run from before they were recorded.
+    config = run["config"]
+    prototypes = config.get("swav", {}).get("prototypes", 0)
+    return (math.log(prototypes) if config.get("method") == "swav" and prototypes > 1 else None), 0

@@ -1,0 +1,560 @@
+"""Every command of README and docs runs, on a network and for a length that take seconds.
+
+What doesn't run here stands in `ELSEWHERE`, with the reason. One folder and one run of `make
+quickstart` in small serve all of them, in the order of the pages.
+"""
+
+import argparse
+import ast
+import importlib
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import images
+import numpy as np
+import pytest
+import tiny  # noqa: F401 - the small network is one of its names
+from ml_collections import ConfigDict
+
+import ssl_jax
+from ssl_jax import cli, cluster
+from ssl_jax.chips import parse_topology
+from ssl_jax.config import default_config, flatten, load_config
+from ssl_jax.evals.transfer import read_sets
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in DOCS.glob("*.md"))]
+SMALL = ("model.depth=6", "model.width=0.0625", "eval.draws=2")
+BRIEF = ("steps=2", "log_every=100", "eval.knn_every_epochs=0", "checkpoint.every_epochs=0")
+
+# The beginnings of lines and blocks that this file doesn't run, and why.
+ELSEWHERE = {
+    "make ": "CI's own targets, of the Makefile: test_targets_of_make_exist",
+    "pip install ": "installs from an index; CI does by make",
+    "python3.11 -m venv peers": "installs another library to measure beside",
+    "peers/bin/pip install ": "the same",
+    "topology   ": "what the command above it prints",
+    "gcloud ": "needs a TPU pod; its run is checked by test_configs_that_are_named_load",
+    "#!/bin/bash": "needs Slurm; the same",
+    "apiVersion: ": "needs Kubernetes; the same",
+    "JAX_COORDINATOR_ADDRESS=": "several hosts; tests/test_cluster.py runs several processes",
+    "export JAX_PLATFORMS=cpu JAX_COORDINATOR": "two processes; tests/test_cluster.py",
+    "XLA_FLAGS=": "the tests themselves see eight simulated devices, tests/conftest.py",
+    "ssl-jax plan ": "needs libtpu, minutes: tests/tpu; test_plans_are_asked_well",
+    "python benchmarks/": "minutes to hours; arguments by test_benchmarks_take_their_arguments",
+    "ssl-jax views --config=configs/simclr_digits.py --out=posterized.png": (
+        "needs the page's patches: test_an_augmentation_is_added_by_the_pages_patches"
+    ),
+    "python run_pretrain.py --config=configs/simclr_imagenet.py": (
+        "needs ImageNet; test_configs_that_are_named_load"
+    ),
+    "python run_pretrain.py --config=my_method.py": "tests/test_new_method.py",
+    "ssl-jax knn --from=runs/mine --import=": "the same",
+    "python -m pytest tests/test_my_method.py": "its block of Python runs here",
+}
+PYTHON_ELSEWHERE = {
+    '"""Barlow Twins': "tests/test_new_method.py",
+    "import safetensors.torch, torch": "needs torch: tests/peers/test_export_to_torch.py",
+    "from torch_encoder import": "the same",
+}
+
+
+def blocks(page, language=""):
+    """The code blocks of a page in a language; those without one are commands, or output."""
+    text = (ROOT / page).read_text()
+    return [
+        body
+        for kind, body in re.findall(r"^```(\S*)\n(.*?)^```", text, re.M | re.S)
+        if kind == language
+    ]
+
+
+def starts_with_one_of(text, table):
+    return [begins for begins in table if text.startswith(begins)]
+
+
+def commands(page):
+    """The commands of a page, one a line; blocks that are another thing as a whole are left out."""
+    lines = []
+    for block in blocks(page):
+        if block.startswith(("topology   ", "gcloud ", "#!/bin/bash", "apiVersion", "export JAX")):
+            lines.append(block)
+        else:
+            lines += block.replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def runnable(page):
+    """The commands of a page that are run here, as words."""
+    here = [line for line in commands(page) if not starts_with_one_of(line, ELSEWHERE)]
+    return [shlex.split(line, comments=True) for line in here]
+
+
+EVERY = [tuple(words) for page in PAGES for words in runnable(page)]
+
+
+def fill_folder(folder):
+    """What the commands find where they are typed."""
+    for name in ("configs", "examples"):
+        (folder / name).symlink_to(ROOT / name)
+    for name in ("PATH", "cifar10/train", "cifar10/test", "DIR/train", "DIR/test"):
+        images.fill(folder / name, per_class=8)
+        for file in (folder / name).rglob("*.png"):
+            small = images.Image.open(file).resize((32, 32))
+            small.save(file)
+    (sets,) = blocks("docs/evaluate.md", "json")
+    first, *_ = json.loads(sets).items()
+    (folder / "sets.json").write_text(json.dumps(dict([first])))
+    (folder / "all_sets.json").write_text(sets)
+    (folder / "my_method.py").write_text(blocks("docs/new_method.md", "python")[0])
+
+
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory):
+    """The folder in which all commands are typed, with a run of `make quickstart` in small."""
+    folder = tmp_path_factory.mktemp("docs")
+    fill_folder(folder)
+    before = Path.cwd()
+    os.chdir(folder)
+    run(["ssl-jax", "pretrain", "--config=configs/simclr_digits.py", "--workdir=runs/quickstart"])
+    os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def here(typed, monkeypatch):
+    monkeypatch.chdir(typed)
+    return typed
+
+
+def changes(name, arguments):
+    """The keys that make a command small."""
+    config = next((a.split("=")[1] for a in arguments if a.startswith("--config=")), "")
+    if name == "pretrain":
+        small = [*SMALL, *BRIEF]
+        loaded = load_config(config)
+        sizes = [f"views.{k}.size=8" for k, v in loaded.views.items() if v.size > 32]
+        images_there = 24 if loaded.data.name != "digits" else 1347
+        small.append(f"batch_size={8 if images_there < 64 else 64}")
+        if "--workdir=runs/quickstart" not in arguments:
+            small.append("eval.frozen_at_end=False")
+        small += ["simclr.memory=0"] if "simclrv2" in config else []
+        small += ["moco.queue=64", "model.bn_group=0"] if "moco" in config else []
+        return small + sizes
+    if name in ("finetune", "distill", "transfer") or any("--recipe" in a for a in arguments):
+        return ["steps=2", "eval.draws=2", "batch_size=32", "eval.frozen_at_end=False"]
+    return []
+
+
+def run(words):
+    """Runs a command in small; fails where it does."""
+    program, *arguments = words
+    if program == "ssl-jax":
+        name, *arguments = arguments
+        added = [f"--config.{change}" for change in changes(name, arguments)]
+        assert cli.main([name, *arguments, *added]) == 0
+    elif arguments[0] == "run_pretrain.py":
+        added = [f"--config.{change}" for change in changes("pretrain", arguments[1:])]
+        assert cli.pretrain_main([*arguments[1:], *added]) == 0
+    else:
+        assert program == "python" and arguments[0].startswith("examples/"), words
+        if "pretrain_folder" in arguments[0]:
+            arguments += [*SMALL, *BRIEF, "eval.frozen_at_end=False"]
+            arguments += ["batch_size=8", "views.view1.size=8", "views.view2.size=8"]
+        run_program(*arguments)
+
+
+def run_program(*arguments):
+    before = sys.argv
+    sys.argv = list(arguments)
+    try:
+        runpy.run_path(str(ROOT / arguments[0]))
+    finally:
+        sys.argv = before
+
+
+def test_every_command_runs(here, capsys):
+    assert len(EVERY) > 30
+    for words in dict.fromkeys(EVERY):
+        try:
+            run(list(words))
+        except BaseException as error:
+            raise AssertionError(f"{shlex.join(words)}\n{capsys.readouterr().err}") from error
+    page = (here / "runs" / "quickstart" / "report.html").read_text()
+    for what in ("20 nearest neighbours", "linear classifier on features", "recipe moco", "10 %"):
+        assert what in page
+    assert "student" in (here / "runs" / "teacher" / "report.html").read_text()
+    assert "optim.lr" in (here / "runs" / "quickstart" / "comparison.html").read_text()
+    assert (here / "features.npz").exists() and (here / "views.png").exists()
+    assert "raw pixels" in (here / "hub" / "README.md").read_text()
+    # The programs of examples/ end their output by what they have found.
+    told = capsys.readouterr().out
+    for line in (
+        r"top-1 \d+\.\d\d %",
+        r"accuracy \d+\.\d\d % .*folds",
+        r"runs/example: encoder of step 2; ",
+        r"runs/quickstart: step 2",
+        r"kNN +top-1 \d+\.\d\d \[.*\] % of 450 images",
+        r"5 labels a class: \d+\.\d % ± \d+\.\d",
+    ):
+        assert re.search(line, told), line
+    for name in ("encoder.safetensors", "encoder.bin"):
+        (difference,) = re.findall(rf"exported/{name}: features differ by (\S+) at most", told)
+        assert float(difference) < 1e-3
+
+
+def python_blocks():
+    for page in PAGES:
+        for block in blocks(page, "python"):
+            if not starts_with_one_of(block, PYTHON_ELSEWHERE):
+                yield pytest.param(block, id=f"{page}:{block.split()[1]}")
+
+
+@pytest.mark.parametrize("block", [*python_blocks()])
+def test_every_block_of_python_runs(block, here, monkeypatch):
+    # What a page registers stays out of the other tests' schema.
+    monkeypatch.setattr("ssl_jax.config._REGISTERED", {})
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
+    names = {"images": pictures}
+    exec(block, names)
+    for name in [name for name in names if name.startswith("test_")]:
+        names[name]()
+    if "features" in names:
+        expected = ssl_jax.load("runs/quickstart").apply(pictures)
+        np.testing.assert_allclose(names["features"], expected, rtol=1e-4, atol=1e-5)
+    if isinstance(names.get("config"), ConfigDict):
+        load_config("configs/simclr_digits.py")  # which validates; so does what the page has made
+        ssl_jax.config.validate(names["config"])
+
+
+def test_the_list_of_data_sets_is_read(here):
+    assert [found.metric for found in read_sets("all_sets.json")] == ["top1", "mean_per_class"]
+
+
+def test_what_is_not_run_here_is_still_there():
+    lines = [line for page in PAGES for line in commands(page)]
+    for begins in ELSEWHERE:
+        assert any(line.startswith(begins) for line in lines), begins
+    programs = [block for page in PAGES for block in blocks(page, "python")]
+    for begins in PYTHON_ELSEWHERE:
+        assert any(block.startswith(begins) for block in programs), begins
+    known = {"", "python", "json", "diff"}
+    for page in PAGES:
+        found = set(re.findall(r"^```(\S+)\n", (ROOT / page).read_text(), re.M))
+        assert {kind for kind in found if not kind.startswith("{")} <= known, page
+
+
+def test_targets_of_make_exist():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        named = re.findall(r"(?:^|`)make (\w+)[ \n`]", text, re.M)
+        assert set(named) <= targets, page
+
+
+def test_configs_that_are_named_load():
+    """With the overrides beside them, also where what they need isn't here."""
+    tried = 0
+    for page in PAGES:
+        for block in blocks(page):
+            text = re.sub(r"\\\n|\n +--", " --", block).replace("-- ", "")
+            for line in text.splitlines():
+                found = re.search(r"--config=(configs/\S+)", line)
+                if not found or "posterize" in line:
+                    continue
+                overrides = re.findall(r"--config\.([\w.]+=[^\s\"]+)", line)
+                load_config(str(ROOT / found[1]), overrides)
+                tried += 1
+    assert tried > 15
+
+
+def test_plans_are_asked_well():
+    for page in PAGES:
+        for line in commands(page):
+            if line.startswith("ssl-jax plan"):
+                arguments = dict(word.split("=", 1) for word in shlex.split(line)[2:])
+                assert arguments.keys() == {"--config", "--topology"}
+                assert parse_topology(arguments["--topology"]).chips > 1
+
+
+class ParsedError(Exception):
+    """Arguments have been taken."""
+
+
+def stop_when_parsed(monkeypatch):
+    """Programs end once they have taken their arguments; both ways of parsing them."""
+    parser, inside = argparse.ArgumentParser, []
+
+    def stopping(parse):
+        def stop(self, *args, **kwargs):
+            outermost = not inside
+            inside.append(parse)
+            try:
+                found = parse(self, *args, **kwargs)
+            finally:
+                inside.pop()
+            if outermost:
+                raise ParsedError
+            return found
+
+        return stop
+
+    for name in ("parse_args", "parse_known_args"):
+        monkeypatch.setattr(parser, name, stopping(getattr(parser, name)))
+
+
+def test_benchmarks_take_their_arguments(monkeypatch, tmp_path):
+    stop_when_parsed(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    lines = {line for page in PAGES for line in commands(page)}
+    lines = {line for line in lines if line.startswith("python benchmarks/")}
+    assert len(lines) > 15
+    for line in sorted(lines):
+        _, file, *arguments = shlex.split(line)
+        monkeypatch.setattr(sys, "argv", [file, *arguments])
+        # Its neighbours are imported by name.
+        monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+        with pytest.raises(ParsedError):
+            runpy.run_path(str(ROOT / file), run_name="__main__")
+
+
+# Names in the text
+
+
+def schema():
+    """Keys and groups of the schema; any name is that of a view."""
+    plain = default_config().to_dict()
+    keys = flatten(plain) | {"views": {}}
+    groups = {key.rpartition(".")[0] for key in keys}
+    return set(keys) | groups | {group.split(".")[0] for group in groups}
+
+
+NOT_KEYS = {"json", "py", "KEY", "update", "view", "x"}
+OF_A_PAGE = {"docs/new_augmentation.md": "posterize", "docs/new_method.md": "barlow_twins"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_config_keys_exist(page):
+    known = schema()
+    for key in re.findall(r"config\.([A-Za-z_][\w.]*\w)", (ROOT / page).read_text()):
+        if key.split(".")[0] in NOT_KEYS or OF_A_PAGE.get(page, "-") in key:
+            continue
+        key = re.sub(r"^views\.\w+", "views.view1", key)
+        key = re.sub(r"\.update$", "", key)
+        assert key in known, f"{page}: config.{key}"
+
+
+def test_defaults_beside_keys_are_the_schemas():
+    plain = flatten(default_config().to_dict())
+    rows = [line.split(" | ") for line in text_of("docs/coming_from.md").splitlines()]
+    ours = [row[1] for row in rows if len(row) == 3]
+    found = [pair for cell in ours for pair in re.findall(r"`config\.([\w.]+)`, ([^;`]+)", cell)]
+    checked = 0
+    for key, told in found:
+        told = told.split(", and")[0].strip()
+        value = plain[key]
+        if re.fullmatch(r"\d{1,3}(,\d{3})+", told):
+            told = told.replace(",", "")
+        if told:  # not another key
+            expected = () if told == "empty" else literal(told)
+            assert value == expected, f"config.{key} is {value}, not {told}"
+            checked += 1
+    assert checked > 30
+
+
+def literal(text):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def text_of(page):
+    return (ROOT / page).read_text()
+
+
+def test_files_and_names_that_the_map_names_exist():
+    text = text_of("docs/where_things_are.md")
+    for name in re.findall(r"`([\w/]+\.(?:py|toml))`", text):
+        assert (ROOT / "ssl_jax" / name).exists() or (ROOT / name).exists(), name
+    places = re.findall(r"`([\w/]+)\.py`, `(\w+(?:\.(?!py`)\w+)?)`", text)
+    assert ("losses", "nt_xent") in places and ("ema", "update") in places
+    for file, name in places:
+        found = importlib.import_module("ssl_jax." + file.replace("/", "."))
+        for part in name.split("."):
+            found = getattr(found, part)
+
+
+def slug(heading):
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]*(?:#[^)\s]*)?)\)", text_of(page)):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / name if name else ROOT / page
+        assert file.exists(), f"{page}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), re.M)
+            assert anchor in map(slug, headings), f"{page}: {target}"
+
+
+def test_every_page_is_in_the_table_of_contents():
+    listed = set(re.findall(r"^(\w+)$", text_of("docs/index.md"), re.M))
+    pages = {page.stem for page in (*DOCS.glob("*.md"), *DOCS.glob("*.rst"))} - {"index"}
+    assert pages == listed
+
+
+# What programs make
+
+
+def test_the_table_of_keys_has_a_meaning_for_each(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    table = importlib.import_module("config_keys")
+    missing = [key for key, _, meaning in table.rows() if not meaning]
+    assert not missing, f"say beside them in ssl_jax/config.py what they mean: {missing}"
+    rows = {key: (default, meaning) for key, default, meaning in table.rows()}
+    assert rows["moco.temperature"] == ("0.2", "v1: 0.07")
+    assert rows["views.*.flip"] == ("0.5", "probability, left to right")
+    assert rows["views.*.blur.prob"] == ("0.5", "probability")
+
+
+def test_the_config_file_that_is_shown_is_the_one_there():
+    shown = blocks("docs/configs.md", "python")[0]
+    assert text_of("configs/simclr_folder.py").endswith('"""\n\n' + shown)
+
+
+def test_diagrams_are_what_the_program_draws():
+    drawn = runpy.run_path(str(DOCS / "diagrams.py"))
+    assert len(drawn["DIAGRAMS"]) == len(list((DOCS / "images").glob("*.svg")))
+    for draw in drawn["DIAGRAMS"]:
+        file = DOCS / "images" / f"{draw.__name__}.svg"
+        assert file.read_text() == draw().svg(), "python docs/diagrams.py draws them anew"
+        assert f"images/{file.name}" in text_of("docs/concepts.md") + text_of(
+            "docs/where_things_are.md"
+        )
+    with pytest.raises(ValueError, match="doesn't fit"):
+        drawn["Drawing"]("", "", 100).box(0, 0, "far too many words for one box", "net")
+
+
+def test_the_picture_is_drawn_from_a_run(here, monkeypatch):
+    program = runpy.run_path(str(DOCS / "result.py"))
+    page = program["Page"]()
+    rows = json.loads((here / "runs" / "quickstart" / "evaluation.json").read_text())["rows"]
+    program["draw_accuracies"](page, rows)
+    with np.load(here / "runs" / "quickstart" / "report_images.npz") as shown:
+        program["draw_neighbours"](page, dict(shown))
+    assert len(page.image.getcolors(1 << 20)) > 10
+    assert (DOCS / "images" / "quickstart.png").stat().st_size < 150_000
+
+
+def test_a_run_that_was_stopped_is_resumed(here, monkeypatch, capsys):
+    monkeypatch.setattr(cluster.Stop, "asked", lambda self, step: step == 1)
+    config = ["--config=configs/simclr_digits.py", "--workdir=runs/stopped"]
+    added = [*SMALL, *BRIEF, "batch_size=64", "eval.frozen_at_end=False"]
+    assert cli.main(["pretrain", *config, *(f"--config.{change}" for change in added)]) == 0
+    monkeypatch.undo()
+    os.chdir(here)
+    assert ssl_jax.load("runs/stopped").step == 1
+    run_program("examples/resume.py", "runs/stopped")
+    assert "Continuing from step 1 of 2" in capsys.readouterr().out
+    assert ssl_jax.load("runs/stopped").step == 2
+
+
+POSTERIZED = """
+import sys
+import jax, numpy as np
+from ssl_jax import cli
+from ssl_jax.config import default_config, from_json, to_json, view
+from ssl_jax.data.augment import colour, posterize
+from ssl_jax.interop.card import _view
+
+images = np.random.default_rng(0).random((64, 6, 6, 3), np.float32)
+keys = jax.random.split(jax.random.key(0), 64)
+off = dict(flip=0.0, gray=0.0, jitter=dict(prob=0.0), blur=dict(prob=0.0))
+always = colour(images, keys, view(**off, posterize=dict(prob=1.0, levels=4)))
+thirds = np.array([0, 1, 2, 3]) / 3
+expected = thirds[np.abs(images[..., None] - thirds).argmin(-1)]
+np.testing.assert_allclose(always, expected, atol=1e-6)
+half = np.asarray(colour(images, keys, view(**off, posterize=dict(prob=0.5, levels=4))))
+changed = np.array([np.allclose(a, b, atol=1e-6) for a, b in zip(half, expected)])
+assert 16 < changed.sum() < 48
+np.testing.assert_array_equal(half[~changed], images[~changed])
+assert "posterize 0.5 (4 levels)" in _view(view(posterize=dict(prob=0.5)))
+command = ["--config=configs/simclr_digits.py", "--out=posterized.png"]
+assert cli.main(["views", *command, "--config.views.view1.posterize.prob=1.0"]) == 0
+assert cli.main(["views", *command, "--config.views.view1.posterize.prob=2.0"]) == 2
+old = to_json(default_config())
+for saved in old["views"].values():
+    del saved["posterize"]
+assert from_json(old) == default_config()
+sys.path.append("docs")
+from config_keys import rows
+assert not [key for key, _, meaning in rows() if not meaning]
+"""
+ANEW = (
+    "The diffs of docs/new_augmentation.md no longer apply. Make their change by hand in a copy of "
+    "what is there, and put the hunks of its `git diff` into the page."
+)
+
+
+def apply_patch(patch, folder):
+    """By plain `git apply`, or, where other lines were added at the same spot, by those above."""
+    # Without a repository above it git takes the folder as it is.
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    above = re.sub(r"^(\+.*\n)(?: .*\n|\n)+(?=@@|\Z)", r"\1", patch, flags=re.M)
+    for text, options in ((patch, []), (above, ["--recount", "--unidiff-zero"])):
+        done = subprocess.run(
+            ["git", "apply", *options, "-"],
+            input=text,
+            cwd=folder,
+            env=environment,
+            text=True,
+            capture_output=True,
+        )
+        if done.returncode == 0:
+            return
+        assert "corrupt" not in done.stderr, f"{done.stderr}A hunk's counts are wrong."
+    raise AssertionError(f"{done.stderr}{ANEW}")
+
+
+@pytest.mark.parametrize("beside", ["", "bands"])
+def test_an_augmentation_is_added_by_the_pages_patches(beside, tmp_path):
+    """To the package as it is, and to one that has got another augmentation at the same spots."""
+    for name in ("ssl_jax", "tests/data"):
+        unwanted = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=unwanted)
+    for name in ("configs", "docs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    patches = blocks("docs/new_augmentation.md", "diff")
+    for patch in patches if beside else []:
+        other = patch.replace("_POSTERIZE = 2", "_POSTERIZE = 3").replace("posterize", beside)
+        apply_patch(other.replace("POSTERIZE", beside.upper()), tmp_path)
+    for patch in patches:
+        apply_patch(patch, tmp_path)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/data/test_augment.py"]
+    for command in (["-c", POSTERIZED], [*tests, "-k", "chain and posterize"]):
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=tmp_path,
+            env=environment,
+            text=True,
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        if command[0] == "-c":
+            assert "posterize.prob is 2.0" in done.stderr
+    assert "1 passed" in done.stdout and (tmp_path / "posterized.png").exists()

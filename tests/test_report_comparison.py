@@ -1,0 +1,229 @@
+"""The page that lays runs beside each other."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from report_runs import DRAWS, Page, evaluation, records, write_config, write_metrics, write_run
+
+from ssl_jax import cli
+from ssl_jax import config as config_lib
+from ssl_jax.errors import UserError
+from ssl_jax.report import single, write_comparison
+
+T = 2.093024  # Student's t at 97.5 % and 19 degrees of freedom, from the printed tables
+
+
+def byol_config():
+    config = config_lib.to_json(config_lib.default_config())
+    config |= {"method": "byol", "batch_size": 512}
+    config["byol"]["momentum"] = 0.97
+    config["simclr"]["temperature"] = 0.7
+    return config
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A run of SimCLR, and one of BYOL that is worse by 0.1 ± a little, draw by draw."""
+    first = write_run(tmp_path / "a")
+    second = write_run(tmp_path / "b<", config=byol_config())
+    noise = np.random.default_rng(0).normal(0, 0.01, 20)
+    other = DRAWS | {"SimCLR": {k: v - 0.1 + noise for k, v in DRAWS["SimCLR"].items()}}
+    (second / "evaluation.json").write_text(json.dumps(evaluation(other)))
+    logged = [{"step": s, "loss": 2 - s / 1000, "target_decay": 0.99} for s in range(10, 101, 10)]
+    write_metrics(second, logged)
+    return [first, second]
+
+
+def rows(page, section):
+    """The cells of a section's table by the head of their line."""
+    text = page.source.split(f'aria-labelledby="{section}"')[1].split("</section>")[0]
+    found = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', text)
+    clean = re.compile(r"<[^>]+>")
+    return {
+        name: [clean.sub(" ", cell).strip() for cell in re.findall(r"<td>(.*?)</td>", cells)]
+        for name, cells in found
+    }
+
+
+def test_is_one_page_beside_the_first_run_with_links_to_both_reports(runs):
+    path = write_comparison(runs)
+    assert path == runs[0] / "comparison.html"
+    page = Page(path)
+    assert page.all("h1")[0]["text"] == "a against b<"
+    addresses = [e["attrs"]["href"] for e in page.all("a")]
+    assert addresses == ["report.html", "../b%3C/report.html"]
+    assert all((run / "report.html").exists() for run in runs)
+    assert "$" not in page.source and len(page.all("script")) == 1
+
+
+def test_links_are_from_where_the_page_lies(runs, tmp_path):
+    (tmp_path / "out").mkdir()
+    page = Page(write_comparison(runs, tmp_path / "out" / "c.html"))
+    assert [e["attrs"]["href"] for e in page.all("a")] == [
+        "../a/report.html",
+        "../b%3C/report.html",
+    ]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_report_that_cannot_be_written_is_linked_as_it_is_or_not_at_all(
+    runs, tmp_path, monkeypatch, there
+):
+    write_page = single.write_page
+
+    def refuse(path, **content):
+        if path.parent == runs[1]:
+            raise UserError("can't be written")
+        write_page(path, **content)
+
+    monkeypatch.setattr(single, "write_page", refuse)
+    if there:
+        (runs[1] / "report.html").write_text("old")
+    page = Page(write_comparison(runs, tmp_path / "c.html"))
+    addresses = [e["attrs"]["href"] for e in page.all("a")]
+    assert addresses == ["a/report.html"] + ["b%3C/report.html"] * there
+    assert ("no report: the folder can't be written" in page.section("runs")) == (not there)
+
+
+def test_further_results_without_top1_or_of_one_name_are_all_right(runs):
+    (runs[0] / "evals").mkdir()
+    interval = {"value": 0.5, "low": 0.4, "high": 0.6}
+    for name, metrics in (
+        ("a", {"top1": interval}),
+        ("b", {"top1": interval | {"value": 0.55}}),
+        ("c", {"mean_per_class": interval}),
+    ):
+        record = {"what": "by 5 neighbours", "metrics": metrics | {"examples": 9}}
+        (runs[0] / "evals" / f"{name}.json").write_text(json.dumps(record))
+    found = rows(Page(write_comparison(runs)), "results")
+    assert found["by 5 neighbours"] == ["50.0 40.0–60.0", "–"]
+    assert found["by 5 neighbours (2)"] == ["55.0 40.0–60.0", "–"]
+    assert "by 5 neighbours (3)" not in found
+
+
+def test_results_have_their_intervals(runs):
+    page = Page(write_comparison(runs))
+    found = rows(page, "results")
+    values = DRAWS["SimCLR"][5]
+    half = T * values.std(ddof=1) / math.sqrt(20)
+    assert found["5 labels per class"][0] == f"{100 * values.mean():.1f} ± {100 * half:.1f}"
+    assert found["Loss, last"] == ["3.000", "1.900"]
+    assert found["EMA momentum, last"] == ["–", "0.9900"]
+    assert found["Throughput, median"] == ["1,234", "–"]
+    assert found["Collapse"] == ["Not judged.", "Not judged."]
+    assert page.lead().startswith(f"At 5 labels per class: A {100 * values.mean():.1f} %, B ")
+
+
+def test_differences_are_paired_draw_by_draw(runs):
+    found = rows(Page(write_comparison(runs)), "differences")
+    noise = np.random.default_rng(0).normal(0, 0.01, 20) - 0.1
+    half = T * noise.std(ddof=1) / math.sqrt(20)
+    mean = noise.mean()
+    shown = f"{100 * mean:+.1f} {100 * (mean - half):+.1f} to {100 * (mean + half):+.1f}"
+    assert found["5 labels per class"] == [shown.replace("-", "−")]
+    assert found["kNN"] == ["+0.0"]
+
+
+def test_draws_of_other_labelled_sets_are_not_subtracted(runs):
+    raw = {k: v[::-1] for k, v in DRAWS["raw pixels"].items()}
+    (runs[1] / "evaluation.json").write_text(json.dumps(evaluation(DRAWS | {"raw pixels": raw})))
+    page = Page(write_comparison(runs))
+    assert "Without differences: B, not measured with the labelled sets of A" in page.section(
+        "differences"
+    )
+
+
+@pytest.mark.parametrize(("data", "paired"), [("60 images", True), ("61 images", False)])
+def test_without_raw_pixels_the_data_tell_whether_draws_are_paired(runs, data, paired):
+    own = evaluation({"SimCLR": DRAWS["SimCLR"]})
+    for run, fingerprint in zip(runs, ("60 images", data), strict=True):
+        (run / "evaluation.json").write_text(json.dumps(own))
+        record = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(record | {"data": fingerprint}))
+    text = Page(write_comparison(runs)).section("differences")
+    assert ("Without differences" in text) == (not paired)
+
+
+def test_configs_differ_in_what_the_methods_use(runs):
+    found = rows(Page(write_comparison(runs)), "configs")
+    assert found["method"] == ["simclr", "byol"] and found["batch_size"] == ["256", "512"]
+    assert found["byol.momentum"] == ["–", "0.97"]
+    assert found["simclr.temperature"][1] == "–"
+    assert not any(key.startswith(("moco", "optim")) for key in found)
+
+
+def test_runs_of_one_config_say_so(tmp_path):
+    page = Page(write_comparison([write_run(tmp_path / "a"), write_run(tmp_path / "b")]))
+    assert "The runs have the same config." in page.section("configs")
+
+
+def test_curves_lie_over_each_other_with_letters_dashes_and_one_scale(runs):
+    page = Page(write_comparison(runs))
+    # Of the legend's and the tables' keys there are more; a chart's lines have points.
+    lines = [e["attrs"] for e in page.all("polyline", "line")][:2]
+    assert [line["class"] for line in lines] == ["line d0", "line d1"]
+    own, other = (np.array([p.split(",") for p in line["points"].split()], float) for line in lines)
+    wanted = np.array([(r["step"], r["loss"]) for r in records() if "loss" in r])
+    other_wanted = np.array([(s, 2 - s / 1000) for s in range(10, 101, 10)])
+    for axis in (0, 1):
+        slope, offset = np.polyfit(wanted[:, axis], own[:, axis], 1)
+        assert np.abs(slope * other_wanted[:, axis] + offset - other[:, axis]).max() < 0.1
+    assert {e["text"] for e in page.all("text", "letter")} == {"A", "B"}
+    assert "step 100: A 4.000, B 1.900" in [e["text"] for e in page.all("title")]
+    assert "Losses of different methods" in page.section("curves")
+
+
+def test_letters_of_lines_that_end_together_do_not_lie_on_each_other(tmp_path):
+    page = Page(write_comparison([write_run(tmp_path / name) for name in "abc"]))
+    places = [(e["attrs"]["x"], float(e["attrs"]["y"])) for e in page.all("text", "letter")[:3]]
+    assert len({x for x, _ in places}) == 1
+    heights = sorted(y for _, y in places)
+    assert min(np.diff(heights)) >= 11.9
+
+
+def test_runs_that_have_only_begun_are_compared_too(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_config(tmp_path / name)
+    page = Page(write_comparison([tmp_path / "a", tmp_path / "b"]))
+    assert page.lead() == "A and B have no evaluation yet."
+    assert "no run has logged a step" in page.section("curves")
+    assert "or not at all" in page.section("differences")
+
+
+def test_folders_that_are_no_runs_are_refused_before_anything_is_written(tmp_path):
+    run = write_run(tmp_path / "a")
+    (tmp_path / "empty").mkdir()
+    for other, words in (("empty", "no run in .*empty"), ("none", "no run in .*none")):
+        with pytest.raises(UserError, match=words):
+            write_comparison([run, tmp_path / other])
+    with pytest.raises(UserError, match="named twice"):
+        write_comparison([run, tmp_path / "a" / ".." / "a"])
+    with pytest.raises(UserError, match="two to 8 runs, not 9"):
+        write_comparison([run] * 9)
+    assert not (run / "report.html").exists() and not (run / "comparison.html").exists()
+
+
+def test_the_command_prints_where_the_page_is(runs, tmp_path, capsys):
+    names = list(map(str, runs))
+    assert cli.main(["report", *names]) == 0
+    assert capsys.readouterr().out.strip() == str(runs[0] / "comparison.html")
+    out = tmp_path / "c.html"
+    assert cli.main(["report", *names, f"--out={out}"]) == 0
+    assert capsys.readouterr().out.strip() == str(out) and out.exists()
+
+
+@pytest.mark.parametrize(
+    ("others", "words"),
+    [(["nowhere"], "nowhere"), (["--out=c.html"], "--out names the page that compares runs")],
+)
+def test_what_cannot_be_compared_is_one_sentence(
+    runs, tmp_path, monkeypatch, capsys, others, words
+):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["report", str(runs[0]), *others]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error

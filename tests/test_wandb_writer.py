@@ -1,0 +1,151 @@
+"""Weights & Biases for real, but offline: its files are written and nothing is sent."""
+
+import contextlib
+import importlib.machinery
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import wandb
+from tiny import tiny_config, without_colour
+
+from ssl_jax import train
+from ssl_jax.config import default_config, differences, from_json, to_json
+from ssl_jax.errors import UserError
+from ssl_jax.metrics import MetricsLog, read_metrics
+from ssl_jax.wandb_writer import WandbWriter, require_wandb
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    for name, value in {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    for name in ("CONFIG_DIR", "CACHE_DIR", "DATA_DIR"):
+        monkeypatch.setenv(f"WANDB_{name}", str(tmp_path / name))
+    yield tmp_path / "run"
+    wandb.teardown()
+
+
+def test_a_resumed_run_continues_the_same_one(offline):
+    offline.mkdir()
+    for step in (1, 2):
+        writer = WandbWriter("tries", offline, {"optim": {"lr": 0.123}}, pytest.fail)
+        log = MetricsLog(offline, step - 1, [writer])
+        log.write(step, {"loss": 2.5, "of_processes": [1.0, 3.0]})
+        log.picture(0, "views", np.zeros((8, 8, 3), np.uint8))
+        log.close()
+    identity = (offline / "wandb_id").read_text().strip()
+    files = list(offline.glob(f"wandb/offline-run-*/run-{identity}.wandb"))
+    assert len(files) == 2
+    for file in files:
+        content = file.read_bytes()
+        for part in (b"tries", b"loss", b"of_processes", b"0.123", b"views"):
+            assert part in content, part
+    assert list(offline.glob("wandb/offline-run-*/files/media/images/views*.png"))
+    lines = (offline / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["of_processes"] for line in lines] == [[1.0, 3.0]] * 2
+
+
+# Without the package, a folder that it has left where it ran may be found in its place.
+@pytest.mark.parametrize("found", [None, importlib.machinery.ModuleSpec("wandb", None)])
+def test_a_missing_package_is_told_by_the_extra_to_install(monkeypatch, tmp_path, found):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    require_wandb("")
+    for call in (lambda: require_wandb("tries"), lambda: WandbWriter("tries", tmp_path, {}, print)):
+        with pytest.raises(UserError, match=r"config.wandb is 'tries'.*pip install ssl_jax\[wandb"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (wandb.errors.UsageError("no API key\nmore"), "no API key"),
+        (wandb.errors.CommError(""), "CommError"),
+        (ValueError("bad entity"), "bad entity"),
+    ],
+)
+def test_what_wandb_refuses_is_a_sentence(monkeypatch, tmp_path, error, words):
+    def refuse(**settings):
+        raise error
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UserError, match=rf"project 'tries' \({words}\): see `wandb login`"):
+        WandbWriter("tries", tmp_path, {}, print)
+
+
+class FakeRun:
+    """Of wandb; what it was asked, and what it raises then."""
+
+    def __init__(self, error=None):
+        self.asked, self.error = [], error
+
+    def define_metric(self, *args, **options):
+        pass
+
+    def log(self, values):
+        self.asked.append(values["step"])
+        if self.error:
+            raise self.error
+
+    def finish(self, exit_code):
+        self.asked.append(f"exit {exit_code}")
+        if self.error:
+            raise self.error
+
+
+@pytest.mark.parametrize("first", ["write", "picture", "close"])
+def test_a_service_that_is_gone_is_one_warning(monkeypatch, tmp_path, first):
+    run, warned = FakeRun(ConnectionResetError("Connection lost")), []
+    monkeypatch.setattr(wandb, "init", lambda **settings: run)
+    writer = WandbWriter("tries", tmp_path, {}, warned.append)
+    if first == "picture":
+        writer.picture(0, "views", np.zeros((8, 8, 3), np.uint8))
+    elif first == "write":
+        writer.write(0, {"loss": 1.0})
+    writer.close()
+    writer.write(1, {"loss": 1.0})
+    writer.picture(1, "views", np.zeros((8, 8, 3), np.uint8))
+    assert run.asked == ([0] if first != "close" else []) + ["exit 0"]
+    (warning,) = warned
+    assert "Weights & Biases has failed (Connection lost)" in warning
+
+
+@pytest.mark.parametrize("place", ["train", "checkpoints", "nowhere"])
+def test_a_run_that_has_failed_is_not_told_as_finished(monkeypatch, tmp_path, place):
+    run = FakeRun()
+    monkeypatch.setattr(wandb, "init", lambda **settings: run)
+
+    def fail(self, *args):
+        raise UserError("No space.")
+
+    if place == "checkpoints":
+        monkeypatch.setattr("ssl_jax.checkpoint.Checkpoints.close", fail)
+    monkeypatch.setattr(train.Run, "train", fail if place == "train" else lambda self, stop: None)
+    monkeypatch.setattr(train.Run, "finish", lambda *args: None)
+    config = without_colour(tiny_config(steps=2, batch_size=320, wandb="tries"))
+    with contextlib.nullcontext() if place == "nowhere" else pytest.raises(UserError, match="spac"):
+        train.pretrain(config, tmp_path)
+    assert run.asked[-1] == ("exit 0" if place == "nowhere" else "exit 1")
+
+
+def test_a_run_tells_it_what_it_measures_and_a_finished_one_nothing_more(offline, monkeypatch):
+    monkeypatch.setattr(train.Run, "measure", lambda self, step: None)
+    monkeypatch.setattr("ssl_jax.evals.run.Evaluator.finish", lambda *a: None)
+    config = without_colour(tiny_config(steps=2, batch_size=320, wandb="tries"))
+    for _ in range(2):
+        train.pretrain(config, offline)
+    (file,) = offline.glob("wandb/offline-run-*/*.wandb")
+    content = file.read_bytes()
+    assert all(part in content for part in (b"embedding_std", b"learning_rate", b"views"))
+    assert read_metrics(offline / "metrics.jsonl")[-1]["step"] == 2
+
+
+def test_a_run_may_begin_to_send_when_it_goes_on():
+    old, new = default_config(), default_config()
+    new.wandb = "tries"
+    assert differences(to_json(old), to_json(new)) == []
+    before = to_json(old)
+    del before["wandb"]
+    assert from_json(before).wandb == ""
