@@ -36,13 +36,24 @@ def get_config(variant=""):
 """
 
 
-PRETRAIN = [str(ROOT / "run_pretrain.py")]
+# The transport (Gloo) writes to standard output from several threads, in pieces that mix with each
+# other and with lines of ours. Python's own output goes to the pipe by another file descriptor.
+_APART = """
+import os, sys
+sys.stdout = os.fdopen(os.dup(1), "w")
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+"""
+PRETRAIN = f"""
+import runpy
+runpy.run_path({str(ROOT / "run_pretrain.py")!r}, run_name="__main__")
+"""
 # `ssl-jax`, where a ResNet of depth 6 is known.
-COMMAND = [
-    "-c",
-    f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import tiny; "
-    "from ssl_jax.cli import main; sys.exit(main(sys.argv[1:]))",
-]
+COMMAND = f"""
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import tiny
+from ssl_jax.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def port():
@@ -52,7 +63,7 @@ def port():
 
 
 def start(count, arguments, only=None, program=PRETRAIN, **variables):
-    """Starts `count` processes of a program.
+    """Starts `count` processes of a program, which is code.
 
     `only` maps the number of a process to arguments that it alone is given; outputs are piped.
     """
@@ -63,7 +74,7 @@ def start(count, arguments, only=None, program=PRETRAIN, **variables):
         environment |= {"SLURM_NTASKS": str(count), "JAX_COORDINATOR_PORT": str(port())}
     processes = [
         subprocess.Popen(
-            [sys.executable, *program, *arguments, *(only or {}).get(i, [])],
+            [sys.executable, "-c", _APART + program, *arguments, *(only or {}).get(i, [])],
             env=environment | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -82,20 +93,16 @@ def end_all():
 
 
 def finish(processes, seconds=240):
-    """(exit code, standard output, standard error) of each, without what the transport says."""
+    """(exit code, standard output, standard error) of each."""
     try:
         ended = [process.communicate(timeout=seconds) for process in processes]
     finally:
         for process in processes:
             process.kill()
     return [
-        (process.returncode, _without_transport(out), error)
+        (process.returncode, out, error)
         for process, (out, error) in zip(processes, ended, strict=True)
     ]
-
-
-def _without_transport(text):
-    return "".join(line for line in text.splitlines(True) if not line.startswith("[Gloo]"))
 
 
 def wait_for(process, start, seconds=200):
