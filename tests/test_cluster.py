@@ -122,7 +122,8 @@ def test_a_lost_process_ends_the_others_and_nothing_is_lost(pair, on_images, tmp
     processes[1].send_signal(signal.SIGKILL)
     began = time.monotonic()
     survivor, killed = finish(processes)
-    assert time.monotonic() - began < 10  # config.heartbeat_s
+    # config.heartbeat_s is 10, and a busy machine takes its time; without it JAX waits for 100.
+    assert time.monotonic() - began < 60
     assert killed[0] == -signal.SIGKILL and survivor[0] not in (0, None)
     # Ours says it, or JAX's service where that is the first to notice.
     words = ("another one may be lost", "distributed service detected fatal error")

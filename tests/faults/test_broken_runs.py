@@ -243,7 +243,7 @@ def image_runs(tmp_path_factory):
 
 
 def wait_for_step(workdir, step, process):
-    for _ in range(6000):
+    for _ in range(20_000):
         if any(r["step"] >= step for r in read_metrics(workdir / "metrics.jsonl")):
             return
         assert process.poll() is None, "the run ended before it was disturbed"
