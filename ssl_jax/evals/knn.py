@@ -12,6 +12,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.spmd import Layout, Spmd, make_spmd
 
 _QUERIES, _KEYS = 1024, 16_384  # similarities held at a time: 64 MiB in float32
+_CHUNKS = 64  # of queries that stay on a device while all keys pass
 
 
 def knn_classify(
@@ -80,7 +81,8 @@ def nearest_neighbours(
     """The k keys most similar to each query, by cosine, nearest first.
 
     Chunked over both, so that memory does not grow with n·m; the queries are spread over this
-    process's devices, each of which compares its share with all keys.
+    process's devices, each of which compares its share with all keys. These are sent once for each
+    65,536 queries of a device.
 
     Args:
       keys: [n, d].
@@ -103,17 +105,27 @@ def nearest_neighbours(
     merge = _merging(spmd, k)
     similarity, index = [], []
     rows = min(_QUERIES, -(-len(queries) // spmd.size)) * spmd.size  # of a chunk
-    for start in range(0, len(queries), rows):
-        query = np.zeros((rows, queries.shape[1]), np.float32)
-        kept = len(queries[start : start + rows])
-        query[:kept] = queries[start : start + rows]
-        placed, best = spmd.place_batch((query, _nothing_yet(rows, k)))
+    starts = range(0, len(queries), rows)
+    for at in range(0, len(starts), _CHUNKS):
+        chunks = [_filled(queries[start : start + rows], rows) for start in starts[at:][:_CHUNKS]]
+        placed = [spmd.place_batch(chunk) for chunk in chunks]
+        best = [spmd.place_batch(_nothing_yet(rows, k)) for _ in chunks]
         for first in range(0, len(keys), _KEYS):
-            key = jnp.asarray(keys[first : first + _KEYS], jnp.float32)
-            best = merge(best, placed, *spmd.replicate((key, jnp.int32(first))))
-        similarity.append(np.asarray(best[0])[:kept])
-        index.append(np.asarray(best[1])[:kept])
-    return np.concatenate(similarity), np.concatenate(index)
+            key = spmd.replicate(
+                (np.asarray(keys[first : first + _KEYS], np.float32), np.int32(first))
+            )
+            jax.block_until_ready(best)  # two chunks of keys are on the devices, no more
+            best = [merge(b, query, *key) for b, query in zip(best, placed, strict=True)]
+        similarity += [np.asarray(b[0]) for b in best]
+        index += [np.asarray(b[1]) for b in best]
+    count = len(queries)
+    return np.concatenate(similarity)[:count], np.concatenate(index)[:count]
+
+
+def _filled(queries: np.ndarray, rows: int) -> np.ndarray:
+    filled = np.zeros((rows, queries.shape[1]), np.float32)
+    filled[: len(queries)] = queries
+    return filled
 
 
 def _nothing_yet(rows: int, k: int) -> tuple[np.ndarray, np.ndarray]:

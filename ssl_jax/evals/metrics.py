@@ -20,10 +20,10 @@ def classification_metrics(
 ) -> dict[str, Any]:
     """Top-1, top-5, mean per class, calibration and confusion, with bootstrap intervals.
 
-    An image counts in top-k if fewer than k classes score at least as high as its own; so equal
-    scores, and those that are not finite, count against it. The calibration error is the mean, over
-    bins of confidence, of the distance between accuracy and confidence (Guo et al., 2017,
-    arXiv:1706.04599, section 2).
+    An image counts in top-k if fewer than k classes come before its own, by score and, where scores
+    are equal, by number, as argmax has them; with scores that are not finite it counts as wrong.
+    The calibration error is the mean, over bins of confidence, of the distance between accuracy and
+    confidence (Guo et al., 2017, arXiv:1706.04599, section 2).
 
     Args:
       scores: logits of the classes.
@@ -33,19 +33,26 @@ def classification_metrics(
 
     Returns:
       "top1", "top5" (of more than five classes), "mean_per_class" over the classes that
-      occur, "calibration_error", each {"value", "low", "high"} in [0, 1] with 95 % percentile
-      intervals; "examples"; "confusion", counts [c, c] by true class and predicted one.
+      occur, "calibration_error", each {"value", "low", "high"} in [0, 1] with 95 % intervals that
+      hold the value: percentiles, and of the calibration error, which noise makes larger, these
+      reflected in the value; "examples"; "confusion", counts [c, c] by true class and predicted
+      one, without images whose scores are not finite.
 
     Raises:
       UserError: nothing to measure, or labels that the scores don't have.
     """
-    scores, labels = np.asarray(scores, np.float32), np.asarray(labels)
+    scores, labels = np.asarray(scores), np.asarray(labels)
+    # Not less precise than they are: rounding would make scores equal.
+    scores = scores.astype(np.result_type(scores, np.float32))
     _check(scores, labels)
     classes = scores.shape[1]
-    # Of a diverged classifier: no class stands out, which counts as wrong.
-    scores = np.where(np.isfinite(scores).all(axis=1, keepdims=True), scores, 0)
+    # Those of a diverged classifier put its own class behind all others.
+    finite = np.isfinite(scores).all(axis=1)
+    scores = np.where(finite[:, None], scores, 0)
     own = scores[np.arange(len(labels)), labels][:, None]
-    ahead = np.sum(scores >= own, axis=1) - 1
+    earlier = np.arange(classes) < labels[:, None]
+    ahead = np.sum((scores > own) | ((scores == own) & earlier), axis=1)
+    ahead[~finite] = classes
     predicted = scores.argmax(axis=1)
     confident = special.softmax(scores, axis=1).max(axis=1)
     each = {"top1": ahead < 1}
@@ -61,8 +68,11 @@ def classification_metrics(
     measured["mean_per_class"] = _mean_per_class(weights, each["top1"], labels, classes)
     measured["calibration_error"] = _calibration(weights, each["top1"], confident, bins)
     confusion = np.zeros((classes, classes), int)
-    np.add.at(confusion, (labels, predicted), 1)
-    found: dict[str, Any] = {name: _interval(values) for name, values in measured.items()}
+    np.add.at(confusion, (labels[finite], predicted[finite]), 1)
+    found: dict[str, Any] = {
+        name: _interval(values, reflected=name == "calibration_error")
+        for name, values in measured.items()
+    }
     return {**found, "examples": len(labels), "confusion": confusion.tolist()}
 
 
@@ -100,10 +110,12 @@ def _calibration(
     return error
 
 
-def _interval(values: np.ndarray) -> dict[str, float]:
+def _interval(values: np.ndarray, reflected: bool) -> dict[str, float]:
     value, drawn = float(values[0]), values[1:]
     low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (value, value)
-    return {"value": value, "low": float(low), "high": float(high)}
+    if reflected:
+        low, high = max(2 * value - high, 0.0), 2 * value - low
+    return {"value": value, "low": min(float(low), value), "high": max(float(high), value)}
 
 
 def interval_text(found: dict[str, float]) -> str:

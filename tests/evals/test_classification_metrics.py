@@ -53,19 +53,47 @@ def test_intervals_are_those_of_a_proportion():
     assert again == found
 
 
-def test_classes_that_do_not_occur_and_equal_scores():
-    found = classification_metrics(np.zeros((4, 3)), np.array([0, 0, 1, 1]), draws=5)
-    assert found["top1"]["value"] == 0  # nothing is told apart
-    assert "top5" not in found
+def test_classes_that_do_not_occur():
     scores = np.eye(3)[[0, 0, 1, 0]]
     found = classification_metrics(scores, np.array([0, 0, 1, 1]), draws=5)
     assert found["mean_per_class"]["value"] == 0.75
+    assert "top5" not in found
+
+
+def test_equal_scores_are_ranked_by_the_number_of_the_class():
+    labels = np.random.default_rng(0).integers(0, 7, 300)
+    scores = np.random.default_rng(1).integers(0, 3, (300, 7))
+    found = classification_metrics(scores, labels, draws=0)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    assert found["top1"]["value"] == np.mean(order[:, 0] == labels)
+    assert found["top5"]["value"] == np.mean((order[:, :5] == labels[:, None]).any(axis=1))
+    assert found["top1"]["value"] == np.trace(found["confusion"]) / 300
+
+
+def test_scores_are_not_rounded():
+    found = classification_metrics(np.array([[1.0, 1.0 + 1e-12]]), np.array([1]), draws=0)
+    assert found["top1"]["value"] == 1
+
+
+@pytest.mark.parametrize("n", [20, 300, 3000])
+def test_the_calibration_errors_interval_holds_it(n):
+    """Of a classifier that is calibrated, drawing again makes the error larger, never smaller."""
+    rng = np.random.default_rng(0)
+    right = rng.uniform(0.5, 1, n)
+    scores = np.log(np.stack([right, 1 - right], axis=1))
+    found = classification_metrics(scores, (rng.random(n) > right).astype(int))
+    error = found["calibration_error"]
+    assert 0 <= error["low"] <= error["value"] <= error["high"]
+    assert error["low"] < error["high"]
 
 
 def test_scores_that_are_not_finite_are_wrong():
     scores = np.array([[np.nan, 0, 0], [np.inf, 0, 0], [1, 0, 0]])
     found = classification_metrics(scores, np.zeros(3, int), draws=5)
     assert found["top1"]["value"] == pytest.approx(1 / 3)
+    assert found["confusion"] == [[1, 0, 0], [0, 0, 0], [0, 0, 0]]
+    many = classification_metrics(np.full((2, 6), np.nan), np.array([0, 1]), draws=5)
+    assert many["top5"]["value"] == 0
 
 
 def test_what_cannot_be_measured_is_refused():

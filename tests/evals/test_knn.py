@@ -5,6 +5,8 @@ from sklearn.neighbors import NearestNeighbors
 from ssl_jax.errors import UserError
 from ssl_jax.evals import knn as knn_module
 from ssl_jax.evals import knn_classify, knn_votes, nearest_neighbours
+from ssl_jax.evals.frozen import Features, knn_metrics
+from ssl_jax.spmd import Spmd
 
 
 def data(n=300, m=40, d=6, seed=0):
@@ -48,6 +50,41 @@ def test_neighbours_are_scikit_learns(monkeypatch):
     distance, expected = theirs.kneighbors(test)
     np.testing.assert_array_equal(index, expected)
     np.testing.assert_allclose(similarity, 1 - distance, atol=1e-5)
+
+
+def test_keys_are_sent_once_for_several_chunks_of_queries(monkeypatch):
+    train, _, test = data(m=230)
+    whole = nearest_neighbours(train, test, k=5)
+    sent, replicate = [], Spmd.replicate
+
+    def counted(self, tree):
+        sent.append(len(tree[0]))
+        return replicate(self, tree)
+
+    monkeypatch.setattr(Spmd, "replicate", counted)
+    monkeypatch.setattr(knn_module, "_KEYS", 100)
+    monkeypatch.setattr(knn_module, "_QUERIES", 5)  # 40 on eight devices, so there are six chunks
+    parts = nearest_neighbours(train, test, k=5)
+    assert sent == [100, 100, 100]
+    sent.clear()
+    monkeypatch.setattr(knn_module, "_CHUNKS", 4)
+    blocks = nearest_neighbours(train, test, k=5)
+    assert sent == 2 * [100, 100, 100]
+    for found in (parts, blocks):
+        np.testing.assert_array_equal(found[1], whole[1])
+        np.testing.assert_allclose(found[0], whole[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(4, None), (7, None), (7, 0.1)])
+def test_metrics_are_those_of_the_classes_that_are_told(k, temperature):
+    """Of a majority of few, many votes are ties."""
+    train, labels, test = data()
+    truth = np.random.default_rng(1).integers(0, 3, len(test))
+    features = Features(train, labels, test, truth, ("a", "b", "c"), step=1)
+    found = knn_metrics(features, k=k, temperature=temperature)
+    told = knn_classify(train, labels, test, num_classes=3, k=k, temperature=temperature)
+    assert found["top1"]["value"] == pytest.approx(np.mean(told == truth))
+    assert found["top1"]["value"] == pytest.approx(np.trace(found["confusion"]) / len(test))
 
 
 def test_a_tiny_temperature_does_not_overflow():
