@@ -1,6 +1,7 @@
 """Data sets that TensorFlow Datasets has prepared, as ArrayRecord or TFRecord, read by id."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -121,13 +122,19 @@ def _builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
     name, folder = config.data.dataset, config.data.dir or None
     if not name:
         raise UserError("config.data.dataset is empty: name one of TFDS, such as imagenet2012.")
+    if re.match(r"[^:]*:[^\d*]", name):  # what follows a colon otherwise is a version
+        raise UserError(
+            f"config.data.dataset is '{name}', one of a community's, which TFDS would fetch by "
+            "itself: give the name of one that is prepared here, and set config.data.dir to the "
+            "folder that holds it."
+        )
     try:
         builder = tfds.builder(name, data_dir=folder, try_gcs=False)
-    except tfds.core.DatasetNotFoundError as error:
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise UserError(
             f"config.data.dataset is '{name}', which TFDS doesn't know"
             + (f" and {folder} doesn't hold" if folder else "")
-            + f".{did_you_mean(name, tfds.list_builders())}"
+            + f".{did_you_mean(name, tfds.list_builders(with_community_datasets=False))}"
         ) from error
     if not builder.is_prepared():
         raise UserError(

@@ -125,6 +125,9 @@ def test_gray_images_become_rgb(tmp_path):
     [
         ({"dataset": ""}, "config.data.dataset is empty: name one"),
         ({"dataset": "imagenet2021"}, "which TFDS doesn't know .* Did you mean 'imagenet2012'"),
+        ({"dataset": "my set"}, "'my set', which TFDS doesn't know"),
+        ({"dataset": "kubric:movi_a"}, "'kubric:movi_a', one of a community's, .*: give the name"),
+        ({"dataset": "cifar10:3.0.2"}, "cifar10/3.0.2 is not prepared in"),
         ({"dataset": "cifar10"}, "cifar10/3.0.2 is not prepared in .*: run `tfds build cifar10`"),
         ({"split": "trian"}, "config.data.split is 'trian', which .* Did you mean 'train'"),
         ({"test_split": "train[:x]"}, "config.data.test_split is 'train"),
@@ -135,3 +138,15 @@ def test_gray_images_become_rgb(tmp_path):
 def test_what_is_not_there_is_one_sentence(prepared, data, words):
     with pytest.raises(UserError, match=words):
         make_sources(config_for(prepared / "array_record", **data))
+
+
+def test_a_name_that_is_not_known_is_looked_up_here_alone(prepared, monkeypatch):
+    from ssl_jax.data import tfds as module
+
+    plain, asked = module.tfds.list_builders, []
+    monkeypatch.setattr(
+        module.tfds, "list_builders", lambda **options: asked.append(options) or plain(**options)
+    )
+    with pytest.raises(UserError, match="Did you mean 'imagenet2012'"):
+        make_sources(config_for(prepared / "array_record", dataset="imagenet2021"))
+    assert asked == [{"with_community_datasets": False}]
