@@ -157,12 +157,12 @@ class NoLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; a last line cut off by a kill is left out."""
+    """The records of a `metrics.jsonl`, without lines that are none: cut off by a kill, damaged."""
     if not path.is_file():
         return []
     records = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):  # no UTF-8, no JSON
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 records.append(record)

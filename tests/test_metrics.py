@@ -99,6 +99,15 @@ def test_lines_that_are_no_records_are_left_out(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
 
 
+def test_a_damaged_byte_costs_its_line_and_the_log_goes_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "lo\xffs": 1.0}\n{"step": 3}\n')
+    log = MetricsLog(tmp_path, resume_step=3)
+    log.write(4, {"loss": 1.0})
+    log.close()
+    assert [r["step"] for r in read_metrics(path)] == [1, 3, 4]
+
+
 def test_the_fetcher_counts():
     fetch = Fetcher()
     assert fetch({"a": jnp.float32(2)}) == {"a": 2.0}
