@@ -60,11 +60,24 @@ def locked(workdir: Path) -> Iterator[None]:
                 f"A run is going on in {workdir} already ({holder}): wait for it, or choose "
                 "another --workdir."
             ) from error
-        file.truncate(0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, started {started}")
-        file.flush()
+        holder = f"process {os.getpid()} on {socket.gethostname()}, started {started}"
+        with _writing(lock):
+            file.truncate(0)
+            os.write(file.fileno(), holder.encode())  # past the buffer, which closing would write
         yield
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What went wrong in writing, in a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} can't be written ({error.strerror}): see that there is space and that it may "
+            "be written to; the same command goes on."
+        ) from error
 
 
 def lock_text(workdir: Path, patience_s: float = 10.0) -> str:
@@ -181,7 +194,8 @@ def note_continuation(workdir: Path, step: int, derived: dict[str, Any] | None =
 
 def _write_record(workdir: Path, record: dict[str, Any]) -> None:
     """Replaces `config.json` as a whole, so that a kill leaves the old one or the new one."""
-    with replacing(workdir / "config.json") as file:
+    path = workdir / "config.json"
+    with _writing(path), replacing(path) as file:
         file.write_text(json.dumps(record, indent=2) + "\n")
 
 

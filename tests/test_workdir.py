@@ -60,6 +60,37 @@ def test_an_unwritable_workdir_is_named(tmp_path):
             pass
 
 
+def full_disk(monkeypatch, module, name):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, name, full)
+
+
+def test_a_full_disk_while_the_lock_is_written_is_a_sentence(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        full_disk(patched, os, "write")
+        with pytest.raises(UserError, match=r"\.lock can't be written \(No space left on device\)"):
+            with locked(tmp_path):
+                pass
+    with locked(tmp_path):  # nothing holds it
+        pass
+
+
+def test_a_full_disk_while_the_record_is_written_is_a_sentence(tmp_path, monkeypatch):
+    told = r"config.json can't be written \(No space left on device\): see that there is space"
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=told):
+        full_disk(patched, Path, "write_text")
+        write_config(tmp_path, default_config(), "")
+    assert list(tmp_path.iterdir()) == []
+    write_config(tmp_path, default_config(), "")
+    before = (tmp_path / "config.json").read_bytes()
+    full_disk(monkeypatch, Path, "write_text")
+    with pytest.raises(UserError, match=told):
+        note_continuation(tmp_path, 3)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
 def test_the_config_is_recorded_with_what_a_repetition_needs(tmp_path):
     config = default_config()
     write_config(tmp_path, config, "the command")
