@@ -1,7 +1,7 @@
 """Known vulnerabilities of the versions in constraints.txt, as far as the package index tells them.
 
-Ends with code 1 where there are some; an index that doesn't answer is told and no error, for it
-says nothing about the versions.
+Ends with code 1 where there are some, or where they can't be looked for; an index that doesn't
+answer is told and no error, for it says nothing about the versions.
 """
 
 import json
@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+# What pip_audit says then; else it is not installed, or doesn't know what it is asked.
+SILENT = ("requests.exceptions.", "ServiceError", "your network may be blocking")
 pins = Path(__file__).parents[1] / "constraints.txt"
 command = [sys.executable, "-m", "pip_audit", "-r", str(pins), "--no-deps", "--disable-pip"]
 # pip's certificates are the index's.
@@ -24,8 +26,10 @@ try:
     found = json.loads(done.stdout)["dependencies"]
 except (ValueError, KeyError):
     said = done.stderr.strip().splitlines() or ["nothing"]
-    print(f"audit: the index doesn't answer, nothing is known ({said[-1][:200]})")
-    sys.exit(0)
+    silent = any(words in done.stderr for words in SILENT)
+    told = "the index doesn't answer, nothing is known" if silent else "pip_audit failed"
+    print(f"audit: {told} ({said[-1][:200]})")
+    sys.exit(not silent)
 vulnerable = [package for package in found if package.get("vulns")]
 for package in vulnerable:
     told = ", ".join(vulnerability["id"] for vulnerability in package["vulns"])

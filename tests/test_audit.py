@@ -1,0 +1,35 @@
+"""The audit of the pinned versions passes where the index is silent, and nowhere else."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+AUDIT = Path(__file__).parents[1] / ".ci" / "audit.py"
+FOUND = '{"dependencies": [{"name": "a", "version": "1", "vulns": %s}]}'
+VULNERABLE = '[{"id": "CVE-1"}]'
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "words"),
+    [
+        (f"print('{FOUND % '[]'}')", 0, "1 packages, 0 vulnerable"),
+        (f"print('{FOUND % VULNERABLE}'); exit(1)", 1, "a 1: CVE-1"),
+        ("exit('requests.exceptions.ConnectionError: refused')", 0, "nothing is known (requests"),
+        ("exit('Tip: your network may be blocking this service.')", 0, "nothing is known (Tip"),
+        ("exit('pip-audit: error: unrecognized arguments: -x')", 1, "failed (pip-audit: error"),
+        ("exit('No module named pip_audit')", 1, "failed (No module named pip_audit)"),
+        ("exit(1)", 1, "failed (nothing)"),
+    ],
+)
+def test_only_a_silent_index_passes_unheard(tmp_path, program, code, words):
+    """By a module of the same name in the real one's place."""
+    (tmp_path / "pip_audit.py").write_text(program)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(AUDIT)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    assert words in done.stdout
