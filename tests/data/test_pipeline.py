@@ -1,6 +1,6 @@
 """The thread that reads ahead: what it raises is raised, and a silence is told."""
 
-import time
+import threading
 
 import numpy as np
 import pytest
@@ -12,17 +12,18 @@ from ssl_jax.errors import UserError
 
 
 class Stalled:
-    """A source whose storage no longer answers after some batches."""
+    """A source whose storage no longer answers after some batches, until it is told to."""
 
     def __init__(self, after, error=None):
         self.source, self.after, self.error = random_source(), after, error
+        self.answers = threading.Event()
 
     def batches(self, steps):
         for number, batch in enumerate(self.source.batches(steps)):
             if number == self.after:
                 if self.error:
                     raise self.error
-                time.sleep(1.5)
+                assert self.answers.wait(300)
             yield batch
 
 
@@ -33,16 +34,28 @@ def reading(source, stall_s):
 
 
 def test_a_storage_that_no_longer_answers_stops_the_run_in_one_sentence():
-    with reading(Stalled(2), stall_s=0.3) as batches:
+    source = Stalled(2)
+    with reading(source, stall_s=300) as batches:
         batches.next(), batches.next()
+        batches._stall_s = 0.3  # a busy machine may take longer for those that do come
         with pytest.raises(UserError, match=r"No images have come for 0.3 seconds .*stall_s"):
             batches.next()
+        source.answers.set()
 
 
-def test_without_a_limit_it_is_waited_for():
-    with reading(Stalled(2), stall_s=0) as batches:
-        ids = [batches.next()["id"] for _ in range(4)]
-    assert len(ids) == 4 and batches.wait_seconds > 1
+def test_without_a_limit_it_is_waited_for(monkeypatch):
+    source = Stalled(2)
+    with reading(source, stall_s=0) as batches:
+        batches.next(), batches.next()
+        get, waited = batches._queue.get, batches.wait_seconds
+
+        def asked(timeout):
+            threading.Timer(0.3, source.answers.set).start()
+            return get(timeout=timeout)
+
+        monkeypatch.setattr(batches._queue, "get", asked)
+        batches.next(), batches.next()
+    assert batches.wait_seconds - waited > 0.29
 
 
 def test_what_the_reading_raises_is_raised_where_batches_are_taken():
