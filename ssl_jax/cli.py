@@ -240,11 +240,8 @@ def _exit_code(parser: Parser, argv: list[str], command: list[str]) -> int:
         if error.told_here:
             print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(
-            "\nInterrupted; the same command continues the run, from its newest checkpoint.",
-            file=sys.stderr,
-        )
+    except KeyboardInterrupt as error:
+        print("\n" + "; ".join(["Interrupted", *map(str, error.args)]) + ".", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Else Python would complain once more when it flushes.
@@ -312,6 +309,27 @@ def _run(parser: Parser, argv: list[str], command: str) -> int:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if getattr(args, "imported", None):
         _register(args.imported)
+    try:
+        _do(args, overrides, command)
+    except KeyboardInterrupt as error:
+        if not _trains(args):
+            raise
+        told = "the same command continues the run, from its newest checkpoint"
+        raise KeyboardInterrupt(told) from error
+    return 0
+
+
+def _trains(args: argparse.Namespace) -> bool:
+    """Whether a command trains in a folder, where the same command goes on."""
+    if args.command == "linear":
+        return bool(args.recipe != "lbfgs")
+    if args.command == "transfer":
+        return bool(args.finetune)
+    return args.command in ("pretrain", "finetune", "distill")
+
+
+def _do(args: argparse.Namespace, overrides: list[str], command: str) -> None:
+    """Does what a command asks for."""
     if args.command == "pretrain":
         _pretrain(args, overrides, command)
     elif args.command == "config":
@@ -328,7 +346,6 @@ def _run(parser: Parser, argv: list[str], command: str) -> int:
         cli_interop.run(args)
     else:
         _report(args)
-    return 0
 
 
 def _pretrain(args: argparse.Namespace, overrides: list[str], command: str) -> None:

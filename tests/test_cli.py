@@ -316,6 +316,31 @@ def test_an_interrupt_and_a_closed_pipe_end_with_their_codes(capsys, monkeypatch
         assert found == code and "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "continues"),
+    [
+        (["pretrain", "--config=x.py", "--workdir=a"], True),
+        (["finetune", "--from=a"], True),
+        (["distill", "--from=a"], True),
+        (["linear", "--from=a", "--recipe=moco"], True),
+        (["linear", "--from=a"], False),
+        (["knn", "--from=a"], False),
+        (["export", "--from=a", "--format=program", "--out=b"], False),
+        (["report", "a"], False),
+    ],
+)
+def test_an_interrupt_says_that_a_run_goes_on_where_one_does(
+    capsys, monkeypatch, arguments, continues
+):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_do", interrupted)
+    code, _, err = run(capsys, *arguments)
+    more = "; the same command continues the run, from its newest checkpoint"
+    assert code == 130 and err == f"\nInterrupted{more if continues else ''}.\n"
+
+
 def test_report_is_written_anew(capsys, tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({"config": to_json(default_config()), "command": "c", "versions": {}})
