@@ -97,8 +97,7 @@ def apply_geometry(
     """Crops and resizes by drawn boxes.
 
     The box is cut out before it is resized, so pixels outside it never count. Where it is larger
-    than the view, "torchvision" and "none" average over what an output pixel covers, as PIL does;
-    "tf" and "byol" sample without it, as `tf.image.resize` does.
+    than the view, it is averaged or sampled as `antialiased` says.
 
     An affine view is turned, sheared (x by y) and shifted about its centre before it is cropped,
     all in one bilinear sampling whose taps may reach out of the box; outside the image is black.
@@ -122,8 +121,16 @@ def apply_geometry(
                 "sampled bilinearly: set crop.interpolation to 'bilinear'."
             )
         return _sample(images, *_source_coordinates(images, geometry, view.size))
-    antialias = view.crop.sampler in ("torchvision", "none")
-    return _resize(images, geometry, view.size, view.crop.interpolation, antialias)
+    return _resize(images, geometry, view.size, view.crop.interpolation, antialiased(view))
+
+
+def antialiased(view: ConfigDict) -> bool:
+    """Whether a larger image is averaged over what an output pixel covers, or only sampled.
+
+    PIL averages, and so the methods that crop by torchvision do; `tf.image.resize` samples, and so
+    SimCLR and BYOL do. What is evaluated is made smaller in the same way.
+    """
+    return view.crop.sampler in ("torchvision", "none")
 
 
 def view_corners(geometry: Geometry, height: int, width: int) -> Float[Array, "n 4 2"]:

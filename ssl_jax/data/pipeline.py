@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import flat_views
 from ssl_jax.data.augment import colour
-from ssl_jax.data.device_crop import crop_views, resize_images
+from ssl_jax.data.device_crop import antialiased, crop_views, resize_images
 from ssl_jax.data.index import Index, view_keys
 from ssl_jax.data.sources import Source
 from ssl_jax.errors import UserError
@@ -65,7 +65,8 @@ def prepare_clean(images: Array, config: ConfigDict) -> Float[Array, "n size siz
 
     Images that are not of the first view's size are cropped to the central square of
     `config.eval.crop_fraction` of the shorter side and resized; those of that size are taken as
-    they are (host sources make them so; small images such as CIFAR's are not cropped).
+    they are (host sources make them so; small images such as CIFAR's are not cropped). Larger
+    ones are averaged or sampled as in training, see `device_crop.antialiased`.
 
     Args:
       images: uint8, or floats in [0, 1], [n, H, W, 3].
@@ -79,9 +80,10 @@ def prepare_clean(images: Array, config: ConfigDict) -> Float[Array, "n size siz
     x = images
     if (height, width) != (view.size, view.size):
         side = max(1, round(config.eval.crop_fraction * min(height, width)))
-        top, left = (height - side) // 2, (width - side) // 2
+        # As `views.clean_view` cuts it out of an image file.
+        top, left = (height - side + 1) // 2, (width - side + 1) // 2
         x = x[:, top : top + side, left : left + side]
-    x = resize_images(x, view.size, config.eval.interpolation)
+    x = resize_images(x, view.size, config.eval.interpolation, antialiased(view))
     if view.mean:
         x = (x - jnp.array(view.mean)) / jnp.array(view.std)
     return x

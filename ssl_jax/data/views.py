@@ -18,6 +18,7 @@ import PIL.Image
 from jaxtyping import Float, Int, UInt8
 from ml_collections import ConfigDict
 
+from ssl_jax.data.device_crop import antialiased
 from ssl_jax.errors import UserError
 
 # Only exceptions are to reach the terminal, neither banners nor the decoders' own lines. JAX, where
@@ -188,15 +189,6 @@ def clean_view(image: Image, view: ConfigDict, crop_fraction: float, interpolati
         return _by_tensorflow(image, box, view.size, interpolation)
     how = (view.size, interpolation)
     return _call(functools.partial(_by_pillow, hows=[how]), [image, box[None]], [how])[0]
-
-
-def antialiased(view: ConfigDict) -> bool:
-    """Whether a larger image is averaged over what an output pixel covers, or only sampled.
-
-    PIL averages, and so the methods that crop by torchvision do; `tf.image.resize` samples, and so
-    SimCLR and BYOL do.
-    """
-    return view.crop.sampler in ("torchvision", "none")
 
 
 def _tf_box(seed: Seed, size: Int[tf.Tensor, "2"], crop: ConfigDict) -> Int[tf.Tensor, "4"]:

@@ -124,8 +124,10 @@ def _images(config: ConfigDict) -> str:
     )
     return (
         f"The central {100 * how['crop_fraction']:g} % of the shorter side, resized to "
-        f"{how['size']}×{how['size']} ({how['interpolation']}), RGB in 0 to 1, {normalised}; "
-        "images of that size as they are."
+        f"{how['size']}×{how['size']} ({how['interpolation']}, "
+        f"{'antialiased' if how['antialias'] else 'not antialiased'}), RGB in 0 to 1, "
+        f"{normalised}; images of that size as they are."
+        + ("" if how["antialias"] else " What timm and the hub prepare by themselves is smoother.")
     )
 
 

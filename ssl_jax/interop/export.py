@@ -211,7 +211,12 @@ def _hub_config(config: ConfigDict) -> dict[str, Any]:
             "first_conv": "conv1",
             "classifier": "fc",
         },
-        "ssl_jax": {**architecture(config), "sk": config.model.sk, "method": config.method},
+        "ssl_jax": {
+            **architecture(config),
+            "sk": config.model.sk,
+            "method": config.method,
+            "antialias": how["antialias"],  # timm's and the hub's preparations always are
+        },
     }
     if is_torchvisions(config):
         found = {"architecture": f"resnet{config.model.depth}", **found}

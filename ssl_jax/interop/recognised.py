@@ -163,7 +163,9 @@ def _preparation(config: ConfigDict, kind: str, path: Path) -> None:
     normalised = {"simclr": {}, "swav": IMAGENET_SWAV}.get(kind, IMAGENET)
     if small and kind in ("solo", "torchvision", "timm"):
         normalised = CIFAR10
-    one = view(size=32 if small else 224, **normalised)
+    # Whose way it is to make images smaller; the crops themselves are not known.
+    sampler = {"simclr": "tf", "byol": "byol"}.get(kind, "torchvision")
+    one = view(size=32 if small else 224, crop={"sampler": sampler}, **normalised)
     with config.unlocked():
         config.views = {"view1": one, "view2": ConfigDict(one)}
     config.eval.interpolation = "bicubic" if kind in ("simclr", "byol", "timm") else "bilinear"

@@ -8,6 +8,7 @@ import scipy.stats
 from PIL import Image
 
 from ssl_jax import config
+from ssl_jax.data.pipeline import prepare_clean
 from ssl_jax.errors import UserError
 
 tf = pytest.importorskip("tensorflow")
@@ -211,6 +212,21 @@ def test_evaluation_takes_the_central_square(sampler, interpolation, height, wid
     expected = resized(cut, 32, interpolation, antialias=sampler == "torchvision")
     got = views.clean_view(image, view_of(sampler), fraction, interpolation)
     np.testing.assert_allclose(got, expected, atol=1.01)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_image_in_memory_is_prepared_like_one_of_a_file(sampler, interpolation):
+    """What `ssl_jax.load(...).apply` makes of pixels, and what kNN and the others see."""
+    c = config.default_config()
+    c.views = {"view1": view_of(sampler)}
+    c.eval.interpolation = interpolation
+    for height, width in ((150, 113), (120, 161), (20, 31)):
+        image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+        got = 255 * np.asarray(prepare_clean(image[None], c))[0]
+        expected = views.clean_view(image, c.views.view1, 0.875, interpolation).numpy()
+        # Pillow rounds after its first axis, and clips an overshoot there.
+        assert np.quantile(np.abs(got - expected), 0.95) <= 1.01
 
 
 # Boxes

@@ -13,6 +13,7 @@ import ssl_jax
 from ssl_jax import cli
 from ssl_jax.config import view
 from ssl_jax.encoder import restore_state
+from ssl_jax.interop.described import preprocessing
 from ssl_jax.interop.official import read_weights
 from ssl_jax.interop.weights import Weights, write_weights
 from ssl_jax.methods.base import make_encoder
@@ -120,12 +121,12 @@ def test_a_file_is_evaluated_like_a_run(run, tmp_path, capsys):
     of_file = json.loads(command(capsys, "knn", f"--from={file}", "--k=5", "--json"))
     of_run = json.loads(command(capsys, "knn", f"--from={run}", "--k=5", "--json"))
     assert of_file["metrics"] == of_run["metrics"]
-    assert (tmp_path / "ours.safetensors_evals" / "evals" / "knn.json").exists()
+    assert list((tmp_path / "ours.safetensors_evals" / "evals").glob("knn_*.json"))
     brief = ["--config.epochs=1", "--config.batch_size=64", "--config.eval.frozen_at_end=false"]
     out = command(capsys, "linear", f"--from={file}", "--recipe=moco", *brief)
-    assert "linear classifier, recipe moco: top-1" in out
+    assert "linear classifier, recipe moco, batch_size=64, " in out
     out = command(capsys, "finetune", f"--from={file}", "--labels=0.5", *brief)
-    assert "fine-tuned on 50 % of the images: top-1" in out
+    assert "fine-tuned on 50 % of the images, " in out
 
 
 def test_the_folder_has_a_card_from_the_run(run, tmp_path, capsys):
@@ -165,6 +166,24 @@ def test_the_folder_has_a_card_from_the_run(run, tmp_path, capsys):
         )
     told = json.loads(command(capsys, "knn", f"--from={tmp_path / 'hub'}", "--k=5", "--json"))
     assert told["k"] == 5
+
+
+def test_what_travels_is_how_the_run_prepares_its_images():
+    from ssl_jax.interop.card import _images
+    from ssl_jax.interop.export import _hub_config
+
+    config = tiny_config()
+    config.eval.crop_fraction = 0.8  # a small stem's, too
+    assert preprocessing(config) == {
+        **{"size": 8, "crop_fraction": 0.8, "interpolation": "bicubic", "antialias": True},
+        **{"range": [0, 1], "mean": [], "std": []},
+    }
+    assert "(bicubic, antialiased)" in _images(config)
+    for sampler in ("tf", "byol"):
+        config.views.view1.crop.sampler = sampler
+        assert not preprocessing(config)["antialias"]
+        assert not _hub_config(config)["ssl_jax"]["antialias"]
+        assert "(bicubic, not antialiased)" in _images(config) and "timm" in _images(config)
 
 
 def test_the_card_tells_how_views_are_made():

@@ -17,6 +17,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 import ssl_jax  # noqa: E402
 from ssl_jax.config import default_config, view  # noqa: E402
+from ssl_jax.data.pipeline import prepare_clean  # noqa: E402
 from ssl_jax.interop import export  # noqa: E402
 from ssl_jax.interop.official import read_weights  # noqa: E402
 from ssl_jax.interop.weights import Weights, write_weights  # noqa: E402
@@ -25,11 +26,12 @@ from ssl_jax.methods.base import make_encoder  # noqa: E402
 SIZE = 64
 
 
-def drawn(tmp_path, size=SIZE, mean=(0.4, 0.5, 0.6), **model):
+def drawn(tmp_path, size=SIZE, mean=(0.4, 0.5, 0.6), sampler="tf", **model):
     """A file of ours with random weights and statistics everywhere."""
     config = default_config()
     config.model.update(zero_init_residual=False, **model)
-    one = view(size=size, mean=mean, std=(0.2, 0.25, 0.3) if mean else ())
+    std = (0.2, 0.25, 0.3) if mean else ()
+    one = view(size=size, crop={"sampler": sampler}, mean=mean, std=std)
     config.views = {"view1": one, "view2": one}
     module = make_encoder(config)
     variables = module.init(jax.random.key(0), np.zeros((1, size, size, 3)), train=False)
@@ -137,12 +139,18 @@ def test_a_folder_is_loaded_by_timm_with_its_preprocessing(tmp_path, monkeypatch
         assert_same(ssl_jax.load(source).apply(images), net(plain))
 
 
-def test_pictures_are_prepared_alike(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("sampler", "interpolation"),
+    [("tf", "bicubic"), ("byol", "bilinear"), ("torchvision", "bicubic"), ("none", "bilinear")],
+)
+def test_pictures_are_prepared_alike(tmp_path, monkeypatch, sampler, interpolation):
     """A picture of another size: cropped, resized and normalised as `ssl_jax.load` does."""
     rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8))
-    picture = coarse.resize((160, 121), Image.Resampling.BICUBIC)
-    source = drawn(tmp_path, depth=18)
+    picture = Image.fromarray(rng.integers(0, 256, (160, 121, 3), np.uint8))
+    source = drawn(tmp_path, depth=18, sampler=sampler)
+    weights = read_weights(source)
+    weights.config.eval.interpolation = interpolation
+    write_weights(weights, source)
     folder = tmp_path / "hub"
     export.export_folder(source, folder)
     monkeypatch.syspath_prepend(str(folder))
@@ -152,7 +160,11 @@ def test_pictures_are_prepared_alike(tmp_path, monkeypatch):
     net = torch_encoder.load(folder / "model.safetensors")
     with torch.no_grad():
         theirs = net(torch_encoder.preprocess(picture, net)[None]).numpy()
-    mine = np.asarray(ssl_jax.load(source).apply(np.asarray(picture)[None]))
+        prepared = torch_encoder.preprocess(picture, net).numpy()
+    image = np.asarray(picture)[None]
+    expected = np.asarray(prepare_clean(image, weights.config))[0].transpose(2, 0, 1)
+    np.testing.assert_allclose(prepared, expected, atol=2e-3)
+    mine = np.asarray(ssl_jax.load(source).apply(image))
     assert np.abs(mine - theirs).max() <= 2e-3 * np.abs(theirs).max()
 
 

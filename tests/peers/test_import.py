@@ -22,6 +22,7 @@ from torch import nn  # noqa: E402
 import ssl_jax  # noqa: E402
 from ssl_jax.config import Schedule  # noqa: E402
 from ssl_jax.errors import UserError  # noqa: E402
+from ssl_jax.interop.described import preprocessing  # noqa: E402
 from ssl_jax.interop.official import read_weights  # noqa: E402
 from ssl_jax.methods import make_method  # noqa: E402
 
@@ -339,6 +340,7 @@ def test_what_is_imported_is_loaded_and_prepares_its_images(tmp_path):
     )
     assert encoder.config.views.view1.mean == (0.485, 0.456, 0.406)
     encoder = ssl_jax.load(saved(tmp_path, net.state_dict()))
+    assert preprocessing(encoder.config)["antialias"]  # as torchvision's own evaluation
     pixels = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), np.uint8)
     normalise = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     with torch.no_grad():
