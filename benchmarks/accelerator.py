@@ -1,41 +1,52 @@
-"""The agenda of an accelerator: every figure of docs/benchmarks.md that needs one, step by step.
+"""The agenda of an accelerator: the figures of docs/benchmarks.md that need one, step by step.
 
     python benchmarks/accelerator.py --out=DIR [--train=train.npz --test=test.npz] [--minutes=8.5]
         [--only=step,loss,...] [--toy]
 
 Steps are done in order until the minutes are over; what is done stays in DIR, and the same command
-goes on with the rest. CIFAR-10 (files of `ssl-jax data pack`) is trained by each method with
-lightly's setting for 200 epochs; such a run stops with the time and continues from its checkpoint.
-DIR/results.md is written after each step. `--toy` does the same with tiny networks, on a CPU.
+goes on with the rest: with the first step that isn't done. CIFAR-10 (files of `ssl-jax data pack`)
+is trained by each method with lightly's setting for 200 epochs; such a run stops with the time and
+continues from its checkpoint. DIR/results.md is written after each step. The exit code is 0 once
+all is done, 1 where a step failed, 3 where something is left. `--toy` does the same with tiny
+networks, on a CPU.
 """
 
 import argparse
 import importlib.util
 import json
 import os
+import signal
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+IMAGES = 50_000  # of CIFAR-10
 BENCHMARKS = ROOT / "benchmarks"
 METHODS = ("simclr", "moco", "swav", "byol", "simsiam")
 LEAST_S = 45.0  # in which no step is begun
-TOY = ("--config.model.depth=18", "--config.model.width=0.0625")
+SAVING_S = 120.0  # in which a run that is told to stop has written its checkpoint
+LEFT = 3  # exit code
+SMALL = ("--config.model.depth=18", "--config.model.width=0.0625")
+PLAIN = ("--config.model.depth=18", "--config.simclr.layers=2")  # what plain Flax has too
 
 
 def commands(args: argparse.Namespace) -> dict[str, list[str]]:
     """What each measuring step runs; each writes its figures as JSON where it is told to."""
-    torch = ["torch"] if importlib.util.find_spec("torch") and not args.toy else []
-    peers = ",".join(["bare", "plain", *torch])
+    torch = ["torch"] if importlib.util.find_spec("torch") else []
 
-    def step(config: str, batches: str, *more: str) -> list[str]:
+    def step(config: str, batches: str, peers: list[str], *more: str) -> list[str]:
         if args.toy:
-            config, batches = "simclr_cifar10.py", "4"
-            more = (*more, "--rounds=1", "--seconds=0.1", *TOY)
+            config = config.replace("imagenet", "cifar10")
+            batches = "2,4" if "," in batches else "4"
+            more = (*more, "--rounds=1", "--seconds=0.1", "--no-compile")
+            more = (*more, "--config.moco.queue=16", "--config.swav.prototypes=4")
+            more = (*more, *(PLAIN if "plain" in peers else SMALL))
         file = BENCHMARKS / "train_step.py"
-        return [str(file), f"--config={ROOT / 'configs' / config}", f"--batches={batches}", *more]
+        options = [f"--batches={batches}", f"--peers={','.join(peers)}"]
+        return [str(file), f"--config={ROOT / 'configs' / config}", *options, *more]
 
     def loss(sizes: str, large: str, *more: str) -> list[str]:
         if args.toy:
@@ -43,15 +54,18 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
         return [str(BENCHMARKS / "loss.py"), f"--sizes={sizes}", f"--large={large or 0}", *more]
 
     small = "2" if args.toy else "512"
+    profile = f"--profile={args.out / 'kernels.txt'}"
     found = {
-        "step": step("simclr_imagenet.py", "256", f"--peers={peers}"),
+        "step": step("simclr_imagenet.py", "256", ["bare", "plain", *torch]),
         "loss": loss("1024,4096", "", "--info-nce=", "--sinkhorn="),
         "loss_large": loss("8192", "65536", "--info-nce=256x65536", "--sinkhorn=8192x3000"),
-        "cached": step("simclr_imagenet.py", "8192", f"--microbatch={small}", "--peers="),
-        "sweep": step("simclr_imagenet.py", "64,128,512", "--peers="),
+        "cached": step("simclr_imagenet.py", "8192", [], f"--microbatch={small}"),
+        "sweep": step("simclr_imagenet.py", "64,128,512,1024", []),
+        "parts": step("simclr_imagenet.py", "256", [], "--split", profile),
     }
     for method in METHODS[1:]:
-        found[f"step_{method}"] = step(f"{method}_imagenet.py", "256", "--peers=")
+        found[f"step_{method}"] = step(f"{method}_imagenet.py", "256", ["bare"])
+    found["step_cifar"] = step("simclr_cifar10.py:lightly", "512", ["bare"])
     return found
 
 
@@ -88,7 +102,7 @@ def train(method: str, args: argparse.Namespace, seconds: float) -> str:
     command += [f"--config.data.dir={args.train}", f"--config.data.test_dir={args.test}"]
     command += ["--config.checkpoint.every_epochs=0"]  # at the end, and when it is stopped
     if args.toy:
-        command += [*TOY, "--config.epochs=1", "--config.batch_size=8", "--config.eval.knn_k=2"]
+        command += [*SMALL, "--config.epochs=1", "--config.batch_size=8", "--config.eval.knn_k=2"]
         command += ["--config.moco.queue=16", "--config.swav.prototypes=4", "--config.eval.draws=1"]
     with (args.out / f"cifar_{method}.log").open("a") as log:
         process = subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT)
@@ -96,10 +110,15 @@ def train(method: str, args: argparse.Namespace, seconds: float) -> str:
             process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             process.terminate()  # it saves a checkpoint
-            process.wait()
+            try:
+                process.wait(timeout=SAVING_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
     if (workdir / "evaluation.json").exists():
         return "done"
-    return f"failed, see {log.name}" if process.returncode else "goes on next time"
+    # SIGTERM may come before the run has begun.
+    stopped = process.returncode in (0, -signal.SIGTERM)
+    return "goes on next time" if stopped else f"failed, see {log.name}"
 
 
 def environment() -> dict[str, str]:
@@ -120,11 +139,14 @@ def write_results(out: Path) -> None:
         lines += ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
         lines += ["| " + " | ".join(cell(row[name]) for name in header) + " |" for row in rows]
         lines.append("")
+        for how, parts in found.get("ms", {}).items() if isinstance(found, dict) else ():
+            lines += [f"| {how} | ms |", "| --- | --- |"]
+            lines += [f"| {part} | {ms:.2f} |" for part, ms in parts.items()] + [""]
     runs = [workdir for workdir in sorted(out.glob("cifar_*")) if workdir.is_dir()]
     if runs:
         lines += ["## CIFAR-10 (JPEG q75), ResNet-18", ""]
         lines += [
-            "| method | epochs | kNN | full linear | minutes |",
+            "| method | epochs | kNN | full linear | minutes of steps |",
             "| --- | --- | --- | --- | --- |",
         ]
         lines += [cifar_row(workdir) for workdir in runs]
@@ -133,18 +155,25 @@ def write_results(out: Path) -> None:
 
 def cifar_row(workdir: Path) -> str:
     """How far a run is, and what it has reached."""
-    metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    from ssl_jax.metrics import read_metrics
+
+    method = workdir.name.removeprefix("cifar_")
+    metrics = read_metrics(workdir / "metrics.jsonl")
+    if not metrics:
+        return f"| {method} | 0 |  |  |  |"
     config = json.loads((workdir / "config.json").read_text())["config"]
     knn = [line["knn"] for line in metrics if "knn" in line]
     rates = [line["images_per_s"] for line in metrics if "images_per_s" in line]
-    images = metrics[-1]["step"] * config["batch_size"]
+    step, batch = metrics[-1]["step"], config["batch_size"]
     linear = ""
     if (workdir / "evaluation.json").exists():
         rows = json.loads((workdir / "evaluation.json").read_text())["rows"]
         linear = f"{100 * rows[-1]['linear']:.1f}"
-    minutes = images / (sum(rates) / len(rates)) / 60 if rates else 0.0
+    minutes = f"{step * batch / statistics.median(rates) / 60:.1f}" if rates else ""
     best = f"{100 * max(knn):.1f}" if knn else ""
-    return f"| {config['method']} | {images / 50_000:.0f} | {best} | {linear} | {minutes:.1f} |"
+    # An epoch is whole batches of the images.
+    epochs = step / max(1, IMAGES // batch)
+    return f"| {method} | {epochs:.0f} | {best} | {linear} | {minutes} |"
 
 
 def cell(value: object) -> str:
@@ -154,31 +183,52 @@ def cell(value: object) -> str:
 
 def main() -> None:
     """Does what the time allows."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    sys.path.insert(0, str(ROOT))  # where the package isn't installed
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="example: python benchmarks/accelerator.py --out=DIR --train=train.npz "
+        "--test=test.npz",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the figures")
     parser.add_argument("--train", type=Path, help="packed CIFAR-10")
-    parser.add_argument("--test", type=Path)
-    parser.add_argument("--minutes", type=float, default=8.5)
+    parser.add_argument("--test", type=Path, help="its test images")
+    parser.add_argument("--minutes", type=float, default=8.5, help="after which it stops")
     parser.add_argument("--only", default="", help="names of steps, cifar_METHOD among them")
-    parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--toy", action="store_true", help="tiny networks, for a CPU")
     args = parser.parse_args()
+    measuring = commands(args)
+    training = [f"cifar_{method}" for method in METHODS]
+    names = args.only.split(",") if args.only else [*measuring, *training]
+    if unknown := set(names) - {*measuring, *training}:
+        parser.error(f"--only={unknown.pop()} is no step: {', '.join([*measuring, *training])}")
+    for name in ("train", "test"):
+        file = getattr(args, name)
+        if file is None and args.only and set(names) & {*training}:
+            parser.error(f"--{name} is needed: packed CIFAR-10, by `ssl-jax data pack`")
+        if file is not None and not file.is_file():
+            parser.error(f"--{name}={file} is no file")
     args.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
-    measuring = commands(args)
-    training = [f"cifar_{method}" for method in METHODS] if args.train and args.test else []
-    for name in args.only.split(",") if args.only else [*measuring, *training]:
+    told = {}
+    for name in names:
         left = end - time.monotonic()
-        if left < LEAST_S:
-            print("The time is over; the same command goes on.")
-            return
-        if name in measuring:
-            said = measure(name, measuring[name], args.out, left)
+        if name in training and not (args.train and args.test):
+            told[name] = "left out: it needs --train and --test"
+        elif left < LEAST_S:
+            told[name] = "left for the next time"
+        elif name in measuring:
+            told[name] = measure(name, measuring[name], args.out, left)
         else:
             # A stopped run needs some of the time to save its checkpoint.
-            said = train(name.removeprefix("cifar_"), args, left - LEAST_S / 2)
-        print(f"{name}: {said}", flush=True)
+            told[name] = train(name.removeprefix("cifar_"), args, left - LEAST_S / 2)
+        print(f"{name}: {told[name]}", flush=True)
         write_results(args.out)
-    print(f"All is done: {args.out / 'results.md'}")
+    print(args.out / "results.md")
+    if any(said.startswith("failed") for said in told.values()):
+        sys.exit(1)
+    if not all(said.startswith("done") for said in told.values()):
+        print("The same command goes on with what is left.")
+        sys.exit(LEFT)
 
 
 if __name__ == "__main__":

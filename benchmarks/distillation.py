@@ -64,6 +64,7 @@ def student(teacher: Path, seed: int, args: argparse.Namespace) -> float:
     workdir = args.out / f"student_{seed}"
     warmup = args.distill_epochs / 20
     changes = (f"seed={seed}", f"model.width={SMALL}", "batch_size=128")
+    changes += ("optim.weight_decay=1e-6", "distill.temperature=1.0")
     overrides = (*changes, f"epochs={args.distill_epochs}", f"optim.warmup_epochs={warmup}", *BRIEF)
     return accuracy(workdir, lambda: distill(teacher, workdir, overrides=overrides))
 

@@ -1,7 +1,7 @@
 """Linear probes and kNN on frozen features: ours in JAX beside scikit-learn's, in turns.
 
-Features of 50,000 × 512 are random ones (ReLU of random projections) of packed images, which ask
-for as many iterations as an encoder's; or --features=FILE.npz of `ssl-jax features`.
+Features are random ones (ReLU of random projections) of packed images, 512 of each, which ask for
+as many iterations as an encoder's.
 
     python benchmarks/linear.py --train=train.npz --test=test.npz [--rounds=3]
 """
@@ -83,10 +83,8 @@ def knn_table(
 def main() -> None:
     """Prints a table as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--train", required=True, help="packed images, or features of --test's kind"
-    )
-    parser.add_argument("--test", required=True)
+    parser.add_argument("--train", required=True, help="packed images, FILE.npz")
+    parser.add_argument("--test", required=True, help="the same, to be measured on")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--penalties", default="1e-3,1e-4,1e-5")
     parser.add_argument("--rounds", type=int, default=3)

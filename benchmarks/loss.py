@@ -287,10 +287,12 @@ def compare_nt_xent(n: int, rounds: int, peer_python: str | None) -> list[dict[s
 
 
 def large_nt_xent(n: int) -> dict[str, Any]:
-    """Ours alone, once, at a batch whose matrix no other implementation could hold."""
+    """Ours alone at a batch whose matrix no other implementation could hold."""
     ours = Compiled(nt_xent_implementations()["ours"], *two_views(n))
     row = {"loss": "NT-Xent", "size": f"{n:,}", "implementation": "ours"}
-    return {**row, "seconds": ours.seconds(), "times ours": 1.0, "MiB": ours.mib}
+    first = ours.seconds()
+    seconds = first if first > 2 else ours.seconds()
+    return {**row, "seconds": seconds, "times ours": 1.0, "MiB": ours.mib}
 
 
 def cells(row: dict[str, Any]) -> list[str]:

@@ -1,19 +1,23 @@
 """The real train step on one accelerator: images/s, memory, share of the peak, where time goes.
 
-The step is that of the config, with its augmentation on the device; its input, uint8 crops, is
-random and lies on the device. Beside it, in turns: the same step without augmentation, SimCLR's in
-plain Flax, and in torch (channels last, bfloat16, compiled), in a process of its own. Times are
-medians of alternated rounds; an image counts once with all its views. Needs no TensorFlow.
+The step is that of the config, with its augmentation on the device; its input, random uint8, lies
+on the device: crops, or whole images where the config's are packed. Beside it, in turns: the same
+step on crops without augmentation, SimCLR's in plain Flax, and in torch (channels last, bfloat16,
+compiled), in a process of its own. Times are medians of alternated rounds; an image counts once
+with all its views. FLOPs are those of the step as traced, without recomputation. Needs no
+TensorFlow. A batch that doesn't fit is told and left out.
 
     python benchmarks/train_step.py [--config=configs/simclr_imagenet.py] [--batches=128,256]
         [--peers=bare,plain,torch] [--torch-python=PATH] [--rounds=3] [--seconds=3]
         [--profile=FILE] [--microbatch=N] [--json=FILE] [--config.KEY=VALUE ...]
 
-`--profile` writes what each kernel of the step takes, and the compiled program, beside FILE.
-`--split` times the parts of the step one by one, each compiled alone.
+`--profile` writes what each kernel of the step takes, and the compiled program, beside FILE; it
+slows the launching of kernels down, so no torch is measured beside it. `--split` times the parts of
+the step one by one, each compiled alone. Both are of the first batch.
 """
 
 import argparse
+import contextlib
 import gzip
 import json
 import os
@@ -24,38 +28,54 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PEERS = Path(__file__).with_name("step_peers.py")
 COLUMNS = ("step", "batch", "images/s", "time / ours", "ms", "GiB", "TFLOP/s", "share of peak")
+PACKED = 50_000  # images on the device, as many as CIFAR-10 has
+# Our names of the devices whose peak is known, by JAX's; a GPU's other builds have other peaks.
+KINDS = {
+    "NVIDIA A100-SXM4-40GB": "a100",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "TPU v3": "v3",
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5p": "v5p",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+}
 
 
 class Ours:
     """The train step of a config, compiled for the first device."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, cropped: bool) -> None:
+        """Compiles it, with views that are there or crops of images that are."""
         import jax
         import numpy as np
 
         from ssl_jax.config import Schedule, flat_views
-        from ssl_jax.plan import model_flops
         from ssl_jax.spmd import make_spmd
         from ssl_jax.step import Program
 
         spmd = make_spmd(devices=jax.devices()[:1], batch_size=config.batch_size)
         program = Program(config, Schedule(100, 1000), spmd)
         rng, n = np.random.default_rng(0), config.batch_size
-        sizes = [view.size for view in flat_views(config)]
-        views = tuple(rng.integers(0, 256, (n, s, s, 3), np.uint8) for s in sizes)
-        ids = np.arange(n, dtype=np.int32)
-        self.batch = spmd.place_batch({"id": ids, "label": ids % 10, "views": views})
-        self.compiled = program.lower(*program.shapes()).compile()
+        batch, resident = {"label": np.arange(n, dtype=np.int32) % 10}, {}
+        if cropped:
+            batch["id"], batch["views"] = np.arange(n, dtype=np.int32), random_views(config)
+        else:
+            size = flat_views(config)[0].size
+            batch["id"] = rng.integers(0, PACKED, n, np.int32)
+            resident["image"] = rng.integers(0, 256, (PACKED, size, size, 3), np.uint8)
+        self.batch, self.resident = spmd.place_batch(batch), spmd.replicate(resident)
+        self.compiled = program.lower(*program.shapes(self.resident)).compile()
         self.state = spmd.replicate(program.init())
-        self.flops = model_flops(program) * n
-        self.program, self.resident = program, spmd.replicate({})
+        self.program, self.flops = program, step_flops(config, spmd, self.resident)
         self.gib = compiled_gib(self.compiled)
 
     def run(self, steps: int) -> float:
@@ -69,13 +89,36 @@ class Ours:
         return time.perf_counter() - start
 
 
+def step_flops(config: Any, spmd: Any, resident: Any) -> float:
+    """FLOPs of a step as traced; what microbatches compute twice counts once."""
+    from ssl_jax.config import Schedule
+    from ssl_jax.plan import traced_flops
+    from ssl_jax.step import Program
+
+    whole = type(config)(config.to_dict() | {"microbatch": 0})
+    program = Program(whole, Schedule(100, 1000), spmd)
+    return traced_flops(program.step, *program.shapes(resident))
+
+
+def random_views(config: Any) -> tuple[Any, ...]:
+    """A batch of crops for each view of a config, uint8 [n, size, size, 3]."""
+    import numpy as np
+
+    from ssl_jax.config import flat_views
+
+    rng, n = np.random.default_rng(0), config.batch_size
+    sizes = [view.size for view in flat_views(config)]
+    return tuple(rng.integers(0, 256, (n, size, size, 3), np.uint8) for size in sizes)
+
+
 class PlainFlax:
     """SimCLR's step as one writes it in Flax."""
 
-    def __init__(self, config: Any, views: Any) -> None:
+    def __init__(self, config: Any) -> None:
+        import jax
         from step_peers import plain_flax_step
 
-        self.views = views
+        self.views = jax.device_put(random_views(config), jax.devices()[0])
         step, self.state = plain_flax_step(
             config.model.depth, config.model.stem, config.dtype, self.views
         )
@@ -151,47 +194,51 @@ def peak_flops() -> float | None:
 
     from ssl_jax.chips import CHIPS
 
-    kind = jax.devices()[0].device_kind.lower()
-    found = [chip for name, chip in CHIPS.items() if name in kind]
-    return found[0].peak if found else None
+    name = KINDS.get(jax.devices()[0].device_kind)
+    return CHIPS[name].peak / CHIPS[name].cores if name else None
 
 
-def measure(config: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(
+    config: Any, args: argparse.Namespace
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
     """Our step and its peers at one batch, in turns.
 
     Returns:
-      A row for each.
+      A row for each; and where ours takes its time, in ms by what was asked for and part.
     """
-    runners: dict[str, Any] = {}
     model, options = config.model, config.simclr
     plain = (model.width, model.sk, options.layers, options.memory) == (1, False, 2, 0)
     contrastive = config.method == "simclr" and list(config.views) == ["view1", "view2"] and plain
     peers = [p for p in args.peers.split(",") if p and (contrastive or p == "bare")]
-    torch = Torch(config, args.torch_python, args.compile) if "torch" in peers else None
-    runners["ours"] = ours = Ours(config)
-    if args.profile:
-        profile(ours, args)
-    if args.split:
-        split(ours, args.seconds)
-    if "bare" in peers:
-        runners["ours, no augmentation"] = Ours(bare(config))
-    if "plain" in peers:
-        runners["plain Flax, no augmentation"] = PlainFlax(config, ours.batch["views"])
-    if torch is not None:
-        torch.wait()
-        runners["torch, no augmentation"] = torch
-    seconds = {name: [] for name in runners}
-    steps = {}
-    for name, runner in runners.items():
-        runner.run(2)
-        steps[name] = max(1, round(args.seconds / runner.run(1)))
-    for _ in range(args.rounds):
+    runners: dict[str, Any] = {}
+    parts: dict[str, dict[str, float]] = {}
+    with contextlib.ExitStack() as stack:
+        if "torch" in peers:
+            torch = Torch(config, args.torch_python, args.compile)
+            stack.callback(torch.close)
+        runners["ours"] = ours = Ours(config, cropped=config.data.name != "packed")
+        if "torch" in peers:
+            torch.wait()  # before anything is timed beside it
+        if args.profile:
+            parts["profile"] = profile(ours, args)
+        if args.split:
+            parts["split"] = split(ours, args.seconds)
+        if "bare" in peers:
+            runners["ours, no augmentation"] = Ours(bare(config), cropped=True)
+        if "plain" in peers:
+            runners["plain Flax, no augmentation"] = PlainFlax(config)
+        if "torch" in peers:
+            runners["torch, no augmentation"] = torch
+        seconds = {name: [] for name in runners}
+        steps = {}
         for name, runner in runners.items():
-            seconds[name].append(runner.run(steps[name]) / steps[name])
-    if torch is not None:
-        torch.close()
+            runner.run(2)
+            steps[name] = max(1, round(args.seconds / runner.run(1)))
+        for _ in range(args.rounds):
+            for name, runner in runners.items():
+                seconds[name].append(runner.run(steps[name]) / steps[name])
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    peak = peak_flops()
+    peak = peak_flops() if config.dtype == "bfloat16" else None
     rows = []
     for name, each in medians.items():
         rate = ours.flops / each / 1e12
@@ -208,14 +255,18 @@ def measure(config: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
             }
         )
         print(" | ".join(cells(rows[-1])), file=sys.stderr, flush=True)
-    return rows
+    return rows, parts
 
 
 # Where time goes.
 
 
-def profile(ours: Ours, args: argparse.Namespace) -> None:
-    """Traces three steps; writes every kernel's time and the compiled program, prints sums."""
+def profile(ours: Ours, args: argparse.Namespace) -> dict[str, float]:
+    """Traces three steps; writes every kernel's time and the compiled program.
+
+    Returns:
+      ms of a step by part of it.
+    """
     import jax
 
     from ssl_jax.hlo import part_of
@@ -241,6 +292,7 @@ def profile(ours: Ours, args: argparse.Namespace) -> None:
     args.profile.write_text("\n".join(lines))
     with gzip.open(args.profile.with_suffix(".hlo.gz"), "wt") as program:
         program.write(text)
+    return {part: 1e3 * seconds for part, seconds in parts.most_common()}
 
 
 def kernel_times(data: Any) -> dict[tuple[str, str], float]:
@@ -261,9 +313,14 @@ def kernel_times(data: Any) -> dict[tuple[str, str], float]:
     return {kernel: len(each) * statistics.median(each) for kernel, each in seconds.items()}
 
 
-def split(ours: Ours, seconds: float) -> None:
-    """Times the parts of the step, each compiled alone; differences are the parts' own."""
+def split(ours: Ours, seconds: float) -> dict[str, float]:
+    """Times the parts of the step, each compiled alone; differences are the parts' own.
+
+    Returns:
+      ms of each.
+    """
     import jax
+    import optax
 
     from ssl_jax.data.index import views_stream
     from ssl_jax.data.pipeline import make_prepare
@@ -272,8 +329,8 @@ def split(ours: Ours, seconds: float) -> None:
     program = ours.program
     method, spmd, prepare = program.method, program.spmd, make_prepare(program.config)
 
-    def views_of(state: Any, raw: Any) -> Any:
-        return prepare(raw, {}, views_stream(jax.random.wrap_key_data(state.key), state.step))
+    def views_of(state: Any, raw: Any, resident: Any) -> Any:
+        return prepare(raw, resident, views_stream(jax.random.wrap_key_data(state.key), state.step))
 
     def forward(state: Any, batch: Any) -> Any:
         return method.forward(state.params, state.extra, batch, jax.random.key(0))
@@ -287,27 +344,28 @@ def split(ours: Ours, seconds: float) -> None:
     def gradients(state: Any, batch: Any) -> Any:
         return loss_and_gradients(method, state, batch)[:2]
 
-    def mapped(function: Callable[..., Any], arguments: tuple[Any, ...], outputs: Any) -> Any:
-        layouts = ["replicated"] + ["sharded"] * (len(arguments) - 1)
-        return spmd.map(function, inputs=tuple(layouts), outputs=outputs)
+    def optimise(state: Any, gradients: Any) -> Any:
+        updates, _ = program.optimizer.update(gradients, state.opt_state, state.params)
+        return optax.apply_updates(state.params, updates)
 
-    state = ours.state
-    make = mapped(views_of, (state, ours.batch), "sharded")
-    batch = make(state, ours.batch)
-    encode = mapped(forward, (state, batch), ("sharded", "replicated"))
+    state, one, shared = ours.state, "replicated", "sharded"
+    make = spmd.map(views_of, (one, shared, one), shared)
+    batch = make(state, ours.batch, ours.resident)
+    encode = spmd.map(forward, (one, shared), (shared, one))
     outputs, _ = encode(state, batch)
+    both = spmd.map(gradients, (one, shared), (one, one))
+    _, gradient = both(state, batch)
     parts = {
-        "augmentation": (make, (state, ours.batch)),
+        "augmentation": (make, (state, ours.batch, ours.resident)),
         "forward": (encode, (state, batch)),
         "loss, both ways": (
-            mapped(loss, (state, outputs, batch), ("replicated", "sharded")),
+            spmd.map(loss, (one, shared, shared), (one, shared)),
             (state, outputs, batch),
         ),
-        "forward, loss, backward": (
-            mapped(gradients, (state, batch), ("replicated", "replicated")),
-            (state, batch),
-        ),
+        "forward, loss, backward": (both, (state, batch)),
+        "optimiser": (spmd.map(optimise, (one, one), one), (state, gradient)),
     }
+    found = {}
     for name, (function, arguments) in parts.items():
         jax.block_until_ready(function(*arguments))
         times, end = [], time.perf_counter() + seconds
@@ -315,8 +373,9 @@ def split(ours: Ours, seconds: float) -> None:
             start = time.perf_counter()
             jax.block_until_ready(function(*arguments))
             times.append(time.perf_counter() - start)
-        print(f"{name:<26}{1e3 * statistics.median(times):9.2f} ms", file=sys.stderr, flush=True)
-    ours.state = state
+        found[name] = 1e3 * statistics.median(times)
+        print(f"{name:<26}{found[name]:9.2f} ms", file=sys.stderr, flush=True)
+    return found
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -344,19 +403,27 @@ def hardware() -> str:
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     """The command line, and what it changes in the config."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default=str(ROOT / "configs" / "simclr_imagenet.py"))
-    parser.add_argument("--batches", default="128,256")
-    parser.add_argument("--microbatch", type=int, default=0)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="example: python benchmarks/train_step.py --batches=256 --peers=bare,plain,torch",
+    )
+    parser.add_argument(
+        "--config", default=str(ROOT / "configs" / "simclr_imagenet.py"), help="FILE.py[:variant]"
+    )
+    parser.add_argument("--batches", default="128,256", help="sizes, one after the other")
+    parser.add_argument("--microbatch", type=int, default=0, help="images of a part; 0: whole")
     parser.add_argument("--peers", default="bare,plain", help="of bare, plain and torch")
-    parser.add_argument("--torch-python", default=sys.executable)
+    parser.add_argument("--torch-python", default=sys.executable, help="that has torch")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="in torch")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each turn")
-    parser.add_argument("--profile", type=Path)
-    parser.add_argument("--split", action="store_true")
-    parser.add_argument("--json", type=Path)
-    return parser.parse_known_args()
+    parser.add_argument("--profile", type=Path, help="file for what each kernel takes")
+    parser.add_argument("--split", action="store_true", help="time the parts one by one")
+    parser.add_argument("--json", type=Path, help="file for the rows, written after each batch")
+    args, overrides = parser.parse_known_args()
+    if args.profile and "torch" in args.peers.split(","):
+        parser.error("--profile slows our kernels' launching down: leave torch out of --peers")
+    return args, overrides
 
 
 def main() -> None:
@@ -372,20 +439,33 @@ def main() -> None:
     from ssl_jax.backend import tune_cpu
 
     tune_cpu()
+    import jax
+
     from ssl_jax.config import load_config
 
-    rows = []
+    rows: list[dict[str, Any]] = []
+    parts: dict[str, dict[str, float]] = {}
     for batch in map(int, args.batches.split(",")):
         changed = [f"batch_size={batch}", f"microbatch={args.microbatch}", "model.bn_group=0"]
         changed += [override.removeprefix("--config.") for override in overrides]
         config = load_config(args.config, changed)
-        rows += measure(config, args)
+        try:
+            measured, where = measure(config, args)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(f"Batch {batch} doesn't fit.", file=sys.stderr, flush=True)
+            continue
+        rows, parts = rows + measured, parts | where
         args.profile, args.split = None, False  # of the first batch
+        if args.json:
+            told = {"hardware": hardware(), "rows": rows, "ms": parts}
+            args.json.write_text(json.dumps(told, indent=1))
+    if not rows:
+        sys.exit("No batch fits.")
     table = [list(COLUMNS), ["---"] * len(COLUMNS), *map(cells, rows)]
     print(hardware())
     print("\n".join("| " + " | ".join(line) + " |" for line in table))
-    if args.json:
-        args.json.write_text(json.dumps({"hardware": hardware(), "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

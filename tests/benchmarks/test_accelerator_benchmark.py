@@ -1,10 +1,12 @@
 """The agenda of an accelerator at toy size: it resumes, and its table is written."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from ssl_jax.data.packed import pack
@@ -18,7 +20,6 @@ def run(*arguments):
 
 
 def noise(folder):
-    """Sixteen images of two classes, of CIFAR's size."""
     rng = np.random.default_rng(0)
     for i in range(16):
         (folder / f"{i % 2}").mkdir(parents=True, exist_ok=True)
@@ -30,22 +31,65 @@ def test_steps_run_once_and_fill_the_table(tmp_path):
     out = f"--out={tmp_path}"
     done = run(out, "--only=cached,loss")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[:2] == ["cached: done", "loss: done"]
+    assert done.stdout.splitlines() == ["cached: done", "loss: done", f"{tmp_path}/results.md"]
     results = (tmp_path / "results.md").read_text()
     for expected in ("## cached", "| ours | 4 |", "## loss", "dense JAX"):
         assert expected in results
     assert "cached: done before" in run(out, "--only=cached").stdout
-    assert "The time is over" in run(out, "--only=sweep", "--minutes=0.1").stdout
+    late = run(out, "--only=sweep", "--minutes=0.1")
+    assert late.returncode == 3 and "sweep: left for the next time" in late.stdout
 
 
-def test_cifar_runs_are_trained_and_told(tmp_path):
-    packed = []
+def test_what_cannot_be_done_is_said(tmp_path):
+    out = f"--out={tmp_path}"
+    for wrong, expected in {
+        "--only=cifar_simclr": "--train is needed",
+        "--only=stepp": "--only=stepp is no step",
+        "--train=nowhere.npz": "--train=nowhere.npz is no file",
+    }.items():
+        done = run(out, wrong)
+        assert done.returncode == 2 and expected in done.stderr
+
+
+def test_a_run_stopped_before_its_first_record_has_a_row(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from accelerator import write_results
+
+    for method, steps in (("moco", 0), ("simclr", 97 * 20)):
+        workdir = tmp_path / f"cifar_{method}"
+        workdir.mkdir()
+        (workdir / "config.json").write_text(json.dumps({"config": {"batch_size": 512}}))
+        record = {"step": steps, "knn": 0.636, "images_per_s": 49_664.0}
+        (workdir / "metrics.jsonl").write_text(json.dumps(record) * (steps > 0))
+    write_results(tmp_path)
+    results = (tmp_path / "results.md").read_text()
+    assert "| moco | 0 |" in results and "| simclr | 20 | 63.6 |  | 0.3 |" in results
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """Arguments: sixteen images of two classes of CIFAR's size, and as many to test with."""
+    root = tmp_path_factory.mktemp("packed")
     for split in ("train", "test"):
-        noise(tmp_path / split)
-        packed.append(tmp_path / f"{split}.npz")
-        pack(tmp_path / split, packed[-1])
-    files = (f"--train={packed[0]}", f"--test={packed[1]}")
-    done = run(f"--out={tmp_path / 'out'}", *files, "--only=cifar_simclr")
-    assert "cifar_simclr: done" in done.stdout, (tmp_path / "out" / "cifar_simclr.log").read_text()
-    results = (tmp_path / "out" / "results.md").read_text()
+        noise(root / split)
+        pack(root / split, root / f"{split}.npz")
+    return f"--train={root}/train.npz", f"--test={root}/test.npz"
+
+
+def test_cifar_runs_are_trained_and_told(packed, tmp_path):
+    done = run(f"--out={tmp_path}", *packed, "--only=cifar_simclr")
+    assert done.returncode == 0, (tmp_path / "cifar_simclr.log").read_text()
+    assert "cifar_simclr: done" in done.stdout
+    results = (tmp_path / "results.md").read_text()
     assert "| simclr | " in results and "CIFAR-10" in results
+
+
+@pytest.mark.long
+def test_the_whole_agenda(packed, tmp_path):
+    done = run(f"--out={tmp_path}", *packed, "--minutes=30")
+    assert done.returncode == 0, done.stdout + done.stderr
+    *steps, path = done.stdout.splitlines()
+    assert len(steps) == 16 and all(line.endswith(": done") for line in steps)
+    results = Path(path).read_text()
+    for expected in ("plain Flax", "| split | ms |", "| profile | ms |", "optimiser", "| swav | "):
+        assert expected in results

@@ -5,7 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+
+from ssl_jax.config import Schedule, load_config
+from ssl_jax.plan import model_flops
+from ssl_jax.spmd import make_spmd
+from ssl_jax.step import Program
 
 ROOT = Path(__file__).parents[2]
 BENCHMARK = ROOT / "benchmarks" / "train_step.py"
@@ -38,19 +44,41 @@ def test_a_row_for_each_step_and_where_the_time_goes(tmp_path):
     assert (tmp_path / "kernels.hlo.gz").stat().st_size > 0
 
 
-@pytest.mark.parametrize("method", ["swav"])
-def test_other_methods_and_microbatches_run_alone(method):
+def test_other_methods_and_microbatches_run_alone():
     done = run(
         *TINY,
-        f"--config={ROOT / 'configs' / f'{method}_imagenet.py'}",
+        f"--config={ROOT / 'configs' / 'swav_imagenet.py'}",
         *("--batches=4", "--microbatch=2", "--peers=bare,plain"),
-        *(f"--config.views.{view}.size=32" for view in VIEWS[method]),
+        *(f"--config.views.{view}.size=32" for view in ("large", "small")),
     )
     assert done.returncode == 0, done.stderr
     assert "plain Flax" not in done.stdout  # which is SimCLR's
 
 
-VIEWS = {"swav": ("large", "small"), "byol": ("view1", "view2")}
+@pytest.mark.parametrize(
+    ("method", "changed", "passes"),
+    [
+        ("simclr", {}, 6),  # two views, forward and twice as much backward
+        ("simclr", {"microbatch": 2}, 6),  # recomputed, which doesn't count
+        ("moco", {"moco.symmetric": False}, 4),  # one view, and one forward for the keys
+        ("byol", {}, 8),  # two views, and both forward for the targets
+    ],
+)
+def test_flops_are_those_of_all_passes(monkeypatch, method, changed, passes):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from train_step import step_flops
+
+    keys = {"batch_size": 4, "model.bn_group": 0, "model.depth": 18} | changed
+    overrides = [f"{key}={value}" for key, value in keys.items()]
+    config = load_config(str(ROOT / "configs" / f"{method}_cifar10.py"), overrides)
+    spmd = make_spmd(devices=jax.devices()[:1], batch_size=4)
+    view = model_flops(Program(config, Schedule(1, 1), spmd)) / 6
+    assert step_flops(config, spmd, {}) == pytest.approx(4 * passes * view, rel=0.05)
+
+
+def test_a_profile_is_not_taken_beside_torch():
+    done = run("--profile=kernels.txt", "--peers=bare,torch")
+    assert done.returncode == 2 and "leave torch out of --peers" in done.stderr
 
 
 def test_plain_flax_learns(monkeypatch):
