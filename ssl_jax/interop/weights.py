@@ -137,8 +137,11 @@ def own(file: Path, arrays: Mapping[str, np.ndarray], header: Mapping[str, str])
     try:
         tree = unflatten_dict(arrays, sep="/")
         step, source = int(header["step"]), header["source"]
-        return Weights(config, tree["params"], tree.get("batch_stats", {}), step, source)
-    except (KeyError, ValueError, TypeError) as error:
+        params, stats = tree["params"], tree.get("batch_stats", {})
+        if not all(isinstance(x, dict) for x in (*params.values(), *stats.values())):
+            raise ValueError("an array stands where a network should")
+        return Weights(config, params, stats, step, source)
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise UserError(f"{file} is damaged ({error}): export it anew.") from error
 
 
@@ -155,5 +158,5 @@ def own_config(file: Path, header: Mapping[str, str]) -> ConfigDict:
         )
     try:
         return from_json(json.loads(header["config"]))
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error}): export it anew.") from error

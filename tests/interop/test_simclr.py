@@ -204,6 +204,16 @@ def test_other_variables_are_no_resnet(tmp_path):
         read_weights(path)
 
 
+@pytest.mark.parametrize("graph", [b"\xff\xff", b"", 1.0], ids=["bytes", "empty", "number"])
+def test_a_damaged_graph_of_objects_is_one_sentence(tmp_path, graph):
+    prefix, name = str(tmp_path / "model.ckpt"), "_CHECKPOINTABLE_OBJECT_GRAPH"
+    tf.raw_ops.SaveV2(
+        prefix=prefix, tensor_names=[name], shape_and_slices=[""], tensors=[tf.constant(graph)]
+    )
+    with pytest.raises(UserError, match="can't be read .* fetch its files anew"):
+        read_weights(prefix)
+
+
 def test_a_damaged_checkpoint_is_one_sentence(tmp_path):
     path = save_first({"base_model/conv2d/kernel": np.ones((7, 7, 3, 64), np.float32)}, tmp_path)
     index = tmp_path / "model.ckpt-7.index"
