@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,10 @@ def export_torch(path: str | Path, file: str | Path, *, step: int | None = None)
         written.
     """
     weights, file = weights_at(path, step), Path(file)
+    plain = is_torchvisions(weights.config)
+    loader = None if plain else _loader(file.parent)
     _write_torch(weights, file)
-    if is_torchvisions(weights.config):
+    if loader is None:
         depth = weights.config.model.depth
         return [
             "import safetensors.torch, torch, torchvision",
@@ -55,7 +56,7 @@ def export_torch(path: str | Path, file: str | Path, *, step: int | None = None)
             f'net.load_state_dict(safetensors.torch.load_file("{file.name}"))',
             "net = net.eval()",
         ]
-    _copy_loader(file.parent)
+    _write(loader, _source())
     return ["from torch_encoder import load", f'net = load("{file.name}")']
 
 
@@ -80,10 +81,18 @@ def _on_host(*trees: Any) -> Any:
     return jax.tree.map(lambda x: np.asarray(jax.device_get(x), np.float32), trees)
 
 
-def _copy_loader(folder: Path) -> None:
-    # No module of this package, for it needs torch.
-    source = Path(__file__).with_name(_LOADER).with_suffix(".txt")
-    shutil.copyfile(source, folder / _LOADER)
+def _source() -> bytes:
+    """Of the loader, which is no module of this package, for it needs torch."""
+    return Path(__file__).with_name(_LOADER).with_suffix(".txt").read_bytes()
+
+
+def _loader(folder: Path) -> Path:
+    """Where the loader goes; a file of that name that isn't ours is the user's own."""
+    file = folder / _LOADER
+    first = _source().partition(b"\n")[0]
+    if file.is_file() and not file.read_bytes().startswith(first):
+        raise UserError(f"{file} is no file of ssl_jax's: move it, or choose another folder.")
+    return file
 
 
 def export_tree(path: str | Path, file: str | Path, *, step: int | None = None) -> None:
@@ -176,12 +185,16 @@ def export_folder(path: str | Path, folder: str | Path, *, step: int | None = No
     config = weights.config
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        loader = _loader(folder)
+        if config.model.sk:  # what is there is of another network
+            loader.unlink(missing_ok=True)
+            (folder / "model.safetensors").unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} can't be made ({error.strerror}): choose another.") from error
+        raise UserError(f"{folder} can't be written ({error.strerror}): choose another.") from error
     write_weights(weights, folder / "ssl_jax.safetensors")
     if not config.model.sk:
         _write_torch(weights, folder / "model.safetensors")
-        _copy_loader(folder)
+        _write(loader, _source())
     _write_json(folder / "config.json", _hub_config(config))
     _write_json(folder / "preprocessor_config.json", _hub_preprocessing(config))
     _write(folder / "README.md", model_card(path, weights).encode())

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -43,6 +44,11 @@ def selective(tmp_path_factory):
     networks = ({"encoder": drawn[kind]} for kind in ("params", "batch_stats"))
     write_weights(Weights(config, *networks), file)
     return file
+
+
+def write_loader(folder):
+    source = Path(ssl_jax.__file__).parent / "interop" / "torch_encoder.txt"
+    (folder / "torch_encoder.py").write_bytes(source.read_bytes())
 
 
 def images(n=3, size=8):
@@ -228,8 +234,13 @@ def test_selective_kernels_are_refused_where_nobody_has_them(selective, tmp_path
     assert cli.main(line) == 2
     assert "selective kernels, which neither torchvision nor timm" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+    # Where another network was exported before.
+    (tmp_path / "hub").mkdir()
+    write_loader(tmp_path / "hub")
+    (tmp_path / "hub" / "model.safetensors").write_bytes(b"of another")
     command(capsys, "export", f"--from={selective}", "--format=folder", f"--out={tmp_path / 'hub'}")
     assert not (tmp_path / "hub" / "model.safetensors").exists()
+    assert not (tmp_path / "hub" / "torch_encoder.py").exists()
     assert "torch_encoder" not in (tmp_path / "hub" / "README.md").read_text()
     mine, theirs = read_weights(tmp_path / "hub" / "ssl_jax.safetensors"), read_weights(selective)
     jax.tree.map(np.testing.assert_array_equal, mine.params, theirs.params)
