@@ -69,10 +69,12 @@ def is_elsewhere(path: str | Path) -> bool:
 
 
 def _in_folder(path: str | Path) -> Path:
-    """The file of ours in a folder of `ssl-jax export --format=folder`; else the path itself."""
+    """The file in a folder of `ssl-jax export --format=folder`, or of timm's; else the path."""
     path = Path(path).expanduser()
-    ours = path / "ssl_jax.safetensors"
-    return ours if ours.is_file() else path
+    names = ("ssl_jax.safetensors", "model.safetensors")
+    if (path / "checkpoints").is_dir():  # a run, whatever else was put there
+        return path
+    return next((path / name for name in names if (path / name).is_file()), path)
 
 
 def read_weights(path: str | Path, kind: str = "") -> Weights:
@@ -107,10 +109,14 @@ def read_weights(path: str | Path, kind: str = "") -> Weights:
 def _read(path: Path, prefix: Path | None, kind: str, state: tuple[int, int]) -> Weights:
     """Reads a file, again only when it is another one or has changed."""
     if prefix is not None:
+        if kind not in ("", "simclr"):
+            raise UserError(f"{path} is a TensorFlow checkpoint, SimCLR's: leave the kind out.")
         return weights_of(read_simclr(read_checkpoint(prefix), path), path)
     if path.suffix == ".safetensors":
         arrays, header = read_safetensors(path)
         if "ssl_jax" in header:
+            if kind:
+                raise UserError(f"{path} is a file of ssl_jax's own: leave the kind out.")
             weights = own(path, arrays, header)
             require_whole(weights, path)
             return weights
@@ -131,7 +137,8 @@ def _as_exported(weights: Weights, path: Path, header: Mapping[str, str]) -> Wei
     config.eval.update(known.eval.to_dict())
     config.data.update({**known.data.to_dict(), "num_classes": config.data.num_classes})
     config.eval.projector_layer = 0
-    return dataclasses.replace(weights, config=config, source="")
+    # How it was trained isn't in `config`.
+    return dataclasses.replace(weights, config=config, source=f"{known.method}: {path.name}")
 
 
 def weights_config(path: str | Path) -> ConfigDict:
@@ -155,7 +162,7 @@ def _state_dict(found: Any, path: Path) -> dict[str, np.ndarray]:
 
 
 def _torch(state: Arrays, kind: str, path: Path) -> Found:
-    kind = kind or _recognise(state)
+    kind = kind or _recognise(state, path)
     code = _TORCH.get(kind)
     if code is None:
         raise UserError(f"{path} is no file of '{kind}': leave the kind out, or give another.")
@@ -194,7 +201,7 @@ def _torch(state: Arrays, kind: str, path: Path) -> Found:
     return found
 
 
-def _recognise(state: Arrays) -> str:
+def _recognise(state: Arrays, path: Path) -> str:
     def has(prefix: str) -> bool:
         return any(name.startswith(prefix) for name in state)
 
@@ -204,19 +211,28 @@ def _recognise(state: Arrays) -> str:
         return "simsiam"
     if has("module.prototypes.") or has("module.projection_head."):
         return "swav"
+    solos = any(map(has, ("projector.", "classifier.", "momentum_", "predictor.", "prototypes.")))
     if has("encoder.conv1."):
+        # Its first versions; SimSiam's heads are in `encoder.fc` and `predictor`.
+        if not has("projector.") and not has("classifier."):
+            raise UserError(
+                f"{path} has names that begin with 'encoder.', which don't tell whose they are: "
+                "say it with --kind=solo, or keep the encoder alone, under torchvision's names."
+            )
         return "solo"
     if has("backbone."):
-        if any(map(has, ("projector.", "classifier.", "momentum_", "predictor.", "prototypes."))):
-            return "solo"
-        others = ("projection_head.", "prediction_head.", "student_", "teacher_")
+        # A `Sequential`, which solo-learn never has.
         numbered = any(re.match(r"backbone\.\d+\.", name) for name in state)
+        others = any(map(has, ("projection_head", "prediction_head.", "student_", "teacher_")))
+        if numbered or others:
+            return "lightly"
+        if solos:
+            return "solo"
         first = state.get("backbone.conv1.weight")
-        small = first is not None and first.shape[-1:] == (3,)
-        if small and not numbered and not any(map(has, others)):
+        if first is not None and first.shape[-1:] == (3,):
             raise UserError(
-                "Its names don't tell whether it is solo-learn's or lightly's, whose small stems "
-                "differ: say it with --kind=solo or --kind=lightly."
+                f"{path} has names that don't tell whether it is solo-learn's or lightly's, whose "
+                "small stems differ: say it with --kind=solo or --kind=lightly."
             )
         return "lightly"
     return "torchvision"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ssl_jax.models.resnet import STAGES
 from ssl_jax.recipes import CIFAR10, IMAGENET, IMAGENET_SWAV
 
 _METHODS = ("moco", "simsiam", "swav", "simclr", "byol")
-_SAID = 3  # names that a sentence lists
+_SAID = 12  # names that a sentence lists
 
 
 @dataclasses.dataclass
@@ -117,13 +118,18 @@ def _model(found: Found, path: Path) -> dict[str, Any]:
     blocks = tuple(count for count in counted if count)
     bottleneck = "conv3" in encoder.get("stage1_block1", {})
     depth = next((d for d, n in STAGES.items() if n == blocks and (d >= 50) == bottleneck), None)
+    if kernel is None and depth is not None:
+        raise UserError(
+            f"{path} holds no ResNet-{', '.join(map(str, STAGES))} that is known here: its stem "
+            "isn't one convolution, conv1, but a deeper one, or none."
+        )
     if kernel is None or kernel.ndim != 4 or depth is None:
         raise UserError(
             f"{path} holds no ResNet-{', '.join(map(str, STAGES))}: its stages have "
             f"{', '.join(map(str, counted))} blocks."
         )
     last = max(stem, key=lambda name: name.startswith("conv") and int(name[4:]))
-    sk = "sk" in encoder["stage1_block1"] or len(stem) > 2
+    sk = "sk" in encoder.get("stage1_block1", {}) or len(stem) > 2
     small = kernel.shape[0] == 3 and len(stem) == 2
     kind = "imagenet"
     if small:
@@ -173,7 +179,8 @@ def _preparation(config: ConfigDict, kind: str, path: Path) -> None:
         config.eval.crop_fraction = 0.95
     if small:
         config.eval.crop_fraction = 1.0
-    _timms_own(config, path)
+    if kind in ("torchvision", "timm"):
+        _timms_own(config, path)
     config.data.update(name="tfds", dataset="cifar10" if small else "imagenet2012")
     config.data.test_split = "test" if small else "validation"
 
@@ -185,12 +192,15 @@ def _timms_own(config: ConfigDict, path: Path) -> None:
         mean, std = tuple(map(float, told["mean"])), tuple(map(float, told["std"]))
         size, fraction = int(told["input_size"][-1]), float(told["crop_pct"])
         interpolation = told["interpolation"]
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         return
     if interpolation not in ("bicubic", "bilinear") or not 0 < fraction <= 1 or size < 1:
         return
+    if len(mean) != 3 or len(std) != 3 or not all(0 < s < math.inf for s in std):
+        return
     plain = mean == (0.0,) * 3 and std == (1.0,) * 3
-    one = view(size=size) if plain else view(size=size, mean=mean, std=std)
+    normalised = {} if plain else {"mean": mean, "std": std}
+    one = view(size=size, crop={"sampler": "torchvision"}, **normalised)
     with config.unlocked():
         config.views = {"view1": one, "view2": ConfigDict(one)}
     config.eval.update(interpolation=interpolation, crop_fraction=fraction)

@@ -1,0 +1,204 @@
+"""Foreign files of a tiny network: whose they are, what is refused, and a run that starts there."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tiny import method_config, tiny_config, without_colour
+
+import ssl_jax
+from ssl_jax.encoder import restore_state
+from ssl_jax.errors import UserError
+from ssl_jax.interop.card import model_card
+from ssl_jax.interop.official import read_weights
+from ssl_jax.interop.torch_names import to_torch
+from ssl_jax.interop.weights import Weights, read_header, save, write_weights
+from ssl_jax.methods.base import make_encoder
+from ssl_jax.train import pretrain
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Parameters and running statistics of a tiny encoder, of random numbers."""
+    module = make_encoder(tiny_config())
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    shapes = jax.eval_shape(lambda k: module.init(k, np.zeros((1, 8, 8, 3)), train=False), key)
+    return jax.tree.map(lambda x: RNG.uniform(0.5, 1, x.shape).astype(np.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def state(drawn):
+    """The same under torchvision's names."""
+    return to_torch(drawn["params"], drawn["batch_stats"])
+
+
+def prefixed(prefix, state):
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def saved(tmp_path, state, name="net.safetensors"):
+    save_file({k: np.ascontiguousarray(v) for k, v in state.items()}, tmp_path / name)
+    return tmp_path / name
+
+
+def numbered(state):
+    """As the children of a `Sequential` of lightly's small ResNets."""
+    children = {"conv1": "0", "bn1": "1", "layer1": "2", "layer2": "3"}
+    names = {name: name.partition(".") for name in state}
+    return {f"{children[a]}.{rest}": state[name] for name, (a, _, rest) in names.items()}
+
+
+def test_lightlys_numbers_come_before_heads_that_solo_learn_has_too(tmp_path, state):
+    theirs = prefixed("backbone.", numbered(state)) | {"prototypes.layers.weight": normal(3, 4)}
+    theirs |= prefixed("momentum_backbone.", numbered(state)) | {"projector.0.weight": normal(2, 2)}
+    weights = read_weights(saved(tmp_path, theirs))
+    assert weights.source.startswith("lightly")
+    assert weights.config.model.stem == "cifar_no_relu"
+    assert weights.config.views.view1.std[0] == 0.229
+    assert "prototypes.layers.weight" in weights.left_out
+
+
+@pytest.mark.parametrize(
+    ("prefix", "head"), [("encoder.", "classifier."), ("backbone.", "momentum_projector.")]
+)
+def test_solo_learns_are_known_by_their_heads(tmp_path, state, prefix, head):
+    theirs = prefixed(prefix, state) | {f"{head}weight": normal(2, 8)}
+    weights = read_weights(saved(tmp_path, theirs))
+    assert weights.source.startswith("solo") and weights.config.model.stem == "cifar_pad2"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "more", "sentence"),
+    [
+        ("encoder.", "predictor.0.weight", r"net.safetensors has .* --kind=solo"),  # SimSiam's
+        ("backbone.", "", r"net.safetensors has names .* --kind=solo or --kind=lightly"),
+    ],
+)
+def test_what_the_names_do_not_tell_is_asked_for(tmp_path, state, prefix, more, sentence):
+    theirs = prefixed(prefix, state) | ({more: normal(2, 2)} if more else {})
+    with pytest.raises(UserError, match=sentence):
+        read_weights(saved(tmp_path, theirs))
+
+
+def test_a_deep_stem_is_told(tmp_path, state):
+    theirs = {re.sub("^conv1", "conv1.0", name): value for name, value in state.items()}
+    with pytest.raises(UserError, match="its stem isn't one convolution, conv1"):
+        read_weights(saved(tmp_path, theirs))
+
+
+def test_missing_names_are_listed(tmp_path, state):
+    less = {name: v for name, v in state.items() if not re.match(r"layer1.0.(conv|bn)", name)}
+    less["layer1.0.conv1.weight"] = state["layer1.0.conv1.weight"]
+    with pytest.raises(UserError) as caught:
+        read_weights(saved(tmp_path, less))
+    told = str(caught.value)
+    assert "lacks 5 of " in told and " more" not in told
+    for name in ("bn1/bias", "bn1/scale", "bn2/bias", "bn2/scale", "conv2/kernel"):
+        assert f"stage1_block1/{name}" in told
+
+
+def timms(std=0.5, mean=0.5):
+    told = {"mean": [mean] * 3, "std": [std] * 3, "input_size": [3, 40, 40], "crop_pct": 0.9}
+    return json.dumps({"pretrained_cfg": {**told, "interpolation": "bicubic"}})
+
+
+def test_timms_config_counts_beside_torchvisions_names_alone(tmp_path, state):
+    file, beside = saved(tmp_path, state, "model.safetensors"), tmp_path / "config.json"
+    beside.write_text(timms())
+    # The folder itself is taken, too.
+    for path in (file, tmp_path):
+        config = ssl_jax.load(path).config
+        assert config.views.view1.size == 40 and config.views.view1.std == (0.5,) * 3
+        assert config.eval.crop_fraction == 0.9
+        assert config.views.view1.crop.sampler == "torchvision"
+    for wrong in (timms(std=0.0), timms(std=-1.0), "[" * 100_000):
+        beside.write_text(wrong)
+        other = saved(tmp_path, {**state, "more": normal(len(wrong))}, "other.safetensors")
+        assert read_weights(other).config.views.view1.size == 32
+    beside.write_text(timms())
+    moco = saved(tmp_path, prefixed("module.encoder_q.", state), "moco.safetensors")
+    assert read_weights(moco).config.views.view1.size == 32
+
+
+def test_a_run_starts_from_a_foreign_file_and_its_heads(tmp_path, drawn, state):
+    """MoCo v2's: the encoder and the projector are where the run begins, targets included."""
+    head = {"fc.0.weight": normal(8, 8), "fc.0.bias": normal(8)}
+    head |= {"fc.2.weight": normal(5, 8), "fc.2.bias": normal(5)}
+    file = saved(tmp_path, prefixed("module.encoder_q.", {**state, **head}))
+    config = without_colour(method_config("moco", steps=1))
+    config.moco.update(out=5, hidden=8, layers=2)
+    config.optim.lr, config.eval.frozen_at_end = 0.0, False
+    config.start.update(path=str(file), heads=True)
+    pretrain(config, tmp_path / "run")
+    params = restore_state(tmp_path / "run").params
+    jax.tree.map(np.testing.assert_array_equal, params["encoder"], drawn["params"])
+    dense = params["projector"]
+    np.testing.assert_array_equal(dense["dense1"]["kernel"], head["fc.0.weight"].T)
+    np.testing.assert_array_equal(dense["dense2"]["bias"], head["fc.2.bias"])
+
+
+def ours(drawn):
+    return Weights(
+        tiny_config(), {"encoder": drawn["params"]}, {"encoder": drawn["batch_stats"]}, 3
+    )
+
+
+def test_a_card_claims_no_training_that_it_does_not_know(tmp_path, drawn):
+    from ssl_jax.interop.export import export_folder, export_torch
+
+    write_weights(ours(drawn), tmp_path / "ours.safetensors")
+    assert "## Training" in model_card(tmp_path / "ours.safetensors", ours(drawn))
+    export_torch(tmp_path / "ours.safetensors", tmp_path / "torch.safetensors")
+    export_folder(tmp_path / "torch.safetensors", tmp_path / "hub")
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "## Training" not in card and "SimCLR" in card
+    assert "Imported from simclr: torch.safetensors." in card
+
+
+def test_a_loader_of_ones_own_is_left_alone(tmp_path, drawn):
+    from ssl_jax.interop.export import export_folder, export_torch
+
+    write_weights(ours(drawn), tmp_path / "ours.safetensors")
+    mine = tmp_path / "torch_encoder.py"
+    mine.write_text("import torch\n")
+    for export, out in ((export_torch, tmp_path / "a.safetensors"), (export_folder, tmp_path)):
+        with pytest.raises(UserError, match="torch_encoder.py is no file of ssl_jax's: move it"):
+            export(tmp_path / "ours.safetensors", out)
+    assert mine.read_text() == "import torch\n" and not (tmp_path / "a.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "config"),
+    [
+        (("params/encoder", "params/encoder/stem"), "{}"),
+        (("params/encoder",), "{}"),
+        (("params",), "{}"),
+        (("params/encoder/stem",), "[" * 100_000),
+    ],
+    ids=["both", "array", "no networks", "deep"],
+)
+def test_a_crafted_file_of_ours_is_one_sentence(tmp_path, drawn, names, config):
+    write_weights(ours(drawn), tmp_path / "a.safetensors")
+    header = read_header(tmp_path / "a.safetensors")
+    header["config"] = header["config"] if config == "{}" else config
+    save({name: normal(2) for name in names}, tmp_path / "b.safetensors", header)
+    with pytest.raises(UserError, match="b.safetensors is damaged .* export it anew"):
+        read_weights(tmp_path / "b.safetensors")
+
+
+def test_a_kind_of_what_is_known_is_refused(tmp_path, drawn):
+    write_weights(ours(drawn), tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="ssl_jax's own: leave the kind out"):
+        read_weights(tmp_path / "a.safetensors", "moco")
+    (tmp_path / "model.ckpt.index").write_bytes(b"")
+    with pytest.raises(UserError, match="a TensorFlow checkpoint, SimCLR's: leave the kind out"):
+        read_weights(tmp_path / "model.ckpt", "moco")
