@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 DEVICES = 2  # of each process
 STARTED = []
 
-# Writes down which ids a process has read, and makes one of them slow once.
+# Writes down which ids a process has read, and makes one of them slow once, while it is waited for.
 CONFIG = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT / "tests")!r})
@@ -20,14 +20,23 @@ from tiny import method_config, tiny_config, without_colour
 def get_config(variant=""):
     if "IDS" in os.environ:
         from ssl_jax.data.host import HostSource
+        from ssl_jax.data.pipeline import Prefetcher
         batches = HostSource.batches
-        process = os.environ.get("SLURM_PROCID", "0")
+        process, asked = os.environ.get("SLURM_PROCID", "0"), []
+
+        def counted(self, next=Prefetcher.next):
+            asked.append(self)
+            return next(self)
+
+        Prefetcher.next = counted
 
         def logged(self, steps):
             for number, batch in enumerate(batches(self, steps)):
                 with open(os.environ["IDS"] + process, "a") as file:
                     file.write(" ".join(map(str, batch["id"])) + "\\n")
                 if number == 7 and process == os.environ.get("SLOW"):
+                    while len(asked) < 8:
+                        time.sleep(0.01)
                     time.sleep(4)
                 yield batch
 

@@ -109,8 +109,9 @@ def test_a_slow_disk_on_one_process_is_seen(pair):
     shares = np.array([r["process_data_wait"] for r in records if "process_data_wait" in r])
     seconds = np.array([r["process_step_s"] for r in records if "process_step_s" in r])
     assert shares.shape == seconds.shape == (11, 2)
-    waited = (shares * seconds).sum(axis=0)
-    assert waited[1] > 1 and waited[1] > 3 * waited[0]
+    waited = shares * seconds
+    slow = waited[:, 1].argmax()
+    assert waited[slow, 1] > 3.9 and waited[slow, 1] > 2 * waited[slow, 0]
     assert "of process 1" in pair[1][0][1]
 
 
@@ -176,7 +177,7 @@ def test_two_processes_fine_tune_another_run_and_features_are_for_one(tmp_path):
     arguments = ["finetune", f"--from={source}", "--labels=0.5", *brief]
     ended = finish(start(2, arguments, program=COMMAND))
     assert [code for code, *_ in ended] == [0, 0], ended
-    assert "fine-tuned on 50 % of the images: top-1 " in ended[0][1] and ended[1][1] == ""
+    assert "fine-tuned on 50 % of the images, step 2, " in ended[0][1] and ended[1][1] == ""
     found = json.loads((source / "evals" / "finetune_0.5.json").read_text())
     assert found["metrics"]["examples"] == 450
     mine, theirs = restore_state(source / "finetune_0.5"), restore_state(source)
