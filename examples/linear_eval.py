@@ -5,13 +5,9 @@ import sys
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from ssl_jax.data.sources import make_sources
-from ssl_jax.encoder import load
+from ssl_jax.evals.frozen import run_features
 
-encoder = load(sys.argv[1])
-train, test = make_sources(encoder.config)
-features = [encoder.apply(split.clean(range(split.num_examples))) for split in (train, test)]
-scale = StandardScaler().fit(features[0])
-model = LogisticRegression(C=0.1, max_iter=1000)
-model.fit(scale.transform(features[0]), train.labels)
-print(f"top-1 {100 * model.score(scale.transform(features[1]), test.labels):.2f} %")
+train, labels, test, test_labels, _ = run_features(sys.argv[1]).labelled()
+scale = StandardScaler().fit(train)
+model = LogisticRegression(C=0.1, max_iter=1000).fit(scale.transform(train), labels)
+print(f"top-1 {100 * model.score(scale.transform(test), test_labels):.2f} %")

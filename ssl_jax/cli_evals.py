@@ -3,13 +3,15 @@
 import argparse
 import contextlib
 import json
+import re
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ssl_jax.cli_parser import Parser, add_from, add_keys, require_encoder, require_folder_of
-from ssl_jax.config import close_path
+from ssl_jax.config import close_path, differences, flatten, to_json
 from ssl_jax.errors import UserError
 
 _FAST = "lbfgs"
@@ -209,13 +211,18 @@ def _on_features(args: argparse.Namespace, overrides: list[str], command: str) -
 
     if args.command == "linear" and args.workdir:
         raise UserError("--workdir is for a --recipe, which trains: leave it out.")
-    if args.command == "knn" and args.k is not None and args.k < 1:
-        raise UserError(f"--k={args.k} neighbours can't vote: give 1 or more.")
-    if args.command == "knn" and args.temperature is not None and args.temperature <= 0:
-        raise UserError(f"--temperature={args.temperature} must be positive.")
-    config = apply_overrides(config_at(args.run), overrides)
+    if args.command == "knn":
+        _require_vote(args, overrides)
+    base = config_at(args.run)
+    config = apply_overrides(base, overrides)
+    if args.projector_layer is not None:
+        config.eval.projector_layer = args.projector_layer
+    votes = ("eval.knn_k=", "eval.knn_temperature=") if args.command == "knn" else ()
     features = run_features(
-        args.run, step=args.step, projector_layer=args.projector_layer, overrides=overrides
+        args.run,
+        step=args.step,
+        projector_layer=args.projector_layer,
+        overrides=[override for override in overrides if not override.startswith(votes)],
     )
     if args.command == "features":
         features.save(args.out)
@@ -230,10 +237,13 @@ def _on_features(args: argparse.Namespace, overrides: list[str], command: str) -
         )
         return
     more: dict[str, Any] = {"command": command, "step": features.step}
+    asked: dict[str, Any] = {} if args.step is None else {"step": args.step}
     if args.command == "knn":
-        k = args.k or config.eval.knn_k
         # Bounds have been checked, so 0 is not among what was given.
-        temperature = None if args.majority else args.temperature or config.eval.knn_temperature
+        k = config.eval.knn_k = args.k or config.eval.knn_k
+        config.eval.knn_temperature = args.temperature or config.eval.knn_temperature
+        temperature = None if args.majority else config.eval.knn_temperature
+        asked |= {"majority": True} if args.majority else {}
         metrics = knn_metrics(features, k=k, temperature=temperature)
         weighed = "majority" if temperature is None else f"temperature {temperature:g}"
         what = f"{min(k, len(features.train))} nearest neighbours, {weighed}"
@@ -243,7 +253,21 @@ def _on_features(args: argparse.Namespace, overrides: list[str], command: str) -
         what = f"linear classifier on features, penalty {penalty:g}"
         more |= {"penalty": penalty}
     name = f"linear_{_FAST}" if args.command == "linear" else "knn"
-    _keep(args, name, what, metrics, more)
+    changes = _changes(base, config)
+    what += _of(features.step, config.eval.projector_layer, changes)
+    _keep(args, name, what, metrics, more, changes | asked)
+
+
+def _require_vote(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Refuses neighbours that can't vote, and a weight where all weigh alike."""
+    if args.k is not None and args.k < 1:
+        raise UserError(f"--k={args.k} neighbours can't vote: give 1 or more.")
+    if args.temperature is not None and args.temperature <= 0:
+        raise UserError(f"--temperature={args.temperature} must be positive.")
+    weighed = args.temperature is not None
+    weighed |= any(override.startswith("eval.knn_temperature=") for override in overrides)
+    if args.majority and weighed:
+        raise UserError("--majority has no temperature: leave one of them out.")
 
 
 def _transfer(args: argparse.Namespace, overrides: list[str], command: str) -> None:
@@ -268,10 +292,11 @@ def _transfer(args: argparse.Namespace, overrides: list[str], command: str) -> N
 
 
 def _trained(args: argparse.Namespace, overrides: list[str], command: str) -> None:
-    from ssl_jax.encoder import results_folder
+    from ssl_jax.encoder import config_at, results_folder
     from ssl_jax.evals import runs
 
     if args.command == "linear":
+        base = runs.linear_config(args.run, args.recipe)
         config = runs.linear_config(args.run, args.recipe, overrides)
         if args.projector_layer is not None:
             config.supervised.projector_layer = args.projector_layer
@@ -279,13 +304,18 @@ def _trained(args: argparse.Namespace, overrides: list[str], command: str) -> No
             config.start.step = args.step
         folder, what = f"linear_{args.recipe}", f"linear classifier, recipe {args.recipe}"
     elif args.command == "finetune":
-        layer = args.projector_layer
-        config = runs.finetune_config(args.run, args.labels, layer, overrides)
-        share = config.data.subset
-        folder, what = f"finetune_{share:g}", f"fine-tuned on {100 * share:g} % of the images"
+        # What the words name is no change.
+        named = [o for o in overrides if o.startswith(("data.dataset=", "data.subset="))]
+        base = runs.finetune_config(args.run, args.labels, overrides=named)
+        config = runs.finetune_config(args.run, args.labels, args.projector_layer, overrides)
+        folder, what = _finetuned(config, config_at(args.run).data.dataset)
     else:
+        base = runs.distill_config(args.run)
         config = runs.distill_config(args.run, overrides)
         folder, what = "distill", f"student, ResNet-{config.model.depth} ×{config.model.width:g}"
+    step = config.distill.step if args.command == "distill" else config.start.step
+    changes = _changes(base, config)  # before training fills keys in
+    what += _of(step, config.supervised.projector_layer, changes)
     workdir = args.workdir or results_folder(args.run) / folder
     told = "quiet" if args.quiet else "all"
     # What the run says is for people.
@@ -295,7 +325,40 @@ def _trained(args: argparse.Namespace, overrides: list[str], command: str) -> No
         return  # another process tells, or the run was stopped and has said so
     if args.command == "linear":
         _require_same_encoder(args.run, config.start.step, state)
-    _keep(args, folder, what, metrics, {"command": command, "trained_in": str(workdir)})
+    more = {"command": command, "step": step, "trained_in": str(workdir)}
+    # A folder of the command's own choice holds one run, whose settings can't change.
+    _keep(args, folder, what, metrics, more, changes if args.workdir else {})
+
+
+def _finetuned(config: Any, dataset: str) -> tuple[str, str]:
+    """The folder's name and the words for what a run, of another data set maybe, is tuned on."""
+    share, images, folder = config.data.subset, "the images", "finetune"
+    if config.data.dataset != dataset:
+        images = config.data.dataset
+        folder += "_" + re.sub(r"[^\w.-]+", "_", images)
+    return f"{folder}_{share:g}", f"fine-tuned on {100 * share:g} % of {images}"
+
+
+def _changes(base: Any, config: Any) -> dict[str, Any]:
+    """The keys that were set to other values than a command has by itself, and change results."""
+    values = flatten(to_json(config))
+    keys = [line.partition(":")[0] for line in differences(to_json(base), to_json(config))]
+    return {key: values[key] for key in keys if not key.startswith(("log_every", "checkpoint."))}
+
+
+# What a result's words say already, in words of their own.
+_SAID = (
+    *("start.step", "distill.step", "eval.knn_k", "eval.knn_temperature"),
+    *("model.depth", "model.width", "eval.projector_layer", "supervised.projector_layer"),
+)
+
+
+def _of(step: int, layer: int, changes: dict[str, Any]) -> str:
+    """What a result says of the encoder, and of what was changed."""
+    said = [f"step {step}"] if step else []  # a file of weights has none
+    said += [f"projector layer {layer}"] if layer else []
+    said += [f"{key}={value}" for key, value in changes.items() if key not in _SAID]
+    return "".join(f", {each}" for each in said)
 
 
 def _require_same_encoder(run: Path, step: int, state: Any) -> None:
@@ -323,11 +386,19 @@ def _require_same_encoder(run: Path, step: int, state: Any) -> None:
 
 
 def _keep(
-    args: argparse.Namespace, name: str, what: str, metrics: dict[str, Any], more: Any
+    args: argparse.Namespace,
+    name: str,
+    what: str,
+    metrics: dict[str, Any],
+    more: Any,
+    changes: dict[str, Any],
 ) -> None:
+    """Writes a result and tells it; what was measured otherwise has a name of its own."""
     from ssl_jax.encoder import results_folder
     from ssl_jax.evals.results import result_line, write_result
 
+    if changes:
+        name += f"_{zlib.crc32(json.dumps(changes, sort_keys=True).encode()):08x}"
     write_result(results_folder(args.run), name, what, metrics, **more)
     record = {"what": what, **more, "metrics": metrics}
     _tell(args, record, result_line(record))

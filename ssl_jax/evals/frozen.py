@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from ml_collections import ConfigDict
 
 from ssl_jax.config import apply_overrides
 from ssl_jax.data.sources import make_sources
@@ -18,6 +19,11 @@ from ssl_jax.evals.metrics import classification_metrics
 from ssl_jax.evals.run import Evaluator
 from ssl_jax.files import asked_for
 from ssl_jax.spmd import make_spmd
+
+# How the keys begin that change a frozen encoder's features, and which of its first view's do.
+_IMAGES = ("batch_size", "crop_fraction", "interpolation", "projector_layer")
+SEEN = ("data.", "dtype", *(f"eval.{key}" for key in _IMAGES))
+_SEEN_OF_VIEW = ("size", "mean", "std", "crop.sampler")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +94,11 @@ def run_features(
       The features, in the order of the sources.
 
     Raises:
-      UserError: no run or no data there, or a bad override.
+      UserError: no run or no data there, or an override that is bad or changes no features.
     """
+    overrides = tuple(overrides)
     config = apply_overrides(config_at(path), overrides)
+    _require_seen(config, overrides)
     if projector_layer is not None:
         config.eval.projector_layer = projector_layer
     encoder = load(path, step, projector_layer=config.eval.projector_layer)
@@ -106,6 +114,19 @@ def run_features(
         train.class_names,
         encoder.step,
     )
+
+
+def _require_seen(config: ConfigDict, overrides: Iterable[str]) -> None:
+    """Refuses what would do nothing, or make another network than the one that was trained."""
+    first = sorted(config.views)[0]
+    seen = (*SEEN, *(f"views.{first}.{key}" for key in _SEEN_OF_VIEW))
+    for override in overrides:
+        key = override.partition("=")[0]
+        if not key.startswith(seen):
+            raise UserError(
+                f"config.{key} is not for a frozen encoder's features, which "
+                f"{', '.join(seen).replace('data.', 'data.…')} may change: leave it out."
+            )
 
 
 def knn_metrics(

@@ -74,12 +74,15 @@ LINEAR_RECIPES: dict[str, dict[str, Any]] = {
         "optim": {**_PLAIN_SGD, "name": "larc", "lr": 0.1},
     },
 }
-# SimCLR v2 (arXiv:2006.10029, appendix; the released code): on few labels, from the projector's
-# first hidden layer, twice as long on 1 % as on 10 %.
+# SimCLR v2 (arXiv:2006.10029, section 3 and appendix; the released code): on few labels, from the
+# projector's first hidden layer, twice as long on 1 % as on 10 %; on all, from the encoder.
 _FINETUNE: dict[str, Any] = {
     "batch_size": 1024,
     "optim": {"lr": 0.005, "lr_scaling": "sqrt", "weight_decay": 0.0, "warmup_epochs": 0.0},
 }
+# ImageNet's published shares of the labels, which are data sets of TFDS (the first is its default).
+_SHARES = {"imagenet2012_subset": 0.01, "imagenet2012_subset/1pct": 0.01}
+_SHARES |= {"imagenet2012_subset/10pct": 0.1}
 # SimCLR's appendix B.8, on other data sets; rate and decay are chosen there for each.
 _TRANSFER: dict[str, Any] = {
     "batch_size": 256,
@@ -126,8 +129,8 @@ def finetune_config(
     Args:
       path: the run's workdir.
       labels: share of the training images, drawn with as many of each class.
-      projector_layer: hidden layers of the projector that are kept; default 1 for a SimCLR run
-        whose projector has three layers, as in SimCLR v2, else 0.
+      projector_layer: hidden layers of the projector that are kept; default, as in SimCLR v2, 1 on
+        a part of the labels for a SimCLR run whose projector has three layers, else 0.
       overrides: strings `a.b=VALUE`, as of the command line.
 
     Returns:
@@ -136,13 +139,17 @@ def finetune_config(
     Raises:
       UserError: no run there, or a bad override.
     """
+    overrides = tuple(overrides)
     config = _derived(path, _FINETUNE)
     source = config_at(path)
-    if projector_layer is None:
-        projector_layer = int(source.method == "simclr" and source.simclr.layers > 2)
-    config.supervised.projector_layer = projector_layer
     config.data.subset = float(labels)
-    config.epochs = 60.0 if labels <= 0.01 else 30.0
+    data = apply_overrides(config, overrides).data
+    share = data.subset * _SHARES.get(data.dataset.partition(":")[0], 1.0)
+    if projector_layer is None:
+        deep = source.method == "simclr" and source.simclr.layers > 2
+        projector_layer = int(deep and share < 1)
+    config.supervised.projector_layer = projector_layer
+    config.epochs = 60.0 if share <= 0.01 else 30.0
     return apply_overrides(config, overrides)
 
 
@@ -174,7 +181,8 @@ def distill_config(teacher: str | Path, overrides: Iterable[str] = ()) -> Config
     """A student of a fine-tuned run, trained on all images, without their labels.
 
     The student has the teacher's architecture unless `overrides` say otherwise, such as
-    `model.depth=18`; the optimiser is LARS as in SimCLR v2's distillation.
+    `model.depth=18`; the optimiser is LARS as in SimCLR v2's distillation, whose temperature is 0.1
+    for a student of the teacher's architecture and 1 for another.
 
     Args:
       teacher: the workdir of a run with a classifier.
@@ -193,26 +201,34 @@ def distill_config(teacher: str | Path, overrides: Iterable[str] = ()) -> Config
     config.distill.step, config.start.step = config.start.step, 0
     config.start.path = ""
     config.data.subset = 1.0
-    config.optim.update(lr=0.1, lr_scaling="sqrt")
+    config.optim.update(lr=0.1, lr_scaling="sqrt", weight_decay=1e-4)
+    theirs = config.model
     config = apply_overrides(config, overrides)
+    if not any(override.startswith("distill.temperature") for override in overrides):
+        alike = all(config.model[key] == theirs[key] for key in ("depth", "width", "sk"))
+        config.distill.temperature = 0.1 if alike else 1.0
     if not any(override.startswith("optim.warmup_epochs") for override in overrides):
         config.optim.warmup_epochs = config.epochs / 20
     return config
 
 
 def _derived(path: str | Path, recipe: Mapping[str, Any], step: int | None = None) -> ConfigDict:
-    """A config of supervised training that starts from a run, on its data, with crops and flips."""
+    """A config of supervised training that starts from a run, on its data, with crops and flips.
+
+    Of the run's views the size, the normalisation, the flips and any rotations and shifts stay.
+    """
     source = config_at(path)
     config = from_json(to_json(source))
-    defaults = {"microbatch": 0, "steps": 0, "remat": False, "count_steps": "epochs", "wandb": ""}
-    config.update({**defaults, "method": "supervised"})
-    # Of the run's own optimiser nothing stays; nor do its groups of BatchNorm.
-    config.optim.update(default_config().optim.to_dict())
+    plain = {"microbatch": 0, "steps": 0, "remat": False, "count_steps": "epochs", "wandb": ""}
+    config.update({**plain, "method": "supervised"})
+    # Of the run's own optimiser and classifier nothing stays; nor do its groups of BatchNorm.
+    defaults = default_config()
+    for group in ("optim", "supervised", "distill"):
+        config[group].update(defaults[group].to_dict())
     config.model.bn_group = 0
     # The newest now: a run that goes on will have newer ones.
     step = newest_step(path) if step is None else step
-    config.start.update(path=str(Path(path).expanduser().resolve()), step=step)
-    config.supervised.update(freeze=False, projector_layer=0, projector_hidden=0)
+    config.start.update(path=str(Path(path).expanduser().resolve()), step=step, heads=False)
     config.eval.projector_layer = 0
     first = flat_views(source)[0]
     kept = {"size": first.size, "flip": first.flip, "mean": first.mean, "std": first.std}

@@ -19,7 +19,7 @@ from ssl_jax.config import apply_overrides, default_config, did_you_mean, run_sc
 from ssl_jax.data.sources import held_out_ids, make_sources
 from ssl_jax.encoder import newest_step, results_folder
 from ssl_jax.errors import UserError
-from ssl_jax.evals.frozen import linear_metrics, run_features
+from ssl_jax.evals.frozen import SEEN, linear_metrics, run_features
 from ssl_jax.evals.logistic import METRICS
 from ssl_jax.evals.metrics import interval_text
 from ssl_jax.evals.results import read_result, write_result
@@ -122,7 +122,7 @@ def transfer(
         fine-tuning.
       decays: weight decays.
       overrides: strings `a.b=VALUE` that change every data set's config of fine-tuning; those of
-        `data` and `eval` change what the linear classifier sees, too.
+        `data`, `dtype` and what `eval` says of images change what the linear classifier sees, too.
       command: recorded with the results.
       say: is told what is done.
       told: how much the runs of fine-tuning print, as `pretrain` takes it.
@@ -136,7 +136,7 @@ def transfer(
       UserError: bad input, in one sentence, before anything is trained.
     """
     path, overrides = Path(path), tuple(overrides)
-    _require_free(overrides)
+    _require_free(overrides, bool(rates))
     if rates and not decays:
         raise UserError("There is no weight decay to fine-tune with: give at least one.")
     grid = [(rate, decay) for rate in rates for decay in decays]
@@ -159,12 +159,14 @@ def transfer(
     return rows
 
 
-def _require_free(overrides: Iterable[str]) -> None:
-    """Refuses to change what is chosen here."""
+def _require_free(overrides: Iterable[str], finetunes: bool) -> None:
+    """Refuses to change what is chosen here, and what only fine-tuning takes without it."""
     for override in overrides:
         key = override.partition("=")[0]
         if key in _CHOSEN or key.startswith("start."):
             raise UserError(f"config.{key} is what transfer sets: give --rates, --decays, --step.")
+        if not finetunes and not key.startswith(SEEN):
+            raise UserError(f"config.{key} is for fine-tuning: leave it or --no-finetune out.")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -236,8 +238,7 @@ class _Job:
 
     def linear(self) -> dict[str, Any]:
         """Of logistic regression on features; kept, and read where it is the same again."""
-        kinds = ("data.", "eval.")
-        own = tuple(override for override in self.overrides if override.startswith(kinds))
+        own = tuple(override for override in self.overrides if override.startswith(SEEN))
         changes = (*self.data_set.overrides, "data.validation=0.0", *own)
         settings: dict[str, Any] = {"step": self.step, "metric": self.data_set.metric}
         settings |= {"overrides": list(changes), "data": self.fingerprints}
@@ -249,6 +250,7 @@ class _Job:
         features = run_features(self.path, step=self.step, overrides=changes)
         metrics, penalty = linear_metrics(features, metric=self.data_set.metric)
         what = f"{self.data_set.name}: linear classifier on features, penalty {penalty:g}"
+        what += self.of(own)
         write_result(
             results_folder(self.path), name, what, metrics, settings=settings, command=self.command
         )
@@ -279,10 +281,15 @@ class _Job:
         if metrics is None:
             return None
         say(f"{name}: fine-tuned {100 * metrics[metric]['value']:.2f} %")
-        what = f"{name}: fine-tuned, rate {rate:g}, weight decay {decay:g}"
+        what = f"{name}: fine-tuned, rate {rate:g}, weight decay {decay:g}{self.of(self.overrides)}"
         more = {"step": self.step, "rate": rate, "decay": decay, "command": self.command}
         write_result(results_folder(self.path), f"transfer_{name}_finetune", what, metrics, **more)
         return {"finetune": metrics, "rate": rate, "decay": decay}
+
+    def of(self, overrides: Sequence[str]) -> str:
+        """What a result says of the encoder and its settings."""
+        steps = [f"step {self.step}"] if self.step else []  # a file of weights has none
+        return "".join(f", {each}" for each in (*steps, *overrides))
 
     def trained(self, name: str, rate: float, decay: float, validation: float) -> Any:
         """Metrics of a run of its own; None where it was stopped."""

@@ -124,7 +124,10 @@ def classifying_networks(
 
 
 def classifier_group(config: Any, params: Pytree) -> Pytree:
-    """The optimiser's labels of the classifier: LARS neither adapts nor decays it, as SimCLR's."""
+    """The optimiser's labels of the classifier: LARS neither adapts nor decays it.
+
+    Nor does SimCLR's; its code adds the kernel's decay to the loss instead, which is left out here.
+    """
     if not config.optim.name.startswith("lars"):
         return {"classifier": role_labels(params["classifier"])}
     return {"classifier": jax.tree.map(lambda _: "norm_bias", params["classifier"])}

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from tiny import tiny_config, without_colour
 
-from ssl_jax import cli
-from ssl_jax.config import Schedule
-from ssl_jax.encoder import restore_state
+from ssl_jax import cli, cli_evals
+from ssl_jax.config import Schedule, default_config
+from ssl_jax.encoder import newest_step, restore_state
 from ssl_jax.errors import UserError
 from ssl_jax.evals import distill, finetune, runs
 from ssl_jax.evals.results import read_results, write_result
@@ -60,20 +60,23 @@ def same(a, b):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "rate", "batch", "epochs"),
+    ("recipe", "rate", "batch", "epochs", "per_epoch"),
     [
-        ("simclr", 0.1, 4096, 90),
-        ("simclr_cifar", 0.1, 512, 100),
-        ("moco", 30, 256, 100),
-        ("swav", 0.3, 256, 100),
-        ("byol", 0.2, 1024, 80),
-        ("simsiam", 0.1, 4096, 90),
+        ("simclr", 0.1, 4096, 90, False),
+        ("simclr_cifar", 0.1, 512, 100, False),
+        ("moco", 30, 256, 100, True),
+        ("swav", 0.3, 256, 100, True),
+        ("byol", 0.2, 1024, 80, False),
+        ("simsiam", 0.1, 4096, 90, True),
     ],
 )
-def test_linear_recipes_are_the_official_ones(run, recipe, rate, batch, epochs):
+def test_linear_recipes_are_the_official_ones(run, recipe, rate, batch, epochs, per_epoch):
     config = runs.linear_config(run, recipe)
     assert (config.optim.lr, config.batch_size, config.epochs) == (rate, batch, epochs)
     assert config.optim.lr_scaling == "linear" and config.optim.warmup_epochs == 0
+    assert config.optim.momentum == 0.9 and config.optim.per_epoch == per_epoch
+    # SimCLR's code leaves the bias out of the decay; the others have PyTorch's, or none.
+    assert config.optim.decay_norm_bias == (recipe != "simclr")
     assert config.optim.weight_decay == (1e-6 if recipe in ("simclr", "swav") else 0)
     assert config.optim.nesterov == (recipe in ("simclr", "simclr_cifar", "byol"))
     assert config.optim.name == ("larc" if recipe == "simsiam" else "sgd")
@@ -95,12 +98,19 @@ def test_nothing_of_the_runs_own_optimiser_stays(run, tmp_path, source):
     optim |= {"schedule": "step", "step_epochs": [1.0], "final_lr": 0.1, "warmup_start": 0.3}
     optim |= {"trust_coefficient": 0.02, "frozen_steps": 9}
     record["config"]["model"]["bn_group"] = 1
+    record["config"]["start"]["heads"] = True
+    record["config"]["supervised"]["classifier_init"] = 0.5
+    record["config"]["distill"] |= {"temperature": 3.0, "labels": 0.5, "teacher": "/nowhere"}
     (other / "config.json").write_text(json.dumps(record))
     made = [runs.linear_config(run, "byol"), runs.linear_config(other, "byol")]
     made += [runs.finetune_config(run), runs.finetune_config(other)]
     for mine, theirs in zip(made[::2], made[1::2], strict=True):
         assert mine.optim.to_dict() == theirs.optim.to_dict()
         assert theirs.model.bn_group == 0 and theirs.optim.final_lr == 0
+        assert mine.supervised.to_dict() == theirs.supervised.to_dict()
+        assert theirs.distill.to_dict() == default_config().distill.to_dict()
+        assert not theirs.start.heads
+    assert runs.distill_config(other).distill.labels == 0
 
 
 def test_what_is_made_of_a_run_sends_nothing_where_the_run_did(run, tmp_path, monkeypatch):
@@ -131,11 +141,52 @@ def test_mocos_rate_falls_at_60_and_80_of_100_epochs(run):
 def test_fine_tuning_is_simclr_v2s(run):
     config = runs.finetune_config(run, labels=0.01)
     assert (config.epochs, config.data.subset, config.supervised.projector_layer) == (60, 0.01, 1)
-    assert runs.finetune_config(run, labels=0.1).epochs == 30
+    for labels, layer in ((0.1, 1), (1.0, 0)):
+        more = runs.finetune_config(run, labels=labels)
+        assert (more.epochs, more.supervised.projector_layer) == (30, layer)
+    assert runs.finetune_config(run, projector_layer=1).supervised.projector_layer == 1
     config.data.num_classes = 10
     _, _, rate = assemble(config, Schedule(10, 1000))
     assert float(rate(0)) == pytest.approx(0.005 * 1024**0.5)
     assert config.optim.weight_decay == 0 and config.optim.name == "lars"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "epochs", "layer"),
+    [
+        ("imagenet2012_subset", 60, 1),  # of which TFDS takes 1 %
+        ("imagenet2012_subset/1pct", 60, 1),
+        ("imagenet2012_subset/1pct:5.0.0", 60, 1),
+        ("imagenet2012_subset/10pct", 30, 1),
+        ("imagenet2012", 30, 0),
+    ],
+)
+def test_published_shares_of_imagenets_labels_are_few_labels(run, dataset, epochs, layer):
+    data = ("data.name=tfds", f"data.dataset={dataset}")
+    config = runs.finetune_config(run, overrides=data)
+    assert (config.epochs, config.supervised.projector_layer) == (epochs, layer)
+    changed = runs.finetune_config(run, overrides=(*data, "epochs=7"))
+    assert changed.epochs == 7
+    folder, what = cli_evals._finetuned(config, "")
+    assert folder == f"finetune_{dataset.replace('/', '_').replace(':', '_')}_1"
+    assert what == f"fine-tuned on 100 % of {dataset}"
+    assert cli_evals._finetuned(config, dataset) == (
+        "finetune_1",
+        "fine-tuned on 100 % of the images",
+    )
+
+
+def test_distillation_is_simclr_v2s(run):
+    for changes, temperature in (
+        ((), 0.1),
+        (("model.bn_group=1",), 0.1),
+        (("model.width=0.03125",), 1.0),
+        (("model.depth=18",), 1.0),
+        (("distill.temperature=2.0",), 2.0),
+    ):
+        config = runs.distill_config(run, changes)
+        assert config.distill.temperature == temperature
+        assert (config.optim.name, config.optim.weight_decay) == ("lars", 1e-4)
 
 
 # Weights that come from elsewhere
@@ -150,7 +201,7 @@ def first_state(config):
 
 def test_fine_tuning_starts_at_the_runs_encoder_and_kept_projector(run):
     source = restore_state(run)
-    state = first_state(runs.finetune_config(run))
+    state = first_state(runs.finetune_config(run, labels=0.1))
     assert same(state.params["encoder"], source.params["encoder"])
     assert sorted(state.params["projector"]) == ["bn1", "dense1"]
     assert same(state.params["projector"]["dense1"], source.params["projector"]["dense1"])
@@ -160,7 +211,7 @@ def test_fine_tuning_starts_at_the_runs_encoder_and_kept_projector(run):
 
 
 def test_what_is_kept_of_the_projector_is_its_hidden_layer(run):
-    config = runs.finetune_config(run)
+    config = runs.finetune_config(run, labels=0.1)
     state = first_state(config)
     method = make_method(config, Schedule(1, 1))
     images = jnp.asarray(np.random.default_rng(0).random((3, 8, 8, 3)), jnp.float32)
@@ -220,13 +271,15 @@ def test_a_run_without_a_classifier_teaches_nothing(run):
 def test_the_frozen_encoder_stays_as_it_is_bit_for_bit(run, capsys):
     flags = [f"--config.{change}" for change in BRIEF]
     out = command(capsys, "linear", f"--from={run}", "--recipe=moco", *flags)
-    assert "linear classifier, recipe moco: top-1 " in out
+    step = read_config(run / "linear_moco").start.step
+    said = f"recipe moco, step {step}, batch_size=64, epochs=1.0: top-1 "
+    assert f"linear classifier, {said}" in out
     source, state = restore_state(run), restore_state(run / "linear_moco")
     assert same(state.params["encoder"], source.params["encoder"])
     assert same(state.extra["batch_stats"]["encoder"], source.extra["batch_stats"]["encoder"])
     assert state.params["classifier"]["Dense_0"]["kernel"].any()
     record = json.loads((run / "evals" / "linear_moco.json").read_text())
-    assert record["trained_in"].endswith("linear_moco")
+    assert record["trained_in"].endswith("linear_moco") and record["step"] == step
     page = (run / "report.html").read_text()
     assert "Further evaluations" in page and "recipe moco" in page
 
@@ -271,7 +324,8 @@ def test_the_distillation_loss_is_the_papers(teacher, temperature, share):
 
 def test_commands_on_features_print_and_keep_what_they_find(run, capsys, tmp_path):
     out = command(capsys, "knn", f"--from={run}", "--k=5", "--majority")
-    assert "5 nearest neighbours, majority: top-1 " in out and "Report: " in out
+    step = newest_step(run)
+    assert f"5 nearest neighbours, majority, step {step}: top-1 " in out and "Report: " in out
     found = json.loads(command(capsys, "linear", f"--from={run}", "--json"))
     assert found["metrics"]["examples"] == 450 and found["penalty"] > 0
     assert 0.1 < found["metrics"]["top1"]["low"] < found["metrics"]["top1"]["high"] < 1
@@ -286,10 +340,18 @@ def test_commands_on_features_print_and_keep_what_they_find(run, capsys, tmp_pat
         )
     )
     assert layer["width"] == told["width"]  # the projector's hidden layers are as wide
-    subset = ["--config.data.subset=0.1", "--json"]
+    subset = ["--config.data.subset=0.1", "--projector-layer=1", "--json"]
     few = json.loads(command(capsys, "knn", f"--from={run}", *subset))
     assert few["k"] == 200 and few["metrics"]["examples"] == 450
-    assert {"knn.json", "linear_lbfgs.json"} <= {f.name for f in (run / "evals").iterdir()}
+    told = f"130 nearest neighbours, temperature 0.1, step {step}, projector layer 1"
+    assert few["what"] == f"{told}, data.subset=0.1"
+    command(capsys, "knn", f"--from={run}", "--k=200", "--config.eval.batch_size=32")
+    # What was measured otherwise is beside it; how many images were encoded at a time is no change.
+    files = {file.name for file in (run / "evals").glob("knn*.json")}
+    assert len(files) == 3 and "knn.json" in files
+    assert (run / "evals" / "linear_lbfgs.json").exists()
+    page = (run / "report.html").read_text()
+    assert few["what"] in page and f"5 nearest neighbours, majority, step {step}" in page
 
 
 @pytest.mark.parametrize(
@@ -299,6 +361,14 @@ def test_commands_on_features_print_and_keep_what_they_find(run, capsys, tmp_pat
         (("linear", "--recipe=mocco"), "--recipe=mocco. Did you mean 'moco'"),
         (("features", "--out=/nowhere/f.npz"), "/nowhere .* is no folder"),
         (("knn", "--step=7"), "no checkpoint of step 7"),
+        (("knn", "--majority", "--temperature=0.1"), "--majority has no temperature"),
+        (("knn", "--majority", "--config.eval.knn_temperature=1"), "--majority has no temperature"),
+        (("knn", "--config.model.padding=same"), "config.model.padding is not for a frozen enc"),
+        (("knn", "--config.eval.draws=3"), "config.eval.draws is not for a frozen encoder"),
+        (("knn", "--config.views.view2.size=9"), r"view2.size is not for .* views.view1.size"),
+        (("linear", "--config.epochs=5"), "config.epochs is not for a frozen encoder's features"),
+        (("linear", "--config.eval.knn_k=5"), "config.eval.knn_k is not for a frozen encoder's"),
+        (("features", "--out=f.npz", "--config.seed=1"), "config.seed is not for a frozen enc"),
     ],
 )
 def test_bad_input_is_one_sentence(run, capsys, arguments, sentence):
@@ -329,13 +399,9 @@ def test_what_cannot_be_measured_is_not_trained(run, tmp_path):
 
     fill(tmp_path / "images", per_class=30)
     data = (f"data.dir={tmp_path / 'images'}", "data.name=folder", "data.test_dir=")
-    from ssl_jax.data.sources import make_sources
-
-    config = runs.finetune_config(run, overrides=data)
-    if make_sources(config)[1] is None:
-        with pytest.raises(UserError, match="no held-out split with labels to measure"):
-            finetune(run, tmp_path / "other", overrides=data)
-        assert not (tmp_path / "other").exists()
+    with pytest.raises(UserError, match="no held-out split with labels to measure"):
+        finetune(run, tmp_path / "other", overrides=data)
+    assert not (tmp_path / "other").exists()
 
 
 def test_data_without_a_held_out_split_is_not_measured(run, tmp_path, capsys):
@@ -347,7 +413,6 @@ def test_data_without_a_held_out_split_is_not_measured(run, tmp_path, capsys):
     flags = ("--config.data.name=folder", f"--config.data.dir={tmp_path / 'images'}")
     assert cli.main(["features", f"--from={other}", *flags, f"--out={tmp_path / 'f.npz'}"]) == 0
     with np.load(tmp_path / "f.npz") as arrays:
-        split = "test" in arrays.files
-    if not split:
-        assert cli.main(["knn", f"--from={other}", *flags]) == 2
-        assert "no held-out split with labels" in capsys.readouterr().err
+        assert "test" not in arrays.files
+    assert cli.main(["knn", f"--from={other}", *flags]) == 2
+    assert "no held-out split with labels" in capsys.readouterr().err

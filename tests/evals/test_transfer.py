@@ -136,6 +136,8 @@ def test_what_can_not_be_run_is_refused_before_anything_is(run, tmp_path, capsys
         (("--config.batch_size=5000",), "digits: config.batch_size is 5000 but the training set"),
         (("--step=77",), "no checkpoint of step 77"),
         (("--no-finetune", "--rates=0.1"), "--rates is for fine-tuning"),
+        (("--no-finetune", "--config.optim.momentum=0.5"), "config.optim.momentum is for fine-t"),
+        (("--no-finetune", "--config.batch_size=16"), "config.batch_size is for fine-tuning"),
     ],
 )
 def test_what_is_set_elsewhere_or_can_not_end_is_refused(run, tmp_path, capsys, flags, sentence):
