@@ -20,6 +20,7 @@ class Chip:
       bandwidth: of the memory, bytes/s.
       link: bytes/s that it sends to its neighbours, all links together, one way.
       cores: that are devices of their own, on a real machine.
+      tensor_cores: of a TPU's chip; two that are one device share its memory and work as one.
       compile_as: libtpu's name of the configuration in which a real machine runs; "": its default.
       axes: of the torus; 0 for a GPU.
     """
@@ -29,6 +30,7 @@ class Chip:
     bandwidth: float
     link: float
     cores: int = 1
+    tensor_cores: int = 1
     compile_as: str = ""
     axes: int = 0
 
@@ -37,10 +39,10 @@ class Chip:
 # arXiv:2304.01433; GPUs: NVIDIA's data sheets (SXM; dense bfloat16; NVLink one way), memory as
 # nvidia-smi shows it.
 CHIPS = {
-    "v3": Chip(123e12, 32 * GIB, 900e9, 280e9, cores=2, axes=2),
-    "v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, compile_as="megacore", axes=3),
+    "v3": Chip(123e12, 32 * GIB, 900e9, 280e9, cores=2, tensor_cores=2, axes=2),
+    "v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, tensor_cores=2, compile_as="megacore", axes=3),
     "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, axes=2),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, axes=3),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, tensor_cores=2, axes=3),
     "v6e": Chip(918e12, 32 * GIB, 1640e9, 400e9, axes=2),
     "a100": Chip(312e12, 81920 * MIB, 2039e9, 300e9),
     "h100": Chip(989e12, 81559 * MIB, 3350e9, 450e9),

@@ -195,6 +195,7 @@ def make_plan(
         "topology": topology.name,
         "estimate": not topology.is_tpu,
         "chips": topology.chips,
+        "cores": topology.chips * topology.chip.tensor_cores,
         "devices": len(devices),
         "devices_of_a_chip": topology.chip.cores,
         "memory_of_a_device": topology.chip.memory // topology.chip.cores,
@@ -399,13 +400,12 @@ def report(plan: dict[str, Any]) -> str:
 
 
 def _rows(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    cores = plan["devices_of_a_chip"]
-    about = "about " if plan["estimate"] else ""
+    about, real = ("about ", "machine") if plan["estimate"] else ("", "slice")
+    cores = "" if plan["estimate"] else f"{plan['cores']} cores, "
     yield (
         "topology",
-        f"{plan['topology']}: {plan['chips']} chips, {plan['devices']} devices as compiled and as "
-        f"a real {'slice' if not plan['estimate'] else 'machine'} shows them"
-        + (f" ({cores} of a chip)" if cores > 1 else ""),
+        f"{plan['topology']}: {plan['chips']} chips, {cores}{plan['devices']} devices as compiled "
+        f"and as a real {real} shows them",
     )
     yield "run", f"{plan['method']}, {plan['model']}, {plan['dtype']}, {plan['steps']:,} steps"
     micro = f", in microbatches of {plan['microbatch']}" if plan["microbatch"] else ""
@@ -479,6 +479,8 @@ def _number(value: float) -> str:
 def compare(plan: dict[str, Any], other: dict[str, Any]) -> str:
     """Two plans side by side, with the ratio of their numbers."""
     lines = [f"{'':<34}{plan['topology']:>16}{other['topology']:>16}{'ratio':>9}"]
+    if estimates := {p["topology"] for p in (plan, other) if p.get("estimate")}:
+        lines.append(f"{' and '.join(sorted(estimates))}: memory and times are estimates")
     mine, theirs = dict(_numbers(plan)), dict(_numbers(other))
     for name in mine | theirs:
         a, b = mine.get(name), theirs.get(name)

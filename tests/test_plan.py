@@ -132,6 +132,8 @@ def test_a_plan_for_gpus_is_an_estimate_of_everything(capsys):
     text = plan.report(made)
     for words in ("8 devices as compiled", "moco, ResNet-6", "about", "fits", "chip-hours", "all-"):
         assert words in text
+    assert " cores" not in text
+    assert "h100:8: memory and times are estimates" in plan.compare(made, made)
     assert made["memory"]["peak"] == sum(v for k, v in made["memory"].items() if k != "peak")
 
 

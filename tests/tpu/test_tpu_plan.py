@@ -50,6 +50,7 @@ def test_exchanges_and_memory_of_a_step(method):
     assert exchanges == EXCHANGES[method]
     assert made["memory"]["temporary"] < MIB[method] * 2**20
     assert made["cycles"]
+    assert "8 chips, 8 cores, 8 devices as compiled" in plan.report(made)
 
 
 def test_of_a_network_in_bfloat16_only_the_pictures_are_float32():
@@ -98,5 +99,6 @@ def test_the_compiler_refuses_a_slice_that_does_not_exist():
 
 
 def test_v4_shows_one_device_for_a_chip():
+    assert parse_topology("v4:2x2x1").chip.tensor_cores == 2
     assert len(plan.devices_of(parse_topology("v4:2x2x1"))) == 4
     assert len(plan.devices_of(parse_topology("v3:2x2"))) == 8
