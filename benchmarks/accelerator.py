@@ -102,7 +102,7 @@ def train(method: str, args: argparse.Namespace, seconds: float) -> str:
     command += [f"--config.data.dir={args.train}", f"--config.data.test_dir={args.test}"]
     command += ["--config.checkpoint.every_epochs=0"]  # at the end, and when it is stopped
     if args.toy:
-        command += [*SMALL, "--config.epochs=1", "--config.batch_size=8", "--config.eval.knn_k=2"]
+        command += [*SMALL, "--config.epochs=2", "--config.batch_size=16", "--config.eval.knn_k=2"]
         command += ["--config.moco.queue=16", "--config.swav.prototypes=4", "--config.eval.draws=1"]
     with (args.out / f"cifar_{method}.log").open("a") as log:
         process = subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT)
