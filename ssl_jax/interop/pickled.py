@@ -287,7 +287,7 @@ class _Unpickler(pickle.Unpickler):
 
 def may_be_pickled(file: Path) -> bool:
     """Whether a file begins as a pickle does, or is an archive as `torch.save` writes it."""
-    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
+    with contextlib.suppress(*_ERRORS), zipfile.ZipFile(file) as archive:
         return any(name.endswith("data.pkl") for name in archive.namelist())
     with file.open("rb") as opened:
         begins = opened.read(2)

@@ -2,21 +2,26 @@
 
 import io
 import pickle
+import re
 import shutil
 
 import numpy as np
 import pytest
+import torch_files
+from flax.traverse_util import flatten_dict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny import leaves, tiny_config
 
+import ssl_jax
 from ssl_jax import cli
 from ssl_jax.config import apply_overrides, flatten, to_json
 from ssl_jax.encoder import restore_state
 from ssl_jax.errors import UserError
 from ssl_jax.interop.export import export_torch, export_tree
 from ssl_jax.interop.official import read_weights
+from ssl_jax.interop.weights import read_safetensors
 from ssl_jax.train import Setup, pretrain
 from ssl_jax.workdir import read_config
 
@@ -166,16 +171,48 @@ def run(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("form", ["ours", "torch's names", "pickle"])
+def haiku(tree):
+    """An encoder's parameters or statistics as BYOL's code names them."""
+    leaves = {"kernel": "w", "scale": "scale", "bias": "offset", "mean": "average"}
+    found = {}
+    for name, value in flatten_dict(tree, sep="/").items():
+        block, layer, leaf = name.split("/")
+        place = re.sub(r"stage(\d)_block(\d)", lambda m: f"{int(m[1]) - 1}/{int(m[2]) - 1}", block)
+        place = re.sub(r"(\d)/(\d)", r"block_group_\1/~/block_\2/~/", place)
+        part = layer.replace("bn", "batchnorm")
+        part = re.sub(r"\d", lambda m: f"_{int(m[0]) - 1}", part).replace("proj", "shortcut")
+        if block == "stem":
+            place, part = "", f"initial_{part.removesuffix('_0')}"
+        ema = f"/~/{leaf}_ema" if leaf in ("mean", "var") else ""
+        module = found.setdefault(f"net/~/{place}{part}{ema}", {})
+        module[leaves.get(leaf, "average")] = np.asarray(value)
+    return found
+
+
+def as_pytorch(run, file):
+    """The archive that `torch.save` writes, of an encoder's floats."""
+    export_torch(run, file.with_suffix(".safetensors"))
+    arrays, _ = read_safetensors(file.with_suffix(".safetensors"))
+    floats = {k: v for k, v in arrays.items() if v.dtype == np.float32}
+    keys = {name: str(number) for number, name in enumerate(floats)}
+    state = {name: torch_files.tensor(floats[name], keys[name]) for name in floats}
+    torch_files.torch_file(file, state, {keys[name]: floats[name] for name in floats})
+
+
+@pytest.mark.parametrize("form", ["ours", "torch's names", "pickle", "pytorch"])
 def test_damaged_weights_are_whole_or_one_sentence(run, tmp_path, form):
-    file = tmp_path / ("a.pkl" if form == "pickle" else "a.safetensors")
+    file = tmp_path / {"pickle": "a.pkl", "pytorch": "a.pth"}.get(form, "a.safetensors")
     if form == "ours":
         export_tree(run, file)
     elif form == "torch's names":
         export_torch(run, file)
+    elif form == "pytorch":
+        as_pytorch(run, file)
     else:
-        value = {"experiment_state": [{"net/~/initial_conv": {"w": np.ones((7, 7, 3, 4))}}]}
-        file.write_bytes(pickle.dumps(value, protocol=2))
+        encoder = ssl_jax.load(run)
+        trees = [haiku(encoder.params), haiku(encoder.batch_stats)]
+        file.write_bytes(pickle.dumps({"experiment_state": trees}, protocol=2))
+    read_weights(file)
     data, rng, refused = file.read_bytes(), np.random.default_rng(0), 0
     for _ in range(700):
         file.write_bytes(mutated(data, rng))

@@ -2,12 +2,11 @@
 
 import os
 import pickle
-import struct
-import zipfile
 from collections import OrderedDict
 
 import numpy as np
 import pytest
+from torch_files import legacy_file, tensor, torch_file
 
 from ssl_jax.errors import UserError
 from ssl_jax.interop.official import read_weights
@@ -58,86 +57,14 @@ def test_arrays_and_containers_are_what_they_were(tmp_path):
         assert found["c"] == {"d": b"bytes"}
 
 
-# PyTorch's formats, written here byte by byte; `tests/peers` has files of PyTorch's own.
-
-
-class _Storage:
-    def __init__(self, identity):
-        self.identity = identity
-
-
-class _Rebuild:
-    """Pickles as a call of torch's function, which isn't here."""
-
-    def __init__(self, storage, offset, size, stride):
-        self.arguments = (storage, offset, size, stride, False, OrderedDict())
-
-    def __reduce__(self):
-        return _rebuild_tensor_v2, self.arguments
-
-
-def _rebuild_tensor_v2(*args):
-    raise AssertionError("only its name counts")
-
-
-class FloatStorage:
-    pass
-
-
-_rebuild_tensor_v2.__module__ = "torch._utils"
-FloatStorage.__module__ = "torch"
-
-
-def _dumps(value):
-    import io
-
-    class Pickler(pickle._Pickler):  # Python's, which looks nothing up that it can't import
-        def persistent_id(self, each):
-            return each.identity if isinstance(each, _Storage) else None
-
-        def save_global(self, value, name=None):
-            self.write(f"c{value.__module__}\n{value.__name__}\n".encode())
-
-        dispatch = dict(pickle._Pickler.dispatch)
-        dispatch[type(_rebuild_tensor_v2)] = save_global
-        dispatch[type] = save_global
-
-    out = io.BytesIO()
-    Pickler(out, 2).dump(value)
-    return out.getvalue()
-
-
-def _tensor(values, key="0", count=None, offset=0, size=None, stride=None):
-    identity = ("storage", FloatStorage, key, "cpu", count or values.size)
-    size = values.shape if size is None else size
-    stride = tuple(s // 4 for s in values.strides) if stride is None else stride
-    return _Rebuild(_Storage(identity), offset, size, stride)
-
-
-def torch_file(path, state, storages):
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("net/data.pkl", _dumps(state))
-        archive.writestr("net/byteorder", b"little")
-        for key, values in storages.items():
-            archive.writestr(f"net/data/{key}", values.tobytes())
-    return path
-
-
-def legacy_file(path, state, storages):
-    parts = [pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
-    parts += [_dumps(state), pickle.dumps(list(storages), 2)]
-    for values in storages.values():
-        parts += [struct.pack("<q", values.size), values.tobytes()]
-    path.write_bytes(b"".join(parts))
-    return path
-
+# PyTorch's formats, see `torch_files`; `tests/peers` has files of PyTorch's own.
 
 VALUES = np.arange(6, dtype=np.float32).reshape(2, 3)
 
 
 @pytest.mark.parametrize("write", [torch_file, legacy_file])
 def test_tensors_are_cut_from_their_storages(tmp_path, write):
-    state = {"whole": _tensor(VALUES), "column": _tensor(VALUES, offset=1, size=(2,), stride=(3,))}
+    state = {"whole": tensor(VALUES), "column": tensor(VALUES, offset=1, size=(2,), stride=(3,))}
     found = read_torch(write(tmp_path / "a.pth", {"state_dict": state}, {"0": VALUES}))
     np.testing.assert_array_equal(found["state_dict"]["whole"], VALUES)
     np.testing.assert_array_equal(found["state_dict"]["column"], VALUES[:, 1])
@@ -145,7 +72,7 @@ def test_tensors_are_cut_from_their_storages(tmp_path, write):
 
 @pytest.mark.parametrize("write", [torch_file, legacy_file])
 @pytest.mark.parametrize(
-    "tensor",
+    "part",
     [
         {"size": (3, 3), "stride": (3, 1)},
         {"offset": -1},
@@ -155,15 +82,15 @@ def test_tensors_are_cut_from_their_storages(tmp_path, write):
     ],
     ids=str,
 )
-def test_tensors_reach_no_further_than_their_storages(tmp_path, write, tensor):
-    file = write(tmp_path / "a.pth", {"x": _tensor(VALUES, **tensor)}, {"0": VALUES})
+def test_tensors_reach_no_further_than_their_storages(tmp_path, write, part):
+    file = write(tmp_path / "a.pth", {"x": tensor(VALUES, **part)}, {"0": VALUES})
     with pytest.raises(UserError, match="a.pth can't be read"):
         read_torch(file)
 
 
 @pytest.mark.parametrize("write", [torch_file, legacy_file])
 def test_a_file_cut_short_or_of_something_else_is_one_sentence(tmp_path, write):
-    file = write(tmp_path / "a.pth", {"x": _tensor(VALUES)}, {"0": VALUES})
+    file = write(tmp_path / "a.pth", {"x": tensor(VALUES)}, {"0": VALUES})
     whole = file.read_bytes()
     for length in range(0, len(whole), 7):
         file.write_bytes(whole[:length])
@@ -175,6 +102,17 @@ def test_a_file_cut_short_or_of_something_else_is_one_sentence(tmp_path, write):
         read_weights(file)
     write(file, {"state_dict": {"epoch": 3}}, {})
     with pytest.raises(UserError, match="holds no weights by name"):
+        read_weights(file)
+
+
+def test_an_archive_whose_names_are_damaged_is_one_sentence(tmp_path):
+    file = torch_file(tmp_path / "a.pth", {"x": tensor(VALUES)}, {"0": VALUES})
+    data = bytearray(file.read_bytes())
+    entry = data.index(b"PK\x01\x02")
+    data[entry + 9] |= 8  # the name is in UTF-8,
+    data[entry + 46] = 0x89  # which this can't begin
+    file.write_bytes(data)
+    with pytest.raises(UserError, match="a.pth can't be read"):
         read_weights(file)
 
 
@@ -247,16 +185,16 @@ def test_what_is_crafted_gives_inert_things_or_one_sentence(tmp_path, name):
     with pytest.raises(UserError):
         read_weights(file)
     # Nothing stays changed for the next file.
-    good = torch_file(tmp_path / "a.pth", {"x": _tensor(VALUES)}, {"0": VALUES})
+    good = torch_file(tmp_path / "a.pth", {"x": tensor(VALUES)}, {"0": VALUES})
     np.testing.assert_array_equal(read_torch(good)["x"], VALUES)
 
 
 def test_offsets_do_not_wrap_around(tmp_path):
-    state = {"x": _tensor(VALUES, offset=np.int64(2**63 - 10), size=(20,), stride=(1,))}
+    state = {"x": tensor(VALUES, offset=np.int64(2**63 - 10), size=(20,), stride=(1,))}
     with pytest.raises(UserError, match="reaches beyond its storage"):
         read_torch(torch_file(tmp_path / "a.pth", state, {"0": VALUES}))
     # Nor is a small storage spread over a huge tensor.
-    state = {"x": _tensor(VALUES, size=(10**6, 10**6), stride=(0, 0))}
+    state = {"x": tensor(VALUES, size=(10**6, 10**6), stride=(0, 0))}
     with pytest.raises(UserError, match="reaches beyond its storage"):
         read_torch(torch_file(tmp_path / "a.pth", state, {"0": VALUES}))
 
