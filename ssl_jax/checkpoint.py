@@ -23,6 +23,7 @@ Pytree = Any
 _SUMS = "checksums.json"
 _UNSEALED = ("_CHECKPOINT_METADATA", _SUMS)  # Orbax writes the first again when all is there
 _POLL_S = 0.05
+_log = logging.getLogger("ssl_jax.checkpoint")
 
 
 class Checkpoints:
@@ -158,13 +159,53 @@ class Checkpoints:
         )
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        except (ValueError, KeyError, OSError) as error:
+        except jax.errors.JaxRuntimeError:
+            raise  # another process is lost, or a device's memory is full
+        except Exception as error:  # damaged arrays raise this very class
             raise UserError(
                 f"The checkpoint of step {step} in {self.directory} can't be read "
-                f"({first_line(error)}): if "
+                f"({_reason(error)}): if "
                 "another version of ssl_jax wrote it (config.json says which one), use that "
                 "version; otherwise delete that step's directory to continue from the one before."
             ) from error
+
+    def restore_newest(self, like: Pytree, aside: Path) -> tuple[int, Pytree, list[str]]:
+        """Reads the checkpoint that a run continues from, and writes its checksums if it has none.
+
+        One without, of a process that was killed right after it, which can't be read is moved away
+        as a damaged one is, if one before it can be read; not among several processes, which may
+        not have failed alike.
+
+        Args:
+          like: as `restore` takes it.
+          aside: folder that it is moved to.
+
+        Returns:
+          The step, the state, and a sentence for each that was moved away.
+
+        Raises:
+          UserError: as `restore` does.
+        """
+        step, *before = self.steps[::-1]
+        said: list[str] = []
+        try:
+            state = self.restore(step, like, verify=False)
+        except UserError:
+            whole = [n for n in before if not damage(self.directory / str(n))]
+            sealed = (self.directory / str(step) / _SUMS).exists()
+            if sealed or not whole or jax.process_count() > 1:
+                raise
+            # Nothing is moved if this one doesn't fit either.
+            state = self.restore(whole[0], like, verify=False)
+            for n in (step, *before[: before.index(whole[0])]):
+                why = damage(self.directory / str(n)) or "it can't be read"
+                said.append(_set_aside(self.directory / str(n), why, aside))
+            self._manager.reload()
+            step = whole[0]
+        folder = self.directory / str(step)
+        if jax.process_index() == 0 and not (folder / _SUMS).exists():
+            _seal(folder, self._written)
+        return step, state, said
 
     def wait(self) -> None:
         """Returns when what was saved is on disk; raises what the writing raised."""
@@ -200,8 +241,15 @@ def _seal(folder: Path, written: threading.Event) -> None:
         sums = json.dumps(_checksums(folder))
         with replacing(folder / _SUMS) as file:
             file.write_text(sums)
-    except OSError:
-        return  # a newer one has taken its place, or the disk is full, which saving tells
+    except FileNotFoundError:
+        return  # a newer one has taken its place
+    except OSError as error:
+        _log.warning(
+            "warning: the checkpoint of step %s has no checksums, which can't be written (%s): "
+            "damage to it may not be found.",
+            folder.name,
+            error.strerror,
+        )
 
 
 def _checksums(folder: Path) -> dict[str, list[int]]:
@@ -225,15 +273,17 @@ def _checksum(file: Path) -> list[int]:
 def damage(folder: Path) -> str:
     """What is wrong with a checkpoint's files, "" where they are as they were written.
 
-    One without checksums (the process was killed right after it was written) counts as whole.
+    One without checksums (the process was killed right after it was written) counts as whole, for
+    nothing tells; a run that continues from it writes them (`Checkpoints.restore_newest`).
     """
     try:
         sums = json.loads((folder / _SUMS).read_text())
     except FileNotFoundError:
-        return ""
+        return "" if any(file.is_file() for file in folder.rglob("*")) else "it is empty"
     except (OSError, ValueError):
         return f"its {_SUMS} can't be read"
-    if not isinstance(sums, dict):
+    lists = isinstance(sums, dict) and all(isinstance(known, list) for known in sums.values())
+    if not sums or not lists:
         return f"its {_SUMS} is none"
     for name, expected in sums.items():
         try:
@@ -241,7 +291,7 @@ def damage(folder: Path) -> str:
         except OSError as error:
             return f"{name}: {error.strerror}"
         if found != expected:
-            what = "other bytes" if found[0] == expected[0] else f"{found[0]:,} bytes"
+            what = "other bytes" if found[:1] == expected[:1] else f"{found[0]:,} bytes"
             return f"{name} has {what}, not those that were written"
     return ""
 
@@ -270,7 +320,6 @@ def set_aside_damaged(directory: Path, aside: Path) -> list[str]:
     Raises:
       UserError: none is whole, or one can't be moved.
     """
-    said: list[str] = []
     steps = _steps_in(directory)[::-1]
     found: dict[int, str] = {}
     for step in steps:
@@ -283,20 +332,24 @@ def set_aside_damaged(directory: Path, aside: Path) -> list[str]:
             f"No checkpoint in {directory} is whole (step {steps[0]}: {found[steps[0]]}): bring "
             "one back from a copy, or start anew in another workdir."
         )
-    for step, damaged in found.items():
-        target, number = aside / str(step), 1
-        while target.exists():
-            target, number = aside / f"{step}_{number}", number + 1
-        try:
-            aside.mkdir(exist_ok=True)
-            shutil.move(directory / str(step), target)
-        except OSError as error:
-            raise UserError(
-                f"The checkpoint of step {step} is damaged ({damaged}) and can't be moved to "
-                f"{target} ({error.strerror}): move it yourself."
-            ) from error
-        said.append(
-            f"warning: the checkpoint of step {step} is damaged ({damaged}); it is in {target} "
-            "now, and the one before takes its place."
-        )
-    return said
+    return [_set_aside(directory / str(step), damaged, aside) for step, damaged in found.items()]
+
+
+def _set_aside(folder: Path, damaged: str, aside: Path) -> str:
+    """Moves a damaged checkpoint away; returns what is told of it."""
+    step = folder.name
+    target, number = aside / step, 1
+    while target.exists():
+        target, number = aside / f"{step}_{number}", number + 1
+    try:
+        aside.mkdir(exist_ok=True)
+        shutil.move(folder, target)
+    except OSError as error:
+        raise UserError(
+            f"The checkpoint of step {step} is damaged ({damaged}) and can't be moved to "
+            f"{target} ({error.strerror}): move it yourself."
+        ) from error
+    return (
+        f"warning: the checkpoint of step {step} is damaged ({damaged}); it is in {target} "
+        "now, and the one before takes its place."
+    )

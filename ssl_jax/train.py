@@ -172,7 +172,7 @@ class Run:
         # The untrained encoder, a baseline at the end, waits on the host.
         layer = setup.config.eval.projector_layer
         self.initial = jax.device_get(evaluated_variables(initial, layer))
-        self.start = self.done = self.checkpoints.latest_step or 0
+        self.start = self.checkpoints.latest_step or 0
         if not self.start:
             initial = started(initial, setup.config)
         self.state = setup.spmd.replicate(initial)
@@ -180,23 +180,27 @@ class Run:
             {"training set": setup.train.fingerprint, "newest checkpoint": str(self.start)}
         )
         if self.start:
+            aside = workdir / "damaged"
+            self.start, self.state, damaged = self.checkpoints.restore_newest(self.state, aside)
+            for warning in damaged:
+                self.progress.warn(warning)
             # What the watch knew, it knew from these; its warnings have been given.
             for record in read_metrics(workdir / "metrics.jsonl"):
                 if record["step"] <= self.start:
                     self.watch.check(record["step"], record)
-            self.state = self.checkpoints.restore(self.start, self.state, verify=False)
             self.progress.note(f"Continuing from step {self.start} of {total}.")
-            if self.first and self.start < total:
-                self.note_changes(note_continuation(workdir, self.start, setup.derived))
+            with cluster.agreed():
+                if self.first and self.start < total:
+                    self.note_changes(note_continuation(workdir, self.start, setup.derived))
         elif (workdir / "metrics.jsonl").exists():
             self.progress.note(
                 "The run was broken off before its first checkpoint: it starts anew."
             )
-        rows = np.arange(setup.config.batch_size)
+        self.done = self.start
         self.finite = FiniteWatch(
             setup.config.on_nan,
             workdir,
-            lambda step: setup.index.local_ids(step, rows),
+            lambda step: setup.index.local_ids(step, np.arange(setup.config.batch_size)),
             self.fetch(self.state.nonfinite)[0] if self.start else 0,
         )
         with cluster.agreed():

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,6 +135,108 @@ def test_where_none_is_whole_the_run_does_not_start_anew(tmp_path):
     assert all(folder.exists() for folder in folders.values())
     (folders[3] / "checksums.json").write_text("null")
     assert damage(folders[3]) == "its checksums.json is none"
+
+
+NOISE = np.random.default_rng(0).normal(size=(300, 300)).astype(np.float32)
+
+
+def killed_before_its_checksums(path, steps=(1, 2)):
+    """Checkpoints of noise, the newest without checksums; a file of it that holds an array."""
+    checkpoints = Checkpoints(path, keep=5)
+    for step in steps:
+        checkpoints.save(step, {"w": jnp.asarray(NOISE * step)})
+    checkpoints.close()
+    (path / str(steps[-1]) / "checksums.json").unlink()
+    return largest(path / str(steps[-1]))
+
+
+def test_a_checkpoint_without_checksums_gets_them_when_the_run_goes_on(tmp_path):
+    file = killed_before_its_checksums(tmp_path / "c")
+    checkpoints = Checkpoints(tmp_path / "c")
+    step, state, said = checkpoints.restore_newest({"w": jnp.zeros((300, 300))}, tmp_path / "d")
+    checkpoints.close()
+    assert (step, said) == (2, [])
+    np.testing.assert_array_equal(state["w"], NOISE * 2)
+    assert damage(tmp_path / "c" / "2") == ""
+    flip_a_bit(file)
+    assert "other bytes" in damage(tmp_path / "c" / "2")
+
+
+def halve(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage_it", [halve, Path.unlink])
+def test_one_without_checksums_that_cannot_be_read_gives_way_to_the_one_before(tmp_path, damage_it):
+    damage_it(killed_before_its_checksums(tmp_path / "c", (1, 2, 3)))
+    flip_a_bit(largest(tmp_path / "c" / "2"))  # which has them, and is not whole either
+    checkpoints = Checkpoints(tmp_path / "c")
+    like = {"w": jnp.zeros((300, 300))}
+    step, state, said = checkpoints.restore_newest(like, tmp_path / "d")
+    np.testing.assert_array_equal(state["w"], NOISE)
+    assert step == checkpoints.latest_step == 1
+    assert "step 3 is damaged (it can't be read)" in said[0] and "step 2 is dam" in said[1]
+    assert sorted(folder.name for folder in (tmp_path / "d").iterdir()) == ["2", "3"]
+    checkpoints.save(2, state)
+    checkpoints.close()
+    assert checkpoints.steps == [1, 2] and damage(tmp_path / "c" / "2") == ""
+
+
+@pytest.mark.parametrize("steps", [(1,), (1, 2)])
+def test_where_the_one_before_does_not_do_either_nothing_is_moved(tmp_path, steps):
+    halve(killed_before_its_checksums(tmp_path / "c", steps))
+    checkpoints = Checkpoints(tmp_path / "c")
+    other = {"w": jnp.zeros((7, 7)), "more": jnp.zeros(3)}
+    with pytest.raises(UserError, match="The checkpoint of step 1 .* can't be read"):
+        checkpoints.restore_newest(other, tmp_path / "d")
+    checkpoints.close()
+    assert checkpoints.steps == list(steps) and not (tmp_path / "d").exists()
+
+
+def test_among_several_processes_nothing_is_moved(tmp_path, monkeypatch):
+    halve(killed_before_its_checksums(tmp_path / "c"))
+    checkpoints = Checkpoints(tmp_path / "c")
+
+    def unreadable(*args, **options):
+        raise Exception("Error reading chunk\nand more")
+
+    monkeypatch.setattr(checkpoints._manager, "restore", unreadable)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="step 2 .* can't be read .Error reading chunk.: .*delete"):
+        checkpoints.restore_newest({"w": jnp.zeros((300, 300))}, tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+    monkeypatch.undo()
+    checkpoints.close()
+
+
+def test_checksums_that_cannot_be_written_are_told(tmp_path, monkeypatch, caplog):
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ssl_jax.checkpoint.replacing", full)
+    written(tmp_path / "c", (1,))
+    assert damage(tmp_path / "c" / "1") == ""
+    assert "of step 1 has no checksums, which can't be written (No space left" in caplog.text
+
+
+@pytest.mark.parametrize("sums", ['{"default/_METADATA": 5}', "{}", "[]", '{"x": "ab"}'])
+def test_checksums_that_are_none_are_named(tmp_path, sums):
+    folder = written(tmp_path / "c", (1,))[1]
+    (folder / "checksums.json").write_text(sums)
+    assert damage(folder) == "its checksums.json is none"
+
+
+def test_checksums_of_other_lists_are_damage(tmp_path):
+    folder = written(tmp_path / "c", (1,))[1]
+    (folder / "checksums.json").write_text('{"default/_METADATA": []}')
+    assert "default/_METADATA has" in damage(folder)
+
+
+def test_an_empty_folder_is_no_checkpoint(tmp_path):
+    written(tmp_path / "c", (1,))
+    (tmp_path / "c" / "2" / "default").mkdir(parents=True)
+    (said,) = set_aside_damaged(tmp_path / "c", tmp_path / "d")
+    assert "step 2 is damaged (it is empty)" in said
 
 
 def test_a_write_that_fails_leaves_no_thread_waiting(tmp_path, monkeypatch):
