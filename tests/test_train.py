@@ -251,12 +251,15 @@ def test_a_second_start_on_a_workdir_is_refused(command, tmp_path):
         command(tmp_path / "run", "--config.steps=100000"),
         env=environment(),
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
     try:
-        for _ in range(300):
-            if (tmp_path / "run" / "config.json").exists():
-                break
+        deadline = time.monotonic() + 300
+        while not (tmp_path / "run" / "config.json").exists():
+            if first.poll() is not None or time.monotonic() > deadline:
+                first.kill()
+                pytest.fail(f"the first never came to it: {first.communicate()[0]}")
             time.sleep(0.1)
         second = run(command(tmp_path / "run"))
         assert second.returncode == 2
