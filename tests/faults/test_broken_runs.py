@@ -31,13 +31,65 @@ def get_config(variant=""):
     config.eval.frozen_at_end = False
     return config
 """
+# No batch from the given one on before the file that GO names is there: however slow this machine
+# is to notice, the run is not over by then.
+GATE = """
+import os, time
+from pathlib import Path
+from ssl_jax.data.{module} import {source} as Source
+
+def gated(self, steps, plain=Source.batches):
+    for number, batch in enumerate(plain(self, steps)):
+        while number >= {batch} and not Path(os.environ["GO"]).exists():
+            time.sleep(0.01)
+        yield batch
+
+Source.batches = gated
+"""
+# Where HELD_AT says, the process stays, and makes the file HELD.
+HOLD = """
+from ssl_jax import checkpoint
+
+def held(plain, here):
+    def instead(*args):
+        if here(*args):
+            Path(os.environ["HELD"]).touch()
+            time.sleep(3600)
+        return plain(*args)
+    return instead
+
+if os.environ["HELD_AT"] == "its end":
+    os.rename = held(os.rename, lambda name, final: Path(final).parent.name == "checkpoints")
+if os.environ["HELD_AT"] == "its checksums":
+    checkpoint._checksums = held(checkpoint._checksums, lambda folder: True)
+"""
+AHEAD = 15  # batches that come before the gate: three checkpoints
+MINUTES = 10  # in which a busy machine starts a run and compiles its step
+
+
+def config_file(tmp_path_factory, text):
+    file = tmp_path_factory.mktemp("config") / "config.py"
+    file.write_text(text)
+    return file
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    file = tmp_path_factory.mktemp("config") / "config.py"
-    file.write_text(CONFIG)
-    return file
+    return config_file(tmp_path_factory, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory):
+    """The same config, whose run waits after some steps."""
+    gate = GATE.format(module="sources", source="ArraySource", batch=AHEAD)
+    return config_file(tmp_path_factory, CONFIG + gate)
+
+
+@pytest.fixture(scope="module")
+def holding(tmp_path_factory):
+    """The same, and it may be held while it writes a checkpoint."""
+    gate = GATE.format(module="sources", source="ArraySource", batch=AHEAD)
+    return config_file(tmp_path_factory, CONFIG + gate + HOLD)
 
 
 def command(config, workdir, *flags):
@@ -52,7 +104,11 @@ def command(config, workdir, *flags):
 
 def run(config, workdir, *flags, **options):
     return subprocess.run(
-        command(config, workdir, *flags), capture_output=True, text=True, timeout=300, **options
+        command(config, workdir, *flags),
+        capture_output=True,
+        text=True,
+        timeout=60 * MINUTES,
+        **options,
     )
 
 
@@ -72,27 +128,61 @@ def assert_same(workdir, undisturbed):
         np.testing.assert_array_equal(value, undisturbed[name], err_msg=name)
 
 
-def test_twenty_kills_at_random_moments_change_no_bit(config, undisturbed, tmp_path):
-    workdir, kills, rng = tmp_path / "run", 0, random.Random(0)
-    steps = []
-    while kills < 20:
-        with (tmp_path / "out").open("w") as out:
-            process = subprocess.Popen(command(config, workdir), stdout=out, stderr=out)
-            # From the first checkpoint of this process on, so that each gets on; while it writes.
-            before = steps[-1] if steps else 0
-            for _ in range(3000):
-                found = [int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit()]
-                if max(found, default=0) > before or process.poll() is not None:
-                    break
-                time.sleep(0.01)
-            assert process.poll() is None, (tmp_path / "out").read_text()
-            time.sleep(rng.uniform(0, 0.05))
+def steps_in(workdir):
+    return sorted(int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit())
+
+
+def wait_until(reached, process, told):
+    """Polls; fails with what the process has said, where it ends before or takes for ever.
+
+    Args:
+      reached: whether to go on.
+      process: the run.
+      told: what it has said so far.
+    """
+    deadline = time.monotonic() + 60 * MINUTES
+    while not reached():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"never came to it, code {process.poll()}: {told()}")
+        time.sleep(0.005)
+
+
+def test_twenty_kills_change_no_bit(config, holding, undisturbed, tmp_path):
+    """Of five: two when a checkpoint is there, one each in its end, its checksums, and anywhere."""
+    workdir, out, rng = tmp_path / "run", tmp_path / "out", random.Random(0)
+    steps, took = [0], 0.0
+    for kill in range(20):
+        held = tmp_path / f"held{kill}"
+        at = {2: "its end", 3: "its checksums"}.get(kill % 5, "")
+        environment = os.environ | {"GO": str(tmp_path / "never"), "HELD": str(held), "HELD_AT": at}
+        with out.open("w") as file:
+            began = time.monotonic()
+            process = subprocess.Popen(
+                command(holding, workdir), stdout=file, stderr=file, env=environment
+            )
+            if kill % 5 == 4:  # while it starts, compiles, takes its first steps or writes
+                time.sleep(rng.uniform(0, took))
+            elif at:
+                wait_until(held.exists, process, out.read_text)
+            else:  # from a new checkpoint on, so that it gets on; the next may be written
+                before = steps[-1]
+                wait_until(
+                    lambda before=before: max(steps_in(workdir), default=0) > before,
+                    process,
+                    out.read_text,
+                )
+                took = time.monotonic() - began
+                time.sleep(rng.uniform(0, 0.05))
+            assert process.poll() is None, out.read_text()
             process.kill()
             process.wait()
-        found = [int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit()]
-        steps.append(max(found))
-        kills += 1
-    assert steps == sorted(steps) and 0 < steps[0] and steps[-1] < STEPS
+        steps.append(max(steps_in(workdir)))
+        if at == "its end":
+            assert any(not p.name.isdigit() for p in workdir.glob("checkpoints/*"))
+        if at == "its checksums":
+            assert not (workdir / "checkpoints" / str(steps[-1]) / "checksums.json").exists()
+    assert steps == sorted(steps) and steps[-1] < STEPS
     done = run(config, workdir)
     assert done.returncode == 0, done.stderr
     assert_same(workdir, undisturbed)
@@ -101,38 +191,41 @@ def test_twenty_kills_at_random_moments_change_no_bit(config, undisturbed, tmp_p
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_loses_no_bit(config, undisturbed, tmp_path, number):
-    workdir = tmp_path / "run"
-    with (tmp_path / "out").open("w") as out:
+def test_a_signal_loses_no_bit(config, gated, undisturbed, tmp_path, number):
+    workdir, out, go = tmp_path / "run", tmp_path / "out", tmp_path / "go"
+    with out.open("w") as file:
         # Jobs in the background ignore SIGINT; this one doesn't.
-        line = ["env", "--default-signal=INT", *command(config, workdir)]
-        process = subprocess.Popen(line, stdout=out, stderr=out)
-        for _ in range(3000):
-            if any(p.name.isdigit() for p in workdir.glob("checkpoints/*")):
-                break
-            time.sleep(0.01)
+        line = ["env", "--default-signal=INT", *command(gated, workdir)]
+        environment = os.environ | {"GO": str(go)}
+        process = subprocess.Popen(line, stdout=file, stderr=file, env=environment)
+        wait_until(lambda: steps_in(workdir), process, out.read_text)
         process.send_signal(number)
-        assert process.wait(60) == (0 if number == signal.SIGTERM else 130)
-    assert "the same command continues" in (tmp_path / "out").read_text()
+        go.touch()
+        expected = 0 if number == signal.SIGTERM else 130
+        assert process.wait(60 * MINUTES) == expected, out.read_text()
+    assert "the same command continues" in out.read_text()
     done = run(config, workdir)
     assert done.returncode == 0 and "Continuing from step" in done.stdout, done.stderr
     assert_same(workdir, undisturbed)
 
 
-@pytest.mark.parametrize("how", ["a flipped bit", "cut short"])
+@pytest.mark.parametrize("how", ["a flipped bit", "cut short", "halved, without checksums"])
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     config, undisturbed, tmp_path, how
 ):
     workdir = tmp_path / "run"
     done = run(config, workdir)
     assert done.returncode == 0, done.stderr
-    steps = sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
+    steps = steps_in(workdir)
     newest = workdir / "checkpoints" / str(steps[-1])
     files = [f for f in newest.rglob("*") if f.is_file() and f.name != "checksums.json"]
     file = max(files, key=lambda f: f.stat().st_size)
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
-    file.write_bytes(data if how == "a flipped bit" else data[:-9])
+    cut = {"a flipped bit": len(data), "cut short": -9}.get(how, len(data) // 2)
+    file.write_bytes(data[:cut])
+    if how == "halved, without checksums":
+        (newest / "checksums.json").unlink()
     done = run(config, workdir)
     assert done.returncode == 0, done.stderr
     assert f"warning: the checkpoint of step {steps[-1]} is damaged" in done.stdout
@@ -231,24 +324,34 @@ def get_config(variant=""):
 
 @pytest.fixture(scope="module")
 def image_runs(tmp_path_factory):
-    """A config for folders, a folder of 64 images, and the undisturbed run's end."""
+    """A config for folders, a folder of 64 images, and the undisturbed run's end.
+
+    A run waits after 30 steps for the file that GO names.
+    """
     pytest.importorskip("tensorflow", reason="images on disk are read by TensorFlow")
     root = tmp_path_factory.mktemp("images")
-    (root / "config.py").write_text(IMAGES)
+    gate = GATE.format(module="host", source="HostSource", batch=30)
+    (root / "config.py").write_text(IMAGES + gate)
     (root / "images").mkdir()
     noise_files(root / "images")
-    done = run(root / "config.py", root / "run", f"--config.data.dir={root / 'images'}")
+    flag = f"--config.data.dir={root / 'images'}"
+    done = run(root / "config.py", root / "run", flag, env=os.environ | {"GO": str(root)})
     assert done.returncode == 0, done.stderr
     return root, leaves(restore_state(root / "run"))
 
 
-def wait_for_step(workdir, step, process):
-    for _ in range(20_000):
-        if any(r["step"] >= step for r in read_metrics(workdir / "metrics.jsonl")):
-            return
-        assert process.poll() is None, "the run ended before it was disturbed"
-        time.sleep(0.01)
-    raise AssertionError(f"step {step} was not reached")
+def disturbed(line, tmp_path, workdir, disturb):
+    """Runs a command to step 20, then disturbs it; returns its code, output and errors."""
+    out, err, go = (tmp_path / name for name in ("out", "err", "go"))
+    with out.open("w") as output, err.open("w") as error:
+        environment = os.environ | {"GO": str(go)}
+        process = subprocess.Popen(line, stdout=output, stderr=error, env=environment)
+        log = workdir / "metrics.jsonl"
+        wait_until(lambda: any(r["step"] >= 20 for r in read_metrics(log)), process, err.read_text)
+        disturb()
+        go.touch()
+        code = process.wait(60 * MINUTES)
+    return code, out.read_text(), err.read_text()
 
 
 @pytest.mark.parametrize("how", ["missing", "cut short"])
@@ -259,16 +362,14 @@ def test_an_image_that_goes_bad_mid_run_is_named_and_nothing_is_lost(image_runs,
     flag, image = f"--config.data.dir={folder}", folder / "1" / "7.jpg"
     good = image.read_bytes()
     line = command(root / "config.py", workdir, flag)
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for_step(workdir, 20, process)
-    image.write_bytes(good[:60]) if how == "cut short" else image.unlink()
-    _, error = process.communicate(timeout=200)
-    assert process.returncode == 2, error
+    spoil = image.unlink if how == "missing" else lambda: image.write_bytes(good[:60])
+    code, _, error = disturbed(line, tmp_path, workdir, spoil)
+    assert code == 2, error
     # libjpeg adds what it thinks of such a file.
     (told,) = [line for line in error.splitlines() if line.startswith("error: ")]
     assert str(image) in told and "Traceback" not in error
     image.write_bytes(good)
-    done = run(root / "config.py", workdir, flag)
+    done = run(root / "config.py", workdir, flag, env=os.environ | {"GO": str(root)})
     assert done.returncode == 0 and "Continuing from step" in done.stdout, done.stderr
     assert_same(workdir, undisturbed)
 
@@ -279,12 +380,13 @@ def test_images_damaged_mid_run_may_be_replaced_and_are_counted(image_runs, tmp_
     shutil.copytree(root / "images", folder)
     flags = [f"--config.data.dir={folder}", "--config.data.on_bad_image=skip"]
     line = command(root / "config.py", workdir, *flags)
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for_step(workdir, 20, process)
-    (folder / "0" / "2.jpg").write_bytes(b"")
-    (folder / "1" / "7.jpg").write_bytes(b"no picture")
-    out, error = process.communicate(timeout=200)
-    assert process.returncode == 0, error
+
+    def spoil():
+        (folder / "0" / "2.jpg").write_bytes(b"")
+        (folder / "1" / "7.jpg").write_bytes(b"no picture")
+
+    code, out, error = disturbed(line, tmp_path, workdir, spoil)
+    assert code == 0, error
     assert "2 images can't be read and were replaced" in out
     assert int(restore_state(workdir).step) == IMAGE_STEPS
 

@@ -51,13 +51,13 @@ def test_ten_thousand_steps_leave_memory_and_files_flat(tmp_path):
                     seen.append((records[-1]["step"], *measured(process.pid)))
                 except OSError:  # it ends
                     break
-            time.sleep(0.5)
-        assert process.wait(60) == 0, (tmp_path / "out").read_text()
+            time.sleep(0.1)
+        assert process.wait(600) == 0, (tmp_path / "out").read_text()
     steps, memory, files, threads = np.array(seen, np.int64).T
     # The first evaluations and checkpoints compile and open what is kept.
     early = (steps > 0.2 * STEPS) & (steps < 0.4 * STEPS)
     late = steps > 0.8 * STEPS
-    assert early.sum() >= 10 and late.sum() >= 10
+    assert early.sum() >= 5 and late.sum() >= 5
     growth = np.median(memory[late]) - np.median(memory[early])
     print(f"memory {np.median(memory[early]) / 2**20:.0f} MiB, growth {growth / 2**20:.1f} MiB")
     # A leak of 4 kB a step would be 24 MB here.
