@@ -49,10 +49,7 @@ def classification_metrics(
     # Those of a diverged classifier put its own class behind all others.
     finite = np.isfinite(scores).all(axis=1)
     scores = np.where(finite[:, None], scores, 0)
-    own = scores[np.arange(len(labels)), labels][:, None]
-    earlier = np.arange(classes) < labels[:, None]
-    ahead = np.sum((scores > own) | ((scores == own) & earlier), axis=1)
-    ahead[~finite] = classes
+    ahead = np.where(finite, _ahead(scores, labels), classes)
     predicted = scores.argmax(axis=1)
     confident = special.softmax(scores, axis=1).max(axis=1)
     each = {"top1": ahead < 1}
@@ -88,6 +85,14 @@ def _check(scores: np.ndarray, labels: np.ndarray) -> None:
             f"Labels go from {labels.min()} to {labels.max()}, but there are scores of {classes} "
             f"classes: labels are 0 to {classes - 1}."
         )
+
+
+def _ahead(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How many classes come before an image's own."""
+    own = scores[np.arange(len(labels)), labels][:, None]
+    earlier = np.arange(scores.shape[1]) < labels[:, None]
+    count: np.ndarray = np.sum((scores > own) | ((scores == own) & earlier), axis=1)
+    return count
 
 
 def _mean_per_class(
