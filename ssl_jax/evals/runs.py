@@ -75,11 +75,13 @@ LINEAR_RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 # SimCLR v2 (arXiv:2006.10029, section 3 and appendix; the released code): on few labels, from the
-# projector's first hidden layer, twice as long on 1 % as on 10 %; on all, from the encoder.
+# projector's first hidden layer, twice as long on 1 % as on 10 %; on all, from the encoder. Wider
+# networks and those with selective kernels have a rate of their own.
 _FINETUNE: dict[str, Any] = {
     "batch_size": 1024,
     "optim": {"lr": 0.005, "lr_scaling": "sqrt", "weight_decay": 0.0, "warmup_epochs": 0.0},
 }
+_RATE_OF_LARGER = 0.002
 # ImageNet's published shares of the labels, which are data sets of TFDS (the first is its default).
 _SHARES = {"imagenet2012_subset": 0.01, "imagenet2012_subset/1pct": 0.01}
 _SHARES |= {"imagenet2012_subset/10pct": 0.1}
@@ -150,6 +152,8 @@ def finetune_config(
         projector_layer = int(deep and share < 1)
     config.supervised.projector_layer = projector_layer
     config.epochs = 60.0 if share <= 0.01 else 30.0
+    if source.model.width > 1 or source.model.sk:
+        config.optim.lr = _RATE_OF_LARGER
     return apply_overrides(config, overrides)
 
 

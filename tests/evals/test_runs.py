@@ -151,6 +151,15 @@ def test_fine_tuning_is_simclr_v2s(run):
     assert config.optim.weight_decay == 0 and config.optim.name == "lars"
 
 
+@pytest.mark.parametrize("changed", [{"width": 2.0}, {"sk": True}])
+def test_a_larger_network_is_fine_tuned_at_a_smaller_rate(run, monkeypatch, changed):
+    source = runs.config_at(run)
+    source.model.update(changed)
+    monkeypatch.setattr(runs, "config_at", lambda path: source)
+    assert runs.finetune_config(run).optim.lr == 0.002
+    assert runs.finetune_config(run, overrides=["optim.lr=0.01"]).optim.lr == 0.01
+
+
 @pytest.mark.parametrize(
     ("dataset", "epochs", "layer"),
     [
