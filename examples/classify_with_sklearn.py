@@ -1,6 +1,7 @@
 """An exported program as scikit-learn's features: python examples/classify_with_sklearn.py FILE.
 
-FILE is of `ssl-jax export --format=program`, of a run on digits. It needs JAX and scikit-learn.
+FILE is of `ssl-jax export --format=program`, of a run on digits, whose encoder has seen three
+quarters of these images without their labels. It needs JAX and scikit-learn.
 """
 
 import sys

@@ -314,7 +314,7 @@ def _run(parser: Parser, argv: list[str], command: str) -> int:
     except KeyboardInterrupt as error:
         if not _trains(args):
             raise
-        told = "the same command continues the run, from its newest checkpoint"
+        told = "the same command continues the run, from its newest checkpoint if it has one"
         raise KeyboardInterrupt(told) from error
     return 0
 

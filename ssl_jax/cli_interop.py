@@ -87,7 +87,8 @@ def _export(args: argparse.Namespace) -> None:
 
     if args.format == "torch":
         lines = export.export_torch(args.run, args.out, step=args.step)
-        print(f"{args.out}, which these lines load:")
+        beside = " and torch_encoder.py beside it" if "torch_encoder" in lines[0] else ""
+        print(f"{args.out}{beside}, which these lines load:")
         print("\n".join(f"    {line}" for line in lines))
     elif args.format == "jax":
         export.export_tree(args.run, args.out, step=args.step)

@@ -337,7 +337,7 @@ def test_an_interrupt_says_that_a_run_goes_on_where_one_does(
 
     monkeypatch.setattr(cli, "_do", interrupted)
     code, _, err = run(capsys, *arguments)
-    more = "; the same command continues the run, from its newest checkpoint"
+    more = "; the same command continues the run, from its newest checkpoint if it has one"
     assert code == 130 and err == f"\nInterrupted{more if continues else ''}.\n"
 
 

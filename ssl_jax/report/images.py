@@ -88,10 +88,8 @@ def neighbours_section(images: dict[str, np.ndarray]) -> str:
     if {"query_label", "neighbour_label", "class_names"} <= images.keys():
         labels = images["query_label"][:_MAX_GROUPS], images["neighbour_label"][:_MAX_GROUPS]
         right = labels[1] == labels[0][:, None]
-        text += (
-            f" {right.sum()} of {right.size} are of the test image's class; the others have a "
-            "dashed frame, a ✕ and their class."
-        )
+        others = "" if right.all() else "; the others have a dashed frame, a ✕ and their class"
+        text += f" {right.sum()} of {right.size} are of the test image's class{others}."
     listed = _queries(query, neighbours, similarity, labels, images.get("class_names"))
     return f"<p>{text}</p>{listed}"
 
