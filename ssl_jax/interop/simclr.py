@@ -52,7 +52,6 @@ def read_checkpoint(prefix: Path) -> dict[str, np.ndarray]:
     """
     try:
         import tensorflow as tf
-        from google.protobuf.message import DecodeError
     except ImportError as error:
         raise UserError(
             f"Reading {prefix} needs TensorFlow, which is not installed: install the extra 'data', "
@@ -67,10 +66,7 @@ def read_checkpoint(prefix: Path) -> dict[str, np.ndarray]:
             names = {name: name for name in shapes if not name.endswith("Momentum")}
         found = {name: np.asarray(reader.get_tensor(key)) for name, key in names.items()}
         return {name: value for name, value in found.items() if value.dtype.kind not in "OS"}
-    except (
-        *(tf.errors.OpError, RuntimeError, ValueError),
-        *(DecodeError, IndexError, TypeError),  # of a damaged graph of objects
-    ) as error:
+    except Exception as error:  # TensorFlow's, protobuf's, and of a damaged graph of objects
         told = first_line(error)[:200]
         raise UserError(f"{prefix} can't be read ({told}): fetch its files anew.") from error
 
