@@ -30,6 +30,7 @@ LEAST_S = 45.0  # in which no step is begun
 SAVING_S = 120.0  # in which a run that is told to stop has written its checkpoint
 LEFT = 3  # exit code
 SMALL = ("--config.model.depth=18", "--config.model.width=0.0625")
+HEADS = ("--config.moco.queue=16", "--config.swav.prototypes=4")  # that need no more images
 PLAIN = ("--config.model.depth=18", "--config.simclr.layers=2")  # what plain Flax has too
 
 
@@ -41,8 +42,7 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
         if args.toy:
             config = config.replace("imagenet", "cifar10")
             batches = "2,4" if "," in batches else "4"
-            more = (*more, "--rounds=1", "--seconds=0.1", "--no-compile")
-            more = (*more, "--config.moco.queue=16", "--config.swav.prototypes=4")
+            more = (*more, "--rounds=1", "--seconds=0.1", "--no-compile", *HEADS)
             more = (*more, *(PLAIN if "plain" in peers else SMALL))
         file = BENCHMARKS / "train_step.py"
         options = [f"--batches={batches}", f"--peers={','.join(peers)}"]
@@ -102,8 +102,8 @@ def train(method: str, args: argparse.Namespace, seconds: float) -> str:
     command += [f"--config.data.dir={args.train}", f"--config.data.test_dir={args.test}"]
     command += ["--config.checkpoint.every_epochs=0"]  # at the end, and when it is stopped
     if args.toy:
-        command += [*SMALL, "--config.epochs=2", "--config.batch_size=16", "--config.eval.knn_k=2"]
-        command += ["--config.moco.queue=16", "--config.swav.prototypes=4", "--config.eval.draws=1"]
+        command += [*SMALL, *HEADS, "--config.epochs=2", "--config.batch_size=16"]
+        command += ["--config.eval.knn_k=2", "--config.eval.draws=1"]
     with (args.out / f"cifar_{method}.log").open("a") as log:
         process = subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT)
         try:

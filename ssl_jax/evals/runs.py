@@ -176,7 +176,7 @@ def transfer_config(
     overrides = list(overrides)
     config = _derived(path, _TRANSFER, step)
     config.data.update(default_config().data.to_dict())
-    if any(override.startswith("epochs=") for override in overrides):
+    if _given(overrides, "epochs"):
         config.steps = 0
     return apply_overrides(config, overrides)
 
@@ -208,12 +208,16 @@ def distill_config(teacher: str | Path, overrides: Iterable[str] = ()) -> Config
     config.optim.update(lr=0.1, lr_scaling="sqrt", weight_decay=1e-4)
     theirs = config.model
     config = apply_overrides(config, overrides)
-    if not any(override.startswith("distill.temperature") for override in overrides):
+    if not _given(overrides, "distill.temperature"):
         alike = all(config.model[key] == theirs[key] for key in ("depth", "width", "sk"))
         config.distill.temperature = 0.1 if alike else 1.0
-    if not any(override.startswith("optim.warmup_epochs") for override in overrides):
+    if not _given(overrides, "optim.warmup_epochs"):
         config.optim.warmup_epochs = config.epochs / 20
     return config
+
+
+def _given(overrides: Iterable[str], key: str) -> bool:
+    return any(override.partition("=")[0] == key for override in overrides)
 
 
 def _derived(path: str | Path, recipe: Mapping[str, Any], step: int | None = None) -> ConfigDict:
