@@ -15,7 +15,7 @@ quickstart: .venv/.core  ## pretrain on a CPU in minutes; the report is runs/qui
 	$(BIN)/python run_pretrain.py --config=configs/simclr_digits.py --workdir=runs/quickstart
 
 test: lint types contracts  ## all that CI checks; the tests last
-	$(BIN)/python -m pytest -n 2 -m "not long"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
 
 long: .venv/.dev  ## tests that take minutes: runs that are killed, damaged and starved, several processes, fuzzing
 	$(BIN)/python -m pytest -m long

@@ -30,13 +30,16 @@ if FIRST_PROCESS:
     ).strip()
     # TensorFlow: no banner about the CPU's instructions.
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    # Shared, so that a program which several tests compile is compiled once; new, so that no run
-    # depends on an earlier one.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ssl_jax_compiled_")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    # Shared by all processes, so that a program which several tests compile is compiled once. New,
+    # so that no run depends on an earlier one, unless the caller names a directory, as CI does for
+    # its stages. Small programs too: a child process compiles hundreds of them.
+    OWN_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    if OWN_CACHE:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ssl_jax_compiled_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Removes the cache once all processes are done."""
-    if FIRST_PROCESS:
+    if FIRST_PROCESS and OWN_CACHE:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

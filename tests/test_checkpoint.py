@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import assert_trees_close, make_step, method_config, random_source, ready_views
+from tiny import (
+    as_it_is,
+    assert_trees_close,
+    make_step,
+    method_config,
+    random_source,
+    ready_views,
+)
 
 from ssl_jax.checkpoint import Checkpoints, damage, set_aside_damaged
 from ssl_jax.data.index import Index
@@ -261,7 +268,7 @@ def test_a_run_goes_on_with_fewer_devices_and_with_more(method, tmp_path):
     def on(devices):
         if devices not in made:
             spmd = make_spmd(devices=jax.devices()[:devices])
-            step, like = make_step(config, spmd, source, lambda raw, resident, key: raw)[1:3]
+            step, like = make_step(config, spmd, source, as_it_is)[1:3]
             made[devices] = spmd, step, like
         return made[devices]
 

@@ -47,7 +47,8 @@ def pair(on_images, tmp_path_factory):
     """A whole run of two processes, the second with slow storage: its folder and outputs."""
     workdir = tmp_path_factory.mktemp("pair")
     ids = str(workdir / "ids")
-    processes = start(2, [*on_images, f"--workdir={workdir}"], IDS=ids, SLOW="1")
+    arguments = [*on_images, "--config.eval.frozen_at_end=True", f"--workdir={workdir}"]
+    processes = start(2, arguments, IDS=ids, SLOW="1")
     return workdir, finish(processes)
 
 
@@ -67,7 +68,7 @@ def test_two_processes_train_as_one_does(pair, images, tmp_path):
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     config = without_colour(tiny_config())
     config.update_from_flattened_dict(FOLDER | {"data.dir": str(images)})
-    config.update(epochs=6.0, data={"test_dir": str(images)})
+    config.update(epochs=6.0, data={"test_dir": str(images)}, eval={"frozen_at_end": True})
     pretrain(config, tmp_path / "alone")
     together, alone = losses_of(workdir), losses_of(tmp_path / "alone")
     assert sorted(together) == list(range(1, 13)) and together.keys() == alone.keys()

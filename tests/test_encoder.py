@@ -18,7 +18,7 @@ def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     config = tiny_config(steps=2, batch_size=320)
     config.simclr.update(layers=3, hidden=24)
-    config.eval.projector_layer = 1
+    config.eval.update(projector_layer=1, frozen_at_end=True)
     pretrain(config, workdir)
     return workdir
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from tiny import (
+    as_it_is,
     assert_replicated,
     leaves,
     make_step,
@@ -37,9 +38,7 @@ def stepped(name, at, on_nan, steps=4):
     config = method_config(name)
     config.on_nan = on_nan
     source, spmd = random_source(), make_spmd()
-    _, step, state, resident = make_step(
-        config, spmd, source, prepare=lambda raw, resident, key: raw
-    )
+    _, step, state, resident = make_step(config, spmd, source, prepare=as_it_is)
     ids = np.arange(64, dtype=np.int32)
     states, counted = [jax.device_get(state)], []
     for number in range(steps):
@@ -83,7 +82,6 @@ def diverging(**changes):
     """SimCLR at a rate at which weights overflow within a few steps."""
     config = without_colour(tiny_config(batch_size=160, steps=60, **changes))
     config.optim.update(name="sgd", lr=1e9, warmup_epochs=1.0, weight_decay=1.0)
-    config.eval.frozen_at_end = False
     config.checkpoint.every_epochs = 0.13  # of eight steps: each
     return config
 

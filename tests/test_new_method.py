@@ -46,7 +46,7 @@ def test_its_gradients_agree_between_1_and_8_devices(config_file):
 def test_it_trains_is_evaluated_and_loaded_by_the_commands_of_the_page(config_file, tmp_path):
     config = load_config(str(config_file), ["barlow_twins.out=32", "steps=2", "batch_size=320"])
     config.model.update(method_config("simclr").model)
-    config.eval.update(draws=2, labels_per_class=(1, 5))
+    config.eval.update(draws=2, labels_per_class=(1, 5), frozen_at_end=True)
     pretrain(config, tmp_path / "run")
     assert ssl_jax.load(tmp_path / "run").apply(np.zeros((2, 8, 8, 3), np.uint8)).shape[0] == 2
     # A process that has not registered it.

@@ -137,7 +137,6 @@ def test_counts_have_three_digits_and_a_unit():
 
 def test_a_quiet_run_tells_where_its_report_is_and_a_whole_one_all(tmp_path, capsys):
     config = without_colour(tiny_config(steps=2, batch_size=64))
-    config.eval.frozen_at_end = False
     config.optim.warmup_epochs = 1.0  # longer than the run
     pretrain(config, tmp_path / "quiet", told="quiet")
     warning, report = capsys.readouterr().out.splitlines()

@@ -131,7 +131,7 @@ def test_a_killed_run_ends_bit_identical_to_an_undisturbed_one(
 
 def test_a_finished_run_is_evaluated_and_reported(tmp_path, capsys):
     config = tiny_config(epochs=1.0, batch_size=320)
-    config.eval.knn_every_epochs = 1.0
+    config.eval.update(knn_every_epochs=1.0, frozen_at_end=True)
     config.checkpoint.every_epochs = 1.0
     config.data.test_fraction = 0.25
     state = pretrain(config, tmp_path, "the command")
@@ -341,7 +341,6 @@ def test_a_memory_that_fills_in_an_evaluation_names_its_lever(tmp_path, monkeypa
     """By injection; the run goes on with the lever pulled, from its checkpoint."""
     config = tiny_config(batch_size=64, steps=2)
     config.eval.batch_size, config.checkpoint.every_epochs = 64, 1.0
-    config.eval.frozen_at_end = False
 
     def full(*args, **kwargs):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory, 9 bytes.\n  at")
@@ -358,7 +357,7 @@ def test_a_memory_that_fills_in_an_evaluation_names_its_lever(tmp_path, monkeypa
 
 def test_a_run_that_goes_on_remembers_how_wide_its_embeddings_were(tmp_path, monkeypatch):
     config = tiny_config(batch_size=64, steps=4)
-    config.eval.frozen_at_end, config.checkpoint.every_epochs = False, 0.05
+    config.checkpoint.every_epochs = 0.05
     pretrain(config, tmp_path)
     seen = [r["embedding_std"] for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r]
     run = train_module.Run(train_module.Setup(config), tmp_path)

@@ -1,12 +1,16 @@
 """What the tests train: a network and views small enough to compile in seconds."""
 
+import json
+
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ssl_jax.config import default_config, flat_views, run_schedule, view
+from ssl_jax.config import default_config, flat_views, run_schedule, to_json, view
 from ssl_jax.data.pipeline import make_prepare
 from ssl_jax.data.sources import ArraySource
+from ssl_jax.methods import Method
+from ssl_jax.models import heads, resnet
 from ssl_jax.models.resnet import STAGES
 from ssl_jax.spmd import AXIS, device_groups
 from ssl_jax.step import assemble, init_state, make_train_step
@@ -18,7 +22,11 @@ STAGES[6] = (1, 1)
 
 
 def tiny_config(**changes):
-    """SimCLR on 8×8 images with a ResNet of five convolutions and 4 to 8 channels, batch 32."""
+    """SimCLR on 8×8 images with a ResNet of five convolutions and 4 to 8 channels, batch 32.
+
+    A run ends with its last checkpoint. The tests that read what an evaluation leaves turn
+    `eval.frozen_at_end` on: three encoders' classifiers and two t-SNEs take seconds.
+    """
     config = default_config()
     config.batch_size = 32
     config.epochs = 2.0
@@ -36,6 +44,7 @@ def tiny_config(**changes):
     config.simclr.update(out=16, temperature=0.2)
     config.optim.update(lr=1.0, warmup_epochs=1.0)
     config.eval.update(knn_every_epochs=0.0, draws=2, labels_per_class=(1, 5), batch_size=64)
+    config.eval.frozen_at_end = False
     config.checkpoint.every_epochs = 0.0
     config.update(changes)
     return config
@@ -58,23 +67,53 @@ def random_source(n=64, size=8, seed=0, classes=4):
     return ArraySource(images.astype(np.uint8), labels, [str(c) for c in range(classes)])
 
 
+def as_it_is(raw, resident, key):
+    """In `make_prepare`'s place, for batches that bring their views; such a step compiles fast."""
+    return raw
+
+
+_SHARED = {}
+
+
+def shared(make, config, *about):
+    """What `make()` gives, made once per process for a config and whatever else it depends on.
+
+    Tracing and compiling a step is most of a test's time. What tests patch counts, too.
+    """
+    patched = (resnet.batch_norm, heads.batch_norm, Method.mean)
+    key = (json.dumps(to_json(config)), patched, *about)
+    if key not in _SHARED:
+        _SHARED[key] = make()
+    return _SHARED[key]
+
+
 def make_step(config, spmd, source, prepare=None):
-    """The mapped train step and what it starts from, as the loop makes them."""
-    schedule = run_schedule(config, source.num_examples)
-    groups = device_groups(spmd.size, config.model.bn_group)
-    method, optimizer, learning_rate = assemble(config, schedule, AXIS, groups)
-    step = spmd.map(
-        make_train_step(method, optimizer, prepare or make_prepare(config), learning_rate),
-        ("replicated", "sharded", "replicated"),
-        ("replicated", "replicated"),
-        donate=(0,),
-    )
-    state = spmd.replicate(init_state(method, optimizer, config))
-    return method, step, state, spmd.replicate(source.resident())
+    """The mapped train step and a state to start from, as the loop makes them.
+
+    Returns:
+      Method and step, shared by all tests of the config; a new state, which may be donated; the
+      source's arrays on the devices.
+    """
+
+    def make():
+        schedule = run_schedule(config, source.num_examples)
+        groups = device_groups(spmd.size, config.model.bn_group)
+        method, optimizer, learning_rate = assemble(config, schedule, AXIS, groups)
+        step = spmd.map(
+            make_train_step(method, optimizer, prepare or make_prepare(config), learning_rate),
+            ("replicated", "sharded", "replicated"),
+            ("replicated", "replicated"),
+            donate=(0,),
+        )
+        return method, step, jax.device_get(init_state(method, optimizer, config))
+
+    config = config.copy_and_resolve_references()  # a test may go on to change its own
+    method, step, state = shared(make, config, source.num_examples, spmd, prepare)
+    return method, step, spmd.replicate(state), spmd.replicate(source.resident())
 
 
 def ready_views(config, ids):
-    """Views that need no augmentation, in 0 … 1: such a step compiles in a third of the time.
+    """Views that need no augmentation, in 0 … 1, for `as_it_is`.
 
     Views of an image are alike, each with noise of its own, and depend on the batch alone.
     """

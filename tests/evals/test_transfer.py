@@ -19,7 +19,6 @@ BRIEF = ("--config.steps=4", "--config.batch_size=16", "--config.log_every=100")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     config = without_colour(tiny_config(batch_size=64, steps=2))
-    config.eval.frozen_at_end = False
     workdir = tmp_path_factory.mktemp("transfer") / "run"
     pretrain(config, workdir)
     return workdir
@@ -168,7 +167,6 @@ def test_what_changes_fine_tuning_is_no_business_of_the_evaluated_run(tmp_path, 
     config = without_colour(method_config("moco"))  # whose queue other batches don't fill
     config.steps = 1
     config.data.num_classes = 0
-    config.eval.frozen_at_end = False
     run, file = tmp_path / "run", tmp_path / "sets.json"
     pretrain(config, run)
     file.write_text(json.dumps({"digits": {"data": {}}}))

@@ -28,7 +28,6 @@ from tiny import tiny_config, without_colour
 def get_config(variant=""):
     config = without_colour(tiny_config(batch_size=64, steps={STEPS}, log_every=20))
     config.checkpoint.every_epochs = 0.25
-    config.eval.frozen_at_end = False
     return config
 """
 # No batch from the given one on before the file that GO names is there: however slow this machine
@@ -317,7 +316,6 @@ def get_config(variant=""):
     config = without_colour(tiny_config(batch_size=32, steps={IMAGE_STEPS}, log_every=10))
     config.data.name = "folder"
     config.checkpoint.every_epochs = 5.0
-    config.eval.frozen_at_end = False
     return config
 """
 

@@ -165,7 +165,6 @@ def test_a_thousand_damaged_images_end_no_process(tmp_path, kind):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     config = tiny_config(steps=2, batch_size=64)
-    config.eval.frozen_at_end = False
     workdir = tmp_path_factory.mktemp("run") / "run"
     pretrain(config, workdir)
     return workdir

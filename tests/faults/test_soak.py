@@ -22,7 +22,7 @@ from tiny import tiny_config, without_colour
 def get_config(variant=""):
     config = without_colour(tiny_config(batch_size=16, steps={STEPS}, log_every=20))
     config.optim.lr = 0.1
-    config.eval.update(knn_every_epochs=5.0, frozen_at_end=False)
+    config.eval.knn_every_epochs = 5.0
     config.checkpoint.every_epochs = 2.5
     return config
 """

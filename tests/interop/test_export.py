@@ -26,6 +26,7 @@ def run(tmp_path_factory):
     config = without_colour(tiny_config(steps=2, batch_size=64, seed=7))
     config.simclr.layers = 3
     config.views.view2.gray = 0.25
+    config.eval.frozen_at_end = True  # the card has its table
     workdir = tmp_path_factory.mktemp("export") / "run"
     pretrain(config, workdir)
     return workdir
@@ -109,7 +110,6 @@ def test_our_tree_is_loaded_and_started_from(run, tmp_path, capsys):
         config = without_colour(tiny_config(steps=1, batch_size=64))
         config.simclr.layers = 3
         config.optim.lr = 0.0
-        config.eval.frozen_at_end = False
         config.start.update(path=str(file), heads=heads)
         pretrain(config, tmp_path / f"heads_{heads}")
         mine, theirs = restore_state(tmp_path / f"heads_{heads}"), restore_state(run)

@@ -136,7 +136,7 @@ def test_a_run_starts_from_a_foreign_file_and_its_heads(tmp_path, drawn, state):
     file = saved(tmp_path, prefixed("module.encoder_q.", {**state, **head}))
     config = without_colour(method_config("moco", steps=1))
     config.moco.update(out=5, hidden=8, layers=2)
-    config.optim.lr, config.eval.frozen_at_end = 0.0, False
+    config.optim.lr = 0.0
     config.data.num_classes = 0
     config.start.update(path=str(file), heads=True)
     pretrain(config, tmp_path / "run")
