@@ -6,7 +6,7 @@ PIP := python -m pip install --quiet --disable-pip-version-check -c constraints.
 INSTALL := $(BIN)/$(PIP)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test long peers docs audit lint types contracts format clean
+.PHONY: help quickstart test long flaky mutations peers docs audit lint types contracts format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -19,6 +19,15 @@ test: lint types contracts  ## all that CI checks; the tests last
 
 long: .venv/.dev  ## tests that take minutes: runs that are killed, damaged and starved, several processes, fuzzing
 	$(BIN)/python -m pytest -m long
+
+flaky: .venv/.dev  ## the tests of `make test` five times in random order
+	for seed in 1 2 3 4 5; do \
+	  $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" -p randomly -p "no:cacheprovider" \
+	    -p randomly --randomly-seed=$$seed || exit 1; \
+	done
+
+mutations: .venv/.dev  ## break the package on purpose, a place at a time: a test must fail each time
+	$(BIN)/python .ci/mutations.py
 
 peers: .venv-peers/.done  ## beside torchvision, and by the TPU's compiler; installs torch and libtpu, which are big
 	.venv-peers/bin/python -m pytest tests/peers tests/tpu
