@@ -1,6 +1,8 @@
 """Several real processes that are one run, joined as under Slurm, by JAX's own detection."""
 
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -45,6 +47,7 @@ def get_config(variant=""):
 """
 
 
+END = "is the exit code."
 # The transport (Gloo) writes to standard output from several threads, in pieces that mix with each
 # other and with lines of ours. Python's own output goes to the pipe by another file descriptor.
 _APART = """
@@ -56,12 +59,20 @@ PRETRAIN = f"""
 import runpy
 runpy.run_path({str(ROOT / "run_pretrain.py")!r}, run_name="__main__")
 """
-# `ssl-jax`, where a ResNet of depth 6 is known.
-COMMAND = f"""
+# Commands of `ssl-jax`, where a ResNet of depth 6 is known, for `in_turn`.
+_IN_TURN = f"""
+import json
 sys.path.insert(0, {str(ROOT / "tests")!r})
 import tiny
+from ssl_jax import workdir
 from ssl_jax.cli import main
-sys.exit(main(sys.argv[1:]))
+# A lock that another process has written is in this machine's file system at once.
+workdir.lock_text.__defaults__ = (1.0,)
+for arguments in json.loads(sys.argv[1]):
+    code = main(arguments)
+    for out in (sys.stdout, sys.stderr):
+        print(f"{{code}} {END}", file=out, flush=True)
+sys.exit(code)
 """
 
 
@@ -112,6 +123,31 @@ def finish(processes, seconds=240):
         (process.returncode, out, error)
         for process, (out, error) in zip(processes, ended, strict=True)
     ]
+
+
+def in_turn(count, commands, seconds=600, **variables):
+    """Runs commands of `ssl-jax` one after another in the same processes.
+
+    Args:
+      count: processes.
+      commands: a list of commands; each is a list of the processes' arguments.
+      seconds: after which the processes are killed.
+      **variables: of the environment, besides the tests' own.
+
+    Returns:
+      For each command, (exit code, standard output, standard error) of each process.
+    """
+    only = {i: [json.dumps([list(map(str, c[i])) for c in commands])] for i in range(count)}
+    found = []
+    for code, *outputs in finish(start(count, [], only, _IN_TURN, **variables), seconds):
+        # Of a stream: what a command has printed, its exit code, and so on.
+        parts = [re.split(f"(\\d+) {END}\n", text) for text in outputs]
+        assert [len(each) for each in parts] == [2 * len(commands) + 1] * 2, (code, *outputs)
+        codes = [int(each) for each in parts[0][1::2]]
+        assert codes[-1] == code
+        out, error = ([*each[:-3:2], each[-3] + each[-1]] for each in parts)
+        found.append(list(zip(codes, out, error, strict=True)))
+    return list(zip(*found, strict=True))
 
 
 def wait_for(process, start, seconds=200):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from images import noise_files
-from processes import COMMAND, CONFIG, end_all, finish, start, wait_for
+from processes import CONFIG, end_all, finish, in_turn, start, wait_for
 from tiny import leaves, method_config, tiny_config, without_colour
 
 from ssl_jax import cluster
@@ -42,14 +42,50 @@ def on_images(config_file, images):
     return [f"--config={config_file}", "--config.heartbeat_s=10", *overrides]
 
 
+def pair_of(arguments, workdir, *more):
+    """A whole run of two processes, the second with slow storage, and more commands after it.
+
+    Returns:
+      What `in_turn` does.
+    """
+    brief = ["--config.eval.frozen_at_end=True", "--config.eval.labels_per_class=()"]
+    run = ["pretrain", *arguments, *brief, f"--workdir={workdir}"]
+    return in_turn(2, [(run, run), *more], IDS=str(workdir / "ids"), SLOW="1")
+
+
 @pytest.fixture(scope="module")
-def pair(on_images, tmp_path_factory):
-    """A whole run of two processes, the second with slow storage: its folder and outputs."""
-    workdir = tmp_path_factory.mktemp("pair")
-    ids = str(workdir / "ids")
-    arguments = [*on_images, "--config.eval.frozen_at_end=True", f"--workdir={workdir}"]
-    processes = start(2, arguments, IDS=ids, SLOW="1")
-    return workdir, finish(processes)
+def ended(on_images, tmp_path_factory):
+    """Commands of two processes, by name: the first process's result and the second's.
+
+    They are done in the same processes, for each start takes as long as several of them.
+    """
+    root = tmp_path_factory.mktemp("ended")
+    workdir = root / "run"
+    workdir.mkdir()
+    # Without a rate the encoder stays the run's.
+    brief = ["--config.steps=1", "--config.batch_size=32", "--config.optim.lr=0"]
+    fine_tuning = ["finetune", f"--from={workdir}", "--labels=0.5", *brief]
+    neighbours = ["knn", f"--from={workdir}"]
+
+    def pretraining(name, *changes):
+        return ["pretrain", *on_images, f"--workdir={root / name}", *changes]
+
+    more = {
+        "fine-tuned": (fine_tuning, fine_tuning),
+        "features": (neighbours, neighbours),
+        "another config": (pretraining("a"), pretraining("a", "--config.optim.lr=0.5")),
+        "not shared": (pretraining("b"), pretraining("c")),
+        "no images": (pretraining("d"), pretraining("d", "--config.data.dir=/nowhere")),
+    }
+    results = pair_of(on_images, workdir, *more.values())
+    return root, dict(zip(["whole run", *more], results, strict=True))
+
+
+@pytest.fixture(scope="module")
+def pair(ended):
+    """The whole run's folder, and its results."""
+    root, results = ended
+    return root / "run", results["whole run"]
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +104,8 @@ def test_two_processes_train_as_one_does(pair, images, tmp_path):
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     config = without_colour(tiny_config())
     config.update_from_flattened_dict(FOLDER | {"data.dir": str(images)})
-    config.update(epochs=6.0, data={"test_dir": str(images)}, eval={"frozen_at_end": True})
+    config.update(epochs=6.0, data={"test_dir": str(images)})
+    config.eval.update(frozen_at_end=True, labels_per_class=())
     pretrain(config, tmp_path / "alone")
     together, alone = losses_of(workdir), losses_of(tmp_path / "alone")
     assert sorted(together) == list(range(1, 13)) and together.keys() == alone.keys()
@@ -117,8 +154,12 @@ def test_a_slow_disk_on_one_process_is_seen(pair):
 
 
 @pytest.mark.long
-def test_a_lost_process_ends_the_others_and_nothing_is_lost(pair, on_images, tmp_path):
-    arguments = [*on_images, f"--workdir={tmp_path}"]
+def test_a_lost_process_ends_the_others_and_nothing_is_lost(on_images, tmp_path):
+    undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "run"
+    undisturbed.mkdir()
+    (whole,) = pair_of(on_images, undisturbed)
+    assert [code for code, *_ in whole] == [0, 0], whole
+    arguments = [*on_images, f"--workdir={workdir}"]
     processes = start(2, arguments)
     wait_for(processes[0], "step 7/")
     processes[1].send_signal(signal.SIGKILL)
@@ -133,11 +174,11 @@ def test_a_lost_process_ends_the_others_and_nothing_is_lost(pair, on_images, tmp
     again = finish(start(2, arguments))
     assert [code for code, *_ in again] == [0, 0], again
     assert "Continuing from step" in again[0][1]
-    whole, continued = leaves(restore_state(pair[0])), leaves(restore_state(tmp_path))
+    whole, continued = leaves(restore_state(undisturbed)), leaves(restore_state(workdir))
     assert whole.keys() == continued.keys()
     for name in whole:
         np.testing.assert_array_equal(whole[name], continued[name], err_msg=name)
-    assert losses_of(pair[0]) == losses_of(tmp_path)
+    assert losses_of(undisturbed) == losses_of(workdir)
 
 
 @pytest.mark.long
@@ -170,17 +211,14 @@ def test_sigterm_to_any_process_stops_all_and_one_process_goes_on_then_four(conf
     np.testing.assert_allclose(list(together.values()), list(alone.values()), rtol=1e-3)
 
 
-def test_two_processes_fine_tune_another_run_and_features_are_for_one(tmp_path):
-    source = tmp_path / "source"
-    pretrain(without_colour(tiny_config(steps=2)), source)
-    # Without a rate the encoder stays the run's.
-    brief = ["--config.steps=1", "--config.batch_size=32", "--config.optim.lr=0"]
-    arguments = ["finetune", f"--from={source}", "--labels=0.5", *brief]
-    ended = finish(start(2, arguments, program=COMMAND))
-    assert [code for code, *_ in ended] == [0, 0], ended
-    assert "fine-tuned on 50 % of the images, step 2, " in ended[0][1] and ended[1][1] == ""
+def test_two_processes_fine_tune_another_run(ended):
+    root, results = ended
+    first, second = results["fine-tuned"]
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert "fine-tuned on 50 % of the images, step 12, " in first[1] and second[1] == ""
+    source = root / "run"
     found = json.loads((source / "evals" / "finetune_0.5.json").read_text())
-    assert found["metrics"]["examples"] == 450
+    assert found["metrics"]["examples"] == 64
     mine, theirs = restore_state(source / "finetune_0.5"), restore_state(source)
     for a, b in zip(
         jax.tree.leaves(mine.params["encoder"]),
@@ -188,31 +226,33 @@ def test_two_processes_fine_tune_another_run_and_features_are_for_one(tmp_path):
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
-    ended = finish(start(2, ["knn", f"--from={source}"], program=COMMAND))
-    assert [code for code, *_ in ended] == [2, 2]
-    assert "run this command on one host" in ended[0][2].replace("\n", " ")
 
 
-def test_what_is_wrong_on_one_process_is_told_once_and_ends_all(on_images, tmp_path):
-    only = {1: ["--config.data.dir=/nowhere", f"--workdir={tmp_path}"]}
-    first, second = finish(start(2, [*on_images, f"--workdir={tmp_path}"], only=only))
+def test_features_of_a_run_are_for_one_process(ended):
+    first, second = ended[1]["features"]
+    assert (first[0], second[0]) == (2, 2)
+    assert "run this command on one host" in first[2].replace("\n", " ")
+
+
+def test_what_is_wrong_on_one_process_is_told_once_and_ends_all(ended):
+    """The last of the commands: the processes end with its code."""
+    root, results = ended
+    first, second = results["no images"]
     assert (first[0], second[0]) == (2, 2), first[2] + second[2]
     assert "error: Process 1 on " in first[2] and "/nowhere" in first[2]
     assert "error" not in second[2] + second[1]
-    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "config.json").exists()
+    assert not (root / "d" / "checkpoints").exists() and not (root / "d" / "config.json").exists()
 
 
-def test_a_folder_that_is_not_shared_is_refused(on_images, tmp_path):
-    only = {i: [f"--workdir={tmp_path / str(i)}"] for i in (0, 1)}
-    first, second = finish(start(2, on_images, only=only))
+def test_a_folder_that_is_not_shared_is_refused(ended):
+    first, second = ended[1]["not shared"]
     assert (first[0], second[0]) == (2, 2), first[2] + second[2]
     assert "Process 1 sees another workdir than process 0" in first[2]
     assert "on a file system that they share" in first[2] and second[2] == ""
 
 
-def test_another_config_on_one_process_is_refused(on_images, tmp_path):
-    only = {1: ["--config.optim.lr=0.5"]}
-    first, second = finish(start(2, [*on_images, f"--workdir={tmp_path}"], only=only))
+def test_another_config_on_one_process_is_refused(ended):
+    first, second = ended[1]["another config"]
     assert (first[0], second[0]) == (2, 2), first[2] + second[2]
     assert "Process 1 sees another config than process 0" in first[2] and second[2] == ""
 

@@ -14,6 +14,7 @@ from tiny import (
     method_config,
     random_source,
     ready_views,
+    share_steps,
     tiny_config,
     without_colour,
 )
@@ -78,6 +79,11 @@ def test_where_none_may_be_skipped_they_are_counted():
     ).all()
 
 
+@pytest.fixture
+def steps_shared(monkeypatch):
+    share_steps(monkeypatch)
+
+
 def diverging(**changes):
     """SimCLR at a rate at which weights overflow within a few steps."""
     config = without_colour(tiny_config(batch_size=160, steps=60, **changes))
@@ -86,7 +92,7 @@ def diverging(**changes):
     return config
 
 
-def test_a_run_stops_with_the_images_and_keeps_the_checkpoint_before(tmp_path):
+def test_a_run_stops_with_the_images_and_keeps_the_checkpoint_before(tmp_path, steps_shared):
     config = diverging(log_every=7)
     with warnings.catch_warnings(), pytest.raises(UserError) as caught:
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -108,19 +114,19 @@ def test_a_run_stops_with_the_images_and_keeps_the_checkpoint_before(tmp_path):
         pretrain(config, tmp_path)
 
 
-def test_a_bounded_number_is_skipped_and_said(tmp_path, capsys):
-    config = diverging(log_every=1, on_nan=3)
+def test_a_bounded_number_is_skipped_and_said(tmp_path, capsys, steps_shared):
+    config = diverging(log_every=1, on_nan=2)
     with pytest.raises(UserError, match="not finite at step"):
         pretrain(config, tmp_path)
     said = [line for line in capsys.readouterr().out.splitlines() if "changed nothing" in line]
-    assert len(said) == 3 and said[0].endswith("(1 of at most 3 such steps, config.on_nan).")
+    assert len(said) == 2 and said[0].endswith("(1 of at most 2 such steps, config.on_nan).")
     told = json.loads((tmp_path / "nonfinite.json").read_text())
     state = restore_state(tmp_path)
-    assert int(state.step) == told["step"] - 1 and int(state.nonfinite[0]) == 3
+    assert int(state.step) == told["step"] - 1 and int(state.nonfinite[0]) == 2
     assert all(np.isfinite(value).all() for value in without_counts(state).values())
 
 
-def test_the_step_is_told_that_was_the_first_however_rarely_it_is_looked(tmp_path):
+def test_the_step_is_told_that_was_the_first_however_rarely_it_is_looked(tmp_path, steps_shared):
     at = set()
     for log_every in (1, 20):
         config = diverging(log_every=log_every)
@@ -132,7 +138,7 @@ def test_the_step_is_told_that_was_the_first_however_rarely_it_is_looked(tmp_pat
     assert len(at) == 1
 
 
-def test_more_may_be_skipped_in_the_same_folder(tmp_path):
+def test_more_may_be_skipped_in_the_same_folder(tmp_path, steps_shared):
     config = diverging(log_every=1)
     with pytest.raises(UserError, match="let config.on_nan skip"):
         pretrain(config, tmp_path)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_config, without_colour
+from tiny import share_steps, tiny_config, without_colour
 
 from ssl_jax import summary
 from ssl_jax.errors import UserError
@@ -135,7 +135,8 @@ def test_counts_have_three_digits_and_a_unit():
     assert said == ["850", "123,456", "23.5 M", "1 G", "4.09 G", "1.5 T", "2 P"]
 
 
-def test_a_quiet_run_tells_where_its_report_is_and_a_whole_one_all(tmp_path, capsys):
+def test_a_quiet_run_tells_where_its_report_is_and_a_whole_one_all(tmp_path, capsys, monkeypatch):
+    share_steps(monkeypatch)
     config = without_colour(tiny_config(steps=2, batch_size=64))
     config.optim.warmup_epochs = 1.0  # longer than the run
     pretrain(config, tmp_path / "quiet", told="quiet")

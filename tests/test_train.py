@@ -1,9 +1,12 @@
 """Whole runs, as processes of their own where they are to be killed."""
 
 import ast
+import contextlib
 import functools
+import io
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -15,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 from images import noise_files
-from tiny import leaves, tiny_config
+from tiny import leaves, share_steps, tiny_config, without_colour
 
 import ssl_jax
 from ssl_jax import train as train_module
@@ -92,8 +95,7 @@ def undisturbed(command_for, extras, tmp_path_factory):
     @functools.cache
     def make(data):
         workdir = tmp_path_factory.mktemp(f"undisturbed_{data}")
-        result = run(command_for(workdir, *extras[data]))
-        assert result.returncode == 0, result.stderr
+        assert pretrain_main(command_for(workdir, *extras[data])[2:]) == 0
         return workdir
 
     return make
@@ -103,11 +105,11 @@ def undisturbed(command_for, extras, tmp_path_factory):
 @pytest.mark.long
 @pytest.mark.parametrize("data, at", [("digits", "step 12/"), ("folder", "step 11/")])
 def test_a_killed_run_ends_bit_identical_to_an_undisturbed_one(
-    undisturbed, extras, command, tmp_path, data, at
+    undisturbed, extras, command, tmp_path, data, at, monkeypatch, capsys
 ):
-    killed = subprocess.Popen(
-        command(tmp_path, *extras[data]), env=environment(), stdout=subprocess.PIPE, text=True
-    )
+    """The process that is killed is one of its own; the other runs are in the tests' process."""
+    share_steps(monkeypatch)
+    killed = subprocess.Popen(command(tmp_path, *extras[data]), stdout=subprocess.PIPE, text=True)
     for line in killed.stdout:
         if line.startswith(at):
             killed.send_signal(signal.SIGKILL)
@@ -115,9 +117,8 @@ def test_a_killed_run_ends_bit_identical_to_an_undisturbed_one(
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "evaluation.json").exists()
-    again = run(command(tmp_path, *extras[data]))
-    assert again.returncode == 0, again.stderr
-    assert "Continuing from step" in again.stdout
+    assert pretrain_main(command(tmp_path, *extras[data])[2:]) == 0
+    assert "Continuing from step" in capsys.readouterr().out
     first, second = final_state(undisturbed(data)), final_state(tmp_path)
     assert first.keys() == second.keys()
     for name in first:
@@ -129,27 +130,43 @@ def test_a_killed_run_ends_bit_identical_to_an_undisturbed_one(
     assert losses[0] == losses[1] and sorted(losses[0]) == list(range(1, 25))
 
 
-def test_a_finished_run_is_evaluated_and_reported(tmp_path, capsys):
-    config = tiny_config(epochs=1.0, batch_size=320)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short run with its evaluation: config, folder, final state and what was printed."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    config = without_colour(tiny_config(epochs=1.0, batch_size=320))
     config.eval.update(knn_every_epochs=1.0, frozen_at_end=True)
     config.checkpoint.every_epochs = 1.0
     config.data.test_fraction = 0.25
-    state = pretrain(config, tmp_path, "the command")
-    out = capsys.readouterr().out
-    record = json.loads((tmp_path / "config.json").read_text())
+    before = os.umask(0o022)  # the usual one
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            state = pretrain(config, workdir, "the command")
+    finally:
+        os.umask(before)
+    return config, workdir, jax.device_get(state), out.getvalue()
+
+
+def test_a_finished_run_is_evaluated_and_reported(finished):
+    config, workdir, _, out = finished
+    record = json.loads((workdir / "config.json").read_text())
     assert "BatchNorm over 320 images" in out
     # The patience is an epoch: 1347 images in batches of 320.
     assert record["derived"] == {"batchnorm_images": 320, "trivial_loss": None, "patience": 4}
     for part in ("raw pixels", "random init", "simclr", "full linear", "kNN", "report.html"):
         assert part in out
-    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    evaluation = json.loads((workdir / "evaluation.json").read_text())
     assert [row["name"] for row in evaluation["rows"]] == ["raw pixels", "random init", "simclr"]
     assert len(evaluation["rows"][0]["labels_5"]["draws"]) == config.eval.draws
     assert evaluation["rows"][0]["linear"] > 0.9
-    knn = [r["knn"] for r in read_metrics(tmp_path / "metrics.jsonl") if "knn" in r]
+    knn = [r["knn"] for r in read_metrics(workdir / "metrics.jsonl") if "knn" in r]
     assert knn[-1] == evaluation["rows"][2]["knn"]
-    assert (tmp_path / "report.html").stat().st_size > 10_000
-    encoder = ssl_jax.load(tmp_path)
+    assert (workdir / "report.html").stat().st_size > 10_000
+
+
+def test_a_finished_run_is_loaded_as_an_encoder(finished):
+    _, workdir, state, _ = finished
+    encoder = ssl_jax.load(workdir)
     features = encoder.apply(np.zeros((2, 8, 8, 3), np.uint8))
     assert features.shape[0] == 2 and features.dtype == np.float32
     for bad in (np.zeros((8, 8, 3), np.uint8), np.zeros((2, 8, 8, 1), np.uint8)):
@@ -163,11 +180,25 @@ def test_a_finished_run_is_evaluated_and_reported(tmp_path, capsys):
         jax.tree.leaves(encoder.params), jax.tree.leaves(state.params["encoder"]), strict=True
     ):
         np.testing.assert_array_equal(a, b)
-    # The same command again trains nothing more and changes nothing.
-    before = (tmp_path / "metrics.jsonl").read_bytes()
-    again = pretrain(config, tmp_path, "the command")
+
+
+def test_the_command_of_a_finished_run_trains_nothing_more(finished, tmp_path):
+    config, done, state, _ = finished
+    workdir = Path(shutil.copytree(done, tmp_path / "run"))
+    before = (workdir / "metrics.jsonl").read_bytes()
+    again = pretrain(config, workdir, "the command")
     assert int(again.step) == int(state.step)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_no_file_of_a_run_can_be_written_by_others(finished):
+    """With the usual umask; a looser one is its owner's choice."""
+    workdir = finished[1]
+    files = [workdir, *workdir.rglob("*")]
+    names = {file.name for file in files}
+    assert {"config.json", "report.html", "metrics.jsonl", "evaluation.json"} <= names
+    for file in files:
+        assert not stat.S_IMODE(file.stat().st_mode) & 0o022, file
 
 
 def test_a_run_broken_off_before_its_first_checkpoint_says_that_it_starts_anew(
@@ -198,7 +229,7 @@ def test_the_loop_fetches_once_per_logged_step_and_transfers_only_batches(tmp_pa
     placed = []
     place = Spmd.place_batch
     monkeypatch.setattr(Spmd, "place_batch", lambda self, b: placed.append(b) or place(self, b))
-    config = tiny_config(epochs=2.0, batch_size=160, log_every=4)
+    config = without_colour(tiny_config(epochs=2.0, batch_size=160, log_every=4))
     runs = []
 
     class GuardedRun(train_module.Run):
@@ -246,7 +277,7 @@ def test_a_process_ends_with_the_sentence_and_its_code(command, tmp_path):
     assert result.stderr.count("\n") == 1 and "config.method" in result.stderr
 
 
-def test_a_second_start_on_a_workdir_is_refused(command, tmp_path):
+def test_a_second_start_on_a_workdir_is_refused(command, tmp_path, capsys):
     first = subprocess.Popen(
         command(tmp_path / "run", "--config.steps=100000"),
         env=environment(),
@@ -261,9 +292,8 @@ def test_a_second_start_on_a_workdir_is_refused(command, tmp_path):
                 first.kill()
                 pytest.fail(f"the first never came to it: {first.communicate()[0]}")
             time.sleep(0.1)
-        second = run(command(tmp_path / "run"))
-        assert second.returncode == 2
-        assert f"process {first.pid} on" in second.stderr
+        assert pretrain_main(command(tmp_path / "run")[2:]) == 2
+        assert f"process {first.pid} on" in capsys.readouterr().err
     finally:
         first.kill()
         first.communicate()
@@ -283,7 +313,7 @@ def test_nothing_fetches_beside_the_counted_function(name):
 def test_a_run_that_batchnorm_makes_another_is_told(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_module.Run, "measure", lambda self, step: None)
     monkeypatch.setattr("ssl_jax.evals.run.Evaluator.finish", lambda *a: [])
-    config = tiny_config(steps=1, batch_size=320, microbatch=160)
+    config = without_colour(tiny_config(steps=1, batch_size=320, microbatch=160))
     config.model.bn_group = 1
     pretrain(config, tmp_path)
     out = capsys.readouterr().out
@@ -339,7 +369,8 @@ def test_a_full_memory_names_the_levers(tmp_path, monkeypatch, halved):
 
 def test_a_memory_that_fills_in_an_evaluation_names_its_lever(tmp_path, monkeypatch):
     """By injection; the run goes on with the lever pulled, from its checkpoint."""
-    config = tiny_config(batch_size=64, steps=2)
+    share_steps(monkeypatch)
+    config = without_colour(tiny_config(batch_size=64, steps=2))
     config.eval.batch_size, config.checkpoint.every_epochs = 64, 1.0
 
     def full(*args, **kwargs):
@@ -356,7 +387,7 @@ def test_a_memory_that_fills_in_an_evaluation_names_its_lever(tmp_path, monkeypa
 
 
 def test_a_run_that_goes_on_remembers_how_wide_its_embeddings_were(tmp_path, monkeypatch):
-    config = tiny_config(batch_size=64, steps=4)
+    config = without_colour(tiny_config(batch_size=64, steps=4))
     config.checkpoint.every_epochs = 0.05
     pretrain(config, tmp_path)
     seen = [r["embedding_std"] for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r]
@@ -365,17 +396,3 @@ def test_a_run_that_goes_on_remembers_how_wide_its_embeddings_were(tmp_path, mon
     told += run.watch.check(6, {"embedding_std": max(seen) * 0.49})
     run.close()
     assert len(told) == 1 and "has halved" in told[0]
-
-
-def test_no_file_of_a_run_can_be_written_by_others(tmp_path):
-    """With the usual umask; a looser one is its owner's choice."""
-    config = tiny_config(steps=1)
-    before = os.umask(0o022)
-    try:
-        pretrain(config, tmp_path / "run")
-    finally:
-        os.umask(before)
-    files = [tmp_path / "run", *(tmp_path / "run").rglob("*")]
-    assert {"config.json", "report.html", "metrics.jsonl"} <= {file.name for file in files}
-    for file in files:
-        assert not stat.S_IMODE(file.stat().st_mode) & 0o022, file

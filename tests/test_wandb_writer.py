@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import wandb
-from tiny import tiny_config, without_colour
+from tiny import share_steps, tiny_config, without_colour
 
 from ssl_jax import train
 from ssl_jax.config import default_config, differences, from_json, to_json
@@ -35,6 +35,7 @@ def test_a_resumed_run_continues_the_same_one(offline):
         log.write(step, {"loss": 2.5, "of_processes": [1.0, 3.0]})
         log.picture(0, "views", np.zeros((8, 8, 3), np.uint8))
         log.close()
+    wandb.teardown()  # as at the end of a process: what it has been sent is in the files then
     identity = (offline / "wandb_id").read_text().strip()
     files = list(offline.glob(f"wandb/offline-run-*/run-{identity}.wandb"))
     assert len(files) == 2
@@ -124,6 +125,7 @@ def test_a_run_that_has_failed_is_not_told_as_finished(monkeypatch, tmp_path, pl
         monkeypatch.setattr("ssl_jax.checkpoint.Checkpoints.close", fail)
     monkeypatch.setattr(train.Run, "train", fail if place == "train" else lambda self, stop: None)
     monkeypatch.setattr(train.Run, "finish", lambda *args: None)
+    share_steps(monkeypatch)
     config = without_colour(tiny_config(steps=2, batch_size=320, wandb="tries"))
     with contextlib.nullcontext() if place == "nowhere" else pytest.raises(UserError, match="spac"):
         train.pretrain(config, tmp_path)
@@ -133,9 +135,11 @@ def test_a_run_that_has_failed_is_not_told_as_finished(monkeypatch, tmp_path, pl
 def test_a_run_tells_it_what_it_measures_and_a_finished_one_nothing_more(offline, monkeypatch):
     monkeypatch.setattr(train.Run, "measure", lambda self, step: None)
     monkeypatch.setattr("ssl_jax.evals.run.Evaluator.finish", lambda *a: None)
+    share_steps(monkeypatch)
     config = without_colour(tiny_config(steps=2, batch_size=320, wandb="tries"))
     for _ in range(2):
         train.pretrain(config, offline)
+    wandb.teardown()
     (file,) = offline.glob("wandb/offline-run-*/*.wandb")
     content = file.read_bytes()
     assert all(part in content for part in (b"embedding_std", b"learning_rate", b"views"))

@@ -15,6 +15,7 @@ from ssl_jax.step import assemble, init_state
 from ssl_jax.workdir import (
     FORMAT,
     git_revision,
+    lock_text,
     locked,
     note_continuation,
     read_config,
@@ -50,6 +51,12 @@ def test_a_second_run_is_refused_and_the_first_named(tmp_path):
     # A killed run leaves no lock behind.
     with locked(tmp_path):
         assert f"process {os.getpid()}" in (tmp_path / ".lock").read_text()
+
+
+def test_a_lock_that_comes_late_is_waited_for_and_none_is_empty(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: (tmp_path / ".lock").write_text("process 7"))
+    assert lock_text(tmp_path) == "process 7"
+    assert lock_text(tmp_path / "none", patience_s=0.0) == ""
 
 
 def test_an_unwritable_workdir_is_named(tmp_path):

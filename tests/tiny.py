@@ -87,6 +87,36 @@ def shared(make, config, *about):
     return _SHARED[key]
 
 
+def share_steps(monkeypatch):
+    """Lets runs in this process share what JAX traces and compiles, where their steps are the same.
+
+    A run whose log, checkpoints or evaluations alone are other than those of one before it, such as
+    a run that continues, then starts in a moment.
+    """
+    from ssl_jax import train
+
+    def key(config):
+        about = to_json(config)
+        for name in ("log_every", "heartbeat_s", "wandb", "checkpoint"):
+            del about[name]
+        compiled = ("probe", "projector_layer", "crop_fraction", "interpolation")
+        return ConfigDict(about | {"eval": {name: about["eval"][name] for name in compiled}})
+
+    def program(config, schedule, spmd, plain=train.Program):
+        return shared(lambda: plain(config, schedule, spmd), key(config), schedule, spmd)
+
+    def evaluator(config, spmd, *splits, plain=train.Evaluator):
+        made = plain(config, spmd, *splits)
+        classes = [split and split.num_classes for split in splits]
+        first = shared(lambda: made, key(config), "evaluator", spmd, *classes)
+        for name in ("_encode", "_small", "_classify", "_prepare"):
+            setattr(made, name, getattr(first, name))
+        return made
+
+    monkeypatch.setattr(train, "Program", program)
+    monkeypatch.setattr(train, "Evaluator", evaluator)
+
+
 def make_step(config, spmd, source, prepare=None):
     """The mapped train step and a state to start from, as the loop makes them.
 

@@ -12,14 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from images import noise_files
-from tiny import leaves
+from tiny import leaves, share_steps
 
+from ssl_jax.cli import pretrain_main
 from ssl_jax.encoder import restore_state
 from ssl_jax.metrics import read_metrics
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
-STEPS = 400
+STEPS = 160
 CONFIG = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
@@ -62,7 +63,7 @@ if os.environ["HELD_AT"] == "its end":
 if os.environ["HELD_AT"] == "its checksums":
     checkpoint._checksums = held(checkpoint._checksums, lambda folder: True)
 """
-AHEAD = 15  # batches that come before the gate: three checkpoints
+AHEAD = 11  # batches that come before the gate: two checkpoints
 MINUTES = 10  # in which a busy machine starts a run and compiles its step
 
 
@@ -91,19 +92,17 @@ def holding(tmp_path_factory):
     return config_file(tmp_path_factory, CONFIG + gate + HOLD)
 
 
+def arguments(config, workdir, *flags):
+    return [f"--config={config}", f"--workdir={workdir}", *flags]
+
+
 def command(config, workdir, *flags):
-    return [
-        sys.executable,
-        str(ROOT / "run_pretrain.py"),
-        f"--config={config}",
-        f"--workdir={workdir}",
-        *flags,
-    ]
+    return [sys.executable, str(ROOT / "run_pretrain.py"), *arguments(config, workdir, *flags)]
 
 
-def run(config, workdir, *flags, **options):
+def run(config, workdir, **options):
     return subprocess.run(
-        command(config, workdir, *flags),
+        command(config, workdir),
         capture_output=True,
         text=True,
         timeout=60 * MINUTES,
@@ -111,13 +110,35 @@ def run(config, workdir, *flags, **options):
     )
 
 
+@pytest.fixture
+def run_here(capsys, monkeypatch):
+    """The same command in the tests' process, to its end: the output of a run that continues."""
+    share_steps(monkeypatch)
+
+    def run_to_its_end(config, workdir, *flags):
+        capsys.readouterr()
+        code = pretrain_main(arguments(config, workdir, *flags))
+        out, error = capsys.readouterr()
+        assert code == 0, error
+        return out
+
+    return run_to_its_end
+
+
 @pytest.fixture(scope="module")
-def undisturbed(config, tmp_path_factory):
-    """The leaves of the state at the end of a run that nothing has happened to."""
-    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = run(config, workdir)
-    assert done.returncode == 0, done.stderr
-    return leaves(restore_state(workdir))
+def whole(config, tmp_path_factory):
+    """The folder of a run that nothing has happened to."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        share_steps(patch)
+        assert pretrain_main(arguments(config, workdir)) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def undisturbed(whole):
+    """The leaves of its state at the end."""
+    return leaves(restore_state(whole))
 
 
 def assert_same(workdir, undisturbed):
@@ -147,7 +168,7 @@ def wait_until(reached, process, told):
         time.sleep(0.005)
 
 
-def test_twenty_kills_change_no_bit(config, holding, undisturbed, tmp_path):
+def test_twenty_kills_change_no_bit(config, holding, undisturbed, run_here, tmp_path):
     """Of five: two when a checkpoint is there, one each in its end, its checksums, and anywhere."""
     workdir, out, rng = tmp_path / "run", tmp_path / "out", random.Random(0)
     steps, took = [0], 0.0
@@ -182,15 +203,14 @@ def test_twenty_kills_change_no_bit(config, holding, undisturbed, tmp_path):
         if at == "its checksums":
             assert not (workdir / "checkpoints" / str(steps[-1]) / "checksums.json").exists()
     assert steps == sorted(steps) and steps[-1] < STEPS
-    done = run(config, workdir)
-    assert done.returncode == 0, done.stderr
+    run_here(config, workdir)
     assert_same(workdir, undisturbed)
     logged = [r["step"] for r in read_metrics(workdir / "metrics.jsonl") if "loss" in r]
     assert logged == list(range(20, STEPS + 1, 20))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_loses_no_bit(config, gated, undisturbed, tmp_path, number):
+def test_a_signal_loses_no_bit(config, gated, undisturbed, run_here, tmp_path, number):
     workdir, out, go = tmp_path / "run", tmp_path / "out", tmp_path / "go"
     with out.open("w") as file:
         # Jobs in the background ignore SIGINT; this one doesn't.
@@ -203,18 +223,15 @@ def test_a_signal_loses_no_bit(config, gated, undisturbed, tmp_path, number):
         expected = 0 if number == signal.SIGTERM else 130
         assert process.wait(60 * MINUTES) == expected, out.read_text()
     assert "the same command continues" in out.read_text()
-    done = run(config, workdir)
-    assert done.returncode == 0 and "Continuing from step" in done.stdout, done.stderr
+    assert "Continuing from step" in run_here(config, workdir)
     assert_same(workdir, undisturbed)
 
 
 @pytest.mark.parametrize("how", ["a flipped bit", "cut short", "halved, without checksums"])
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
-    config, undisturbed, tmp_path, how
+    config, whole, undisturbed, run_here, tmp_path, how
 ):
-    workdir = tmp_path / "run"
-    done = run(config, workdir)
-    assert done.returncode == 0, done.stderr
+    workdir = Path(shutil.copytree(whole, tmp_path / "run"))
     steps = steps_in(workdir)
     newest = workdir / "checkpoints" / str(steps[-1])
     files = [f for f in newest.rglob("*") if f.is_file() and f.name != "checksums.json"]
@@ -225,10 +242,9 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     file.write_bytes(data[:cut])
     if how == "halved, without checksums":
         (newest / "checksums.json").unlink()
-    done = run(config, workdir)
-    assert done.returncode == 0, done.stderr
-    assert f"warning: the checkpoint of step {steps[-1]} is damaged" in done.stdout
-    assert f"Continuing from step {steps[-2]} of {STEPS}" in done.stdout
+    out = run_here(config, workdir)
+    assert f"warning: the checkpoint of step {steps[-1]} is damaged" in out
+    assert f"Continuing from step {steps[-2]} of {STEPS}" in out
     assert (workdir / "damaged" / str(steps[-1])).is_dir()
     assert_same(workdir, undisturbed)
 
@@ -247,7 +263,7 @@ def in_own_mounts(script):
 
 @pytest.mark.parametrize("kilobytes", [300, 420, 560, 700])
 def test_a_full_disk_is_one_sentence_and_loses_nothing_before(
-    config, undisturbed, tmp_path, kilobytes
+    config, undisturbed, run_here, tmp_path, kilobytes
 ):
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
@@ -255,9 +271,6 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing_before(
     script = f"""
     mount -t tmpfs -o size={kilobytes}k tmpfs {disk}
     {go} > {tmp_path}/out 2> {tmp_path}/err; echo $? > {tmp_path}/code
-    ls {disk}/run/checkpoints > {tmp_path}/steps
-    mount -o remount,size=1g {disk}
-    {go} > {tmp_path}/out2 2> {tmp_path}/err2; echo $? > {tmp_path}/code2
     cp -r {disk}/run {kept}
     """
     in_own_mounts(script)
@@ -266,10 +279,10 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing_before(
     # Libraries' threads may add what they see as they end.
     (told,) = [line for line in error.splitlines() if line.startswith("error: ")]
     assert "No space left on device" in told and "the same command continues" in told
-    assert (tmp_path / "code2").read_text() == "0\n", (tmp_path / "err2").read_text()
-    steps = [int(name) for name in (tmp_path / "steps").read_text().split() if name.isdigit()]
+    steps = steps_in(kept)
+    out = run_here(config, kept)  # where there is space
     if steps:
-        assert f"Continuing from step {max(steps)} of" in (tmp_path / "out2").read_text()
+        assert f"Continuing from step {max(steps)} of" in out
     assert_same(kept, undisturbed)
 
 
@@ -306,7 +319,7 @@ def test_a_clock_that_goes_back_changes_nothing(config, undisturbed, tmp_path):
 # What happens to images and to the thread that reads them
 
 
-IMAGE_STEPS = 150
+IMAGE_STEPS = 60
 IMAGES = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
@@ -322,19 +335,21 @@ def get_config(variant=""):
 
 @pytest.fixture(scope="module")
 def image_runs(tmp_path_factory):
-    """A config for folders, a folder of 64 images, and the undisturbed run's end.
+    """A folder with 64 images and two configs for them, and the end of an undisturbed run.
 
-    A run waits after 30 steps for the file that GO names.
+    With `gated.py` a run waits after 30 steps for the file that GO names.
     """
     pytest.importorskip("tensorflow", reason="images on disk are read by TensorFlow")
     root = tmp_path_factory.mktemp("images")
     gate = GATE.format(module="host", source="HostSource", batch=30)
-    (root / "config.py").write_text(IMAGES + gate)
+    (root / "config.py").write_text(IMAGES)
+    (root / "gated.py").write_text(IMAGES + gate)
     (root / "images").mkdir()
     noise_files(root / "images")
     flag = f"--config.data.dir={root / 'images'}"
-    done = run(root / "config.py", root / "run", flag, env=os.environ | {"GO": str(root)})
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        share_steps(patch)
+        assert pretrain_main(arguments(root / "config.py", root / "run", flag)) == 0
     return root, leaves(restore_state(root / "run"))
 
 
@@ -353,13 +368,15 @@ def disturbed(line, tmp_path, workdir, disturb):
 
 
 @pytest.mark.parametrize("how", ["missing", "cut short"])
-def test_an_image_that_goes_bad_mid_run_is_named_and_nothing_is_lost(image_runs, tmp_path, how):
+def test_an_image_that_goes_bad_mid_run_is_named_and_nothing_is_lost(
+    image_runs, run_here, tmp_path, how
+):
     root, undisturbed = image_runs
     folder, workdir = tmp_path / "images", tmp_path / "run"
     shutil.copytree(root / "images", folder)
     flag, image = f"--config.data.dir={folder}", folder / "1" / "7.jpg"
     good = image.read_bytes()
-    line = command(root / "config.py", workdir, flag)
+    line = command(root / "gated.py", workdir, flag)
     spoil = image.unlink if how == "missing" else lambda: image.write_bytes(good[:60])
     code, _, error = disturbed(line, tmp_path, workdir, spoil)
     assert code == 2, error
@@ -367,8 +384,7 @@ def test_an_image_that_goes_bad_mid_run_is_named_and_nothing_is_lost(image_runs,
     (told,) = [line for line in error.splitlines() if line.startswith("error: ")]
     assert str(image) in told and "Traceback" not in error
     image.write_bytes(good)
-    done = run(root / "config.py", workdir, flag, env=os.environ | {"GO": str(root)})
-    assert done.returncode == 0 and "Continuing from step" in done.stdout, done.stderr
+    assert "Continuing from step" in run_here(root / "config.py", workdir, flag)
     assert_same(workdir, undisturbed)
 
 
@@ -377,7 +393,7 @@ def test_images_damaged_mid_run_may_be_replaced_and_are_counted(image_runs, tmp_
     folder, workdir = tmp_path / "images", tmp_path / "run"
     shutil.copytree(root / "images", folder)
     flags = [f"--config.data.dir={folder}", "--config.data.on_bad_image=skip"]
-    line = command(root / "config.py", workdir, *flags)
+    line = command(root / "gated.py", workdir, *flags)
 
     def spoil():
         (folder / "0" / "2.jpg").write_bytes(b"")
@@ -389,7 +405,9 @@ def test_images_damaged_mid_run_may_be_replaced_and_are_counted(image_runs, tmp_
     assert int(restore_state(workdir).step) == IMAGE_STEPS
 
 
-def test_a_reading_thread_that_raises_ends_the_run_and_loses_nothing(config, undisturbed, tmp_path):
+def test_a_reading_thread_that_raises_ends_the_run_and_loses_nothing(
+    config, undisturbed, run_here, tmp_path
+):
     """Something that no one foresaw, and not in the loop's own thread."""
     broken = tmp_path / "broken.py"
     broken.write_text(
@@ -400,7 +418,7 @@ before = ArraySource.batches
 
 def batches(self, steps):
     for number, batch in enumerate(before(self, steps)):
-        if number == 150:
+        if number == 60:
             raise RuntimeError("nobody thought of this")
         yield batch
 
@@ -410,6 +428,5 @@ ArraySource.batches = batches
     workdir = tmp_path / "run"
     done = run(broken, workdir)
     assert done.returncode not in (0, 2) and "nobody thought of this" in done.stderr
-    done = run(config, workdir)
-    assert done.returncode == 0 and "Continuing from step" in done.stdout, done.stderr
+    assert "Continuing from step" in run_here(config, workdir)
     assert_same(workdir, undisturbed)
