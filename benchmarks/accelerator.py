@@ -20,11 +20,12 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 IMAGES = 50_000  # of CIFAR-10
-BENCHMARKS = ROOT / "benchmarks"
+BENCHMARKS, CONFIGS = ROOT / "benchmarks", ROOT / "configs"
 METHODS = ("simclr", "moco", "swav", "byol", "simsiam")
 LEAST_S = 45.0  # in which no step is begun
 SAVING_S = 120.0  # in which a run that is told to stop has written its checkpoint
@@ -46,7 +47,7 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
             more = (*more, *(PLAIN if "plain" in peers else SMALL))
         file = BENCHMARKS / "train_step.py"
         options = [f"--batches={batches}", f"--peers={','.join(peers)}"]
-        return [str(file), f"--config={ROOT / 'configs' / config}", *options, *more]
+        return [str(file), f"--config={CONFIGS / config}", *options, *more]
 
     def loss(sizes: str, large: str, *more: str) -> list[str]:
         if args.toy:
@@ -98,7 +99,7 @@ def train(method: str, args: argparse.Namespace, seconds: float) -> str:
     if (workdir / "evaluation.json").exists():
         return "done before"
     command = [sys.executable, str(ROOT / "run_pretrain.py"), f"--workdir={workdir}"]
-    command += [f"--config={ROOT / 'configs' / f'{method}_cifar10.py'}:lightly"]
+    command += [f"--config={CONFIGS / f'{method}_cifar10.py'}:lightly"]
     command += [f"--config.data.dir={args.train}", f"--config.data.test_dir={args.test}"]
     command += ["--config.checkpoint.every_epochs=0"]  # at the end, and when it is stopped
     if args.toy:
@@ -181,8 +182,12 @@ def cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-def main() -> None:
-    """Does what the time allows."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Does what the time allows.
+
+    Args:
+      argv: the command line; default, that of the process.
+    """
     sys.path.insert(0, str(ROOT))  # where the package isn't installed
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
@@ -195,7 +200,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.5, help="after which it stops")
     parser.add_argument("--only", default="", help="names of steps, cifar_METHOD among them")
     parser.add_argument("--toy", action="store_true", help="tiny networks, for a CPU")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     measuring = commands(args)
     training = [f"cifar_{method}" for method in METHODS]
     names = args.only.split(",") if args.only else [*measuring, *training]

@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ ROOT = Path(__file__).parent.parent
 PEERS = Path(__file__).with_name("step_peers.py")
 COLUMNS = ("step", "batch", "images/s", "time / ours", "ms", "GiB", "TFLOP/s", "share of peak")
 PACKED = 50_000  # images on the device, as many as CIFAR-10 has
+# Kernels that a GPU replays as one graph have no names.
+NAMED_KERNELS = "--xla_gpu_enable_command_buffer="
 # Our names of the devices whose peak is known, by JAX's; a GPU's other builds have other peaks.
 KINDS = {
     "NVIDIA A100-SXM4-40GB": "a100",
@@ -75,7 +78,7 @@ class Ours:
         self.batch, self.resident = spmd.place_batch(batch), spmd.replicate(resident)
         self.compiled = program.lower(*program.shapes(self.resident)).compile()
         self.state = spmd.replicate(program.init())
-        self.program, self.flops = program, step_flops(config, spmd, self.resident)
+        self.program, self.flops = program, step_flops(program, self.resident)
         self.gib = compiled_gib(self.compiled)
 
     def run(self, steps: int) -> float:
@@ -89,14 +92,17 @@ class Ours:
         return time.perf_counter() - start
 
 
-def step_flops(config: Any, spmd: Any, resident: Any) -> float:
+def step_flops(program: Any, resident: Any) -> float:
     """FLOPs of a step as traced; what microbatches compute twice counts once."""
     from ssl_jax.config import Schedule
     from ssl_jax.plan import traced_flops
     from ssl_jax.step import Program
 
-    whole = type(config)(config.to_dict() | {"microbatch": 0})
-    program = Program(whole, Schedule(100, 1000), spmd)
+    config = program.config
+    if config.microbatch:
+        whole = type(config)(config.to_dict() | {"microbatch": 0})
+        program = Program(whole, Schedule(100, 1000), program.spmd)
+    # Else it is the step that was compiled, and JAX finds its trace.
     return traced_flops(program.step, *program.shapes(resident))
 
 
@@ -401,7 +407,7 @@ def hardware() -> str:
     return f"{device}, JAX {jax.__version__}, Python {sys.version.split()[0]}"
 
 
-def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The command line, and what it changes in the config."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
@@ -420,19 +426,22 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--profile", type=Path, help="file for what each kernel takes")
     parser.add_argument("--split", action="store_true", help="time the parts one by one")
     parser.add_argument("--json", type=Path, help="file for the rows, written after each batch")
-    args, overrides = parser.parse_known_args()
+    args, overrides = parser.parse_known_args(argv)
     if args.profile and "torch" in args.peers.split(","):
         parser.error("--profile slows our kernels' launching down: leave torch out of --peers")
     return args, overrides
 
 
-def main() -> None:
-    """Measures every batch and prints the table."""
-    args, overrides = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures every batch and prints the table.
+
+    Args:
+      argv: the command line; default, that of the process.
+    """
+    args, overrides = parse_arguments(argv)
     if args.profile:
-        # Kernels that a GPU replays as one graph have no names.
         flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer=".strip()
+        os.environ["XLA_FLAGS"] = f"{flags} {NAMED_KERNELS}".strip()
     if "torch" in args.peers.split(","):
         # It takes its share of the accelerator's memory beside ours.
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".6")

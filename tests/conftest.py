@@ -43,3 +43,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """Removes the cache once all processes are done."""
     if FIRST_PROCESS and OWN_CACHE:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory):
+    """A run of `encoders.pretrain_simclr`, made once per process: tests work on copies of it."""
+    from encoders import pretrain_simclr
+
+    return pretrain_simclr(tmp_path_factory.mktemp("finished") / "run")

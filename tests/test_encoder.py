@@ -2,38 +2,26 @@
 
 import numpy as np
 import pytest
-from tiny import method_config, tiny_config
+from tiny import method_config
 
 import ssl_jax
 from ssl_jax.config import Schedule
 from ssl_jax.encoder import restore_state
 from ssl_jax.errors import UserError
 from ssl_jax.methods import make_method
-from ssl_jax.train import pretrain
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A SimCLR v2 that evaluates the first layer of its projector."""
-    workdir = tmp_path_factory.mktemp("run")
-    config = tiny_config(steps=2, batch_size=320)
-    config.simclr.update(layers=3, hidden=24)
-    config.eval.update(projector_layer=1, frozen_at_end=True)
-    pretrain(config, workdir)
-    return workdir
 
 
 def images(n=3):
     return np.random.default_rng(0).integers(0, 256, (n, 8, 8, 3), np.uint8)
 
 
-def test_a_layer_of_the_projector_can_be_had(run):
-    encoder, layer = ssl_jax.load(run, projector_layer=0), ssl_jax.load(run)
+def test_a_layer_of_the_projector_can_be_had(finished_run):
+    encoder, layer = ssl_jax.load(finished_run, projector_layer=0), ssl_jax.load(finished_run)
     assert (encoder.projector_layer, layer.projector_layer) == (0, 1)
     h, z = np.asarray(encoder.apply(images())), np.asarray(layer.apply(images()))
     assert h.shape == (3, 8) and z.shape == (3, 24) and (z >= 0).all() and z.max() > 0
     # Dense, BatchNorm by its running statistics, ReLU: from the parameters, in float64.
-    state = restore_state(run)
+    state = restore_state(finished_run)
     params, stats = state.params["projector"], state.extra["batch_stats"]["projector"]
     x = h.astype(np.float64) @ np.float64(params["dense1"]["kernel"])
     bn, running = params["bn1"], stats["bn1"]
@@ -42,26 +30,26 @@ def test_a_layer_of_the_projector_can_be_had(run):
     np.testing.assert_allclose(z, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_a_layer_that_is_not_there_is_told(run):
+def test_a_layer_that_is_not_there_is_told(finished_run):
     with pytest.raises(
         UserError, match="is 3, but the projector of 'simclr' has hidden layers 1 to 2"
     ):
-        ssl_jax.load(run, projector_layer=3)
+        ssl_jax.load(finished_run, projector_layer=3)
     config = method_config("supervised")
     config.eval.projector_layer = 1
     with pytest.raises(UserError, match="'supervised' has no hidden layer"):
         make_method(config, Schedule(1, 1))
 
 
-def test_an_encoder_is_printed_in_a_line(run):
+def test_an_encoder_is_printed_in_a_line(finished_run):
     # Convolutions of 3×3: 3 to 4, 4 to 4 twice, 4 to 8 and 8 to 8, and a shortcut of 1×1 from 4 to
     # 8; a BatchNorm's two numbers for each channel after each.
     weights = 9 * (3 * 4 + 2 * 4 * 4 + 4 * 8 + 8 * 8) + 4 * 8 + 2 * (3 * 4 + 3 * 8)
-    encoder = ssl_jax.load(run, projector_layer=0)
+    encoder = ssl_jax.load(finished_run, projector_layer=0)
     assert repr(encoder) == (
         f"Encoder(simclr, ResNet-6 ×0.0625, 8 features, {weights:,} parameters, "
-        f"step 2 of {str(run)!r})"
+        f"step 2 of {str(finished_run)!r})"
     )
     assert encoder.num_features == 8
-    layer = ssl_jax.load(run)
+    layer = ssl_jax.load(finished_run)
     assert "24 features of projector layer 1" in repr(layer) and layer.num_features == 24

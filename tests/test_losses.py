@@ -1,6 +1,7 @@
 """The losses against float64 NumPy written from the papers, and across devices."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -48,27 +49,47 @@ def pair():
     return first, first + 0.5 * rng.normal(size=(16, 8))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.1, 0.01])
-@pytest.mark.parametrize("block", [None, 1, 5, 32])
-def test_nt_xent_is_the_papers(pair, temperature, block):
-    ours = losses.nt_xent(*map(jnp.float32, pair), temperature=temperature, block_size=block)
-    # Scores reach 1 / temperature, in float32.
-    expected = nt_xent_oracle(*pair, temperature)
-    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=2e-7 / temperature)
+def computed(cases, function, *arrays):
+    """{case: function(*case)(*arrays)}, all in one program: each of its own compiles as long."""
+    run = jax.jit(lambda *arrays: {str(case): function(*case)(*arrays) for case in cases})
+    results = run(*map(jnp.float32, arrays))
+    return {case: results[str(case)] for case in cases}
 
 
-@pytest.mark.parametrize("temperature", [0.2, 0.01])
-@pytest.mark.parametrize("block", [None, 3, 5])
-def test_nt_xent_gradient_is_the_oracles(pair, temperature, block):
+def test_nt_xent_is_the_papers(pair):
+    def loss(temperature, block):
+        return functools.partial(losses.nt_xent, temperature=temperature, block_size=block)
+
+    cases = list(itertools.product([1.0, 0.1, 0.01], [None, 1, 5, 32]))
+    for (temperature, block), ours in computed(cases, loss, *pair).items():
+        # Scores reach 1 / temperature, in float32.
+        expected = nt_xent_oracle(*pair, temperature)
+        message = f"temperature {temperature}, block {block}"
+        np.testing.assert_allclose(ours, expected, 1e-5, 2e-7 / temperature, err_msg=message)
+
+
+def test_nt_xent_gradient_is_the_oracles(pair):
     # The views of three images are exchanged, so that at 0.01 too there is something to learn.
     z1, z2 = pair[0][:5], pair[1][[1, 2, 0, 3, 4]]
 
-    def loss(a):
-        return losses.nt_xent(a, z2, temperature=temperature, block_size=block)
+    def gradient_of(temperature, block):
+        return jax.grad(
+            functools.partial(losses.nt_xent, temperature=temperature, block_size=block)
+        )
 
-    gradient = jax.grad(loss)(jnp.float32(z1))
-    expected = numeric_gradient(lambda a: nt_xent_oracle(a, z2, temperature), z1)
-    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=2e-6 / temperature)
+    temperatures = (0.2, 0.01)
+    expected = {
+        t: numeric_gradient(lambda a, t=t: nt_xent_oracle(a, z2, t), z1) for t in temperatures
+    }
+    cases = list(itertools.product(temperatures, [None, 3, 5]))
+    for (temperature, block), gradient in computed(cases, gradient_of, z1, z2).items():
+        np.testing.assert_allclose(
+            gradient,
+            expected[temperature],
+            rtol=1e-5,
+            atol=2e-6 / temperature,
+            err_msg=f"temperature {temperature}, block {block}",
+        )
 
 
 def test_nt_xent_agrees_with_optax(pair):
@@ -85,31 +106,37 @@ def test_nt_xent_is_safe_where_all_scores_are_far_below_the_largest_possible():
     z1 = np.random.default_rng(8).normal([3, 0, 0], 0.01, size=(16, 3))
     z2 = z1.copy()
     z1[0] *= -1
-    for block in (None, 5):
-        ours, gradient = jax.value_and_grad(
-            lambda a, block=block: losses.nt_xent(
-                a, jnp.float32(z2), temperature=0.01, block_size=block
-            )
-        )(jnp.float32(z1))
+
+    def loss(block):
+        return jax.value_and_grad(
+            functools.partial(losses.nt_xent, temperature=0.01, block_size=block)
+        )
+
+    for ours, gradient in computed([(None,), (5,)], loss, z1, z2).values():
         np.testing.assert_allclose(ours, nt_xent_oracle(z1, z2, 0.01), rtol=1e-5)
         assert bool(jnp.isfinite(gradient).all())
 
 
-@pytest.mark.parametrize("block", [None, 5])
-def test_nt_xent_with_a_memory_is_the_oracles(pair, block):
+def test_nt_xent_with_a_memory_is_the_oracles(pair):
     z1, z2 = pair[0][:4], pair[1][:4]
     memory = unit64(np.random.default_rng(9).normal(size=(6, 8)))
-    value, (gradient, to_memory) = jax.value_and_grad(
-        lambda a, m: losses.nt_xent(a, z2, temperature=0.2, memory=m, block_size=block),
-        argnums=(0, 1),
-    )(jnp.float32(z1), jnp.float32(memory))
+
+    def loss(block):
+        def of_arrays(a, m, b):
+            return losses.nt_xent(a, b, temperature=0.2, memory=m, block_size=block)
+
+        return jax.value_and_grad(of_arrays, argnums=(0, 1))
 
     def oracle(a):
         return nt_xent_oracle(a, z2, 0.2, [memory])
 
-    np.testing.assert_allclose(value, oracle(z1), rtol=1e-5)
-    np.testing.assert_allclose(gradient, numeric_gradient(oracle, z1), atol=1e-5)
-    assert float(jnp.abs(to_memory).max()) == 0
+    expected, expected_gradient = oracle(z1), numeric_gradient(oracle, z1)
+    results = computed([(None,), (5,)], loss, z1, memory, z2)
+    for (block,), (value, (gradient, to_memory)) in results.items():
+        message = f"block {block}"
+        np.testing.assert_allclose(value, expected, rtol=1e-5, err_msg=message)
+        np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5, err_msg=message)
+        assert float(jnp.abs(to_memory).max()) == 0, message
 
 
 @pytest.mark.parametrize("memory", [0, 8])
@@ -174,27 +201,37 @@ def test_nt_xent_takes_bfloat16_and_small_temperatures(pair):
 
 
 @pytest.mark.parametrize("mode", ["shard_map", "pmap"])
-@pytest.mark.parametrize("block", [None, 3])
-def test_nt_xent_gradients_agree_between_1_and_8_devices(pair, mode, block):
+def test_nt_xent_gradients_agree_between_1_and_8_devices(pair, mode):
     spmd = make_spmd(mode)
     weights = jnp.float32(np.random.default_rng(1).normal(size=(8, 8)))
+    batch = tuple(map(np.float32, pair))
 
-    def loss(w, z1, z2, axis_name):
-        return losses.nt_xent(z1 @ w, z2, temperature=0.2, axis_name=axis_name, block_size=block)
+    def value_and_gradient(axis_name, w, batch):
+        def loss(w, block):
+            z1, z2 = batch
+            return losses.nt_xent(
+                z1 @ w, z2, temperature=0.2, axis_name=axis_name, block_size=block
+            )
+
+        return {str(block): jax.value_and_grad(loss)(w, block) for block in (None, 3)}
 
     def per_device(w, batch):
-        value, gradient = jax.value_and_grad(loss)(w, *batch, AXIS)
-        return value, jax.lax.pmean(gradient, AXIS)
+        return {
+            block: (value, jax.lax.pmean(gradient, AXIS))
+            for block, (value, gradient) in value_and_gradient(AXIS, w, batch).items()
+        }
 
-    batch = tuple(map(np.float32, pair))
-    mapped = spmd.map(per_device, ("replicated", "sharded"), ("replicated", "replicated"))
-    value, gradient = mapped(spmd.replicate(weights), spmd.place_batch(batch))
-    expected, expected_gradient = jax.value_and_grad(loss)(weights, *batch, None)
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
-    # What the field's commonest bug gives is far outside the tolerance.
-    for wrong in (8 * gradient, gradient / 8):
-        assert not np.allclose(wrong, expected_gradient, rtol=1e-2)
+    mapped = spmd.map(per_device, ("replicated", "sharded"), "replicated")
+    actual = mapped(spmd.replicate(weights), spmd.place_batch(batch))
+    alone = jax.jit(functools.partial(value_and_gradient, None))(weights, batch)
+    assert actual.keys() == alone.keys()
+    for block, (expected, expected_gradient) in alone.items():
+        value, gradient = actual[block]
+        np.testing.assert_allclose(value, expected, rtol=1e-5, err_msg=block)
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-6, err_msg=block)
+        # What the field's commonest bug gives is far outside the tolerance.
+        for wrong in (8 * gradient, gradient / 8):
+            assert not np.allclose(wrong, expected_gradient, rtol=1e-2)
 
 
 def info_nce_oracle(q, k, queue, temperature):
@@ -205,23 +242,28 @@ def info_nce_oracle(q, k, queue, temperature):
     return np.mean(np.log(np.exp(logits - top).sum(1)) + top[:, 0] - logits[:, 0])
 
 
-@pytest.mark.parametrize("block", [None, 1, 4])
-@pytest.mark.parametrize("temperature", [0.07, 0.01])
-def test_info_nce_is_the_papers(block, temperature):
+def test_info_nce_is_the_papers():
     rng = np.random.default_rng(2)
     q, k, queue = rng.normal(size=(6, 5)), rng.normal(size=(6, 5)), unit64(rng.normal(size=(9, 5)))
 
-    def loss(a):
-        arrays = map(jnp.float32, (k, queue))
-        return losses.info_nce(a, *arrays, temperature=temperature, block_size=block)
+    def results(temperature, block):
+        loss = functools.partial(losses.info_nce, temperature=temperature, block_size=block)
+        return lambda *arrays: (loss(*arrays), *jax.value_and_grad(loss)(*arrays))
 
-    def oracle(a):
-        return info_nce_oracle(a, k, queue, temperature)
-
-    value, gradient = jax.value_and_grad(loss)(jnp.float32(q))
-    np.testing.assert_allclose(value, oracle(q), rtol=1e-5)
-    np.testing.assert_allclose(loss(jnp.float32(q)), value, rtol=1e-6)
-    np.testing.assert_allclose(gradient, numeric_gradient(oracle, q), rtol=1e-3, atol=1e-4)
+    temperatures = (0.07, 0.01)
+    expected = {}
+    for t in temperatures:
+        oracle = functools.partial(info_nce_oracle, k=k, queue=queue, temperature=t)
+        expected[t] = oracle(q), numeric_gradient(oracle, q)
+    cases = list(itertools.product(temperatures, [None, 1, 4]))
+    for (temperature, block), (alone, value, gradient) in computed(
+        cases, results, q, k, queue
+    ).items():
+        message = f"temperature {temperature}, block {block}"
+        loss, of_loss = expected[temperature]
+        np.testing.assert_allclose(value, loss, rtol=1e-5, err_msg=message)
+        np.testing.assert_allclose(alone, value, rtol=1e-6, err_msg=message)
+        np.testing.assert_allclose(gradient, of_loss, rtol=1e-3, atol=1e-4, err_msg=message)
 
 
 @pytest.mark.parametrize(("n", "limit"), [(256, 64), (8192, 256)])
@@ -251,12 +293,15 @@ def sinkhorn_oracle(scores, epsilon, iterations):
     return (q * samples).T
 
 
-@pytest.mark.parametrize("iterations", [1, 3, 10])
-def test_sinkhorn_is_the_papers(iterations):
+def test_sinkhorn_is_the_papers():
     scores = np.random.default_rng(4).uniform(-1, 1, size=(24, 7))
-    ours = losses.sinkhorn(jnp.float32(scores), epsilon=0.05, iterations=iterations)
-    np.testing.assert_allclose(ours, sinkhorn_oracle(scores, 0.05, iterations), atol=1e-5)
-    np.testing.assert_allclose(ours.sum(1), 1, rtol=1e-5)
+    cases = [(1,), (3,), (10,)]
+    results = computed(
+        cases, lambda n: functools.partial(losses.sinkhorn, epsilon=0.05, iterations=n), scores
+    )
+    for (iterations,), ours in results.items():
+        np.testing.assert_allclose(ours, sinkhorn_oracle(scores, 0.05, iterations), atol=1e-5)
+        np.testing.assert_allclose(ours.sum(1), 1, rtol=1e-5)
 
 
 # After 300 iterations the factors of rows and columns alone would have left float32.
@@ -341,14 +386,17 @@ def test_every_way_to_cut_the_matrix_gives_the_same(temperature, monkeypatch):
     rng = np.random.default_rng(0)
     z1, z2 = (jnp.asarray(rng.normal(size=(37, 8)), jnp.float32) for _ in range(2))
 
-    def value_and_gradients():
+    @jax.jit
+    def by_every_way(z1, z2):
         loss = functools.partial(losses.nt_xent, temperature=temperature)
-        return jax.value_and_grad(loss, (0, 1))(z1, z2)
+        results = []
+        for limits in (losses._CPU_BLOCK, (1, 20), (74 * 10, 20), (74 * 74, 1)):
+            monkeypatch.setattr(losses, "_CPU_BLOCK", limits)
+            results.append(jax.value_and_grad(loss, (0, 1))(z1, z2))
+        return results
 
-    whole = value_and_gradients()
-    for limits in ((1, 20), (74 * 10, 20), (74 * 74, 1)):
-        monkeypatch.setattr(losses, "_CPU_BLOCK", limits)
-        for mine, expected in zip(
-            jax.tree.leaves(value_and_gradients()), jax.tree.leaves(whole), strict=True
-        ):
+    whole, *others = by_every_way(z1, z2)
+    assert len(others) == 3
+    for other in others:
+        for mine, expected in zip(jax.tree.leaves(other), jax.tree.leaves(whole), strict=True):
             np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-5)

@@ -1,29 +1,44 @@
 """docs/new_method.md: the method it shows is short, right and runs like the package's own."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from test_step import ONE, gradients_on
-from tiny import assert_trees_close, method_config, random_source
+import test_step
+from tiny import method_config
 
 import ssl_jax
+from ssl_jax import cli, methods
 from ssl_jax.config import Schedule, default_config, from_json, load_config, to_json
 from ssl_jax.errors import UserError
 from ssl_jax.methods import Method, register
+from ssl_jax.metrics import read_metrics
 from ssl_jax.train import pretrain
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/new_method.md").read_text()
-CODE = re.search(r"```python\n(.*?)```", PAGE, re.S)[1]
+CODE, TEST = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 
 @pytest.fixture
-def config_file(tmp_path):
+def forget(monkeypatch):
+    """Makes this process one that has registered nothing, also at the test's beginning and end."""
+
+    def forget():
+        monkeypatch.setattr("ssl_jax.config._REGISTERED", {})
+        own = {name: methods._METHODS[name] for name in methods._OWN}
+        monkeypatch.setattr("ssl_jax.methods._METHODS", own)
+
+    forget()
+    return forget
+
+
+@pytest.fixture
+def config_file(forget, tmp_path, monkeypatch):
+    """The page's file, where its commands and its test are run."""
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "my_method.py"
     file.write_text(CODE)
     return file
@@ -33,36 +48,44 @@ def test_it_is_under_60_lines():
     assert len(CODE.splitlines()) < 60
 
 
-def test_its_gradients_agree_between_1_and_8_devices(config_file):
-    load_config(str(config_file))  # registers it
-    config = method_config("barlow_twins")
-    config.barlow_twins.update(hidden=16, out=8)
-    expected = gradients_on(config, random_source(), "shard_map", ONE)
-    actual = gradients_on(config, random_source(), "shard_map", jax.devices())
-    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5)
-    assert_trees_close(actual, expected, rtol=1e-3, atol=1e-5)
+def test_its_gradients_agree_between_1_and_8_devices_by_the_pages_test(config_file, monkeypatch):
+    found = []
+
+    def kept(*arguments, real=test_step.gradients_on):
+        found.append((arguments[-1], *real(*arguments)))
+        return found[-1][1:]
+
+    monkeypatch.setattr(test_step, "gradients_on", kept)
+    names = {}
+    exec(TEST, names)
+    (test,) = (names[name] for name in names if name.startswith("test_"))
+    test()
+    (one, expected, *_), (eight, actual, *_) = found
+    assert (len(one), len(eight)) == (1, len(jax.devices()))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
-def test_it_trains_is_evaluated_and_loaded_by_the_commands_of_the_page(config_file, tmp_path):
+def test_it_trains_is_evaluated_and_loaded_by_the_commands_of_the_page(
+    config_file, forget, tmp_path, capsys
+):
     config = load_config(str(config_file), ["barlow_twins.out=32", "steps=2", "batch_size=320"])
     config.model.update(method_config("simclr").model)
-    config.eval.update(draws=2, labels_per_class=(1, 5), frozen_at_end=True)
+    config.data.subset = 0.25
+    config.eval.frozen_at_end = False
     pretrain(config, tmp_path / "run")
+    (accuracy,) = (r["knn"] for r in read_metrics(tmp_path / "run/metrics.jsonl") if "knn" in r)
+    assert 0 < accuracy <= 1
     assert ssl_jax.load(tmp_path / "run").apply(np.zeros((2, 8, 8, 3), np.uint8)).shape[0] == 2
-    # A process that has not registered it.
-    script = f"import ssl_jax; ssl_jax.load({str(tmp_path / 'run')!r})"
-    alone = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "'barlow_twins'" in alone.stderr and "import the file that registers it" in alone.stderr
-    knn = [sys.executable, "-m", "ssl_jax.cli", "knn", f"--from={tmp_path / 'run'}"]
-    refused = subprocess.run(knn, capture_output=True, text=True)
-    assert refused.returncode == 2 and "by --import=FILE.py" in refused.stderr
-    small = f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nimport tiny\n"
-    (tmp_path / "mine.py").write_text(small + CODE.partition('"""\n')[2])
-    mine = [*knn, f"--import={tmp_path / 'mine.py'}"]
-    done = subprocess.run(mine, capture_output=True, text=True)
-    assert done.returncode == 0 and "top-1" in done.stdout, done.stderr
-    absent = subprocess.run([*knn, "--import=absent.py"], capture_output=True, text=True)
-    assert absent.returncode == 2 and "no file absent.py (--import)" in absent.stderr
+    forget()
+    knn = ["knn", "--from=run"]
+    with pytest.raises(UserError, match="'barlow_twins'.* import the file that registers it"):
+        ssl_jax.load("run")
+    capsys.readouterr()
+    assert cli.main(knn) == 2 and "by --import=FILE.py" in capsys.readouterr().err
+    assert cli.main([*knn, "--import=my_method.py"]) == 0
+    assert "top-1" in capsys.readouterr().out
+    assert cli.main([*knn, "--import=absent.py"]) == 2
+    assert "no file absent.py (--import)" in capsys.readouterr().err
 
 
 def test_a_registered_methods_keys_are_no_part_of_other_runs(config_file):
@@ -73,12 +96,12 @@ def test_a_registered_methods_keys_are_no_part_of_other_runs(config_file):
 
 
 @pytest.mark.parametrize("name", ["moco", "optim", "seed"])
-def test_names_that_are_taken_are_refused(name):
+def test_names_that_are_taken_are_refused(forget, name):
     with pytest.raises(UserError, match=f"{name}"):
         register(name)(Method)
 
 
-def test_an_option_of_a_type_that_configs_do_not_have_is_refused():
+def test_an_option_of_a_type_that_configs_do_not_have_is_refused(forget):
     with pytest.raises(UserError, match="config.listed.sizes has the default"):
         register("listed", sizes=[1, 2])
 

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from test_step import ONE
-from tiny import method_config, tiny_config
+from tiny import method_config, tiny_config, without_colour
 
-from ssl_jax import plan
+from ssl_jax import cli, plan
 from ssl_jax.chips import parse_topology
 from ssl_jax.config import Schedule, load_config
 from ssl_jax.data.pipeline import Prefetcher
@@ -96,9 +97,15 @@ def test_resnet_50_costs_24_and_a_half_gflop_per_view():
 # The plan
 
 
+@pytest.fixture(scope="module")
+def tiny_plan():
+    """Of SimCLR at batch 64; tests take what they need of it and leave it as it is."""
+    return plan.make_plan(without_colour(tiny_config(batch_size=64)), GPUS, images=6400)
+
+
 @pytest.mark.parametrize("source", ["digits", "folder"])
 def test_a_plan_compiles_what_training_runs(source, tmp_path):
-    config = tiny_config(batch_size=32)
+    config = without_colour(tiny_config(batch_size=32))
     if source == "folder":
         from images import fill
 
@@ -120,7 +127,7 @@ def test_a_plan_compiles_what_training_runs(source, tmp_path):
 
 
 def test_a_plan_for_gpus_is_an_estimate_of_everything(capsys):
-    made = plan.make_plan(method_config("moco"), GPUS, images=6400)
+    made = plan.make_plan(without_colour(method_config("moco")), GPUS, images=6400)
     assert made["estimate"] and made["fits"] and made["cycles"] == {}
     assert (made["chips"], made["devices"], made["batch_of_a_device"]) == (8, 8, 8)
     assert made["steps"] == 200
@@ -137,10 +144,9 @@ def test_a_plan_for_gpus_is_an_estimate_of_everything(capsys):
     assert made["memory"]["peak"] == sum(v for k, v in made["memory"].items() if k != "peak")
 
 
-def test_loops_over_microbatches_are_counted_in_full():
-    config = tiny_config(batch_size=64)
-    whole = plan.make_plan(config, GPUS, images=6400)
-    config = tiny_config(batch_size=64, microbatch=16)
+def test_loops_over_microbatches_are_counted_in_full(tiny_plan):
+    whole = tiny_plan
+    config = without_colour(tiny_config(batch_size=64, microbatch=16))
     parts = plan.make_plan(config, GPUS, images=6400)
     # Forward twice, backward once: 4/3 of the encoder's, beside augmentation and loss.
     assert 1.1 < parts["traced_flops"] / whole["traced_flops"] < 1.6
@@ -168,8 +174,8 @@ def test_where_it_does_not_fit_the_largest_microbatch_is_found_by_compiling(monk
     assert plan.fitting(config, GPUS)["fitting"] is None
 
 
-def test_a_program_too_large_is_told_with_what_it_needs(monkeypatch):
-    made = plan.make_plan(tiny_config(), GPUS, images=6400)
+def test_a_program_too_large_is_told_with_what_it_needs(tiny_plan, monkeypatch):
+    made = tiny_plan
 
     class Lowered:
         def compile(self):
@@ -178,7 +184,8 @@ def test_a_program_too_large_is_told_with_what_it_needs(monkeypatch):
             )
 
     monkeypatch.setattr(Program, "lower", lambda self, *shapes: Lowered())
-    without = plan.make_plan(tiny_config(), GPUS, images=6400)
+    config = without_colour(tiny_config(batch_size=64))
+    without = plan.make_plan(config, GPUS, images=6400)
     assert not without["fits"] and without["memory"]["peak"] == round(35.02 * 2**30)
     assert "35.02 of 79.6 GiB of a device: DOES NOT FIT" in plan.report(without)
     text = plan.report(without | {"fitting": made | {"microbatch": 16}})
@@ -209,36 +216,47 @@ def test_a_batch_that_devices_do_not_divide_is_refused():
     assert said == []  # nothing is compiled for a config that can't be run
 
 
-def test_the_command_prints_json_and_compares(tmp_path):
+def test_the_command_prints_json_and_compares(tmp_path, capsys, monkeypatch):
     config = tmp_path / "c.py"
     config.write_text(
         f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from tiny import tiny_config\n\ndef get_config(variant=''):\n    return tiny_config()\n"
+        "from tiny import tiny_config, without_colour\n\n"
+        "def get_config(variant=''):\n    return without_colour(tiny_config())\n"
     )
-
-    def run(*arguments):
-        command = [sys.executable, "-m", "ssl_jax.cli", "plan", f"--config={config}", *arguments]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    done = run("--topology=h100:4", "--json")
+    # As it is typed: JAX is not there yet, and simulates as many devices as are asked for.
+    command = [sys.executable, "-m", "ssl_jax.cli", "plan", f"--config={config}"]
+    one_device = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+    environment = os.environ | {"XLA_FLAGS": one_device}
+    done = subprocess.run(
+        [*command, "--topology=h100:4", "--json"], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
     assert made["devices"] == 4
     (tmp_path / "four.json").write_text(done.stdout)
-    done = run("--topology=h100:2", f"--compare={tmp_path / 'four.json'}")
-    assert done.returncode == 0, done.stderr
-    line = next(line for line in done.stdout.splitlines() if line.startswith("devices"))
-    assert line.split() == ["devices", "2", "4", "2.000"]
     (tmp_path / "none.json").write_text("{}")
+
+    # Here it is: of the devices that it simulates some are taken.
+    monkeypatch.setattr("ssl_jax.backend.compile_elsewhere", lambda simulated: None)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        return cli.main(["plan", f"--config={config}", *arguments]), *capsys.readouterr()
+
+    code, out, err = run("--topology=h100:2", "--compare=four.json")
+    assert code == 0, err
+    line = next(line for line in out.splitlines() if line.startswith("devices"))
+    assert line.split() == ["devices", "2", "4", "2.000"]
+    (tmp_path / "four.json").unlink()
     for arguments, words in (
-        (["--topology=h100:2", f"--compare={tmp_path / 'none.json'}"], "is no plan that --json"),
+        (["--topology=h100:2", "--compare=none.json"], "is no plan that --json"),
         (["--topology=h100:2", "--compare=v4:2x2x1"], "compiled for apart"),
         (["--topology=v4:2x2"], "has no shape"),
-        (["--topology=h100:2", "--compare=none.json"], "neither a file nor a topology"),
+        (["--topology=h100:2", "--compare=four.json"], "neither a file nor a topology"),
         (["--topology=h100:2", "--compare=h100:4", "--json"], "without --compare"),
     ):
-        done = run(*arguments)
-        assert done.returncode == 2 and words in done.stderr, done.stderr
+        code, _, err = run(*arguments)
+        assert code == 2 and words in err, err
 
 
 def test_a_missing_compiler_is_told(monkeypatch):
@@ -247,6 +265,5 @@ def test_a_missing_compiler_is_told(monkeypatch):
         plan.devices_of(parse_topology("v5e:2x4"))
 
 
-def test_numbers_are_finite():
-    made = plan.make_plan(tiny_config(), GPUS, images=6400)
-    assert all(np.isfinite(value) for _, value in plan._numbers(made))
+def test_numbers_are_finite(tiny_plan):
+    assert all(np.isfinite(value) for _, value in plan._numbers(tiny_plan))

@@ -1,5 +1,6 @@
 """The agenda of an accelerator at toy size: it resumes, and its table is written."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -14,9 +15,50 @@ from ssl_jax.data.packed import pack
 ROOT = Path(__file__).parents[2]
 
 
-def run(*arguments):
-    command = [sys.executable, str(ROOT / "benchmarks" / "accelerator.py"), "--toy", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+# Of the same name as one in configs/: that one, as what compiles fastest.
+CONFIG = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from pathlib import Path
+from tiny import without_colour
+from ssl_jax.config import load_config
+
+def get_config(variant=""):
+    file = "{ROOT}/configs/" + Path(__file__).name
+    config = without_colour(load_config(f"{{file}}:{{variant}}" if variant else file))
+    config.dtype = "float32"
+    for view in config.views.values():
+        view.gray = 0.0
+    return config
+"""
+
+
+@pytest.fixture
+def benchmark(monkeypatch, tmp_path):
+    """The module; the processes that it starts, as it does always, train the smallest network."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("accelerator")
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    (configs / "simclr_cifar10.py").write_text(CONFIG)
+    monkeypatch.setattr(module, "CONFIGS", configs)
+    small = tuple(word.replace("depth=18", "depth=6") for word in module.SMALL)
+    monkeypatch.setattr(module, "SMALL", small)
+    return module
+
+
+@pytest.fixture
+def run(benchmark, capsys):
+    def run(*arguments):
+        """The exit code and what is printed."""
+        capsys.readouterr()
+        try:
+            benchmark.main(["--toy", *arguments])
+        except SystemExit as ended:
+            return ended.code, *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    return run
 
 
 def noise(folder):
@@ -27,41 +69,39 @@ def noise(folder):
         Image.fromarray(pixels).save(folder / f"{i % 2}" / f"{i}.png")
 
 
-def test_steps_run_once_and_fill_the_table(tmp_path):
+def test_steps_run_once_and_fill_the_table(run, tmp_path):
     out = f"--out={tmp_path}"
-    done = run(out, "--only=cached,loss")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["cached: done", "loss: done", f"{tmp_path}/results.md"]
+    code, told, _ = run(out, "--only=cached,loss")
+    logs = [file.read_text() for file in tmp_path.glob("*.log")]
+    assert code == 0, logs
+    assert told.splitlines() == ["cached: done", "loss: done", f"{tmp_path}/results.md"]
     results = (tmp_path / "results.md").read_text()
     for expected in ("## cached", "| ours | 4 |", "## loss", "dense JAX"):
         assert expected in results
-    assert "cached: done before" in run(out, "--only=cached").stdout
-    late = run(out, "--only=sweep", "--minutes=0.1")
-    assert late.returncode == 3 and "sweep: left for the next time" in late.stdout
+    assert "cached: done before" in run(out, "--only=cached")[1]
+    code, told, _ = run(out, "--only=sweep", "--minutes=0.1")
+    assert code == 3 and "sweep: left for the next time" in told
 
 
-def test_what_cannot_be_done_is_said(tmp_path):
+def test_what_cannot_be_done_is_said(run, tmp_path):
     out = f"--out={tmp_path}"
     for wrong, expected in {
         "--only=cifar_simclr": "--train is needed",
         "--only=stepp": "--only=stepp is no step",
         "--train=nowhere.npz": "--train=nowhere.npz is no file",
     }.items():
-        done = run(out, wrong)
-        assert done.returncode == 2 and expected in done.stderr
+        code, _, told = run(out, wrong)
+        assert code == 2 and expected in told
 
 
-def test_a_run_stopped_before_its_first_record_has_a_row(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from accelerator import write_results
-
+def test_a_run_stopped_before_its_first_record_has_a_row(benchmark, tmp_path):
     for method, steps in (("moco", 0), ("simclr", 97 * 20)):
         workdir = tmp_path / f"cifar_{method}"
         workdir.mkdir()
         (workdir / "config.json").write_text(json.dumps({"config": {"batch_size": 512}}))
         record = {"step": steps, "knn": 0.636, "images_per_s": 49_664.0}
         (workdir / "metrics.jsonl").write_text(json.dumps(record) * (steps > 0))
-    write_results(tmp_path)
+    benchmark.write_results(tmp_path)
     results = (tmp_path / "results.md").read_text()
     assert "| moco | 0 |" in results and "| simclr | 20 | 63.6 |  | 0.3 |" in results
 
@@ -76,17 +116,20 @@ def packed(tmp_path_factory):
     return f"--train={root}/train.npz", f"--test={root}/test.npz"
 
 
-def test_cifar_runs_are_trained_and_told(packed, tmp_path):
-    done = run(f"--out={tmp_path}", *packed, "--only=cifar_simclr")
-    assert done.returncode == 0, (tmp_path / "cifar_simclr.log").read_text()
-    assert "cifar_simclr: done" in done.stdout
+def test_cifar_runs_are_trained_and_told(run, packed, tmp_path):
+    code, told, _ = run(f"--out={tmp_path}", *packed, "--only=cifar_simclr")
+    assert code == 0, (tmp_path / "cifar_simclr.log").read_text()
+    assert "cifar_simclr: done" in told
     results = (tmp_path / "results.md").read_text()
     assert "| simclr | " in results and "CIFAR-10" in results
 
 
 @pytest.mark.long
 def test_the_whole_agenda(packed, tmp_path):
-    done = run(f"--out={tmp_path}", *packed, "--minutes=30")
+    """As it is typed."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "accelerator.py"), "--toy", *packed]
+    command += [f"--out={tmp_path}", "--minutes=30"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     *steps, path = done.stdout.splitlines()
     assert len(steps) == 16 and all(line.endswith(": done") for line in steps)

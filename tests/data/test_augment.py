@@ -119,51 +119,76 @@ def oracle_colour(image, p, view):
     return (image - view.mean) / view.std if view.mean else image
 
 
-def compare(function, oracle, values, atol=2e-6):
-    """One factor per image, then one for all, against the oracle."""
-    x = random_images()
-    function = jax.jit(function)
-    got = function(x, jnp.asarray(values, jnp.float32))
-    expected = np.stack([oracle(image, value) for image, value in zip(x, values, strict=True)])
-    np.testing.assert_allclose(got, expected, atol=atol)
-    assert got.dtype == jnp.float32
-    got = function(x, float(values[1]))
-    expected = np.stack([oracle(image, values[1]) for image in x])
-    np.testing.assert_allclose(got, expected, atol=atol)
-
-
 FACTORS = np.array([0.0, 0.3, 0.9, 1.0, 1.2, 1.8, 2.5])
+TURNS = np.array([-1.0, -0.5, -0.2, 0.0, 0.1, 0.37, 1.0])
+SIGMAS = np.array([0.1, 0.5, 0.8, 1.0, 1.5, 2.0, 5.0])
+# By name: the function, its definition, a value for each image, and the tolerance.
+ADJUSTMENTS = {
+    **{
+        f"brightness, {mode}": (
+            lambda x, f, mode=mode: augment.adjust_brightness(x, f, mode),
+            lambda x, f, mode=mode: oracle_brightness(x, f, mode),
+            FACTORS,
+            2e-6,
+        )
+        for mode in ("multiply", "add")
+    },
+    **{
+        f"contrast, {style}": (
+            lambda x, f, style=style: augment.adjust_contrast(x, f, style),
+            lambda x, f, style=style: oracle_contrast(x, f, style),
+            FACTORS,
+            2e-6,
+        )
+        for style in STYLES
+    },
+    **{
+        f"saturation, {style}": (
+            lambda x, f, style=style: augment.adjust_saturation(x, f, style),
+            lambda x, f, style=style: oracle_saturation(x, f, style),
+            FACTORS,
+            2e-6,
+        )
+        for style in STYLES
+    },
+    "hue": (augment.adjust_hue, oracle_hue, TURNS, 4e-6),
+    **{
+        f"blur, {taps} taps, {style}": (
+            lambda x, s, taps=taps, style=style: augment.gaussian_blur(x, s, taps, style),
+            lambda x, s, taps=taps, style=style: oracle_blur(x, s, taps, style),
+            SIGMAS,
+            2e-6,
+        )
+        for taps, style in [(1, "tf"), (3, "torchvision"), (9, "torchvision"), (12, "tf")]
+    },
+}
 
 
-@pytest.mark.parametrize("mode", ["multiply", "add"])
-def test_brightness(mode):
-    compare(
-        lambda x, f: augment.adjust_brightness(x, f, mode),
-        lambda x, f: oracle_brightness(x, f, mode),
-        FACTORS,
-    )
+@pytest.fixture(scope="module")
+def adjusted():
+    """Each adjustment with a value per image and with one for all; one program, to compile once."""
+
+    @jax.jit
+    def adjust_all(x, values):
+        return {
+            name: (function(x, values[name]), function(x, values[name][1]))
+            for name, (function, *_) in ADJUSTMENTS.items()
+        }
+
+    values = {name: np.float32(values) for name, (*_, values, _) in ADJUSTMENTS.items()}
+    return adjust_all(random_images(), values)
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_contrast(style):
-    compare(
-        lambda x, f: augment.adjust_contrast(x, f, style),
-        lambda x, f: oracle_contrast(x, f, style),
-        FACTORS,
-    )
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_saturation(style):
-    compare(
-        lambda x, f: augment.adjust_saturation(x, f, style),
-        lambda x, f: oracle_saturation(x, f, style),
-        FACTORS,
-    )
-
-
-def test_hue():
-    compare(augment.adjust_hue, oracle_hue, np.array([-1.0, -0.5, -0.2, 0.0, 0.1, 0.37, 1.0]), 4e-6)
+@pytest.mark.parametrize("name", ADJUSTMENTS)
+def test_adjustments_are_their_definitions(name, adjusted):
+    _, oracle, values, atol = ADJUSTMENTS[name]
+    each, all_alike = adjusted[name]
+    x = random_images()
+    expected = np.stack([oracle(image, value) for image, value in zip(x, values, strict=True)])
+    np.testing.assert_allclose(each, expected, atol=atol)
+    assert each.dtype == jnp.float32
+    expected = np.stack([oracle(image, values[1]) for image in x])
+    np.testing.assert_allclose(all_alike, expected, atol=atol)
 
 
 def test_gray():
@@ -179,17 +204,6 @@ def test_solarize_inverts_at_and_above_the_threshold():
     np.testing.assert_allclose(augment.solarize(x, 0.5), expected, atol=1e-7)
     two = augment.solarize(jnp.full((2, 1, 1, 3), 0.4), jnp.array([0.4, 0.6]))
     np.testing.assert_allclose(two[:, 0, 0, 0], [0.6, 0.4], atol=1e-7)
-
-
-@pytest.mark.parametrize(
-    "taps, style", [(1, "tf"), (3, "torchvision"), (9, "torchvision"), (12, "tf")]
-)
-def test_blur(taps, style):
-    compare(
-        lambda x, s: augment.gaussian_blur(x, s, taps, style),
-        lambda x, s: oracle_blur(x, s, taps, style),
-        np.array([0.1, 0.5, 0.8, 1.0, 1.5, 2.0, 5.0]),
-    )
 
 
 def test_adjustments_are_tensorflows():
@@ -252,14 +266,19 @@ def test_colour_is_the_chain_of_definitions(name):
     view = VIEWS[name]
     n = 40
     images = random_images(n, size=20, seed=2)
-    drawn = jax.vmap(lambda key: augment.draw_parameters(key, view))(keys(n, 5))
+
+    @jax.jit
+    def draw_and_colour(images, keys):
+        drawn = jax.vmap(lambda key: augment.draw_parameters(key, view))(keys)
+        return drawn, augment.colour(images, keys, view)
+
+    drawn, got = jax.device_get(draw_and_colour(images, keys(n, 5)))
     expected = np.stack(
         [
-            oracle_colour(image, {name: np.asarray(v)[i] for name, v in drawn.items()}, view)
+            oracle_colour(image, {name: v[i] for name, v in drawn.items()}, view)
             for i, image in enumerate(images)
         ]
     )
-    got = colour(images, keys(n, 5), view)
     difference = np.abs(got - expected)
     # A pixel within rounding of the threshold may be solarized by one and not by the other.
     assert np.mean(difference > 3e-5) <= (1e-4 if view.solarize.prob else 0.0)
@@ -273,7 +292,8 @@ def test_order_of_the_jitter_matters_and_is_obeyed():
     p = dict(brightness=1.5, contrast=0.4, saturation=1.6, hue=0.15, jitter=True)
     n = len(orders)
     batched = {name: jnp.full(n, value) for name, value in p.items()} | {"order": orders}
-    got = augment.apply_colour(jnp.repeat(image, n, axis=0), batched, view)
+    apply = jax.jit(lambda x, p: augment.apply_colour(x, p, view))
+    got = apply(np.repeat(image, n, axis=0), batched)
     off = dict(flip=False, gray=False, blur=False, solarize=False)
     expected = [oracle_colour(image[0], {**p, **off, "order": order}, view) for order in orders]
     np.testing.assert_allclose(got, expected, atol=5e-6)

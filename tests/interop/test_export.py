@@ -8,28 +8,23 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import tiny_config, without_colour
+from encoders import copy_run, random_encoder
+from tiny import tiny_config
 
 import ssl_jax
 from ssl_jax import cli
-from ssl_jax.config import view
+from ssl_jax.config import Schedule, view
 from ssl_jax.encoder import restore_state
 from ssl_jax.interop.described import preprocessing
 from ssl_jax.interop.official import read_weights
 from ssl_jax.interop.weights import Weights, write_weights
-from ssl_jax.methods.base import make_encoder
-from ssl_jax.train import pretrain
+from ssl_jax.start import resolve_start, started
+from ssl_jax.step import assemble, init_state
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    config = without_colour(tiny_config(steps=2, batch_size=64, seed=7))
-    config.simclr.layers = 3
-    config.views.view2.gray = 0.25
-    config.eval.frozen_at_end = True  # the card has its table
-    workdir = tmp_path_factory.mktemp("export") / "run"
-    pretrain(config, workdir)
-    return workdir
+def run(finished_run, tmp_path_factory):
+    return copy_run(finished_run, tmp_path_factory.mktemp("export") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +32,7 @@ def selective(tmp_path_factory):
     """A network with selective kernels, which PyTorch's libraries don't have, of random numbers."""
     config = tiny_config()
     config.model.update(depth=50, width=1 / 32, sk=True)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    module, rng = make_encoder(config), np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda k: module.init(k, np.zeros((1, 8, 8, 3)), train=False), key)
-    drawn = jax.tree.map(lambda x: rng.uniform(0.5, 1, x.shape).astype(np.float32), shapes)
+    drawn = random_encoder(config)
     file = tmp_path_factory.mktemp("sk") / "sk.safetensors"
     networks = ({"encoder": drawn[kind]} for kind in ("params", "batch_stats"))
     write_weights(Weights(config, *networks), file)
@@ -50,6 +42,11 @@ def selective(tmp_path_factory):
 def write_loader(folder):
     source = Path(ssl_jax.__file__).parent / "interop" / "torch_encoder.txt"
     (folder / "torch_encoder.py").write_bytes(source.read_bytes())
+
+
+def same(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y) for x, y in pairs)
 
 
 def images(n=3, size=8):
@@ -106,19 +103,20 @@ def test_our_tree_is_loaded_and_started_from(run, tmp_path, capsys):
     layer = ssl_jax.load(file, projector_layer=2).apply(images())
     np.testing.assert_array_equal(layer, ssl_jax.load(run, projector_layer=2).apply(images()))
     # As the first weights of another run, with or without its heads.
+    source = restore_state(run)
+    config = tiny_config()
+    config.simclr.update(layers=3, hidden=24)
+    config.data.num_classes = 10
+    config.start.path = str(file)
+    method, optimizer, _ = assemble(config, Schedule(1, 10))
+    shapes = jax.eval_shape(lambda: init_state(method, optimizer, config))
+    initial = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     for heads in (False, True):
-        config = without_colour(tiny_config(steps=1, batch_size=64))
-        config.simclr.layers = 3
-        config.optim.lr = 0.0
-        config.start.update(path=str(file), heads=heads)
-        pretrain(config, tmp_path / f"heads_{heads}")
-        mine, theirs = restore_state(tmp_path / f"heads_{heads}"), restore_state(run)
-
-        def same(name, mine=mine, theirs=theirs):
-            both = (jax.tree.leaves(state.params[name]) for state in (mine, theirs))
-            return all(np.array_equal(a, b) for a, b in zip(*both, strict=True))
-
-        assert same("encoder") and same("projector") == heads
+        config.start.heads = heads
+        resolve_start(config)
+        params = started(initial, config).params
+        assert same(params["encoder"], source.params["encoder"])
+        assert same(params["projector"], source.params["projector"]) == heads
 
 
 def test_a_file_is_evaluated_like_a_run(run, tmp_path, capsys):

@@ -6,6 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from encoders import random_encoder
 from safetensors.numpy import save_file
 from tiny import method_config, tiny_config, without_colour
 
@@ -16,7 +17,6 @@ from ssl_jax.interop.card import model_card
 from ssl_jax.interop.official import read_weights
 from ssl_jax.interop.torch_names import to_torch
 from ssl_jax.interop.weights import Weights, read_header, save, write_weights
-from ssl_jax.methods.base import make_encoder
 from ssl_jax.train import pretrain
 
 RNG = np.random.default_rng(0)
@@ -29,10 +29,7 @@ def normal(*shape):
 @pytest.fixture(scope="module")
 def drawn():
     """Parameters and running statistics of a tiny encoder, of random numbers."""
-    module = make_encoder(tiny_config())
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    shapes = jax.eval_shape(lambda k: module.init(k, np.zeros((1, 8, 8, 3)), train=False), key)
-    return jax.tree.map(lambda x: RNG.uniform(0.5, 1, x.shape).astype(np.float32), shapes)
+    return random_encoder(tiny_config())
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """Convolutions and pooling as each platform likes them: values and gradients are JAX's own."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,20 +18,61 @@ def by_jax(x, kernel, strides, padding):
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
 
 
-@pytest.mark.parametrize("padding", ["SAME", ((1, 1), (1, 1)), ((0, 2), (1, 0))])
-@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
-@pytest.mark.parametrize("size", [(8, 8), (9, 7)])
-def test_value_and_gradients_are_jaxs(padding, kernel, stride, size):
+def value_and_gradients(function, noise, *args):
+    value, pull = jax.vjp(function, *args)
+    return value, pull(noise[: value.size].reshape(value.shape))
+
+
+def assert_alike(cases, value_rtol=0.0, rtol=1e-4):
+    """Two functions of the same arrays have the same values and gradients.
+
+    Args:
+      cases: by name, both functions and their arguments; one program computes all, for each of its
+        own would take longer to compile than everything else here.
+      value_rtol: of the values, 0 where they must be the same bit for bit.
+      rtol: of the gradients.
+    """
+
+    @jax.jit
+    def compute(noise, args):
+        return {
+            name: [value_and_gradients(function, noise, *args[name]) for function in pair]
+            for name, (*pair, _) in cases.items()
+        }
+
+    noise = np.random.default_rng(1).normal(size=10_000).astype(np.float32)
+    computed = compute(noise, {name: args for name, (*_, args) in cases.items()})
+    assert computed.keys() == cases.keys()
+    for name, ((value, ours), (expected, jaxs)) in computed.items():
+        np.testing.assert_allclose(value, expected, value_rtol, value_rtol, err_msg=name)
+        for mine, theirs in zip(ours, jaxs, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=rtol, atol=rtol, err_msg=name)
+
+
+def random_arrays(*shapes):
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(3, *size, 4)), jnp.float32)
-    w = jnp.asarray(rng.normal(size=(kernel, kernel, 4, 5)), jnp.float32)
-    args = ((stride, stride), padding)
-    expected, pull = jax.vjp(lambda x, w: by_jax(x, w, *args), x, w)
-    actual, ours = jax.vjp(lambda x, w: conv_general_dilated(x, w, *args), x, w)
-    np.testing.assert_array_equal(actual, expected)
-    g = jnp.asarray(rng.normal(size=expected.shape), jnp.float32)
-    for mine, jaxs in zip(ours(g), pull(g), strict=True):
-        np.testing.assert_allclose(mine, jaxs, rtol=1e-4, atol=1e-4)
+    return tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes)
+
+
+def convolutions(ours, strides, pads, x, w):
+    """A case of `assert_alike`."""
+    functions = (lambda x, w: ours(x, w, strides, pads), lambda x, w: by_jax(x, w, strides, pads))
+    return *functions, random_arrays(x, w)
+
+
+def test_value_and_gradients_are_jaxs():
+    paddings = ["SAME", ((1, 1), (1, 1)), ((0, 2), (1, 0))]
+    kernels = [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)]
+    assert_alike(
+        {
+            f"{size}, kernel {k}, stride {stride}, {pads}": convolutions(
+                conv_general_dilated, (stride, stride), pads, (3, *size, 4), (k, k, 4, 5)
+            )
+            for size in [(8, 8), (9, 7)]
+            for k, stride in kernels
+            for pads in paddings
+        }
+    )
 
 
 def gradients(conv):
@@ -64,21 +107,19 @@ def test_other_convolutions_are_refused(options):
         conv.init(jax.random.key(0), jnp.zeros((1, 8, 8, 4)))
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [(32, 32), (9, 10), (7, 13)])
-@pytest.mark.parametrize(
-    ("kernel", "pads"), [(7, ((3, 3), (3, 3))), (7, ((2, 3), (2, 3))), (3, ((1, 1), (0, 1)))]
-)
-def test_a_stem_of_squares_has_the_sums_of_the_strided_one(channels, size, kernel, pads):
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, *size, channels)), jnp.float32)
-    w = jnp.asarray(rng.normal(size=(kernel, kernel, channels, 5)), jnp.float32)
-    expected, pull = jax.vjp(lambda x, w: by_jax(x, w, (2, 2), pads), x, w)
-    actual, ours = jax.vjp(lambda x, w: layers._stem_conv(x, w, (2, 2), pads), x, w)
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
-    g = jnp.asarray(rng.normal(size=expected.shape), jnp.float32)
-    for mine, jaxs in zip(ours(g), pull(g), strict=True):
-        np.testing.assert_allclose(mine, jaxs, rtol=1e-4, atol=1e-4)
+def test_a_stem_of_squares_has_the_sums_of_the_strided_one():
+    kernels = [(7, ((3, 3), (3, 3))), (7, ((2, 3), (2, 3))), (3, ((1, 1), (0, 1)))]
+    assert_alike(
+        {
+            f"{size}, {channels} channels, kernel {k}, {pads}": convolutions(
+                layers._stem_conv, (2, 2), pads, (2, *size, channels), (k, k, channels, 5)
+            )
+            for size in [(32, 32), (9, 10), (7, 13)]
+            for channels in (1, 3)
+            for k, pads in kernels
+        },
+        value_rtol=1e-4,
+    )
 
 
 @pytest.mark.parametrize(("platform", "channels"), [("cpu", 3), ("tpu", 3), ("cuda", 16)])
@@ -90,16 +131,22 @@ def test_only_a_gpu_has_the_stem_of_squares(platform, channels):
     assert f"x{channels}x8xf32" in line  # the kernel's channels
 
 
-@pytest.mark.parametrize("pads", [((1, 1), (1, 1)), ((0, 1), (0, 1))])
-@pytest.mark.parametrize("size", [(8, 8), (9, 7)])
-def test_pooling_has_jaxs_gradient_where_values_tie_too(size, pads):
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.integers(-2, 2, (3, *size, 5)), jnp.float32)
-    expected, pull = jax.vjp(lambda x: nn.max_pool(x, (3, 3), (2, 2), list(pads)), x)
-    actual, ours = jax.vjp(lambda x: max_pool(x, pads), x)
-    np.testing.assert_array_equal(actual, expected)
-    g = jnp.asarray(rng.normal(size=expected.shape), jnp.float32)
-    np.testing.assert_allclose(ours(g)[0], pull(g)[0], rtol=1e-5, atol=1e-5)
+def pools(pads, size):
+    """A case of `assert_alike`, with many equal values."""
+    x = np.random.default_rng(0).integers(-2, 2, (3, *size, 5)).astype(np.float32)
+    flax = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2), padding=list(pads))
+    return (lambda x: max_pool(x, pads)), flax, (x,)
+
+
+def test_pooling_has_jaxs_gradient_where_values_tie_too():
+    assert_alike(
+        {
+            f"{size}, {pads}": pools(pads, size)
+            for size in [(8, 8), (9, 7)]
+            for pads in [((1, 1), (1, 1)), ((0, 1), (0, 1))]
+        },
+        rtol=1e-5,
+    )
 
 
 @pytest.mark.parametrize(("platform", "scattered"), [("cpu", 0), ("cuda", 0), ("tpu", 1)])

@@ -1,0 +1,38 @@
+"""What evaluations and exports begin with: a finished run, an encoder of random numbers."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+from tiny import tiny_config, without_colour
+
+from ssl_jax.methods.base import make_encoder
+from ssl_jax.train import pretrain
+
+
+def pretrain_simclr(workdir):
+    """Two steps of a SimCLR v2 on digits, evaluated on the first layer of its projector."""
+    config = without_colour(tiny_config(steps=2, batch_size=64, seed=7))
+    config.simclr.update(layers=3, hidden=24)
+    config.views.view2.gray = 0.25
+    config.eval.update(projector_layer=1, frozen_at_end=True)
+    pretrain(config, workdir)
+    return workdir
+
+
+def copy_run(run, workdir):
+    """A copy of a run that a test may change, of which the encoder itself is evaluated."""
+    shutil.copytree(run, workdir)
+    record = json.loads((workdir / "config.json").read_text())
+    record["config"]["eval"] |= {"projector_layer": 0, "frozen_at_end": False}
+    (workdir / "config.json").write_text(json.dumps(record))
+    return workdir
+
+
+def random_encoder(config, seed=0):
+    """Parameters and running statistics of an encoder, positive random numbers, on the host."""
+    module, rng = make_encoder(config), np.random.default_rng(seed)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    shapes = jax.eval_shape(lambda k: module.init(k, np.zeros((1, 8, 8, 3)), train=False), key)
+    return jax.tree.map(lambda x: rng.uniform(0.5, 1, x.shape).astype(np.float32), shapes)
