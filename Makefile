@@ -4,9 +4,17 @@ PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python
 BIN := .venv/bin
 PIP := python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALL := $(BIN)/$(PIP)
+# The checks of arrays that tests/conftest.py turns on are for `make test`.
+UNCHECKED := JAXTYPING_DISABLE=1 JAX_NUMPY_RANK_PROMOTION=allow
+
+# What `make compat` runs: the tests that compute, with whatever calls JAX and what lies around it.
+# Left out: processes, the command line, pages and packaging, which newer packages hardly touch.
+COMPAT := 3.12 3.13
+COMPAT_TESTS := data evals interop methods models $(addprefix test_,$(addsuffix .py,backend checkpoint config diagnostics \
+  ema encoder files finite hlo house_rules losses metrics microbatch optim plan probe spmd step train))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test long flaky mutations peers docs audit lint types contracts format clean
+.PHONY: help quickstart test long flaky mutations compat peers docs audit lint types contracts format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -15,22 +23,23 @@ quickstart: .venv/.core  ## pretrain on a CPU in minutes; the report is runs/qui
 	$(BIN)/python run_pretrain.py --config=configs/simclr_digits.py --workdir=runs/quickstart
 
 test: lint types contracts  ## all that CI checks; the tests last
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -p no:randomly -m "not long"
 
 long: .venv/.dev  ## tests that take minutes: runs that are killed, damaged and starved, several processes, fuzzing
-	$(BIN)/python -m pytest -m long
+	$(UNCHECKED) $(BIN)/python -m pytest -p no:randomly -m long
 
 flaky: .venv/.dev  ## the tests of `make test` five times in random order
 	for seed in 1 2 3 4 5; do \
-	  $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" -p randomly -p "no:cacheprovider" \
-	    -p randomly --randomly-seed=$$seed || exit 1; \
+	  $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" --randomly-seed=$$seed || exit 1; \
 	done
 
 mutations: .venv/.dev  ## break the package on purpose, a place at a time: a test must fail each time
 	$(BIN)/python .ci/mutations.py
 
+compat: $(COMPAT:%=compat-%)  ## the tests that compute, on Python 3.12 and 3.13 with the newest JAX, Flax and Optax
+
 peers: .venv-peers/.done  ## beside torchvision, and by the TPU's compiler; installs torch and libtpu, which are big
-	.venv-peers/bin/python -m pytest tests/peers tests/tpu
+	$(UNCHECKED) .venv-peers/bin/python -m pytest tests/peers tests/tpu
 
 docs: .venv/.dev  ## the documentation as a site, build/docs/index.html; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
@@ -69,6 +78,22 @@ clean:  ## remove caches and builds; environments and runs/ stay
 .venv-peers/.done: setup.py constraints.txt | .venv-peers/bin/pip
 	@echo "Installing ssl_jax, torch and libtpu into .venv-peers (once)"
 	.venv-peers/bin/$(PIP) -e ".[peers,plan]"
+	@touch $@
+
+# An environment and the tests for one Python, found on the path or among pyenv's; a Python that is
+# not there is skipped. `rm -r .venv-compat-*` brings the newest versions again.
+compat-%:
+	@python=$$(for each in python$* $$(pyenv whence --path python$* 2>/dev/null); do \
+	  $$each -c "" 2>/dev/null && echo $$each && break; done); \
+	[ "$$python" ] || { echo "compat: skipped Python $*: there is no python$* on the path"; exit 0; }; \
+	set -e; $(MAKE) --no-print-directory .venv-compat-$*/.done COMPAT_PYTHON=$$python; \
+	.venv-compat-$*/bin/python -m pip list --disable-pip-version-check | grep -E "^(flax|jax|jaxlib|numpy|optax|orbax-checkpoint) "; \
+	.venv-compat-$*/bin/python -m pytest -n 2 --dist worksteal -m "not long" $(COMPAT_TESTS:%=tests/%)
+
+.venv-compat-%/.done: setup.py
+	@echo "Installing ssl_jax and the newest of what its tests need into $(@D) (once)"
+	$(COMPAT_PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
 	@touch $@
 
 # pip is the last that venv makes, so a venv that was broken off is made anew.

@@ -16,6 +16,9 @@ DATA = [
     "array_record>=0.8; sys_platform != 'win32'",
 ]
 
+# What tests run on, apart from DATA.
+TEST = ["beartype>=0.23", "hypothesis>=6.100", "pytest>=8.3", "pytest-xdist>=3.6"]
+
 DOCS = ["furo>=2025.1", "myst-parser>=5.0", "sphinx>=9.0", "sphinx-copybutton>=0.5"]
 
 setup(
@@ -57,6 +60,7 @@ setup(
         "data": DATA,
         # Other packages, to compare with: tests/peers.
         "peers": [
+            "beartype>=0.23",
             "dm-haiku>=0.0.14",
             "pytest>=8.3",
             "timm>=1.0",
@@ -65,18 +69,18 @@ setup(
         ],
         "docs": DOCS,
         "wandb": ["wandb>=0.20"],
+        "test": [*DATA, *TEST],
         "dev": [
             *DATA,
             *DOCS,
+            *TEST,
             "build>=1.2",
-            "hypothesis>=6.100",
             "import-linter>=2.5",
             "mypy>=1.15",
             "pip-audit>=2.9",
             "playwright>=1.50",  # drives a Chromium that is on the machine; installs none
             "pre-commit>=4.0",
-            "pytest>=8.3",
-            "pytest-xdist>=3.6",
+            "pytest-randomly>=4.0",
             "ruff>=0.12",
             "setuptools>=77",
             "wandb>=0.20",

@@ -8,7 +8,7 @@ from importlib import metadata
 _CPU_FLAG = "xla_cpu_experimental_ynn_fusion_type"
 _CPU_VALUE = "-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
 # An unknown flag ends the process, so only versions in which it was seen to work.
-_VERSIONS_WITH_FLAG = ("0.10.2", "0.11.2")
+_VERSIONS_WITH_FLAG = ("0.10.2", "0.11.2", "0.12.0.1")
 _ACCELERATOR_PACKAGES = ("libtpu", "jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin")
 
 

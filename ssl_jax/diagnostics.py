@@ -35,7 +35,7 @@ def embedding_std(
     unit = normalize(embedding)
     mean = mean_over_devices(jnp.mean(unit, axis=0))
     # About the global mean: the difference of two means would cancel when nearly collapsed.
-    variance = mean_over_devices(jnp.mean(jnp.square(unit - mean), axis=0))
+    variance = mean_over_devices(jnp.mean(jnp.square(unit - mean[None, :]), axis=0))
     return jnp.mean(jnp.sqrt(variance)) * np.sqrt(unit.shape[1])
 
 

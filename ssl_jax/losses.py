@@ -7,6 +7,7 @@ The other losses are local means, which the caller averages over devices.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -283,7 +284,7 @@ def _info_nce_forward(
 ) -> tuple[Float[Array, ""], Float[Array, "n d"]]:
     """The loss and its gradient together: a query's needs no other's, so nothing is done twice."""
 
-    def losses_and_gradients(limits: _Limits, q: Array, k: Array, queue: Array) -> Array:
+    def losses_and_gradients(limits: _Limits, q: Array, k: Array, queue: Array) -> Any:
         def loss_and_gradient(q: Array, k: Array) -> tuple[Array, Array]:
             scores, positive, lse = _info_nce_scores(q, k, queue, temperature)
             attraction = _matmul(jnp.exp(scores - lse[:, None]), queue)
@@ -345,17 +346,17 @@ def sinkhorn(
     if axis_name is not None:
         top = jax.lax.pmax(top, axis_name)
     # The floor is far below what an exponential can tell, and still finite divided by epsilon.
-    logits = jnp.maximum(scores - top, -1e30) / epsilon
+    logits = jnp.maximum(scores - top[None, :], -1e30) / epsilon
     total = _psum(jnp.sum(jnp.exp(logits), axis=0), axis_name)
-    log_q = logits - jnp.log(total)
+    log_q = logits - jnp.log(total)[None, :]
     q = jnp.exp(log_q - jnp.max(log_q, axis=1, keepdims=True))
     rows, columns = 1 / jnp.sum(q, axis=1), jnp.ones(q.shape[1])
     for done in range(1, iterations):
         if done % 4 == 0:
-            q, rows = q * columns * rows[:, None], jnp.ones(q.shape[0])
+            q, rows = q * columns[None, :] * rows[:, None], jnp.ones(q.shape[0])
         columns = 1 / _psum(_matmul(rows, q, "highest"), axis_name)
         rows = 1 / _matmul(q, columns, "highest")
-    return q * columns * rows[:, None]
+    return q * columns[None, :] * rows[:, None]
 
 
 def swapped_prediction(
@@ -407,7 +408,7 @@ def _masked_scores(anchors: Array, rows: Int[Array, " b"], columns: Array, tau: 
     return jnp.where(itself, -jnp.inf, scores)
 
 
-def _in_blocks(function, block: int, *rows: Array) -> Array:  # type: ignore[no-untyped-def]
+def _in_blocks(function, block: int, *rows: Array):  # type: ignore[no-untyped-def]
     """Applies a row-wise function to blocks of rows in turn, padding the last."""
     n = rows[0].shape[0]
     if block >= n:

@@ -34,7 +34,7 @@ def init(features: int, classes: int) -> Pytree:
 
 def scores(params: Pytree, features: Float[Array, "n d"]) -> Float[Array, "n classes"]:
     """Logits of features."""
-    return jnp.asarray(features) @ params["kernel"] + params["bias"]
+    return jnp.asarray(features) @ params["kernel"] + params["bias"][None, :]
 
 
 def loss(

@@ -28,6 +28,8 @@ if FIRST_PROCESS:
             * metadata.version("jaxlib").startswith("0.10."),
         ]
     ).strip()
+    # `matrix + vector` is an error: broadcasts are written out, as matrix + vector[None, :].
+    os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
     # TensorFlow: no banner about the CPU's instructions.
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     # Shared by all processes, so that a program which several tests compile is compiled once. New,
@@ -37,6 +39,19 @@ if FIRST_PROCESS:
     if OWN_CACHE:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ssl_jax_compiled_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+# In tests each call checks arrays against their annotations: library, dtype, and shape. A NumPy
+# array is accepted for a JAX array, as by JAX itself. The package must not have been imported yet.
+# Installed here because the option of jaxtyping's pytest plugin doesn't reach the workers of
+# pytest-xdist (jaxtyping 0.3.11).
+import jax  # noqa: E402 - after the environment that it reads
+import jaxtyping  # noqa: E402
+import numpy as np  # noqa: E402
+
+jaxtyping.Array = jax.Array | np.ndarray
+CHECKED = ("losses", "methods", "models", "step", "evals", "ema", "diagnostics", "probe", "optim")
+CHECKED += ("data.augment", "data.device_crop", "data.index")
+jaxtyping.install_import_hook([f"ssl_jax.{name}" for name in CHECKED], "array_checks.check_arrays")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -51,3 +66,9 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory):
     from encoders import pretrain_simclr
 
     return pretrain_simclr(tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture
+def unchecked_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No checks of annotations, for what functions themselves answer to arrays of wrong shapes."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -221,7 +221,7 @@ def run_program(*arguments):
         sys.argv = before
 
 
-@pytest.mark.parametrize("page", filter(runnable, PAGES))
+@pytest.mark.parametrize("page", [*filter(runnable, PAGES)])
 def test_every_command_of_the_page_runs(page, typed, here):
     typed.page(page)
 

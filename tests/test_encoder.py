@@ -1,5 +1,6 @@
 """The encoder of a run, and its projector's layers."""
 
+import jax
 import numpy as np
 import pytest
 from tiny import method_config
@@ -24,9 +25,9 @@ def test_a_layer_of_the_projector_can_be_had(finished_run):
     state = restore_state(finished_run)
     params, stats = state.params["projector"], state.extra["batch_stats"]["projector"]
     x = h.astype(np.float64) @ np.float64(params["dense1"]["kernel"])
-    bn, running = params["bn1"], stats["bn1"]
-    x = (x - running["mean"]) / np.sqrt(np.float64(running["var"]) + 1e-5)
-    expected = np.maximum(x * np.float64(bn["scale"]) + np.float64(bn["bias"]), 0)
+    bn, running = (jax.tree.map(np.float64, tree["bn1"]) for tree in (params, stats))
+    x = (x - running["mean"]) / np.sqrt(running["var"] + 1e-5)
+    expected = np.maximum(x * bn["scale"] + bn["bias"], 0)
     np.testing.assert_allclose(z, expected, rtol=1e-3, atol=1e-5)
 
 

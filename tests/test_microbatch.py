@@ -40,10 +40,11 @@ class NoNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        channels, each = (x.shape[-1],), (*[None] * (x.ndim - 1), slice(None))
         if self.use_scale:
-            x = x * self.param("scale", nn.initializers.ones, (x.shape[-1],))
+            x = x * self.param("scale", nn.initializers.ones, channels)[each]
         if self.use_bias:
-            x = x + self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+            x = x + self.param("bias", nn.initializers.zeros, channels)[each]
         return x
 
 

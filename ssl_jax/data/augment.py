@@ -139,7 +139,8 @@ def gaussian_blur(x: Images, sigma: PerImage, kernel_size: int, style: str = "tf
     if kernel_size < 1:
         raise UserError(f"kernel_size is {kernel_size}: a blur needs 1 tap or more.")
     radius = kernel_size // 2
-    deviations = jnp.arange(radius + 1) / jnp.reshape(jnp.asarray(sigma, jnp.float32), (-1, 1))
+    sigmas = jnp.reshape(jnp.asarray(sigma, jnp.float32), (-1, 1))
+    deviations = jnp.arange(radius + 1)[None, :] / sigmas
     half = jnp.exp(-0.5 * deviations**2)  # [n, radius + 1], from the centre outwards
     taps = half / (2.0 * half.sum(axis=1, keepdims=True) - 1.0)
     for axis in (1, 2):
@@ -228,7 +229,8 @@ def apply_colour(
         x = x + view.noise * draw(parameters["noise_key"])
     x = jnp.clip(x, 0.0, 1.0)
     if view.mean:
-        x = (x - jnp.array(view.mean)) / jnp.array(view.std)
+        mean, std = (jnp.array(each)[None, None, None, :] for each in (view.mean, view.std))
+        x = (x - mean) / std
     return x
 
 
@@ -349,7 +351,7 @@ def _blend(base: _Planes, planes: _Planes, factor: Array) -> _Planes:
     return r, g, b
 
 
-def _convolve(x: Images, taps: Float[Array, "n half"], axis: int, border: str) -> Images:
+def _convolve(x: Images, taps: Float[Array, "_n half"], axis: int, border: str) -> Images:
     """A symmetric filter along one axis; `taps` go from the centre outwards."""
     # A convolution with a filter per image has a group per image, 30 times as slow on a CPU. There
     # shifts and sums are fastest; where matrices are multiplied by the way, a matrix per image is.
@@ -360,7 +362,7 @@ def _convolve(x: Images, taps: Float[Array, "n half"], axis: int, border: str) -
     return result
 
 
-def _by_shifts(x: Images, taps: Float[Array, "n half"], axis: int, border: str) -> Images:
+def _by_shifts(x: Images, taps: Float[Array, "_n half"], axis: int, border: str) -> Images:
     radius = taps.shape[1] - 1
     width = [(radius, radius) if i == axis else (0, 0) for i in range(4)]
     # Without the barrier the compiler fuses what made x into every shift, and makes it per tap.
@@ -376,15 +378,15 @@ def _by_shifts(x: Images, taps: Float[Array, "n half"], axis: int, border: str) 
     return total
 
 
-def _by_matrices(x: Images, taps: Float[Array, "n half"], axis: int, border: str) -> Images:
+def _by_matrices(x: Images, taps: Float[Array, "_n half"], axis: int, border: str) -> Images:
     """Each image's rows or columns times a banded matrix, in TF32 or better: to 1/1000 of white."""
     radius, size = taps.shape[1] - 1, x.shape[axis]
     by = jnp.arange(-radius, radius + 1)
-    source = jnp.arange(size)[:, None] + by  # which pixel a tap takes
+    source = jnp.arange(size)[:, None] + by[None, :]  # which pixel a tap takes
     if border == "reflect":
         source = jnp.abs(source)
         source = jnp.where(source < size, source, 2 * (size - 1) - source)
-    takes = (source[:, :, None] == jnp.arange(size)).astype(jnp.float32)
+    takes = (source[:, :, None] == jnp.arange(size)[None, None, :]).astype(jnp.float32)
     matrices = jnp.einsum("nt,itj->nij", taps[:, jnp.abs(by)], takes, precision="highest")
     subscripts = "nij,njwc->niwc" if axis == 1 else "nij,nhjc->nhic"
     return jnp.einsum(subscripts, matrices, x, precision="high")

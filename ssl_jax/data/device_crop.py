@@ -196,8 +196,8 @@ def _resize_weights(
 ) -> Float[Array, "n size source"]:
     """What each of `source` pixels in a row adds to each of `size` pixels across its crop."""
     scale = (length / size)[:, None, None]
-    centre = start[:, None, None] + (jnp.arange(size)[:, None] + 0.5) * scale - 0.5
-    pixel = jnp.arange(source)
+    centre = start[:, None, None] + (jnp.arange(size)[None, :, None] + 0.5) * scale - 0.5
+    pixel = jnp.arange(source)[None, None, :]
     distance = jnp.abs(pixel - centre) / (jnp.maximum(scale, 1.0) if antialias else 1.0)
     inside = (pixel >= start[:, None, None]) & (pixel < (start + length)[:, None, None])
     weights = jnp.where(inside, _kernel(distance, interpolation), 0.0)
@@ -227,8 +227,8 @@ def _trace(
     """Where in the source a grid of points, `steps` down and across an affine view, comes from."""
     g = {name: value[:, None, None] for name, value in geometry.items()}
     middle_y, middle_x = ((side - 1) / 2 for side in (height, width))
-    y = g["top"] + steps[:, None] * g["height"] - 0.5 - middle_y - g["shift_y"]
-    x = g["left"] + steps * g["width"] - 0.5 - middle_x - g["shift_x"]
+    y = g["top"] + steps[None, :, None] * g["height"] - 0.5 - middle_y - g["shift_y"]
+    x = g["left"] + steps[None, None, :] * g["width"] - 0.5 - middle_x - g["shift_x"]
     sine, cosine = jnp.sin(jnp.radians(g["degrees"])), jnp.cos(jnp.radians(g["degrees"]))
     y, x = cosine * y - sine * x, sine * y + cosine * x
     x = x - jnp.tan(jnp.radians(g["shear"])) * y
@@ -240,8 +240,8 @@ def _sample(
 ) -> Float[Array, "n size size 3"]:
     """Bilinear sampling at any coordinates, zero outside, without a gather."""
     n, height, width, _ = images.shape
-    rows = _kernel(jnp.abs(y.reshape(n, -1, 1) - jnp.arange(height)), "bilinear")
-    columns = _kernel(jnp.abs(x.reshape(n, -1, 1) - jnp.arange(width)), "bilinear")
+    rows = _kernel(jnp.abs(y.reshape(n, -1, 1) - jnp.arange(height)[None, None, :]), "bilinear")
+    columns = _kernel(jnp.abs(x.reshape(n, -1, 1) - jnp.arange(width)[None, None, :]), "bilinear")
     planes = []
     for channel in jnp.moveaxis(to_float(images), -1, 0):
         lines = jnp.einsum("npi,nij->npj", rows, channel, precision=_EXACT)

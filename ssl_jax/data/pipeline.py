@@ -85,7 +85,8 @@ def prepare_clean(images: Array, config: ConfigDict) -> Float[Array, "n size siz
         x = x[:, top : top + side, left : left + side]
     x = resize_images(x, view.size, config.eval.interpolation, antialiased(view))
     if view.mean:
-        x = (x - jnp.array(view.mean)) / jnp.array(view.std)
+        mean, std = (jnp.array(each)[None, None, None, :] for each in (view.mean, view.std))
+        x = (x - mean) / std
     return x
 
 

@@ -182,7 +182,7 @@ def _check(features: np.ndarray, labels: np.ndarray, num_classes: int, metric: s
 
 
 def _logits(solution: Float[np.ndarray, "d1 c"], x: Float[Array, "n d"]) -> Float[Array, "n c"]:
-    return jnp.matmul(x, solution[:-1], precision="highest") + solution[-1]
+    return jnp.matmul(x, solution[:-1], precision="highest") + solution[-1:]
 
 
 @functools.partial(jax.jit, static_argnums=6)
@@ -203,7 +203,7 @@ def _minimise(
 
     def objective(solution: Array) -> Array:
         weights = jnp.matmul(into, solution[:-1], precision="highest")
-        logits = jnp.matmul(x, weights, precision="highest") + bias * solution[-1]
+        logits = jnp.matmul(x, weights, precision="highest") + bias * solution[-1:]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
         return losses.mean() + penalty / 2 * jnp.sum(jnp.square(weights))
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int, Real
 from scipy import special
 
 from ssl_jax.errors import UserError
@@ -12,7 +12,7 @@ _BINS = 15  # of confidence (Guo et al., 2017, section 2)
 
 
 def classification_metrics(
-    scores: Float[np.ndarray, "n c"],
+    scores: Real[np.ndarray, "n c"],
     labels: Int[np.ndarray, " n"],
     *,
     draws: int = 1000,

@@ -126,7 +126,7 @@ class MoCo(Method):
         )
 
     def shuffle(
-        self, images: Float[Array, "n h w c"], rng: Array
+        self, images: Float[Array, "n *shape"], rng: Array
     ) -> tuple[Array, Callable[[Array], Array]]:
         """Spreads this device's images over the devices (section 3.3, "Shuffling BN").
 

@@ -66,8 +66,9 @@ def batch_norm(
 
 _lax_conv = functools.partial(lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 Pads = tuple[tuple[int, int], ...]
-Images = Float[Array, "n h w c"]
-Kernel = Float[Array, "kh kw c out"]
+# Sizes before and after a layer differ; the underscores leave them unchecked.
+Images = Float[Array, "n _h _w _c"]
+Kernel = Float[Array, "_kh _kw _c _out"]
 
 
 def conv_general_dilated(

@@ -96,6 +96,7 @@ def test_scores_that_are_not_finite_are_wrong():
     assert many["top5"]["value"] == 0
 
 
+@pytest.mark.usefixtures("unchecked_arrays")
 def test_what_cannot_be_measured_is_refused():
     with pytest.raises(UserError, match="don't belong to 3 labels"):
         classification_metrics(np.zeros((2, 3)), np.zeros(3, int))

@@ -94,6 +94,7 @@ def test_a_tiny_temperature_does_not_overflow():
     assert (one == sharp).mean() > 0.9
 
 
+@pytest.mark.usefixtures("unchecked_arrays")
 def test_bad_shapes_are_told():
     train, labels, test = data()
     with pytest.raises(UserError, match="300 features have 299 labels"):

@@ -72,6 +72,7 @@ def test_a_class_that_is_absent_is_never_predicted_and_scores_are_logits(digits)
     np.testing.assert_array_equal(fitted.predict(test), fitted.scores(test).argmax(1))
 
 
+@pytest.mark.usefixtures("unchecked_arrays")
 @pytest.mark.parametrize(
     ("features", "labels", "options", "words"),
     [

@@ -233,7 +233,7 @@ def test_what_is_kept_of_the_projector_is_its_hidden_layer(run):
     hidden = load(run, projector_layer=1)
     features = hidden._apply(hidden.variables, images)
     np.testing.assert_allclose(
-        logits, features @ classifier["kernel"] + classifier["bias"], rtol=1e-4, atol=1e-4
+        logits, features @ classifier["kernel"] + classifier["bias"][None], rtol=1e-4, atol=1e-4
     )
 
 
