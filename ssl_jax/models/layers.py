@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.initializers import Initializer
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ssl_jax.errors import UserError
 
@@ -68,6 +68,7 @@ _lax_conv = functools.partial(lax.conv_general_dilated, dimension_numbers=("NHWC
 Pads = tuple[tuple[int, int], ...]
 # Sizes before and after a layer differ; the underscores leave them unchecked.
 Images = Float[Array, "n _h _w _c"]
+Positions = Int[Array, "n _h _w _c"]  # of the largest of nine, 0 to 8
 Kernel = Float[Array, "_kh _kw _c _out"]
 
 
@@ -218,7 +219,7 @@ def _lax_pool(x: Images, pads: Pads) -> Images:
 _WINDOW = tuple((row, column) for row in range(3) for column in range(3))
 
 
-def _pool_forward(x: Images, pads: Pads) -> tuple[Images, tuple[Images, Images]]:
+def _pool_forward(x: Images, pads: Pads) -> tuple[Images, tuple[Images, Positions]]:
     """With it which of the nine was the first largest, and x: a back end uses either."""
     y = _lax_pool(x, pads)
     lowest = jnp.array(-jnp.inf, x.dtype)
@@ -231,12 +232,12 @@ def _pool_forward(x: Images, pads: Pads) -> tuple[Images, tuple[Images, Images]]
     return y, (x, first)
 
 
-def _pool_backward(pads: Pads, saved: tuple[Images, Images], g: Images) -> tuple[Images]:
-    def by_jax(x: Images, first: Images, g: Images) -> Images:
+def _pool_backward(pads: Pads, saved: tuple[Images, Positions], g: Images) -> tuple[Images]:
+    def by_jax(x: Images, first: Positions, g: Images) -> Images:
         _, pull = jax.vjp(lambda x: _lax_pool(x, pads), x)
         return pull(g)[0]
 
-    def by_number(x: Images, first: Images, g: Images) -> Images:
+    def by_number(x: Images, first: Positions, g: Images) -> Images:
         dx = jnp.zeros_like(x)
         for number, at in enumerate(_WINDOW):
             chosen = jnp.where(first == number, g, 0)

@@ -20,7 +20,7 @@ from ssl_jax.metrics import read_metrics
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
-STEPS = 160
+STEPS = 240  # twenty kills, each after two checkpoints of five steps at most, come before the end
 CONFIG = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
