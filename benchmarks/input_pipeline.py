@@ -590,7 +590,7 @@ def names(text: str) -> list[str]:
     return text.split(",")
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path, help="folder of image files")
@@ -605,7 +605,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--wait", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if not args.peer_python and any(ROWS[name].of_peer for name in args.only or ()):
         parser.error("--peer-python is missing: give the interpreter of the peers' environment")
     if args.images is None and not (args.device or args.serve):
@@ -613,13 +613,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measures what was asked for; the table of rates where nothing else was.
-
-    Args:
-      argv: the command line; default, that of the process.
-    """
-    args = parse_arguments(argv)
+def main() -> None:
+    """Measures what was asked for; the table of rates where nothing else was."""
+    args = parse_arguments()
     if args.serve:
         serve()
         return

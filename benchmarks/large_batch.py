@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from typing import Any
 
 MIB = 2**20
@@ -182,12 +181,8 @@ def resnet50_rows(large: int) -> list[list[str]]:
     return rows
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measures and prints three tables.
-
-    Args:
-      argv: the command line; default, that of the process.
-    """
+def main() -> None:
+    """Measures and prints three tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -196,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--timed", type=int, default=512, help="the batch that is timed")
     parser.add_argument("--only", choices=["memory", "time", "resnet50"], help="default: all three")
     parser.add_argument("--inside", nargs=3, type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     from ssl_jax.backend import tune_cpu
 
     tune_cpu()

@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -309,7 +309,7 @@ def shapes(text: str) -> list[tuple[int, int]]:
     return [(int(n), int(k)) for n, k in pairs]
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", default="1024,2048,4096,8192", help="batches of NT-Xent")
@@ -321,19 +321,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peer-python", help="interpreter of the peer's environment")
     parser.add_argument("--json", type=Path, help="writes the rows to this file")
     parser.add_argument("--serve-lightly", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if args.peer and not args.peer_python:
         parser.error("--peer needs --peer-python, the interpreter of its environment")
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Compares what was asked for and prints the table.
-
-    Args:
-      argv: the command line; default, that of the process.
-    """
-    args = parse_arguments(argv)
+def main() -> None:
+    """Compares what was asked for and prints the table."""
+    args = parse_arguments()
     if args.serve_lightly:
         serve_lightly()
         return

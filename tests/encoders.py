@@ -36,3 +36,9 @@ def random_encoder(config, seed=0):
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(lambda k: module.init(k, np.zeros((1, 8, 8, 3)), train=False), key)
     return jax.tree.map(lambda x: rng.uniform(0.5, 1, x.shape).astype(np.float32), shapes)
+
+
+def same(a, b):
+    """Whether the leaves of two trees are equal, bit for bit."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y) for x, y in pairs)

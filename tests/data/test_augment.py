@@ -122,45 +122,36 @@ def oracle_colour(image, p, view):
 FACTORS = np.array([0.0, 0.3, 0.9, 1.0, 1.2, 1.8, 2.5])
 TURNS = np.array([-1.0, -0.5, -0.2, 0.0, 0.1, 0.37, 1.0])
 SIGMAS = np.array([0.1, 0.5, 0.8, 1.0, 1.5, 2.0, 5.0])
+
+
+def by_option(name, function, oracle, values, *options):
+    """Entries of `ADJUSTMENTS`, one for each tuple of further arguments."""
+
+    def adjustment(option):
+        return (lambda x, v: function(x, v, *option)), (lambda x, v: oracle(x, v, *option))
+
+    return {f"{name} {option}": (*adjustment(option), values, 2e-6) for option in options}
+
+
 # By name: the function, its definition, a value for each image, and the tolerance.
 ADJUSTMENTS = {
-    **{
-        f"brightness, {mode}": (
-            lambda x, f, mode=mode: augment.adjust_brightness(x, f, mode),
-            lambda x, f, mode=mode: oracle_brightness(x, f, mode),
-            FACTORS,
-            2e-6,
-        )
-        for mode in ("multiply", "add")
-    },
-    **{
-        f"contrast, {style}": (
-            lambda x, f, style=style: augment.adjust_contrast(x, f, style),
-            lambda x, f, style=style: oracle_contrast(x, f, style),
-            FACTORS,
-            2e-6,
-        )
-        for style in STYLES
-    },
-    **{
-        f"saturation, {style}": (
-            lambda x, f, style=style: augment.adjust_saturation(x, f, style),
-            lambda x, f, style=style: oracle_saturation(x, f, style),
-            FACTORS,
-            2e-6,
-        )
-        for style in STYLES
-    },
+    **by_option(
+        "brightness", augment.adjust_brightness, oracle_brightness, FACTORS, ("multiply",), ("add",)
+    ),
+    **by_option(
+        "contrast", augment.adjust_contrast, oracle_contrast, FACTORS, *((s,) for s in STYLES)
+    ),
+    **by_option(
+        "saturation", augment.adjust_saturation, oracle_saturation, FACTORS, *((s,) for s in STYLES)
+    ),
     "hue": (augment.adjust_hue, oracle_hue, TURNS, 4e-6),
-    **{
-        f"blur, {taps} taps, {style}": (
-            lambda x, s, taps=taps, style=style: augment.gaussian_blur(x, s, taps, style),
-            lambda x, s, taps=taps, style=style: oracle_blur(x, s, taps, style),
-            SIGMAS,
-            2e-6,
-        )
-        for taps, style in [(1, "tf"), (3, "torchvision"), (9, "torchvision"), (12, "tf")]
-    },
+    **by_option(
+        "blur",
+        augment.gaussian_blur,
+        oracle_blur,
+        SIGMAS,
+        *[(1, "tf"), (3, "torchvision"), (9, "torchvision"), (12, "tf")],
+    ),
 }
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from encoders import same
 from tiny import tiny_config, without_colour
 
 from ssl_jax import cli, cli_evals
@@ -49,11 +50,6 @@ def command(capsys, *arguments):
     out, err = capsys.readouterr()
     assert code == 0, err
     return out
-
-
-def same(a, b):
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return all(np.array_equal(x, y) for x, y in pairs)
 
 
 # Recipes

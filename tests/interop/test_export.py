@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from encoders import copy_run, random_encoder
+from encoders import copy_run, random_encoder, same
 from tiny import tiny_config
 
 import ssl_jax
@@ -42,11 +42,6 @@ def selective(tmp_path_factory):
 def write_loader(folder):
     source = Path(ssl_jax.__file__).parent / "interop" / "torch_encoder.txt"
     (folder / "torch_encoder.py").write_bytes(source.read_bytes())
-
-
-def same(a, b):
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return all(np.array_equal(x, y) for x, y in pairs)
 
 
 def images(n=3, size=8):
