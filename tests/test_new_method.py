@@ -71,7 +71,7 @@ def test_it_trains_is_evaluated_and_loaded_by_the_commands_of_the_page(
     config = load_config(str(config_file), ["barlow_twins.out=32", "steps=2", "batch_size=320"])
     config.model.update(method_config("simclr").model)
     config.data.subset = 0.25
-    config.eval.frozen_at_end = False
+    config.eval.update(draws=2, labels_per_class=(1, 5), frozen_at_end=True)
     pretrain(config, tmp_path / "run")
     (accuracy,) = (r["knn"] for r in read_metrics(tmp_path / "run/metrics.jsonl") if "knn" in r)
     assert 0 < accuracy <= 1
