@@ -53,6 +53,12 @@ CHECKED = ("losses", "methods", "models", "step", "evals", "ema", "diagnostics",
 CHECKED += ("data.augment", "data.device_crop", "data.index")
 jaxtyping.install_import_hook([f"ssl_jax.{name}" for name in CHECKED], "array_checks.check_arrays")
 
+# As every command sets it for itself: a run in a process that computed before would otherwise
+# differ in its last bits from the same run in a process of its own.
+from ssl_jax.backend import tune_cpu  # noqa: E402 - the hook comes first
+
+tune_cpu()
+
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Removes the cache once all processes are done."""
