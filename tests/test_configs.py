@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny  # noqa: F401  (it knows a ResNet of depth 6)
+import tiny  # noqa: F401 - it knows a ResNet of depth 4
 from images import fill
 
 from ssl_jax.config import Schedule, flat_views, load_config
@@ -120,9 +120,9 @@ def prepared(tmp_path_factory):
 def shrink(config):
     """A network, views and a batch that compile and run in seconds."""
     config.batch_size, config.dtype = 64, "float32"
-    config.model.update(depth=6, width=1 / 16, sk=False)
+    config.model.update(depth=4, width=1 / 8, sk=False)
     for view in config.views.values():
-        view.size = max(view.size // 7, 8)
+        view.size, view.count = max(view.size // 7, 8), min(view.count, 2)
     config.moco.queue, config.simclr.memory = 128, min(config.simclr.memory, 128)
     config.swav.update(queue=min(config.swav.queue, 128), prototypes=16)
     for group in ("simclr", "moco", "swav", "byol", "simsiam"):

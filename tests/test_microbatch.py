@@ -193,7 +193,7 @@ def test_keys_are_encoded_once():
         {"views": (jnp.zeros((2, 8, 8, 3)),) * 2},
     )
     of_one_forward = sum(leaf.ndim == 4 for leaf in jax.tree.leaves(extra["target"]))
-    assert of_one_forward >= 5
+    assert of_one_forward >= 3
     assert counts[16] == counts[0] + of_one_forward
 
 

@@ -179,6 +179,7 @@ def test_golden_metrics_of_one_step():
     """
     config, source = tiny_config(), random_source()
     config.optim.warmup_epochs = 0.0  # or the first step's learning rate is 0
+    config.model.update(depth=6, width=1 / 16)  # with a stage that halves the image
     spmd = make_spmd("shard_map", ONE)
     _, step, state, resident = make_step(config, spmd, source)
     ids = Index(64, 32, 0).ids(0)

@@ -16,7 +16,6 @@ step serves all. Conventions that the rest of the package relies on:
   order of the global batch.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -214,12 +213,11 @@ def init_networks(
     for key, (name, module) in zip(
         jax.random.split(rng, len(networks)), networks.items(), strict=True
     ):
-        variables = module.init(key, x, train=False)
+        out, variables = module.init_with_output(key, x, train=False)
         params[name], stats[name] = (
             variables.get("params", {}),
             variables.get("batch_stats", {}),
         )
-        out = jax.eval_shape(functools.partial(module.apply, train=False), variables, x)
         x = jnp.zeros(out.shape, out.dtype)
     return params, stats
 

@@ -9,12 +9,14 @@ import pytest
 from test_step import ONE, gradients_on
 from tiny import (
     METHODS,
+    as_it_is,
     assert_replicated,
     assert_trees_close,
     leaves,
     make_step,
     method_config,
     random_source,
+    ready_views,
 )
 
 from ssl_jax.config import Schedule, view
@@ -45,10 +47,11 @@ def test_gradients_agree_between_1_and_8_devices(method, mode):
 def test_the_state_stays_the_same_on_all_devices(method):
     source, spmd, config = random_source(), make_spmd(), method_config(method)
     config.model.bn_group = 1  # each device its own statistics: what would diverge
-    _, step, state, resident = make_step(config, spmd, source)
+    _, step, state, resident = make_step(config, spmd, source, as_it_is)
     for number in range(2):
         ids = np.roll(np.arange(config.batch_size, dtype=np.int32), number)
-        batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
+        raw = {"id": ids, "label": source.labels[ids], "views": ready_views(config, ids)}
+        batch = spmd.place_batch(raw)
         state, metrics = step(state, batch, resident)
         assert_replicated(state)
     assert np.isfinite(float(metrics["loss"]))
@@ -56,16 +59,17 @@ def test_the_state_stays_the_same_on_all_devices(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_conventions_of_the_protocol_hold(method):
+    """By shapes: nothing is computed."""
     config = method_config(method)
     made = make_method(config, Schedule(1, 10))
-    batch = example_batch(config)
-    params, extra = made.init(jax.random.key(0), batch)
-    outputs, stats = made.forward(params, extra, batch, jax.random.key(1))
+    batch, key = example_batch(config), jax.random.key(0)
+    params, extra = jax.eval_shape(made.init, key, batch)
+    outputs, stats = jax.eval_shape(made.forward, params, extra, batch, key)
     for name, leaf in outputs.items():
         assert leaf.shape[0] == 2, name
     assert outputs["embedding"].shape == (2, made.encoder.num_features)
     assert jax.tree.structure(stats) == jax.tree.structure(extra["batch_stats"])
-    loss, _ = made.loss(params, outputs, extra, batch, jnp.int32(0))
+    loss, _ = jax.eval_shape(made.loss, params, outputs, extra, batch, jnp.int32(0))
     assert loss.shape == () and loss.dtype == jnp.float32
     assert jax.tree.structure(made.param_groups(params)) == jax.tree.structure(params)
     assert "encoder" in params and "encoder" in extra["batch_stats"]

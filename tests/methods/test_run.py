@@ -41,6 +41,7 @@ def test_golden_metrics_the_evaluated_network_and_bit_exact_resume(method, tmp_p
     config, source, spmd = method_config(method), random_source(256), make_spmd()
     config.epochs = 2.0  # of 4 steps: SwAV's queue fills from step 4
     config.optim.warmup_epochs = 0.0
+    config.model.update(depth=6, width=1 / 16)  # with a stage that halves the image
     _, step, state, resident = make_step(config, spmd, source)
     args = (resident, spmd, source, config)
     state, metrics = take_steps(step, state, *args, [0])
@@ -97,11 +98,11 @@ def losses_on_digits(method, steps):
     config.batch_size, config.epochs = 128, steps / 10
     rate = 0.003 if method == "moco" else 0.005
     config.optim.update(name="adamw", lr=rate, lr_scaling="none", warmup_epochs=0.0)
-    if method == "swav":
+    if method in ("swav", "supervised"):
         config.optim.lr = 0.01
+    if method == "swav":
         config.views.c_small.crop.area = (0.4, 0.8)
     config.optim.frozen_steps = 0
-    config.model.width = 1 / 8
     config.moco.update(queue=512, momentum=0.95, momentum_end=0.95)
     # Many more prototypes than dimensions, or embeddings find a direction equally far from all.
     config.swav.update(queue=0, prototypes=48, out=6, hidden=32, epsilon=0.02, temperature=0.2)
