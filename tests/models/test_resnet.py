@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from ssl_jax.spmd import AXIS, device_groups, make_spmd
 TINY = 1 / 32  # two channels in the stem
 
 
+@functools.cache
 def shapes(model):
     """Shapes and dtypes of the variables, without computing them."""
     image = jnp.zeros((1, 16, 16, 3))
