@@ -29,8 +29,9 @@ long: .venv/.dev  ## tests that take minutes: runs that are killed, damaged and 
 	$(UNCHECKED) $(BIN)/python -m pytest -p no:randomly -m long
 
 flaky: .venv/.dev  ## the tests of `make test` five times in random order
-	for seed in 1 2 3 4 5; do \
-	  $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" --randomly-seed=$$seed || exit 1; \
+	@cache=$$(mktemp -d); trap 'rm -rf "$$cache"' EXIT; for seed in 1 2 3 4 5; do \
+	  JAX_COMPILATION_CACHE_DIR=$$cache \
+	    $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" --randomly-seed=$$seed || exit 1; \
 	done
 
 mutations: .venv/.dev  ## break the package on purpose, a place at a time: a test must fail each time
