@@ -43,12 +43,12 @@ def test_a_layer_that_is_not_there_is_told(finished_run):
 
 
 def test_an_encoder_is_printed_in_a_line(finished_run):
-    # Convolutions of 3×3: 3 to 4, 4 to 4 twice, 4 to 8 and 8 to 8, and a shortcut of 1×1 from 4 to
-    # 8; a BatchNorm's two numbers for each channel after each.
-    weights = 9 * (3 * 4 + 2 * 4 * 4 + 4 * 8 + 8 * 8) + 4 * 8 + 2 * (3 * 4 + 3 * 8)
+    # Convolutions of 3×3: 3 to 8, and 8 to 8 twice; a BatchNorm's two numbers for each channel
+    # after each.
+    weights = 9 * (3 * 8 + 2 * 8 * 8) + 2 * 3 * 8
     encoder = ssl_jax.load(finished_run, projector_layer=0)
     assert repr(encoder) == (
-        f"Encoder(simclr, ResNet-6 ×0.0625, 8 features, {weights:,} parameters, "
+        f"Encoder(simclr, ResNet-4 ×0.125, 8 features, {weights:,} parameters, "
         f"step 2 of {str(finished_run)!r})"
     )
     assert encoder.num_features == 8

@@ -137,7 +137,7 @@ def test_a_plan_for_gpus_is_an_estimate_of_everything(capsys):
     low, high = made["step_seconds"]
     assert low == max(made["seconds"].values()) < high == sum(made["seconds"].values())
     text = plan.report(made)
-    for words in ("8 devices as compiled", "moco, ResNet-6", "about", "fits", "chip-hours", "all-"):
+    for words in ("8 devices as compiled", "moco, ResNet-4", "about", "fits", "chip-hours", "all-"):
         assert words in text
     assert " cores" not in text
     assert "h100:8: memory and times are estimates" in plan.compare(made, made)

@@ -19,10 +19,10 @@ def test_a_start_tells_network_batch_and_devices():
     setup = Setup(tiny_config(batch_size=320, microbatch=160, epochs=2.0))
     params = jax.eval_shape(setup.program.init).params
     rows = dict(summary.start_rows(setup, params, Path("runs/a"), 0))
-    assert rows["run"] == "simclr, ResNet-6 ×0.0625, 2 views of 8 pixels, float32"
+    assert rows["run"] == "simclr, ResNet-4 ×0.125, 2 views of 8 pixels, float32"
     # As in test_encoder; the projector is 8 to 8 and 8 to 16, with a BatchNorm after each, of
     # which the last has no shift.
-    encoder = 9 * (3 * 4 + 2 * 4 * 4 + 4 * 8 + 8 * 8) + 4 * 8 + 2 * (3 * 4 + 3 * 8)
+    encoder = 9 * (3 * 8 + 2 * 8 * 8) + 2 * 3 * 8
     projector = 8 * 8 + 2 * 8 + 8 * 16 + 16
     trained = encoder + projector
     assert rows["parameters"] == f"{encoder:,} in the encoder, {trained:,} trained in all"

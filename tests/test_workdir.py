@@ -178,6 +178,7 @@ def trees():
     found = {}
     for name in METHODS:
         config = method_config(name)
+        config.model.update(depth=6, width=1 / 16)  # with a shortcut that is projected
         method, optimizer, _ = assemble(config, Schedule(1, 1))
         state = jax.eval_shape(lambda m=method, o=optimizer, c=config: init_state(m, o, c))
         leaves = jax.tree_util.tree_leaves_with_path(state)

@@ -248,7 +248,7 @@ def test_pretraining_may_start_there_too_and_targets_follow(run):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"model": {"depth": 18}}, r"config.model.depth is 18, but the encoder in .* has 6"),
+        ({"model": {"depth": 18}}, r"config.model.depth is 18, but the encoder in .* has 4"),
         ({"supervised": {"projector_layer": 3}}, "has 2 hidden layers: use 0 to 2"),
         ({"start": {"path": "/nowhere"}}, "/nowhere"),
         ({"start": {"step": 7}}, "no checkpoint of step 7"),

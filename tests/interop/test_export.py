@@ -262,7 +262,7 @@ def test_a_file_of_our_own_is_imported_as_it_is(run, tmp_path, capsys):
     out = command(capsys, "export", f"--from={run}", "--format=torch", f"--out={file}")
     assert "from torch_encoder import load" in out and (tmp_path / "torch_encoder.py").exists()
     out = command(capsys, "import", file, f"--out={tmp_path / 'ours.safetensors'}")
-    assert "ResNet-6 ×0.0625, cifar stem, symmetric padding; networks: encoder" in out
+    assert "ResNet-4 ×0.125, cifar stem, symmetric padding; networks: encoder" in out
     assert read_weights(tmp_path / "ours.safetensors").config.views.view1.size == 8
     np.testing.assert_array_equal(
         ssl_jax.load(tmp_path / "ours.safetensors").apply(images()),
@@ -271,4 +271,4 @@ def test_a_file_of_our_own_is_imported_as_it_is(run, tmp_path, capsys):
     told = json.loads(
         command(capsys, "import", file, f"--out={tmp_path / 'b.safetensors'}", "--json")
     )
-    assert told["left_out"] == [] and told["model"]["depth"] == 6
+    assert told["left_out"] == [] and told["model"]["depth"] == 4
