@@ -34,8 +34,15 @@ from ssl_jax.evals.transfer import read_sets
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in DOCS.glob("*.md"))]
-SMALL = ("model.depth=6", "model.width=0.0625", "eval.draws=2")
+SMALL = ("model.depth=4", "model.width=0.0625", "eval.draws=2")
 BRIEF = ("steps=2", "log_every=100", "eval.knn_every_epochs=0", "checkpoint.every_epochs=0")
+# What a command draws at random, and bfloat16, are most of what its step takes to compile. One has
+# all of its config's, `AS_IT_IS`; the others' views are whole images.
+PLAIN_VIEW = (
+    *("crop.sampler=none", "affine.degrees=0", "affine.translate=0", "flip=0"),
+    *("jitter.prob=0", "gray=0", "blur.prob=0", "noise=0"),
+)
+AS_IT_IS = "configs/moco_cifar10.py:solo"
 
 # The beginnings of lines and blocks that this file doesn't run, and why.
 ELSEWHERE = {
@@ -120,7 +127,8 @@ def fill_folder(folder):
     for name in ("configs", "examples"):
         (folder / name).symlink_to(ROOT / name)
     for name in ("PATH", "cifar10/train", "cifar10/test", "DIR/train", "DIR/test"):
-        images.fill(folder / name, per_class=8)
+        # As many as are trained on, evaluated and shown at once: each program has one shape.
+        images.fill(folder / name, per_class=4, classes=("cat", "dog"))
         for file in (folder / name).rglob("*.png"):
             small = images.Image.open(file).resize((32, 32))
             small.save(file)
@@ -175,17 +183,27 @@ def here(typed, monkeypatch):
     return typed.folder
 
 
+FEW_IMAGES = ("batch_size=8", "eval.batch_size=8")
+
+
+def plain(views):
+    """The keys by which a step compiles in a fraction of the time."""
+    return ["dtype=float32", *(f"views.{name}.{key}" for name in views for key in PLAIN_VIEW)]
+
+
 def changes(name, arguments):
     """The keys that make a command small."""
     config = next((a.split("=")[1] for a in arguments if a.startswith("--config=")), "")
     if name == "pretrain":
         small = [*SMALL, *BRIEF]
         loaded = load_config(config)
+        digits = loaded.data.name == "digits"
         sizes = [f"views.{k}.size=8" for k, v in loaded.views.items() if v.size > 32]
-        images_there = 24 if loaded.data.name != "digits" else 1347
-        small.append(f"batch_size={8 if images_there < 64 else 64}")
+        small += ["batch_size=64"] if digits else FEW_IMAGES
         if "--workdir=runs/quickstart" not in arguments:
             small.append("eval.frozen_at_end=False")
+        if config != AS_IT_IS:
+            small += plain(loaded.views)
         small += ["simclr.memory=0"] if "simclrv2" in config else []
         small += ["moco.queue=64", "model.bn_group=0"] if "moco" in config else []
         return small + sizes
@@ -208,7 +226,8 @@ def run(words):
         assert program == "python" and arguments[0].startswith("examples/"), words
         if "pretrain_folder" in arguments[0]:
             arguments += [*SMALL, *BRIEF, "eval.frozen_at_end=False"]
-            arguments += ["batch_size=8", "views.view1.size=8", "views.view2.size=8"]
+            arguments += [*FEW_IMAGES, *plain(("view1", "view2"))]
+            arguments += ["views.view1.size=8", "views.view2.size=8"]
         run_program(*arguments)
 
 
@@ -511,9 +530,7 @@ def test_the_picture_is_drawn_from_a_run(here, monkeypatch):
 
 def test_a_run_that_was_stopped_is_resumed(here, monkeypatch, capsys):
     monkeypatch.setattr(cluster.Stop, "asked", lambda self, step: step == 1)
-    config = ["--config=configs/simclr_digits.py", "--workdir=runs/stopped"]
-    added = [*SMALL, *BRIEF, "batch_size=64", "eval.frozen_at_end=False"]
-    assert cli.main(["pretrain", *config, *(f"--config.{change}" for change in added)]) == 0
+    run(QUICKSTART.replace("quickstart", "stopped").split())
     monkeypatch.undo()
     monkeypatch.chdir(here)
     assert ssl_jax.load("runs/stopped").step == 1
@@ -552,6 +569,9 @@ assert from_json(old) == default_config()
 sys.path.append("docs")
 from config_keys import rows
 assert not [key for key, _, meaning in rows() if not meaning]
+import pytest
+tests = ["tests/data/test_augment.py", "-k", "chain and posterize"]
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *tests]))
 """
 ANEW = (
     "The diffs of docs/new_augmentation.md no longer apply. Make their change by hand in a copy of "
@@ -593,17 +613,13 @@ def test_an_augmentation_is_added_by_the_pages_patches(beside, tmp_path):
         apply_patch(other.replace("POSTERIZE", beside.upper()), tmp_path)
     for patch in patches:
         apply_patch(patch, tmp_path)
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/data/test_augment.py"]
-    for command in (["-c", POSTERIZED], [*tests, "-k", "chain and posterize"]):
-        done = subprocess.run(
-            [sys.executable, *command],
-            cwd=tmp_path,
-            env=environment,
-            text=True,
-            capture_output=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        if command[0] == "-c":
-            assert "posterize.prob is 2.0" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", POSTERIZED],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "posterize.prob is 2.0" in done.stderr
     assert "1 passed" in done.stdout and (tmp_path / "posterized.png").exists()
