@@ -57,6 +57,18 @@ def without_colour(config):
     return config
 
 
+def with_whole_images(config):
+    """The config in float32 without augmentation, where any step will do: most of its compilation.
+
+    Views are the images, resized where their size is another.
+    """
+    config.dtype = "float32"
+    for each in without_colour(config).views.values():
+        each.gray = each.blur.prob = each.noise = each.affine.degrees = each.affine.translate = 0.0
+        each.crop.sampler = "none"
+    return config
+
+
 def random_source(n=64, size=8, seed=0, classes=4):
     """Images whose mean brightness and a blob's place depend on the class."""
     rng = np.random.default_rng(seed)

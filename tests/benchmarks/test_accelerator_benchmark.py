@@ -20,16 +20,12 @@ CONFIG = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from pathlib import Path
-from tiny import without_colour
+from tiny import with_whole_images
 from ssl_jax.config import load_config
 
 def get_config(variant=""):
     file = "{ROOT}/configs/" + Path(__file__).name
-    config = without_colour(load_config(f"{{file}}:{{variant}}" if variant else file))
-    config.dtype = "float32"
-    for view in config.views.values():
-        view.gray = 0.0
-    return config
+    return with_whole_images(load_config(f"{{file}}:{{variant}}" if variant else file))
 """
 
 
@@ -42,7 +38,7 @@ def benchmark(monkeypatch, tmp_path):
     configs.mkdir()
     (configs / "simclr_cifar10.py").write_text(CONFIG)
     monkeypatch.setattr(module, "CONFIGS", configs)
-    small = tuple(word.replace("depth=18", "depth=6") for word in module.SMALL)
+    small = tuple(word.replace("depth=18", "depth=4") for word in module.SMALL)
     monkeypatch.setattr(module, "SMALL", small)
     return module
 
