@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import test_step
-from tiny import method_config
+from tiny import method_config, with_whole_images
 
 import ssl_jax
 from ssl_jax import cli, methods
@@ -69,7 +69,8 @@ def test_it_trains_is_evaluated_and_loaded_by_the_commands_of_the_page(
     config_file, forget, tmp_path, capsys
 ):
     config = load_config(str(config_file), ["barlow_twins.out=32", "steps=2", "batch_size=320"])
-    config.model.update(method_config("simclr").model)
+    config.model.update(method_config("simclr").model, depth=4)
+    with_whole_images(config)
     config.data.subset = 0.25
     config.eval.update(draws=2, labels_per_class=(1, 5), frozen_at_end=True)
     pretrain(config, tmp_path / "run")

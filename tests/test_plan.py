@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from test_step import ONE
-from tiny import method_config, tiny_config, without_colour
+from tiny import method_config, tiny_config, with_whole_images, without_colour
 
 from ssl_jax import cli, plan
 from ssl_jax.chips import parse_topology
@@ -100,7 +100,7 @@ def test_resnet_50_costs_24_and_a_half_gflop_per_view():
 @pytest.fixture(scope="module")
 def tiny_plan():
     """Of SimCLR at batch 64; tests take what they need of it and leave it as it is."""
-    return plan.make_plan(without_colour(tiny_config(batch_size=64)), GPUS, images=6400)
+    return plan.make_plan(with_whole_images(tiny_config(batch_size=64)), GPUS, images=6400)
 
 
 @pytest.mark.parametrize("source", ["digits", "folder"])
@@ -127,7 +127,7 @@ def test_a_plan_compiles_what_training_runs(source, tmp_path):
 
 
 def test_a_plan_for_gpus_is_an_estimate_of_everything(capsys):
-    made = plan.make_plan(without_colour(method_config("moco")), GPUS, images=6400)
+    made = plan.make_plan(with_whole_images(method_config("moco")), GPUS, images=6400)
     assert made["estimate"] and made["fits"] and made["cycles"] == {}
     assert (made["chips"], made["devices"], made["batch_of_a_device"]) == (8, 8, 8)
     assert made["steps"] == 200
@@ -146,7 +146,7 @@ def test_a_plan_for_gpus_is_an_estimate_of_everything(capsys):
 
 def test_loops_over_microbatches_are_counted_in_full(tiny_plan):
     whole = tiny_plan
-    config = without_colour(tiny_config(batch_size=64, microbatch=16))
+    config = with_whole_images(tiny_config(batch_size=64, microbatch=16))
     parts = plan.make_plan(config, GPUS, images=6400)
     # Forward twice, backward once: 4/3 of the encoder's, beside augmentation and loss.
     assert 1.1 < parts["traced_flops"] / whole["traced_flops"] < 1.6
@@ -184,7 +184,7 @@ def test_a_program_too_large_is_told_with_what_it_needs(tiny_plan, monkeypatch):
             )
 
     monkeypatch.setattr(Program, "lower", lambda self, *shapes: Lowered())
-    config = without_colour(tiny_config(batch_size=64))
+    config = with_whole_images(tiny_config(batch_size=64))
     without = plan.make_plan(config, GPUS, images=6400)
     assert not without["fits"] and without["memory"]["peak"] == round(35.02 * 2**30)
     assert "35.02 of 79.6 GiB of a device: DOES NOT FIT" in plan.report(without)
@@ -220,8 +220,8 @@ def test_the_command_prints_json_and_compares(tmp_path, capsys, monkeypatch):
     config = tmp_path / "c.py"
     config.write_text(
         f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from tiny import tiny_config, without_colour\n\n"
-        "def get_config(variant=''):\n    return without_colour(tiny_config())\n"
+        "from tiny import tiny_config, with_whole_images\n\n"
+        "def get_config(variant=''):\n    return with_whole_images(tiny_config())\n"
     )
     # As it is typed: JAX is not there yet, and simulates as many devices as are asked for.
     command = [sys.executable, "-m", "ssl_jax.cli", "plan", f"--config={config}"]
