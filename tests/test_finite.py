@@ -15,8 +15,8 @@ from tiny import (
     random_source,
     ready_views,
     share_steps,
+    with_whole_images,
     tiny_config,
-    without_colour,
 )
 
 from ssl_jax.data.index import Index
@@ -37,7 +37,7 @@ def poisoned(config, ids, step, at):
 
 def stepped(name, at, on_nan, steps=4):
     config = method_config(name)
-    config.on_nan = on_nan
+    config.model.depth, config.on_nan = 4, on_nan
     source, spmd = random_source(), make_spmd()
     _, step, state, resident = make_step(config, spmd, source, prepare=as_it_is)
     ids = np.arange(64, dtype=np.int32)
@@ -86,7 +86,7 @@ def steps_shared(monkeypatch):
 
 def diverging(**changes):
     """SimCLR at a rate at which weights overflow within a few steps."""
-    config = without_colour(tiny_config(batch_size=160, steps=60, **changes))
+    config = with_whole_images(tiny_config(batch_size=160, steps=60, **changes))
     config.optim.update(name="sgd", lr=1e9, warmup_epochs=1.0, weight_decay=1.0)
     config.checkpoint.every_epochs = 0.13  # of eight steps: each
     return config
