@@ -3,12 +3,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import make_step, method_config, random_source
+from tiny import as_it_is, make_step, method_config, random_source, ready_views, with_whole_images
 
 from ssl_jax import losses
 from ssl_jax.config import Schedule
 from ssl_jax.data.index import stream_key
-from ssl_jax.data.pipeline import make_prepare
 from ssl_jax.errors import UserError
 from ssl_jax.methods import make_method
 from ssl_jax.spmd import AXIS, make_spmd
@@ -18,7 +17,7 @@ ONE = jax.devices()[:1]
 
 
 def moco(axis_name=None, **options):
-    config = method_config("moco")
+    config = with_whole_images(method_config("moco"))
     config.moco.update(options)
     return make_method(config, Schedule(1, 10), axis_name)
 
@@ -44,13 +43,13 @@ def test_shuffling_is_undone_and_spreads_images(batch, group):
 
 
 def test_no_image_is_gathered_everywhere():
-    config, spmd = method_config("moco"), make_spmd()
+    config, spmd = with_whole_images(method_config("moco")), make_spmd()
     config.model.bn_group = 1
     source = random_source()
-    _, step, state, resident = make_step(config, spmd, source)
+    _, step, state, _ = make_step(config, spmd, source, as_it_is)
     ids = np.arange(64, dtype=np.int32)
-    batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
-    program = step.lower(state, batch, resident).compile().as_text()
+    batch = {"id": ids, "label": source.labels[ids], "views": ready_views(config, ids)}
+    program = step.lower(state, spmd.place_batch(batch), {}).compile().as_text()
     assert "all-to-all" in program
     gathers = [line for line in program.splitlines() if " all-gather(" in line]
     # The keys, [64, 1, 8], are; the views, [64, 8, 8, 3], are not.
@@ -61,7 +60,7 @@ def test_no_image_is_gathered_everywhere():
 def test_the_queue_is_first_in_first_out_over_a_wrap():
     method = moco()  # 192 keys, batches of 64
     config = method.config
-    params, extra = method.init(jax.random.key(0), example_batch(config))
+    params, extra = jax.jit(method.init)(jax.random.key(0), example_batch(config))
     for step in range(5):
         keys = jnp.full((64, 1, 8), float(step))
         _, extra = method.update(params, {"key": keys}, extra, jnp.int32(step))
@@ -78,21 +77,18 @@ def info_nce_oracle(query, key, queue, temperature):
 
 
 def test_the_positive_is_not_in_the_queue_when_logits_are_formed():
-    config, source, spmd = method_config("moco"), random_source(), make_spmd(devices=ONE)
-    method, step, state, resident = make_step(config, spmd, source)
+    config, source, spmd = with_whole_images(method_config("moco")), random_source(), make_spmd(devices=ONE)
+    method, step, state, _ = make_step(config, spmd, source, as_it_is)
     ids = np.arange(64, dtype=np.int32)
-    batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
+    batch = {"id": ids, "label": source.labels[ids], "views": ready_views(config, ids)}
     before = jax.device_get(state)
     key = jax.random.wrap_key_data(jnp.asarray(before.key))
-    views = jax.jit(make_prepare(config))(
-        {"id": ids}, source.resident(), stream_key(key, "views", 0)
-    )
     alone = make_method(config, Schedule(1, 10))
     outputs, _ = jax.jit(alone.forward)(
-        before.params, before.extra, views, stream_key(key, "forward", 0)
+        before.params, before.extra, batch, stream_key(key, "forward", 0)
     )
     query, key = (np.asarray(outputs[name])[:, 0] for name in ("query", "key"))
-    after, metrics = step(state, batch, resident)
+    after, metrics = step(state, spmd.place_batch(batch), {})
     loss = float(metrics["loss"])
     temperature = config.moco.temperature
     old, new = (np.asarray(s.extra["queue"])[0] for s in (before, after))
@@ -120,7 +116,7 @@ def test_a_batch_that_does_not_fill_the_queue_evenly_is_refused():
 
 def test_the_key_encoder_starts_equal_and_follows_by_its_momentum():
     method = moco(momentum=0.9, momentum_end=0.9)
-    params, extra = method.init(jax.random.key(0), example_batch(method.config))
+    params, extra = jax.jit(method.init)(jax.random.key(0), example_batch(method.config))
     kernel = params["encoder"]["stem"]["conv1"]["kernel"]
     target = extra["target"]["encoder"]["stem"]["conv1"]["kernel"]
     np.testing.assert_array_equal(kernel, target)

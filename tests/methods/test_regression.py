@@ -1,10 +1,12 @@
 """BYOL and SimSiam: no negatives, so everything hangs on targets and stopped gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import leaves, make_step, method_config, random_source
+from tiny import as_it_is, leaves, make_step, method_config, random_source, ready_views, with_whole_images
 
 from ssl_jax.config import Schedule
 from ssl_jax.methods import make_method
@@ -12,23 +14,25 @@ from ssl_jax.spmd import make_spmd
 from ssl_jax.step import example_batch
 
 
+@functools.cache
 def made(name):
-    method = make_method(method_config(name), Schedule(1, 10))
+    method = make_method(with_whole_images(method_config(name)), Schedule(1, 10))
     rng = np.random.default_rng(0)
     views = tuple(jnp.float32(rng.uniform(size=(16, 8, 8, 3))) for _ in range(2))
     batch = {**example_batch(method.config), "views": views}
-    params, extra = method.init(jax.random.key(0), batch)
+    params, extra = jax.jit(method.init)(jax.random.key(0), batch)
     return method, params, extra, batch
 
 
 def run_steps(config, steps):
     spmd, source = make_spmd(devices=jax.devices()[:1]), random_source()
-    _, step, state, resident = make_step(config, spmd, source)
+    _, step, state, _ = make_step(with_whole_images(config), spmd, source, as_it_is)
     states = [jax.device_get(state)]
     ids = np.arange(64, dtype=np.int32)
+    views = ready_views(config, ids)
     for _ in range(steps):
-        batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
-        state, metrics = step(state, batch, resident)
+        batch = spmd.place_batch({"id": ids, "label": source.labels[ids], "views": views})
+        state, metrics = step(state, batch, {})
         states.append(jax.device_get(state))
     return states, metrics
 
@@ -53,10 +57,11 @@ def test_byols_target_follows_after_the_step_and_uses_batch_statistics():
         online = leaves({k: moved[k] for k in extra["target"]})[name]
         expected = decay * leaves(extra["target"])[name] + (1 - decay) * online
         np.testing.assert_allclose(leaf, expected, rtol=1e-4, atol=1e-6)
-    outputs, stats = method.forward(params, extra, batch, jax.random.key(0))
+    forward = jax.jit(method.forward)
+    outputs, stats = forward(params, extra, batch, jax.random.key(0))
     # In train mode the running statistics it has do not matter, and they move.
     other = jax.tree.map(lambda s: s + 5, extra["batch_stats"])
-    again, _ = method.forward(params, {**extra, "batch_stats": other}, batch, jax.random.key(0))
+    again, _ = forward(params, {**extra, "batch_stats": other}, batch, jax.random.key(0))
     np.testing.assert_allclose(outputs["target"], again["target"], rtol=1e-4, atol=1e-5)
     before = leaves(extra["batch_stats"]["target"])
     assert any(
@@ -94,7 +99,7 @@ def test_simsiams_loss_is_the_papers_and_its_gradient_stops():
         for a in (0, 1)
     ]
     assert float(loss_of(p, z)) == pytest.approx(float(-np.mean(cos[0] + cos[1]) / 2), rel=1e-4)
-    gradient_p, gradient_z = jax.grad(loss_of, argnums=(0, 1))(p, z)
+    gradient_p, gradient_z = jax.jit(jax.grad(loss_of, argnums=(0, 1)))(p, z)
     assert float(jnp.abs(gradient_p).max()) > 0
     assert float(jnp.abs(gradient_z).max()) == 0
 
@@ -135,5 +140,5 @@ def test_no_gradient_reaches_the_target(name):
         outputs, _ = method.forward(params, {**extra, "target": target}, batch, jax.random.key(0))
         return method.loss(params, outputs, extra, batch, jnp.int32(0))[0]
 
-    gradient = jax.grad(loss_of)(extra["target"])
+    gradient = jax.jit(jax.grad(loss_of))(extra["target"])
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient)) == 0

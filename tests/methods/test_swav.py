@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import make_step, method_config, random_source
+from tiny import as_it_is, make_step, method_config, random_source, ready_views, with_whole_images
 
 from ssl_jax import losses
 from ssl_jax.config import Schedule
@@ -13,22 +13,23 @@ from ssl_jax.step import example_batch
 
 
 def swav(**options):
-    config = method_config("swav")
+    config = with_whole_images(method_config("swav"))
     config.swav.update(options)
     return make_method(config, Schedule(1, 10))
 
 
 def test_prototypes_have_unit_length_and_stay_frozen_for_exactly_the_frozen_steps():
-    config, spmd, source = method_config("swav"), make_spmd(devices=jax.devices()[:1]), None
+    config, spmd = with_whole_images(method_config("swav")), make_spmd(devices=jax.devices()[:1])
     source = random_source()
     config.epochs = 10.0
     config.optim.update(frozen_steps=2, weight_decay=0.1)
-    _, step, state, resident = make_step(config, spmd, source)
+    _, step, state, _ = make_step(config, spmd, source, as_it_is)
     initial = np.asarray(state.params["prototypes"]["kernel"])
     ids = np.arange(64, dtype=np.int32)
+    views = ready_views(config, ids)
     for number in range(4):
-        batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
-        state, _ = step(state, batch, resident)
+        batch = spmd.place_batch({"id": ids, "label": source.labels[ids], "views": views})
+        state, _ = step(state, batch, {})
         kernel = np.asarray(state.params["prototypes"]["kernel"])
         np.testing.assert_allclose(np.linalg.norm(kernel, axis=0), 1, rtol=1e-5)
         assert np.allclose(kernel, initial, atol=1e-6) == (number < 2)
@@ -36,7 +37,7 @@ def test_prototypes_have_unit_length_and_stay_frozen_for_exactly_the_frozen_step
 
 def test_the_queue_fills_from_its_epoch_newest_first():
     method = swav(queue=128, queue_from_epoch=2.0)
-    params, extra = method.init(jax.random.key(0), example_batch(method.config))
+    params, extra = jax.jit(method.init)(jax.random.key(0), example_batch(method.config))
     for step in range(5):
         outputs = {"projection": jnp.full((64, 4, 8), float(step))}
         _, extra = method.update(params, outputs, extra, jnp.int32(step))
@@ -47,7 +48,7 @@ def test_the_queue_fills_from_its_epoch_newest_first():
 
 def test_the_queue_is_used_once_full_and_without_the_current_batch():
     method = swav(queue=128)
-    params, extra = method.init(jax.random.key(0), example_batch(method.config))
+    params, extra = jax.jit(method.init)(jax.random.key(0), example_batch(method.config))
     kernel = params["prototypes"]["kernel"]
     rng = np.random.default_rng(0)
     z = losses.normalize(jnp.float32(rng.normal(size=(64, 4, 8))))
@@ -68,7 +69,7 @@ def test_assignments_are_float32_under_bfloat16():
 def test_crops_of_one_size_are_one_forward():
     method = swav()
     batch = example_batch(method.config)
-    params, extra = method.init(jax.random.key(0), batch)
+    params, extra = jax.jit(method.init)(jax.random.key(0), batch)
     calls = str(
         jax.make_jaxpr(lambda: method.forward(params, extra, batch, jax.random.key(0)))()
     ).count("conv_general_dilated")
@@ -86,7 +87,7 @@ def test_crops_of_one_size_are_one_forward():
 def test_prototypes_in_use_are_counted():
     method = swav(queue=0)
     batch = example_batch(method.config)
-    params, extra = method.init(jax.random.key(0), batch)
+    params, extra = jax.jit(method.init)(jax.random.key(0), batch)
     rng = np.random.default_rng(0)
     z = losses.normalize(jnp.float32(rng.normal(size=(64, 4, 8))))
     _, logs = method.loss(params, {"projection": z}, extra, batch, jnp.int32(0))
