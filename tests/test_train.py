@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 from images import noise_files
-from tiny import leaves, share_steps, tiny_config, without_colour
+from tiny import leaves, share_steps, with_whole_images, tiny_config
 
 import ssl_jax
 from ssl_jax import train as train_module
@@ -134,7 +134,7 @@ def test_a_killed_run_ends_bit_identical_to_an_undisturbed_one(
 def finished(tmp_path_factory):
     """A short run with its evaluation: config, folder, final state and what was printed."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    config = without_colour(tiny_config(epochs=1.0, batch_size=320))
+    config = with_whole_images(tiny_config(epochs=1.0, batch_size=320))
     config.eval.update(knn_every_epochs=1.0, frozen_at_end=True)
     config.checkpoint.every_epochs = 1.0
     config.data.test_fraction = 0.25
@@ -211,7 +211,7 @@ def test_a_run_broken_off_before_its_first_checkpoint_says_that_it_starts_anew(
     said = []
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            pretrain(tiny_config(steps=1, batch_size=320), tmp_path)
+            pretrain(with_whole_images(tiny_config(steps=1, batch_size=320)), tmp_path)
         said.append("it starts anew" in capsys.readouterr().out)
     assert said == [False, True]
 
@@ -229,7 +229,7 @@ def test_the_loop_fetches_once_per_logged_step_and_transfers_only_batches(tmp_pa
     placed = []
     place = Spmd.place_batch
     monkeypatch.setattr(Spmd, "place_batch", lambda self, b: placed.append(b) or place(self, b))
-    config = without_colour(tiny_config(epochs=2.0, batch_size=160, log_every=4))
+    config = with_whole_images(tiny_config(epochs=2.0, batch_size=160, log_every=4))
     runs = []
 
     class GuardedRun(train_module.Run):
@@ -313,7 +313,7 @@ def test_nothing_fetches_beside_the_counted_function(name):
 def test_a_run_that_batchnorm_makes_another_is_told(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_module.Run, "measure", lambda self, step: None)
     monkeypatch.setattr("ssl_jax.evals.run.Evaluator.finish", lambda *a: [])
-    config = without_colour(tiny_config(steps=1, batch_size=320, microbatch=160))
+    config = with_whole_images(tiny_config(steps=1, batch_size=320, microbatch=160))
     config.model.bn_group = 1
     pretrain(config, tmp_path)
     out = capsys.readouterr().out
@@ -348,7 +348,8 @@ def test_what_only_data_and_devices_tell_is_refused_too(changes, words, tmp_path
 @pytest.mark.parametrize("halved", [False, True])
 def test_a_full_memory_names_the_levers(tmp_path, monkeypatch, halved):
     """By injection: a CPU has none of its own to fill."""
-    config = tiny_config(batch_size=64, remat=halved, dtype="bfloat16" if halved else "float32")
+    numbers = "bfloat16" if halved else "float32"
+    config = with_whole_images(tiny_config(batch_size=64, remat=halved, dtype=numbers))
 
     def full(*args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory, 9 bytes.\n  at")
@@ -370,7 +371,7 @@ def test_a_full_memory_names_the_levers(tmp_path, monkeypatch, halved):
 def test_a_memory_that_fills_in_an_evaluation_names_its_lever(tmp_path, monkeypatch):
     """By injection; the run goes on with the lever pulled, from its checkpoint."""
     share_steps(monkeypatch)
-    config = without_colour(tiny_config(batch_size=64, steps=2))
+    config = with_whole_images(tiny_config(batch_size=64, steps=2))
     config.eval.batch_size, config.checkpoint.every_epochs = 64, 1.0
 
     def full(*args, **kwargs):
@@ -387,7 +388,7 @@ def test_a_memory_that_fills_in_an_evaluation_names_its_lever(tmp_path, monkeypa
 
 
 def test_a_run_that_goes_on_remembers_how_wide_its_embeddings_were(tmp_path, monkeypatch):
-    config = without_colour(tiny_config(batch_size=64, steps=4))
+    config = with_whole_images(tiny_config(batch_size=64, steps=4))
     config.checkpoint.every_epochs = 0.05
     pretrain(config, tmp_path)
     seen = [r["embedding_std"] for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r]

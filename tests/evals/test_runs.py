@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from encoders import same
-from tiny import tiny_config, without_colour
+from encoders import copy_run, same
+from tiny import tiny_config
 
 from ssl_jax import cli, cli_evals
 from ssl_jax.config import Schedule, default_config
@@ -21,20 +21,15 @@ from ssl_jax.interop.weights import travelling
 from ssl_jax.methods import make_method
 from ssl_jax.start import resolve_start, started
 from ssl_jax.step import assemble, init_state
-from ssl_jax.train import pretrain
 from ssl_jax.workdir import read_config
 
 BRIEF = ("epochs=1.0", "batch_size=64", "log_every=100", "eval.draws=2")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(finished_run, tmp_path_factory):
     """A SimCLR run with a projector of three layers."""
-    config = without_colour(tiny_config(batch_size=64))
-    config.simclr.layers = 3
-    workdir = tmp_path_factory.mktemp("runs") / "simclr"
-    pretrain(config, workdir)
-    return workdir
+    return copy_run(finished_run, tmp_path_factory.mktemp("runs") / "simclr")
 
 
 @pytest.fixture(scope="module")
@@ -204,9 +199,15 @@ def first_state(config):
     return started(init_state(method, optimizer, config), config)
 
 
-def test_fine_tuning_starts_at_the_runs_encoder_and_kept_projector(run):
-    source = restore_state(run)
-    state = first_state(runs.finetune_config(run, labels=0.1))
+@pytest.fixture(scope="module")
+def kept(run):
+    """The config of fine-tuning on few labels, which keeps a layer, and its first state."""
+    config = runs.finetune_config(run, labels=0.1)
+    return config, first_state(config)
+
+
+def test_fine_tuning_starts_at_the_runs_encoder_and_kept_projector(run, kept):
+    source, state = restore_state(run), kept[1]
     assert same(state.params["encoder"], source.params["encoder"])
     assert sorted(state.params["projector"]) == ["bn1", "dense1"]
     assert same(state.params["projector"]["dense1"], source.params["projector"]["dense1"])
@@ -215,9 +216,8 @@ def test_fine_tuning_starts_at_the_runs_encoder_and_kept_projector(run):
     assert not state.params["classifier"]["Dense_0"]["kernel"].any()
 
 
-def test_what_is_kept_of_the_projector_is_its_hidden_layer(run):
-    config = runs.finetune_config(run, labels=0.1)
-    state = first_state(config)
+def test_what_is_kept_of_the_projector_is_its_hidden_layer(run, kept):
+    config, state = kept
     method = make_method(config, Schedule(1, 1))
     images = jnp.asarray(np.random.default_rng(0).random((3, 8, 8, 3)), jnp.float32)
     classifier = {**state.params["classifier"]["Dense_0"]}
@@ -289,9 +289,26 @@ def test_the_frozen_encoder_stays_as_it_is_bit_for_bit(run, capsys):
     assert "Further evaluations" in page and "recipe moco" in page
 
 
-def test_a_student_learns_its_teachers_opinion(teacher, tmp_path):
-    metrics = distill(teacher, tmp_path / "student", overrides=(*BRIEF, "model.width=0.03125"))
-    assert metrics["examples"] == 450
+@pytest.fixture
+def unlabelled(tmp_path):
+    """Overrides for images without labels, and six of them with labels to measure on."""
+    from images import fill
+
+    fill(tmp_path / "sorted", per_class=30)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, file in enumerate(sorted((tmp_path / "sorted").rglob("*.png"))):
+        shutil.copy(file, flat / f"{number}.png")
+    fill(tmp_path / "test", per_class=2)
+    data = (f"data.dir={flat}", f"data.test_dir={tmp_path / 'test'}", "data.name=folder")
+    return (*BRIEF, *data)
+
+
+def test_a_student_learns_its_teachers_opinion_of_images_without_labels(
+    teacher, unlabelled, tmp_path
+):
+    overrides = (*unlabelled, "model.width=0.03125")
+    assert distill(teacher, tmp_path / "student", overrides=overrides)["examples"] == 6
     student = restore_state(tmp_path / "student")
     source = restore_state(teacher)
     assert same(student.extra["teacher"]["params"], source.params)
@@ -344,7 +361,7 @@ def test_commands_on_features_print_and_keep_what_they_find(run, capsys, tmp_pat
             capsys, "features", f"--from={run}", f"--out={file}", "--json", "--projector-layer=2"
         )
     )
-    assert layer["width"] == told["width"]  # the projector's hidden layers are as wide
+    assert (told["width"], layer["width"]) == (8, 24)
     subset = ["--config.data.subset=0.1", "--projector-layer=1", "--json"]
     few = json.loads(command(capsys, "knn", f"--from={run}", *subset))
     assert few["k"] == 200 and few["metrics"]["examples"] == 450
@@ -382,20 +399,9 @@ def test_bad_input_is_one_sentence(run, capsys, arguments, sentence):
     assert re.search(sentence, capsys.readouterr().err)
 
 
-def test_images_without_labels_are_distilled_and_not_fine_tuned_on(teacher, tmp_path):
-    from images import fill
-
-    fill(tmp_path / "flat_source", per_class=30)
-    flat = tmp_path / "flat"
-    flat.mkdir()
-    for number, file in enumerate(sorted((tmp_path / "flat_source").rglob("*.png"))):
-        shutil.copy(file, flat / f"{number}.png")
-    fill(tmp_path / "test", per_class=2)
-    data = (f"data.dir={flat}", f"data.test_dir={tmp_path / 'test'}", "data.name=folder")
-    overrides = (*BRIEF, *data)
-    assert distill(teacher, tmp_path / "student", overrides=overrides)["examples"] == 6
+def test_images_without_labels_are_not_fine_tuned_on(run, unlabelled, tmp_path):
     with pytest.raises(UserError, match="training images have no labels to learn"):
-        finetune(teacher, tmp_path / "other", overrides=overrides)
+        finetune(run, tmp_path / "other", overrides=unlabelled)
     assert not (tmp_path / "other").exists()
 
 

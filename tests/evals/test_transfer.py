@@ -6,22 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import method_config, random_source, tiny_config, without_colour
+from encoders import copy_run, random_encoder
+from tiny import method_config, random_source, without_colour
 
 from ssl_jax import cli
 from ssl_jax.errors import UserError
 from ssl_jax.evals import transfer
-from ssl_jax.train import pretrain
+from ssl_jax.interop.weights import Weights, write_weights
 
 BRIEF = ("--config.steps=4", "--config.batch_size=16", "--config.log_every=100")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    config = without_colour(tiny_config(batch_size=64, steps=2))
-    workdir = tmp_path_factory.mktemp("transfer") / "run"
-    pretrain(config, workdir)
-    return workdir
+def run(finished_run, tmp_path_factory):
+    return copy_run(finished_run, tmp_path_factory.mktemp("transfer") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +45,16 @@ def sets(tmp_path_factory):
     return file
 
 
-def test_settings_are_chosen_on_held_out_images_and_measured_once_on_the_test(run, sets, capsys):
-    line = ["transfer", f"--from={run}", f"--sets={sets}", "--rates=0.1,1e-9", "--decays=0"]
+def test_settings_are_chosen_on_held_out_images_and_measured_once_on_the_test(
+    run, sets, tmp_path, capsys
+):
+    blobs = tmp_path / "blobs.json"
+    blobs.write_text(json.dumps({"blobs": json.loads(sets.read_text())["blobs"]}))
+    line = ["transfer", f"--from={run}", f"--sets={blobs}", "--rates=0.1,1e-9", "--decays=0"]
     assert cli.main([*line, *BRIEF]) == 0
     out, err = capsys.readouterr()
-    rows = [row.split(" | ") for row in out.splitlines() if row.startswith("| ")]
-    assert [row[:2] for row in rows[2:]] == [["| blobs", "mean per class"], ["| digits", "top1"]]
+    (row,) = [row.split(" | ") for row in out.splitlines() if row.startswith("| ")][2:]
+    assert row[:2] == ["| blobs", "mean per class"]
     folder = run / "transfer" / "blobs"
     tried = {}
     for rate in (0.1, 1e-9):
@@ -71,14 +73,38 @@ def test_settings_are_chosen_on_held_out_images_and_measured_once_on_the_test(ru
     assert metrics["examples"] == held
     record = json.loads((run / "evals" / "transfer_blobs_finetune.json").read_text())
     assert record["metrics"]["examples"] == tests and record["rate"] == best
-    assert f"{100 * record['metrics']['mean_per_class']['value']:.1f} [" in rows[2][3]
+    assert f"{100 * record['metrics']['mean_per_class']['value']:.1f} [" in row[3]
     assert "blobs: fine-tuned, rate" in (run / "report.html").read_text()
     # The same again trains nothing and finds the same.
     sizes = {f: f.stat().st_size for f in run.rglob("transfer/*/*/metrics.jsonl")}
-    assert len(sizes) == 6
+    assert len(sizes) == 3
     assert cli.main([*line, *BRIEF]) == 0
     assert capsys.readouterr().out == out
     assert {f: f.stat().st_size for f in sizes} == sizes
+
+
+def test_each_data_set_is_fine_tuned_as_its_own_metric_chooses(run, sets, tmp_path, monkeypatch):
+    """The higher rate is best by top-1, the lower one by the mean of the classes."""
+    trained = []
+
+    def train(config, workdir, command, told):
+        trained.append((str(workdir.relative_to(tmp_path)), config.optim.weight_decay))
+        top1, of_class = (0.9, 0.2) if config.optim.lr == 0.1 else (0.4, 0.6)
+        values = {"top1": top1, "mean_per_class": of_class}
+        return None, {name: dict.fromkeys(("value", "low", "high"), v) for name, v in values.items()}
+
+    monkeypatch.setattr(transfer, "train_classifier", train)
+    grid = {"rates": (0.1, 0.01), "decays": (0.5,), "overrides": ("batch_size=16",)}
+    rows = transfer.transfer(run, transfer.read_sets(sets), tmp_path, **grid)
+    assert trained == [
+        (f"{name}/{trial}_decay_0.5", 0.5)
+        for name, best in (("blobs", "0.01"), ("digits", "0.1"))
+        for trial in ("rate_0.1", "rate_0.01", f"chosen_rate_{best}")
+    ]
+    blobs, digits = [line.split(" | ") for line in transfer.table(rows)[2:]]
+    assert [blobs[i] for i in (0, 1, 4)] == ["| blobs", "mean per class", "0.01, 0.5 |"]
+    assert [digits[i] for i in (0, 1, 4)] == ["| digits", "top1", "0.1, 0.5 |"]
+    assert (blobs[3], digits[3]) == ("60.0 [60.0, 60.0]", "90.0 [90.0, 90.0]")
 
 
 def test_linear_alone_trains_nothing(run, sets, capsys):
@@ -167,15 +193,16 @@ def test_what_changes_fine_tuning_is_no_business_of_the_evaluated_run(tmp_path, 
     config = without_colour(method_config("moco"))  # whose queue other batches don't fill
     config.steps = 1
     config.data.num_classes = 0
-    run, file = tmp_path / "run", tmp_path / "sets.json"
-    pretrain(config, run)
+    drawn = random_encoder(config)
+    networks = ({"encoder": drawn[kind]} for kind in ("params", "batch_stats"))
+    moco, file = tmp_path / "moco.safetensors", tmp_path / "sets.json"
+    write_weights(Weights(config, *networks), moco)
     file.write_text(json.dumps({"digits": {"data": {}}}))
-    capsys.readouterr()
-    line = ["transfer", f"--from={run}", f"--sets={file}", "--rates=0.1", "--decays=0"]
+    line = ["transfer", f"--from={moco}", f"--sets={file}", "--rates=0.1", "--decays=0"]
     assert cli.main([*line, "--config.epochs=0.05", "--config.batch_size=48", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert row["rate"] == 0.1 and row["finetune"]["examples"] == 450
-    (trained,) = run.glob("transfer/digits/*/config.json")
+    (trained,) = tmp_path.glob("moco.safetensors_evals/transfer/digits/*/config.json")
     assert json.loads(trained.read_text())["config"]["steps"] == 0  # epochs were asked for
 
 

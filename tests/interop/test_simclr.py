@@ -12,7 +12,7 @@ import pytest
 
 tf = pytest.importorskip("tensorflow")
 
-from ssl_jax.config import Schedule  # noqa: E402
+from ssl_jax.config import Schedule, to_json  # noqa: E402
 from ssl_jax.errors import UserError  # noqa: E402
 from ssl_jax.interop.official import is_elsewhere, read_weights  # noqa: E402
 from ssl_jax.methods import make_method  # noqa: E402
@@ -122,17 +122,23 @@ class Modules:
         return x
 
 
+def save_tensors(tensors, prefix):
+    """Writes a checkpoint without a graph of objects, as `tf.train.Saver` does in the end."""
+    values = [tf.constant(value) for value in tensors.values()]
+    tf.raw_ops.SaveV2(
+        prefix=str(prefix),
+        tensor_names=list(tensors),
+        shape_and_slices=[""] * len(values),
+        tensors=values,
+    )
+    return str(prefix)
+
+
 def save_first(values, folder):
-    """As `tf.train.Saver` of the first code."""
-    graph = tf.Graph()
-    with graph.as_default(), tf.compat.v1.Session(graph=graph) as session:
-        made = [tf.compat.v1.get_variable(name, initializer=v) for name, v in values.items()]
-        made.append(tf.compat.v1.get_variable("global_step", initializer=np.int64(7)))
-        slot = next(iter(values)) + "/Momentum"
-        made.append(tf.compat.v1.get_variable(slot, initializer=np.zeros(3, np.float32)))
-        session.run(tf.compat.v1.global_variables_initializer())
-        saver = tf.compat.v1.train.Saver(made)
-        return saver.save(session, str(folder / "model.ckpt"), global_step=7)
+    """As the first code, with a step and an optimiser's slot."""
+    slot = next(iter(values)) + "/Momentum"
+    others = {"global_step": np.int64(7), slot: np.zeros(3, np.float32)}
+    return save_tensors({**values, **others}, folder / "model.ckpt-7")
 
 
 def save_second(values, folder):
@@ -171,45 +177,52 @@ def ours(weights, x, network):
     return np.asarray(apply(jax.tree.map(jnp.asarray, variables), x))
 
 
-@pytest.mark.parametrize("save", [save_first, save_second], ids=["first", "second"])
 @pytest.mark.parametrize(
     ("width", "sk", "cifar", "layers"),
     [(0.25, False, False, 2), (0.25, True, False, 3), (0.5, False, True, 3)],
 )
-def test_features_and_projections_are_the_same(tmp_path, save, width, sk, cifar, layers):
+def test_features_and_projections_are_the_same(tmp_path, width, sk, cifar, layers):
     x = RNG.uniform(size=(2, 32 if cifar else 65, 32 if cifar else 65, 3)).astype(np.float32)
     modules = Modules()
     features = modules.network(x, 50, width, sk, cifar)
     projected = modules.head(features, layers)
-    kind = "first" if save is save_first else "second"
-    path = save(getattr(modules, kind), tmp_path)
-    assert is_elsewhere(path)
-    weights = read_weights(path)
-    model = weights.config.model
-    assert (model.depth, model.width, model.sk) == (50, width, sk)
-    assert model.padding == "simclr" and model.stem == ("cifar" if cifar else "imagenet")
-    assert weights.config.simclr.layers == layers and weights.config.views.view1.mean == ()
-    assert weights.left_out == (("global_step",) if save is save_first else ())
+    found = []
+    for save, values, left_out in (
+        (save_first, modules.first, ("global_step",)),
+        (save_second, modules.second, ()),
+    ):
+        path = save(values, tmp_path)
+        assert is_elsewhere(path)
+        weights = read_weights(path)
+        model = weights.config.model
+        assert (model.depth, model.width, model.sk) == (50, width, sk)
+        assert model.padding == "simclr" and model.stem == ("cifar" if cifar else "imagenet")
+        assert weights.config.simclr.layers == layers and weights.config.views.view1.mean == ()
+        assert weights.left_out == left_out
+        found.append(weights)
+    first, second = found
     for network, given, expected in (
         ("encoder", x, features.numpy()),
         ("projector", features.numpy(), projected.numpy()),
     ):
-        mine = ours(weights, given, network)
+        mine = ours(first, given, network)
         assert np.abs(mine - expected).max() <= 1e-4 * np.abs(expected).max()
+    # Both codes' files hold the same networks, so that they compute the same.
+    assert to_json(second.config) == to_json(first.config)
+    for kind in ("params", "batch_stats"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(second, kind), getattr(first, kind))
 
 
 def test_other_variables_are_no_resnet(tmp_path):
-    path = save_first({"base_model/conv2d/kernel": np.zeros((7, 7, 3, 64), np.float32)}, tmp_path)
+    kernel = np.zeros((7, 7, 3, 64), np.float32)
+    path = save_first({"base_model/conv2d/kernel": kernel}, tmp_path)
     with pytest.raises(UserError, match="has 1 convolutions in base_model/, which no ResNet"):
         read_weights(path)
 
 
 @pytest.mark.parametrize("graph", [b"\xff\xff", b"", 1.0], ids=["bytes", "empty", "number"])
 def test_a_damaged_graph_of_objects_is_one_sentence(tmp_path, graph):
-    prefix, name = str(tmp_path / "model.ckpt"), "_CHECKPOINTABLE_OBJECT_GRAPH"
-    tf.raw_ops.SaveV2(
-        prefix=prefix, tensor_names=[name], shape_and_slices=[""], tensors=[tf.constant(graph)]
-    )
+    prefix = save_tensors({"_CHECKPOINTABLE_OBJECT_GRAPH": graph}, tmp_path / "model.ckpt")
     with pytest.raises(UserError, match="can't be read .* fetch its files anew"):
         read_weights(prefix)
 
