@@ -10,6 +10,7 @@ import tempfile
 from importlib import metadata
 
 import pytest
+import threadpoolctl
 
 FIRST_PROCESS = "PYTEST_XDIST_WORKER" not in os.environ
 
@@ -30,6 +31,9 @@ if FIRST_PROCESS:
     ).strip()
     # `matrix + vector` is an error: broadcasts are written out, as matrix + vector[None, :].
     os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+    # scikit-learn's fits of small features: threads wait for each other longer than they work.
+    os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
+    threadpoolctl.threadpool_limits(1)  # a plugin of pytest's may have loaded NumPy before
     # TensorFlow: no banner about the CPU's instructions.
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     # Shared by all processes, so that a program which several tests compile is compiled once. New,
