@@ -24,6 +24,7 @@ from ssl_jax.step import assemble, init_state
 from ssl_jax.workdir import read_config
 
 BRIEF = ("epochs=1.0", "batch_size=64", "log_every=100", "eval.draws=2")
+WHOLE = "views.view.crop.sampler=none"  # images, which compile faster than crops
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def run(finished_run, tmp_path_factory):
 def teacher(run):
     """It fine-tuned on a tenth of the labels, from the projector's first layer."""
     workdir = run.with_name("teacher")
-    finetune(run, workdir, labels=0.1, overrides=(*BRIEF, "batch_size=16"))
+    finetune(run, workdir, labels=0.1, overrides=(*BRIEF, WHOLE, "batch_size=16"))
     return workdir
 
 
@@ -301,7 +302,7 @@ def unlabelled(tmp_path):
         shutil.copy(file, flat / f"{number}.png")
     fill(tmp_path / "test", per_class=2)
     data = (f"data.dir={flat}", f"data.test_dir={tmp_path / 'test'}", "data.name=folder")
-    return (*BRIEF, *data)
+    return (*BRIEF, WHOLE, *data)
 
 
 def test_a_student_learns_its_teachers_opinion_of_images_without_labels(
