@@ -275,10 +275,10 @@ def test_a_run_without_a_classifier_teaches_nothing(run):
 
 
 def test_the_frozen_encoder_stays_as_it_is_bit_for_bit(run, capsys):
-    flags = [f"--config.{change}" for change in BRIEF]
+    flags = [f"--config.{change}" for change in (*BRIEF, WHOLE)]
     out = command(capsys, "linear", f"--from={run}", "--recipe=moco", *flags)
     step = read_config(run / "linear_moco").start.step
-    said = f"recipe moco, step {step}, batch_size=64, epochs=1.0: top-1 "
+    said = f"recipe moco, step {step}, batch_size=64, epochs=1.0, {WHOLE}: top-1 "
     assert f"linear classifier, {said}" in out
     source, state = restore_state(run), restore_state(run / "linear_moco")
     assert same(state.params["encoder"], source.params["encoder"])
