@@ -91,8 +91,8 @@ def test_each_data_set_is_fine_tuned_as_its_own_metric_chooses(run, sets, tmp_pa
     def train(config, workdir, command, told):
         trained.append((str(workdir.relative_to(tmp_path)), config.optim.weight_decay))
         top1, of_class = (0.9, 0.2) if config.optim.lr == 0.1 else (0.4, 0.6)
-        values = {"top1": top1, "mean_per_class": of_class}
-        return None, {name: dict.fromkeys(("value", "low", "high"), v) for name, v in values.items()}
+        found = {"top1": top1, "mean_per_class": of_class}
+        return None, {name: {"value": x, "low": x, "high": x} for name, x in found.items()}
 
     monkeypatch.setattr(transfer, "train_classifier", train)
     grid = {"rates": (0.1, 0.01), "decays": (0.5,), "overrides": ("batch_size=16",)}

@@ -123,7 +123,7 @@ class Modules:
 
 
 def save_tensors(tensors, prefix):
-    """Writes a checkpoint without a graph of objects, as `tf.train.Saver` does in the end."""
+    """Writes a checkpoint by the operation that `tf.train.Saver` adds to its graph."""
     values = [tf.constant(value) for value in tensors.values()]
     tf.raw_ops.SaveV2(
         prefix=str(prefix),
@@ -134,11 +134,20 @@ def save_tensors(tensors, prefix):
     return str(prefix)
 
 
-def save_first(values, folder):
+def save_with_saver(tensors, prefix):
+    """The same by `tf.train.Saver`, as in the first code: slow for a ResNet's many variables."""
+    graph = tf.Graph()
+    with graph.as_default(), tf.compat.v1.Session(graph=graph) as session:
+        made = [tf.compat.v1.get_variable(name, initializer=v) for name, v in tensors.items()]
+        session.run(tf.compat.v1.global_variables_initializer())
+        return tf.compat.v1.train.Saver(made).save(session, str(prefix))
+
+
+def save_first(values, folder, save=save_tensors):
     """As the first code, with a step and an optimiser's slot."""
     slot = next(iter(values)) + "/Momentum"
     others = {"global_step": np.int64(7), slot: np.zeros(3, np.float32)}
-    return save_tensors({**values, **others}, folder / "model.ckpt-7")
+    return save({**values, **others}, folder / "model.ckpt-7")
 
 
 def save_second(values, folder):
@@ -213,9 +222,21 @@ def test_features_and_projections_are_the_same(tmp_path, width, sk, cifar, layer
         jax.tree.map(np.testing.assert_array_equal, getattr(second, kind), getattr(first, kind))
 
 
+KERNEL = {"base_model/conv2d/kernel": np.ones((7, 7, 3, 64), np.float32)}
+
+
+def test_a_saver_writes_what_its_operation_does(tmp_path):
+    (tmp_path / "saver").mkdir()
+    plain = save_first(KERNEL, tmp_path)
+    saver = save_first(KERNEL, tmp_path / "saver", save_with_saver)
+    one, other = map(tf.train.load_checkpoint, (plain, saver))
+    assert one.get_variable_to_shape_map() == other.get_variable_to_shape_map()
+    for name in one.get_variable_to_shape_map():
+        np.testing.assert_array_equal(one.get_tensor(name), other.get_tensor(name))
+
+
 def test_other_variables_are_no_resnet(tmp_path):
-    kernel = np.zeros((7, 7, 3, 64), np.float32)
-    path = save_first({"base_model/conv2d/kernel": kernel}, tmp_path)
+    path = save_first(KERNEL, tmp_path, save_with_saver)
     with pytest.raises(UserError, match="has 1 convolutions in base_model/, which no ResNet"):
         read_weights(path)
 
@@ -228,7 +249,7 @@ def test_a_damaged_graph_of_objects_is_one_sentence(tmp_path, graph):
 
 
 def test_a_damaged_checkpoint_is_one_sentence(tmp_path):
-    path = save_first({"base_model/conv2d/kernel": np.ones((7, 7, 3, 64), np.float32)}, tmp_path)
+    path = save_first(KERNEL, tmp_path, save_with_saver)
     index = tmp_path / "model.ckpt-7.index"
     index.write_bytes(index.read_bytes()[:50])
     with pytest.raises(UserError, match="can't be read .* fetch its files anew"):
