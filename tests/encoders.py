@@ -7,7 +7,9 @@ import jax
 import numpy as np
 from tiny import tiny_config, without_colour
 
+from ssl_jax.config import Schedule
 from ssl_jax.methods.base import make_encoder
+from ssl_jax.step import assemble, init_state
 from ssl_jax.train import pretrain
 
 
@@ -36,6 +38,13 @@ def random_encoder(config, seed=0):
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(lambda k: module.init(k, np.zeros((1, 8, 8, 3)), train=False), key)
     return jax.tree.map(lambda x: rng.uniform(0.5, 1, x.shape).astype(np.float32), shapes)
+
+
+def blank_state(config):
+    """A state of zeros, of the shapes that a run would draw: weights come from elsewhere."""
+    method, optimizer, _ = assemble(config, Schedule(1, 10))
+    shapes = jax.eval_shape(lambda: init_state(method, optimizer, config))
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
 
 def same(a, b):

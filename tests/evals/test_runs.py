@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from encoders import copy_run, same
+from encoders import blank_state, copy_run, same
 from tiny import tiny_config
 
 from ssl_jax import cli, cli_evals
@@ -193,18 +193,22 @@ def test_distillation_is_simclr_v2s(run):
 # Weights that come from elsewhere
 
 
-def first_state(config):
+def first_state(config, initial=blank_state):
     config.data.num_classes = 10
     resolve_start(config)
+    return started(initial(config), config)
+
+
+def drawn_state(config):
     method, optimizer, _ = assemble(config, Schedule(1, 10))
-    return started(init_state(method, optimizer, config), config)
+    return init_state(method, optimizer, config)
 
 
 @pytest.fixture(scope="module")
 def kept(run):
     """The config of fine-tuning on few labels, which keeps a layer, and its first state."""
     config = runs.finetune_config(run, labels=0.1)
-    return config, first_state(config)
+    return config, first_state(config, drawn_state)
 
 
 def test_fine_tuning_starts_at_the_runs_encoder_and_kept_projector(run, kept):

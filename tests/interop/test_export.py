@@ -8,18 +8,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from encoders import copy_run, random_encoder, same
+from encoders import blank_state, copy_run, random_encoder, same
 from tiny import tiny_config
 
 import ssl_jax
 from ssl_jax import cli
-from ssl_jax.config import Schedule, view
+from ssl_jax.config import view
 from ssl_jax.encoder import restore_state
 from ssl_jax.interop.described import preprocessing
 from ssl_jax.interop.official import read_weights
 from ssl_jax.interop.weights import Weights, write_weights
 from ssl_jax.start import resolve_start, started
-from ssl_jax.step import assemble, init_state
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +102,7 @@ def test_our_tree_is_loaded_and_started_from(run, tmp_path, capsys):
     config.simclr.update(layers=3, hidden=24)
     config.data.num_classes = 10
     config.start.path = str(file)
-    method, optimizer, _ = assemble(config, Schedule(1, 10))
-    shapes = jax.eval_shape(lambda: init_state(method, optimizer, config))
-    initial = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    initial = blank_state(config)
     for heads in (False, True):
         config.start.heads = heads
         resolve_start(config)

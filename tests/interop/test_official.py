@@ -6,19 +6,17 @@ import re
 import jax
 import numpy as np
 import pytest
-from encoders import random_encoder
+from encoders import blank_state, random_encoder
 from safetensors.numpy import save_file
 from tiny import method_config, tiny_config
 
 import ssl_jax
-from ssl_jax.config import Schedule
 from ssl_jax.errors import UserError
 from ssl_jax.interop.card import model_card
 from ssl_jax.interop.official import read_weights
 from ssl_jax.interop.torch_names import to_torch
 from ssl_jax.interop.weights import Weights, read_header, save, write_weights
 from ssl_jax.start import resolve_start, started
-from ssl_jax.step import assemble, init_state
 
 RNG = np.random.default_rng(0)
 
@@ -128,10 +126,7 @@ def test_timms_config_counts_beside_torchvisions_names_alone(tmp_path, state):
 
 
 def test_a_run_starts_from_a_foreign_file_and_its_heads(tmp_path, drawn, state):
-    """MoCo v2's: the encoder and the projector are where the run begins, targets included.
-
-    Of the state that it would draw the shapes alone count here.
-    """
+    """MoCo v2's: the encoder and the projector are where the run begins, targets included."""
     head = {"fc.0.weight": normal(8, 8), "fc.0.bias": normal(8)}
     head |= {"fc.2.weight": normal(5, 8), "fc.2.bias": normal(5)}
     file = saved(tmp_path, prefixed("module.encoder_q.", {**state, **head}))
@@ -139,10 +134,7 @@ def test_a_run_starts_from_a_foreign_file_and_its_heads(tmp_path, drawn, state):
     config.moco.update(out=5, hidden=8, layers=2)
     config.start.update(path=str(file), heads=True)
     resolve_start(config)
-    method, optimizer, _ = assemble(config, Schedule(1, 10))
-    shapes = jax.eval_shape(lambda: init_state(method, optimizer, config))
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    state = started(zeros, config)
+    state = started(blank_state(config), config)
     for params in (state.params, state.extra["target"]):
         jax.tree.map(np.testing.assert_array_equal, params["encoder"], drawn["params"])
         dense = params["projector"]
