@@ -34,6 +34,8 @@ if FIRST_PROCESS:
     # scikit-learn's fits of small features: threads wait for each other longer than they work.
     os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
     threadpoolctl.threadpool_limits(1)  # a plugin of pytest's may have loaded NumPy before
+    # Processes that tests start would each compile the package's source.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     # TensorFlow: no banner about the CPU's instructions.
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     # Shared by all processes, so that a program which several tests compile is compiled once. New,

@@ -259,7 +259,7 @@ def test_a_write_that_fails_leaves_no_thread_waiting(tmp_path, monkeypatch):
 def test_a_run_goes_on_with_fewer_devices_and_with_more(method, tmp_path):
     """Two steps on each number of devices, from checkpoint to checkpoint; queues are in use."""
     config, source = method_config(method), random_source(256)
-    config.model.update(bn_group=0, depth=4)
+    config.model.bn_group = 0
     config.optim.update(warmup_epochs=0.0, frozen_steps=0, lr=0.1)
     config.swav.queue_from_epoch = 0.0
     index = Index(source.num_examples, config.batch_size, config.seed)

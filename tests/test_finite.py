@@ -15,8 +15,8 @@ from tiny import (
     random_source,
     ready_views,
     share_steps,
-    with_whole_images,
     tiny_config,
+    with_whole_images,
 )
 
 from ssl_jax.data.index import Index
@@ -37,7 +37,7 @@ def poisoned(config, ids, step, at):
 
 def stepped(name, at, on_nan, steps=4):
     config = method_config(name)
-    config.model.depth, config.on_nan = 4, on_nan
+    config.on_nan = on_nan
     source, spmd = random_source(), make_spmd()
     _, step, state, resident = make_step(config, spmd, source, prepare=as_it_is)
     ids = np.arange(64, dtype=np.int32)

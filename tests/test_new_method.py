@@ -69,7 +69,7 @@ def test_it_trains_is_evaluated_and_loaded_by_the_commands_of_the_page(
     config_file, forget, tmp_path, capsys
 ):
     config = load_config(str(config_file), ["barlow_twins.out=32", "steps=2", "batch_size=320"])
-    config.model.update(method_config("simclr").model, depth=4)
+    config.model.update(method_config("simclr").model)
     with_whole_images(config)
     config.data.update(subset=0.25, test_fraction=0.1)
     config.eval.update(draws=2, labels_per_class=(1, 5), frozen_at_end=True)

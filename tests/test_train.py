@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 from images import noise_files
-from tiny import leaves, share_steps, with_whole_images, tiny_config
+from tiny import leaves, share_steps, tiny_config, with_whole_images
 
 import ssl_jax
 from ssl_jax import train as train_module

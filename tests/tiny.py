@@ -51,18 +51,17 @@ def tiny_config(**changes):
 
 
 def without_colour(config):
-    """The config with crops alone: half of a tiny step's compilation is colour's random numbers."""
+    """The config with crops alone: a third of a tiny step's compilation is colour."""
     for each in config.views.values():
         each.flip = each.jitter.prob = 0.0
     return config
 
 
 def with_whole_images(config):
-    """The config in float32 without augmentation, where any step will do: most of its compilation.
+    """The config without augmentation, where any step will do: most of a tiny step's compilation.
 
     Views are the images, resized where their size is another.
     """
-    config.dtype = "float32"
     for each in without_colour(config).views.values():
         each.gray = each.blur.prob = each.noise = each.affine.degrees = each.affine.translate = 0.0
         each.crop.sampler = "none"

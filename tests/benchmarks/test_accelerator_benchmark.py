@@ -25,7 +25,9 @@ from ssl_jax.config import load_config
 
 def get_config(variant=""):
     file = "{ROOT}/configs/" + Path(__file__).name
-    return with_whole_images(load_config(f"{{file}}:{{variant}}" if variant else file))
+    config = with_whole_images(load_config(f"{{file}}:{{variant}}" if variant else file))
+    config.dtype = "float32"
+    return config
 """
 
 

@@ -19,7 +19,7 @@ def benchmark(monkeypatch):
 
     def tiny(size, batch, microbatch, remat, large):
         config = with_whole_images(method_config("simclr", microbatch=microbatch, remat=remat))
-        config.batch_size, config.model.depth = batch, 4
+        config.batch_size = batch
         return config
 
     def built(config, plain=module.build):

@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import as_it_is, leaves, make_step, method_config, random_source, ready_views, with_whole_images
+from tiny import (
+    as_it_is,
+    leaves,
+    make_step,
+    method_config,
+    random_source,
+    ready_views,
+    with_whole_images,
+)
 
 from ssl_jax.config import Schedule
 from ssl_jax.methods import make_method
