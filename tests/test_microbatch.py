@@ -14,6 +14,7 @@ from tiny import (
     method_config,
     random_source,
     ready_views,
+    with_whole_images,
 )
 
 from ssl_jax.config import validate
@@ -149,7 +150,7 @@ def test_batchnorm_sees_a_microbatch():
 
 @pytest.mark.parametrize("mode", ["shard_map", "pmap"])
 def test_the_train_step_takes_microbatches(mode):
-    config, source = method_config("moco", spmd=mode), random_source()
+    config, source = with_whole_images(method_config("moco", spmd=mode)), random_source()
     config.microbatch = 16
     config.model.bn_group = 1
     spmd = make_spmd(mode, batch_size=64, microbatch=16)
@@ -179,7 +180,7 @@ def test_keys_are_encoded_once():
     """Twice the queries and once the keys, forward; the backward pass is that of the queries."""
     counts = {}
     for microbatch in (0, 16):
-        config = method_config("moco", microbatch=microbatch)
+        config = with_whole_images(method_config("moco", microbatch=microbatch))
         spmd, source = make_spmd(devices=ONE), random_source()
         _, step, state, resident = make_step(config, spmd, source)
         ids = np.arange(64, dtype=np.int32)
@@ -206,7 +207,7 @@ def temporary_bytes(config):
 
 
 def sized(batch, microbatch=0):
-    config = method_config("simclr", microbatch=microbatch)
+    config = with_whole_images(method_config("simclr", microbatch=microbatch))
     config.batch_size = batch
     return config
 
@@ -239,7 +240,7 @@ def test_the_batchnorm_group_is_known(microbatch, bn_group, images):
 
 
 def test_remat_computes_again_and_changes_no_number():
-    config, source = method_config("simclr"), random_source()
+    config, source = with_whole_images(method_config("simclr")), random_source()
     expected = computed(config, ONE, plain)
     written = []
     for remat in (False, True):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import assert_replicated, leaves, make_step, random_source, tiny_config, without_colour
+from tiny import assert_replicated, leaves, make_step, random_source, tiny_config, with_whole_images
 
 from ssl_jax import probe
 from ssl_jax.spmd import make_spmd
@@ -13,7 +13,7 @@ ONE = jax.devices()[:1]
 
 
 def trained(steps=3, devices=None, **changes):
-    config = without_colour(tiny_config())
+    config = with_whole_images(tiny_config())
     config.data.num_classes = 4
     config.eval.update(changes)
     spmd, source = make_spmd(devices=devices), random_source()

@@ -13,6 +13,7 @@ from tiny import (
     random_source,
     ready_views,
     tiny_config,
+    with_whole_images,
 )
 
 from ssl_jax.data.index import Index
@@ -80,7 +81,7 @@ def test_a_wrong_convention_of_gradients_is_caught(reduce, monkeypatch):
 
 def test_batchnorm_groups_change_the_statistics_and_stay_replicated():
     source = random_source()
-    config = tiny_config()
+    config = with_whole_images(tiny_config())
     everyone = gradients_on(config, source, "shard_map", jax.devices())
     config.model.bn_group = 2
     pairs = gradients_on(config, source, "shard_map", jax.devices())
@@ -165,7 +166,7 @@ def test_no_transfer_to_the_devices_in_the_steady_state():
 
 
 def test_parameters_and_statistics_stay_float32_under_bfloat16():
-    config, source = tiny_config(dtype="bfloat16"), random_source()
+    config, source = with_whole_images(tiny_config(dtype="bfloat16")), random_source()
     state, losses = run_steps(config, source, make_spmd("shard_map", ONE), 2)
     for name, leaf in leaves((state.params, state.extra, state.opt_state)).items():
         assert leaf.dtype != jnp.bfloat16, name

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import share_steps, tiny_config, without_colour
+from tiny import share_steps, tiny_config, with_whole_images
 
 from ssl_jax import summary
 from ssl_jax.errors import UserError
@@ -137,7 +137,7 @@ def test_counts_have_three_digits_and_a_unit():
 
 def test_a_quiet_run_tells_where_its_report_is_and_a_whole_one_all(tmp_path, capsys, monkeypatch):
     share_steps(monkeypatch)
-    config = without_colour(tiny_config(steps=2, batch_size=64))
+    config = with_whole_images(tiny_config(steps=2, batch_size=64))
     config.optim.warmup_epochs = 1.0  # longer than the run
     pretrain(config, tmp_path / "quiet", told="quiet")
     warning, report = capsys.readouterr().out.splitlines()

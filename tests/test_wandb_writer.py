@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import wandb
-from tiny import share_steps, tiny_config, without_colour
+from tiny import share_steps, tiny_config, with_whole_images
 
 from ssl_jax import train
 from ssl_jax.config import default_config, differences, from_json, to_json
@@ -126,7 +126,7 @@ def test_a_run_that_has_failed_is_not_told_as_finished(monkeypatch, tmp_path, pl
     monkeypatch.setattr(train.Run, "train", fail if place == "train" else lambda self, stop: None)
     monkeypatch.setattr(train.Run, "finish", lambda *args: None)
     share_steps(monkeypatch)
-    config = without_colour(tiny_config(steps=2, batch_size=320, wandb="tries"))
+    config = with_whole_images(tiny_config(steps=2, batch_size=320, wandb="tries"))
     with contextlib.nullcontext() if place == "nowhere" else pytest.raises(UserError, match="spac"):
         train.pretrain(config, tmp_path)
     assert run.asked[-1] == ("exit 0" if place == "nowhere" else "exit 1")
@@ -136,7 +136,7 @@ def test_a_run_tells_it_what_it_measures_and_a_finished_one_nothing_more(offline
     monkeypatch.setattr(train.Run, "measure", lambda self, step: None)
     monkeypatch.setattr("ssl_jax.evals.run.Evaluator.finish", lambda *a: None)
     share_steps(monkeypatch)
-    config = without_colour(tiny_config(steps=2, batch_size=320, wandb="tries"))
+    config = with_whole_images(tiny_config(steps=2, batch_size=320, wandb="tries"))
     for _ in range(2):
         train.pretrain(config, offline)
     wandb.teardown()
