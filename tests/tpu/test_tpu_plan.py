@@ -44,7 +44,9 @@ MIB = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_exchanges_and_memory_of_a_step(method):
-    made = plan.make_plan(method_config(method, dtype="bfloat16"), TOPOLOGY, images=6400)
+    config = method_config(method, dtype="bfloat16")
+    config.model.update(depth=6, width=1 / 16)  # with a stage that halves the image
+    made = plan.make_plan(config, TOPOLOGY, images=6400)
     assert made["fits"] and not made["estimate"]
     exchanges = {c["kind"]: c["count"] for c in made["collectives"]}
     assert exchanges == EXCHANGES[method]
