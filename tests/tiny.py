@@ -146,7 +146,9 @@ def make_step(config, spmd, source, prepare=None):
             ("replicated", "replicated"),
             donate=(0,),
         )
-        return method, step, jax.device_get(init_state(method, optimizer, config))
+        # The first state is that of every mesh.
+        first = shared(lambda: jax.device_get(init_state(method, optimizer, config)), config)
+        return method, step, first
 
     config = config.copy_and_resolve_references()  # a test may go on to change its own
     method, step, state = shared(make, config, source.num_examples, spmd, prepare)
