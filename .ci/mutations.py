@@ -221,6 +221,13 @@ MUTATIONS = [
         "        yield file",
         "tests/test_files.py",
     ),
+    Mutation(
+        "a projected shortcut has another name in PyTorch",
+        "ssl_jax/interop/torch_names.py",
+        '"downsample.0"',
+        '"downsample.5"',
+        "tests/interop/test_official.py",
+    ),
 ]
 
 
@@ -233,6 +240,16 @@ def copy_checkout(folder: Path) -> None:
             shutil.copy2(ROOT / name, folder / name)
 
 
+def run_tests(tests: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs test files in the copy up to the first that fails; a mistake may make one hang."""
+    options = ["-x", "-q", "-m", "not long", "-p", "no:cacheprovider", "-p", "no:randomly"]
+    command = [sys.executable, "-m", "pytest", *options, *tests.split()]
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
 def is_noticed(mutation: Mutation, folder: Path) -> bool:
     """Whether a test fails in the copy with that mistake, which is taken back after."""
     file = folder / mutation.file
@@ -240,10 +257,7 @@ def is_noticed(mutation: Mutation, folder: Path) -> bool:
     if right.count(mutation.old) != 1:
         sys.exit(f"{mutation.file} contains {mutation.old!r} {right.count(mutation.old)} times.")
     file.write_text(right.replace(mutation.old, mutation.new))
-    options = ["-x", "-q", "-m", "not long", "-p", "no:cacheprovider", "-p", "no:randomly"]
-    command = [sys.executable, "-m", "pytest", *options, *mutation.tests.split()]
-    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = run_tests(mutation.tests, folder)
     file.write_text(right)
     if done.returncode not in (0, 1):
         sys.exit(f"{mutation.name}: pytest ended with {done.returncode}.\n{done.stdout[-3000:]}")
@@ -262,6 +276,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         copy_checkout(Path(temporary))
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{temporary}/compiled")
+        for tests in sorted({mutation.tests for mutation in chosen}):
+            if run_tests(tests, Path(temporary)).returncode:
+                sys.exit(f"{tests} fails without a mistake: mend that first.")
         for number, mutation in enumerate(chosen, start=1):
             print(f"{number}/{len(chosen)} {mutation.name}: {mutation.tests}", flush=True)
             began = time.monotonic()

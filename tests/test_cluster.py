@@ -7,6 +7,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from encoders import copy_run
 from images import noise_files
 from processes import CONFIG, end_all, finish, in_turn, start, wait_for
 from tiny import leaves, method_config, tiny_config, without_colour
@@ -62,17 +63,11 @@ def ended(on_images, tmp_path_factory):
     root = tmp_path_factory.mktemp("ended")
     workdir = root / "run"
     workdir.mkdir()
-    # Without a rate the encoder stays the run's.
-    brief = ["--config.steps=1", "--config.batch_size=32", "--config.optim.lr=0"]
-    fine_tuning = ["finetune", f"--from={workdir}", "--labels=0.5", *brief]
-    neighbours = ["knn", f"--from={workdir}"]
 
     def pretraining(name, *changes):
         return ["pretrain", *on_images, f"--workdir={root / name}", *changes]
 
     more = {
-        "fine-tuned": (fine_tuning, fine_tuning),
-        "features": (neighbours, neighbours),
         "another config": (pretraining("a"), pretraining("a", "--config.optim.lr=0.5")),
         "not shared": (pretraining("b"), pretraining("c")),
         "no images": (pretraining("d"), pretraining("d", "--config.data.dir=/nowhere")),
@@ -86,6 +81,20 @@ def pair(ended):
     """The whole run's folder, and its results."""
     root, results = ended
     return root / "run", results["whole run"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(finished_run, tmp_path_factory):
+    """A run on digits, and the results of kNN and fine-tuning by two processes.
+
+    They are the processes' first commands, which join them.
+    """
+    run = copy_run(finished_run, tmp_path_factory.mktemp("evaluated") / "run")
+    neighbours = ["knn", f"--from={run}"]
+    # Without a rate the encoder stays the run's.
+    brief = ["--config.steps=1", "--config.batch_size=32", "--config.optim.lr=0"]
+    fine_tuning = ["finetune", f"--from={run}", "--labels=0.5", *brief]
+    return run, in_turn(2, [(neighbours, neighbours), (fine_tuning, fine_tuning)])
 
 
 @pytest.fixture(autouse=True)
@@ -186,6 +195,7 @@ def test_sigterm_to_any_process_stops_all_and_one_process_goes_on_then_four(conf
     """MoCo with its queue: four processes, one, and four again equal a run of one process."""
     # Long enough for JAX's service, which looks for signals once a second.
     options = {"epochs": 2, "model.bn_group": 0, "moco.queue": 128, "data.num_classes": 10}
+    options |= {"eval.frozen_at_end": True}
     overrides = [f"--config.{key}={value}" for key, value in options.items()]
     arguments = [f"--config={config_file}:moco", *overrides, f"--workdir={tmp_path}"]
     steps = []
@@ -203,6 +213,7 @@ def test_sigterm_to_any_process_stops_all_and_one_process_goes_on_then_four(conf
     assert 2 <= steps[0] < steps[1] < 42
     ended = finish(start(4, arguments))
     assert [code for code, *_ in ended] == [0] * 4, ended
+    assert (tmp_path / "evaluation.json").exists()
     config = without_colour(method_config("moco"))
     config.update_from_flattened_dict(options)
     pretrain(config, tmp_path / "alone")
@@ -211,14 +222,12 @@ def test_sigterm_to_any_process_stops_all_and_one_process_goes_on_then_four(conf
     np.testing.assert_allclose(list(together.values()), list(alone.values()), rtol=1e-3)
 
 
-def test_two_processes_fine_tune_another_run(ended):
-    root, results = ended
-    first, second = results["fine-tuned"]
+def test_two_processes_fine_tune_another_run(evaluated):
+    source, (_, (first, second)) = evaluated
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
-    assert "fine-tuned on 50 % of the images, step 12, " in first[1] and second[1] == ""
-    source = root / "run"
+    assert "fine-tuned on 50 % of the images, step 2, " in first[1] and second[1] == ""
     found = json.loads((source / "evals" / "finetune_0.5.json").read_text())
-    assert found["metrics"]["examples"] == 64
+    assert found["metrics"]["examples"] == 450
     mine, theirs = restore_state(source / "finetune_0.5"), restore_state(source)
     for a, b in zip(
         jax.tree.leaves(mine.params["encoder"]),
@@ -228,8 +237,8 @@ def test_two_processes_fine_tune_another_run(ended):
         np.testing.assert_array_equal(a, b)
 
 
-def test_features_of_a_run_are_for_one_process(ended):
-    first, second = ended[1]["features"]
+def test_features_of_a_run_are_for_one_process(evaluated):
+    first, second = evaluated[1][0]
     assert (first[0], second[0]) == (2, 2)
     assert "run this command on one host" in first[2].replace("\n", " ")
 

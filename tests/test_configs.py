@@ -122,7 +122,7 @@ def shrink(config):
     config.batch_size, config.dtype = 64, "float32"
     config.model.update(depth=4, width=1 / 8, sk=False)
     for view in config.views.values():
-        view.size, view.count = max(view.size // 7, 8), min(view.count, 2)
+        view.size = max(view.size // 7, 8)
     config.moco.queue, config.simclr.memory = 128, min(config.simclr.memory, 128)
     config.swav.update(queue=min(config.swav.queue, 128), prototypes=16)
     for group in ("simclr", "moco", "swav", "byol", "simsiam"):

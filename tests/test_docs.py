@@ -36,13 +36,14 @@ DOCS = ROOT / "docs"
 PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in DOCS.glob("*.md"))]
 SMALL = ("model.depth=4", "model.width=0.0625", "eval.draws=2")
 BRIEF = ("steps=2", "log_every=100", "eval.knn_every_epochs=0", "checkpoint.every_epochs=0")
-# What a command draws at random, and bfloat16, are most of what its step takes to compile. One has
-# all of its config's, `AS_IT_IS`; the others' views are whole images.
+# What a command draws at random, and bfloat16, are most of what its step takes to compile. Those of
+# `AS_IT_IS` and the quickstart have all of their config's; the others' views are whole images.
 PLAIN_VIEW = (
     *("crop.sampler=none", "affine.degrees=0", "affine.translate=0", "flip=0"),
     *("jitter.prob=0", "gray=0", "blur.prob=0", "noise=0"),
 )
 AS_IT_IS = "configs/moco_cifar10.py:solo"
+QUICKSTARTS = {"--workdir=runs/quickstart", "--workdir=runs/stopped"}
 
 # The beginnings of lines and blocks that this file doesn't run, and why.
 ELSEWHERE = {
@@ -202,7 +203,7 @@ def changes(name, arguments):
         small += ["batch_size=64"] if digits else FEW_IMAGES
         if "--workdir=runs/quickstart" not in arguments:
             small.append("eval.frozen_at_end=False")
-        if config != AS_IT_IS:
+        if config != AS_IT_IS and not {*arguments} & QUICKSTARTS:
             small += plain(loaded.views)
         small += ["simclr.memory=0"] if "simclrv2" in config else []
         small += ["moco.queue=64", "model.bn_group=0"] if "moco" in config else []

@@ -116,9 +116,10 @@ def test_a_killed_run_ends_bit_identical_to_an_undisturbed_one(
             break
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
-    assert not (tmp_path / "evaluation.json").exists()
+    assert not (tmp_path / eval_run.LAST_FILE).exists()
     assert pretrain_main(command(tmp_path, *extras[data])[2:]) == 0
     assert "Continuing from step" in capsys.readouterr().out
+    assert (tmp_path / eval_run.LAST_FILE).exists()
     first, second = final_state(undisturbed(data)), final_state(tmp_path)
     assert first.keys() == second.keys()
     for name in first:

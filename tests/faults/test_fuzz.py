@@ -165,6 +165,7 @@ def test_a_thousand_damaged_images_end_no_process(tmp_path, kind):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     config = tiny_config(steps=2, batch_size=64)
+    config.model.update(depth=6, width=1 / 16)  # with a shortcut that is projected
     workdir = tmp_path_factory.mktemp("run") / "run"
     pretrain(config, workdir)
     return workdir
