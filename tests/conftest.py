@@ -31,9 +31,6 @@ if FIRST_PROCESS:
     ).strip()
     # `matrix + vector` is an error: broadcasts are written out, as matrix + vector[None, :].
     os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
-    # Where in the source an operation comes from takes a tenth of compilation to carry along.
-    os.environ["JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS"] = "0"
-    os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
     # scikit-learn's fits of small features: threads wait for each other longer than they work.
     os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
     threadpoolctl.threadpool_limits(1)  # a plugin of pytest's may have loaded NumPy before
