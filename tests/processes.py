@@ -59,7 +59,7 @@ PRETRAIN = f"""
 import runpy
 runpy.run_path({str(ROOT / "run_pretrain.py")!r}, run_name="__main__")
 """
-# Commands of `ssl-jax`, where a ResNet of depth 6 is known, for `in_turn`.
+# Commands of `ssl-jax`, where a ResNet of depth 4 is known, for `in_turn`.
 _IN_TURN = f"""
 import json
 sys.path.insert(0, {str(ROOT / "tests")!r})

@@ -22,7 +22,7 @@ from pathlib import Path
 import images
 import numpy as np
 import pytest
-import tiny  # noqa: F401 - the small network is one of its names
+import tiny
 from ml_collections import ConfigDict
 
 import ssl_jax
@@ -38,10 +38,6 @@ SMALL = ("model.depth=4", "model.width=0.0625", "eval.draws=2")
 BRIEF = ("steps=2", "log_every=100", "eval.knn_every_epochs=0", "checkpoint.every_epochs=0")
 # What a command draws at random, and bfloat16, are most of what its step takes to compile. Those of
 # `AS_IT_IS` and the quickstart have all of their config's; the others' views are whole images.
-PLAIN_VIEW = (
-    *("crop.sampler=none", "affine.degrees=0", "affine.translate=0", "flip=0"),
-    *("jitter.prob=0", "gray=0", "blur.prob=0", "noise=0"),
-)
 AS_IT_IS = "configs/moco_cifar10.py:solo"
 QUICKSTARTS = {"--workdir=runs/quickstart", "--workdir=runs/stopped"}
 
@@ -189,7 +185,8 @@ FEW_IMAGES = ("batch_size=8", "eval.batch_size=8")
 
 def plain(views):
     """The keys by which a step compiles in a fraction of the time."""
-    return ["dtype=float32", *(f"views.{name}.{key}" for name in views for key in PLAIN_VIEW)]
+    whole = [f"{key}={value}" for key, value in tiny.WHOLE_IMAGE.items()]
+    return ["dtype=float32", *(f"views.{name}.{key}" for name in views for key in whole)]
 
 
 def changes(name, arguments):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from tiny import METHODS, method_config
+from tiny import METHODS, method_config, with_two_stages
 
 from ssl_jax.config import Schedule, default_config, to_json
 from ssl_jax.errors import UserError
@@ -177,8 +177,7 @@ def trees():
     """Of each method's state the leaves with shapes and dtypes, as a checksum."""
     found = {}
     for name in METHODS:
-        config = method_config(name)
-        config.model.update(depth=6, width=1 / 16)  # with a shortcut that is projected
+        config = with_two_stages(method_config(name))
         method, optimizer, _ = assemble(config, Schedule(1, 1))
         state = jax.eval_shape(lambda m=method, o=optimizer, c=config: init_state(m, o, c))
         leaves = jax.tree_util.tree_leaves_with_path(state)

@@ -57,14 +57,21 @@ def without_colour(config):
     return config
 
 
-def with_whole_images(config):
-    """The config without augmentation, where any step will do: most of a tiny step's compilation.
+def with_two_stages(config):
+    """The config with a stage that halves the image, by a block whose shortcut is projected."""
+    config.model.update(depth=6, width=1 / 16)
+    return config
 
-    Views are the images, resized where their size is another.
-    """
-    for each in without_colour(config).views.values():
-        each.gray = each.blur.prob = each.noise = each.affine.degrees = each.affine.translate = 0.0
-        each.crop.sampler = "none"
+
+# Of a view: what leaves it the image, resized where its size is another.
+WHOLE_IMAGE = {"crop.sampler": "none", "affine.degrees": 0.0, "affine.translate": 0.0}
+WHOLE_IMAGE |= {"flip": 0.0, "jitter.prob": 0.0, "gray": 0.0, "blur.prob": 0.0, "noise": 0.0}
+
+
+def with_whole_images(config):
+    """The config without augmentation, which is most of what a tiny step takes to compile."""
+    for each in config.views.values():
+        each.update_from_flattened_dict(WHOLE_IMAGE)
     return config
 
 

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import leaves, tiny_config
+from tiny import leaves, tiny_config, with_two_stages
 
 import ssl_jax
 from ssl_jax import cli
@@ -164,8 +164,7 @@ def test_a_thousand_damaged_images_end_no_process(tmp_path, kind):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    config = tiny_config(steps=2, batch_size=64)
-    config.model.update(depth=6, width=1 / 16)  # with a shortcut that is projected
+    config = with_two_stages(tiny_config(steps=2, batch_size=64))
     workdir = tmp_path_factory.mktemp("run") / "run"
     pretrain(config, workdir)
     return workdir

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from encoders import blank_state, random_encoder
 from safetensors.numpy import save_file
-from tiny import method_config, tiny_config
+from tiny import method_config, tiny_config, with_two_stages
 
 import ssl_jax
 from ssl_jax.errors import UserError
@@ -25,16 +25,10 @@ def normal(*shape):
     return RNG.normal(size=shape).astype(np.float32)
 
 
-def two_stages(config):
-    """With a shortcut that is projected, whose names differ the most."""
-    config.model.update(depth=6, width=1 / 16)
-    return config
-
-
 @pytest.fixture(scope="module")
 def drawn():
     """Parameters and running statistics of a tiny encoder, of random numbers."""
-    return random_encoder(two_stages(tiny_config()))
+    return random_encoder(with_two_stages(tiny_config()))
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +130,7 @@ def test_a_run_starts_from_a_foreign_file_and_its_heads(tmp_path, drawn, state):
     head = {"fc.0.weight": normal(8, 8), "fc.0.bias": normal(8)}
     head |= {"fc.2.weight": normal(5, 8), "fc.2.bias": normal(5)}
     file = saved(tmp_path, prefixed("module.encoder_q.", {**state, **head}))
-    config = two_stages(method_config("moco"))
+    config = with_two_stages(method_config("moco"))
     config.moco.update(out=5, hidden=8, layers=2)
     config.start.update(path=str(file), heads=True)
     resolve_start(config)
@@ -150,7 +144,7 @@ def test_a_run_starts_from_a_foreign_file_and_its_heads(tmp_path, drawn, state):
 
 def ours(drawn):
     return Weights(
-        two_stages(tiny_config()),
+        with_two_stages(tiny_config()),
         {"encoder": drawn["params"]},
         {"encoder": drawn["batch_stats"]},
         3,

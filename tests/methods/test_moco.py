@@ -77,11 +77,8 @@ def info_nce_oracle(query, key, queue, temperature):
 
 
 def test_the_positive_is_not_in_the_queue_when_logits_are_formed():
-    config, source, spmd = (
-        with_whole_images(method_config("moco")),
-        random_source(),
-        make_spmd(devices=ONE),
-    )
+    config = with_whole_images(method_config("moco"))
+    source, spmd = random_source(), make_spmd(devices=ONE)
     method, step, state, _ = make_step(config, spmd, source, as_it_is)
     ids = np.arange(64, dtype=np.int32)
     batch = {"id": ids, "label": source.labels[ids], "views": ready_views(config, ids)}

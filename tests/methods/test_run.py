@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from test_step import ONE
-from tiny import METHODS, as_it_is, leaves, make_step, method_config, random_source
+from tiny import METHODS, as_it_is, leaves, make_step, method_config, random_source, with_two_stages
 
 from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.config import flat_views, run_schedule
@@ -38,10 +38,10 @@ def test_golden_metrics_the_evaluated_network_and_bit_exact_resume(method, tmp_p
 
     The message of a failure prints what to paste; any other change that moves it is a mistake.
     """
-    config, source, spmd = method_config(method), random_source(256), make_spmd()
+    config, source = with_two_stages(method_config(method)), random_source(256)
+    spmd = make_spmd()
     config.epochs = 2.0  # of 4 steps: SwAV's queue fills from step 4
     config.optim.warmup_epochs = 0.0
-    config.model.update(depth=6, width=1 / 16)  # with a stage that halves the image
     _, step, state, resident = make_step(config, spmd, source)
     args = (resident, spmd, source, config)
     state, metrics = take_steps(step, state, *args, [0])

@@ -5,7 +5,7 @@ import os
 
 import jax
 import pytest
-from tiny import METHODS, method_config, without_colour
+from tiny import METHODS, method_config, with_two_stages, without_colour
 
 from ssl_jax import backend, plan
 from ssl_jax.chips import parse_topology
@@ -44,8 +44,7 @@ MIB = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_exchanges_and_memory_of_a_step(method):
-    config = method_config(method, dtype="bfloat16")
-    config.model.update(depth=6, width=1 / 16)  # with a stage that halves the image
+    config = with_two_stages(method_config(method, dtype="bfloat16"))
     made = plan.make_plan(config, TOPOLOGY, images=6400)
     assert made["fits"] and not made["estimate"]
     exchanges = {c["kind"]: c["count"] for c in made["collectives"]}
