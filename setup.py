@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "ssl_jax/__init__.py").read_text(), re.M)[1]
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "ssl_jax/version.py").read_text(), re.M)[1]
 
 # Apart from the rest because TensorFlow is big, and training from arrays does not need it.
 DATA = [

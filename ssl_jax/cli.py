@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl_jax import __version__, backend, cli_evals, cli_interop
+from ssl_jax import backend, cli_evals, cli_interop
 from ssl_jax.chips import Topology, parse_topology
 from ssl_jax.cli_parser import Parser, add_keys, require_folder_of, require_known, require_run
 from ssl_jax.config import close_path, default_config, flatten, load_config, to_json, view
 from ssl_jax.errors import UserError
+from ssl_jax.version import __version__
 
 _OVERRIDE = "--config."
 _WITHOUT_CONFIG = ("report", "data", "doctor", *cli_interop.NAMES)

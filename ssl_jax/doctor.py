@@ -20,7 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ssl_jax import __version__, backend
+from ssl_jax import backend
+from ssl_jax.version import __version__
 
 # What everything needs: distribution and module.
 _CORE = {

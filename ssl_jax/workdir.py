@@ -16,10 +16,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ssl_jax import __version__
 from ssl_jax.config import differences, from_json, to_json
 from ssl_jax.errors import UserError
 from ssl_jax.files import replacing
+from ssl_jax.version import __version__
 
 # Of a run's folder: what config.json holds beside the config, and the tree of checkpoints. It is
 # raised with either, and tests/test_workdir.py holds the tree to it. A config's own keys may grow
