@@ -20,8 +20,8 @@ def measure(batch: int, steps: int, width: float) -> float:
     import numpy as np
 
     from ssl_jax.config import default_config, run_schedule, view
+    from ssl_jax.data.arrays import ArraySource
     from ssl_jax.data.pipeline import make_prepare
-    from ssl_jax.data.sources import ArraySource
     from ssl_jax.spmd import AXIS, make_spmd
     from ssl_jax.step import assemble, init_state, make_train_step
 

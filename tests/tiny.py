@@ -7,8 +7,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ssl_jax.config import default_config, flat_views, run_schedule, to_json, view
+from ssl_jax.data.arrays import ArraySource
 from ssl_jax.data.pipeline import make_prepare
-from ssl_jax.data.sources import ArraySource
 from ssl_jax.methods import Method
 from ssl_jax.models import heads, resnet
 from ssl_jax.models.resnet import STAGES

@@ -6,8 +6,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from ssl_jax.data.arrays import ArraySource
 from ssl_jax.data.listing import list_images
-from ssl_jax.data.sources import ArraySource
 from ssl_jax.errors import UserError
 from ssl_jax.files import asked_for
 

@@ -8,7 +8,7 @@ import pytest
 from tiny import random_source, tiny_config
 
 from ssl_jax.config import run_schedule
-from ssl_jax.data.sources import ArraySource
+from ssl_jax.data.arrays import ArraySource
 from ssl_jax.errors import UserError
 from ssl_jax.evals.run import Evaluator, evaluated_variables
 from ssl_jax.report import write_report

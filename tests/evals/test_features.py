@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny import random_source
 
-from ssl_jax.data.sources import ArraySource
+from ssl_jax.data.arrays import ArraySource
 from ssl_jax.evals.features import extract_features, padded_batches
 
 

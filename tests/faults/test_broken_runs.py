@@ -81,14 +81,14 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def gated(tmp_path_factory):
     """The same config, whose run waits after some steps."""
-    gate = GATE.format(module="sources", source="ArraySource", batch=AHEAD)
+    gate = GATE.format(module="arrays", source="ArraySource", batch=AHEAD)
     return config_file(tmp_path_factory, CONFIG + gate)
 
 
 @pytest.fixture(scope="module")
 def holding(tmp_path_factory):
     """The same, and it may be held while it writes a checkpoint."""
-    gate = GATE.format(module="sources", source="ArraySource", batch=AHEAD)
+    gate = GATE.format(module="arrays", source="ArraySource", batch=AHEAD)
     return config_file(tmp_path_factory, CONFIG + gate + HOLD)
 
 
@@ -413,7 +413,7 @@ def test_a_reading_thread_that_raises_ends_the_run_and_loses_nothing(
     broken.write_text(
         CONFIG
         + """
-from ssl_jax.data.sources import ArraySource
+from ssl_jax.data.arrays import ArraySource
 before = ArraySource.batches
 
 def batches(self, steps):
