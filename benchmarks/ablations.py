@@ -20,8 +20,8 @@ import sys
 from pathlib import Path
 
 from ssl_jax.diagnostics import CollapseWatch
+from ssl_jax.evals.intervals import mean_interval
 from ssl_jax.metrics import read_metrics
-from ssl_jax.report import mean_interval
 
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "configs" / "ablations.py"

@@ -82,7 +82,7 @@ def main() -> None:
     from ssl_jax.backend import tune_cpu
 
     tune_cpu()
-    from ssl_jax.report import mean_interval
+    from ssl_jax.evals.intervals import mean_interval
 
     rows = []
     for seed in range(args.seeds):

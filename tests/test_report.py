@@ -25,7 +25,8 @@ from report_runs import (
 
 from ssl_jax import config as config_lib
 from ssl_jax.errors import UserError
-from ssl_jax.report import mean_interval, nice_ticks, proportion_interval, write_report
+from ssl_jax.evals.intervals import mean_interval, proportion_interval
+from ssl_jax.report import nice_ticks, write_report
 from ssl_jax.report.charts import Frame, whisker
 
 NASTY = "<script>alert('x')</script>&\"quoted\""

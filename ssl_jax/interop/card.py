@@ -11,12 +11,12 @@ from ml_collections import ConfigDict
 
 from ssl_jax.encoder import results_folder
 from ssl_jax.errors import UserError
+from ssl_jax.evals.intervals import mean_interval
 from ssl_jax.evals.metrics import interval_text
 from ssl_jax.evals.results import read_results
 from ssl_jax.interop.described import is_torchvisions, preprocessing
 from ssl_jax.interop.weights import Weights
 from ssl_jax.methods.base import make_encoder
-from ssl_jax.report import mean_interval
 from ssl_jax.workdir import read_record
 
 _PAPERS = {

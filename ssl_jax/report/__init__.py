@@ -6,13 +6,6 @@ pointer, the finger and the keyboard; without it everything is still there to re
 
 from ssl_jax.report.charts import nice_ticks
 from ssl_jax.report.comparison import write_comparison
-from ssl_jax.report.intervals import mean_interval, proportion_interval
 from ssl_jax.report.single import write_report
 
-__all__ = [
-    "mean_interval",
-    "nice_ticks",
-    "proportion_interval",
-    "write_comparison",
-    "write_report",
-]
+__all__ = ["nice_ticks", "write_comparison", "write_report"]

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ssl_jax.evals.intervals import mean_interval, proportion_interval
 from ssl_jax.evals.results import read_results
 from ssl_jax.report.charts import axes, figure, marker, nice_ticks, path, svg, whisker
-from ssl_jax.report.intervals import mean_interval, proportion_interval
 from ssl_jax.report.reading import BASELINE, Evaluation, Row
 from ssl_jax.report.words import absent, labels_text, percent, points, range_of_points
 

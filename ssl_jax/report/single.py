@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ssl_jax.config import flatten
+from ssl_jax.evals.intervals import mean_interval
 from ssl_jax.report.embeddings import map_section
 from ssl_jax.report.evaluation import evaluation_section, results_section
 from ssl_jax.report.images import failures_section, neighbours_section, views_section
-from ssl_jax.report.intervals import mean_interval
 from ssl_jax.report.page import write_page
 from ssl_jax.report.reading import (
     BASELINE,
