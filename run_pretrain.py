@@ -2,7 +2,7 @@
 
 import sys
 
-from ssl_jax.cli import pretrain_main
+from ssl_jax.cli.main import pretrain_main
 
 if __name__ == "__main__":
     sys.exit(pretrain_main())

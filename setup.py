@@ -89,5 +89,5 @@ setup(
     # By a path and no finder: else a script that lies beside the clone, a folder of the same name,
     # imports that folder.
     options={"editable_wheel": {"mode": "compat"}},
-    entry_points={"console_scripts": ["ssl-jax = ssl_jax.cli:main"]},
+    entry_points={"console_scripts": ["ssl-jax = ssl_jax.cli.main:main"]},
 )

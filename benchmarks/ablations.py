@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ssl_jax.diagnostics import CollapseWatch
 from ssl_jax.evals.intervals import mean_interval
-from ssl_jax.metrics import read_metrics
+from ssl_jax.run.log import read_metrics
 
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "configs" / "ablations.py"

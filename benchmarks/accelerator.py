@@ -156,7 +156,7 @@ def write_results(out: Path) -> None:
 
 def cifar_row(workdir: Path) -> str:
     """How far a run is, and what it has reached."""
-    from ssl_jax.metrics import read_metrics
+    from ssl_jax.run.log import read_metrics
 
     method = workdir.name.removeprefix("cifar_")
     metrics = read_metrics(workdir / "metrics.jsonl")

@@ -1,4 +1,4 @@
-"""What `ssl_jax.backend.tune_cpu` brings: images/s of SimCLR's step with and without the flag.
+"""What `ssl_jax.cli.backend.tune_cpu` brings: images/s of SimCLR's step with and without the flag.
 
 Each measurement is a process of its own, for XLA reads its flags once; the two kinds alternate, and
 medians and their ratio are printed. The network is a ResNet-18 with the CIFAR stem on 32×32 images.
@@ -64,7 +64,7 @@ def main() -> None:
     if args.inside:
         print(measure(args.batch, args.steps, args.width))
         return
-    from ssl_jax.backend import tune_cpu
+    from ssl_jax.cli.backend import tune_cpu
 
     plain = dict(os.environ, JAX_PLATFORMS="cpu")
     os.environ["JAX_PLATFORMS"] = "cpu"

@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--distill-epochs", type=float, default=100.0)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "distillation")
     args = parser.parse_args()
-    from ssl_jax.backend import tune_cpu
+    from ssl_jax.cli.backend import tune_cpu
 
     tune_cpu()
     from ssl_jax.evals.intervals import mean_interval

@@ -619,7 +619,7 @@ def main() -> None:
     if args.serve:
         serve()
         return
-    from ssl_jax.backend import tune_cpu
+    from ssl_jax.cli.backend import tune_cpu
 
     tune_cpu()
     if args.profile:

@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["memory", "time", "resnet50"], help="default: all three")
     parser.add_argument("--inside", nargs=3, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    from ssl_jax.backend import tune_cpu
+    from ssl_jax.cli.backend import tune_cpu
 
     tune_cpu()
     if args.inside:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ssl_jax.evals.intervals import mean_interval
-from ssl_jax.metrics import read_metrics
+from ssl_jax.run.log import read_metrics
 
 ROOT = Path(__file__).parent.parent
 METHODS = ("simclr", "simclrv2", "moco", "swav", "byol", "simsiam", "supervised")

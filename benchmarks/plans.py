@@ -40,7 +40,14 @@ def plan(config: str, topology: str, overrides: tuple[str, ...], out: Path) -> d
     name = "_".join([config, topology, *overrides]).replace(":", "-").replace("/", "-")
     file = out / f"{name}.json"
     if not file.exists():
-        command = [sys.executable, "-m", "ssl_jax.cli", "plan", "--json", f"--topology={topology}"]
+        command = [
+            sys.executable,
+            "-m",
+            "ssl_jax.cli.main",
+            "plan",
+            "--json",
+            f"--topology={topology}",
+        ]
         command += [f"--config={ROOT / 'configs' / config}"]
         command += [f"--config.{override}" for override in overrides]
         print("$", *command, file=sys.stderr, flush=True)

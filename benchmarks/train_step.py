@@ -95,7 +95,7 @@ class Ours:
 def step_flops(program: Any, resident: Any) -> float:
     """FLOPs of a step as traced; what microbatches compute twice counts once."""
     from ssl_jax.config import Schedule
-    from ssl_jax.plan import traced_flops
+    from ssl_jax.plan.plan import traced_flops
     from ssl_jax.step import Program
 
     config = program.config
@@ -198,7 +198,7 @@ def peak_flops() -> float | None:
     """Of the first device in bfloat16, by its maker; None if it is not known."""
     import jax
 
-    from ssl_jax.chips import CHIPS
+    from ssl_jax.plan.chips import CHIPS
 
     name = KINDS.get(jax.devices()[0].device_kind)
     return CHIPS[name].peak / CHIPS[name].cores if name else None
@@ -275,7 +275,7 @@ def profile(ours: Ours, args: argparse.Namespace) -> dict[str, float]:
     """
     import jax
 
-    from ssl_jax.hlo import part_of
+    from ssl_jax.plan.hlo import part_of
 
     ours.run(2)
     with tempfile.TemporaryDirectory() as folder:
@@ -445,7 +445,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "torch" in args.peers.split(","):
         # It takes its share of the accelerator's memory beside ours.
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".6")
-    from ssl_jax.backend import tune_cpu
+    from ssl_jax.cli.backend import tune_cpu
 
     tune_cpu()
     import jax

@@ -6,8 +6,8 @@ The run's own config.json says all that is needed; a run that is done is left as
 import sys
 from pathlib import Path
 
+from ssl_jax.run.folder import read_config
 from ssl_jax.train import pretrain
-from ssl_jax.workdir import read_config
 
 run = Path(sys.argv[1])
 state = pretrain(read_config(run), run)

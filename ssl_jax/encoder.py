@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.config import Schedule
 from ssl_jax.data.pipeline import prepare_clean
 from ssl_jax.errors import UserError
@@ -18,9 +17,10 @@ from ssl_jax.interop.official import is_elsewhere, read_weights, weights_config
 from ssl_jax.interop.weights import Weights
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import make_encoder
+from ssl_jax.run.checkpoint import Checkpoints
+from ssl_jax.run.folder import read_config
 from ssl_jax.spmd import make_spmd
 from ssl_jax.step import TrainState, assemble, init_state
-from ssl_jax.workdir import read_config
 
 Pytree = Any
 

@@ -16,10 +16,10 @@ from ssl_jax.data.index import stream_key, views_stream
 from ssl_jax.data.pipeline import make_prepare
 from ssl_jax.diagnostics import embedding_std
 from ssl_jax.errors import UserError
-from ssl_jax.finite import COUNT, STEP
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import Batch, Method, Pytree
 from ssl_jax.optim import learning_rate_schedule, make_optimizer, peak_learning_rate
+from ssl_jax.run.nonfinite import COUNT, STEP
 from ssl_jax.spmd import AXIS, Spmd, device_groups
 
 # (what arrived from the host, arrays resident on the device, key of the step) -> batch with views

@@ -10,8 +10,8 @@ import numpy as np
 
 from ssl_jax.config import flat_views
 from ssl_jax.errors import UserError
-from ssl_jax.metrics import read_metrics
-from ssl_jax.plan import memory_kinds, traced_flops
+from ssl_jax.plan.plan import memory_kinds, traced_flops
+from ssl_jax.run.log import read_metrics
 
 if TYPE_CHECKING:
     from ssl_jax.train import Setup

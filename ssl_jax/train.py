@@ -13,8 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ssl_jax import cluster, summary
-from ssl_jax.checkpoint import Checkpoints, set_aside_damaged
+from ssl_jax import summary
 from ssl_jax.config import from_json, is_due, run_schedule, to_json
 from ssl_jax.data.index import Index
 from ssl_jax.data.pipeline import Prefetcher
@@ -22,15 +21,17 @@ from ssl_jax.data.sources import Source, make_sources
 from ssl_jax.diagnostics import CollapseWatch
 from ssl_jax.errors import UserError
 from ssl_jax.evals.run import Evaluator, evaluated_variables, evaluation_table
-from ssl_jax.finite import COUNT, STEP, FiniteWatch
-from ssl_jax.memory import enough_memory, step_levers
-from ssl_jax.metrics import Fetcher, MetricsLog, NoLog, Progress, read_metrics
 from ssl_jax.report import write_report
+from ssl_jax.run import processes
+from ssl_jax.run.checkpoint import Checkpoints, set_aside_damaged
+from ssl_jax.run.folder import lock_text, locked, note_continuation, write_config
+from ssl_jax.run.log import Fetcher, MetricsLog, NoLog, Progress, read_metrics
+from ssl_jax.run.memory import enough_memory, step_levers
+from ssl_jax.run.nonfinite import COUNT, STEP, FiniteWatch
+from ssl_jax.run.wandb import WandbWriter, require_wandb
 from ssl_jax.spmd import make_spmd
 from ssl_jax.start import resolve_start, started
 from ssl_jax.step import Program, TrainState
-from ssl_jax.wandb_writer import WandbWriter, require_wandb
-from ssl_jax.workdir import lock_text, locked, note_continuation, write_config
 
 _PLAN = "; `ssl-jax plan` tells what a step needs, and the largest microbatch, without the hardware"
 _SHORT = (
@@ -60,16 +61,16 @@ def pretrain(
       UserError: bad input, in one sentence, on all processes; nothing is overwritten.
     """
     workdir = Path(workdir)
-    with contextlib.ExitStack() as folder, cluster.Stop() as stop:
+    with contextlib.ExitStack() as folder, processes.Stop() as stop:
         # Whatever is wrong with the config shows here, before the folder is touched.
-        with cluster.agreed():
+        with processes.agreed():
             setup = Setup(config)
-        with cluster.agreed():
-            if cluster.is_first():
+        with processes.agreed():
+            if processes.is_first():
                 folder.enter_context(locked(workdir))
                 write_config(workdir, setup.config, command, setup.train.fingerprint, setup.derived)
         same = {"workdir": lock_text(workdir), "config": json.dumps(to_json(config))}
-        cluster.require_same(same)
+        processes.require_same(same)
         levers = step_levers(config, setup.spmd.size)
         with enough_memory("The step", levers, _PLAN):
             run = Run(setup, workdir, told)
@@ -83,13 +84,13 @@ def pretrain(
                         run.close(failed=True)
                 raise
         run.close()
-        with contextlib.suppress(cluster.StoppedError), stop.at_once():
+        with contextlib.suppress(processes.StoppedError), stop.at_once():
             if not run.stopped:
                 run.finish(workdir, stop)
-                cluster.wait_for_all()
+                processes.wait_for_all()
                 return state
         run.note_stop()
-        cluster.wait_for_all()
+        processes.wait_for_all()
     return state
 
 
@@ -157,11 +158,11 @@ class Run:
         self.evaluator = Evaluator(setup.config, setup.spmd, setup.train, setup.test)
         self.fetch = Fetcher()
         self.watch = CollapseWatch(**setup.watched)
-        self.first, self.stopped = cluster.is_first(), False
+        self.first, self.stopped = processes.is_first(), False
         out = None if self.first else open(os.devnull, "w")  # closed with the process
         self.progress = Progress(total, setup.config.batch_size, out, told)
         damaged: list[str] = []
-        with cluster.agreed():
+        with processes.agreed():
             if self.first:
                 damaged = set_aside_damaged(workdir / "checkpoints", workdir / "damaged")
         for warning in damaged:
@@ -176,7 +177,7 @@ class Run:
         if not self.start:
             initial = started(initial, setup.config)
         self.state = setup.spmd.replicate(initial)
-        cluster.require_same(
+        processes.require_same(
             {"training set": setup.train.fingerprint, "newest checkpoint": str(self.start)}
         )
         if self.start:
@@ -189,7 +190,7 @@ class Run:
                 if record["step"] <= self.start:
                     self.watch.check(record["step"], record)
             self.progress.note(f"Continuing from step {self.start} of {total}.")
-            with cluster.agreed():
+            with processes.agreed():
                 if self.first and self.start < total:
                     self.note_changes(note_continuation(workdir, self.start, setup.derived))
         elif (workdir / "metrics.jsonl").exists():
@@ -203,7 +204,7 @@ class Run:
             lambda step: setup.index.local_ids(step, np.arange(setup.config.batch_size)),
             self.fetch(self.state.nonfinite)[0] if self.start else 0,
         )
-        with cluster.agreed():
+        with processes.agreed():
             self.log = self.open_log(workdir) if self.first else NoLog()
         self.note_start(workdir)
 
@@ -240,7 +241,7 @@ class Run:
             + equal
         )
 
-    def train(self, stop: cluster.Stop) -> TrainState:
+    def train(self, stop: processes.Stop) -> TrainState:
         """Steps from where the run stands to its end, or to where it is asked to stop."""
         setup, config, total = self.setup, self.config, self.setup.schedule.total_steps
         knn_every = setup.schedule.every(config.eval.knn_every_epochs)
@@ -296,11 +297,11 @@ class Run:
         for line in summary.lines(rows):
             self.progress.note(line)
 
-    def finish(self, workdir: Path, stop: cluster.Stop) -> None:
+    def finish(self, workdir: Path, stop: processes.Stop) -> None:
         """Evaluates the run and writes its report; a run that was done already only reports."""
         total = self.setup.schedule.total_steps
         done = self.start == total and self.evaluator.is_done(workdir)
-        if not cluster.decided(done):
+        if not processes.decided(done):
             if self.config.eval.frozen_at_end:
                 what = "the frozen encoder and its baselines"
                 if not self.evaluator.has_labels:
@@ -352,7 +353,7 @@ class Run:
         rates: dict[str, Any] = self.progress.rates(step, waited)
         if rates and jax.process_count() > 1:
             seconds = self.config.batch_size / rates["images_per_s"]
-            rates |= cluster.pace(seconds, rates["data_wait"])
+            rates |= processes.pace(seconds, rates["data_wait"])
         return rates
 
     def measure(self, step: int) -> float | None:

@@ -61,7 +61,7 @@ jaxtyping.install_import_hook([f"ssl_jax.{name}" for name in CHECKED], "array_ch
 
 # As every command sets it for itself: a run in a process that computed before would otherwise
 # differ in its last bits from the same run in a process of its own.
-from ssl_jax.backend import tune_cpu  # noqa: E402 - the hook comes first
+from ssl_jax.cli.backend import tune_cpu  # noqa: E402 - the hook comes first
 
 tune_cpu()
 

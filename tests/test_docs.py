@@ -26,10 +26,11 @@ import tiny
 from ml_collections import ConfigDict
 
 import ssl_jax
-from ssl_jax import cli, cluster
-from ssl_jax.chips import parse_topology
+from ssl_jax.cli import main as cli
 from ssl_jax.config import default_config, flatten, load_config
 from ssl_jax.evals.transfer import read_sets
+from ssl_jax.plan.chips import parse_topology
+from ssl_jax.run import processes
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -51,8 +52,8 @@ ELSEWHERE = {
     "gcloud ": "needs a TPU pod; its run is checked by test_configs_that_are_named_load",
     "#!/bin/bash": "needs Slurm; the same",
     "apiVersion: ": "needs Kubernetes; the same",
-    "JAX_COORDINATOR_ADDRESS=": "several hosts; tests/test_cluster.py runs several processes",
-    "export JAX_PLATFORMS=cpu JAX_COORDINATOR": "two processes; tests/test_cluster.py",
+    "JAX_COORDINATOR_ADDRESS=": "several hosts; tests/run/test_processes.py runs several processes",
+    "export JAX_PLATFORMS=cpu JAX_COORDINATOR": "two processes; tests/run/test_processes.py",
     "XLA_FLAGS=": "the tests themselves see eight simulated devices, tests/conftest.py",
     "ssl-jax plan ": "needs libtpu, minutes: tests/tpu; test_plans_are_asked_well",
     "python benchmarks/": "minutes to hours; arguments by test_benchmarks_take_their_arguments",
@@ -527,7 +528,7 @@ def test_the_picture_is_drawn_from_a_run(here, monkeypatch):
 
 
 def test_a_run_that_was_stopped_is_resumed(here, monkeypatch, capsys):
-    monkeypatch.setattr(cluster.Stop, "asked", lambda self, step: step == 1)
+    monkeypatch.setattr(processes.Stop, "asked", lambda self, step: step == 1)
     run(QUICKSTART.replace("quickstart", "stopped").split())
     monkeypatch.undo()
     monkeypatch.chdir(here)

@@ -10,11 +10,12 @@ import test_step
 from tiny import method_config, with_whole_images
 
 import ssl_jax
-from ssl_jax import cli, methods
+from ssl_jax import methods
+from ssl_jax.cli import main as cli
 from ssl_jax.config import Schedule, default_config, from_json, load_config, to_json
 from ssl_jax.errors import UserError
 from ssl_jax.methods import Method, register
-from ssl_jax.metrics import read_metrics
+from ssl_jax.run.log import read_metrics
 from ssl_jax.train import pretrain
 
 ROOT = Path(__file__).parent.parent

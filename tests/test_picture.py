@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tiny import method_config, random_source, tiny_config
 
-from ssl_jax import cli
 from ssl_jax import picture as views_picture
+from ssl_jax.cli import main as cli
 from ssl_jax.config import view
 from ssl_jax.data.index import Index
 from ssl_jax.data.pipeline import make_prepare

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from report_runs import DRAWS, Page, evaluation, records, write_config, write_metrics, write_run
 
-from ssl_jax import cli
 from ssl_jax import config as config_lib
+from ssl_jax.cli import main as cli
 from ssl_jax.errors import UserError
 from ssl_jax.report import single, write_comparison
 

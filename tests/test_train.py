@@ -22,12 +22,12 @@ from tiny import leaves, share_steps, tiny_config, with_whole_images
 
 import ssl_jax
 from ssl_jax import train as train_module
-from ssl_jax.cli import pretrain_main
+from ssl_jax.cli.main import pretrain_main
 from ssl_jax.config import to_json
 from ssl_jax.encoder import restore_state
 from ssl_jax.errors import UserError
 from ssl_jax.evals import run as eval_run
-from ssl_jax.metrics import read_metrics
+from ssl_jax.run.log import read_metrics
 from ssl_jax.spmd import Spmd
 from ssl_jax.train import pretrain
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from ssl_jax import cluster, diagnostics, probe
+from ssl_jax import diagnostics, probe
 from ssl_jax.config import Schedule
 from ssl_jax.data.device_crop import resize_images
 from ssl_jax.data.index import views_stream
@@ -28,9 +28,10 @@ from ssl_jax.evals.pictures import thumbnails, view_grid
 from ssl_jax.evals.projector import write_projector
 from ssl_jax.evals.results import read_results, result_line, write_result
 from ssl_jax.files import replacing
-from ssl_jax.memory import enough_memory
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import evaluated_names
+from ssl_jax.run import processes
+from ssl_jax.run.memory import enough_memory
 from ssl_jax.spmd import AXIS, Spmd
 
 Pytree = Any
@@ -123,7 +124,7 @@ class Evaluator:
                 rows=self._rows,
                 place=self._place,
                 first=first,
-                keep=cluster.is_first(),
+                keep=processes.is_first(),
             )
 
     def measure(self, state: Any) -> dict[str, float]:
@@ -149,7 +150,7 @@ class Evaluator:
         names = ["rankme", "uniformity", *accuracy]
         names += ["alignment"] * (len(views) == 2) + ["knn"] * (test is not None)
         measured = dict.fromkeys(names, 0.0)
-        if cluster.is_first():
+        if processes.is_first():
             measured["rankme"] = diagnostics.rankme(train[: 2 * _SAMPLED])
             measured["uniformity"] = diagnostics.uniformity(train[:_SAMPLED])
             if len(views) == 2:
@@ -157,7 +158,7 @@ class Evaluator:
             if test is not None:
                 measured["knn"] = self._knn_accuracy(train, test)
             measured |= accuracy
-        return cluster.from_first(measured)
+        return processes.from_first(measured)
 
     def logits(self, state: Any) -> Float[np.ndarray, "n c"]:
         """Of the held-out images by the run's own classifier; none on other processes."""
@@ -207,7 +208,7 @@ class Evaluator:
           StoppedError: it was answered yes.
           UserError: the folder can't be written to.
         """
-        first = cluster.is_first()
+        first = processes.is_first()
         variables = evaluated_variables(state, self.config.eval.projector_layer)
         rows: list[Row] = []
         pictures = self._view_pictures(state) if first else {}
@@ -228,7 +229,7 @@ class Evaluator:
                 ]
             for name, encode, weights in encoders:
                 if stopping():
-                    raise cluster.StoppedError
+                    raise processes.StoppedError
                 splits = [self._extract(encode, weights, s) for s in (self.train, self.test)]
                 if not first:
                     continue  # it has encoded its share

@@ -11,7 +11,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ssl_jax import cluster
 from ssl_jax.config import (
     apply_overrides,
     default_config,
@@ -25,6 +24,7 @@ from ssl_jax.data.sources import make_sources
 from ssl_jax.encoder import config_at, newest_step
 from ssl_jax.errors import UserError
 from ssl_jax.evals.run import LAST_FILE
+from ssl_jax.run import processes
 
 # What a recipe doesn't name of the optimiser is the schema's default: momentum 0.9, cosine, linear.
 _PLAIN_SGD = {"name": "sgd", "decay_norm_bias": True, "per_epoch": True}
@@ -288,7 +288,7 @@ def train_classifier(
     file = Path(workdir) / "evals" / "classifier.json"
     # A run that was stopped while it was evaluated lacks the last of its files.
     done = (Path(workdir) / LAST_FILE).exists() and file.exists()
-    if not cluster.is_first() or not done:
+    if not processes.is_first() or not done:
         return state, None
     return state, json.loads(file.read_text())["metrics"]
 

@@ -24,7 +24,7 @@ from ssl_jax.evals.logistic import METRICS
 from ssl_jax.evals.metrics import interval_text
 from ssl_jax.evals.results import read_result, write_result
 from ssl_jax.evals.runs import train_classifier, transfer_config
-from ssl_jax.finite import NonFiniteError
+from ssl_jax.run.nonfinite import NonFiniteError
 
 RATES = (0.1, 0.01, 0.001)
 DECAYS = (0.0, 1e-4)

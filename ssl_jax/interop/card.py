@@ -17,7 +17,7 @@ from ssl_jax.evals.results import read_results
 from ssl_jax.interop.described import is_torchvisions, preprocessing
 from ssl_jax.interop.weights import Weights
 from ssl_jax.methods.base import make_encoder
-from ssl_jax.workdir import read_record
+from ssl_jax.run.folder import read_record
 
 _PAPERS = {
     "simclr": ("SimCLR", "2002.05709"),

@@ -39,7 +39,7 @@ from ssl_jax.report.words import (
     range_of_points,
     run_title,
 )
-from ssl_jax.workdir import read_record
+from ssl_jax.run.folder import read_record
 
 _LETTERS = "ABCDEFGH"  # as many runs as there are colours and dashes
 

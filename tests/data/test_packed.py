@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 from tiny import tiny_config
 
-from ssl_jax.cli import main
+from ssl_jax.cli.main import main
 from ssl_jax.data.packed import pack
 from ssl_jax.data.sources import make_sources
 from ssl_jax.errors import UserError

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from images import by_id, config_of, fill, picture, read
 
-from ssl_jax.cli import main
+from ssl_jax.cli.main import main
 from ssl_jax.data.index import Index
 from ssl_jax.data.sources import make_sources
 from ssl_jax.errors import UserError

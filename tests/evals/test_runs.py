@@ -11,7 +11,8 @@ import pytest
 from encoders import blank_state, copy_run, same
 from tiny import tiny_config
 
-from ssl_jax import cli, cli_evals
+from ssl_jax.cli import evals
+from ssl_jax.cli import main as cli
 from ssl_jax.config import Schedule, default_config
 from ssl_jax.encoder import newest_step, restore_state
 from ssl_jax.errors import UserError
@@ -19,9 +20,9 @@ from ssl_jax.evals import distill, finetune, runs
 from ssl_jax.evals.results import read_results, write_result
 from ssl_jax.interop.weights import travelling
 from ssl_jax.methods import make_method
+from ssl_jax.run.folder import read_config
 from ssl_jax.start import resolve_start, started
 from ssl_jax.step import assemble, init_state
-from ssl_jax.workdir import read_config
 
 BRIEF = ("epochs=1.0", "batch_size=64", "log_every=100", "eval.draws=2")
 WHOLE = "views.view.crop.sampler=none"  # images, which compile faster than crops
@@ -168,10 +169,10 @@ def test_published_shares_of_imagenets_labels_are_few_labels(run, dataset, epoch
     assert (config.epochs, config.supervised.projector_layer) == (epochs, layer)
     changed = runs.finetune_config(run, overrides=(*data, "epochs=7"))
     assert changed.epochs == 7
-    folder, what = cli_evals._finetuned(config, "")
+    folder, what = evals._finetuned(config, "")
     assert folder == f"finetune_{dataset.replace('/', '_').replace(':', '_')}_1"
     assert what == f"fine-tuned on 100 % of {dataset}"
-    assert cli_evals._finetuned(config, dataset) == (
+    assert evals._finetuned(config, dataset) == (
         "finetune_1",
         "fine-tuned on 100 % of the images",
     )

@@ -9,7 +9,7 @@ import pytest
 from encoders import copy_run, random_encoder
 from tiny import method_config, random_source, without_colour
 
-from ssl_jax import cli
+from ssl_jax.cli import main as cli
 from ssl_jax.errors import UserError
 from ssl_jax.evals import transfer
 from ssl_jax.interop.weights import Weights, write_weights

@@ -14,9 +14,9 @@ import pytest
 from images import noise_files
 from tiny import leaves, share_steps
 
-from ssl_jax.cli import pretrain_main
+from ssl_jax.cli.main import pretrain_main
 from ssl_jax.encoder import restore_state
-from ssl_jax.metrics import read_metrics
+from ssl_jax.run.log import read_metrics
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]

@@ -15,15 +15,15 @@ from PIL import Image
 from tiny import leaves, tiny_config, with_two_stages
 
 import ssl_jax
-from ssl_jax import cli
+from ssl_jax.cli import main as cli
 from ssl_jax.config import apply_overrides, flatten, to_json
 from ssl_jax.encoder import restore_state
 from ssl_jax.errors import UserError
 from ssl_jax.interop.export import export_torch, export_tree
 from ssl_jax.interop.official import read_weights
 from ssl_jax.interop.weights import read_safetensors
+from ssl_jax.run.folder import read_config
 from ssl_jax.train import Setup, pretrain
-from ssl_jax.workdir import read_config
 
 pytestmark = pytest.mark.long
 MANY = settings(

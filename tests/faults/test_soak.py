@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssl_jax.metrics import read_metrics
+from ssl_jax.run.log import read_metrics
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]

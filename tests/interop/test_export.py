@@ -12,7 +12,7 @@ from encoders import blank_state, copy_run, random_encoder, same
 from tiny import tiny_config
 
 import ssl_jax
-from ssl_jax import cli
+from ssl_jax.cli import main as cli
 from ssl_jax.config import view
 from ssl_jax.encoder import restore_state
 from ssl_jax.interop.described import preprocessing

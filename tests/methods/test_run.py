@@ -11,12 +11,12 @@ import pytest
 from test_step import ONE
 from tiny import METHODS, as_it_is, leaves, make_step, method_config, random_source, with_two_stages
 
-from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.config import flat_views, run_schedule
 from ssl_jax.data.index import Index
 from ssl_jax.data.sources import digits
 from ssl_jax.evals.run import evaluated_variables
 from ssl_jax.methods import make_method
+from ssl_jax.run.checkpoint import Checkpoints
 from ssl_jax.spmd import make_spmd
 
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())

@@ -7,10 +7,11 @@ import jax
 import pytest
 from tiny import METHODS, method_config, with_two_stages, without_colour
 
-from ssl_jax import backend, plan
-from ssl_jax.chips import parse_topology
+from ssl_jax.cli import backend
 from ssl_jax.config import load_config
 from ssl_jax.errors import UserError
+from ssl_jax.plan import plan
+from ssl_jax.plan.chips import parse_topology
 
 if importlib.util.find_spec("libtpu") is None:
     pytest.skip("the extra `plan` (libtpu) is not installed: make peers", allow_module_level=True)

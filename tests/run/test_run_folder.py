@@ -11,8 +11,7 @@ from tiny import METHODS, method_config, with_two_stages
 
 from ssl_jax.config import Schedule, default_config, to_json
 from ssl_jax.errors import UserError
-from ssl_jax.step import assemble, init_state
-from ssl_jax.workdir import (
+from ssl_jax.run.folder import (
     FORMAT,
     git_revision,
     lock_text,
@@ -22,6 +21,7 @@ from ssl_jax.workdir import (
     read_record,
     write_config,
 )
+from ssl_jax.step import assemble, init_state
 
 TREES = Path(__file__).with_name("checkpoint_trees.json")
 
@@ -29,7 +29,7 @@ TREES = Path(__file__).with_name("checkpoint_trees.json")
 def test_a_second_run_is_refused_and_the_first_named(tmp_path):
     code = (
         "import sys, pathlib\n"
-        "from ssl_jax.workdir import locked\n"
+        "from ssl_jax.run.folder import locked\n"
         "with locked(pathlib.Path(sys.argv[1])):\n"
         "    print('held', flush=True)\n"
         "    sys.stdin.read()\n"
@@ -168,7 +168,7 @@ def test_the_first_runs_name_no_format(tmp_path):
 def test_checkpoints_of_this_format_have_this_tree():
     """A change of the state needs another FORMAT, or runs that go on break: then renew this file.
 
-    `python tests/test_workdir.py` writes it.
+    `python tests/run/test_run_folder.py` writes it.
     """
     assert json.loads(TREES.read_text()) == {"format": FORMAT, **trees()}
 

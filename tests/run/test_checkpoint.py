@@ -13,9 +13,9 @@ from tiny import (
     ready_views,
 )
 
-from ssl_jax.checkpoint import Checkpoints, damage, set_aside_damaged
 from ssl_jax.data.index import Index
 from ssl_jax.errors import UserError
+from ssl_jax.run.checkpoint import Checkpoints, damage, set_aside_damaged
 from ssl_jax.spmd import make_spmd
 
 
@@ -220,7 +220,7 @@ def test_checksums_that_cannot_be_written_are_told(tmp_path, monkeypatch, caplog
     def full(file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ssl_jax.checkpoint.replacing", full)
+    monkeypatch.setattr("ssl_jax.run.checkpoint.replacing", full)
     written(tmp_path / "c", (1,))
     assert damage(tmp_path / "c" / "1") == ""
     assert "of step 1 has no checksums, which can't be written (No space left" in caplog.text

@@ -19,17 +19,17 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from ssl_jax.chips import (
+from ssl_jax.config import Schedule, flat_views, run_schedule
+from ssl_jax.data.sources import make_sources
+from ssl_jax.errors import UserError, first_line
+from ssl_jax.plan.chips import (
     BETWEEN_HOSTS,
     EXAMPLES,
     GIB,
     GPUS_OF_A_HOST,
     Topology,
 )
-from ssl_jax.config import Schedule, flat_views, run_schedule
-from ssl_jax.data.sources import make_sources
-from ssl_jax.errors import UserError, first_line
-from ssl_jax.hlo import CompiledText, part_of
+from ssl_jax.plan.hlo import CompiledText, part_of
 from ssl_jax.spmd import make_spmd
 from ssl_jax.start import resolve_start
 from ssl_jax.step import Program

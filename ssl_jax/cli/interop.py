@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ssl_jax.cli_parser import Parser, add_from, require_encoder, require_folder_of
+from ssl_jax.cli.parser import Parser, add_from, require_encoder, require_folder_of
 from ssl_jax.config import did_you_mean
 from ssl_jax.errors import UserError
 

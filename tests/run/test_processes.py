@@ -12,12 +12,12 @@ from images import noise_files
 from processes import CONFIG, end_all, finish, in_turn, start, wait_for
 from tiny import leaves, method_config, tiny_config, without_colour
 
-from ssl_jax import cluster
-from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.data.index import Index
 from ssl_jax.encoder import restore_state
 from ssl_jax.errors import UserError
-from ssl_jax.metrics import read_metrics
+from ssl_jax.run import processes
+from ssl_jax.run.checkpoint import Checkpoints
+from ssl_jax.run.log import read_metrics
 from ssl_jax.train import pretrain
 
 FOLDER = {"data.name": "folder", "batch_size": 32, "epochs": 6, "checkpoint.every_epochs": 1.5}
@@ -279,39 +279,39 @@ def test_a_run_without_a_cluster_joins_nothing(monkeypatch):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr("jax.distributed.initialize", initialize)
-    cluster.join(10.4)
+    processes.join(10.4)
     assert called == [{"heartbeat_timeout_seconds": 10}]
     monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
-    cluster.join(10)
+    processes.join(10)
     assert len(called) == 1
     monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
     with pytest.raises(UserError, match="JAX_PROCESS_ID and JAX_COORDINATOR_ADDRESS are needed"):
-        cluster.join(10)
+        processes.join(10)
     monkeypatch.setenv("JAX_PROCESS_ID", "2")
     with pytest.raises(UserError, match="can't be joined"):
-        cluster.join(10)
+        processes.join(10)
     assert called[-1] == called[0] | {"num_processes": 4, "process_id": 2}
 
 
 def test_alone_everything_is_immediate():
-    assert cluster.is_first()
-    np.testing.assert_array_equal(cluster.gather([1, 2]), [[1, 2]])
-    assert cluster.from_first({"a": 1.5}) == {"a": 1.5}
-    cluster.require_same({"data": "x"})
-    with pytest.raises(UserError, match="as it is"), cluster.agreed():
+    assert processes.is_first()
+    np.testing.assert_array_equal(processes.gather([1, 2]), [[1, 2]])
+    assert processes.from_first({"a": 1.5}) == {"a": 1.5}
+    processes.require_same({"data": "x"})
+    with pytest.raises(UserError, match="as it is"), processes.agreed():
         raise UserError("as it is")
 
 
 def test_sigterm_is_kept_until_it_is_asked_for_and_raised_where_nothing_is_lost():
     before = signal.getsignal(signal.SIGTERM)
-    with cluster.Stop() as stop:
+    with processes.Stop() as stop:
         assert not stop.asked(1)
         signal.raise_signal(signal.SIGTERM)
         assert stop.asked(2)
-        with pytest.raises(cluster.StoppedError), stop.at_once():
+        with pytest.raises(processes.StoppedError), stop.at_once():
             raise AssertionError("not reached")
     assert signal.getsignal(signal.SIGTERM) is before
-    with cluster.Stop() as stop, pytest.raises(cluster.StoppedError), stop.at_once():
+    with processes.Stop() as stop, pytest.raises(processes.StoppedError), stop.at_once():
         signal.raise_signal(signal.SIGTERM)
 
 
@@ -329,11 +329,11 @@ def test_what_fails_on_one_process_ends_it_at_once(monkeypatch, error, code, wor
     left = []
     monkeypatch.setattr("os._exit", left.append)
     told = []
-    with cluster.alone_on_failure(told.append):
+    with processes.alone_on_failure(told.append):
         raise error
     assert left == [code] and words in told[0]
     agreed = UserError("known to all")
     agreed.agreed = True
-    with pytest.raises(UserError, match="known to all"), cluster.alone_on_failure(told.append):
+    with pytest.raises(UserError, match="known to all"), processes.alone_on_failure(told.append):
         raise agreed
     assert left == [code]

@@ -12,11 +12,12 @@ from ml_collections import ConfigDict
 from test_step import ONE
 from tiny import method_config, tiny_config, with_whole_images, without_colour
 
-from ssl_jax import cli, plan
-from ssl_jax.chips import parse_topology
+from ssl_jax.cli import main as cli
 from ssl_jax.config import Schedule, load_config
 from ssl_jax.data.pipeline import Prefetcher
 from ssl_jax.errors import UserError
+from ssl_jax.plan import plan
+from ssl_jax.plan.chips import parse_topology
 from ssl_jax.spmd import make_spmd
 from ssl_jax.step import Program
 from ssl_jax.train import Setup
@@ -219,7 +220,7 @@ def test_a_batch_that_devices_do_not_divide_is_refused():
 def test_the_command_prints_json_and_compares(tmp_path, capsys, monkeypatch):
     config = tmp_path / "c.py"
     config.write_text(
-        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
         "from tiny import tiny_config, with_whole_images\n\n"
         "def get_config(variant=''):\n    return with_whole_images(tiny_config())\n"
     )
@@ -237,7 +238,7 @@ def test_the_command_prints_json_and_compares(tmp_path, capsys, monkeypatch):
     (tmp_path / "none.json").write_text("{}")
 
     # Here it is: of the devices that it simulates some are taken.
-    monkeypatch.setattr("ssl_jax.backend.compile_elsewhere", lambda simulated: None)
+    monkeypatch.setattr("ssl_jax.cli.backend.compile_elsewhere", lambda simulated: None)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):

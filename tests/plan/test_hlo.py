@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ssl_jax.hlo import CompiledText, part_of
+from ssl_jax.plan.hlo import CompiledText, part_of
 from ssl_jax.spmd import AXIS, make_spmd
 
 

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from ssl_jax import backend
+from ssl_jax.cli import backend
 
 FLAG = "xla_cpu_experimental_ynn_fusion_type"
 

@@ -11,7 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from ssl_jax import __version__, cli, doctor
+from ssl_jax import __version__
+from ssl_jax.cli import doctor
+from ssl_jax.cli import main as cli
 
 WORKS = {
     "broken": {},
@@ -76,7 +78,7 @@ def test_all_is_told(machine, capsys):
 
 def test_what_every_run_needs_is_what_the_package_requires():
     """By setup.py, for an editable installation may be older than it."""
-    tree = ast.parse((Path(doctor.__file__).parents[1] / "setup.py").read_text())
+    tree = ast.parse((Path(doctor.__file__).parents[2] / "setup.py").read_text())
     (call,) = (n for n in ast.walk(tree) if isinstance(n, ast.Call) and n.keywords[4:])
     given = {k.arg: k.value for k in call.keywords}
     names = {re.match(r"[\w-]+", n.value)[0] for n in given["install_requires"].elts}
@@ -93,7 +95,7 @@ def test_what_is_missing_is_told_with_the_command_that_brings_it(machine, capsys
     )
     code, out = told(capsys)
     assert code == 0
-    root = doctor.Path(doctor.__file__).parent.parent
+    root = doctor.Path(doctor.__file__).parents[2]
     for name, without, extra in (
         ("images on disk", "without tensorflow\n", "data"),
         ("TensorFlow Datasets", "without tensorflow, tensorflow-datasets", "data"),
@@ -109,7 +111,7 @@ def test_what_is_missing_is_told_with_the_command_that_brings_it(machine, capsys
     assert feature(out, "PyTorch, to use what is exported").endswith("-m pip install torch")
     assert feature(out, "export for PyTorch").startswith("  yes ")
     # Away from a clone there is nothing to pin.
-    monkeypatch.setattr(doctor, "__file__", "/nowhere/ssl_jax/doctor.py")
+    monkeypatch.setattr(doctor, "__file__", "/nowhere/ssl_jax/cli/doctor.py")
     assert told(capsys)[1].count("pip install 'ssl_jax[data]'") == 2
 
 

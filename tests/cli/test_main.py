@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from ssl_jax import cli
+from ssl_jax.cli import main as cli
 from ssl_jax.config import apply_overrides, default_config, flatten, load_config, to_json
 from ssl_jax.errors import UserError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 COMMANDS = {
     *("pretrain", "report", "views", "plan", "features", "knn", "linear", "finetune", "distill"),
@@ -235,8 +235,8 @@ def test_an_unexpected_error_is_one_line_without_its_trace(tmp_path):
         ("ssl_jax.report.write_report", ["report", "{}"]),
         ("ssl_jax.evals.frozen.run_features", ["knn", "--from={}"]),
         ("ssl_jax.interop.export.export_tree", ["export", "--from={}", "--format=jax", "--out=a"]),
-        ("ssl_jax.doctor.examine", ["doctor"]),
-        ("ssl_jax.plan.fitting", ["plan", "--config={}/config.py", "--topology=h100:8"]),
+        ("ssl_jax.cli.doctor.examine", ["doctor"]),
+        ("ssl_jax.plan.plan.fitting", ["plan", "--config={}/config.py", "--topology=h100:8"]),
         ("ssl_jax.picture.write_views", ["views", "--config={}/config.py", "--out=a.png"]),
     ],
 )
@@ -253,7 +253,7 @@ def test_no_command_prints_the_trace_of_an_unexpected_error(
         raise RuntimeError("x" * 1000 + "\nsecond line")
 
     monkeypatch.setattr(where, broken)
-    monkeypatch.setattr("ssl_jax.backend.compile_elsewhere", lambda simulated: None)
+    monkeypatch.setattr("ssl_jax.cli.backend.compile_elsewhere", lambda simulated: None)
     code, out, err = run(capsys, *(word.format(tmp_path) for word in line))
     assert (code, out) == (1, "")
     assert err.startswith("error: unexpected RuntimeError: xxx") and err.count("\n") == 1

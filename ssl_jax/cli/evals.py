@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ssl_jax.cli_parser import Parser, add_from, add_keys, require_encoder, require_folder_of
+from ssl_jax.cli.parser import Parser, add_from, add_keys, require_encoder, require_folder_of
 from ssl_jax.config import close_path, differences, flatten, to_json
 from ssl_jax.errors import UserError
 
@@ -167,28 +167,28 @@ def run(
     if args.command == "transfer" and not args.sets.is_file():
         raise UserError(f"There is no list of data sets {args.sets}.{close_path(args.sets)}")
     # After the backend's flags are set; it takes seconds to import.
-    from ssl_jax import cluster
     from ssl_jax.encoder import config_at
     from ssl_jax.interop.official import is_elsewhere
     from ssl_jax.report import write_report
+    from ssl_jax.run import processes
 
     trains = args.command in ("finetune", "distill") or (
         args.command == "linear" and args.recipe != _FAST
     )
     heartbeat_s = config_at(args.run).heartbeat_s
-    cluster.join(heartbeat_s)
-    with cluster.alone_on_failure(tell):
+    processes.join(heartbeat_s)
+    with processes.alone_on_failure(tell):
         if trains:
             _trained(args, overrides, command)
         elif args.command == "transfer":
-            with cluster.agreed():
+            with processes.agreed():
                 _require_one_process()
             _transfer(args, overrides, command)
         else:
-            with cluster.agreed():
+            with processes.agreed():
                 _require_one_process()
             _on_features(args, overrides, command)
-    if args.command != "features" and cluster.is_first() and not is_elsewhere(args.run):
+    if args.command != "features" and processes.is_first() and not is_elsewhere(args.run):
         report = write_report(args.run)
         if not args.json:
             print(f"Report: {report}")

@@ -13,8 +13,8 @@ from tiny import share_steps, tiny_config, with_whole_images
 from ssl_jax import train
 from ssl_jax.config import default_config, differences, from_json, to_json
 from ssl_jax.errors import UserError
-from ssl_jax.metrics import MetricsLog, read_metrics
-from ssl_jax.wandb_writer import WandbWriter, require_wandb
+from ssl_jax.run.log import MetricsLog, read_metrics
+from ssl_jax.run.wandb import WandbWriter, require_wandb
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_a_run_that_has_failed_is_not_told_as_finished(monkeypatch, tmp_path, pl
         raise UserError("No space.")
 
     if place == "checkpoints":
-        monkeypatch.setattr("ssl_jax.checkpoint.Checkpoints.close", fail)
+        monkeypatch.setattr("ssl_jax.run.checkpoint.Checkpoints.close", fail)
     monkeypatch.setattr(train.Run, "train", fail if place == "train" else lambda self, stop: None)
     monkeypatch.setattr(train.Run, "finish", lambda *args: None)
     share_steps(monkeypatch)

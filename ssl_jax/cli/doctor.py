@@ -1,8 +1,8 @@
 """`ssl-jax doctor`: versions, devices, and what is missing for which feature.
 
 Nothing in this file imports what may be missing or broken (the command line around it needs
-ml_collections). JAX and the packages that everything needs are
-imported in a process of their own, `python -m ssl_jax.doctor`, which may end as it likes, or never.
+ml_collections). JAX and the packages that everything needs are imported in a process of their own,
+`python -m ssl_jax.cli.doctor`, which may end as it likes, or never.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ssl_jax import backend
+from ssl_jax.cli import backend
 from ssl_jax.version import __version__
 
 # What everything needs: distribution and module.
@@ -165,7 +165,7 @@ def _convolutions(given: str, flags: str) -> str:
 
 def _probed(timeout: float) -> dict[str, Any]:
     """What `probe` finds in a process of its own; "error" where that ends or stays away."""
-    command = [sys.executable, "-m", "ssl_jax.doctor"]
+    command = [sys.executable, "-m", "ssl_jax.cli.doctor"]
     try:
         # Beside a run that goes on, a GPU has little memory left.
         env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
@@ -293,7 +293,7 @@ def _install(extra: str, missing: list[str]) -> str:
     pip = f"{sys.executable} -m pip install"
     if not extra:
         return f"{pip} {' '.join(missing)}"
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     if not (root / "constraints.txt").is_file():
         return f"{pip} 'ssl_jax[{extra}]'"
     # In a clone, where the versions are pinned that were tested; a TPU's machine has its own, and

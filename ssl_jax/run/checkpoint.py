@@ -23,7 +23,7 @@ Pytree = Any
 _SUMS = "checksums.json"
 _UNSEALED = ("_CHECKPOINT_METADATA", _SUMS)  # Orbax writes the first again when all is there
 _POLL_S = 0.05
-_log = logging.getLogger("ssl_jax.checkpoint")
+_log = logging.getLogger("ssl_jax.run.checkpoint")
 
 
 class Checkpoints:

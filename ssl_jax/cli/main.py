@@ -14,15 +14,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl_jax import backend, cli_evals, cli_interop
-from ssl_jax.chips import Topology, parse_topology
-from ssl_jax.cli_parser import Parser, add_keys, require_folder_of, require_known, require_run
+from ssl_jax.cli import backend, evals, interop
+from ssl_jax.cli.parser import Parser, add_keys, require_folder_of, require_known, require_run
 from ssl_jax.config import close_path, default_config, flatten, load_config, to_json, view
 from ssl_jax.errors import UserError
+from ssl_jax.plan.chips import Topology, parse_topology
 from ssl_jax.version import __version__
 
 _OVERRIDE = "--config."
-_WITHOUT_CONFIG = ("report", "data", "doctor", *cli_interop.NAMES)
+_WITHOUT_CONFIG = ("report", "data", "doctor", *interop.NAMES)
 _LONGEST = 300  # characters of an unexpected error's message
 _AFTER = """\
 example:
@@ -73,8 +73,8 @@ def _parser() -> Parser:
     does = "compile a run for hardware that is not here: memory, time, exchanges"
     example = "--config=configs/simclr_imagenet.py:8192 --topology=v4:4x4x4"
     _add_plan(add("plan", does, example))
-    cli_evals.add(parser, commands)
-    cli_interop.add(parser, commands)
+    evals.add(parser, commands)
+    interop.add(parser, commands)
     _add_data(add("data", "prepare images for training", "pack cifar10/train train.npz"))
     does = "show versions, devices, and what is missing for which feature"
     _add_doctor(add("doctor", does, ""))
@@ -341,10 +341,10 @@ def _do(args: argparse.Namespace, overrides: list[str], command: str) -> None:
         print(f"{args.out}: {_prepare_data(args):,} images")
     elif args.command == "plan":
         _plan(args, overrides)
-    elif args.command in cli_evals.NAMES:
-        cli_evals.run(args, overrides, command, _teller(args))
-    elif args.command in cli_interop.NAMES:
-        cli_interop.run(args)
+    elif args.command in evals.NAMES:
+        evals.run(args, overrides, command, _teller(args))
+    elif args.command in interop.NAMES:
+        interop.run(args)
     else:
         _report(args)
 
@@ -352,11 +352,11 @@ def _do(args: argparse.Namespace, overrides: list[str], command: str) -> None:
 def _pretrain(args: argparse.Namespace, overrides: list[str], command: str) -> None:
     # Before what takes seconds to import, so that a wrong key is told at once.
     config = load_config(args.config, overrides)
-    from ssl_jax import cluster
+    from ssl_jax.run import processes
     from ssl_jax.train import pretrain
 
-    cluster.join(config.heartbeat_s)
-    with cluster.alone_on_failure(_teller(args)):
+    processes.join(config.heartbeat_s)
+    with processes.alone_on_failure(_teller(args)):
         pretrain(config, args.workdir, command, told="quiet" if args.quiet else "all")
 
 
@@ -386,7 +386,7 @@ def _prepare_data(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from ssl_jax import doctor
+    from ssl_jax.cli import doctor
 
     found = doctor.examine(args.timeout)
     print(json.dumps(found, indent=1) if args.json else doctor.text(found, brief=args.quiet))
@@ -409,7 +409,7 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
     backend.compile_elsewhere(0 if topology.is_tpu else largest)
     # After the environment is set, which JAX reads when it is imported; a config may import it.
     config = load_config(args.config, overrides)
-    from ssl_jax import plan as plans
+    from ssl_jax.plan import plan as plans
 
     def say(text: str) -> None:
         if not args.quiet:
@@ -442,7 +442,3 @@ def _split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
             key = argument.removeprefix(_OVERRIDE)
             overrides.append(key if value is None else f"{key}={value}")
     return overrides, rest
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from ssl_jax.cluster import agreed_error, is_first
 from ssl_jax.errors import UserError
 from ssl_jax.files import replacing
+from ssl_jax.run.processes import agreed_error, is_first
 
 # Of the step's metrics: how many steps were not finite so far, and the newest of them, from 1.
 COUNT, STEP = "nonfinite_steps", "nonfinite_step"

@@ -8,7 +8,7 @@ import tensorflow as tf
 from tensorboardX.event_file_writer import EventsWriter
 
 from ssl_jax.errors import UserError
-from ssl_jax.metrics import Fetcher, MetricsLog, Progress, read_metrics
+from ssl_jax.run.log import Fetcher, MetricsLog, Progress, read_metrics
 
 
 def test_records_are_appended_and_events_written(tmp_path):

@@ -22,7 +22,7 @@ from ssl_jax.files import replacing
 from ssl_jax.version import __version__
 
 # Of a run's folder: what config.json holds beside the config, and the tree of checkpoints. It is
-# raised with either, and tests/test_workdir.py holds the tree to it. A config's own keys may grow
+# raised with either, and tests/run/test_run_folder.py holds the tree to it. A config's own keys may grow
 # without it (`ssl_jax.config.from_json`).
 FORMAT = 1
 # Of what is derived: judges the run, and changes nothing in it.
@@ -233,7 +233,7 @@ def git_revision() -> str:
         ["git", "ls-files", "--error-unmatch", "errors.py"],
     )
     try:
-        here = Path(__file__).parent
+        here = Path(__file__).parents[1]
         runs = [subprocess.run(c, cwd=here, capture_output=True, text=True) for c in commands]
     except OSError:  # no git here
         return ""
