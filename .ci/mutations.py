@@ -163,14 +163,14 @@ MUTATIONS = [
         "ssl_jax/run/folder.py",
         "        if changed:\n            hint",
         "        if False:\n            hint",
-        "tests/run/test_run_folder.py tests/test_train.py",
+        "tests/run/test_run_folder.py tests/train/test_loop.py",
     ),
     Mutation(
         "two processes hold one folder",
         "ssl_jax/run/folder.py",
         "fcntl.LOCK_EX | fcntl.LOCK_NB",
         "fcntl.LOCK_SH | fcntl.LOCK_NB",
-        "tests/run/test_run_folder.py tests/test_train.py",
+        "tests/run/test_run_folder.py tests/train/test_loop.py",
     ),
     Mutation(
         "the best checkpoint is not kept",

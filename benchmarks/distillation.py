@@ -46,7 +46,7 @@ def accuracy(workdir: Path, train: Any) -> float:
 
 def finetuned(run: Path, seed: int, rate: float, args: argparse.Namespace) -> tuple[Path, float]:
     """Fine-tuned on few labels, the same of each network; where it is, and its accuracy."""
-    from ssl_jax.evals import finetune
+    from ssl_jax.downstream import finetune
 
     workdir = run.with_name(f"{run.name}_finetune_{rate:g}")
     changes = (f"seed={seed}", f"data.subset_seed={seed}", f"optim.lr={rate}", "batch_size=32")
@@ -59,7 +59,7 @@ def finetuned(run: Path, seed: int, rate: float, args: argparse.Namespace) -> tu
 
 def student(teacher: Path, seed: int, args: argparse.Namespace) -> float:
     """Of the small network, taught on all images without their labels."""
-    from ssl_jax.evals import distill
+    from ssl_jax.downstream import distill
 
     workdir = args.out / f"student_{seed}"
     warmup = args.distill_epochs / 20

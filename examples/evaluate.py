@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 
+from ssl_jax.downstream.frozen import knn_metrics, linear_metrics, run_features
 from ssl_jax.evals import few_label_accuracies
-from ssl_jax.evals.frozen import knn_metrics, linear_metrics, run_features
 from ssl_jax.evals.metrics import metrics_line
 
 features = run_features(sys.argv[1])

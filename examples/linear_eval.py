@@ -5,7 +5,7 @@ import sys
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from ssl_jax.evals.frozen import run_features
+from ssl_jax.downstream.frozen import run_features
 
 train, labels, test, test_labels, _ = run_features(sys.argv[1]).labelled()
 scale = StandardScaler().fit(train)

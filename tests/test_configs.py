@@ -14,7 +14,7 @@ from ssl_jax.data.pipeline import Prefetcher
 from ssl_jax.errors import UserError
 from ssl_jax.optim import learning_rate_schedule
 from ssl_jax.step import assemble, example_batch
-from ssl_jax.train import Setup
+from ssl_jax.train.setup import Setup
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("*.py"))

@@ -104,7 +104,7 @@ def no_private_names_of_others(path: str, tree: ast.Module) -> Iterator[str]:
 
 
 def only_the_console_prints(path: str, tree: ast.Module) -> Iterator[str]:
-    if path.startswith("cli/") or path in ("train.py", "run/log.py"):
+    if path.startswith("cli/") or path in ("train/loop.py", "run/log.py"):
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id == "print":
@@ -118,7 +118,7 @@ def no_drawer_for_odds_and_ends(path: str, tree: ast.Module) -> Iterator[str]:
 
 RULES: dict[Check, list[tuple[str, str]]] = {
     only_step_differentiates: [
-        ("train.py", "import jax\njax.grad(f)"),
+        ("train/loop.py", "import jax\njax.grad(f)"),
         ("evals/finetune.py", "import jax as j\nj.value_and_grad(f)(x)"),
         ("ema.py", "from jax import vjp as pull"),
         ("models/heads.py", "import flax.linen as nn\nnn.vjp(f, m)"),
@@ -127,7 +127,7 @@ RULES: dict[Check, list[tuple[str, str]]] = {
         ("models/resnet.py", "import jax\n@jax.custom_vjp\ndef f(x): ..."),
     ],
     only_spmd_builds_meshes_and_maps: [
-        ("train.py", "import jax\njax.make_mesh((8,), ('d',))"),
+        ("train/loop.py", "import jax\njax.make_mesh((8,), ('d',))"),
         ("step.py", "from jax import shard_map"),
         ("step.py", "from jax.experimental.shard_map import shard_map"),
         ("losses.py", "import jax\n@jax.pmap\ndef f(x): ..."),
@@ -136,8 +136,8 @@ RULES: dict[Check, list[tuple[str, str]]] = {
         ("data/index.py", "from jax.experimental import mesh_utils as m\nm.create_device_mesh(s)"),
     ],
     functions_are_short: [
-        ("train.py", "def f():\n" + "    x = 1\n" * MAX_LINES),
-        ("train.py", "class A:\n    async def f():\n" + "        x = 1\n" * MAX_LINES),
+        ("train/loop.py", "def f():\n" + "    x = 1\n" * MAX_LINES),
+        ("train/loop.py", "class A:\n    async def f():\n" + "        x = 1\n" * MAX_LINES),
     ],
     no_string_is_parsed_as_code: [
         ("config.py", "eval('1 + 1')"),
@@ -168,9 +168,9 @@ ALLOWED: list[tuple[Check, str, str]] = [
     (only_step_differentiates, "models/layers.py", "import jax\njax.linear_transpose(f, x)"),
     (only_step_differentiates, "losses.py", "def grad(x): ...\ngrad(1)"),
     (only_spmd_builds_meshes_and_maps, "spmd.py", "from jax import shard_map"),
-    (only_spmd_builds_meshes_and_maps, "train.py", "from ssl_jax.spmd import Mesh"),
+    (only_spmd_builds_meshes_and_maps, "train/loop.py", "from ssl_jax.spmd import Mesh"),
     (only_spmd_builds_meshes_and_maps, "config.py", "MODES = ('shard_map', 'pmap')"),
-    (functions_are_short, "train.py", "def f():\n" + "    x = 1\n" * (MAX_LINES - 1)),
+    (functions_are_short, "train/loop.py", "def f():\n" + "    x = 1\n" * (MAX_LINES - 1)),
     (no_string_is_parsed_as_code, "config.py", "import ast\nast.literal_eval('1')"),
     (no_string_is_parsed_as_code, "plan.py", "lowered.compile()"),
     (no_private_names_of_others, "step.py", "import jax\njax.__version__"),

@@ -111,7 +111,7 @@ def share_steps(monkeypatch):
     A run whose log, checkpoints or evaluations alone are other than those of one before it, such as
     a run that continues, then starts in a moment.
     """
-    from ssl_jax import train
+    from ssl_jax.train import loop, setup
 
     def key(config):
         about = to_json(config)
@@ -120,10 +120,10 @@ def share_steps(monkeypatch):
         compiled = ("probe", "projector_layer", "crop_fraction", "interpolation")
         return ConfigDict(about | {"eval": {name: about["eval"][name] for name in compiled}})
 
-    def program(config, schedule, spmd, plain=train.Program):
+    def program(config, schedule, spmd, plain=setup.Program):
         return shared(lambda: plain(config, schedule, spmd), key(config), schedule, spmd)
 
-    def evaluator(config, spmd, *splits, plain=train.Evaluator):
+    def evaluator(config, spmd, *splits, plain=loop.Evaluator):
         made = plain(config, spmd, *splits)
         classes = [split and split.num_classes for split in splits]
         first = shared(lambda: made, key(config), "evaluator", spmd, *classes)
@@ -131,8 +131,8 @@ def share_steps(monkeypatch):
             setattr(made, name, getattr(first, name))
         return made
 
-    monkeypatch.setattr(train, "Program", program)
-    monkeypatch.setattr(train, "Evaluator", evaluator)
+    monkeypatch.setattr(setup, "Program", program)
+    monkeypatch.setattr(loop, "Evaluator", evaluator)
 
 
 def make_step(config, spmd, source, prepare=None):

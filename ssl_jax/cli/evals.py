@@ -206,8 +206,8 @@ def _require_one_process() -> None:
 
 def _on_features(args: argparse.Namespace, overrides: list[str], command: str) -> None:
     from ssl_jax.config import apply_overrides
+    from ssl_jax.downstream.frozen import knn_metrics, linear_metrics, run_features
     from ssl_jax.encoder import config_at
-    from ssl_jax.evals.frozen import knn_metrics, linear_metrics, run_features
 
     if args.command == "linear" and args.workdir:
         raise UserError("--workdir is for a --recipe, which trains: leave it out.")
@@ -271,29 +271,29 @@ def _require_vote(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _transfer(args: argparse.Namespace, overrides: list[str], command: str) -> None:
-    from ssl_jax.evals import transfer
+    from ssl_jax.downstream import datasets
 
     for flag in ("rates", "decays", "workdir"):
         if not args.finetune and getattr(args, flag) is not None:
             raise UserError(f"--{flag} is for fine-tuning: leave it or --no-finetune out.")
-    rows = transfer.transfer(
+    rows = datasets.transfer(
         args.run,
-        transfer.read_sets(args.sets),
+        datasets.read_sets(args.sets),
         args.workdir,
         step=args.step,
-        rates=(args.rates or transfer.RATES) if args.finetune else (),
-        decays=args.decays or transfer.DECAYS,
+        rates=(args.rates or datasets.RATES) if args.finetune else (),
+        decays=args.decays or datasets.DECAYS,
         overrides=overrides,
         command=command,
         say=lambda text: None if args.quiet else print(text, file=sys.stderr),
         told="warnings" if args.quiet else "line",
     )
-    _tell(args, {"rows": rows}, "\n".join(transfer.table(rows)))
+    _tell(args, {"rows": rows}, "\n".join(datasets.table(rows)))
 
 
 def _trained(args: argparse.Namespace, overrides: list[str], command: str) -> None:
+    from ssl_jax.downstream import runs
     from ssl_jax.encoder import config_at, results_folder
-    from ssl_jax.evals import runs
 
     if args.command == "linear":
         base = runs.linear_config(args.run, args.recipe)

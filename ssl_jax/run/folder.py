@@ -22,8 +22,8 @@ from ssl_jax.files import replacing
 from ssl_jax.version import __version__
 
 # Of a run's folder: what config.json holds beside the config, and the tree of checkpoints. It is
-# raised with either, and tests/run/test_run_folder.py holds the tree to it. A config's own keys may grow
-# without it (`ssl_jax.config.from_json`).
+# raised with either, and tests/run/test_run_folder.py holds the tree to it. A config's own keys may
+# grow without it (`ssl_jax.config.from_json`).
 FORMAT = 1
 # Of what is derived: judges the run, and changes nothing in it.
 _JUDGING = ("derived.trivial_loss:", "derived.patience:")

@@ -65,10 +65,10 @@ def test_every_option_says_its_default(typed):
 
 
 def test_the_defaults_that_are_written_out_are_those_that_count():
-    from ssl_jax.evals import transfer
+    from ssl_jax.downstream import datasets
 
     parser = parsers()["transfer"]
-    for name, values in (("rates", transfer.RATES), ("decays", transfer.DECAYS)):
+    for name, values in (("rates", datasets.RATES), ("decays", transfer.DECAYS)):
         (action,) = (a for a in parser._actions if a.dest == name)
         assert f"(default: {','.join(f'{value:g}' for value in values)})" in action.help
 
@@ -233,7 +233,7 @@ def test_an_unexpected_error_is_one_line_without_its_trace(tmp_path):
     [
         ("ssl_jax.train.pretrain", ["pretrain", "--config={}/config.py", "--workdir=w"]),
         ("ssl_jax.report.write_report", ["report", "{}"]),
-        ("ssl_jax.evals.frozen.run_features", ["knn", "--from={}"]),
+        ("ssl_jax.downstream.frozen.run_features", ["knn", "--from={}"]),
         ("ssl_jax.interop.export.export_tree", ["export", "--from={}", "--format=jax", "--out=a"]),
         ("ssl_jax.cli.doctor.examine", ["doctor"]),
         ("ssl_jax.plan.plan.fitting", ["plan", "--config={}/config.py", "--topology=h100:8"]),

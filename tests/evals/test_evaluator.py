@@ -10,7 +10,7 @@ from tiny import random_source, tiny_config
 from ssl_jax.config import run_schedule
 from ssl_jax.data.arrays import ArraySource
 from ssl_jax.errors import UserError
-from ssl_jax.evals.run import Evaluator, evaluated_variables
+from ssl_jax.evals.evaluator import Evaluator, evaluated_variables
 from ssl_jax.report import write_report
 from ssl_jax.spmd import make_spmd
 from ssl_jax.step import Program
@@ -113,7 +113,9 @@ def test_without_labels_there_is_a_map_of_one_colour_and_no_failure(tmp_path):
         assert words in page
 
 
-@pytest.mark.parametrize("writes", ["numpy.savez_compressed", "ssl_jax.evals.run.write_projector"])
+@pytest.mark.parametrize(
+    "writes", ["numpy.savez_compressed", "ssl_jax.evals.evaluator.write_projector"]
+)
 def test_a_full_disk_at_the_end_is_a_sentence(tmp_path, monkeypatch, writes):
     def full(*args, **arrays):
         raise OSError(28, "No space left on device")

@@ -23,7 +23,8 @@ from ssl_jax.interop.export import export_torch, export_tree
 from ssl_jax.interop.official import read_weights
 from ssl_jax.interop.weights import read_safetensors
 from ssl_jax.run.folder import read_config
-from ssl_jax.train import Setup, pretrain
+from ssl_jax.train import pretrain
+from ssl_jax.train.setup import Setup
 
 pytestmark = pytest.mark.long
 MANY = settings(

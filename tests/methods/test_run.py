@@ -14,7 +14,7 @@ from tiny import METHODS, as_it_is, leaves, make_step, method_config, random_sou
 from ssl_jax.config import flat_views, run_schedule
 from ssl_jax.data.index import Index
 from ssl_jax.data.sources import digits
-from ssl_jax.evals.run import evaluated_variables
+from ssl_jax.evals.evaluator import evaluated_variables
 from ssl_jax.methods import make_method
 from ssl_jax.run.checkpoint import Checkpoints
 from ssl_jax.spmd import make_spmd

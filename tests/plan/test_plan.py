@@ -20,7 +20,7 @@ from ssl_jax.plan import plan
 from ssl_jax.plan.chips import parse_topology
 from ssl_jax.spmd import make_spmd
 from ssl_jax.step import Program
-from ssl_jax.train import Setup
+from ssl_jax.train.setup import Setup
 
 GPUS = parse_topology("h100:8")
 

@@ -10,11 +10,11 @@ import pytest
 import wandb
 from tiny import share_steps, tiny_config, with_whole_images
 
-from ssl_jax import train
 from ssl_jax.config import default_config, differences, from_json, to_json
 from ssl_jax.errors import UserError
 from ssl_jax.run.log import MetricsLog, read_metrics
 from ssl_jax.run.wandb import WandbWriter, require_wandb
+from ssl_jax.train import loop
 
 
 @pytest.fixture
@@ -123,22 +123,22 @@ def test_a_run_that_has_failed_is_not_told_as_finished(monkeypatch, tmp_path, pl
 
     if place == "checkpoints":
         monkeypatch.setattr("ssl_jax.run.checkpoint.Checkpoints.close", fail)
-    monkeypatch.setattr(train.Run, "train", fail if place == "train" else lambda self, stop: None)
-    monkeypatch.setattr(train.Run, "finish", lambda *args: None)
+    monkeypatch.setattr(loop.Run, "train", fail if place == "train" else lambda self, stop: None)
+    monkeypatch.setattr(loop.Run, "finish", lambda *args: None)
     share_steps(monkeypatch)
     config = with_whole_images(tiny_config(steps=2, batch_size=320, wandb="tries"))
     with contextlib.nullcontext() if place == "nowhere" else pytest.raises(UserError, match="spac"):
-        train.pretrain(config, tmp_path)
+        loop.pretrain(config, tmp_path)
     assert run.asked[-1] == ("exit 0" if place == "nowhere" else "exit 1")
 
 
 def test_a_run_tells_it_what_it_measures_and_a_finished_one_nothing_more(offline, monkeypatch):
-    monkeypatch.setattr(train.Run, "measure", lambda self, step: None)
-    monkeypatch.setattr("ssl_jax.evals.run.Evaluator.finish", lambda *a: None)
+    monkeypatch.setattr(loop.Run, "measure", lambda self, step: None)
+    monkeypatch.setattr("ssl_jax.evals.evaluator.Evaluator.finish", lambda *a: None)
     share_steps(monkeypatch)
     config = with_whole_images(tiny_config(steps=2, batch_size=320, wandb="tries"))
     for _ in range(2):
-        train.pretrain(config, offline)
+        loop.pretrain(config, offline)
     wandb.teardown()
     (file,) = offline.glob("wandb/offline-run-*/*.wandb")
     content = file.read_bytes()

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,9 +12,7 @@ from ssl_jax.config import flat_views
 from ssl_jax.errors import UserError
 from ssl_jax.plan.plan import memory_kinds, traced_flops
 from ssl_jax.run.log import read_metrics
-
-if TYPE_CHECKING:
-    from ssl_jax.train import Setup
+from ssl_jax.train.setup import Setup
 
 Row = tuple[str, str]
 _GIB = 2**30
@@ -25,7 +23,7 @@ def lines(rows: Iterable[Row]) -> list[str]:
     return [f"{name:<12}{text}" for name, text in rows]
 
 
-def start_rows(setup: "Setup", params: Any, workdir: Path, start: int) -> Iterator[Row]:
+def start_rows(setup: Setup, params: Any, workdir: Path, start: int) -> Iterator[Row]:
     """What is run, before anything is compiled.
 
     Args:

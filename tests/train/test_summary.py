@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from tiny import share_steps, tiny_config, with_whole_images
 
-from ssl_jax import summary
 from ssl_jax.errors import UserError
-from ssl_jax.train import Setup, pretrain
+from ssl_jax.train import pretrain, summary
+from ssl_jax.train.setup import Setup
 
 
 def test_a_start_tells_network_batch_and_devices():

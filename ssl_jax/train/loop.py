@@ -13,14 +13,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ssl_jax import summary
-from ssl_jax.config import from_json, is_due, run_schedule, to_json
-from ssl_jax.data.index import Index
+from ssl_jax.config import is_due, to_json
 from ssl_jax.data.pipeline import Prefetcher
-from ssl_jax.data.sources import Source, make_sources
 from ssl_jax.diagnostics import CollapseWatch
 from ssl_jax.errors import UserError
-from ssl_jax.evals.run import Evaluator, evaluated_variables, evaluation_table
+from ssl_jax.evals.evaluator import Evaluator, evaluated_variables, evaluation_table
 from ssl_jax.report import write_report
 from ssl_jax.run import processes
 from ssl_jax.run.checkpoint import Checkpoints, set_aside_damaged
@@ -28,10 +25,11 @@ from ssl_jax.run.folder import lock_text, locked, note_continuation, write_confi
 from ssl_jax.run.log import Fetcher, MetricsLog, NoLog, Progress, read_metrics
 from ssl_jax.run.memory import enough_memory, step_levers
 from ssl_jax.run.nonfinite import COUNT, STEP, FiniteWatch
-from ssl_jax.run.wandb import WandbWriter, require_wandb
-from ssl_jax.spmd import make_spmd
-from ssl_jax.start import resolve_start, started
-from ssl_jax.step import Program, TrainState
+from ssl_jax.run.wandb import WandbWriter
+from ssl_jax.start import started
+from ssl_jax.step import TrainState
+from ssl_jax.train import summary
+from ssl_jax.train.setup import Setup
 
 _PLAN = "; `ssl-jax plan` tells what a step needs, and the largest microbatch, without the hardware"
 _SHORT = (
@@ -92,56 +90,6 @@ def pretrain(
         run.note_stop()
         processes.wait_for_all()
     return state
-
-
-class Setup:
-    """What a config comes to on these devices and this data; nothing is written yet."""
-
-    def __init__(self, config: ConfigDict) -> None:
-        """Builds the step.
-
-        Raises:
-          UserError: anything in the config that can't be run.
-        """
-        require_wandb(config.wandb)
-        self.spmd = make_spmd(
-            config.spmd, batch_size=config.batch_size, microbatch=config.microbatch
-        )
-        self.train, self.test = make_sources(config)
-        self.config = config = resolve(config, self.train)
-        self.schedule = run_schedule(config, self.train.num_examples)
-        self.index = Index(self.train.num_examples, config.batch_size, config.seed)
-        self.rows = self.spmd.local_rows(config.batch_size)
-        self.program = Program(config, self.schedule, self.spmd)
-        self.method = self.program.method
-        if self.method.needs_labels and self.train.num_classes == 0:
-            raise UserError(
-                f"config.method is '{config.method}', but the training images have no labels: use "
-                "a folder with one subfolder per class."
-            )
-        optim = config.optim
-        # A loss that starts at that of constant outputs leaves it once the rate has risen.
-        patience = max(self.schedule.every(max(1.0, optim.warmup_epochs)), optim.frozen_steps)
-        self.watched = {"trivial_loss": self.method.trivial_loss, "patience": patience}
-        self.derived = {"batchnorm_images": self.program.batchnorm_images, **self.watched}
-
-
-def resolve(config: ConfigDict, train: Source) -> ConfigDict:
-    """A copy of the config with what only the data, and runs it takes weights from, can tell.
-
-    Raises:
-      UserError: labels beyond `config.data.num_classes`, or no weights to take.
-    """
-    config = from_json(to_json(config))
-    if config.data.num_classes == 0:
-        config.data.num_classes = train.num_classes
-    elif train.num_classes > config.data.num_classes:
-        raise UserError(
-            f"config.data.num_classes is {config.data.num_classes}, but the training images have "
-            f"labels up to {train.num_classes - 1}: set it to {train.num_classes}, or to 0."
-        )
-    resolve_start(config)
-    return config
 
 
 class Run:

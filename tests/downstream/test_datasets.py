@@ -10,8 +10,8 @@ from encoders import copy_run, random_encoder
 from tiny import method_config, random_source, without_colour
 
 from ssl_jax.cli import main as cli
+from ssl_jax.downstream import datasets
 from ssl_jax.errors import UserError
-from ssl_jax.evals import transfer
 from ssl_jax.interop.weights import Weights, write_weights
 
 WHOLE = "--config.views.view.crop.sampler=none"  # images, which compile faster than crops
@@ -90,15 +90,15 @@ def test_each_data_set_is_fine_tuned_as_its_own_metric_chooses(run, sets, tmp_pa
         found = {"top1": top1, "mean_per_class": of_class}
         return None, {name: {"value": x, "low": x, "high": x} for name, x in found.items()}
 
-    monkeypatch.setattr(transfer, "train_classifier", train)
+    monkeypatch.setattr(datasets, "train_classifier", train)
     grid = {"rates": (0.1, 0.01), "decays": (0.5,), "overrides": ("batch_size=16",)}
-    rows = transfer.transfer(run, transfer.read_sets(sets), tmp_path, **grid)
+    rows = datasets.transfer(run, datasets.read_sets(sets), tmp_path, **grid)
     assert trained == [
         (f"{name}/{trial}_decay_0.5", 0.5)
         for name, best in (("blobs", "0.01"), ("digits", "0.1"))
         for trial in ("rate_0.1", "rate_0.01", f"chosen_rate_{best}")
     ]
-    blobs, digits = [line.split(" | ") for line in transfer.table(rows)[2:]]
+    blobs, digits = [line.split(" | ") for line in datasets.table(rows)[2:]]
     assert [blobs[i] for i in (0, 1, 4)] == ["| blobs", "mean per class", "0.01, 0.5 |"]
     assert [digits[i] for i in (0, 1, 4)] == ["| digits", "top1", "0.1, 0.5 |"]
     assert (blobs[3], digits[3]) == ("60.0 [60.0, 60.0]", "90.0 [90.0, 90.0]")
@@ -136,7 +136,7 @@ def test_a_bad_list_is_one_sentence(tmp_path, listed, sentence):
     file = tmp_path / "sets.json"
     file.write_text(listed)
     with pytest.raises(UserError, match=re.escape(sentence)):
-        transfer.read_sets(file)
+        datasets.read_sets(file)
 
 
 def test_what_can_not_be_run_is_refused_before_anything_is(run, tmp_path, capsys):
@@ -204,6 +204,6 @@ def test_what_changes_fine_tuning_is_no_business_of_the_evaluated_run(tmp_path, 
 
 
 def test_the_list_in_the_repository_is_read():
-    listed = transfer.read_sets(Path(__file__).parents[2] / "configs" / "transfer.json")
-    assert {data_set.metric for data_set in listed} == set(transfer.METRICS)
+    listed = datasets.read_sets(Path(__file__).parents[2] / "configs" / "transfer.json")
+    assert {data_set.metric for data_set in listed} == set(datasets.METRICS)
     assert len(listed) == 9

@@ -14,9 +14,9 @@ from tiny import tiny_config
 from ssl_jax.cli import evals
 from ssl_jax.cli import main as cli
 from ssl_jax.config import Schedule, default_config
+from ssl_jax.downstream import distill, finetune, runs
 from ssl_jax.encoder import newest_step, restore_state
 from ssl_jax.errors import UserError
-from ssl_jax.evals import distill, finetune, runs
 from ssl_jax.evals.results import read_results, write_result
 from ssl_jax.interop.weights import travelling
 from ssl_jax.methods import make_method

@@ -23,8 +23,9 @@ from ssl_jax.config import (
 from ssl_jax.data.sources import make_sources
 from ssl_jax.encoder import config_at, newest_step
 from ssl_jax.errors import UserError
-from ssl_jax.evals.run import LAST_FILE
+from ssl_jax.evals.evaluator import LAST_FILE
 from ssl_jax.run import processes
+from ssl_jax.train import pretrain
 
 # What a recipe doesn't name of the optimiser is the schema's default: momentum 0.9, cosine, linear.
 _PLAIN_SGD = {"name": "sgd", "decay_norm_bias": True, "per_epoch": True}
@@ -271,8 +272,6 @@ def train_classifier(
     Raises:
       UserError: bad input; or nothing could be measured, which shows before anything is trained.
     """
-    from ssl_jax.train import pretrain  # which evaluates, and so imports this package
-
     train, test = make_sources(config)
     if test is None or test.labels is None:
         raise UserError(

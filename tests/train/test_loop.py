@@ -21,17 +21,16 @@ from images import noise_files
 from tiny import leaves, share_steps, tiny_config, with_whole_images
 
 import ssl_jax
-from ssl_jax import train as train_module
 from ssl_jax.cli.main import pretrain_main
 from ssl_jax.config import to_json
 from ssl_jax.encoder import restore_state
 from ssl_jax.errors import UserError
-from ssl_jax.evals import run as eval_run
+from ssl_jax.evals import evaluator as eval_run
 from ssl_jax.run.log import read_metrics
 from ssl_jax.spmd import Spmd
-from ssl_jax.train import pretrain
+from ssl_jax.train import loop, pretrain, setup
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = """
 import sys
 sys.path.insert(0, {tests!r})
@@ -208,7 +207,7 @@ def test_a_run_broken_off_before_its_first_checkpoint_says_that_it_starts_anew(
     def interrupted(self, stop):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_module.Run, "train", interrupted)
+    monkeypatch.setattr(loop.Run, "train", interrupted)
     said = []
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
@@ -233,15 +232,15 @@ def test_the_loop_fetches_once_per_logged_step_and_transfers_only_batches(tmp_pa
     config = with_whole_images(tiny_config(epochs=2.0, batch_size=160, log_every=4))
     runs = []
 
-    class GuardedRun(train_module.Run):
+    class GuardedRun(loop.Run):
         def train(self, stop):
             runs.append(self)
             with jax.transfer_guard_host_to_device("disallow"):
                 return super().train(stop)
 
-    monkeypatch.setattr(train_module, "Run", GuardedRun)
-    monkeypatch.setattr(train_module.Run, "measure", lambda self, step: None)
-    monkeypatch.setattr("ssl_jax.evals.run.Evaluator.finish", lambda *a: [])
+    monkeypatch.setattr(loop, "Run", GuardedRun)
+    monkeypatch.setattr(loop.Run, "measure", lambda self, step: None)
+    monkeypatch.setattr("ssl_jax.evals.evaluator.Evaluator.finish", lambda *a: [])
     pretrain(config, tmp_path)
     steps = 2 * (1347 // 160)
     assert runs[0].fetch.count == steps // 4
@@ -312,14 +311,14 @@ def test_nothing_fetches_beside_the_counted_function(name):
 
 
 def test_a_run_that_batchnorm_makes_another_is_told(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train_module.Run, "measure", lambda self, step: None)
-    monkeypatch.setattr("ssl_jax.evals.run.Evaluator.finish", lambda *a: [])
+    monkeypatch.setattr(loop.Run, "measure", lambda self, step: None)
+    monkeypatch.setattr("ssl_jax.evals.evaluator.Evaluator.finish", lambda *a: [])
     config = with_whole_images(tiny_config(steps=1, batch_size=320, microbatch=160))
     config.model.bn_group = 1
     pretrain(config, tmp_path)
     out = capsys.readouterr().out
     assert "in microbatches of 160, BatchNorm over 20 images" in out
-    run = train_module.Run.__new__(train_module.Run)
+    run = loop.Run.__new__(loop.Run)
     notes = []
     run.progress = type("Progress", (), {"note": staticmethod(notes.append)})
     run.note_changes(["devices.count: 8 -> 4"])
@@ -355,12 +354,12 @@ def test_a_full_memory_names_the_levers(tmp_path, monkeypatch, halved):
     def full(*args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory, 9 bytes.\n  at")
 
-    class Full(train_module.Program):
+    class Full(setup.Program):
         def __init__(self, *args):
             super().__init__(*args)
             self.step = full
 
-    monkeypatch.setattr(train_module, "Program", Full)
+    monkeypatch.setattr(setup, "Program", Full)
     with pytest.raises(UserError) as caught:
         pretrain(config, tmp_path)
     told = str(caught.value)
@@ -393,7 +392,7 @@ def test_a_run_that_goes_on_remembers_how_wide_its_embeddings_were(tmp_path, mon
     config.checkpoint.every_epochs = 0.05
     pretrain(config, tmp_path)
     seen = [r["embedding_std"] for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r]
-    run = train_module.Run(train_module.Setup(config), tmp_path)
+    run = loop.Run(setup.Setup(config), tmp_path)
     told = run.watch.check(5, {"embedding_std": max(seen) * 0.49})
     told += run.watch.check(6, {"embedding_std": max(seen) * 0.49})
     run.close()
