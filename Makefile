@@ -10,8 +10,8 @@ UNCHECKED := JAXTYPING_DISABLE=1 JAX_NUMPY_RANK_PROMOTION=allow
 # What `make compat` runs: the tests that compute, with whatever calls JAX and what lies around it.
 # Left out: processes, the command line, pages and packaging, which newer packages hardly touch.
 COMPAT := 3.12 3.13
-COMPAT_TESTS := data evals interop methods models plan run cli/test_backend.py $(addprefix test_,$(addsuffix .py,config \
-  diagnostics ema encoder files house_rules losses microbatch optim probe spmd step train))
+COMPAT_TESTS := data evals interop methods models plan run train cli/test_backend.py $(addprefix test_,$(addsuffix .py,config \
+  diagnostics ema files house_rules losses microbatch optim spmd step))
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test long flaky mutations compat peers docs audit lint types contracts format clean

@@ -212,7 +212,7 @@ MUTATIONS = [
         "ssl_jax/report/single.py",
         '<th scope="row">{escape(key)}</th>',
         '<th scope="row">{key}</th>',
-        "tests/test_report.py",
+        "tests/report/test_report.py",
     ),
     Mutation(
         "a file is written in place",

@@ -10,12 +10,12 @@ import optax
 from jaxtyping import Array, Float, Int, UInt32
 from ml_collections import ConfigDict
 
-from ssl_jax import probe
 from ssl_jax.config import Schedule, flat_views
 from ssl_jax.data.index import stream_key, views_stream
 from ssl_jax.data.pipeline import make_prepare
 from ssl_jax.diagnostics import embedding_std
 from ssl_jax.errors import UserError
+from ssl_jax.evals import probe
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import Batch, Method, Pytree
 from ssl_jax.optim import learning_rate_schedule, make_optimizer, peak_learning_rate

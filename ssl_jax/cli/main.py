@@ -363,7 +363,7 @@ def _pretrain(args: argparse.Namespace, overrides: list[str], command: str) -> N
 def _views(args: argparse.Namespace, overrides: list[str], command: str) -> None:
     require_folder_of(args.out)
     config = load_config(args.config, overrides)
-    from ssl_jax.picture import write_views
+    from ssl_jax.report.picture import write_views
 
     drawn = write_views(config, args.out, images=args.images, step=args.step, command=command)
     print(f"{args.out}: {drawn} images and their views at step {args.step}")

@@ -11,13 +11,13 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import apply_overrides
 from ssl_jax.data.sources import make_sources
-from ssl_jax.encoder import config_at, load
 from ssl_jax.errors import UserError
 from ssl_jax.evals.evaluator import Evaluator
 from ssl_jax.evals.knn import knn_votes
 from ssl_jax.evals.logistic import PENALTIES, fit_linear
 from ssl_jax.evals.metrics import classification_metrics
 from ssl_jax.files import asked_for
+from ssl_jax.interop.encoder import config_at, load
 from ssl_jax.spmd import make_spmd
 
 # How the keys begin that change a frozen encoder's features, and which of its first view's do.

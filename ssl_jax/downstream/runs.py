@@ -21,9 +21,9 @@ from ssl_jax.config import (
     view,
 )
 from ssl_jax.data.sources import make_sources
-from ssl_jax.encoder import config_at, newest_step
 from ssl_jax.errors import UserError
 from ssl_jax.evals.evaluator import LAST_FILE
+from ssl_jax.interop.encoder import config_at, newest_step
 from ssl_jax.run import processes
 from ssl_jax.train import pretrain
 

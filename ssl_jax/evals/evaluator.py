@@ -12,13 +12,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from ssl_jax import diagnostics, probe
+from ssl_jax import diagnostics
 from ssl_jax.config import Schedule
 from ssl_jax.data.device_crop import resize_images
 from ssl_jax.data.index import views_stream
 from ssl_jax.data.pipeline import make_prepare, prepare_clean, unnormalised
 from ssl_jax.data.sources import Source
 from ssl_jax.errors import UserError
+from ssl_jax.evals import probe
 from ssl_jax.evals.embedding_map import choose_images, lay_out
 from ssl_jax.evals.features import extract_features, padded_batches
 from ssl_jax.evals.knn import knn_classify, nearest_neighbours

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ssl_jax.encoder import results_folder
 from ssl_jax.errors import UserError
 from ssl_jax.evals.intervals import mean_interval
 from ssl_jax.evals.metrics import interval_text
 from ssl_jax.evals.results import read_results
 from ssl_jax.interop.described import is_torchvisions, preprocessing
+from ssl_jax.interop.encoder import results_folder
 from ssl_jax.interop.weights import Weights
 from ssl_jax.methods.base import make_encoder
 from ssl_jax.run.folder import read_record

@@ -13,11 +13,11 @@ from jax import export as jax_export
 from ml_collections import ConfigDict
 
 from ssl_jax.config import flat_views, from_json, to_json
-from ssl_jax.encoder import Encoder, load, weights_at
 from ssl_jax.errors import UserError
 from ssl_jax.files import asked_for
 from ssl_jax.interop.card import model_card
 from ssl_jax.interop.described import architecture, is_torchvisions, preprocessing
+from ssl_jax.interop.encoder import Encoder, load, weights_at
 from ssl_jax.interop.torch_names import to_torch
 from ssl_jax.interop.weights import Weights, save, travelling, write_weights
 from ssl_jax.methods.base import make_encoder

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from ssl_jax.config import Schedule, flat_views, run_schedule
 from ssl_jax.data.sources import make_sources
 from ssl_jax.errors import UserError, first_line
+from ssl_jax.interop.initial import resolve_start
 from ssl_jax.plan.chips import (
     BETWEEN_HOSTS,
     EXAMPLES,
@@ -31,7 +32,6 @@ from ssl_jax.plan.chips import (
 )
 from ssl_jax.plan.hlo import CompiledText, part_of
 from ssl_jax.spmd import make_spmd
-from ssl_jax.start import resolve_start
 from ssl_jax.step import Program
 
 # Data sets that a plan knows without having them: images in the training split, classes.

@@ -18,6 +18,7 @@ from ssl_jax.data.pipeline import Prefetcher
 from ssl_jax.diagnostics import CollapseWatch
 from ssl_jax.errors import UserError
 from ssl_jax.evals.evaluator import Evaluator, evaluated_variables, evaluation_table
+from ssl_jax.interop.initial import started
 from ssl_jax.report import write_report
 from ssl_jax.run import processes
 from ssl_jax.run.checkpoint import Checkpoints, set_aside_damaged
@@ -26,7 +27,6 @@ from ssl_jax.run.log import Fetcher, MetricsLog, NoLog, Progress, read_metrics
 from ssl_jax.run.memory import enough_memory, step_levers
 from ssl_jax.run.nonfinite import COUNT, STEP, FiniteWatch
 from ssl_jax.run.wandb import WandbWriter
-from ssl_jax.start import started
 from ssl_jax.step import TrainState
 from ssl_jax.train import summary
 from ssl_jax.train.setup import Setup

@@ -237,7 +237,7 @@ def test_an_unexpected_error_is_one_line_without_its_trace(tmp_path):
         ("ssl_jax.interop.export.export_tree", ["export", "--from={}", "--format=jax", "--out=a"]),
         ("ssl_jax.cli.doctor.examine", ["doctor"]),
         ("ssl_jax.plan.plan.fitting", ["plan", "--config={}/config.py", "--topology=h100:8"]),
-        ("ssl_jax.picture.write_views", ["views", "--config={}/config.py", "--out=a.png"]),
+        ("ssl_jax.report.picture.write_views", ["views", "--config={}/config.py", "--out=a.png"]),
     ],
 )
 def test_no_command_prints_the_trace_of_an_unexpected_error(

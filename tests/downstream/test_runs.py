@@ -15,13 +15,13 @@ from ssl_jax.cli import evals
 from ssl_jax.cli import main as cli
 from ssl_jax.config import Schedule, default_config
 from ssl_jax.downstream import distill, finetune, runs
-from ssl_jax.encoder import newest_step, restore_state
 from ssl_jax.errors import UserError
 from ssl_jax.evals.results import read_results, write_result
+from ssl_jax.interop.encoder import newest_step, restore_state
+from ssl_jax.interop.initial import resolve_start, started
 from ssl_jax.interop.weights import travelling
 from ssl_jax.methods import make_method
 from ssl_jax.run.folder import read_config
-from ssl_jax.start import resolve_start, started
 from ssl_jax.step import assemble, init_state
 
 BRIEF = ("epochs=1.0", "batch_size=64", "log_every=100", "eval.draws=2")

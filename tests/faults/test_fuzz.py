@@ -17,8 +17,8 @@ from tiny import leaves, tiny_config, with_two_stages
 import ssl_jax
 from ssl_jax.cli import main as cli
 from ssl_jax.config import apply_overrides, flatten, to_json
-from ssl_jax.encoder import restore_state
 from ssl_jax.errors import UserError
+from ssl_jax.interop.encoder import restore_state
 from ssl_jax.interop.export import export_torch, export_tree
 from ssl_jax.interop.official import read_weights
 from ssl_jax.interop.weights import read_safetensors

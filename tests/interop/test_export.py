@@ -14,11 +14,11 @@ from tiny import tiny_config
 import ssl_jax
 from ssl_jax.cli import main as cli
 from ssl_jax.config import view
-from ssl_jax.encoder import restore_state
 from ssl_jax.interop.described import preprocessing
+from ssl_jax.interop.encoder import restore_state
+from ssl_jax.interop.initial import resolve_start, started
 from ssl_jax.interop.official import read_weights
 from ssl_jax.interop.weights import Weights, write_weights
-from ssl_jax.start import resolve_start, started
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from tiny import method_config, tiny_config, with_two_stages
 import ssl_jax
 from ssl_jax.errors import UserError
 from ssl_jax.interop.card import model_card
+from ssl_jax.interop.initial import resolve_start, started
 from ssl_jax.interop.official import read_weights
 from ssl_jax.interop.torch_names import to_torch
 from ssl_jax.interop.weights import Weights, read_header, save, write_weights
-from ssl_jax.start import resolve_start, started
 
 RNG = np.random.default_rng(0)
 

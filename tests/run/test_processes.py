@@ -13,8 +13,8 @@ from processes import CONFIG, end_all, finish, in_turn, start, wait_for
 from tiny import leaves, method_config, tiny_config, without_colour
 
 from ssl_jax.data.index import Index
-from ssl_jax.encoder import restore_state
 from ssl_jax.errors import UserError
+from ssl_jax.interop.encoder import restore_state
 from ssl_jax.run import processes
 from ssl_jax.run.checkpoint import Checkpoints
 from ssl_jax.run.log import read_metrics

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny import assert_replicated, leaves, make_step, random_source, tiny_config, with_whole_images
 
-from ssl_jax import probe
+from ssl_jax.evals import probe
 from ssl_jax.spmd import make_spmd
 
 ONE = jax.devices()[:1]

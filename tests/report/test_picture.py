@@ -8,13 +8,13 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tiny import method_config, random_source, tiny_config
 
-from ssl_jax import picture as views_picture
 from ssl_jax.cli import main as cli
 from ssl_jax.config import view
 from ssl_jax.data.index import Index
 from ssl_jax.data.pipeline import make_prepare
 from ssl_jax.data.sources import make_sources
 from ssl_jax.errors import UserError
+from ssl_jax.report import picture as views_picture
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.2, 0.3)
 
