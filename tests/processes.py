@@ -64,10 +64,10 @@ _IN_TURN = f"""
 import json
 sys.path.insert(0, {str(ROOT / "tests")!r})
 import tiny
-from ssl_jax import workdir
-from ssl_jax.cli import main
+from ssl_jax.run import folder
+from ssl_jax.cli.main import main
 # A lock that another process has written is in this machine's file system at once.
-workdir.lock_text.__defaults__ = (1.0,)
+folder.lock_text.__defaults__ = (1.0,)
 for arguments in json.loads(sys.argv[1]):
     code = main(arguments)
     for out in (sys.stdout, sys.stderr):

@@ -541,7 +541,7 @@ def test_a_run_that_was_stopped_is_resumed(here, monkeypatch, capsys):
 POSTERIZED = """
 import sys
 import jax, numpy as np
-from ssl_jax import cli
+from ssl_jax.cli import main as cli
 from ssl_jax.config import default_config, from_json, to_json, view
 from ssl_jax.data.augment import colour, posterize
 from ssl_jax.interop.card import _view

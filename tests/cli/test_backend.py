@@ -51,7 +51,7 @@ def test_an_installed_accelerator_is_enough_to_leave_it(environment):
 def test_this_jaxlib_accepts_what_is_set():
     code = (
         "import os\nos.environ['XLA_FLAGS'] = ''\n"
-        "from ssl_jax import backend\nbackend.tune_cpu()\n"
+        "from ssl_jax.cli import backend\nbackend.tune_cpu()\n"
         "import jax\nprint(jax.jit(lambda x: x + 1)(1))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

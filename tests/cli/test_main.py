@@ -80,7 +80,7 @@ def test_no_command_shows_the_help_and_fails(capsys):
 
 def test_help_does_not_wait_for_jax():
     code = (
-        "import sys\nfrom ssl_jax import cli\n"
+        "import sys\nfrom ssl_jax.cli import main as cli\n"
         "try:\n    cli.main(['--help'])\nexcept SystemExit:\n    pass\n"
         "sys.exit('jax' in sys.modules)"
     )
@@ -190,7 +190,7 @@ def test_paths_that_are_wrong_are_told_with_one_that_is_close(capsys, tmp_path):
 
 def test_a_wrong_path_is_told_before_jax_is_imported(tmp_path):
     script = (
-        "import sys\nfrom ssl_jax import cli\n"
+        "import sys\nfrom ssl_jax.cli import main as cli\n"
         "for line in (['pretrain', '--config=no.py', '--workdir=w'], ['knn', '--from=no'],\n"
         "             ['export', '--from=no', '--format=jax', '--out=a'], ['report', 'no'],\n"
         "             ['data', 'convert', 'no', 'out'], ['import', 'no', '--out=a']):\n"
@@ -203,7 +203,7 @@ def test_a_wrong_path_is_told_before_jax_is_imported(tmp_path):
 
 BROKEN = """
 import sys
-from ssl_jax import cli
+from ssl_jax.cli import main as cli
 from ssl_jax.data import packed
 
 def broken(*arguments):

@@ -48,7 +48,7 @@ Source.batches = gated
 """
 # Where HELD_AT says, the process stays, and makes the file HELD.
 HOLD = """
-from ssl_jax import checkpoint
+from ssl_jax.run import checkpoint
 
 def held(plain, here):
     def instead(*args):
