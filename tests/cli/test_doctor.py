@@ -56,7 +56,8 @@ def test_this_machine_works_and_is_told_in_a_process_of_its_own():
 
 def test_nothing_big_is_imported(machine):
     script = (
-        "import sys\nfrom ssl_jax.cli import doctor\ndoctor._probed = lambda timeout: {'broken': {}}\n"
+        "import sys\nfrom ssl_jax.cli import doctor\n"
+        "doctor._probed = lambda timeout: {'broken': {}}\n"
         "doctor.text(doctor.examine())\n"
         "sys.exit(bool({'jax', 'numpy', 'tensorflow', 'wandb'} & set(sys.modules)))"
     )
