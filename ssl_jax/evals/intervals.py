@@ -1,13 +1,14 @@
 """Intervals of means and proportions."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
 from scipy import special
 
 
-def mean_interval(values: Float[np.ndarray, " n"]) -> tuple[float, float]:
+def mean_interval(values: Sequence[float] | Float[np.ndarray, " n"]) -> tuple[float, float]:
     """The mean of a sample and its 95 % confidence interval, by Student's t.
 
     For a paired comparison give it the differences.

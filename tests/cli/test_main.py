@@ -68,7 +68,7 @@ def test_the_defaults_that_are_written_out_are_those_that_count():
     from ssl_jax.downstream import datasets
 
     parser = parsers()["transfer"]
-    for name, values in (("rates", datasets.RATES), ("decays", transfer.DECAYS)):
+    for name, values in (("rates", datasets.RATES), ("decays", datasets.DECAYS)):
         (action,) = (a for a in parser._actions if a.dest == name)
         assert f"(default: {','.join(f'{value:g}' for value in values)})" in action.help
 

@@ -299,7 +299,7 @@ def test_a_second_start_on_a_workdir_is_refused(command, tmp_path, capsys):
         first.communicate()
 
 
-@pytest.mark.parametrize("name", ["train.py", "step.py", "methods/simclr.py"])
+@pytest.mark.parametrize("name", ["train/loop.py", "step.py", "methods/simclr.py"])
 def test_nothing_fetches_beside_the_counted_function(name):
     """A stray float(metric) would stall every step; a fetch has to be seen to be counted."""
     tree = ast.parse((ROOT / "ssl_jax" / name).read_text())
@@ -307,7 +307,7 @@ def test_nothing_fetches_beside_the_counted_function(name):
     stalls = {"float", "int", "np.asarray", "np.array", "jax.device_get"}
     found = [c for c in calls if c in stalls or c.endswith((".item", ".tolist"))]
     # Once, before the first step: the untrained encoder to the host.
-    assert found == (["jax.device_get"] if name == "train.py" else [])
+    assert found == (["jax.device_get"] if name == "train/loop.py" else [])
 
 
 def test_a_run_that_batchnorm_makes_another_is_told(tmp_path, capsys, monkeypatch):
