@@ -25,7 +25,7 @@ quickstart: .venv/.core  ## pretrain on a CPU in minutes; the report is runs/qui
 test: lint types contracts  ## all that CI checks; the tests last
 	$(BIN)/python -m pytest -n 2 --dist worksteal -p no:randomly -m "not long"
 
-long: .venv/.dev  ## tests that take minutes: runs that are killed, damaged and starved, several processes, fuzzing
+long: .venv/.dev  ## tests that take minutes: runs that are killed, corrupt and starved, several processes, fuzzing
 	$(UNCHECKED) $(BIN)/python -m pytest -p no:randomly -m long
 
 flaky: .venv/.dev  ## the tests of `make test` five times in random order

@@ -105,8 +105,8 @@ MUTATIONS = [
     Mutation(
         "SwAV's queue holds the oldest",
         "ssl_jax/methods/swav.py",
-        'jnp.concatenate([new, extra["queue"]], axis=1)',
-        'jnp.concatenate([extra["queue"], new], axis=1)',
+        'jnp.concatenate([new, state["queue"]], axis=1)',
+        'jnp.concatenate([state["queue"], new], axis=1)',
         "tests/methods/test_swav.py",
     ),
     Mutation(

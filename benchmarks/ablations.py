@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ssl_jax.diagnostics import CollapseWatch
+from ssl_jax.diagnostics import CollapseDetector
 from ssl_jax.evals.intervals import mean_interval
 from ssl_jax.run.log import read_metrics
 
@@ -56,11 +56,11 @@ def cells(name: str, workdir: Path) -> list[str]:
         trained = json.loads(file.read_text())["rows"][-1]
     else:  # the classifier that was trained along
         trained = {"knn": last["knn"], "linear": last["probe_accuracy"]}
-    watch = CollapseWatch()
+    watch = CollapseDetector()
     warnings = [w for record in records for w in watch.check(int(record["step"]), record)]
     few = ""
     if "labels_5" in trained:
-        mean, half = mean_interval([100 * draw for draw in trained["labels_5"]["draws"]])
+        mean, half = mean_interval([100 * draw for draw in trained["labels_5"]["trials"]])
         few = f"{mean:.1f} ± {half:.1f}"
     told = f"{100 * last['contrastive_accuracy']:.0f}" if "contrastive_accuracy" in last else ""
     return [

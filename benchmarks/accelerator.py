@@ -104,7 +104,7 @@ def train(method: str, args: argparse.Namespace, seconds: float) -> str:
     command += ["--config.checkpoint.every_epochs=0"]  # at the end, and when it is stopped
     if args.toy:
         command += [*SMALL, *HEADS, "--config.epochs=2", "--config.batch_size=16"]
-        command += ["--config.eval.knn_k=2", "--config.eval.draws=1"]
+        command += ["--config.eval.knn_k=2", "--config.eval.trials=1"]
     with (args.out / f"cifar_{method}.log").open("a") as log:
         process = subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT)
         try:

@@ -21,7 +21,7 @@ def measure(batch: int, steps: int, width: float) -> float:
 
     from ssl_jax.config import default_config, run_schedule, view
     from ssl_jax.data.arrays import ArraySource
-    from ssl_jax.data.pipeline import make_prepare
+    from ssl_jax.data.pipeline import make_augment_fn
     from ssl_jax.spmd import AXIS, make_spmd
     from ssl_jax.step import assemble, init_state, make_train_step
 
@@ -35,19 +35,19 @@ def measure(batch: int, steps: int, width: float) -> float:
     spmd = make_spmd(batch_size=batch)
     method, optimizer, rate = assemble(config, run_schedule(config, len(images)), AXIS)
     step = spmd.map(
-        make_train_step(method, optimizer, make_prepare(config), rate),
+        make_train_step(method, optimizer, make_augment_fn(config), rate),
         ("replicated", "sharded", "replicated"),
         ("replicated", "replicated"),
         donate=(0,),
     )
     state = spmd.replicate(init_state(method, optimizer, config))
-    resident = spmd.replicate(source.resident())
+    device_data = spmd.replicate(source.device_data())
     ids = spmd.place_batch({"id": np.arange(batch, dtype=np.int32)})
-    state, metrics = step(state, ids, resident)
+    state, metrics = step(state, ids, device_data)
     jax.block_until_ready(metrics)
     start = time.perf_counter()
     for _ in range(steps):
-        state, metrics = step(state, ids, resident)
+        state, metrics = step(state, ids, device_data)
     jax.block_until_ready(metrics)
     return steps * batch / (time.perf_counter() - start)
 

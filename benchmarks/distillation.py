@@ -20,7 +20,7 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 BIG, SMALL = 0.25, 0.0625  # widths of a ResNet-18
 RATES = (0.005, 0.01, 0.05)  # of the small network's fine-tuning; the big one has the middle one
-BRIEF = ("eval.knn_every_epochs=0", "eval.draws=2", "checkpoint.every_epochs=0", "log_every=1000")
+BRIEF = ("eval.knn_every_epochs=0", "eval.trials=2", "checkpoint.every_epochs=0", "log_every=1000")
 
 
 def pretrained(width: float, seed: int, epochs: float, out: Path) -> Path:
@@ -30,7 +30,12 @@ def pretrained(width: float, seed: int, epochs: float, out: Path) -> Path:
 
     workdir = out / f"pretrain_{width:g}_{seed}"
     if not (workdir / "evaluation.json").exists():
-        changes = (f"seed={seed}", f"model.width={width}", f"epochs={epochs}", "simclr.memory=0")
+        changes = (
+            f"seed={seed}",
+            f"model.width={width}",
+            f"epochs={epochs}",
+            "simclr.memory_bank=0",
+        )
         config = load_config(str(ROOT / "configs" / "simclrv2_digits.py"), [*changes, *BRIEF])
         pretrain(config, workdir)
     return workdir

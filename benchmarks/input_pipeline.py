@@ -278,7 +278,7 @@ def our_pipelines(
     """What opens each of the rows that are not a peer's."""
     import jax
 
-    from ssl_jax.data.pipeline import make_prepare
+    from ssl_jax.data.pipeline import make_augment_fn
     from ssl_jax.data.sources import make_sources
 
     files = image_files(images)
@@ -290,7 +290,7 @@ def our_pipelines(
         source, _ = make_sources(config)
         if not name.endswith("_device"):
             return lambda: host_batches(source, batch)
-        prepare = jax.jit(make_prepare(config))
+        prepare = jax.jit(make_augment_fn(config))
         return lambda: device_batches(source, prepare, batch)
 
     return {name: opener(name) for name in names}
@@ -448,13 +448,13 @@ def prepare_flops(config: Any) -> tuple[float, float]:
     import jax
 
     from ssl_jax.config import from_json, to_json
-    from ssl_jax.data.pipeline import make_prepare
+    from ssl_jax.data.pipeline import make_augment_fn
     from ssl_jax.step import batch_shapes
 
     def flops(config: Any) -> float:
         raw = batch_shapes(config, config.batch_size, labelled=False)
         arguments = (raw, {}, jax.random.key(0))
-        program = jax.jit(make_prepare(config)).lower(*arguments).compile()
+        program = jax.jit(make_augment_fn(config)).lower(*arguments).compile()
         return program.cost_analysis()["flops"]
 
     without = from_json(to_json(config))
@@ -482,7 +482,7 @@ def device_rows(config: Any, images: int, rounds: int) -> list[list[str]]:
     """
     import jax
 
-    from ssl_jax.data.pipeline import make_prepare
+    from ssl_jax.data.pipeline import make_augment_fn
     from ssl_jax.step import batch_shapes
 
     key, rng = jax.random.key(0), np.random.default_rng(0)
@@ -494,7 +494,7 @@ def device_rows(config: Any, images: int, rounds: int) -> list[list[str]]:
     versions = {}
     for name, replaced in (("", barrier), (", blur fused with what made the image", lambda x: x)):
         jax.lax.optimization_barrier = replaced
-        versions[name] = jax.jit(make_prepare(config)).lower(raw, {}, key).compile()
+        versions[name] = jax.jit(make_augment_fn(config)).lower(raw, {}, key).compile()
     jax.lax.optimization_barrier = barrier
     seconds: dict[str, list[float]] = {name: [] for name in versions}
     for _ in range(rounds + 1):

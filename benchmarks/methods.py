@@ -52,7 +52,7 @@ def run(method: str, args: argparse.Namespace, workdir: Path) -> None:
 
 
 def accuracies(row: dict, baselines: list[dict]) -> list[str]:
-    """The cells of an evaluation row, in percent; differences are on the same draws."""
+    """The cells of an evaluation row, in percent; differences are on the same trials."""
     return [
         f"{100 * row['labels_5']['mean']:.1f}",
         *(difference(row, baseline) for baseline in baselines),
@@ -61,11 +61,11 @@ def accuracies(row: dict, baselines: list[dict]) -> list[str]:
 
 
 def difference(row: dict, baseline: dict) -> str:
-    """Points over a baseline at 5 labels, with the 95 % interval over the paired draws."""
+    """Points over a baseline at 5 labels, with the 95 % interval over the paired trials."""
     if row["name"] == baseline["name"]:
         return ""
-    draws = zip(row["labels_5"]["draws"], baseline["labels_5"]["draws"], strict=True)
-    points = [100 * (a - b) for a, b in draws]
+    trials = zip(row["labels_5"]["trials"], baseline["labels_5"]["trials"], strict=True)
+    points = [100 * (a - b) for a, b in trials]
     mean, half = mean_interval(np.array(points))
     return f"{mean:+.1f} ± {half:.1f}"
 

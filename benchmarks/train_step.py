@@ -68,17 +68,17 @@ class Ours:
         spmd = make_spmd(devices=jax.devices()[:1], batch_size=config.batch_size)
         program = Program(config, Schedule(100, 1000), spmd)
         rng, n = np.random.default_rng(0), config.batch_size
-        batch, resident = {"label": np.arange(n, dtype=np.int32) % 10}, {}
+        batch, device_data = {"label": np.arange(n, dtype=np.int32) % 10}, {}
         if cropped:
             batch["id"], batch["views"] = np.arange(n, dtype=np.int32), random_views(config)
         else:
             size = flat_views(config)[0].size
             batch["id"] = rng.integers(0, PACKED, n, np.int32)
-            resident["image"] = rng.integers(0, 256, (PACKED, size, size, 3), np.uint8)
-        self.batch, self.resident = spmd.place_batch(batch), spmd.replicate(resident)
-        self.compiled = program.lower(*program.shapes(self.resident)).compile()
+            device_data["image"] = rng.integers(0, 256, (PACKED, size, size, 3), np.uint8)
+        self.batch, self.device_data = spmd.place_batch(batch), spmd.replicate(device_data)
+        self.compiled = program.lower(*program.shapes(self.device_data)).compile()
         self.state = spmd.replicate(program.init())
-        self.program, self.flops = program, step_flops(program, self.resident)
+        self.program, self.flops = program, step_flops(program, self.device_data)
         self.gib = compiled_gib(self.compiled)
 
     def run(self, steps: int) -> float:
@@ -87,12 +87,12 @@ class Ours:
 
         start = time.perf_counter()
         for _ in range(steps):
-            self.state, metrics = self.compiled(self.state, self.batch, self.resident)
+            self.state, metrics = self.compiled(self.state, self.batch, self.device_data)
         jax.block_until_ready(metrics)
         return time.perf_counter() - start
 
 
-def step_flops(program: Any, resident: Any) -> float:
+def step_flops(program: Any, device_data: Any) -> float:
     """FLOPs of a step as traced; what microbatches compute twice counts once."""
     from ssl_jax.config import Schedule
     from ssl_jax.plan.plan import traced_flops
@@ -103,7 +103,7 @@ def step_flops(program: Any, resident: Any) -> float:
         whole = type(config)(config.to_dict() | {"microbatch": 0})
         program = Program(whole, Schedule(100, 1000), program.spmd)
     # Else it is the step that was compiled, and JAX finds its trace.
-    return traced_flops(program.step, *program.shapes(resident))
+    return traced_flops(program.step, *program.shapes(device_data))
 
 
 def random_views(config: Any) -> tuple[Any, ...]:
@@ -329,21 +329,23 @@ def split(ours: Ours, seconds: float) -> dict[str, float]:
     import optax
 
     from ssl_jax.data.index import views_stream
-    from ssl_jax.data.pipeline import make_prepare
+    from ssl_jax.data.pipeline import make_augment_fn
     from ssl_jax.step import loss_and_gradients
 
     program = ours.program
-    method, spmd, prepare = program.method, program.spmd, make_prepare(program.config)
+    method, spmd, augment_fn = program.method, program.spmd, make_augment_fn(program.config)
 
-    def views_of(state: Any, raw: Any, resident: Any) -> Any:
-        return prepare(raw, resident, views_stream(jax.random.wrap_key_data(state.key), state.step))
+    def views_of(state: Any, raw: Any, device_data: Any) -> Any:
+        return augment_fn(
+            raw, device_data, views_stream(jax.random.wrap_key_data(state.key), state.step)
+        )
 
     def forward(state: Any, batch: Any) -> Any:
-        return method.forward(state.params, state.extra, batch, jax.random.key(0))
+        return method.forward(state.params, state.method_state, batch, jax.random.key(0))
 
     def loss(state: Any, outputs: Any, batch: Any) -> Any:
         def of(outputs: Any) -> Any:
-            return method.loss(state.params, outputs, state.extra, batch, state.step)[0]
+            return method.loss(state.params, outputs, state.method_state, batch, state.step)[0]
 
         return jax.value_and_grad(of)(outputs)
 
@@ -356,13 +358,13 @@ def split(ours: Ours, seconds: float) -> dict[str, float]:
 
     state, one, shared = ours.state, "replicated", "sharded"
     make = spmd.map(views_of, (one, shared, one), shared)
-    batch = make(state, ours.batch, ours.resident)
+    batch = make(state, ours.batch, ours.device_data)
     encode = spmd.map(forward, (one, shared), (shared, one))
     outputs, _ = encode(state, batch)
     both = spmd.map(gradients, (one, shared), (one, one))
     _, gradient = both(state, batch)
     parts = {
-        "augmentation": (make, (state, ours.batch, ours.resident)),
+        "augmentation": (make, (state, ours.batch, ours.device_data)),
         "forward": (encode, (state, batch)),
         "loss, both ways": (
             spmd.map(loss, (one, shared, shared), (one, shared)),
@@ -455,7 +457,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     parts: dict[str, dict[str, float]] = {}
     for batch in map(int, args.batches.split(",")):
-        changed = [f"batch_size={batch}", f"microbatch={args.microbatch}", "model.bn_group=0"]
+        changed = [f"batch_size={batch}", f"microbatch={args.microbatch}", "model.bn_group_size=0"]
         changed += [override.removeprefix("--config.") for override in overrides]
         config = load_config(args.config, changed)
         try:

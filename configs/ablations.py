@@ -20,9 +20,9 @@ _VIEWS = ("views.view1", "views.view2")
 _NO_CROP = {f"{view}.crop.sampler": "none" for view in _VIEWS}
 _NO_COLOUR = {f"{view}.{key}": 0.0 for view in _VIEWS for key in ("jitter.prob", "gray")}
 # On CIFAR-10 the last evaluation takes longer than training: kNN and the online probe tell enough.
-_BRIEF = {"epochs": 2.0, "eval.frozen_at_end": False, "eval.knn_every_epochs": 0.0}
+_BRIEF = {"epochs": 2.0, "eval.at_end": False, "eval.knn_every_epochs": 0.0}
 # BatchNorm of 32 images on each of 8 devices, and no symmetric loss: MoCo as published.
-_LOCAL = {"model.bn_group": 1, "moco.symmetric": False}
+_LOCAL = {"model.bn_group_size": 1, "moco.symmetric": False}
 
 # By group and name: the config that is changed, and the keys.
 ABLATIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
@@ -44,7 +44,7 @@ ABLATIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     },
     "batch": {f"batch-{b}": ("simclr_digits", {"batch_size": b}) for b in (64, 128, 512)},
     "momentum": {
-        f"momentum-{m:g}": ("byol_digits", {"byol.momentum": m, "byol.momentum_end": m})
+        f"momentum-{m:g}": ("byol_digits", {"byol.ema_decay": m, "byol.ema_decay_end": m})
         for m in (0.0, 0.9, 0.98, 0.999, 1.0)
     },
     "heads-without-bn": {

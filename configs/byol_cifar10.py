@@ -16,7 +16,7 @@ def lightly() -> ConfigDict:
     """Lightly's benchmark."""
     config = lightly_cifar10_config()
     config.method = "byol"
-    config.byol.update(hidden=1024, momentum=0.99, momentum_end=0.99, loss_scale=0.25)
+    config.byol.update(hidden=1024, ema_decay=0.99, ema_decay_end=0.99, loss_scale=0.25)
     return config
 
 
@@ -28,7 +28,7 @@ def solo() -> ConfigDict:
         view.blur.prob = 0.0
     config.views.view2 = config.views.view2.copy_and_resolve_references()
     config.views.view2.solarize.prob = 0.2
-    config.byol.momentum = 0.99
+    config.byol.ema_decay = 0.99
     config.optim.update(lr=1.0, weight_decay=1e-5)
     return config
 
@@ -37,7 +37,7 @@ def cpu() -> ConfigDict:
     """Minutes on a CPU."""
     config = cpu_cifar10_config()
     config.method = "byol"
-    config.byol.update(hidden=512, out=64, momentum=0.98)
+    config.byol.update(hidden=512, out=64, ema_decay=0.98)
     config.optim.update(name="sgd", lr=0.05, weight_decay=1e-4, decay_norm_bias=True)
     return config
 

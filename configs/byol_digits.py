@@ -15,6 +15,6 @@ def get_config() -> ConfigDict:
     """The run."""
     config = digits_config()
     config.method = "byol"
-    config.byol.update(hidden=512, out=64, momentum=0.98)
+    config.byol.update(hidden=512, out=64, ema_decay=0.98)
     config.optim.lr = 0.05
     return config

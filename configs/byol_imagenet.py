@@ -27,6 +27,6 @@ def get_config(variant: str = "1000") -> ConfigDict:
     config.views = byol_views()
     config.model.update(padding="same", conv_init="haiku", zero_init_residual=False)
     lr, weight_decay, momentum = RECIPES[variant]
-    config.byol.momentum = momentum
+    config.byol.ema_decay = momentum
     config.optim.update(name="lars_byol", lr=lr, weight_decay=weight_decay)
     return config

@@ -16,9 +16,9 @@ def lightly() -> ConfigDict:
     """Lightly's benchmark at batch 512."""
     config = lightly_cifar10_config()
     config.method = "moco"
-    config.moco.update(queue=8192, momentum=0.99, momentum_end=0.99, temperature=0.1)
+    config.moco.update(queue=8192, ema_decay=0.99, ema_decay_end=0.99, temperature=0.1)
     config.moco.symmetric = True
-    config.model.bn_group = 1
+    config.model.bn_group_size = 1
     return config
 
 
@@ -26,7 +26,7 @@ def solo() -> ConfigDict:
     """solo-learn's script."""
     config = solo_cifar10_config(jitter=(0.4, 0.4, 0.4, 0.1))
     config.method = "moco"
-    config.moco.update(queue=32768, momentum=0.99, momentum_end=0.999, temperature=0.2)
+    config.moco.update(queue=32768, ema_decay=0.99, ema_decay_end=0.999, temperature=0.2)
     config.moco.update(hidden=2048, out=256, symmetric=True)
     config.optim.update(name="sgd", lr=0.3, weight_decay=1e-4, decay_norm_bias=True)
     return config
@@ -36,7 +36,7 @@ def cpu() -> ConfigDict:
     """Minutes on a CPU."""
     config = cpu_cifar10_config()
     config.method = "moco"
-    config.moco.update(queue=4096, momentum=0.99, momentum_end=0.99, symmetric=True)
+    config.moco.update(queue=4096, ema_decay=0.99, ema_decay_end=0.99, symmetric=True)
     config.optim.update(name="sgd", lr=0.2, weight_decay=1e-4, decay_norm_bias=True)
     return config
 

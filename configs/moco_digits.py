@@ -15,6 +15,6 @@ def get_config() -> ConfigDict:
     """The run."""
     config = digits_config()
     config.method = "moco"
-    config.moco.update(queue=1024, momentum=0.99, momentum_end=0.99, symmetric=True)
+    config.moco.update(queue=1024, ema_decay=0.99, ema_decay_end=0.99, symmetric=True)
     config.optim.lr = 0.2
     return config

@@ -17,7 +17,7 @@ def get_config(variant: str = "v2") -> ConfigDict:
     config.method = "moco"
     config.epochs = 200.0
     config.views = {"v1": moco_v1_views, "v2": moco_v2_views}[variant]()
-    config.model.update(conv_init="fan_out_normal", zero_init_residual=False, bn_group=1)
+    config.model.update(conv_init="fan_out_normal", zero_init_residual=False, bn_group_size=1)
     config.optim.update(
         name="sgd",
         lr=0.03,

@@ -18,7 +18,7 @@ def full() -> ConfigDict:
     config.epochs = 1000.0
     config.count_steps = "images"
     config.views = simclr_views(size=32, strength=0.5, blur=False)
-    config.simclr.update(layers=3, temperature=0.5, loss_scale=2.0, memory=8192)
+    config.simclr.update(layers=3, temperature=0.5, loss_scale=2.0, memory_bank=8192)
     config.optim.update(lr=1.0, weight_decay=1e-4)
     return config
 
@@ -26,7 +26,7 @@ def full() -> ConfigDict:
 def cpu() -> ConfigDict:
     """Minutes on a CPU."""
     config = cpu_cifar10_config()
-    config.simclr.update(temperature=0.2, layers=3, memory=1024, memory_momentum=0.99)
+    config.simclr.update(temperature=0.2, layers=3, memory_bank=1024, ema_decay=0.99)
     config.optim.lr = 0.5
     return config
 

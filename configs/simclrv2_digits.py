@@ -14,6 +14,6 @@ from ssl_jax.recipes import digits_config
 def get_config() -> ConfigDict:
     """The run."""
     config = digits_config()
-    config.simclr.update(temperature=0.2, layers=3, memory=1024, memory_momentum=0.99)
+    config.simclr.update(temperature=0.2, layers=3, memory_bank=1024, ema_decay=0.99)
     config.optim.update(name="lars", lr=2.0, weight_decay=1e-6, decay_norm_bias=False)
     return config

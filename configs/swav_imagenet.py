@@ -4,8 +4,8 @@ Paper: Caron et al., 2020, arXiv:2006.09882; facebookresearch/swav. ResNet-50, 2
 3,000 prototypes, SGD with LARC. 4096: 800 epochs; 256: 200 epochs with a queue of 3,840 from epoch
 15. Published: 75.3 % linear (4096). Cost: 76 GFLOP per image. Data:
 `recipes.imagenet_config`. 4096's BatchNorm is over groups of 8 devices, 512 images on the official
-64; elsewhere choose --config.model.bn_group by the same number of images. Deviation: computed in
-bfloat16; blur is an exact Gaussian.
+64; elsewhere choose --config.model.bn_group_size by the same number of images. Deviation:
+computed in bfloat16; blur is an exact Gaussian.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +27,7 @@ def get_config(variant: str = "4096") -> ConfigDict:
         config.optim.update(lr=0.6, final_lr=0.0006, warmup_epochs=0.0, frozen_steps=5005)
     else:
         config.epochs = 800.0
-        config.model.bn_group = 8
+        config.model.bn_group_size = 8
         config.optim.update(
             lr=4.8, final_lr=0.0048, warmup_epochs=10.0, warmup_start=0.3, frozen_steps=313
         )

@@ -20,7 +20,7 @@ from ssl_jax import config as schema
 # Which dictionaries of the source hold which group's keys.
 _GROUPS = {"_DATA": "data", "_MODEL": "model", "_OPTIM": "optim", "_EVAL": "eval"} | {
     f"_{name.upper()}": name
-    for name in ("simclr", "moco", "swav", "byol", "simsiam", "supervised", "distill", "start")
+    for name in ("simclr", "moco", "swav", "byol", "simsiam", "supervised", "distill", "init_from")
 }
 _FUNCTIONS = {"view": "views.*.", "default_config": ""}
 

@@ -18,7 +18,7 @@ metrics, penalty = linear_metrics(features)
 print("linear", metrics_line(metrics), f"(penalty {penalty:g})")
 train, train_labels, test, test_labels, _ = features.labelled()
 for count in (1, 5):
-    draws = few_label_accuracies(
-        train, train_labels, test, test_labels, labels_per_class=count, draws=5
+    trials = few_label_accuracies(
+        train, train_labels, test, test_labels, labels_per_class=count, trials=5
     )
-    print(f"{count} labels a class: {100 * np.mean(draws):.1f} % ± {100 * np.std(draws):.1f}")
+    print(f"{count} labels a class: {100 * np.mean(trials):.1f} % ± {100 * np.std(trials):.1f}")

@@ -31,21 +31,21 @@ _BOUNDS = {
     "seed": (0, 2**32 - 1),  # what JAX's keys hold
     "steps": (0, math.inf),
     "microbatch": (0, math.inf),
-    "on_nan": (0, math.inf),
+    "max_nonfinite_steps": (0, math.inf),
     "epochs": (0, 1e9),
-    "heartbeat_s": (1, 1e6),
+    "heartbeat_timeout_s": (1, 1e6),
     "optim.lr": (0, 1e9),
     "optim.momentum": (0, 1),
     "optim.weight_decay": (0, 1e9),
     "optim.warmup_epochs": (0, 1e9),
     "optim.frozen_steps": (0, math.inf),
-    "model.bn_group": (0, math.inf),
+    "model.bn_group_size": (0, math.inf),
     "eval.crop_fraction": (1e-3, 1),
     "eval.knn_every_epochs": (0, 1e9),
     "eval.projector_layer": (0, math.inf),
     "checkpoint.every_epochs": (0, 1e9),
     "data.threads": (0, math.inf),
-    "data.stall_s": (0, 1e9),
+    "data.timeout_s": (0, 1e9),
     "data.num_classes": (0, math.inf),
     "data.subset_seed": (0, 2**32 - 1),
     "data.validation": (0, 0.9),
@@ -53,7 +53,7 @@ _BOUNDS = {
     "supervised.projector_layer": (0, math.inf),
     "supervised.projector_hidden": (0, math.inf),
     "distill.labels": (0, 1),
-    "start.step": (0, math.inf),
+    "init_from.step": (0, math.inf),
     "distill.step": (0, math.inf),
     "moco.queue": (1, math.inf),
     "moco.hidden": (0, math.inf),
@@ -61,18 +61,18 @@ _BOUNDS = {
     "swav.iterations": (1, math.inf),
     "swav.queue": (0, math.inf),
     "swav.queue_from_epoch": (0, 1e9),
-    "simclr.memory": (0, math.inf),
+    "simclr.memory_bank": (0, math.inf),
     "simclr.block_size": (0, math.inf),
     "simclr.layers": (0, math.inf),
     "moco.layers": (1, math.inf),
     "simsiam.layers": (1, math.inf),
     "simclr.hidden": (0, math.inf),
     "simsiam.hidden": (0, math.inf),
-    "moco.momentum": (0, 1),
-    "moco.momentum_end": (0, 1),
-    "byol.momentum": (0, 1),
-    "byol.momentum_end": (0, 1),
-    "simclr.memory_momentum": (0, 1),
+    "moco.ema_decay": (0, 1),
+    "moco.ema_decay_end": (0, 1),
+    "byol.ema_decay": (0, 1),
+    "byol.ema_decay_end": (0, 1),
+    "simclr.ema_decay": (0, 1),
 }
 _VIEW_CHOICES = {
     "crop.sampler": ("torchvision", "tf", "byol", "none"),
@@ -97,7 +97,7 @@ _DATA = {
     "num_classes": 0,  # 0: as many as the labels show
     "test_fraction": 0.25,  # held out where a source has no test split of its own
     "threads": 0,  # of the host pipeline; 0: one per core
-    "stall_s": 900.0,  # seconds without a batch after which the run stops; 0: it waits for ever
+    "timeout_s": 900.0,  # seconds without a batch after which the run stops; 0: it waits for ever
     # The share of the training images that is used, as many of each class; 1: all of them.
     "subset": 1.0,
     "subset_seed": 0,  # of the draw of that share
@@ -116,7 +116,7 @@ _MODEL = {
     "conv_init": "truncated_fan_in",  # first weights of convolutions
     "zero_init_residual": True,  # the last BatchNorm of a block starts at γ = 0
     # Devices that share BatchNorm statistics: 0 all, 1 each its own, n groups of n.
-    "bn_group": 0,
+    "bn_group_size": 0,
 }
 _SIMCLR = {
     "temperature": 0.1,  # of NT-Xent
@@ -126,20 +126,20 @@ _SIMCLR = {
     "loss_scale": 1.0,  # 2 is what the official code trains on
     "block_size": 0,  # 0: chosen
     # SimCLR v2's memory: projections of an averaged network as further negatives; 0: none.
-    "memory": 0,
-    "memory_momentum": 0.999,  # decay of the averaged network
+    "memory_bank": 0,
+    "ema_decay": 0.999,  # decay of the averaged network
 }
 _MOCO = {
     "queue": 65536,  # keys in it, a multiple of the batch
-    "momentum": 0.999,  # decay of the key encoder
-    "momentum_end": 0.999,  # reached by a cosine over the run; the same: constant
+    "ema_decay": 0.999,  # decay of the key encoder
+    "ema_decay_end": 0.999,  # reached by a cosine over the run; the same: constant
     "temperature": 0.2,  # v1: 0.07
     "hidden": 0,  # 0: as wide as the encoder's features
     "out": 128,  # width of queries and keys
     "layers": 2,  # of the projector; v1: 1
     "symmetric": False,  # each view asks for the other (lightly, solo-learn)
     # Key images change devices before they are encoded. Without that, BatchNorm per device
-    # (model.bn_group=1) lets the network tell a key by the statistics of its batch.
+    # (model.bn_group_size=1) lets the network tell a key by the statistics of its batch.
     "shuffle": True,
 }
 _SWAV = {
@@ -155,8 +155,8 @@ _SWAV = {
 _BYOL = {
     "hidden": 4096,  # width of the heads' hidden layers
     "out": 256,  # width of predictions and targets
-    "momentum": 0.996,  # at the first step
-    "momentum_end": 1.0,  # reached by a cosine over the run; the same: constant
+    "ema_decay": 0.996,  # at the first step
+    "ema_decay_end": 1.0,  # reached by a cosine over the run; the same: constant
     "head_bn": True,  # BatchNorm in the heads
     "loss_scale": 1.0,  # factor of the loss; lightly's is 0.25
 }
@@ -171,18 +171,18 @@ _SIMSIAM = {
 # A run goes on with other values of these: how it waits, reads and measures, and on how many
 # devices the same number of images shares BatchNorm (it says so where that number is another).
 _FREE = (
-    "heartbeat_s",
-    "on_nan",
+    "heartbeat_timeout_s",
+    "max_nonfinite_steps",
     "data.threads",
-    "data.stall_s",
+    "data.timeout_s",
     "eval.batch_size",
-    "model.bn_group",
+    "model.bn_group_size",
     "wandb",
 )
 # Keys that came later, with the value that says what runs without them did: so a config that was
 # saved before is read as it was meant. `views.*.KEY` is of every view.
 _ADDED = {
-    "data.stall_s": 900.0,
+    "data.timeout_s": 900.0,
     "wandb": "",
 }
 # Groups of keys of methods that a file outside the package has registered.
@@ -210,7 +210,7 @@ _DISTILL = {
 }
 # Where the encoder's first weights come from: a run's workdir; "": drawn. Of other networks only
 # the part of a projector that `supervised.projector_layer` keeps comes along.
-_START = {
+_INIT_FROM = {
     "path": "",  # a run's workdir, or a file of weights that `ssl_jax.load` takes
     "step": 0,  # of the run's checkpoint; 0: the newest
     "heads": False,  # all networks are taken, of the same method
@@ -244,9 +244,9 @@ _EVAL = {
     "interpolation": "bicubic",  # of the evaluated image's resizing
     "batch_size": 256,  # images encoded at a time
     "labels_per_class": (1, 5, 10),  # of the evaluations with few labels
-    "draws": 20,  # of few labels, over which accuracies are averaged
+    "trials": 20,  # of few labels, over which accuracies are averaged
     # Whether a run ends with classifiers of frozen features, beside raw pixels' and random ones.
-    "frozen_at_end": True,
+    "at_end": True,
     # Training images at most that the linear probe of all labels is fitted to.
     "linear_images": 50_000,
     # What is evaluated: 0 the encoder's features, l those of the projector's hidden
@@ -335,7 +335,7 @@ def default_config() -> ConfigDict:
             "count_steps": "epochs",
             # Steps that may be skipped because their loss or gradients are not finite, over the
             # whole run; the next such step stops it. They change nothing but the step's number.
-            "on_nan": 0,
+            "max_nonfinite_steps": 0,
             # How the step is mapped over devices: "shard_map" or "pmap", the same numbers.
             "spmd": "shard_map",
             "dtype": "float32",  # of the computation; parameters, statistics, losses stay float32
@@ -343,7 +343,7 @@ def default_config() -> ConfigDict:
             "wandb": "",  # a project of Weights & Biases that gets the metrics too; "": none
             # Of several processes: seconds of silence after which one counts as lost, and the rest
             # end instead of waiting for it.
-            "heartbeat_s": 60.0,
+            "heartbeat_timeout_s": 60.0,
             "data": _DATA,
             "views": {"view1": view(), "view2": view()},
             "model": _MODEL,
@@ -354,7 +354,7 @@ def default_config() -> ConfigDict:
             "simsiam": _SIMSIAM,
             "supervised": _SUPERVISED,
             "distill": _DISTILL,
-            "start": _START,
+            "init_from": _INIT_FROM,
             **_REGISTERED,
             "optim": _OPTIM,
             "eval": _EVAL,
@@ -516,7 +516,7 @@ def validate(config: ConfigDict) -> None:
     contrastive = ("simclr", "moco", "swav", "distill")
     temperatures = [f"{method}.temperature" for method in contrastive]
     for key in (
-        *("batch_size", "log_every", "eval.batch_size", "eval.knn_k", "eval.draws"),
+        *("batch_size", "log_every", "eval.batch_size", "eval.knn_k", "eval.trials"),
         "eval.linear_images",
         *("model.width", "swav.epsilon", "eval.knn_temperature", *temperatures),
     ):

@@ -139,7 +139,7 @@ def unit_rows(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
 
 
 @dataclasses.dataclass
-class CollapseWatch:
+class CollapseDetector:
     """Follows the logged metrics of a run and warns once of each kind of collapse.
 
     Attributes:
@@ -167,7 +167,7 @@ class CollapseWatch:
           Sentences that say what collapsed and since which step; usually none.
         """
         warnings = []
-        for sign, what in self.signs(metrics).items():
+        for sign, what in self.indicators(metrics).items():
             if what is None:
                 self._since.pop(sign, None)
                 continue
@@ -178,14 +178,14 @@ class CollapseWatch:
                 warnings.append(f"warning: collapse since step {since}: {what}.")
         return warnings
 
-    def signs(self, metrics: Mapping[str, float]) -> dict[str, str | None]:
+    def indicators(self, metrics: Mapping[str, float]) -> dict[str, str | None]:
         """By kind of collapse what shows it; None where the metric is there and healthy."""
-        signs: dict[str, str | None] = {}
+        indicators: dict[str, str | None] = {}
 
         def look(key: str, healthy: Callable[[float], bool], what: str) -> None:
             if key in metrics:
                 value = metrics[key]
-                signs[key] = None if healthy(value) else what.format(value)
+                indicators[key] = None if healthy(value) else what.format(value)
 
         look(
             "embedding_std",
@@ -199,7 +199,7 @@ class CollapseWatch:
             # Directions are lost before all is: BatchNorm at the end of a projector keeps a rest.
             halved = std < self._widest / 2
             told = f"({std:.2f} of 1/√d, {self._widest:.2f} before)"
-            signs["halved"] = f"the spread of embeddings has halved {told}" if halved else None
+            indicators["halved"] = f"the spread of embeddings has halved {told}" if halved else None
         look(
             "rankme",
             lambda rank: rank >= COLLAPSED_COUNT,
@@ -217,7 +217,7 @@ class CollapseWatch:
                 lambda loss: not abs(loss - trivial) < NEAR_TRIVIAL * abs(trivial),
                 f"the loss stays at that of constant outputs ({{:.4f}}, ln K = {trivial:.4f})",
             )
-        return signs
+        return indicators
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,20 +242,20 @@ def collapse_signs(
     trivial_loss: float | None = None,
     patience: int = 0,
 ) -> list[CollapseSign]:
-    """The signs of collapse in what a run has logged, as `CollapseWatch` knows them.
+    """The indicators of collapse in what a run has logged, as `CollapseDetector` knows them.
 
     A sign counts that held at two records in a row. A loss that starts at that of constant outputs
     and leaves it, or still has the time to, is none.
 
     Args:
       records: pairs of a step and its metrics, in order.
-      trivial_loss: see `CollapseWatch`.
+      trivial_loss: see `CollapseDetector`.
       patience: see there, too.
 
     Returns:
-      The signs: first those that hold to the end, then the others, each by the step they began at.
+      The indicators, by the step they began at: first those that hold to the end, then the rest.
     """
-    watch = CollapseWatch(trivial_loss)
+    watch = CollapseDetector(trivial_loss)
     held: dict[str, list[tuple[int, str]]] = {}
     found: list[CollapseSign] = []
     loss_was_healthy = False
@@ -270,7 +270,7 @@ def collapse_signs(
             found.append(CollapseSign(kind, since, until, seen[-1][1]))
 
     for step, metrics in records:
-        for kind, what in watch.signs(metrics).items():
+        for kind, what in watch.indicators(metrics).items():
             if what is not None:
                 held.setdefault(kind, []).append((step, what))
                 continue

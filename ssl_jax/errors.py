@@ -7,12 +7,12 @@ class UserError(Exception):
     The command line prints the sentence without a stack trace and exits with code 2.
 
     Attributes:
-      agreed: whether all processes of the run have raised it.
-      told_here: whether this process prints it; of several that have agreed on it, one does.
+      on_all_processes: whether all processes of the run have raised it.
+      printed_here: whether this process prints it; of several that have agreed on it, one does.
     """
 
-    agreed = False
-    told_here = True
+    on_all_processes = False
+    printed_here = True
 
     def __init__(self, sentence: object = "") -> None:
         """Keeps it on one line, whatever the input holds that is quoted in it."""

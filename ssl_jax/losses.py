@@ -76,10 +76,10 @@ def _nt_xent_forward(
     axis_name: str | None,
     block_size: int | None,
 ) -> tuple[Float[Array, ""], tuple[Array, ...]]:
-    everyone = _gather(z, axis_name)  # [2, N, d]
-    rows = _global_rows(z, everyone, axis_name).reshape(-1)
+    gathered = _gather(z, axis_name)  # [2, N, d]
+    rows = _global_rows(z, gathered, axis_name).reshape(-1)
     anchors = z.reshape(-1, z.shape[-1])
-    columns = jnp.concatenate([everyone.reshape(-1, z.shape[-1]), memory.astype(jnp.float32)])
+    columns = jnp.concatenate([gathered.reshape(-1, z.shape[-1]), memory.astype(jnp.float32)])
 
     def log_sum_exps(limits: _Limits, anchors: Array, rows: Array, columns: Array) -> Array:
         sizes = len(anchors), len(columns), block_size, limits
@@ -112,7 +112,7 @@ def _nt_xent_backward(
     z, memory, columns, rows, lse, all_lse = saved
     anchors = z.reshape(-1, z.shape[-1])
 
-    def attractions(
+    def grad_z(
         limits: _Limits, anchors: Array, rows: Array, columns: Array, lse: Array, all_lse: Array
     ) -> Array:
         sizes = len(anchors), len(columns), block_size, limits
@@ -121,7 +121,7 @@ def _nt_xent_backward(
         block = _rows_of_block(*sizes)
         return _rows_attractions(anchors, rows, columns, lse, all_lse, temperature, block)
 
-    dz = _by_platform(attractions, anchors, rows, columns, lse, all_lse)
+    dz = _by_platform(grad_z, anchors, rows, columns, lse, all_lse)
     dz = dz.reshape(z.shape) - 2 * z[::-1]
     dz *= cotangent / (2 * z.shape[1] * temperature)
     return dz, jnp.zeros_like(memory)
@@ -425,8 +425,8 @@ def _split(x: Array, block: int) -> Array:
     return padded.reshape(blocks, block, *x.shape[1:])
 
 
-def _global_rows(z: Array, everyone: Array, axis_name: str | None) -> Int[Array, "2 n"]:
-    n, total = z.shape[1], everyone.shape[1]
+def _global_rows(z: Array, gathered: Array, axis_name: str | None) -> Int[Array, "2 n"]:
+    n, total = z.shape[1], gathered.shape[1]
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * n
     own = first + jnp.arange(n)
     return jnp.stack([own, total + own])

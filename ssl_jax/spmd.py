@@ -132,13 +132,13 @@ class Spmd:
     def place_batch(self, batch: Pytree) -> Pytree:
         """Places this process's share of a batch (NumPy, axis 0) on its devices.
 
-        The share is `local_rows` of the global batch, in that order. The only explicit transfer to
-        the devices in the steady state of training.
+        The share is `local_indices` of the global batch, in that order. The only explicit transfer
+        to the devices in the steady state of training.
         """
         sharding = self.sharding("sharded")
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
-    def local_rows(self, batch_size: int) -> Int[np.ndarray, " local"]:
+    def local_indices(self, batch_size: int) -> Int[np.ndarray, " local"]:
         """The rows of a global batch that lie on this process's devices, ascending.
 
         Args:
@@ -213,8 +213,8 @@ def device_groups(size: int, group: int) -> tuple[tuple[int, ...], ...] | None:
         return None
     if size % group:
         raise UserError(
-            f"config.model.bn_group is {group}, but {size} devices can't be split into groups of "
-            f"{group}: use a divisor of {size}, or 0 for all devices."
+            f"config.model.bn_group_size is {group}, but {size} devices can't be split into groups "
+            f"of {group}: use a divisor of {size}, or 0 for all devices."
         )
     return tuple(tuple(range(i, i + group)) for i in range(0, size, group))
 

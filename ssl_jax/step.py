@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import Schedule, flat_views
 from ssl_jax.data.index import stream_key, views_stream
-from ssl_jax.data.pipeline import make_prepare
+from ssl_jax.data.pipeline import make_augment_fn
 from ssl_jax.diagnostics import embedding_std
 from ssl_jax.errors import UserError
 from ssl_jax.evals import probe
@@ -22,8 +22,8 @@ from ssl_jax.optim import learning_rate_schedule, make_optimizer, peak_learning_
 from ssl_jax.run.nonfinite import COUNT, STEP
 from ssl_jax.spmd import AXIS, Spmd, device_groups
 
-# (what arrived from the host, arrays resident on the device, key of the step) -> batch with views
-Prepare = Callable[[dict[str, Any], dict[str, Array], Array], Batch]
+# (batch from the host, data held on the device, key of the step) -> batch with views
+AugmentFn = Callable[[dict[str, Any], dict[str, Array], Array], Batch]
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -32,17 +32,17 @@ class TrainState(flax.struct.PyTreeNode):
     Attributes:
       step: optimiser steps done, which is also the data position; int32 scalar.
       params: what the optimiser trains.
-      extra: batch statistics, targets, queues.
+      method_state: batch statistics, targets, queues.
       opt_state: of the optimiser, its schedules' counts included.
       key: data of the run's random key; every stream of randomness folds it with its name and step.
-      probe: the linear classifier that is trained along, of `probe.init`; {} where there is none.
+      probe: state of the online linear classifier, from `probe.init`; {} without one.
       nonfinite: how many steps had a loss or gradients that were not finite, and which was the
         newest, counted from 1.
     """
 
     step: Int[Array, ""]
     params: Pytree
-    extra: Pytree
+    method_state: Pytree
     opt_state: Pytree
     key: UInt32[Array, "2"]
     probe: Pytree
@@ -91,14 +91,16 @@ def init_state(
     """
 
     def init(key: Array) -> TrainState:
-        params, extra = method.init(stream_key(key, "init", 0), example_batch(config))
+        params, method_state = method.init(stream_key(key, "init", 0), example_batch(config))
         step, classes = jnp.zeros((), jnp.int32), config.data.num_classes
         # Methods with a classifier of their own need no second one.
         probed = config.eval.probe and classes > 0 and not method.classifies
-        along = probe.init(method.encoder.num_features, classes) if probed else {}
+        probe_state = probe.init(method.encoder.num_features, classes) if probed else {}
         key_data = jax.random.key_data(key)
         none = jnp.zeros(2, jnp.int32)
-        return TrainState(step, params, extra, optimizer.init(params), key_data, along, none)
+        return TrainState(
+            step, params, method_state, optimizer.init(params), key_data, probe_state, none
+        )
 
     return jax.jit(init)(jax.random.key(config.seed))
 
@@ -151,9 +153,9 @@ def loss_and_gradients(
 
     def loss_of(params: Pytree) -> tuple[Array, tuple[dict[str, Array], Pytree, dict[str, Array]]]:
         with jax.named_scope("forward"):
-            outputs, stats = method.forward(params, state.extra, batch, rng)
+            outputs, stats = method.forward(params, state.method_state, batch, rng)
         with jax.named_scope("loss"):
-            loss, logs = method.loss(params, outputs, state.extra, batch, state.step)
+            loss, logs = method.loss(params, outputs, state.method_state, batch, state.step)
         return loss, (outputs, stats, logs)
 
     (loss, (outputs, stats, logs)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
@@ -167,55 +169,58 @@ def cached_loss_and_gradients(
     method: Method,
     state: TrainState,
     raw: dict[str, Any],
-    prepare: Callable[[dict[str, Any]], Batch],
-    pieces: int,
+    augment_fn: Callable[[dict[str, Any]], Batch],
+    microbatches: int,
 ) -> tuple[Float[Array, ""], Pytree, dict[str, Array], Pytree, dict[str, Array]]:
-    """What `loss_and_gradients` gives, with a piece of the batch in memory at a time; per device.
+    """`loss_and_gradients` with one microbatch in memory at a time; per device.
 
-    The batch is encoded piece by piece and only the outputs are kept; the loss over the whole
-    global batch and its gradient with respect to the outputs are taken once; then each piece is
+    The batch is encoded one microbatch at a time and only the outputs are kept; the loss over the
+    whole global batch and its gradient with respect to the outputs are taken once; then each is
     encoded again, from the same pixels, and the encoder's gradient is accumulated (Gao et al.,
     2021, arXiv:2101.06983). This is the large batch's gradient, exactly; BatchNorm alone sees a
-    piece at a time. What doesn't depend on the parameters, as keys and targets, is computed once.
+    microbatch at a time. Outputs that don't depend on the parameters (keys, targets) are computed
+    once.
 
-    A piece has every `pieces`-th example: over all devices the same, however many there are.
+    A microbatch has every `microbatches`-th example, which is the same set on any number of devices.
 
     Args:
       method: with the axis name under which this is mapped.
       state: replicated.
       raw: this device's share as the source yielded it, examples on axis 0 of every leaf.
-      prepare: makes a batch with views from a piece of it, the same each time.
-      pieces: into how many the share is cut; a divisor of its examples.
+      augment_fn: makes a batch with views from a microbatch of it, the same each time.
+      microbatches: into how many the share is cut; a divisor of its examples.
 
     Returns:
-      As `loss_and_gradients`; batch statistics are averaged over the pieces, each of which started
-      from the old ones.
+      As `loss_and_gradients`; batch statistics are averaged over the microbatches, each of which
+      started from the old ones.
     """
     rng = stream_key(jax.random.wrap_key_data(state.key), "forward", state.step)
 
-    def forward(params: Pytree, piece: Array) -> tuple[dict[str, Array], Pytree]:
+    def forward(params: Pytree, microbatch: Array) -> tuple[dict[str, Array], Pytree]:
         with jax.named_scope("forward"):
-            return method.forward(params, state.extra, prepare(_take(raw, piece, pieces)), rng)
+            return method.forward(
+                params, state.method_state, augment_fn(_take(raw, microbatch, microbatches)), rng
+            )
 
-    def encode(total: Pytree, piece: Array) -> tuple[Pytree, dict[str, Array]]:
-        outputs, stats = forward(state.params, piece)
+    def encode(total: Pytree, microbatch: Array) -> tuple[Pytree, dict[str, Array]]:
+        outputs, stats = forward(state.params, microbatch)
         return jax.tree.map(jnp.add, total, stats), outputs
 
-    def pull_back(total: Pytree, piece: Array) -> tuple[Pytree, None]:
-        _, pull = jax.vjp(lambda params: forward(params, piece)[0], state.params)
-        (gradients,) = pull(_take(cotangents, piece, pieces))
+    def pull_back(total: Pytree, microbatch: Array) -> tuple[Pytree, None]:
+        _, pull = jax.vjp(lambda params: forward(params, microbatch)[0], state.params)
+        (gradients,) = pull(_take(cotangents, microbatch, microbatches))
         return jax.tree.map(jnp.add, total, gradients), None
 
-    numbers = jnp.arange(pieces)
-    zeros = jax.tree.map(jnp.zeros_like, state.extra["batch_stats"])
+    numbers = jnp.arange(microbatches)
+    zeros = jax.tree.map(jnp.zeros_like, state.method_state["batch_stats"])
     stats, outputs = jax.lax.scan(encode, zeros, numbers)
-    stats = jax.tree.map(lambda total: total / pieces, stats)
+    stats = jax.tree.map(lambda total: total / microbatches, stats)
     outputs = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)
     kept: Batch = {name: raw[name] for name in ("id", "label") if name in raw}
 
     def loss_of(params: Pytree, outputs: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         with jax.named_scope("loss"):
-            return method.loss(params, outputs, state.extra, kept, state.step)
+            return method.loss(params, outputs, state.method_state, kept, state.step)
 
     (loss, logs), (gradients, cotangents) = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(
         state.params, outputs
@@ -232,17 +237,17 @@ def _averaged(
     # A per-device BatchNorm's statistics differ by device; the mean keeps the state replicated.
     gradients, stats = jax.tree.map(method.mean, (gradients, stats))
     return gradients, {
-        name: state.extra["batch_stats"][name] if name in method.frozen else new
+        name: state.method_state["batch_stats"][name] if name in method.frozen else new
         for name, new in stats.items()
     }
 
 
-def _take(tree: Pytree, piece: Array, pieces: int) -> Pytree:
-    """Every `pieces`-th example, from `piece` on."""
+def _take(tree: Pytree, microbatch: Array, microbatches: int) -> Pytree:
+    """Every `microbatches`-th example, from `microbatch` on."""
 
     def take(x: Array) -> Array:
-        rows = x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:])
-        return jax.lax.dynamic_index_in_dim(rows, piece, axis=1, keepdims=False)
+        rows = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:])
+        return jax.lax.dynamic_index_in_dim(rows, microbatch, axis=1, keepdims=False)
 
     return jax.tree.map(take, tree)
 
@@ -257,14 +262,14 @@ def batchnorm_images(config: ConfigDict, devices: int) -> int:
     Returns:
       Images of the global batch, or of the microbatch; each may have several views.
     """
-    group = config.model.bn_group or devices
+    group = config.model.bn_group_size or devices
     return (config.microbatch or config.batch_size) * group // devices
 
 
 def make_train_step(
     method: Method,
     optimizer: optax.GradientTransformation,
-    prepare: Prepare,
+    augment_fn: AugmentFn,
     learning_rate: optax.Schedule,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """One step of training, as a per-device function to be mapped by `Spmd.map`.
@@ -272,40 +277,39 @@ def make_train_step(
     Args:
       method: with the axis name of the mesh.
       optimizer: of `method.param_groups`.
-      prepare: makes the views on the device, keyed by the step and the samples' ids.
+      augment_fn: makes the views on the device, keyed by the step and the samples' ids.
       learning_rate: for the log; the optimiser has its own.
 
     With `config.microbatch` the step is that of `cached_loss_and_gradients`.
 
     Returns:
-      A function of (state, batch from the host, resident arrays) giving (state, metrics); metrics
-      are float32 scalars equal on all devices.
+      A function (state, batch from the host, device data) -> (state, metrics); metrics are float32 scalars equal on all devices.
     """
     config = method.config
-    pieces = config.batch_size // (config.microbatch or config.batch_size)
+    microbatches = config.batch_size // (config.microbatch or config.batch_size)
 
     def train_step(
-        state: TrainState, raw: dict[str, Any], resident: dict[str, Array]
+        state: TrainState, raw: dict[str, Any], device_data: dict[str, Array]
     ) -> tuple[TrainState, dict[str, Array]]:
         key = views_stream(jax.random.wrap_key_data(state.key), state.step)
 
         def views_of(part: dict[str, Any]) -> Batch:
             with jax.named_scope("augment"):
-                return prepare(part, resident, key)
+                return augment_fn(part, device_data, key)
 
-        if pieces == 1:
+        if microbatches == 1:
             computed = loss_and_gradients(method, state, views_of(raw))
         else:
-            computed = cached_loss_and_gradients(method, state, raw, views_of, pieces)
+            computed = cached_loss_and_gradients(method, state, raw, views_of, microbatches)
         loss, gradients, outputs, stats, logs = computed
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        extra = {**state.extra, "batch_stats": stats}
+        method_state = {**state.method_state, "batch_stats": stats}
         label = raw.get("label")
-        along, probed = _probe_step(method, state.probe, outputs["embedding"], label)
+        probe_state, probed = _probe_step(method, state.probe, outputs["embedding"], label)
         with jax.named_scope("update"):
-            params, extra = method.update(params, outputs, extra, state.step)
+            params, method_state = method.update(params, outputs, method_state, state.step)
         metrics = {
             "loss": loss,
             "learning_rate": learning_rate(state.step),
@@ -314,8 +318,12 @@ def make_train_step(
             **logs,
             **probed,
         }
-        new_state = state.replace(params=params, extra=extra, opt_state=opt_state, probe=along)
-        new_state = _counted(state, new_state, [loss, metrics["gradient_norm"]], config.on_nan)
+        new_state = state.replace(
+            params=params, method_state=method_state, opt_state=opt_state, probe=probe_state
+        )
+        new_state = _counted(
+            state, new_state, [loss, metrics["gradient_norm"]], config.max_nonfinite_steps
+        )
         metrics |= {COUNT: new_state.nonfinite[0], STEP: new_state.nonfinite[1]}
         return new_state, {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
 
@@ -336,17 +344,20 @@ def _counted(state: TrainState, after: TrainState, sizes: list[Array], allowed: 
 
 
 def _probe_step(
-    method: Method, along: Pytree, features: Array, label: Array | None
+    method: Method, probe_state: Pytree, features: Array, label: Array | None
 ) -> tuple[Pytree, dict[str, Array]]:
     """The probe after a step, and what to log of it; per device."""
-    if not along or label is None:
-        return along, {}
+    if not probe_state or label is None:
+        return probe_state, {}
     with jax.named_scope("probe"):
-        (loss, right), gradients = jax.value_and_grad(probe.loss, has_aux=True)(
-            along["params"], features, label
+        (loss, correct), gradients = jax.value_and_grad(probe.loss, has_aux=True)(
+            probe_state["params"], features, label
         )
-        along = probe.update(along, jax.tree.map(method.mean, gradients))
-    return along, {"probe_loss": method.mean(loss), "probe_train_accuracy": method.mean(right)}
+        probe_state = probe.update(probe_state, jax.tree.map(method.mean, gradients))
+    return probe_state, {
+        "probe_loss": method.mean(loss),
+        "probe_train_accuracy": method.mean(correct),
+    }
 
 
 class Program:
@@ -355,7 +366,7 @@ class Program:
     Attributes:
       method, optimizer: of the config.
       step: compiled over the mesh; takes the state (donated), a batch from a source, and the arrays
-        that are resident on the devices, and gives the next state and metrics.
+        that the devices hold, and gives the next state and metrics.
     """
 
     def __init__(self, config: ConfigDict, schedule: Schedule, spmd: Spmd) -> None:
@@ -369,17 +380,17 @@ class Program:
         Raises:
           UserError: the config can't be run on these devices.
         """
-        groups = device_groups(spmd.size, config.model.bn_group)
+        groups = device_groups(spmd.size, config.model.bn_group_size)
         self.batchnorm_images = batchnorm_images(config, spmd.size)
         if self.batchnorm_images < 2:
             raise UserError(
                 "BatchNorm would see one image at a time: make config.batch_size, "
-                "config.microbatch or config.model.bn_group larger."
+                "config.microbatch or config.model.bn_group_size larger."
             )
         self.config, self.spmd = config, spmd
         self.method, self.optimizer, learning_rate = assemble(config, schedule, AXIS, groups)
         self.step = spmd.map(
-            make_train_step(self.method, self.optimizer, make_prepare(config), learning_rate),
+            make_train_step(self.method, self.optimizer, make_augment_fn(config), learning_rate),
             inputs=("replicated", "sharded", "replicated"),
             outputs=("replicated", "replicated"),
             donate=(0,),
@@ -394,17 +405,17 @@ class Program:
         return init_state(self.method, self.optimizer, self.config)
 
     def shapes(
-        self, resident: dict[str, Any] | None = None, labelled: bool = True
+        self, device_data: dict[str, Any] | None = None, labelled: bool = True
     ) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
         """The arguments of `step` as shapes with their placement, for `lower(*shapes)`.
 
         Args:
-          resident: arrays or shapes that a source holds on the devices; None or {}: its batches
+          device_data: arrays or shapes that a source holds on the devices; None or {}: its batches
             bring their views.
           labelled: whether the batches have labels.
 
         Returns:
-          State, batch and resident arrays.
+          State, batch and device data.
         """
         replicated = self.spmd.sharding("replicated")
         sharded = self.spmd.sharding("sharded")
@@ -414,6 +425,6 @@ class Program:
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
             )
 
-        raw = batch_shapes(self.config, self.config.batch_size, labelled, cropped=not resident)
+        raw = batch_shapes(self.config, self.config.batch_size, labelled, cropped=not device_data)
         state = placed(jax.eval_shape(self.init), replicated)
-        return state, placed(raw, sharded), placed(resident or {}, replicated)
+        return state, placed(raw, sharded), placed(device_data or {}, replicated)

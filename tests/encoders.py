@@ -18,7 +18,7 @@ def pretrain_simclr(workdir):
     config = without_colour(tiny_config(steps=2, batch_size=64, seed=7))
     config.simclr.update(layers=3, hidden=24)
     config.views.view2.gray = 0.25
-    config.eval.update(projector_layer=1, frozen_at_end=True)
+    config.eval.update(projector_layer=1, at_end=True)
     pretrain(config, workdir)
     return workdir
 
@@ -27,7 +27,7 @@ def copy_run(run, workdir):
     """A copy of a run that a test may change, of which the encoder itself is evaluated."""
     shutil.copytree(run, workdir)
     record = json.loads((workdir / "config.json").read_text())
-    record["config"]["eval"] |= {"projector_layer": 0, "frozen_at_end": False}
+    record["config"]["eval"] |= {"projector_layer": 0, "at_end": False}
     (workdir / "config.json").write_text(json.dumps(record))
     return workdir
 

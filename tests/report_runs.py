@@ -57,12 +57,12 @@ class Page(HTMLParser):
         return found["text"]
 
 
-def draws(seed: int, mean: float) -> np.ndarray:
+def trials(seed: int, mean: float) -> np.ndarray:
     return np.random.default_rng(seed).normal(mean, 0.02, 20).clip(0, 1)
 
 
 DRAWS = {
-    name: {labels: draws(10 * i + labels, 0.5 + 0.03 * labels + 0.05 * i) for labels in (1, 5, 10)}
+    name: {labels: trials(10 * i + labels, 0.5 + 0.03 * labels + 0.05 * i) for labels in (1, 5, 10)}
     for i, name in enumerate(("raw pixels", "random init", "SimCLR"))
 }
 
@@ -80,10 +80,10 @@ def evaluation(table=DRAWS) -> dict:
             row[f"labels_{labels}"] = {
                 "mean": float(values.mean()),
                 "std": float(values.std()),
-                "draws": values.tolist(),
+                "trials": values.tolist(),
             }
         rows.append(row)
-    return {"rows": rows, "test_examples": 450, "draws": 20, "split": "a quarter held out"}
+    return {"rows": rows, "test_examples": 450, "trials": 20, "split": "a quarter held out"}
 
 
 def write_config(folder: Path, **changes) -> None:

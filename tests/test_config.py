@@ -186,10 +186,10 @@ def test_a_config_of_another_version_is_refused():
 
 def test_a_config_saved_before_a_key_came_has_what_was_done_before():
     saved = to_json(default_config())
-    del saved["data"]["stall_s"]
+    del saved["data"]["timeout_s"]
     saved["optim"]["lr"] = 0.7
     config = from_json(saved)
-    assert (config.data.stall_s, config.optim.lr) == (900.0, 0.7)
+    assert (config.data.timeout_s, config.optim.lr) == (900.0, 0.7)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_one_view_given_twice_is_two_views(config_file):
 
 @pytest.mark.parametrize(
     "override",
-    ["moco.queue=0", "swav.queue=-256", "simclr.memory=-512", "swav.prototypes=0"]
+    ["moco.queue=0", "swav.queue=-256", "simclr.memory_bank=-512", "swav.prototypes=0"]
     + ["swav.iterations=0", "simclr.block_size=-3", "microbatch=-1", "eval.projector_layer=-1"],
 )
 def test_sizes_that_cannot_be_are_refused(override, tmp_path):

@@ -38,11 +38,11 @@ def test_it_builds(file, variant):
     config = load_config(f"{file}:{variant}" if variant else str(file))
     config.data.num_classes = 10
     method, optimizer, rate = assemble(config, Schedule(5004, 5004 * 10))
-    params, extra = jax.eval_shape(method.init, jax.random.key(0), example_batch(config))
+    params, state = jax.eval_shape(method.init, jax.random.key(0), example_batch(config))
     jax.eval_shape(optimizer.init, params)
     if not variant:  # variants change the network's size at most
         outputs, _ = jax.eval_shape(
-            method.forward, params, extra, example_batch(config), jax.random.key(0)
+            method.forward, params, state, example_batch(config), jax.random.key(0)
         )
         assert outputs["embedding"].shape == (2, method.encoder.num_features)
     assert float(rate(5004 * 11)) <= config.optim.lr * config.batch_size
@@ -123,7 +123,7 @@ def shrink(config):
     config.model.update(depth=4, width=1 / 8, sk=False)
     for view in config.views.values():
         view.size = max(view.size // 7, 8)
-    config.moco.queue, config.simclr.memory = 128, min(config.simclr.memory, 128)
+    config.moco.queue, config.simclr.memory_bank = 128, min(config.simclr.memory_bank, 128)
     config.swav.update(queue=min(config.swav.queue, 128), prototypes=16)
     for group in ("simclr", "moco", "swav", "byol", "simsiam"):
         config[group].hidden = 16

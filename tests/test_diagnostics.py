@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ssl_jax import diagnostics
-from ssl_jax.diagnostics import CollapseWatch
+from ssl_jax.diagnostics import CollapseDetector
 from ssl_jax.spmd import AXIS, make_spmd
 
 
@@ -66,7 +66,7 @@ def test_alignment_and_uniformity_are_the_papers():
 
 
 def test_a_collapse_is_told_once_with_its_first_step():
-    watch = CollapseWatch()
+    watch = CollapseDetector()
     assert watch.check(10, {"loss": -0.5, "embedding_std": 0.4}) == []
     assert watch.check(20, {"loss": -1.0, "embedding_std": 0.001}) == []
     (warning,) = watch.check(30, {"loss": -1.0, "embedding_std": 0.001})
@@ -75,35 +75,35 @@ def test_a_collapse_is_told_once_with_its_first_step():
 
 
 def test_a_single_bad_batch_is_no_collapse():
-    watch = CollapseWatch()
+    watch = CollapseDetector()
     for step, std in [(1, 0.001), (2, 0.5), (3, 0.001), (4, 0.5)]:
         assert watch.check(step, {"loss": 1.0, "embedding_std": std}) == []
 
 
 def test_a_loss_stuck_at_ln_k_is_told():
-    watch = CollapseWatch(trivial_loss=float(np.log(3000)))
+    watch = CollapseDetector(trivial_loss=float(np.log(3000)))
     metrics = {"loss": 8.0064, "embedding_std": 0.5}
     assert watch.check(1, metrics) == []
     (warning,) = watch.check(2, metrics)
     assert "ln K = 8.0064" in warning
-    assert CollapseWatch(trivial_loss=8.0).check(1, {"loss": 6.0, "embedding_std": 0.5}) == []
+    assert CollapseDetector(trivial_loss=8.0).check(1, {"loss": 6.0, "embedding_std": 0.5}) == []
 
 
 def test_nan_embeddings_count_as_collapsed():
-    watch = CollapseWatch()
+    watch = CollapseDetector()
     watch.check(1, {"loss": 1.0, "embedding_std": float("nan")})
     assert watch.check(2, {"loss": 1.0, "embedding_std": float("nan")})
 
 
 def test_a_loss_that_starts_at_ln_k_has_time_to_leave_it():
-    watch = CollapseWatch(trivial_loss=8.0, patience=100)
+    watch = CollapseDetector(trivial_loss=8.0, patience=100)
     for step in (10, 60, 110):
         assert watch.check(step, {"loss": 8.0}) == []
     assert "since step 10" in watch.check(120, {"loss": 8.0})[0]
 
 
 def test_measured_features_and_logged_steps_are_followed_apart():
-    watch = CollapseWatch()
+    watch = CollapseDetector()
     assert watch.check(10, {"embedding_std": 0.001}) == []
     assert watch.check(15, {"rankme": 1.1}) == []
     assert "since step 10" in watch.check(20, {"embedding_std": 0.001})[0]
@@ -117,7 +117,7 @@ def test_prototypes_in_use_tell_collapse_where_assignments_cannot():
     assert 11.5 < float(diagnostics.prototypes_used(spread)) <= 12.001
     same = np.broadcast_to(spread[:1], spread.shape)
     assert float(diagnostics.prototypes_used(same)) == pytest.approx(1, abs=1e-4)
-    watch = CollapseWatch()
+    watch = CollapseDetector()
     watch.check(1, {"prototypes_used": 1.0})
     assert "one prototype" in watch.check(2, {"prototypes_used": 1.0})[0]
 
@@ -142,7 +142,7 @@ def test_contrastive_accuracy_counts_the_nearest_of_the_global_batch():
 
 
 def test_embeddings_that_lose_half_of_their_spread_are_told_once():
-    watch = diagnostics.CollapseWatch()
+    watch = diagnostics.CollapseDetector()
     spreads = [0.5, 0.64, 0.5, 0.31, 0.4, 0.3, 0.29, 0.2]
     said = [watch.check(10 * i, {"embedding_std": std}) for i, std in enumerate(spreads)]
     assert [len(warnings) for warnings in said] == [0] * 6 + [1, 0]
@@ -153,18 +153,18 @@ def test_embeddings_that_lose_half_of_their_spread_are_told_once():
     assert watch.check(90, {"embedding_std": float("nan")}) == []
 
 
-def signs(stds, **options):
+def indicators(stds, **options):
     records = [(10 * i, {"embedding_std": std, "loss": 8.0}) for i, std in enumerate(stds)]
     found = diagnostics.collapse_signs(records, **options)
     return [(sign.kind, sign.since, sign.until) for sign in found]
 
 
 def test_signs_in_a_runs_records_say_from_when_to_when():
-    assert signs([0.5, 0.6, 0.5]) == []
-    assert signs([0.5, 0.001, 0.5, 0.5]) == []  # one batch may mislead
-    assert signs([0.5, 0.001, 0.002, 0.5]) == [("embedding_std", 10, 30)]
-    assert signs([0.5, 0.5, 0.002, 0.001]) == [("embedding_std", 20, None)]
-    assert signs([0.9, 0.3, 0.3, 0.8, 0.01, 0.01]) == [
+    assert indicators([0.5, 0.6, 0.5]) == []
+    assert indicators([0.5, 0.001, 0.5, 0.5]) == []  # one batch may mislead
+    assert indicators([0.5, 0.001, 0.002, 0.5]) == [("embedding_std", 10, 30)]
+    assert indicators([0.5, 0.5, 0.002, 0.001]) == [("embedding_std", 20, None)]
+    assert indicators([0.9, 0.3, 0.3, 0.8, 0.01, 0.01]) == [
         ("embedding_std", 40, None),
         ("halved", 10, 30),
     ]

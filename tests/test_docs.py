@@ -35,7 +35,7 @@ from ssl_jax.run import processes
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in DOCS.glob("*.md"))]
-SMALL = ("model.depth=4", "model.width=0.0625", "eval.draws=2")
+SMALL = ("model.depth=4", "model.width=0.0625", "eval.trials=2")
 BRIEF = ("steps=2", "log_every=100", "eval.knn_every_epochs=0", "checkpoint.every_epochs=0")
 # What a command draws at random, and bfloat16, are most of what its step takes to compile. Those of
 # `AS_IT_IS` and the quickstart have all of their config's; the others' views are whole images.
@@ -200,14 +200,14 @@ def changes(name, arguments):
         sizes = [f"views.{k}.size=8" for k, v in loaded.views.items() if v.size > 32]
         small += ["batch_size=64"] if digits else FEW_IMAGES
         if "--workdir=runs/quickstart" not in arguments:
-            small.append("eval.frozen_at_end=False")
+            small.append("eval.at_end=False")
         if config != AS_IT_IS and not {*arguments} & QUICKSTARTS:
             small += plain(loaded.views)
-        small += ["simclr.memory=0"] if "simclrv2" in config else []
-        small += ["moco.queue=64", "model.bn_group=0"] if "moco" in config else []
+        small += ["simclr.memory_bank=0"] if "simclrv2" in config else []
+        small += ["moco.queue=64", "model.bn_group_size=0"] if "moco" in config else []
         return small + sizes
     if name in ("finetune", "distill", "transfer") or any("--recipe" in a for a in arguments):
-        return ["steps=2", "eval.draws=2", "batch_size=32", "eval.frozen_at_end=False"]
+        return ["steps=2", "eval.trials=2", "batch_size=32", "eval.at_end=False"]
     return []
 
 
@@ -224,7 +224,7 @@ def run(words):
     else:
         assert program == "python" and arguments[0].startswith("examples/"), words
         if "pretrain_folder" in arguments[0]:
-            arguments += [*SMALL, *BRIEF, "eval.frozen_at_end=False"]
+            arguments += [*SMALL, *BRIEF, "eval.at_end=False"]
             arguments += [*FEW_IMAGES, *plain(("view1", "view2"))]
             arguments += ["views.view1.size=8", "views.view2.size=8"]
         run_program(*arguments)

@@ -20,7 +20,7 @@ from tiny import (
 
 from ssl_jax.config import validate
 from ssl_jax.data.index import Index
-from ssl_jax.data.pipeline import make_prepare
+from ssl_jax.data.pipeline import make_augment_fn
 from ssl_jax.errors import UserError
 from ssl_jax.models import heads, resnet
 from ssl_jax.spmd import make_spmd
@@ -77,13 +77,13 @@ def by_automatic_differentiation(method, state, raw, prepare):
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.key), 1)
 
     def loss_of(params):
-        encoded = [method.forward(params, state.extra, piece, rng) for piece in pieces]
+        encoded = [method.forward(params, state.method_state, piece, rng) for piece in pieces]
         outputs = jax.tree.map(
             lambda *xs: jnp.stack(xs, axis=1).reshape(-1, *xs[0].shape[1:]),
             *(outputs for outputs, _ in encoded),
         )
         stats = jax.tree.map(lambda *xs: sum(xs) / PIECES, *(stats for _, stats in encoded))
-        loss, logs = method.loss(params, outputs, state.extra, raw, state.step)
+        loss, logs = method.loss(params, outputs, state.method_state, raw, state.step)
         return loss, (outputs, stats, logs)
 
     (loss, (outputs, stats, logs)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
@@ -96,13 +96,13 @@ def by_automatic_differentiation(method, state, raw, prepare):
 def computed(config, devices, way, augment=False):
     """Loss, gradients, outputs, statistics and logs before the optimiser, of one batch."""
     source, spmd = random_source(), make_spmd(devices=devices)
-    method, _, state, resident = make_step(config, spmd, source)
-    prepare = make_prepare(config)
+    method, _, state, device_data = make_step(config, spmd, source)
+    prepare = make_augment_fn(config)
 
-    def per_device(state, raw, resident):
+    def per_device(state, raw, device_data):
         key = jax.random.wrap_key_data(state.key)
         if augment:
-            return way(method, state, raw, lambda part: prepare(part, resident, key))
+            return way(method, state, raw, lambda part: prepare(part, device_data, key))
         return way(method, state, raw, lambda part: part)
 
     layouts = ("replicated", "replicated", "sharded", "replicated", "replicated")
@@ -111,7 +111,7 @@ def computed(config, devices, way, augment=False):
     raw = {"id": ids, "label": source.labels[ids]}
     if not augment:
         raw["views"] = ready_views(config, ids)
-    return jax.device_get(mapped(with_moved_zeros(state), spmd.place_batch(raw), resident))
+    return jax.device_get(mapped(with_moved_zeros(state), spmd.place_batch(raw), device_data))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -153,13 +153,13 @@ def test_batchnorm_sees_a_microbatch():
 def test_the_train_step_takes_microbatches(mode):
     config, source = with_whole_images(method_config("moco", spmd=mode)), random_source()
     config.microbatch = 16
-    config.model.bn_group = 1
+    config.model.bn_group_size = 1
     spmd = make_spmd(mode, batch_size=64, microbatch=16)
-    _, step, state, resident = make_step(config, spmd, source)
+    _, step, state, device_data = make_step(config, spmd, source)
     ids = np.arange(64, dtype=np.int32)
     batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
     for _ in range(2):
-        state, metrics = step(state, batch, resident)
+        state, metrics = step(state, batch, device_data)
     assert_replicated(state)
     assert np.isfinite(float(metrics["loss"]))
 
@@ -184,27 +184,27 @@ def test_keys_are_encoded_once():
         config = method_config("moco", microbatch=microbatch)
         with_two_stages(with_whole_images(config))
         spmd, source = make_spmd(devices=ONE), random_source()
-        _, step, state, resident = make_step(config, spmd, source)
+        _, step, state, device_data = make_step(config, spmd, source)
         ids = np.arange(64, dtype=np.int32)
         batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
-        lowered = step.lower(state, batch, resident)
+        lowered = step.lower(state, batch, device_data)
         counts[microbatch] = convolutions(lowered.compile().as_text())
     config = with_two_stages(method_config("moco"))
-    _, extra = jax.eval_shape(
+    _, method_state = jax.eval_shape(
         make_step(config, make_spmd(devices=ONE), random_source())[0].init,
         jax.random.key(0),
         {"views": (jnp.zeros((2, 8, 8, 3)),) * 2},
     )
-    of_one_forward = sum(leaf.ndim == 4 for leaf in jax.tree.leaves(extra["target"]))
+    of_one_forward = sum(leaf.ndim == 4 for leaf in jax.tree.leaves(method_state["target"]))
     assert of_one_forward >= 5
     assert counts[16] == counts[0] + of_one_forward
 
 
 def temporary_bytes(config):
     spmd, source = make_spmd(devices=ONE), random_source(4096)
-    _, step, state, resident = make_step(config, spmd, source)
+    _, step, state, device_data = make_step(config, spmd, source)
     batch = spmd.place_batch({"id": np.arange(config.batch_size, dtype=np.int32)})
-    analysis = step.lower(state, batch, resident).compile().memory_analysis()
+    analysis = step.lower(state, batch, device_data).compile().memory_analysis()
     return analysis.temp_size_in_bytes
 
 
@@ -233,11 +233,11 @@ def test_bad_microbatches_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("microbatch", "bn_group", "images"), [(0, 0, 64), (16, 0, 16), (16, 1, 2), (0, 2, 16)]
+    ("microbatch", "bn_group_size", "images"), [(0, 0, 64), (16, 0, 16), (16, 1, 2), (0, 2, 16)]
 )
-def test_the_batchnorm_group_is_known(microbatch, bn_group, images):
+def test_the_batchnorm_group_is_known(microbatch, bn_group_size, images):
     config = method_config("simclr", microbatch=microbatch)
-    config.model.bn_group = bn_group
+    config.model.bn_group_size = bn_group_size
     assert batchnorm_images(config, 8) == images
 
 
@@ -248,9 +248,9 @@ def test_remat_computes_again_and_changes_no_number():
     for remat in (False, True):
         config.remat = remat
         spmd = make_spmd(devices=ONE)
-        _, step, state, resident = make_step(config, spmd, source)
+        _, step, state, device_data = make_step(config, spmd, source)
         batch = spmd.place_batch({"id": np.arange(64, dtype=np.int32)})
-        text = step.lower(state, batch, resident).as_text()
+        text = step.lower(state, batch, device_data).as_text()
         written.append(text.count("stablehlo.convolution"))
     assert written[1] > written[0] > 0
     assert_trees_close(computed(config, ONE, plain), expected, rtol=1e-4, atol=1e-6)

@@ -73,7 +73,7 @@ def test_it_trains_is_evaluated_and_loaded_by_the_commands_of_the_page(
     config.model.update(method_config("simclr").model)
     with_whole_images(config)
     config.data.update(subset=0.25, test_fraction=0.1)
-    config.eval.update(draws=2, labels_per_class=(1, 5), frozen_at_end=True)
+    config.eval.update(trials=2, labels_per_class=(1, 5), at_end=True)
     pretrain(config, tmp_path / "run")
     (accuracy,) = (r["knn"] for r in read_metrics(tmp_path / "run/metrics.jsonl") if "knn" in r)
     assert 0 < accuracy <= 1

@@ -21,7 +21,7 @@ def test_pmap_of_several_processes_is_refused(monkeypatch):
 
 def test_a_process_holds_the_rows_of_its_devices():
     spmd = make_spmd()
-    assert spmd.local_rows(16).tolist() == list(range(16))
+    assert spmd.local_indices(16).tolist() == list(range(16))
 
     class Device:
         def __init__(self, process_index):
@@ -32,7 +32,7 @@ def test_a_process_holds_the_rows_of_its_devices():
         devices = np.array([Device(p) for p in (0, 1, 1, 0)])
         size = 4
 
-    assert Spmd(Elsewhere()).local_rows(8).tolist() == [0, 1, 6, 7]
+    assert Spmd(Elsewhere()).local_indices(8).tolist() == [0, 1, 6, 7]
 
 
 def test_groups_of_devices():
@@ -40,7 +40,7 @@ def test_groups_of_devices():
     assert device_groups(8, 8) is None
     assert device_groups(4, 2) == ((0, 1), (2, 3))
     assert device_groups(2, 1) == ((0,), (1,))
-    with pytest.raises(UserError, match="bn_group is 3, but 8 devices"):
+    with pytest.raises(UserError, match="bn_group_size is 3, but 8 devices"):
         device_groups(8, 3)
 
 

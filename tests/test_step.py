@@ -18,7 +18,7 @@ from tiny import (
 )
 
 from ssl_jax.data.index import Index
-from ssl_jax.data.pipeline import make_prepare
+from ssl_jax.data.pipeline import make_augment_fn
 from ssl_jax.methods import Method
 from ssl_jax.spmd import AXIS, make_spmd
 from ssl_jax.step import loss_and_gradients
@@ -34,12 +34,12 @@ def with_moved_zeros(state):
 def gradients_on(config, source, mode, devices, augment=False):
     """Loss and gradients before the optimiser, of a batch."""
     spmd = make_spmd(mode, devices, config.batch_size)
-    method, _, state, resident = make_step(config, spmd, source)
-    prepare = make_prepare(config)
+    method, _, state, device_data = make_step(config, spmd, source)
+    prepare = make_augment_fn(config)
 
-    def per_device(state, raw, resident):
+    def per_device(state, raw, device_data):
         key = jax.random.wrap_key_data(state.key)
-        batch = prepare(raw, resident, key) if augment else raw
+        batch = prepare(raw, device_data, key) if augment else raw
         loss, gradients, _, stats, _ = loss_and_gradients(method, state, batch)
         return loss, gradients, stats
 
@@ -48,7 +48,7 @@ def gradients_on(config, source, mode, devices, augment=False):
     raw = {"id": ids, "label": source.labels[ids]}
     if not augment:
         raw["views"] = ready_views(config, ids)
-    return jax.device_get(mapped(with_moved_zeros(state), spmd.place_batch(raw), resident))
+    return jax.device_get(mapped(with_moved_zeros(state), spmd.place_batch(raw), device_data))
 
 
 @pytest.mark.parametrize("mode", ["shard_map", "pmap"])
@@ -84,25 +84,25 @@ def test_batchnorm_groups_change_the_statistics_and_stay_replicated():
     source = random_source()
     config = with_whole_images(tiny_config())
     everyone = gradients_on(config, source, "shard_map", jax.devices())
-    config.model.bn_group = 2
+    config.model.bn_group_size = 2
     pairs = gradients_on(config, source, "shard_map", jax.devices())
     assert not np.isclose(everyone[0], pairs[0], rtol=1e-4)
     spmd = make_spmd("shard_map", batch_size=32)
-    _, step, state, resident = make_step(config, spmd, source)
+    _, step, state, device_data = make_step(config, spmd, source)
     ids = np.arange(32, dtype=np.int32)
     batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
-    state, _ = step(state, batch, resident)
+    state, _ = step(state, batch, device_data)
     assert_replicated(state)
 
 
 def run_steps(config, source, spmd, steps):
-    method, step, state, resident = make_step(config, spmd, source)
+    method, step, state, device_data = make_step(config, spmd, source)
     index = Index(source.num_examples, config.batch_size, config.seed)
     losses = []
     for number in range(steps):
         ids = index.ids(number)
         batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
-        state, metrics = step(state, batch, resident)
+        state, metrics = step(state, batch, device_data)
         losses.append(float(metrics["loss"]))
     return state, losses
 
@@ -121,7 +121,7 @@ def test_1_and_8_devices_agree_over_20_steps():
 
 def test_1_and_8_devices_see_the_same_ids_and_pixels():
     config, source = tiny_config(), random_source()
-    prepare = make_prepare(config)
+    prepare = make_augment_fn(config)
     seen = []
     for devices in (ONE, jax.devices()):
         spmd = make_spmd("shard_map", devices)
@@ -129,7 +129,7 @@ def test_1_and_8_devices_see_the_same_ids_and_pixels():
         ids = Index(64, 32, 5).ids(3)
         batch = spmd.place_batch({"id": ids})
         key = spmd.replicate(jax.random.key_data(jax.random.key(1)))
-        made = mapped_with_key(mapped, batch, spmd.replicate(source.resident()), key)
+        made = mapped_with_key(mapped, batch, spmd.replicate(source.device_data()), key)
         seen.append(jax.device_get(made))
     np.testing.assert_array_equal(seen[0]["id"], seen[1]["id"])
     for one, eight in zip(seen[0]["views"], seen[1]["views"], strict=True):
@@ -137,17 +137,17 @@ def test_1_and_8_devices_see_the_same_ids_and_pixels():
         assert one.std() > 0.05
 
 
-def mapped_with_key(mapped, batch, resident, key):
-    return mapped(batch, resident, jax.random.wrap_key_data(key))
+def mapped_with_key(mapped, batch, device_data, key):
+    return mapped(batch, device_data, jax.random.wrap_key_data(key))
 
 
 def test_the_state_is_donated_and_counts_steps():
     config, source = tiny_config(), random_source()
     spmd = make_spmd("shard_map")
-    _, step, state, resident = make_step(config, spmd, source)
+    _, step, state, device_data = make_step(config, spmd, source)
     ids = np.arange(32, dtype=np.int32)
     batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
-    new, _ = step(state, batch, resident)
+    new, _ = step(state, batch, device_data)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert int(new.step) == 1
 
@@ -155,13 +155,13 @@ def test_the_state_is_donated_and_counts_steps():
 def test_no_transfer_to_the_devices_in_the_steady_state():
     config, source = tiny_config(), random_source()
     spmd = make_spmd("shard_map")
-    _, step, state, resident = make_step(config, spmd, source)
+    _, step, state, device_data = make_step(config, spmd, source)
     ids = np.arange(32, dtype=np.int32)
     batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
-    state, _ = step(state, batch, resident)
+    state, _ = step(state, batch, device_data)
     with jax.transfer_guard_host_to_device("disallow_explicit"):
         for _ in range(3):
-            state, metrics = step(state, batch, resident)
+            state, metrics = step(state, batch, device_data)
         with pytest.raises(Exception, match="[Dd]isallowed host-to-device"):
             jnp.add(metrics["loss"], np.float32(1))
 
@@ -169,7 +169,7 @@ def test_no_transfer_to_the_devices_in_the_steady_state():
 def test_parameters_and_statistics_stay_float32_under_bfloat16():
     config, source = with_whole_images(tiny_config(dtype="bfloat16")), random_source()
     state, losses = run_steps(config, source, make_spmd("shard_map", ONE), 2)
-    for name, leaf in leaves((state.params, state.extra, state.opt_state)).items():
+    for name, leaf in leaves((state.params, state.method_state, state.opt_state)).items():
         assert leaf.dtype != jnp.bfloat16, name
     assert np.isfinite(losses).all()
 
@@ -182,10 +182,10 @@ def test_golden_metrics_of_one_step():
     config, source = with_two_stages(tiny_config()), random_source()
     config.optim.warmup_epochs = 0.0  # or the first step's learning rate is 0
     spmd = make_spmd("shard_map", ONE)
-    _, step, state, resident = make_step(config, spmd, source)
+    _, step, state, device_data = make_step(config, spmd, source)
     ids = Index(64, 32, 0).ids(0)
     batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
-    state, metrics = step(state, batch, resident)
+    state, metrics = step(state, batch, device_data)
     assert (metrics.pop("nonfinite_steps"), metrics.pop("nonfinite_step")) == (0, 0)
     metrics["parameter_norm"] = optax.tree.norm(state.params)
     assert metrics.keys() == GOLDEN.keys()

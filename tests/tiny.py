@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import default_config, flat_views, run_schedule, to_json, view
 from ssl_jax.data.arrays import ArraySource
-from ssl_jax.data.pipeline import make_prepare
+from ssl_jax.data.pipeline import make_augment_fn
 from ssl_jax.methods import Method
 from ssl_jax.models import heads, resnet
 from ssl_jax.models.resnet import STAGES
@@ -25,7 +25,7 @@ def tiny_config(**changes):
     """SimCLR on 8×8 images with a ResNet of three convolutions of 8 channels, batch 32.
 
     A run ends with its last checkpoint. The tests that read what an evaluation leaves turn
-    `eval.frozen_at_end` on: three encoders' classifiers and two t-SNEs take seconds.
+    `eval.at_end` on: three encoders' classifiers and two t-SNEs take seconds.
     """
     config = default_config()
     config.batch_size = 32
@@ -43,8 +43,8 @@ def tiny_config(**changes):
     config.model.update(depth=4, width=1 / 8, stem="cifar", zero_init_residual=False)
     config.simclr.update(out=16, temperature=0.2)
     config.optim.update(lr=1.0, warmup_epochs=1.0)
-    config.eval.update(knn_every_epochs=0.0, draws=2, labels_per_class=(1, 5), batch_size=64)
-    config.eval.frozen_at_end = False
+    config.eval.update(knn_every_epochs=0.0, trials=2, labels_per_class=(1, 5), batch_size=64)
+    config.eval.at_end = False
     config.checkpoint.every_epochs = 0.0
     config.update(changes)
     return config
@@ -85,8 +85,8 @@ def random_source(n=64, size=8, seed=0, classes=4):
     return ArraySource(images.astype(np.uint8), labels, [str(c) for c in range(classes)])
 
 
-def as_it_is(raw, resident, key):
-    """In `make_prepare`'s place, for batches that bring their views; such a step compiles fast."""
+def as_it_is(raw, device_data, key):
+    """Replaces `make_augment_fn` for batches that have views; such a step compiles fast."""
     return raw
 
 
@@ -115,7 +115,7 @@ def share_steps(monkeypatch):
 
     def key(config):
         about = to_json(config)
-        for name in ("log_every", "heartbeat_s", "wandb", "checkpoint"):
+        for name in ("log_every", "heartbeat_timeout_s", "wandb", "checkpoint"):
             del about[name]
         compiled = ("probe", "projector_layer", "crop_fraction", "interpolation")
         return ConfigDict(about | {"eval": {name: about["eval"][name] for name in compiled}})
@@ -145,10 +145,10 @@ def make_step(config, spmd, source, prepare=None):
 
     def make():
         schedule = run_schedule(config, source.num_examples)
-        groups = device_groups(spmd.size, config.model.bn_group)
+        groups = device_groups(spmd.size, config.model.bn_group_size)
         method, optimizer, learning_rate = assemble(config, schedule, AXIS, groups)
         step = spmd.map(
-            make_train_step(method, optimizer, prepare or make_prepare(config), learning_rate),
+            make_train_step(method, optimizer, prepare or make_augment_fn(config), learning_rate),
             ("replicated", "sharded", "replicated"),
             ("replicated", "replicated"),
             donate=(0,),
@@ -159,7 +159,7 @@ def make_step(config, spmd, source, prepare=None):
 
     config = config.copy_and_resolve_references()  # a test may go on to change its own
     method, step, state = shared(make, config, source.num_examples, spmd, prepare)
-    return method, step, spmd.replicate(state), spmd.replicate(source.resident())
+    return method, step, spmd.replicate(state), spmd.replicate(source.device_data())
 
 
 def ready_views(config, ids):
@@ -206,7 +206,7 @@ def method_config(name, **changes):
     """A config in which a method trains the tiny network."""
     config = tiny_config(method=name.removesuffix("_memory"), batch_size=64, **changes)
     config.data.num_classes = 4
-    config.simclr.memory = 256 if name == "simclr_memory" else 0
+    config.simclr.memory_bank = 256 if name == "simclr_memory" else 0
     config.moco.update(queue=192, out=8)
     config.byol.update(hidden=16, out=8)
     config.simsiam.update(out=16, predictor_hidden=8)

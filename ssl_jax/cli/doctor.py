@@ -139,7 +139,7 @@ def examine(timeout: float = 60.0) -> dict[str, Any]:
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
-    except Exception:  # of a damaged installation, anything
+    except Exception:  # of a corrupt installation, anything
         return None
 
 

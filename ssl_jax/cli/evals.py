@@ -175,20 +175,20 @@ def run(
     trains = args.command in ("finetune", "distill") or (
         args.command == "linear" and args.recipe != _FAST
     )
-    heartbeat_s = config_at(args.run).heartbeat_s
-    processes.join(heartbeat_s)
+    heartbeat_timeout_s = config_at(args.run).heartbeat_timeout_s
+    processes.join(heartbeat_timeout_s)
     with processes.alone_on_failure(tell):
         if trains:
             _trained(args, overrides, command)
         elif args.command == "transfer":
-            with processes.agreed():
+            with processes.raise_on_all_processes():
                 _require_one_process()
             _transfer(args, overrides, command)
         else:
-            with processes.agreed():
+            with processes.raise_on_all_processes():
                 _require_one_process()
             _on_features(args, overrides, command)
-    if args.command != "features" and processes.is_first() and not is_elsewhere(args.run):
+    if args.command != "features" and processes.is_primary() and not is_elsewhere(args.run):
         report = write_report(args.run)
         if not args.json:
             print(f"Report: {report}")
@@ -285,8 +285,8 @@ def _transfer(args: argparse.Namespace, overrides: list[str], command: str) -> N
         decays=args.decays or datasets.DECAYS,
         overrides=overrides,
         command=command,
-        say=lambda text: None if args.quiet else print(text, file=sys.stderr),
-        told="warnings" if args.quiet else "line",
+        log=lambda text: None if args.quiet else print(text, file=sys.stderr),
+        verbosity="warnings" if args.quiet else "line",
     )
     _tell(args, {"rows": rows}, "\n".join(datasets.table(rows)))
 
@@ -301,7 +301,7 @@ def _trained(args: argparse.Namespace, overrides: list[str], command: str) -> No
         if args.projector_layer is not None:
             config.supervised.projector_layer = args.projector_layer
         if args.step is not None:
-            config.start.step = args.step
+            config.init_from.step = args.step
         folder, what = f"linear_{args.recipe}", f"linear classifier, recipe {args.recipe}"
     elif args.command == "finetune":
         # What the words name is no change.
@@ -313,7 +313,7 @@ def _trained(args: argparse.Namespace, overrides: list[str], command: str) -> No
         base = runs.distill_config(args.run)
         config = runs.distill_config(args.run, overrides)
         folder, what = "distill", f"student, ResNet-{config.model.depth} ×{config.model.width:g}"
-    step = config.distill.step if args.command == "distill" else config.start.step
+    step = config.distill.step if args.command == "distill" else config.init_from.step
     changes = _changes(base, config)  # before training fills keys in
     what += _of(step, config.supervised.projector_layer, changes)
     workdir = args.workdir or results_folder(args.run) / folder
@@ -324,7 +324,7 @@ def _trained(args: argparse.Namespace, overrides: list[str], command: str) -> No
     if metrics is None:
         return  # another process tells, or the run was stopped and has said so
     if args.command == "linear":
-        _require_same_encoder(args.run, config.start.step, state)
+        _require_same_encoder(args.run, config.init_from.step, state)
     more = {"command": command, "step": step, "trained_in": str(workdir)}
     # A folder of the command's own choice holds one run, whose settings can't change.
     _keep(args, folder, what, metrics, more, changes if args.workdir else {})
@@ -348,7 +348,7 @@ def _changes(base: Any, config: Any) -> dict[str, Any]:
 
 # What a result's words say already, in words of their own.
 _SAID = (
-    *("start.step", "distill.step", "eval.knn_k", "eval.knn_temperature"),
+    *("init_from.step", "distill.step", "eval.knn_k", "eval.knn_temperature"),
     *("model.depth", "model.width", "eval.projector_layer", "supervised.projector_layer"),
 )
 
@@ -376,7 +376,7 @@ def _require_same_encoder(run: Path, step: int, state: Any) -> None:
         return  # the run has gone on and keeps newer ones
     for kind, mine, theirs in (
         ("weights", state.params, source.params),
-        ("statistics", state.extra["batch_stats"], source.batch_stats),
+        ("statistics", state.method_state["batch_stats"], source.batch_stats),
     ):
         pairs = zip(
             jax.tree.leaves(mine["encoder"]), jax.tree.leaves(theirs["encoder"]), strict=True

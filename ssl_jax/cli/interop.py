@@ -14,7 +14,7 @@ from ssl_jax.errors import UserError
 NAMES = ("export", "import")
 FORMATS = {
     "torch": "safetensors with torchvision's and timm's names",
-    "jax": "all networks, for ssl_jax.load and config.start.path",
+    "jax": "all networks, for ssl_jax.load and config.init_from.path",
     "program": "a program with its weights, for JAX alone",
     "folder": "as on the Hugging Face hub, with a model card",
 }
@@ -92,7 +92,7 @@ def _export(args: argparse.Namespace) -> None:
         print("\n".join(f"    {line}" for line in lines))
     elif args.format == "jax":
         export.export_tree(args.run, args.out, step=args.step)
-        print(f'{args.out}, for ssl_jax.load("{args.out}") and --config.start.path={args.out}')
+        print(f'{args.out}, for ssl_jax.load("{args.out}") and --config.init_from.path={args.out}')
     elif args.format == "program":
         told = export.export_program(
             args.run, args.out, step=args.step, projector_layer=args.projector_layer
@@ -109,7 +109,7 @@ def _export(args: argparse.Namespace) -> None:
 def _import(args: argparse.Namespace) -> None:
     require_encoder(args.file)
     require_folder_of(args.out)
-    from ssl_jax.interop.described import preprocessing
+    from ssl_jax.interop.metadata import preprocessing
     from ssl_jax.interop.official import read_weights
     from ssl_jax.interop.weights import write_weights
 

@@ -238,7 +238,7 @@ def _exit_code(parser: Parser, argv: list[str], command: list[str]) -> int:
     except UserError as error:
         if debug:
             traceback.print_exc()
-        if error.told_here:
+        if error.printed_here:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
@@ -355,9 +355,9 @@ def _pretrain(args: argparse.Namespace, overrides: list[str], command: str) -> N
     from ssl_jax.run import processes
     from ssl_jax.train import pretrain
 
-    processes.join(config.heartbeat_s)
+    processes.join(config.heartbeat_timeout_s)
     with processes.alone_on_failure(_teller(args)):
-        pretrain(config, args.workdir, command, told="quiet" if args.quiet else "all")
+        pretrain(config, args.workdir, command, verbosity="quiet" if args.quiet else "all")
 
 
 def _views(args: argparse.Namespace, overrides: list[str], command: str) -> None:

@@ -36,7 +36,7 @@ class ArraySource:
         checksum = zlib.crc32(label_bytes, zlib.crc32(images.tobytes()))
         self.fingerprint = f"{self.num_examples} images, checksum {checksum:08x}"
 
-    def resident(self) -> dict[str, np.ndarray]:
+    def device_data(self) -> dict[str, np.ndarray]:
         """All images: a step only needs ids."""
         return {"image": self.images}
 
@@ -48,6 +48,6 @@ class ArraySource:
                 batch["label"] = self.labels[ids]
             yield batch
 
-    def clean(self, ids: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "n h w 3"]:
+    def eval_transform(self, ids: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "n h w 3"]:
         """The images as they are; they are resized on the device."""
         return self.images[np.asarray(ids)]

@@ -108,7 +108,7 @@ class HostSource:
         steps = ((0, part) for part in parts)
         return np.concatenate([labels for _, labels, _ in self._read(steps, nothing)])
 
-    def resident(self) -> dict[str, np.ndarray]:
+    def device_data(self) -> dict[str, np.ndarray]:
         """Nothing: images come with the batches."""
         return {}
 
@@ -136,7 +136,7 @@ class HostSource:
                 batch["label"] = labels
             yield batch
 
-    def clean(self, ids: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "n size size 3"]:
+    def eval_transform(self, ids: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "n size size 3"]:
         """Images as they are evaluated: the central square, as large as the first view.
 
         Args:
@@ -152,7 +152,7 @@ class HostSource:
 
         def prepare(contents: tf.Tensor, step: tf.Tensor, id: tf.Tensor) -> tuple[tf.Tensor, ...]:
             image = views.decode(contents)
-            return (views.clean_view(image, view, how.crop_fraction, how.interpolation),)
+            return (views.center_crop(image, view, how.crop_fraction, how.interpolation),)
 
         _, _, (images,) = next(self._read(iter([(0, np.asarray(ids))]), prepare))
         return images

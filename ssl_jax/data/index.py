@@ -46,26 +46,26 @@ class Index:
         """
         return self.local_ids(step, np.arange(self.batch_size, dtype=np.int32))
 
-    def local_ids(self, step: int, rows: Int[np.ndarray, " local"]) -> Int[np.ndarray, " local"]:
+    def local_ids(self, step: int, indices: Int[np.ndarray, " local"]) -> Int[np.ndarray, " local"]:
         """One process's share of `ids(step)`.
 
         Args:
           step: counted from 0 over the whole run.
-          rows: of the global batch that its devices hold, `Spmd.local_rows`.
+          indices: of the global batch that its devices hold, `Spmd.local_indices`.
 
         Returns:
-          `ids(step)[rows]`. No more of an epoch's order is kept than these rows of its steps.
+          `ids(step)[indices]`. No more of an epoch's order is kept than these indices of its steps.
         """
         epoch, position = divmod(step, self.steps_per_epoch)
-        return _rows_of_epoch(self, epoch, rows.astype(np.int32).tobytes())[position]
+        return _indices_of_epoch(self, epoch, indices.astype(np.int32).tobytes())[position]
 
 
 @functools.lru_cache(maxsize=2)
-def _rows_of_epoch(index: Index, epoch: int, rows: bytes) -> Int[np.ndarray, "steps local"]:
-    """The ids of some rows of every batch of an epoch."""
+def _indices_of_epoch(index: Index, epoch: int, indices: bytes) -> Int[np.ndarray, "steps local"]:
+    """The ids of some indices of every batch of an epoch."""
     order = permutation(index.seed, epoch, index.num_examples)
     whole = index.steps_per_epoch * index.batch_size
-    held = np.frombuffer(rows, np.int32)
+    held = np.frombuffer(indices, np.int32)
     ids = np.ascontiguousarray(order[:whole].reshape(-1, index.batch_size)[:, held])
     ids.flags.writeable = False
     return ids

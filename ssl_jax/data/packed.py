@@ -93,9 +93,9 @@ def _load(path: str, key: str) -> ArraySource:
         raise UserError(
             f"{key} is {path}, where there is no file: `ssl-jax data pack FOLDER {path}` makes it."
         ) from error
-    except Exception as error:  # a damaged file fails in many ways
+    except Exception as error:  # a corrupt file fails in many ways
         raise UserError(
-            f"{key} is {path}, which is no packed file, or a damaged one: "
+            f"{key} is {path}, which is no packed file, or a corrupt one: "
             "`ssl-jax data pack FOLDER FILE.npz` makes one of a folder of images."
         ) from error
     return ArraySource(images, labels if len(labels) else None, [str(name) for name in names])

@@ -22,22 +22,24 @@ from ssl_jax.errors import UserError
 _DEPTH = 1  # batches that wait on the devices, beside the one in use and the one being placed
 
 
-def make_prepare(
+def make_augment_fn(
     config: ConfigDict,
 ) -> Callable[[dict[str, Any], dict[str, Array], Array], dict[str, Any]]:
-    """The device's half of the input: crops of resident images, then colour.
+    """The device's half of the input: crops of device_data images, then colour.
 
     Args:
       config: of the run; its views are the augmentation.
 
     Returns:
-      A function of (what the source yielded, resident arrays, the step's `views_stream`) that gives
-      the batch with "views": a tuple of float32 [n, H, W, 3]. An example's pixels depend on the key
+      A function of (what the source yielded, device_data arrays, the step's `views_stream`) that
+      gives the batch with "views": a tuple of float32 [n, H, W, 3]. An example's pixels depend on the key
       and its id alone, not on its place in the batch or on the mesh.
     """
     views = flat_views(config)
 
-    def prepare(raw: dict[str, Any], resident: dict[str, Array], key: Array) -> dict[str, Any]:
+    def augment_fn(
+        raw: dict[str, Any], device_data: dict[str, Array], key: Array
+    ) -> dict[str, Any]:
         batch: dict[str, Any] = {name: raw[name] for name in ("id", "label") if name in raw}
         made = []
         for number, view in enumerate(views):
@@ -45,11 +47,11 @@ def make_prepare(
             if "views" in raw:
                 cropped = raw["views"][number]
             else:
-                cropped = crop_views(resident["image"][raw["id"]], keys, view)
+                cropped = crop_views(device_data["image"][raw["id"]], keys, view)
             made.append(colour(cropped, keys, view))
         return {**batch, "views": tuple(made)}
 
-    return prepare
+    return augment_fn
 
 
 def unnormalised(config: ConfigDict) -> ConfigDict:
@@ -80,7 +82,7 @@ def prepare_clean(images: Array, config: ConfigDict) -> Float[Array, "n size siz
     x = images
     if (height, width) != (view.size, view.size):
         side = max(1, round(config.eval.crop_fraction * min(height, width)))
-        # As `views.clean_view` cuts it out of an image file.
+        # As `views.center_crop` cuts it out of an image file.
         top, left = (height - side + 1) // 2, (width - side + 1) // 2
         x = x[:, top : top + side, left : left + side]
     x = resize_images(x, view.size, config.eval.interpolation, antialiased(view))
@@ -105,7 +107,7 @@ class Prefetcher:
         place: Callable[[Any], Any],
         first_step: int,
         last_step: int,
-        stall_s: float = 0.0,
+        timeout_s: float = 0.0,
     ) -> None:
         """Starts reading.
 
@@ -116,10 +118,10 @@ class Prefetcher:
           place: puts a host batch on the devices.
           first_step: to read, counted over the whole run.
           last_step: where to stop, not read itself.
-          stall_s: seconds that `next` waits at most; 0: for ever.
+          timeout_s: seconds that `next` waits at most; 0: for ever.
         """
         steps = ((step, index.local_ids(step, rows)) for step in range(first_step, last_step))
-        self.wait_seconds, self._stall_s = 0.0, stall_s
+        self.wait_seconds, self._timeout_s = 0.0, timeout_s
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=_DEPTH)
         self._stopped = threading.Event()
         self._thread = threading.Thread(
@@ -149,14 +151,14 @@ class Prefetcher:
         """The next batch, on the devices; raises what the reading raised.
 
         Raises:
-          UserError: none has come for `stall_s` seconds.
+          UserError: none has come for `timeout_s` seconds.
         """
         start = time.perf_counter()
         try:
-            item = self._queue.get(timeout=self._stall_s or None)
+            item = self._queue.get(timeout=self._timeout_s or None)
         except queue.Empty:
             raise UserError(
-                f"No images have come for {self._stall_s:g} seconds (config.data.stall_s): see "
+                f"No images have come for {self._timeout_s:g} seconds (config.data.timeout_s): see "
                 "whether the file system that holds them answers; the same command continues from "
                 "the newest checkpoint."
             ) from None

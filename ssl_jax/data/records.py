@@ -219,8 +219,8 @@ def _read_index(folder: str, key: str) -> dict[str, Any]:
                 if set(arrays.files) != _KEYS:
                     raise ValueError("other arrays")
                 return dict(arrays)
-    except Exception as error:  # a damaged file fails in many ways
-        raise UserError(f"{path} is damaged: convert the images anew.") from error
+    except Exception as error:  # a corrupt file fails in many ways
+        raise UserError(f"{path} is corrupt: convert the images anew.") from error
 
 
 def _read_file(path: str) -> bytes:

@@ -45,7 +45,7 @@ class Source(Protocol):
         """See the class."""
         ...
 
-    def resident(self) -> dict[str, np.ndarray]:
+    def device_data(self) -> dict[str, np.ndarray]:
         """Arrays to place whole on every device: {"image": uint8 [N, H, W, 3]}, or {}."""
         ...
 
@@ -61,7 +61,7 @@ class Source(Protocol):
         """
         ...
 
-    def clean(self, ids: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "n h w 3"]:
+    def eval_transform(self, ids: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "n h w 3"]:
         """The images of some ids without augmentation, prepared as for evaluation."""
         ...
 
@@ -83,9 +83,9 @@ class Subset:
         labels = self._source.labels
         return None if labels is None else labels[self._ids]
 
-    def resident(self) -> dict[str, np.ndarray]:
+    def device_data(self) -> dict[str, np.ndarray]:
         """The images alone, where the source holds its images on the devices."""
-        return {name: array[self._ids] for name, array in self._source.resident().items()}
+        return {name: array[self._ids] for name, array in self._source.device_data().items()}
 
     def batches(self, steps: Iterator[tuple[int, np.ndarray]]) -> Iterator[dict[str, Any]]:
         """The source's batches of these images, renumbered."""
@@ -99,12 +99,12 @@ class Subset:
         for batch in self._source.batches(in_source()):
             yield {**batch, "id": asked.get()}
 
-    def clean(self, ids: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "n h w 3"]:
+    def eval_transform(self, ids: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "n h w 3"]:
         """As the source's."""
-        return self._source.clean(self._ids[np.asarray(ids)])
+        return self._source.eval_transform(self._ids[np.asarray(ids)])
 
 
-def balanced_ids(
+def stratified_subset(
     labels: Int[np.ndarray, " n"], share: float, seed: int = 0
 ) -> Int[np.ndarray, " kept"]:
     """A share of the images with as many of each class, at least one.
@@ -205,7 +205,7 @@ def make_sources(config: ConfigDict) -> tuple[Source, Source | None]:
         order = np.random.default_rng(seed).permutation(train.num_examples)
         kept = np.sort(order[: max(1, round(share * train.num_examples))])
         return Subset(train, kept), test
-    return Subset(train, balanced_ids(train.labels, share, seed)), test
+    return Subset(train, stratified_subset(train.labels, share, seed)), test
 
 
 def _named_sources(config: ConfigDict) -> tuple[Source, Source | None]:

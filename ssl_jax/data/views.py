@@ -113,14 +113,14 @@ def make_views(image: Image, seed: Seed, views: Sequence[ConfigDict]) -> tuple[V
     smooth = {i: view for i, view in enumerate(views) if antialiased(view)}
     made: dict[int, View] = {}
     if smooth:
-        draw, hows = _NumpyBoxes(views), [_how(view) for view in smooth.values()]
+        draw, resize_specs = _NumpyBoxes(views), [_how(view) for view in smooth.values()]
 
         # Boxes and all: what such a call costs is a good part of a view.
         def crop(image: np.ndarray, seed: np.ndarray) -> list[np.ndarray]:
             boxes = draw(np.array(image.shape[:2]), seed)
-            return _by_pillow(image, boxes[list(smooth)], hows)
+            return _by_pillow(image, boxes[list(smooth)], resize_specs)
 
-        made.update(zip(smooth, _call(crop, [image, seed], hows), strict=True))
+        made.update(zip(smooth, _call(crop, [image, seed], resize_specs), strict=True))
     if len(smooth) < len(views):
         boxes = draw_boxes(tf.shape(image)[:2], seed, views)
         for i, view in enumerate(views):
@@ -166,7 +166,7 @@ def draw_boxes(size: Int[tf.Tensor, "2"], seed: Seed, views: Sequence[ConfigDict
     return tf.stack([boxes[i] for i in range(len(views))])
 
 
-def clean_view(image: Image, view: ConfigDict, crop_fraction: float, interpolation: str) -> View:
+def center_crop(image: Image, view: ConfigDict, crop_fraction: float, interpolation: str) -> View:
     """An image as it is evaluated: its central square, resized.
 
     This is SimCLR's and BYOL's evaluation; torchvision's "resize 256, crop 224" is a fraction of
@@ -188,7 +188,7 @@ def clean_view(image: Image, view: ConfigDict, crop_fraction: float, interpolati
     if not antialiased(view):
         return _by_tensorflow(image, box, view.size, interpolation)
     how = (view.size, interpolation)
-    return _call(functools.partial(_by_pillow, hows=[how]), [image, box[None]], [how])[0]
+    return _call(functools.partial(_by_pillow, resize_specs=[how]), [image, box[None]], [how])[0]
 
 
 def _tf_box(seed: Seed, size: Int[tf.Tensor, "2"], crop: ConfigDict) -> Int[tf.Tensor, "4"]:
@@ -277,7 +277,7 @@ def _by_tensorflow(image: Image, box: Int[tf.Tensor, "4"], size: int, interpolat
 def _by_pillow(
     image: UInt8[np.ndarray, "height width 3"],
     boxes: Int[np.ndarray, "n 4"],
-    hows: Sequence[tuple[int, str]],
+    resize_specs: Sequence[tuple[int, str]],
 ) -> list[UInt8[np.ndarray, "size size 3"]]:
     """Cuts boxes out and resizes them with antialiasing.
 
@@ -285,7 +285,7 @@ def _by_pillow(
     """
     whole = PIL.Image.fromarray(image)
     views = []
-    for (top, left, tall, wide), (size, interpolation) in zip(boxes, hows, strict=True):
+    for (top, left, tall, wide), (size, interpolation) in zip(boxes, resize_specs, strict=True):
         cut = whole.crop((left, top, left + wide, top + tall))
         method = PIL.Image.Resampling[interpolation.upper()]
         views.append(np.asarray(cut.resize((size, size), method)))
@@ -295,9 +295,11 @@ def _by_pillow(
 def _call(
     function: Callable[..., list[np.ndarray]],
     arguments: Sequence[tf.Tensor],
-    hows: Sequence[tuple[int, str]],
+    resize_specs: Sequence[tuple[int, str]],
 ) -> list[View]:
     """Views that a function of arrays makes, as an op."""
-    made = tf.numpy_function(function, arguments, [tf.uint8] * len(hows), stateful=False)
+    made = tf.numpy_function(function, arguments, [tf.uint8] * len(resize_specs), stateful=False)
     views = tf.nest.flatten(made)  # one may come bare
-    return [tf.ensure_shape(v, [how[0], how[0], 3]) for v, how in zip(views, hows, strict=True)]
+    return [
+        tf.ensure_shape(v, [how[0], how[0], 3]) for v, how in zip(views, resize_specs, strict=True)
+    ]

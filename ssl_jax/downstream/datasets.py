@@ -108,8 +108,8 @@ def transfer(
     decays: Sequence[float] = DECAYS,
     overrides: Iterable[str] = (),
     command: str = "",
-    say: Callable[[str], None] = lambda text: None,
-    told: str = "warnings",
+    log: Callable[[str], None] = lambda text: None,
+    verbosity: str = "warnings",
 ) -> list[dict[str, Any]]:
     """Measures a run's encoder on other data sets, linear and fine-tuned, or goes on.
 
@@ -124,8 +124,8 @@ def transfer(
       overrides: strings `a.b=VALUE` that change every data set's config of fine-tuning; those of
         `data`, `dtype` and what `eval` says of images change what the linear classifier sees, too.
       command: recorded with the results.
-      say: is told what is done.
-      told: how much the runs of fine-tuning print, as `pretrain` takes it.
+      log: is told what is done.
+      verbosity: how much the runs of fine-tuning print, as `pretrain` takes it.
 
     Returns:
       For each data set {"dataset", "metric", "linear", "finetune", "rate", "decay"}: metrics are
@@ -142,16 +142,18 @@ def transfer(
     grid = [(rate, decay) for rate in rates for decay in decays]
     folder = Path(workdir) if workdir else results_folder(path) / "transfer"
     step = newest_step(path) if step is None else step
-    jobs = [_Job(path, each, step, folder / each.name, overrides, command, told) for each in sets]
+    jobs = [
+        _Job(path, each, step, folder / each.name, overrides, command, verbosity) for each in sets
+    ]
     for job in jobs:
         job.check(grid)
     rows: list[dict[str, Any]] = []
     for job in jobs:
         name, metric = job.data_set.name, job.data_set.metric
         row: dict[str, Any] = {"dataset": name, "metric": metric, "linear": job.linear()}
-        say(f"{name}: linear {100 * row['linear'][metric]['value']:.2f} %")
+        log(f"{name}: linear {100 * row['linear'][metric]['value']:.2f} %")
         if grid:
-            tuned = job.finetuned(grid, say)
+            tuned = job.finetuned(grid, log)
             if tuned is None:
                 return rows
             row |= tuned
@@ -163,7 +165,7 @@ def _require_free(overrides: Iterable[str], finetunes: bool) -> None:
     """Refuses to change what is chosen here, and what only fine-tuning takes without it."""
     for override in overrides:
         key = override.partition("=")[0]
-        if key in _CHOSEN or key.startswith("start."):
+        if key in _CHOSEN or key.startswith("init_from."):
             raise UserError(f"config.{key} is what transfer sets: give --rates, --decays, --step.")
         if not finetunes and not key.startswith(SEEN):
             raise UserError(f"config.{key} is for fine-tuning: leave it or --no-finetune out.")
@@ -193,11 +195,11 @@ class _Job:
         folder: Path,
         overrides: tuple[str, ...],
         command: str,
-        told: str,
+        verbosity: str,
     ) -> None:
         self.path, self.data_set, self.step = path, data_set, step
         self.folder, self.overrides, self.command = folder, overrides, command
-        self.told = told
+        self.verbosity = verbosity
         self.fingerprints: list[str] = []
         self.every_epochs = 0.0
 
@@ -257,7 +259,7 @@ class _Job:
         return metrics
 
     def finetuned(
-        self, grid: Sequence[tuple[float, float]], say: Callable[[str], None]
+        self, grid: Sequence[tuple[float, float]], log: Callable[[str], None]
     ) -> dict[str, Any] | None:
         """Fine-tunes by each setting of the grid, then by the best on all training images."""
         name, metric = self.data_set.name, self.data_set.metric
@@ -267,12 +269,12 @@ class _Job:
             try:
                 metrics = self.trained(trial, rate, decay, _HELD)
             except NonFiniteError:
-                say(f"{name}: rate {rate:g}, decay {decay:g}: diverged")
+                log(f"{name}: rate {rate:g}, decay {decay:g}: diverged")
                 continue
             if metrics is None:
                 return None
             found = metrics[metric]["value"]
-            say(f"{name}: rate {rate:g}, decay {decay:g}: {100 * found:.2f} % of held out")
+            log(f"{name}: rate {rate:g}, decay {decay:g}: {100 * found:.2f} % of held out")
             best = max(best, (found, (rate, decay)), key=lambda pair: pair[0])
         if len(grid) > 1 and best[0] < 0:
             raise UserError(f"{name}: fine-tuning diverges at all rates: give lower --rates.")
@@ -280,7 +282,7 @@ class _Job:
         metrics = self.trained(f"chosen_rate_{rate:g}_decay_{decay:g}", rate, decay, 0.0)
         if metrics is None:
             return None
-        say(f"{name}: fine-tuned {100 * metrics[metric]['value']:.2f} %")
+        log(f"{name}: fine-tuned {100 * metrics[metric]['value']:.2f} %")
         what = f"{name}: fine-tuned, rate {rate:g}, weight decay {decay:g}{self.of(self.overrides)}"
         more = {"step": self.step, "rate": rate, "decay": decay, "command": self.command}
         write_result(results_folder(self.path), f"transfer_{name}_finetune", what, metrics, **more)
@@ -296,4 +298,4 @@ class _Job:
         config = self.config(rate, decay, validation)
         # What a run says is not the table's business.
         with contextlib.redirect_stdout(sys.stderr):
-            return train_classifier(config, self.folder / name, self.command, self.told)[1]
+            return train_classifier(config, self.folder / name, self.command, self.verbosity)[1]

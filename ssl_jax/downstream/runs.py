@@ -92,7 +92,7 @@ _TRANSFER: dict[str, Any] = {
     "steps": 20_000,
     "optim": {**_PLAIN_SGD, "nesterov": True, "per_epoch": False},
     # Of many runs only the classifier counts.
-    "eval": {"frozen_at_end": False, "knn_every_epochs": 0.0, "probe": False},
+    "eval": {"at_end": False, "knn_every_epochs": 0.0, "probe": False},
     "checkpoint": {"keep": 1},
 }
 
@@ -202,9 +202,9 @@ def distill_config(teacher: str | Path, overrides: Iterable[str] = ()) -> Config
     overrides = list(overrides)
     config = _derived(teacher, {"epochs": 400.0})
     config.method = "distill"
-    config.distill.teacher = config.start.path
-    config.distill.step, config.start.step = config.start.step, 0
-    config.start.path = ""
+    config.distill.teacher = config.init_from.path
+    config.distill.step, config.init_from.step = config.init_from.step, 0
+    config.init_from.path = ""
     config.data.subset = 1.0
     config.optim.update(lr=0.1, lr_scaling="sqrt", weight_decay=1e-4)
     theirs = config.model
@@ -234,10 +234,10 @@ def _derived(path: str | Path, recipe: Mapping[str, Any], step: int | None = Non
     defaults = default_config()
     for group in ("optim", "supervised", "distill"):
         config[group].update(defaults[group].to_dict())
-    config.model.bn_group = 0
+    config.model.bn_group_size = 0
     # The newest now: a run that goes on will have newer ones.
     step = newest_step(path) if step is None else step
-    config.start.update(path=str(Path(path).expanduser().resolve()), step=step, heads=False)
+    config.init_from.update(path=str(Path(path).expanduser().resolve()), step=step, heads=False)
     config.eval.projector_layer = 0
     first = flat_views(source)[0]
     kept = {"size": first.size, "flip": first.flip, "mean": first.mean, "std": first.std}
@@ -255,7 +255,7 @@ def _derived(path: str | Path, recipe: Mapping[str, Any], step: int | None = Non
 
 
 def train_classifier(
-    config: ConfigDict, workdir: str | Path, command: str = "", told: str = "all"
+    config: ConfigDict, workdir: str | Path, command: str = "", verbosity: str = "all"
 ) -> tuple[Any, dict[str, Any] | None]:
     """Trains what a config of this module describes, or goes on.
 
@@ -263,7 +263,7 @@ def train_classifier(
       config: of `linear_config`, `finetune_config` or `distill_config`.
       workdir: of the run.
       command: recorded there.
-      told: how much is printed, as `pretrain` takes it.
+      verbosity: how much is printed, as `pretrain` takes it.
 
     Returns:
       The state, and `classification_metrics` of the held-out images, in the first process; None in
@@ -283,11 +283,11 @@ def train_classifier(
             "The training images have no labels to learn: use a folder with one subfolder per "
             "class, or distil with config.distill.labels=0."
         )
-    state = pretrain(config, workdir, command, told=told)
+    state = pretrain(config, workdir, command, verbosity=verbosity)
     file = Path(workdir) / "evals" / "classifier.json"
     # A run that was stopped while it was evaluated lacks the last of its files.
     done = (Path(workdir) / LAST_FILE).exists() and file.exists()
-    if not processes.is_first() or not done:
+    if not processes.is_primary() or not done:
         return state, None
     return state, json.loads(file.read_text())["metrics"]
 

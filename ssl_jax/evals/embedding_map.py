@@ -43,7 +43,7 @@ def choose_images(
     return np.sort(kept[drawn])
 
 
-def lay_out(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n 2"]:
+def tsne(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n 2"]:
     """Places features in a plane: t-SNE (van der Maaten & Hinton, 2008) of their directions.
 
     Args:

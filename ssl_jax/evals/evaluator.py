@@ -16,11 +16,11 @@ from ssl_jax import diagnostics
 from ssl_jax.config import Schedule
 from ssl_jax.data.device_crop import resize_images
 from ssl_jax.data.index import views_stream
-from ssl_jax.data.pipeline import make_prepare, prepare_clean, unnormalised
+from ssl_jax.data.pipeline import make_augment_fn, prepare_clean, unnormalised
 from ssl_jax.data.sources import Source
 from ssl_jax.errors import UserError
 from ssl_jax.evals import probe
-from ssl_jax.evals.embedding_map import choose_images, lay_out
+from ssl_jax.evals.embedding_map import choose_images, tsne
 from ssl_jax.evals.features import extract_features, padded_batches
 from ssl_jax.evals.knn import knn_classify, nearest_neighbours
 from ssl_jax.evals.linear import few_label_accuracies, linear_probe
@@ -93,11 +93,11 @@ class Evaluator:
         self._classifier = tuple(method.networks) if classified else ()
         self._classify = _gathered(spmd, classify)
         self._encode, self._small = _gathered(spmd, encode), _gathered(spmd, small)
-        self._prepare = jax.jit(make_prepare(unnormalised(config)))
+        self._augment_fn = jax.jit(make_augment_fn(unnormalised(config)))
         self._replicate, self._place = spmd.replicate, spmd.place_batch
         # Whole shares for every device.
         self._batch_size = -(-config.eval.batch_size // spmd.size) * spmd.size
-        self._rows, self._devices = spmd.local_rows(self._batch_size), spmd.size
+        self._rows, self._devices = spmd.local_indices(self._batch_size), spmd.size
 
     def features(
         self, variables: Pytree, source: Source, first: int | None = None
@@ -115,8 +115,8 @@ class Evaluator:
     ) -> Float[np.ndarray, "n d"]:
         half = max(1, self._batch_size // 2)
         divisible = self._batch_size > self._devices  # it is whole shares of all devices
-        levers = [f"--config.eval.batch_size={half}"] if divisible else []
-        with enough_memory("A batch of the evaluation", levers):
+        suggestions = [f"--config.eval.batch_size={half}"] if divisible else []
+        with enough_memory("A batch of the evaluation", suggestions):
             return extract_features(
                 encode,
                 variables,
@@ -125,7 +125,7 @@ class Evaluator:
                 rows=self._rows,
                 place=self._place,
                 first=first,
-                keep=processes.is_first(),
+                keep=processes.is_primary(),
             )
 
     def measure(self, state: Any) -> dict[str, float]:
@@ -151,7 +151,7 @@ class Evaluator:
         names = ["rankme", "uniformity", *accuracy]
         names += ["alignment"] * (len(views) == 2) + ["knn"] * (test is not None)
         measured = dict.fromkeys(names, 0.0)
-        if processes.is_first():
+        if processes.is_primary():
             measured["rankme"] = diagnostics.rankme(train[: 2 * _SAMPLED])
             measured["uniformity"] = diagnostics.uniformity(train[:_SAMPLED])
             if len(views) == 2:
@@ -181,8 +181,8 @@ class Evaluator:
         if not self._classifier or self.test is None:
             return {}
         logits = self.logits(state)
-        right = logits.argmax(axis=1) == self.test.labels if len(logits) else [0.0]
-        return {"test_accuracy": float(np.mean(right))}
+        correct = logits.argmax(axis=1) == self.test.labels if len(logits) else [0.0]
+        return {"test_accuracy": float(np.mean(correct))}
 
     def view_grid(self, state: Any) -> UInt8[np.ndarray, "rows columns 3"]:
         """One picture of the first images with the views that the first step makes of them."""
@@ -209,7 +209,7 @@ class Evaluator:
           StoppedError: it was answered yes.
           UserError: the folder can't be written to.
         """
-        first = processes.is_first()
+        first = processes.is_primary()
         variables = evaluated_variables(state, self.config.eval.projector_layer)
         rows: list[Row] = []
         pictures = self._view_pictures(state) if first else {}
@@ -220,7 +220,7 @@ class Evaluator:
                 with _written_into(workdir):
                     write_result(workdir, "classifier", "the run's own classifier", measured)
         # A frozen encoder's features were measured where it was trained.
-        measured_here = self.config.eval.frozen_at_end and not self.config.supervised.freeze
+        measured_here = self.config.eval.at_end and not self.config.supervised.freeze
         if self.test is not None and measured_here:
             encoders = [(self.config.method, self._encode, variables)]
             if self.has_labels:
@@ -241,7 +241,7 @@ class Evaluator:
                     with _written_into(workdir):
                         write_projector(workdir, *projected, int(state.step))
                 elif weights:
-                    pictures["map_untrained"] = lay_out(splits[1][pictures["map_index"]])
+                    pictures["map_untrained"] = tsne(splits[1][pictures["map_index"]])
                 if self.has_labels:
                     rows.append(self._row(name, *splits))
                 del splits  # before the next are extracted
@@ -257,18 +257,18 @@ class Evaluator:
         for count in self.config.eval.labels_per_class:
             if np.bincount(labels).min() < count:
                 continue
-            draws = few_label_accuracies(
+            trials = few_label_accuracies(
                 train,
                 labels,
                 test,
                 test_labels,
                 labels_per_class=count,
-                draws=self.config.eval.draws,
+                trials=self.config.eval.trials,
             )
             row[f"labels_{count}"] = {
-                "mean": float(draws.mean()),
-                "std": float(draws.std(ddof=1)) if len(draws) > 1 else 0.0,
-                "draws": draws.tolist(),
+                "mean": float(trials.mean()),
+                "std": float(trials.std(ddof=1)) if len(trials) > 1 else 0.0,
+                "trials": trials.tolist(),
             }
         fitted = self.config.eval.linear_images
         seen = np.random.default_rng(0).permutation(len(train))[:fitted]
@@ -295,7 +295,7 @@ class Evaluator:
         views = self._views(state, np.arange(count, dtype=np.int32))
         sizes = {view.shape for view in views}
         largest = [v for v in views if v.shape == max(sizes)]
-        originals = self.train.clean(np.arange(count))
+        originals = self.train.eval_transform(np.arange(count))
         return {"originals": originals, "views": pixels(np.stack(largest, axis=1))}
 
     def _view_features(self, state: Any, variables: Pytree) -> list[Float[np.ndarray, "n d"]]:
@@ -315,8 +315,8 @@ class Evaluator:
         key = views_stream(jax.random.wrap_key_data(key_data), 0)
         raw: dict[str, Any] = next(self.train.batches(iter([(0, ids)])))
         beyond = int(ids.max()) + 1  # no more than needed goes to that device
-        resident = {name: array[:beyond] for name, array in self.train.resident().items()}
-        batch = self._prepare(raw, resident, key)
+        device_data = {name: array[:beyond] for name, array in self.train.device_data().items()}
+        batch = self._augment_fn(raw, device_data, key)
         return [np.asarray(view) for view in batch["views"]]
 
     def _neighbours(self, train: np.ndarray, test: np.ndarray) -> dict[str, np.ndarray]:
@@ -324,9 +324,9 @@ class Evaluator:
         assert self.test is not None
         queries = np.linspace(0, len(test) - 1, min(_PICTURES, len(test))).astype(np.int32)
         similarity, index = nearest_neighbours(train, test[queries], k=_NEIGHBOURS)
-        images = self.train.clean(index.reshape(-1))
+        images = self.train.eval_transform(index.reshape(-1))
         pictures = {
-            "neighbours_query": self.test.clean(queries),
+            "neighbours_query": self.test.eval_transform(queries),
             "neighbours": images.reshape(*index.shape, *images.shape[1:]),
             "neighbour_similarity": similarity,
         }
@@ -354,9 +354,9 @@ class Evaluator:
         counted = {"failures_count": np.array(len(wrong)), "failures_asked": np.array(len(asked))}
         if not len(shown):
             return counted
-        images = thumbnails(self.train.clean(index[shown].reshape(-1)), _SIDE)
+        images = thumbnails(self.train.eval_transform(index[shown].reshape(-1)), _SIDE)
         return counted | {
-            "failures_query": thumbnails(self.test.clean(asked[shown]), _SIDE),
+            "failures_query": thumbnails(self.test.eval_transform(asked[shown]), _SIDE),
             "failures_neighbours": images.reshape(*index[shown].shape, *images.shape[1:]),
             "failures_similarity": similarity[shown],
             "failures_query_label": self.test.labels[asked[shown]],
@@ -374,8 +374,8 @@ class Evaluator:
         others[others.all(axis=1), -1] = False  # it has copies that came before it
         found = {
             "map_index": index,
-            "map_images": thumbnails(self.test.clean(index), _MAP_SIDE),
-            "map_positions": lay_out(test[index]),
+            "map_images": thumbnails(self.test.eval_transform(index), _MAP_SIDE),
+            "map_positions": tsne(test[index]),
             "map_neighbour": near[others].reshape(len(index), -1),
             "map_similarity": similarity[others].reshape(len(index), -1),
         }
@@ -396,7 +396,7 @@ class Evaluator:
             record = {
                 "rows": rows,
                 "step": step,
-                "draws": self.config.eval.draws,
+                "trials": self.config.eval.trials,
                 "test_examples": self.test.num_examples,
                 "split": f"{self.train.num_examples} training images with their labels",
             }
@@ -450,7 +450,7 @@ def evaluated_variables(state: Any, projector_layer: int = 0) -> Pytree:
 def _variables(state: Any, names: tuple[str, ...]) -> Pytree:
     return {
         "params": {name: state.params[name] for name in names},
-        "batch_stats": {name: state.extra["batch_stats"][name] for name in names},
+        "batch_stats": {name: state.method_state["batch_stats"][name] for name in names},
     }
 
 

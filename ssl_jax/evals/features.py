@@ -44,7 +44,7 @@ def extract_features(
     count = min(first or source.num_examples, source.num_examples)
     kept_features = np.empty((0, 0), np.float32)
     for number, (ids, kept) in enumerate(padded_batches(count, batch_size)):
-        features = encode(variables, place(source.clean(ids[rows])))
+        features = encode(variables, place(source.eval_transform(ids[rows])))
         if number == 0:
             kept_features = np.empty((count if keep else 0, features.shape[1]), np.float32)
         if keep:

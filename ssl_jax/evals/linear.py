@@ -46,13 +46,13 @@ def few_label_accuracies(
     test_labels: Int[np.ndarray, " m"],
     *,
     labels_per_class: int,
-    draws: int,
+    trials: int,
     seed: int = 0,
-) -> Float[np.ndarray, " draws"]:
+) -> Float[np.ndarray, " trials"]:
     """Accuracy of linear probes that see only a few labels of each class.
 
-    The draws depend on the labels and the seed alone, so different features of the same images are
-    compared on the same draws: differences are paired.
+    The trials depend on the labels and the seed alone, so different features of the same images are
+    compared on the same trials: differences are paired.
 
     Args:
       train_features: [n, d].
@@ -60,15 +60,15 @@ def few_label_accuracies(
       test_features: [m, d].
       test_labels: [m].
       labels_per_class: how many training labels of each class are seen.
-      draws: how many times they are drawn.
-      seed: of the draws.
+      trials: how many times they are drawn.
+      seed: of the trials.
 
     Returns:
       Accuracy on the test features of each draw, in [0, 1].
     """
     generator = np.random.default_rng([seed, labels_per_class])
     accuracies = []
-    for _ in range(draws):
+    for _ in range(trials):
         seen = np.concatenate(
             [
                 generator.choice(np.flatnonzero(train_labels == c), labels_per_class, replace=False)

@@ -15,7 +15,7 @@ def classification_metrics(
     scores: Real[np.ndarray, "n c"],
     labels: Int[np.ndarray, " n"],
     *,
-    draws: int = 1000,
+    resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Top-1, top-5, mean per class, calibration and confusion, with bootstrap intervals.
@@ -28,8 +28,8 @@ def classification_metrics(
     Args:
       scores: logits of the classes.
       labels: in 0 … c-1.
-      draws: of the test images with replacement; 0: no intervals.
-      seed: of the draws.
+      resamples: of the test images with replacement; 0: no intervals.
+      seed: of the resamples.
 
     Returns:
       "top1", "top5" (of more than five classes), "mean_per_class" over the classes that
@@ -56,12 +56,12 @@ def classification_metrics(
     if classes > 5:
         each["top5"] = ahead < 5
     bins = np.minimum((confident * _BINS).astype(int), _BINS - 1)
-    # By image: in how many draws it is; the rest is sums.
+    # By image: in how many resamples it is; the rest is sums.
     rng = np.random.default_rng(seed)
-    everyone = np.full(len(labels), 1 / len(labels))
-    counts = rng.multinomial(len(labels), everyone, size=draws)
+    uniform = np.full(len(labels), 1 / len(labels))
+    counts = rng.multinomial(len(labels), uniform, size=resamples)
     weights = np.concatenate([np.ones((1, len(labels)), counts.dtype), counts])
-    measured = {name: weights @ right / len(labels) for name, right in each.items()}
+    measured = {name: weights @ correct / len(labels) for name, correct in each.items()}
     measured["mean_per_class"] = _mean_per_class(weights, each["top1"], labels, classes)
     measured["calibration_error"] = _calibration(weights, each["top1"], confident, bins)
     confusion = np.zeros((classes, classes), int)
@@ -96,21 +96,21 @@ def _ahead(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _mean_per_class(
-    weights: np.ndarray, right: np.ndarray, labels: np.ndarray, classes: int
+    weights: np.ndarray, correct: np.ndarray, labels: np.ndarray, classes: int
 ) -> np.ndarray:
     """Of each draw, over the classes that occur in it."""
     of_class = np.eye(classes)[labels]
-    there, rights = weights @ of_class, (weights * right) @ of_class
+    there, rights = weights @ of_class, (weights * correct) @ of_class
     shares = np.divide(rights, there, out=np.zeros_like(rights), where=there > 0)
     mean: np.ndarray = shares.sum(axis=1) / (there > 0).sum(axis=1)
     return mean
 
 
 def _calibration(
-    weights: np.ndarray, right: np.ndarray, confident: np.ndarray, bins: np.ndarray
+    weights: np.ndarray, correct: np.ndarray, confident: np.ndarray, bins: np.ndarray
 ) -> np.ndarray:
     in_bin = np.eye(_BINS)[bins]
-    gap = np.abs((weights * (right - confident)) @ in_bin)
+    gap = np.abs((weights * (correct - confident)) @ in_bin)
     error: np.ndarray = gap.sum(axis=1) / weights.sum(axis=1)
     return error
 

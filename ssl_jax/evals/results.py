@@ -40,15 +40,15 @@ def read_result(workdir: Path, name: str) -> dict[str, Any] | None:
 
 def read_results(workdir: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """All results of a run, by name, and the names of files that are none."""
-    found, damaged = [], []
+    found, corrupt = [], []
     # A name with a dot before it is one that a killed process was writing.
     for file in sorted((workdir / "evals").glob("[!.]*.json")):
         record = read_result(workdir, file.stem)
         if record is None:
-            damaged.append(file.name)
+            corrupt.append(file.name)
         else:
             found.append(record)
-    return found, damaged
+    return found, corrupt
 
 
 def result_line(record: dict[str, Any]) -> str:

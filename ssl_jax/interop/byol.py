@@ -9,8 +9,8 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from ssl_jax.errors import UserError
+from ssl_jax.interop.infer_architecture import Found
 from ssl_jax.interop.pickled import Inert
-from ssl_jax.interop.recognised import Found
 from ssl_jax.interop.weights import Pytree
 
 _HAIKU = re.compile(

@@ -13,8 +13,8 @@ from ssl_jax.errors import UserError
 from ssl_jax.evals.intervals import mean_interval
 from ssl_jax.evals.metrics import interval_text
 from ssl_jax.evals.results import read_results
-from ssl_jax.interop.described import is_torchvisions, preprocessing
 from ssl_jax.interop.encoder import results_folder
+from ssl_jax.interop.metadata import is_torchvisions, preprocessing
 from ssl_jax.interop.weights import Weights
 from ssl_jax.methods.base import make_encoder
 from ssl_jax.run.folder import read_record
@@ -155,8 +155,8 @@ def _training(path: str | Path, weights: Weights) -> Iterator[str]:
         f"{optim.warmup_epochs:g} epochs of warmup, weight decay {optim.weight_decay:g}, "
         f"{config.dtype}."
     )
-    if config.start.path:
-        yield f"- Started from the weights of {Path(config.start.path).name}."
+    if config.init_from.path:
+        yield f"- Started from the weights of {Path(config.init_from.path).name}."
     if config.method == "distill":
         yield f"- Taught by {Path(config.distill.teacher).name}, which was trained with labels."
     record = _record(path)
@@ -268,7 +268,7 @@ def _frozen(rows: list[dict[str, Any]], images: int) -> Iterator[str]:
     for row in rows:
         few = []
         for key in counts:
-            mean, half = mean_interval(100 * np.array(row[key]["draws"]))
+            mean, half = mean_interval(100 * np.array(row[key]["trials"]))
             few.append(f"{mean:.1f} ± {half:.1f}")
         rest = []
         for key in ("linear", "knn"):

@@ -173,7 +173,7 @@ def run_weights(path: str | Path, step: int | None = None) -> Weights:
       UserError: no run there, no checkpoint yet, or none of that step.
     """
     state = restore_state(path, step)
-    stats = {k: v for k, v in state.extra["batch_stats"].items() if k in state.params}
+    stats = {k: v for k, v in state.method_state["batch_stats"].items() if k in state.params}
     return Weights(read_config(Path(path)), state.params, stats, int(state.step))
 
 

@@ -16,10 +16,10 @@ from ssl_jax.config import flat_views, from_json, to_json
 from ssl_jax.errors import UserError
 from ssl_jax.files import asked_for
 from ssl_jax.interop.card import model_card
-from ssl_jax.interop.described import architecture, is_torchvisions, preprocessing
 from ssl_jax.interop.encoder import Encoder, load, weights_at
+from ssl_jax.interop.metadata import architecture, is_torchvisions, preprocessing
 from ssl_jax.interop.torch_names import to_torch
-from ssl_jax.interop.weights import Weights, save, travelling, write_weights
+from ssl_jax.interop.weights import Weights, portable_config, save, write_weights
 from ssl_jax.methods.base import make_encoder
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -72,7 +72,7 @@ def _write_torch(weights: Weights, file: Path) -> None:
         "format": "pt",
         "model": json.dumps(architecture(config)),
         "preprocessing": json.dumps(preprocessing(config)),
-        "ssl_jax_config": json.dumps(travelling(config)),
+        "ssl_jax_config": json.dumps(portable_config(config)),
     }
     save(state, file, header)
 
@@ -96,7 +96,7 @@ def _loader(folder: Path) -> Path:
 
 
 def export_tree(path: str | Path, file: str | Path, *, step: int | None = None) -> None:
-    """Writes all networks of a run in a file that `ssl_jax.load` and `config.start.path` take.
+    """Writes all networks of a run in a file that `ssl_jax.load` and `config.init_from.path` take.
 
     Args:
       path: a run's workdir, or a file of weights of another code.

@@ -15,7 +15,7 @@ from ssl_jax.step import TrainState
 _MODEL = ("depth", "width", "sk", "stem", "padding")
 
 
-def resolve_start(config: ConfigDict) -> None:
+def resolve_initial_weights(config: ConfigDict) -> None:
     """Fills in what the runs say from which the config takes weights.
 
     Args:
@@ -24,24 +24,25 @@ def resolve_start(config: ConfigDict) -> None:
     Raises:
       UserError: no run there, or one that can't be started from or learnt from.
     """
-    if config.start.path:
+    if config.init_from.path:
         _resolve_encoder(config)
     if config.method == "distill" and config.distill.teacher:
         _resolve_teacher(config)
 
 
 def _resolve_encoder(config: ConfigDict) -> None:
-    source = config_at(_path(config.start.path))
+    source = config_at(_path(config.init_from.path))
     for name in _MODEL:
         if config.model[name] != source.model[name]:
             raise UserError(
                 f"config.model.{name} is {config.model[name]!r}, but the encoder in "
-                f"{config.start.path} (config.start.path) has {source.model[name]!r}: set it so."
+                f"{config.init_from.path} (config.init_from.path) has "
+                f"{source.model[name]!r}: set it so."
             )
-    if config.start.heads and source.method != config.method:
+    if config.init_from.heads and source.method != config.method:
         raise UserError(
-            f"config.start.heads is on, but {config.start.path} is of '{source.method}': its heads "
-            f"are no heads of '{config.method}'; set it to false."
+            f"config.init_from.heads is on, but {config.init_from.path} is of '{source.method}': its "
+            f"heads are no heads of '{config.method}'; set it to false."
         )
     options = config.supervised
     if config.method != "supervised" or not options.projector_layer:
@@ -54,13 +55,13 @@ def _resolve_encoder(config: ConfigDict) -> None:
         if source.method != "simclr":
             raise UserError(
                 f"config.supervised.projector_layer is {options.projector_layer}, but "
-                f"{config.start.path} is a run of '{source.method}': only SimCLR's projectors are "
-                "kept; use 0."
+                f"{config.init_from.path} is a run of '{source.method}': only SimCLR's projectors "
+                "are kept; use 0."
             )
     if options.projector_layer > layers:
         raise UserError(
             f"config.supervised.projector_layer is {options.projector_layer}, but the projector in "
-            f"{config.start.path} has {layers} hidden layers: use 0 to {layers}."
+            f"{config.init_from.path} has {layers} hidden layers: use 0 to {layers}."
         )
     options.projector_hidden = hidden or make_encoder(source).num_features
 
@@ -83,7 +84,7 @@ def _resolve_teacher(config: ConfigDict) -> None:
         )
 
 
-def started(state: TrainState, config: ConfigDict) -> TrainState:
+def load_initial_weights(state: TrainState, config: ConfigDict) -> TrainState:
     """The state of a run before its first step, with the weights that come from elsewhere.
 
     Args:
@@ -96,40 +97,42 @@ def started(state: TrainState, config: ConfigDict) -> TrainState:
     Raises:
       UserError: a run without a checkpoint, or of other shapes.
     """
-    params, extra = dict(state.params), dict(state.extra)
-    if config.start.path:
-        source = weights_at(_path(config.start.path), config.start.step or None)
-        stats = dict(extra["batch_stats"])
+    params, method_state = dict(state.params), dict(state.method_state)
+    if config.init_from.path:
+        source = weights_at(_path(config.init_from.path), config.init_from.step or None)
+        stats = dict(method_state["batch_stats"])
         for name in _names(config, params):
             if name not in source.params:
-                raise UserError(f"{config.start.path} (config.start.path) has no {name} to start.")
-            params[name] = _taken(params[name], source.params[name], name)
+                raise UserError(
+                    f"{config.init_from.path} (config.init_from.path) has no {name} to start."
+                )
+            params[name] = _copy_params(params[name], source.params[name], name)
             if name in stats:
-                stats[name] = _taken(stats[name], source.batch_stats.get(name, {}), name)
-            if name in extra.get("target", {}):
+                stats[name] = _copy_params(stats[name], source.batch_stats.get(name, {}), name)
+            if name in method_state.get("target", {}):
                 # A copy of its own: the state is donated, each array once.
                 copied = jax.tree.map(lambda x: x.copy(), params[name])
-                extra["target"] = {**extra["target"], name: copied}
-        extra["batch_stats"] = stats
-    if "teacher" in extra:
+                method_state["target"] = {**method_state["target"], name: copied}
+        method_state["batch_stats"] = stats
+    if "teacher" in method_state:
         source = weights_at(_path(config.distill.teacher), config.distill.step or None)
         stats = source.batch_stats
-        extra["teacher"] = {
-            "params": _taken(extra["teacher"]["params"], source.params, "teacher"),
-            "batch_stats": _taken(extra["teacher"]["batch_stats"], stats, "teacher"),
+        method_state["teacher"] = {
+            "params": _copy_params(method_state["teacher"]["params"], source.params, "teacher"),
+            "batch_stats": _copy_params(method_state["teacher"]["batch_stats"], stats, "teacher"),
         }
-    return state.replace(params=params, extra=extra)
+    return state.replace(params=params, method_state=method_state)
 
 
 def _names(config: ConfigDict, params: Any) -> list[str]:
     """The networks that come from elsewhere."""
-    if config.start.heads:
+    if config.init_from.heads:
         return list(params)
     kept = ("encoder", "projector") if config.method == "supervised" else ("encoder",)
     return [name for name in kept if name in params]
 
 
-def _taken(drawn: Any, source: Any, name: str) -> Any:
+def _copy_params(drawn: Any, source: Any, name: str) -> Any:
     """The source's leaves in the places of the drawn ones."""
     if not isinstance(drawn, dict):
         if drawn.shape != source.shape:
@@ -141,7 +144,7 @@ def _taken(drawn: Any, source: Any, name: str) -> Any:
     missing = sorted(set(drawn) - set(source))
     if missing:
         raise UserError(f"The run that the {name} comes from has no {missing[0]}: it can't start.")
-    return {key: _taken(drawn[key], source[key], name) for key in drawn}
+    return {key: _copy_params(drawn[key], source[key], name) for key in drawn}
 
 
 def _path(text: str) -> Path:

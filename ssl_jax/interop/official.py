@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 from ssl_jax.config import did_you_mean
 from ssl_jax.errors import UserError
 from ssl_jax.interop.byol import read_byol
+from ssl_jax.interop.infer_architecture import Found, require_whole, weights_of
 from ssl_jax.interop.pickled import may_be_pickled, read_pickle, read_torch
-from ssl_jax.interop.recognised import Found, require_whole, weights_of
 from ssl_jax.interop.simclr import checkpoint_prefix, read_checkpoint, read_simclr
 from ssl_jax.interop.torch_names import from_torch, from_torch_layout, sequential
 from ssl_jax.interop.weights import FORMAT, Weights, own, own_config, read_header, read_safetensors

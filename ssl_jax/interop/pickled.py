@@ -299,7 +299,7 @@ def read_pickle(file: Path) -> Any:
     """What is in a pickle, with arrays and containers as they are and all else inert.
 
     Raises:
-      UserError: it is no pickle, or damaged.
+      UserError: it is no pickle, or corrupt.
     """
     return _reading(file, lambda opened: _arrays(_Unpickler(opened, {}).load(), {}))
 
@@ -314,7 +314,7 @@ def read_torch(file: Path) -> Any:
       Dicts, lists and tuples of arrays and plain values.
 
     Raises:
-      UserError: it is no such file, or damaged.
+      UserError: it is no such file, or corrupt.
     """
     read = _from_zip if zipfile.is_zipfile(file) else _from_legacy
     return _reading(file, lambda opened: _arrays(read(opened), {}))

@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from ssl_jax.errors import UserError, first_line
-from ssl_jax.interop.recognised import Found
+from ssl_jax.interop.infer_architecture import Found
 from ssl_jax.models.resnet import STAGES
 
 Arrays = Mapping[str, np.ndarray]
@@ -66,7 +66,7 @@ def read_checkpoint(prefix: Path) -> dict[str, np.ndarray]:
             names = {name: name for name in shapes if not name.endswith("Momentum")}
         found = {name: np.asarray(reader.get_tensor(key)) for name, key in names.items()}
         return {name: value for name, value in found.items() if value.dtype.kind not in "OS"}
-    except Exception as error:  # TensorFlow's, protobuf's, and of a damaged graph of objects
+    except Exception as error:  # TensorFlow's, protobuf's, and of a corrupt graph of objects
         told = first_line(error)[:200]
         raise UserError(f"{prefix} can't be read ({told}): fetch its files anew.") from error
 

@@ -48,7 +48,7 @@ class Weights:
 
 
 def write_weights(weights: Weights, file: str | Path) -> None:
-    """Writes a file that `ssl_jax.load` and `config.start.path` take.
+    """Writes a file that `ssl_jax.load` and `config.init_from.path` take.
 
     Args:
       weights: to write.
@@ -60,14 +60,14 @@ def write_weights(weights: Weights, file: str | Path) -> None:
     tree = {"params": weights.params, "batch_stats": weights.batch_stats}
     header = {
         "ssl_jax": FORMAT,
-        "config": json.dumps(travelling(weights.config)),
+        "config": json.dumps(portable_config(weights.config)),
         "step": str(weights.step),
         "source": weights.source,
     }
     save(flatten_dict(tree, sep="/"), file, header)
 
 
-def travelling(config: ConfigDict) -> dict[str, Any]:
+def portable_config(config: ConfigDict) -> dict[str, Any]:
     """A run's config as it goes along with its weights: others log to places of their own."""
     return {**to_json(config), "wandb": ""}
 
@@ -101,7 +101,7 @@ def read_safetensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
     """Arrays by name and the header's text.
 
     Raises:
-      UserError: it is no such file, or damaged.
+      UserError: it is no such file, or corrupt.
     """
     with _opened(file) as opened:
         arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -112,7 +112,7 @@ def read_header(file: Path) -> dict[str, str]:
     """The header's text alone.
 
     Raises:
-      UserError: it is no such file, or damaged.
+      UserError: it is no such file, or corrupt.
     """
     with _opened(file) as opened:
         return dict(opened.metadata() or {})
@@ -131,7 +131,7 @@ def own(file: Path, arrays: Mapping[str, np.ndarray], header: Mapping[str, str])
     """The weights in a file that `write_weights` wrote.
 
     Raises:
-      UserError: it is of another version, or damaged.
+      UserError: it is of another version, or corrupt.
     """
     config = own_config(file, header)
     try:
@@ -142,14 +142,14 @@ def own(file: Path, arrays: Mapping[str, np.ndarray], header: Mapping[str, str])
             raise ValueError("an array stands where a network should")
         return Weights(config, params, stats, step, source)
     except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({error}): export it anew.") from error
+        raise UserError(f"{file} is corrupt ({error}): export it anew.") from error
 
 
 def own_config(file: Path, header: Mapping[str, str]) -> ConfigDict:
     """The config in its header.
 
     Raises:
-      UserError: it is of another version, or damaged.
+      UserError: it is of another version, or corrupt.
     """
     if header["ssl_jax"] != FORMAT:
         raise UserError(
@@ -159,4 +159,4 @@ def own_config(file: Path, header: Mapping[str, str]) -> ConfigDict:
     try:
         return from_json(json.loads(header["config"]))
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} is damaged ({error}): export it anew.") from error
+        raise UserError(f"{file} is corrupt ({error}): export it anew.") from error

@@ -3,12 +3,12 @@
 A method is five pure functions over pytrees, written for one device's share of the batch; one train
 step serves all. Conventions that the rest of the package relies on:
 
-* `params["encoder"]` and `extra["batch_stats"]["encoder"]` are the network that is evaluated.
+* `params["encoder"]` and `state["batch_stats"]["encoder"]` are the network that is evaluated.
 * every leaf of `outputs` has this device's examples on axis 0, and `outputs["embedding"]` [n, D]
   holds the encoder's features of the first view.
 * outputs are floats. With `config.microbatch`, `forward` sees a part of the device's examples at a
   time, always with the same `rng`, and `loss` gets a batch of ids and labels without views.
-* `stats` is the new `extra["batch_stats"]` and nothing else; nothing else in `extra` changes before
+* `stats` is the new `state["batch_stats"]` and nothing else; nothing else in `state` changes before
   `update`.
 * `loss` returns the mean over the global batch on every device (the pmean of local means); its
   gradient is this device's share, and the step averages parameters' gradients once.
@@ -65,34 +65,34 @@ class Method:
         self.encoder = make_encoder(config, axis_name, groups)
 
     def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
-        """Initial parameters and extra state.
+        """Initial parameters and state.
 
         Args:
           rng: a key, the same on every device.
           batch: any batch with the shapes of training, on one device.
 
         Returns:
-          `params`, `extra`; `extra["batch_stats"]` mirrors the modules of `params`.
+          `params`, `state`; `state["batch_stats"]` mirrors the modules of `params`.
         """
         raise NotImplementedError
 
     def forward(
-        self, params: Pytree, extra: Pytree, batch: Batch, rng: Array
+        self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
         """Encodes this device's (or microbatch's) examples; returns `outputs`, `stats`."""
         raise NotImplementedError
 
     def loss(
-        self, params: Pytree, outputs: dict[str, Array], extra: Pytree, batch: Batch, step: Array
+        self, params: Pytree, outputs: dict[str, Array], state: Pytree, batch: Batch, step: Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """The global loss, sees all devices through `axis_name`; returns it and scalars to log."""
         raise NotImplementedError
 
     def update(
-        self, params: Pytree, outputs: dict[str, Array], extra: Pytree, step: Array
+        self, params: Pytree, outputs: dict[str, Array], state: Pytree, step: Array
     ) -> tuple[Pytree, Pytree]:
-        """After the optimiser: moves targets, fills queues. Returns `params`, `extra`."""
-        return params, extra
+        """After the optimiser: moves targets, fills queues. Returns `params`, `state`."""
+        return params, state
 
     def param_groups(self, params: Pytree) -> Pytree:
         """The optimiser's label of each leaf of `params`; see `optim.make_optimizer`."""

@@ -41,19 +41,19 @@ class BYOL(Method):
         return params, {"batch_stats": {**stats, "target": target_stats}, "target": target}
 
     def forward(
-        self, params: Pytree, extra: Pytree, batch: Batch, rng: Array
+        self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
         """Each view on its own: `prediction` and `target` [n, 2, d].
 
         The running statistics move twice a step; the target runs in train mode, too.
         """
-        stats = dict(extra["batch_stats"])
+        stats = dict(state["batch_stats"])
         target_stats = stats.pop("target")
         predictions, targets, features = [], [], []
         for view in batch["views"]:
             (h, _, p), stats = apply_networks(self.networks, params, stats, view)
             (_, z), target_stats = apply_networks(
-                self.target_networks, extra["target"], target_stats, view
+                self.target_networks, state["target"], target_stats, view
             )
             features.append(h)
             predictions.append(p)
@@ -66,25 +66,25 @@ class BYOL(Method):
         return outputs, {**stats, "target": target_stats}
 
     def loss(
-        self, params: Pytree, outputs: dict[str, Array], extra: Pytree, batch: Batch, step: Array
+        self, params: Pytree, outputs: dict[str, Array], state: Pytree, batch: Batch, step: Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """The sum of both directions' squared distances, each 2 - 2 cos, times `loss_scale`."""
         p, z = outputs["prediction"], outputs["target"]
         loss = losses.normalized_mse(p[:, 0], z[:, 1]) + losses.normalized_mse(p[:, 1], z[:, 0])
         loss = self.config.byol.loss_scale * self.mean(loss)
-        return loss, {"target_decay": self.decay(step)}
+        return loss, {"ema_decay": self.ema_decay(step)}
 
     def update(
-        self, params: Pytree, outputs: dict[str, Array], extra: Pytree, step: Array
+        self, params: Pytree, outputs: dict[str, Array], state: Pytree, step: Array
     ) -> tuple[Pytree, Pytree]:
         """Moves the target's parameters, not its statistics."""
         online = {name: params[name] for name in self.target_networks}
-        target = ema.update(extra["target"], online, self.decay(step))
-        return params, {**extra, "target": target}
+        target = ema.update(state["target"], online, self.ema_decay(step))
+        return params, {**state, "target": target}
 
-    def decay(self, step: Array) -> Float[Array, ""]:
-        """The target's decay, a cosine from `momentum` to `momentum_end`."""
+    def ema_decay(self, step: Array) -> Float[Array, ""]:
+        """The target's decay, a cosine from `momentum` to `ema_decay_end`."""
         options = self.config.byol
         return ema.cosine_decay(
-            options.momentum, step, self.schedule.total_steps, end=options.momentum_end
+            options.ema_decay, step, self.schedule.total_steps, end=options.ema_decay_end
         )

@@ -24,7 +24,7 @@ from ssl_jax.models import ResNet
 
 
 class Distill(Method):
-    """A student, and in `extra` the teacher, which stays as it is and runs in evaluation mode."""
+    """A student, and in `state` the teacher, which stays as it is and runs in evaluation mode."""
 
     classifies = True
 
@@ -61,25 +61,25 @@ class Distill(Method):
         return params, {"batch_stats": stats, "teacher": opinion}
 
     def forward(
-        self, params: Pytree, extra: Pytree, batch: Batch, rng: Array
+        self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
         """Each view on its own, to both: `logits` and `teacher` [n, V, classes]."""
-        stats, features, logits, opinions = extra["batch_stats"], [], [], []
-        weights = extra["teacher"]["params"], extra["teacher"]["batch_stats"]
+        stats, features, logits, teacher_logits_per_view = state["batch_stats"], [], [], []
+        weights = state["teacher"]["params"], state["teacher"]["batch_stats"]
         for view in batch["views"]:
             (h, out), stats = apply_networks(self.networks, params, stats, view)
             features.append(h)
             logits.append(out)
             opinion = evaluate_networks(self.teacher, *weights, view, self.teacher)[-1]
-            opinions.append(jax.lax.stop_gradient(opinion))
+            teacher_logits_per_view.append(jax.lax.stop_gradient(opinion))
         return {
             "embedding": features[0],
             "logits": jnp.stack(logits, axis=1),
-            "teacher": jnp.stack(opinions, axis=1),
+            "teacher": jnp.stack(teacher_logits_per_view, axis=1),
         }, stats
 
     def loss(
-        self, params: Pytree, outputs: dict[str, Array], extra: Pytree, batch: Batch, step: Array
+        self, params: Pytree, outputs: dict[str, Array], state: Pytree, batch: Batch, step: Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """Cross-entropy with the teacher's softened opinion, and, of its share, with the labels."""
         options = self.config.distill
@@ -91,9 +91,9 @@ class Distill(Method):
         logs = {"distillation": self.mean(distilled), "agreement": self.mean(jnp.mean(agree))}
         if not options.labels:
             return self.mean(distilled), logs
-        labelled, right = cross_entropy(outputs["logits"], batch["label"])
+        labelled, correct = cross_entropy(outputs["logits"], batch["label"])
         loss = (1 - options.labels) * distilled + options.labels * labelled
-        return self.mean(loss), {**logs, "train_accuracy": self.mean(right)}
+        return self.mean(loss), {**logs, "train_accuracy": self.mean(correct)}
 
     def param_groups(self, params: Pytree) -> Pytree:
         """As for a supervised classifier."""

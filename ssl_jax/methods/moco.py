@@ -2,9 +2,9 @@
 
 A query encoder is trained to tell the key of its own image from a queue of keys of earlier batches.
 Keys come from a slow average of the query encoder. Where BatchNorm is per device
-(`config.model.bn_group=1`, the official recipe) a query and its key would share the statistics of
-one batch, and the network could tell them by those; so key images change devices before they are
-encoded, and their keys come back.
+(`config.model.bn_group_size=1`, the official recipe) a query and its key would share the
+statistics of one batch, and the network could tell them by those; so key images change devices
+before they are encoded, and their keys come back.
 """
 
 import math
@@ -22,7 +22,7 @@ from ssl_jax.methods.base import Batch, Method, Pytree, apply_networks, init_net
 
 
 class MoCo(Method):
-    """MoCo: encoder, projector, their momentum copies (`extra["target"]`), a queue."""
+    """MoCo: encoder, projector, their momentum copies (`state["target"]`), a queue."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -60,11 +60,11 @@ class MoCo(Method):
         }
 
     def forward(
-        self, params: Pytree, extra: Pytree, batch: Batch, rng: Array
+        self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
         """`query` and `key` [n, 1 or 2, d], unit keys: view 1 asks for view 2, and the reverse."""
         pairs = [(0, 1), (1, 0)] if self.config.moco.symmetric else [(0, 1)]
-        stats = dict(extra["batch_stats"])
+        stats = dict(state["batch_stats"])
         target_stats = stats.pop("target")
         queries, keys, embeddings = [], [], []
         for number, (asking, answering) in enumerate(pairs):
@@ -76,7 +76,7 @@ class MoCo(Method):
                 batch["views"][answering], jax.random.fold_in(rng, number)
             )
             (_, key), target_stats = apply_networks(
-                self.networks, extra["target"], target_stats, images
+                self.networks, state["target"], target_stats, images
             )
             queries.append(query)
             keys.append(losses.normalize(jax.lax.stop_gradient(unshuffle(key))))
@@ -88,22 +88,22 @@ class MoCo(Method):
         return outputs, {**stats, "target": target_stats}
 
     def loss(
-        self, params: Pytree, outputs: dict[str, Array], extra: Pytree, batch: Batch, step: Array
+        self, params: Pytree, outputs: dict[str, Array], state: Pytree, batch: Batch, step: Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """InfoNCE against the queue as it was before this batch."""
         temperature = self.config.moco.temperature
-        terms, right = [], []
+        terms, correct = [], []
         for i in range(outputs["query"].shape[1]):
             query, key = outputs["query"][:, i], outputs["key"][:, i]
-            queue = extra["queue"][i]
+            queue = state["queue"][i]
             terms.append(losses.info_nce(query, key, queue, temperature=temperature))
-            right.append(contrastive_accuracy(query, key, queue, among=False))
+            correct.append(contrastive_accuracy(query, key, queue, among=False))
         loss = self.mean(jnp.mean(jnp.stack(terms)))
-        accuracy = self.mean(jnp.mean(jnp.stack(right)))
-        return loss, {"contrastive_accuracy": accuracy, "target_decay": self.momentum(step)}
+        accuracy = self.mean(jnp.mean(jnp.stack(correct)))
+        return loss, {"contrastive_accuracy": accuracy, "ema_decay": self.ema_decay(step)}
 
     def update(
-        self, params: Pytree, outputs: dict[str, Array], extra: Pytree, step: Array
+        self, params: Pytree, outputs: dict[str, Array], state: Pytree, step: Array
     ) -> tuple[Pytree, Pytree]:
         """Enqueues the global keys, moves the key encoder.
 
@@ -113,16 +113,16 @@ class MoCo(Method):
         options = self.config.moco
         keys = self.gather(outputs["key"]).swapaxes(0, 1)  # [views, batch, d]
         start = step % (options.queue // keys.shape[1]) * keys.shape[1]
-        queue = jax.lax.dynamic_update_slice_in_dim(extra["queue"], keys, start, axis=1)
-        decay = self.momentum(step)
-        target = ema.update(extra["target"], params, decay)
-        return params, {**extra, "queue": queue, "target": target}
+        queue = jax.lax.dynamic_update_slice_in_dim(state["queue"], keys, start, axis=1)
+        decay = self.ema_decay(step)
+        target = ema.update(state["target"], params, decay)
+        return params, {**state, "queue": queue, "target": target}
 
-    def momentum(self, step: Array) -> Float[Array, ""]:
-        """The key encoder's decay: constant, or a cosine from `momentum` to `momentum_end`."""
+    def ema_decay(self, step: Array) -> Float[Array, ""]:
+        """The key encoder's decay: constant, or a cosine from `momentum` to `ema_decay_end`."""
         options = self.config.moco
         return ema.cosine_decay(
-            options.momentum, step, self.schedule.total_steps, end=options.momentum_end
+            options.ema_decay, step, self.schedule.total_steps, end=options.ema_decay_end
         )
 
     def shuffle(
@@ -147,14 +147,15 @@ class MoCo(Method):
         n = images.shape[0]
         devices = 1 if self.axis_name is None else jax.lax.axis_size(self.axis_name)
         group = math.gcd(n, devices)
-        own_statistics = 0 < self.config.model.bn_group < devices
+        own_statistics = 0 < self.config.model.bn_group_size < devices
         if not self.config.moco.shuffle:
             return images, lambda x: x
         if group == 1 and own_statistics:
             raise UserError(
                 f"A device encodes {n} images at a time, which {devices} devices can't exchange, "
                 "and BatchNorm would tell a key by its batch: make config.batch_size (or "
-                f"config.microbatch) a multiple of {2 * devices}, or set config.model.bn_group=0."
+                f"config.microbatch) a multiple of {2 * devices}, or set "
+                "config.model.bn_group_size=0."
             )
         if group == 1:
             return images, lambda x: x

@@ -27,16 +27,16 @@ from ssl_jax.methods.base import (
 
 
 class SimCLR(Method):
-    """SimCLR: encoder, projector, NT-Xent; with a memory, `extra` has a `target` and a `queue`."""
+    """SimCLR: encoder, projector, NT-Xent; with a memory, `state` has a `target` and a `queue`."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.require_two_views()
         options = self.config.simclr
-        if options.memory % (2 * self.config.batch_size):
+        if options.memory_bank % (2 * self.config.batch_size):
             raise UserError(
-                f"config.simclr.memory is {options.memory}: it must be 0 or a multiple of twice "
-                f"config.batch_size, {2 * self.config.batch_size}."
+                f"config.simclr.memory_bank is {options.memory_bank}: it must be 0 or a multiple of "
+                f"twice config.batch_size, {2 * self.config.batch_size}."
             )
         self.width = options.out if options.layers else self.encoder.num_features
         projector = self.head(
@@ -54,9 +54,9 @@ class SimCLR(Method):
         rng_networks, rng_memory = jax.random.split(rng)
         params, stats = init_networks(self.networks, rng_networks, batch["views"][0])
         options = self.config.simclr
-        if not options.memory:
+        if not options.memory_bank:
             return params, {"batch_stats": stats}
-        queue = losses.normalize(jax.random.normal(rng_memory, (options.memory, self.width)))
+        queue = losses.normalize(jax.random.normal(rng_memory, (options.memory_bank, self.width)))
         return params, {
             "batch_stats": {**stats, "target": jax.tree.map(jnp.copy, stats)},
             "target": jax.tree.map(jnp.copy, params),
@@ -64,23 +64,23 @@ class SimCLR(Method):
         }
 
     def forward(
-        self, params: Pytree, extra: Pytree, batch: Batch, rng: Array
+        self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
         """Both views together through encoder and projector: `projection` [n, 2, d]."""
-        images, stats = jnp.concatenate(batch["views"]), dict(extra["batch_stats"])
+        images, stats = jnp.concatenate(batch["views"]), dict(state["batch_stats"])
         target_stats = stats.pop("target", None)
         (features, z), stats = apply_networks(self.networks, params, stats, images)
         outputs = {"embedding": jnp.split(features, 2)[0], "projection": stack_views(z, 2)}
         if target_stats is None:
             return outputs, stats
         (_, key), target_stats = apply_networks(
-            self.networks, extra["target"], target_stats, images
+            self.networks, state["target"], target_stats, images
         )
         outputs["key"] = losses.normalize(jax.lax.stop_gradient(stack_views(key, 2)))
         return outputs, {**stats, "target": target_stats}
 
     def loss(
-        self, params: Pytree, outputs: dict[str, Array], extra: Pytree, batch: Batch, step: Array
+        self, params: Pytree, outputs: dict[str, Array], state: Pytree, batch: Batch, step: Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """NT-Xent over the global batch, times `loss_scale`."""
         options = self.config.simclr
@@ -91,24 +91,24 @@ class SimCLR(Method):
             temperature=options.temperature,
             axis_name=self.axis_name,
             block_size=options.block_size or None,
-            memory=extra.get("queue"),
+            memory=state.get("queue"),
         )
         # Among this device's own images: the loss alone gathers, once.
         found = contrastive_accuracy(z[:, 0], z[:, 1], z[:, 1], among=True)
         logs = {"nt_xent": loss, "contrastive_accuracy": self.mean(found)}
-        if "queue" in extra:
-            logs["target_decay"] = jnp.float32(options.memory_momentum)
+        if "queue" in state:
+            logs["ema_decay"] = jnp.float32(options.ema_decay)
         return options.loss_scale * loss, logs
 
     def update(
-        self, params: Pytree, outputs: dict[str, Array], extra: Pytree, step: Array
+        self, params: Pytree, outputs: dict[str, Array], state: Pytree, step: Array
     ) -> tuple[Pytree, Pytree]:
         """Remembers the projections of the global batch and moves the averaged networks."""
-        if "queue" not in extra:
-            return params, extra
+        if "queue" not in state:
+            return params, state
         options = self.config.simclr
         keys = self.gather(outputs["key"]).reshape(-1, self.width)
-        start = step % (options.memory // keys.shape[0]) * keys.shape[0]
-        queue = jax.lax.dynamic_update_slice_in_dim(extra["queue"], keys, start, axis=0)
-        target = ema.update(extra["target"], params, options.memory_momentum)
-        return params, {**extra, "queue": queue, "target": target}
+        start = step % (options.memory_bank // keys.shape[0]) * keys.shape[0]
+        queue = jax.lax.dynamic_update_slice_in_dim(state["queue"], keys, start, axis=0)
+        target = ema.update(state["target"], params, options.ema_decay)
+        return params, {**state, "queue": queue, "target": target}

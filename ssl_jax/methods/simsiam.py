@@ -43,10 +43,10 @@ class SimSiam(Method):
         return params, {"batch_stats": stats}
 
     def forward(
-        self, params: Pytree, extra: Pytree, batch: Batch, rng: Array
+        self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
         """Each view on its own: `prediction` and `projection` [n, 2, d]."""
-        stats = extra["batch_stats"]
+        stats = state["batch_stats"]
         predictions, projections, features = [], [], []
         for view in batch["views"]:
             (h, z, p), stats = apply_networks(self.networks, params, stats, view)
@@ -61,7 +61,7 @@ class SimSiam(Method):
         return outputs, stats
 
     def loss(
-        self, params: Pytree, outputs: dict[str, Array], extra: Pytree, batch: Batch, step: Array
+        self, params: Pytree, outputs: dict[str, Array], state: Pytree, batch: Batch, step: Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """Half the sum of both directions' negative cosines (eq. 4)."""
         p, z = outputs["prediction"], outputs["projection"]

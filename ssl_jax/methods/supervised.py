@@ -33,8 +33,8 @@ class Classifier(nn.Module):
 class Supervised(Method):
     """Encoder, what is kept of a projector, and classifier, trained on every view of an image.
 
-    With `config.start.path` this is fine-tuning (SimCLR v2, section 2: from a hidden layer of the
-    projector); with `config.supervised.freeze` also linear evaluation: the encoder runs in
+    With `config.init_from.path` this is fine-tuning (SimCLR v2, section 2: from a hidden layer of
+    the projector); with `config.supervised.freeze` also linear evaluation: the encoder runs in
     evaluation mode and stays as it is, bit for bit.
     """
 
@@ -58,10 +58,10 @@ class Supervised(Method):
         return params, {"batch_stats": stats}
 
     def forward(
-        self, params: Pytree, extra: Pytree, batch: Batch, rng: Array
+        self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
         """Each view on its own: `logits` [n, V, classes]."""
-        stats, features, logits = extra["batch_stats"], [], []
+        stats, features, logits = state["batch_stats"], [], []
         for view in batch["views"]:
             if self.config.supervised.freeze:
                 h, out = self._of_frozen(params, stats, view)
@@ -88,11 +88,11 @@ class Supervised(Method):
         }
 
     def loss(
-        self, params: Pytree, outputs: dict[str, Array], extra: Pytree, batch: Batch, step: Array
+        self, params: Pytree, outputs: dict[str, Array], state: Pytree, batch: Batch, step: Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """Cross-entropy with the labels, averaged over views."""
-        loss, right = cross_entropy(outputs["logits"], batch["label"])
-        return self.mean(loss), {"train_accuracy": self.mean(right)}
+        loss, correct = cross_entropy(outputs["logits"], batch["label"])
+        return self.mean(loss), {"train_accuracy": self.mean(correct)}
 
     def classify(self, params: Pytree, stats: Pytree, images: Array) -> Float[Array, "n classes"]:
         """Logits of images, in evaluation mode."""
@@ -146,7 +146,7 @@ def evaluate_networks(
 
 
 def cross_entropy(logits: Float[Array, "n v c"], label: Array) -> tuple[Array, Array]:
-    """The mean over examples and views, and the share that is right."""
+    """The mean over examples and views, and the share that is correct."""
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     loss = -jnp.mean(jnp.take_along_axis(log_p, label[:, None, None], axis=-1))
     return loss, jnp.mean(jnp.argmax(log_p, axis=-1) == label[:, None])

@@ -62,17 +62,17 @@ class SwAV(Method):
         shape = (options.prototypes, options.out)
         kernel = jax.random.uniform(rng_prototypes, shape, minval=-bound, maxval=bound)
         params["prototypes"] = {"kernel": losses.normalize(kernel).T}
-        extra = {"batch_stats": stats}
+        state = {"batch_stats": stats}
         if options.queue:
-            extra["queue"] = jnp.zeros((self.assigned, options.queue, options.out))
-            extra["queued"] = jnp.zeros((), jnp.int32)
-        return params, extra
+            state["queue"] = jnp.zeros((self.assigned, options.queue, options.out))
+            state["queued"] = jnp.zeros((), jnp.int32)
+        return params, state
 
     def forward(
-        self, params: Pytree, extra: Pytree, batch: Batch, rng: Array
+        self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
         """Crops of one size together, the head once on all: `projection` [n, V, d], unit rows."""
-        stats, views = extra["batch_stats"], batch["views"]
+        stats, views = state["batch_stats"], batch["views"]
         encoder = {"encoder": self.encoder}
         features = []
         for _, group in itertools.groupby(views, key=lambda view: view.shape[1]):
@@ -88,19 +88,19 @@ class SwAV(Method):
         return outputs, stats
 
     def loss(
-        self, params: Pytree, outputs: dict[str, Array], extra: Pytree, batch: Batch, step: Array
+        self, params: Pytree, outputs: dict[str, Array], state: Pytree, batch: Batch, step: Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """Swapped prediction; assignments over the global batch, and the queue once it is full."""
         options = self.config.swav
         kernel = params["prototypes"]["kernel"]
         scores = self.scores(outputs["projection"], kernel)
-        q = self.assign(scores, kernel, extra)
+        q = self.assign(scores, kernel, state)
         loss = losses.swapped_prediction(scores, q, temperature=options.temperature)
         used = prototypes_used(scores[:, 0], self.mean)
         return self.mean(loss), {"prototypes_used": used}
 
     def assign(
-        self, scores: Float[Array, "n v k"], kernel: Array, extra: Pytree
+        self, scores: Float[Array, "n v k"], kernel: Array, state: Pytree
     ) -> Float[Array, "n a k"]:
         """The assignments of the first crops; the current batch is not in the queue."""
         options = self.config.swav
@@ -116,13 +116,13 @@ class SwAV(Method):
                 axis_name=self.axis_name,
             )
 
-        if "queue" not in extra:
+        if "queue" not in state:
             return balanced(own)
-        share = jnp.stack([self.my_share(queue) for queue in extra["queue"]], axis=1)
+        share = jnp.stack([self.my_share(queue) for queue in state["queue"]], axis=1)
         queued = jax.lax.stop_gradient(self.scores(share, kernel))
         # Every device takes the same branch, for the count is the same on all.
         return jax.lax.cond(
-            extra["queued"] >= options.queue,
+            state["queued"] >= options.queue,
             lambda: balanced(jnp.concatenate([own, queued]))[: own.shape[0]],
             lambda: balanced(own),
         )
@@ -141,20 +141,20 @@ class SwAV(Method):
         return jax.lax.dynamic_slice_in_dim(queue, start, share)
 
     def update(
-        self, params: Pytree, outputs: dict[str, Array], extra: Pytree, step: Array
+        self, params: Pytree, outputs: dict[str, Array], state: Pytree, step: Array
     ) -> tuple[Pytree, Pytree]:
         """Prototypes back to unit length, before the next forward; the batch into the queue."""
         kernel = losses.normalize(params["prototypes"]["kernel"].T).T
         params = {**params, "prototypes": {"kernel": kernel}}
-        if "queue" not in extra:
-            return params, extra
+        if "queue" not in state:
+            return params, state
         new = self.gather(outputs["projection"][:, : self.assigned]).swapaxes(0, 1)
-        filled = jnp.concatenate([new, extra["queue"]], axis=1)[:, : extra["queue"].shape[1]]
+        filled = jnp.concatenate([new, state["queue"]], axis=1)[:, : state["queue"].shape[1]]
         filling = step >= self.queue_from
         return params, {
-            **extra,
-            "queue": jnp.where(filling, filled, extra["queue"]),
-            "queued": jnp.minimum(extra["queued"] + filling * new.shape[1], filled.shape[1]),
+            **state,
+            "queue": jnp.where(filling, filled, state["queue"]),
+            "queued": jnp.minimum(state["queued"] + filling * new.shape[1], filled.shape[1]),
         }
 
     def param_groups(self, params: Pytree) -> Pytree:

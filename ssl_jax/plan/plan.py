@@ -1,7 +1,7 @@
 """Ahead of time: the train step compiled for hardware that is not there, and what it will cost.
 
 For TPUs the real compiler (libtpu) compiles on any CPU the very program that training would run;
-for GPUs as many simulated devices stand in, and what they say of memory and time is an estimate.
+for GPUs as many simulated devices stand in, and what they log of memory and time is an estimate.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from ssl_jax.config import Schedule, flat_views, run_schedule
 from ssl_jax.data.sources import make_sources
 from ssl_jax.errors import UserError, first_line
-from ssl_jax.interop.initial import resolve_start
+from ssl_jax.interop.initial import resolve_initial_weights
 from ssl_jax.plan.chips import (
     BETWEEN_HOSTS,
     EXAMPLES,
@@ -135,7 +135,7 @@ class Data:
 
     images: int
     classes: int
-    resident: dict[str, Any]
+    device_data: dict[str, Any]
 
 
 def describe_data(config: ConfigDict, images: int = 0) -> Data:
@@ -143,7 +143,7 @@ def describe_data(config: ConfigDict, images: int = 0) -> Data:
 
     Args:
       config: of the run.
-      images: how many there are; 0: as the data set's name or files say.
+      images: how many there are; 0: as the data set's name or files log.
 
     Raises:
       UserError: nothing says how many.
@@ -161,7 +161,7 @@ def describe_data(config: ConfigDict, images: int = 0) -> Data:
         raise UserError(f"{error} Files that are not here need --images=NUMBER.") from error
     shapes = {
         name: jax.ShapeDtypeStruct((images or len(array), *array.shape[1:]), array.dtype)
-        for name, array in source.resident().items()
+        for name, array in source.device_data().items()
     }
     return Data(
         images or source.num_examples, config.data.num_classes or source.num_classes, shapes
@@ -172,7 +172,7 @@ def make_plan(
     config: ConfigDict,
     topology: Topology,
     images: int = 0,
-    say: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Compiles the train step of a config for a topology.
 
@@ -180,7 +180,7 @@ def make_plan(
       config: of the run.
       topology: of `parse_topology`.
       images: in the training set, where the data is not there to tell.
-      say: told when all is checked and compiling begins.
+      log: told when all is checked and compiling begins.
 
     Returns:
       What `report` prints, as plain JSON types: bytes, seconds, FLOPs of one device and step.
@@ -198,7 +198,7 @@ def make_plan(
         "cores": topology.chips * topology.chip.tensor_cores,
         "devices": len(devices),
         "devices_of_a_chip": topology.chip.cores,
-        "memory_of_a_device": topology.chip.memory // topology.chip.cores,
+        "hbm_bytes": topology.chip.memory // topology.chip.cores,
         "method": config.method,
         "model": f"ResNet-{config.model.depth}, width {config.model.width:g}"
         + ", selective kernels" * config.model.sk,
@@ -213,7 +213,7 @@ def make_plan(
         "traced_flops": traced_flops(program.step, *shapes) / len(devices),
         "model_flops_of_an_image": model_flops(program),
     }
-    say(f"Compiling for {topology.name}: minutes, for a large network …")
+    log(f"Compiling for {topology.name}: minutes, for a large network …")
     try:
         compiled = program.lower(*shapes).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -234,11 +234,11 @@ def program_of(
     """
     config = ConfigDict(config.to_dict())
     config.data.num_classes = data.classes
-    resolve_start(config)
+    resolve_initial_weights(config)
     spmd = make_spmd(devices=devices, batch_size=config.batch_size, microbatch=config.microbatch)
     schedule = run_schedule(config, data.images)
     program = Program(config, schedule, spmd)
-    return program, program.shapes(data.resident, labelled=data.classes > 0), schedule
+    return program, program.shapes(data.device_data, labelled=data.classes > 0), schedule
 
 
 def _exceeded(message: str) -> dict[str, int]:
@@ -267,16 +267,16 @@ def _measure(compiled: Any, program: Program, plan: dict[str, Any]) -> dict[str,
     cost = compiled.cost_analysis()
     kinds = memory_kinds(compiled.memory_analysis())
     kinds["peak"] = sum(kinds.values())
-    pieces = plan["batch"] // (plan["microbatch"] or plan["batch"])
+    microbatches = plan["batch"] // (plan["microbatch"] or plan["batch"])
     text = CompiledText(compiled.as_text())
-    moved = pieces * float(cost.get("bytes accessed", 0.0))
+    moved = microbatches * float(cost.get("bytes accessed", 0.0))
     return {
         "memory": kinds,
-        "fits": kinds["peak"] <= plan["memory_of_a_device"],
+        "fits": kinds["peak"] <= plan["hbm_bytes"],
         # The compiler counts the body of a loop over microbatches once.
-        "compiled_flops": float(cost.get("flops", 0.0)) if pieces == 1 else None,
+        "compiled_flops": float(cost.get("flops", 0.0)) if microbatches == 1 else None,
         # Of a TPU's program what stays on the chip is known, and left out.
-        "bytes_moved": moved if plan["estimate"] else float(text.traffic()),
+        "bytes_accessed": moved if plan["estimate"] else float(text.traffic()),
         "cycles": text.cycles(),
         "float32_activations": _float32_activations(text, program, plan),
         "collectives": [dataclasses.asdict(c) for c in text.collectives()],
@@ -308,7 +308,7 @@ def _times(plan: dict[str, Any], topology: Topology) -> dict[str, Any]:
         exchange += twice * (found["bytes"] / link + found["count"] * hops * _HOP_S)
     seconds = {
         "compute": plan["traced_flops"] / (chip.peak / chip.cores),
-        "memory": plan["bytes_moved"] / (chip.bandwidth / chip.cores),
+        "memory": plan["bytes_accessed"] / (chip.bandwidth / chip.cores),
         "interconnect": exchange if plan["devices"] > 1 else 0.0,
     }
     bounds = [max(seconds.values()), sum(seconds.values())]
@@ -336,7 +336,7 @@ def model_flops(program: Program) -> float:
         def features(params: Any, stats: Any, x: Any) -> Any:
             return method.features(params, stats, x)
 
-        return traced_flops(features, state.params, state.extra["batch_stats"], images)
+        return traced_flops(features, state.params, state.method_state["batch_stats"], images)
 
     return 3 * sum(forward(view.size) for view in flat_views(config))
 
@@ -345,7 +345,7 @@ def fitting(
     config: ConfigDict,
     topology: Topology,
     images: int = 0,
-    say: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """A plan; where it doesn't fit, that of the largest microbatch that does, found by compiling.
 
@@ -353,12 +353,12 @@ def fitting(
       config: of the run.
       topology: of `parse_topology`.
       images: as in `make_plan`.
-      say: told of each attempt.
+      log: told of each attempt.
 
     Returns:
       The plan of the config, with "fitting", the other plan or None, where it doesn't fit.
     """
-    plan = make_plan(config, topology, images, say)
+    plan = make_plan(config, topology, images, log)
     if plan["fits"]:
         return plan
     batch, devices = config.microbatch or config.batch_size, plan["devices"]
@@ -371,7 +371,7 @@ def fitting(
     low, high, best = 0, len(sizes), None
     while low < high:
         middle = (low + high) // 2
-        say(f"It doesn't fit; trying config.microbatch={sizes[middle]} …")
+        log(f"It doesn't fit; trying config.microbatch={sizes[middle]} …")
         attempt = ConfigDict(config.to_dict())
         attempt.microbatch = sizes[middle]
         try:
@@ -414,7 +414,7 @@ def _rows(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
         f"{plan['batch']:,}, {plan['batch_of_a_device']} of a device, {plan['views']} views each"
         f"{micro}; BatchNorm over {plan['batchnorm_images']:,} images",
     )
-    memory, whole = plan["memory"], plan["memory_of_a_device"]
+    memory, whole = plan["memory"], plan["hbm_bytes"]
     kinds = ", ".join(f"{name} {n / GIB:.2f}" for name, n in memory.items() if name != "peak")
     fits = "fits" if plan["fits"] else "DOES NOT FIT"
     yield (
@@ -434,10 +434,10 @@ def _rows(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if plan["compiled_flops"]:
         ratio = plan["compiled_flops"] / model
         yield "", f"{plan['compiled_flops'] / 1e12:.3g} T by the compiler's count ({ratio:.3f})"
-    per_image = plan["bytes_moved"] / plan["batch_of_a_device"] / plan["views"]
+    per_image = plan["bytes_accessed"] / plan["batch_of_a_device"] / plan["views"]
     yield (
         "bytes moved",
-        f"{plan['bytes_moved'] / 1e9:.4g} GB of a device, {per_image / 1e6:.0f} MB per view",
+        f"{plan['bytes_accessed'] / 1e9:.4g} GB of a device, {per_image / 1e6:.0f} MB per view",
     )
     if plan["cycles"]:
         yield "cycles", _cycles(plan["cycles"])
@@ -498,7 +498,7 @@ def _numbers(plan: dict[str, Any]) -> Iterator[tuple[str, float]]:
     yield "FLOPs of a device [T]", plan["traced_flops"] / 1e12
     if "seconds" not in plan:
         return
-    yield "bytes moved [GB]", plan["bytes_moved"] / 1e9
+    yield "bytes moved [GB]", plan["bytes_accessed"] / 1e9
     if plan["cycles"]:
         yield "cycles [M]", sum(plan["cycles"].values()) / 1e6
     for found in plan["collectives"]:

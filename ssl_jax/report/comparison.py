@@ -136,7 +136,7 @@ def _report(workdir: Path) -> Path | None:
 
 def _lead(runs: Sequence[_Run]) -> str:
     rows = {run.letter: run.row for run in runs}
-    common = set.intersection(*(set(row.draws) if row else set() for row in rows.values()))
+    common = set.intersection(*(set(row.trials) if row else set() for row in rows.values()))
     if not common:
         missing = [run.letter for run in runs if not run.row]
         if missing:
@@ -145,7 +145,7 @@ def _lead(runs: Sequence[_Run]) -> str:
         return "The runs have no number of labels in common."
     labels = 5 if 5 in common else min(common)
     told = ", ".join(
-        f'<span class="nowrap">{letter} <strong>{percent(float(row.draws[labels].mean()))} %'
+        f'<span class="nowrap">{letter} <strong>{percent(float(row.trials[labels].mean()))} %'
         "</strong></span>"
         for letter, row in rows.items()
         if row
@@ -214,7 +214,7 @@ def _results_section(runs: Sequence[_Run]) -> str:
     lines = [*_accuracies(runs), *_further(runs), *_last_values(runs)]
     note = (
         "± and ranges are 95 % intervals: of accuracies with few labels Student's t over the "
-        "draws, of the linear probe and kNN Wilson's, of further evaluations by bootstrap over the "
+        "trials, of the linear probe and kNN Wilson's, of further evaluations by bootstrap over the "
         "images. None covers another seed of the training."
     )
     return _table("Accuracies in percent, on held-out images.", runs, lines) + absent(note)
@@ -225,12 +225,12 @@ def _cell(value: str, spread: str = "") -> str:
 
 
 def _accuracies(runs: Sequence[_Run]) -> Iterable[tuple[str, list[str]]]:
-    counts = sorted({count for run in runs if run.row for count in run.row.draws})
+    counts = sorted({count for run in runs if run.row for count in run.row.trials})
 
     def drawn(run: _Run, count: int) -> str:
-        if run.row is None or count not in run.row.draws:
+        if run.row is None or count not in run.row.trials:
             return "–"
-        mean, half = mean_interval(run.row.draws[count])
+        mean, half = mean_interval(run.row.trials[count])
         return _cell(percent(mean), "" if np.isnan(half) else f"± {percent(half)}")
 
     def once(run: _Run, key: str) -> str:
@@ -312,12 +312,12 @@ def _paired(first: _Run, other: _Run) -> bool:
     if raw[0] and raw[1]:
         # The same pixels give the same accuracies from the same sets, and from others only where
         # they are as good as can be, in every draw.
-        common = raw[0].draws.keys() & raw[1].draws.keys()
+        common = raw[0].trials.keys() & raw[1].trials.keys()
         return bool(common) and all(
-            np.array_equal(raw[0].draws[count], raw[1].draws[count]) for count in common
+            np.array_equal(raw[0].trials[count], raw[1].trials[count]) for count in common
         )
     data = first.record.get("data")
-    return bool(data) and data == other.record.get("data") and a.draws == b.draws
+    return bool(data) and data == other.record.get("data") and a.trials == b.trials
 
 
 def _differences_section(runs: Sequence[_Run]) -> str:
@@ -327,7 +327,7 @@ def _differences_section(runs: Sequence[_Run]) -> str:
     html = ""
     if paired and first.row:
         counts = sorted(
-            {c for run in paired if run.row for c in run.row.draws} & set(first.row.draws)
+            {c for run in paired if run.row for c in run.row.trials} & set(first.row.trials)
         )
         lines = [
             (f"{labels_text(count)} per class", [_drawn_apart(first, run, count) for run in paired])
@@ -352,9 +352,9 @@ def _differences_section(runs: Sequence[_Run]) -> str:
 
 
 def _drawn_apart(first: _Run, run: _Run, count: int) -> str:
-    if first.row is None or run.row is None or count not in run.row.draws:
+    if first.row is None or run.row is None or count not in run.row.trials:
         return "–"
-    mean, half = mean_interval(run.row.draws[count] - first.row.draws[count])
+    mean, half = mean_interval(run.row.trials[count] - first.row.trials[count])
     return _cell(points(mean), range_of_points(mean, half))
 
 

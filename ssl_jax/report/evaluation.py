@@ -24,8 +24,8 @@ _RESULTS = {
 
 def results_section(workdir: Path) -> str:
     """The evaluations that commands have added, one a column; nothing where there are none."""
-    results, damaged = read_results(workdir)
-    sorry = f"<p>Could not be read: {escape(', '.join(damaged))}.</p>" if damaged else ""
+    results, corrupt = read_results(workdir)
+    sorry = f"<p>Could not be read: {escape(', '.join(corrupt))}.</p>" if corrupt else ""
     if not results:
         return sorry
 
@@ -61,9 +61,9 @@ def _look(row: Row) -> tuple[str, int]:
 def _accuracy_chart(evaluation: Evaluation) -> str:
     """Mean accuracy with its interval over labels per class, one line for each row."""
     labels = evaluation.labels
-    rows = [row for row in evaluation.rows if row.draws]
-    stats = [{k: mean_interval(values) for k, values in row.draws.items()} for row in rows]
-    # An interval from a few draws may go beyond what an accuracy can be.
+    rows = [row for row in evaluation.rows if row.trials]
+    stats = [{k: mean_interval(values) for k, values in row.trials.items()} for row in rows]
+    # An interval from a few trials may go beyond what an accuracy can be.
     ends = [
         float(np.clip(100 * (mean + side * np.nan_to_num(half)), 0, 100))
         for stat in stats
@@ -109,8 +109,8 @@ def _title_of(name: str, mean: float, half: float, labels: int) -> str:
 
 def _difference_chart(baseline: Row, trained: Row) -> str:
     """Every draw's difference to the baseline, and their mean with its interval."""
-    labels = sorted(trained.draws.keys() & baseline.draws.keys())
-    differences = [100 * (trained.draws[k] - baseline.draws[k]) for k in labels]
+    labels = sorted(trained.trials.keys() & baseline.trials.keys())
+    differences = [100 * (trained.trials[k] - baseline.trials[k]) for k in labels]
     every = np.concatenate(differences)
     frame, body = axes(
         (-0.5, len(labels) - 0.5),
@@ -149,14 +149,14 @@ def evaluation_section(evaluation: Evaluation) -> str:
     trained = evaluation.trained
     split = f" ({evaluation.split})" if evaluation.split else ""
     intro = f"Measured on {evaluation.test_examples:,} test images{split}."
-    if evaluation.draws:
+    if evaluation.trials:
         intro += (
             f" Each draw picks the labelled images anew, the same ones for every row;"
-            f" there are {evaluation.draws} draws."
+            f" there are {evaluation.trials} trials."
         )
     html = f"<p>{escape(intro)}</p>"
     charts = []
-    if evaluation.draws:
+    if evaluation.trials:
         legend = "".join(
             f'<li><svg viewBox="0 0 30 12" aria-hidden="true"><g class="{kind}">'
             f'<line class="line" x1="0" x2="30" y1="6" y2="6"/>{marker(shape, 15, 6)}</g></svg>'
@@ -167,16 +167,16 @@ def evaluation_section(evaluation: Evaluation) -> str:
         charts.append(
             figure(
                 "Accuracy with few labels",
-                "Means over the draws, bars their 95 % intervals.",
+                "Means over the trials, bars their 95 % intervals.",
                 _accuracy_chart(evaluation),
                 f'<ul class="legend">{legend}</ul>',
             )
         )
-    if baseline and trained and baseline.draws.keys() & trained.draws.keys():
+    if baseline and trained and baseline.trials.keys() & trained.trials.keys():
         charts.append(
             figure(
                 f"{trained.name} against {baseline.name}",
-                "Pale dots are single draws, the dark one their mean with its 95 % interval.",
+                "Pale dots are single trials, the dark one their mean with its 95 % interval.",
                 _difference_chart(baseline, trained),
             )
         )
@@ -187,7 +187,7 @@ def evaluation_section(evaluation: Evaluation) -> str:
     if not baseline:
         html += absent("No differences are shown: the evaluation has no row for raw pixels.")
     return html + absent(
-        "± and ranges are 95 % intervals. Those over draws (Student's t) tell how well the mean "
+        "± and ranges are 95 % intervals. Those over trials (Student's t) tell how well the mean "
         "over labelled sets is known; those of the linear probe and of kNN, each fitted once "
         "to all labels (Wilson), how well the accuracy is known from so many test images. "
         "Neither covers another seed of the training."
@@ -195,10 +195,10 @@ def evaluation_section(evaluation: Evaluation) -> str:
 
 
 def _accuracy_table(evaluation: Evaluation) -> str:
-    def over_draws(row: Row, labels: int) -> str:
-        if labels not in row.draws:
+    def over_trials(row: Row, labels: int) -> str:
+        if labels not in row.trials:
             return _cell(row)
-        mean, half = mean_interval(row.draws[labels])
+        mean, half = mean_interval(row.trials[labels])
         return _cell(row, percent(mean), "" if math.isnan(half) else f"± {percent(half)}")
 
     def once(row: Row, key: str) -> str:
@@ -208,14 +208,14 @@ def _accuracy_table(evaluation: Evaluation) -> str:
         return _cell(row, percent(row.single[key]), f"{percent(low)}–{percent(high)}")
 
     text = "In percent; labels are per class."
-    return _table("Test accuracy", text, evaluation.rows, evaluation.labels, over_draws, once)
+    return _table("Test accuracy", text, evaluation.rows, evaluation.labels, over_trials, once)
 
 
 def _difference_table(evaluation: Evaluation, baseline: Row) -> str:
-    def over_draws(row: Row, labels: int) -> str:
-        if labels not in row.draws or labels not in baseline.draws:
+    def over_trials(row: Row, labels: int) -> str:
+        if labels not in row.trials or labels not in baseline.trials:
             return _cell(row)
-        mean, half = mean_interval(row.draws[labels] - baseline.draws[labels])
+        mean, half = mean_interval(row.trials[labels] - baseline.trials[labels])
         return _cell(row, points(mean), range_of_points(mean, half))
 
     def once(row: Row, key: str) -> str:
@@ -225,7 +225,7 @@ def _difference_table(evaluation: Evaluation, baseline: Row) -> str:
 
     rows = [row for row in evaluation.rows if row is not baseline]
     text = "In points, paired draw by draw; labels are per class."
-    return _table("Difference to raw pixels", text, rows, evaluation.labels, over_draws, once)
+    return _table("Difference to raw pixels", text, rows, evaluation.labels, over_trials, once)
 
 
 def _cell(row: Row, value: str = "–", spread: str = "") -> str:
@@ -239,7 +239,7 @@ def _table(
     text: str,
     rows: list[Row],
     labels: list[int],
-    over_draws: Callable[[Row, int], str],
+    over_trials: Callable[[Row, int], str],
     once: Callable[[Row, str], str],
 ) -> str:
     """Evaluations down, encoders across; the two functions make the cells."""
@@ -247,7 +247,7 @@ def _table(
         f'<th scope="col"{" class=own" if row.trained else ""}>{escape(row.name)}</th>'
         for row in rows
     )
-    lines = [(labels_text(count), [over_draws(row, count) for row in rows]) for count in labels]
+    lines = [(labels_text(count), [over_trials(row, count) for row in rows]) for count in labels]
     for key, name in (("linear", "Linear probe"), ("knn", "kNN")):
         lines.append((name, [once(row, key) for row in rows]))
     body = "".join(f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>' for name, cells in lines)

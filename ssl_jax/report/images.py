@@ -81,15 +81,15 @@ def neighbours_section(images: dict[str, np.ndarray]) -> str:
         return absent("Not there: report_images.npz holds no neighbours.")
     query, neighbours, similarity = (images[name][:_MAX_GROUPS] for name in names)
     text = (
-        "Left of each line a test image, right of it the training images with the most similar "
+        "Left of each line a test image, correct of it the training images with the most similar "
         "features and their cosine similarity."
     )
     labels = None
     if {"query_label", "neighbour_label", "class_names"} <= images.keys():
         labels = images["query_label"][:_MAX_GROUPS], images["neighbour_label"][:_MAX_GROUPS]
-        right = labels[1] == labels[0][:, None]
-        others = "" if right.all() else "; the others have a dashed frame, a ✕ and their class"
-        text += f" {right.sum()} of {right.size} are of the test image's class{others}."
+        correct = labels[1] == labels[0][:, None]
+        others = "" if correct.all() else "; the others have a dashed frame, a ✕ and their class"
+        text += f" {correct.sum()} of {correct.size} are of the test image's class{others}."
     listed = _queries(query, neighbours, similarity, labels, images.get("class_names"))
     return f"<p>{text}</p>{listed}"
 
@@ -128,18 +128,18 @@ def _queries(
 ) -> str:
     """A line for each query with its neighbours; `labels` are its own and theirs."""
     # Without labels no neighbour is wrong, and none has a name.
-    right = np.ones(neighbours.shape[:2], bool)
-    own, other = np.full(len(query), ""), np.full(right.shape, "")
+    correct = np.ones(neighbours.shape[:2], bool)
+    own, other = np.full(len(query), ""), np.full(correct.shape, "")
     if labels is not None and class_names is not None:
         label, found = labels
-        right = found == label[:, None]
+        correct = found == label[:, None]
         own, other = class_names[label], class_names[found]
     items = []
     for i in range(len(query)):
         alt = f"Test image {i + 1}" + (f": {own[i]}" if own[i] else "")
+        found = zip(neighbours[i], similarity[i], other[i], correct[i], strict=True)
         hits = "".join(
-            f"<li>{_hit(neighbours[i, j], j + 1, similarity[i, j], other[i, j], right[i, j])}</li>"
-            for j in range(neighbours.shape[1])
+            f"<li>{_hit(image, rank, *rest)}</li>" for rank, (image, *rest) in enumerate(found, 1)
         )
         first = thumb(query[i], alt, name_html(own[i]), "query")
         items.append(f'<li>{first}<ul class="hits">{hits}</ul></li>')
@@ -148,12 +148,12 @@ def _queries(
 
 
 def _hit(
-    image: UInt8[np.ndarray, "h w 3"], rank: int, similarity: float, name: str, right: bool
+    image: UInt8[np.ndarray, "h w 3"], rank: int, similarity: float, name: str, correct: bool
 ) -> str:
     alt = f"Neighbour {rank}, similarity {similarity:.2f}"
     if name:
-        alt += f": {name}, {'same' if right else 'another'} class"
-    if right:
+        alt += f": {name}, {'same' if correct else 'another'} class"
+    if correct:
         return thumb(image, alt, f"{similarity:.2f}")
     caption = f'{similarity:.2f} <span class="cross">✕</span>{name_html(name)}'
     return thumb(image, alt, caption, "wrong")

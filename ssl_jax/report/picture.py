@@ -23,7 +23,7 @@ from ssl_jax.config import view as view_config
 from ssl_jax.data.augment import draw_parameters
 from ssl_jax.data.device_crop import draw_geometry, view_corners
 from ssl_jax.data.index import Index, view_keys, views_stream
-from ssl_jax.data.pipeline import make_prepare, unnormalised
+from ssl_jax.data.pipeline import make_augment_fn, unnormalised
 from ssl_jax.data.sources import Source, make_sources
 from ssl_jax.errors import UserError
 from ssl_jax.files import asked_for
@@ -165,13 +165,13 @@ def collect(config: ConfigDict, images: int, step: int) -> Samples:
     ids = Index(source.num_examples, batch_size, config.seed).ids(step)[:images]
     raw = next(source.batches(iter([(step, ids)])))
     key = views_stream(jax.random.key(config.seed), step)
-    batch = jax.jit(make_prepare(unnormalised(config)))(raw, source.resident(), key)
+    batch = jax.jit(make_augment_fn(unnormalised(config)))(raw, source.device_data(), key)
     boxes: Int[np.ndarray, "n views 4"] | None = None
     if isinstance(source, _CropsOnHost):
         boxes, sizes = source.boxes(step, ids)
         originals = _whole_images(config, ids, sizes)
     else:
-        originals = tuple(source.clean(ids))
+        originals = tuple(source.eval_transform(ids))
         sizes = np.array([image.shape[:2] for image in originals])
     draws = _draws(key, jnp.asarray(ids), sizes, flat_views(config), boxes)
     views = [

@@ -46,10 +46,10 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Row:
-    """One encoder's accuracies, as fractions; `draws` by labels per class."""
+    """One encoder's accuracies, as fractions; `trials` by labels per class."""
 
     name: str
-    draws: dict[int, np.ndarray]
+    trials: dict[int, np.ndarray]
     single: dict[str, float]  # "linear", "knn"
 
     @property
@@ -78,12 +78,12 @@ class Evaluation:
     @property
     def labels(self) -> list[int]:
         """The numbers of labels per class that any row has, rising."""
-        return sorted({k for row in self.rows for k in row.draws})
+        return sorted({k for row in self.rows for k in row.trials})
 
     @property
-    def draws(self) -> int:
+    def trials(self) -> int:
         """How many labelled sets there are of each number."""
-        return max((len(values) for row in self.rows for values in row.draws.values()), default=0)
+        return max((len(values) for row in self.rows for values in row.trials.values()), default=0)
 
 
 def read(path: Path, parse: Callable[[Path], _T]) -> tuple[_T | None, str]:
@@ -102,7 +102,7 @@ def read(path: Path, parse: Callable[[Path], _T]) -> tuple[_T | None, str]:
         zipfile.BadZipFile,
     ):
         return None, (
-            f"Not shown: {path.name} is damaged or has another form than this version of ssl_jax "
+            f"Not shown: {path.name} is corrupt or has another form than this version of ssl_jax "
             "writes."
         )
 
@@ -140,20 +140,20 @@ def parse_evaluation(path: Path) -> Evaluation:
     data = json.loads(path.read_text(encoding="utf-8"))
     rows = []
     for entry in data["rows"]:
-        draws = {
-            int(match[1]): np.array(value["draws"], np.float64)
+        trials = {
+            int(match[1]): np.array(value["trials"], np.float64)
             for key, value in entry.items()
-            if (match := re.fullmatch(r"labels_(\d+)", key)) and value["draws"]
+            if (match := re.fullmatch(r"labels_(\d+)", key)) and value["trials"]
         }
         single = {k: float(entry[k]) for k in ("linear", "knn") if entry.get(k) is not None}
         name = str(entry["name"])
-        rows.append(Row(METHODS.get(name, name), draws, single))
+        rows.append(Row(METHODS.get(name, name), trials, single))
     evaluation = Evaluation(rows, int(data["test_examples"]), str(data.get("split", "")))
     for labels in evaluation.labels:
-        if len({len(row.draws[labels]) for row in rows if labels in row.draws}) > 1:
-            raise ValueError("rows with different numbers of draws cannot be paired")
+        if len({len(row.trials[labels]) for row in rows if labels in row.trials}) > 1:
+            raise ValueError("rows with different numbers of trials cannot be paired")
     values = [
-        v for row in rows for v in (*row.single.values(), *np.hstack([*row.draws.values(), []]))
+        v for row in rows for v in (*row.single.values(), *np.hstack([*row.trials.values(), []]))
     ]
     if not all(0 <= value <= 1 for value in values):
         raise ValueError("accuracies are fractions of 1")
@@ -164,7 +164,7 @@ def parse_evaluation(path: Path) -> Evaluation:
 
 def parse_images(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a `report_images.npz`, by name."""
-    # Opened here: on a damaged archive np.load leaves its own file open.
+    # Opened here: on a corrupt archive np.load leaves its own file open.
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         images = {name: archive[name] for name in archive.files}
     axes = {"originals": 4, "views": 5, "neighbours_query": 4, "neighbours": 5}

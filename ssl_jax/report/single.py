@@ -109,22 +109,24 @@ def _unfinished(metrics: Metrics | None) -> str:
 def _lead(metrics: Metrics | None, evaluation: Evaluation | None) -> str:
     """The run's result in one sentence, as HTML."""
     trained = evaluation.trained if evaluation else None
-    if evaluation is None or trained is None or not trained.draws:
+    if evaluation is None or trained is None or not trained.trials:
         return _unfinished(metrics)
-    labels = 5 if 5 in trained.draws else min(trained.draws)
-    mean, _ = mean_interval(trained.draws[labels])
+    labels = 5 if 5 in trained.trials else min(trained.trials)
+    mean, _ = mean_interval(trained.trials[labels])
     text = (
         f"{escape(trained.name)} reaches <strong>{percent(mean)} %</strong> "
         f"at {labels_text(labels)} per class"
     )
     baseline = evaluation.find(BASELINE)
-    if baseline is None or labels not in baseline.draws:
+    if baseline is None or labels not in baseline.trials:
         return text + "."
-    gain, half = mean_interval(trained.draws[labels] - baseline.draws[labels])
+    gain, half = mean_interval(trained.trials[labels] - baseline.trials[labels])
     if math.isnan(half):
         side = "above" if gain >= 0 else "below"
         return f"{text}, {points(abs(gain), sign=False)} points {side} raw pixels, in one draw."
-    interval = f"95 % interval {range_of_points(gain, half)}, paired over {evaluation.draws} draws"
+    interval = (
+        f"95 % interval {range_of_points(gain, half)}, paired over {evaluation.trials} trials"
+    )
     if gain - half <= 0 <= gain + half:
         return f"{text}, not clearly different from raw pixels ({interval})."
     side = "above" if gain > 0 else "below"

@@ -38,7 +38,7 @@ def _peak(curve: Curve) -> str:
 CHARTS: dict[str, tuple[str, str, Callable[[Curve], str], str]] = {
     "loss": ("Loss", "loss", _ends, ""),
     "learning_rate": ("Learning rate", "learning rate", _peak, "zero"),
-    "target_decay": ("EMA momentum", "decay of the target", _ends, ""),
+    "ema_decay": ("EMA decay", "decay of the target", _ends, ""),
     "knn": ("kNN accuracy", "accuracy, %", _best, "percent"),
     "probe_accuracy": ("Probe accuracy, held out", "accuracy, %", _best, "percent"),
     "test_accuracy": ("Classifier accuracy, held out", "accuracy, %", _best, "percent"),
@@ -104,8 +104,8 @@ def _remarks(metrics: Metrics, config: dict[str, Any]) -> str:
     if "probe_accuracy" not in metrics.curves:
         remarks.append("No probe has been trained along.")
     # What an option of that name is to a method from outside the package isn't known.
-    if "target_decay" not in metrics.curves and config.get("method") in METHODS:
-        remarks.append(_momentum(config))
+    if "ema_decay" not in metrics.curves and config.get("method") in METHODS:
+        remarks.append(_ema_decay(config))
     if any(shows_means(curve) for curve in metrics.curves.values()):
         remarks.append("Lines are means of neighbouring records; the band spans them.")
     if metrics.unreadable:
@@ -114,23 +114,22 @@ def _remarks(metrics: Metrics, config: dict[str, Any]) -> str:
     return absent(" ".join(remarks)) if remarks else ""
 
 
-def _momentum(config: dict[str, Any]) -> str:
-    """Why there is no curve of the EMA's momentum."""
+def _ema_decay(config: dict[str, Any]) -> str:
+    """Why there is no curve of the EMA decay."""
     options = config.get(config.get("method", ""), {})
-    keys = {key: options[key] for key in ("momentum", "memory_momentum") if key in options}
-    if "memory_momentum" in keys and not options.get("memory"):
-        keys = {}
-    for momentum in keys.values():
-        end = options.get("momentum_end", momentum)
-        if end == momentum:
-            return f"The EMA's momentum is {momentum:g} throughout."
-        return f"The EMA's momentum goes from {momentum:g} to {end:g} by a cosine."
-    return "The method has no EMA, and so no momentum."
+    # SimCLR averages its network only for the memory bank.
+    if "ema_decay" not in options or options.get("memory_bank") == 0:
+        return "The method has no EMA."
+    decay = options["ema_decay"]
+    end = options.get("ema_decay_end", decay)
+    if end == decay:
+        return f"The EMA decay is constant at {decay:g}."
+    return f"The EMA decay follows a cosine from {decay:g} to {end:g}."
 
 
 def collapse_verdict(metrics: Metrics, run: dict[str, Any]) -> str:
     """Whether a run, of which this is the record, has collapsed, in a sentence."""
-    return _verdict(_signs(metrics, run)) if _judged(metrics) else "Not judged."
+    return _verdict(_indicators(metrics, run)) if _judged(metrics) else "Not judged."
 
 
 def collapse_section(metrics: Metrics, run: dict[str, Any]) -> str:
@@ -142,10 +141,12 @@ def collapse_section(metrics: Metrics, run: dict[str, Any]) -> str:
         "rankme": "RankMe, the effective rank of features",
         "loss": "Loss",
     }
-    signs = _signs(metrics, run)
-    standing = [sign for sign in signs if sign.until is None]
+    indicators = _indicators(metrics, run)
+    standing = [sign for sign in indicators if sign.until is None]
     reasons = [f"Since step {sign.since:,} {sign.what}." for sign in standing]
-    gone = [f"from step {s.since:,} to {s.until:,} {s.what}" for s in signs if s.until is not None]
+    gone = [
+        f"from step {s.since:,} to {s.until:,} {s.what}" for s in indicators if s.until is not None
+    ]
     if gone:
         reasons.append(f"For a time: {'; '.join(gone)}.")
     kind, mark = ("warning", "✕") if standing else ("good", "✓")
@@ -156,7 +157,8 @@ def collapse_section(metrics: Metrics, run: dict[str, Any]) -> str:
     )
     told = f"<p>{escape(' '.join(reasons))}</p>" if reasons else ""
     return (
-        f'<p class="verdict {kind}"><span aria-hidden="true">{mark}</span> {_verdict(signs)}</p>'
+        f'<p class="verdict {kind}"><span aria-hidden="true">{mark}</span> '
+        f"{_verdict(indicators)}</p>"
         f'{told}<dl class="facts">{items}</dl>'
     )
 
@@ -166,15 +168,15 @@ def _judged(metrics: Metrics) -> bool:
     return bool(logged & {"embedding_std", "rankme"})
 
 
-def _verdict(signs: list[CollapseSign]) -> str:
-    standing = [sign for sign in signs if sign.until is None]
+def _verdict(indicators: list[CollapseSign]) -> str:
+    standing = [sign for sign in indicators if sign.until is None]
     # Half of the spread may be lost to learning, too.
     sure = [sign for sign in standing if sign.kind != "halved"]
     if sure:
         return f"Collapsed since step {sure[0].since:,}."
     if standing:
         return f"A sign of collapse since step {standing[0].since:,}."
-    return "No sign of collapse at the end." if signs else "No sign of collapse."
+    return "No sign of collapse at the end." if indicators else "No sign of collapse."
 
 
 def _course(curve: Curve) -> str:
@@ -184,7 +186,7 @@ def _course(curve: Curve) -> str:
     )
 
 
-def _signs(metrics: Metrics, run: dict[str, Any]) -> list[CollapseSign]:
+def _indicators(metrics: Metrics, run: dict[str, Any]) -> list[CollapseSign]:
     by_step: dict[int, dict[str, float]] = {}
     for name, (steps, values) in metrics.curves.items():
         for step, value in zip(steps, values, strict=True):

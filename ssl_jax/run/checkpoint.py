@@ -74,7 +74,7 @@ class Checkpoints:
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"The checkpoints in {self.directory} can't be read ({_reason(error)})"
-                f"{_damaged_steps(self.directory)}."
+                f"{_corrupt_steps(self.directory)}."
             ) from error
         finally:
             logger.setLevel(level)
@@ -145,13 +145,13 @@ class Checkpoints:
           The state, placed as `like` is.
 
         Raises:
-          UserError: the checkpoint doesn't fit, is damaged, or can't be read.
+          UserError: the checkpoint doesn't fit, is corrupt, or can't be read.
         """
-        damaged = damage(self.directory / str(step)) if verify else ""
-        if damaged:
+        corrupt = damage(self.directory / str(step)) if verify else ""
+        if corrupt:
             others = [n for n in self.steps if not damage(self.directory / str(n))]
             raise UserError(
-                f"The checkpoint of step {step} in {self.directory} is damaged ({damaged}): take "
+                f"The checkpoint of step {step} in {self.directory} is corrupt ({corrupt}): take "
                 f"another of its steps, {others}."
             )
         abstract = jax.tree.map(
@@ -161,7 +161,7 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except jax.errors.JaxRuntimeError:
             raise  # another process is lost, or a device's memory is full
-        except Exception as error:  # damaged arrays raise this very class
+        except Exception as error:  # corrupt arrays raise this very class
             raise UserError(
                 f"The checkpoint of step {step} in {self.directory} can't be read "
                 f"({_reason(error)}): if "
@@ -173,7 +173,7 @@ class Checkpoints:
         """Reads the checkpoint that a run continues from, and writes its checksums if it has none.
 
         One without, of a process that was killed right after it, which can't be read is moved away
-        as a damaged one is, if one before it can be read; not among several processes, which may
+        as a corrupt one is, if one before it can be read; not among several processes, which may
         not have failed alike.
 
         Args:
@@ -199,7 +199,7 @@ class Checkpoints:
             state = self.restore(whole[0], like, verify=False)
             for n in (step, *before[: before.index(whole[0])]):
                 why = damage(self.directory / str(n)) or "it can't be read"
-                said.append(_set_aside(self.directory / str(n), why, aside))
+                said.append(_quarantine(self.directory / str(n), why, aside))
             self._manager.reload()
             step = whole[0]
         folder = self.directory / str(step)
@@ -301,14 +301,14 @@ def _steps_in(directory: Path) -> list[int]:
     return sorted(int(folder.name) for folder in directory.glob("*") if folder.name.isdigit())
 
 
-def _damaged_steps(directory: Path) -> str:
-    """What to do about the damaged checkpoints of a folder, where there are any."""
-    damaged = [step for step in _steps_in(directory) if damage(directory / str(step))]
-    return f": move those away that are damaged, {damaged}" if damaged else ""
+def _corrupt_steps(directory: Path) -> str:
+    """What to do about the corrupt checkpoints of a folder, where there are any."""
+    corrupt = [step for step in _steps_in(directory) if damage(directory / str(step))]
+    return f": move those away that are corrupt, {corrupt}" if corrupt else ""
 
 
-def set_aside_damaged(directory: Path, aside: Path) -> list[str]:
-    """Moves damaged checkpoints away from the newest on, up to the first that is whole.
+def quarantine_corrupt(directory: Path, aside: Path) -> list[str]:
+    """Moves corrupt checkpoints away from the newest on, up to the first that is whole.
 
     Args:
       directory: of the checkpoints.
@@ -323,20 +323,20 @@ def set_aside_damaged(directory: Path, aside: Path) -> list[str]:
     steps = _steps_in(directory)[::-1]
     found: dict[int, str] = {}
     for step in steps:
-        damaged = damage(directory / str(step))
-        if not damaged:
+        corrupt = damage(directory / str(step))
+        if not corrupt:
             break
-        found[step] = damaged
+        found[step] = corrupt
     if steps and len(found) == len(steps):
         raise UserError(
             f"No checkpoint in {directory} is whole (step {steps[0]}: {found[steps[0]]}): bring "
             "one back from a copy, or start anew in another workdir."
         )
-    return [_set_aside(directory / str(step), damaged, aside) for step, damaged in found.items()]
+    return [_quarantine(directory / str(step), corrupt, aside) for step, corrupt in found.items()]
 
 
-def _set_aside(folder: Path, damaged: str, aside: Path) -> str:
-    """Moves a damaged checkpoint away; returns what is told of it."""
+def _quarantine(folder: Path, corrupt: str, aside: Path) -> str:
+    """Moves a corrupt checkpoint away; returns what is told of it."""
     step = folder.name
     target, number = aside / step, 1
     while target.exists():
@@ -346,10 +346,10 @@ def _set_aside(folder: Path, damaged: str, aside: Path) -> str:
         shutil.move(folder, target)
     except OSError as error:
         raise UserError(
-            f"The checkpoint of step {step} is damaged ({damaged}) and can't be moved to "
+            f"The checkpoint of step {step} is corrupt ({corrupt}) and can't be moved to "
             f"{target} ({error.strerror}): move it yourself."
         ) from error
     return (
-        f"warning: the checkpoint of step {step} is damaged ({damaged}); it is in {target} "
+        f"warning: the checkpoint of step {step} is corrupt ({corrupt}); it is in {target} "
         "now, and the one before takes its place."
     )

@@ -151,7 +151,7 @@ def read_record(workdir: Path) -> dict[str, Any]:
     """What `write_config` wrote.
 
     Raises:
-      UserError: there is no run in the folder, its record is damaged, or of another format.
+      UserError: there is no run in the folder, its record is corrupt, or of another format.
     """
     path = workdir / "config.json"
     try:

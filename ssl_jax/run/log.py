@@ -157,7 +157,7 @@ class NoLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, without lines that are none: cut off by a kill, damaged."""
+    """The records of a `metrics.jsonl`, without lines that are none: cut off by a kill, corrupt."""
     if not path.is_file():
         return []
     records = []
@@ -170,7 +170,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 # What is shown, by how much a run is to tell. Warnings always are.
-_TOLD = {
+_VERBOSITY = {
     "all": {"line", "note", "result"},
     "line": {"line"},  # of a run that is part of something larger
     "quiet": {"result"},
@@ -182,7 +182,7 @@ class Progress:
     """One line that is written over on a terminal, and plain lines elsewhere."""
 
     def __init__(
-        self, total_steps: int, batch_size: int, out: TextIO | None = None, told: str = "all"
+        self, total_steps: int, batch_size: int, out: TextIO | None = None, verbosity: str = "all"
     ) -> None:
         """Looks whether it writes to a terminal.
 
@@ -190,10 +190,10 @@ class Progress:
           total_steps: of the run.
           batch_size: images in a step.
           out: where to write, default standard output.
-          told: "all"; "line", the progress line alone; "quiet", the result alone; or "warnings",
-            which the others tell too.
+          verbosity: "all"; "line", only the progress line; "quiet", only the result; or
+            "warnings", which every level prints.
         """
-        self._out, self._told = out or sys.stdout, _TOLD[told]
+        self._out, self._verbosity = out or sys.stdout, _VERBOSITY[verbosity]
         self._total, self._batch = total_steps, batch_size
         self._live = self._out.isatty()
         self._width = 0  # of the line
@@ -249,17 +249,17 @@ class Progress:
 
     def line(self, text: str) -> None:
         """Writes what is going on, until the next text."""
-        if "line" in self._told:
+        if "line" in self._verbosity:
             self._write(text, end="" if self._live else "\n")
 
     def note(self, text: str) -> None:
         """Writes a line that stays."""
-        if "note" in self._told:
+        if "note" in self._verbosity:
             self._write(text, end="\n")
 
     def result(self, text: str) -> None:
         """Writes a line that stays, and is not left out where little is told."""
-        if "result" in self._told:
+        if "result" in self._verbosity:
             self._write(text, end="\n")
 
     def warn(self, text: str) -> None:
@@ -272,7 +272,7 @@ class Progress:
             # Of a run among others nothing stays.
             gone = f"\r{' ' * self._width}\r"
             self._width = 0
-            self._out.write("\n" if "note" in self._told else gone)
+            self._out.write("\n" if "note" in self._verbosity else gone)
             self._out.flush()
 
     def _write(self, text: str, end: str) -> None:

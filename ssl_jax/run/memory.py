@@ -10,12 +10,12 @@ from ssl_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def enough_memory(what: str, levers: Sequence[str], rest: str = "") -> Iterator[None]:
+def enough_memory(what: str, suggestions: Sequence[str], rest: str = "") -> Iterator[None]:
     """Tells what to do where a device's memory is full.
 
     Args:
       what: is computed inside, the sentence's subject.
-      levers: options that make it need less, those that help most first.
+      suggestions: options that make it need less, those that help most first.
       rest: added to the sentence.
 
     Raises:
@@ -29,11 +29,11 @@ def enough_memory(what: str, levers: Sequence[str], rest: str = "") -> Iterator[
             raise
         raise UserError(
             f"{what} doesn't fit into the memory of {jax.devices()[0].device_kind} "
-            f"({told.splitlines()[0][:200]}): try {', '.join(levers) or 'more devices'}{rest}."
+            f"({told.splitlines()[0][:200]}): try {', '.join(suggestions) or 'more devices'}{rest}."
         ) from error
 
 
-def step_levers(config: ConfigDict, devices: int) -> list[str]:
+def step_suggestions(config: ConfigDict, devices: int) -> list[str]:
     """Options with which a run's step needs less memory, of those that are left.
 
     Args:
@@ -42,7 +42,7 @@ def step_levers(config: ConfigDict, devices: int) -> list[str]:
     """
     most = (config.microbatch or config.batch_size) // 2
     fitting = [n for n in range(devices, most + 1, devices) if config.batch_size % n == 0]
-    levers = [f"--config.microbatch={fitting[-1]}"] if fitting else []
-    levers += [] if config.remat else ["--config.remat=True"]
-    levers += [] if config.dtype == "bfloat16" else ["--config.dtype=bfloat16"]
-    return levers
+    suggestions = [f"--config.microbatch={fitting[-1]}"] if fitting else []
+    suggestions += [] if config.remat else ["--config.remat=True"]
+    suggestions += [] if config.dtype == "bfloat16" else ["--config.dtype=bfloat16"]
+    return suggestions

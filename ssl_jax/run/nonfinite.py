@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from ssl_jax.errors import UserError
 from ssl_jax.files import replacing
-from ssl_jax.run.processes import agreed_error, is_first
+from ssl_jax.run.processes import error_on_all_processes, is_primary
 
 # Of the step's metrics: how many steps were not finite so far, and the newest of them, from 1.
 COUNT, STEP = "nonfinite_steps", "nonfinite_step"
@@ -21,7 +21,7 @@ class NonFiniteError(UserError):
     """The run has stopped at a step that was not finite."""
 
 
-class FiniteWatch:
+class NonfiniteGuard:
     """Follows a run's steps that were not finite.
 
     The state counts them, so that none is missed between the steps that are logged, nor after the
@@ -38,7 +38,7 @@ class FiniteWatch:
         """Starts with those that are known.
 
         Args:
-          allowed: how many may be skipped (`config.on_nan`).
+          allowed: how many may be skipped (`config.max_nonfinite_steps`).
           workdir: gets `nonfinite.json` when the run stops.
           ids_of: the images of a step, counted from 0.
           seen: such steps before the checkpoint from which the run goes on.
@@ -67,15 +67,15 @@ class FiniteWatch:
         if count <= self._allowed:
             return [
                 f"warning: step {at} was not finite and changed nothing ({count} of at most "
-                f"{self._allowed} such steps, config.on_nan)."
+                f"{self._allowed} such steps, config.max_nonfinite_steps)."
             ]
-        if is_first():
+        if is_primary():
             with contextlib.suppress(OSError):  # what has gone wrong first is told
                 self._write(at, step, metrics)
         kept = f"the checkpoint of step {saved} is as it was" if saved else "nothing was saved yet"
-        raise agreed_error(
+        raise error_on_all_processes(
             f"The loss or its gradients are not finite at step {at}; {kept}, and {self._file} has "
-            "the step's images and metrics: let config.on_nan skip a number of such steps, or "
+            "the step's images and metrics: let config.max_nonfinite_steps skip such steps, or "
             "start anew with a lower config.optim.lr.",
             NonFiniteError,
         )

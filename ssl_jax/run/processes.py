@@ -27,7 +27,7 @@ _TEXT = 1024  # bytes of a sentence that processes tell each other
 _COORDINATOR, _COUNT, _ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 
-def join(heartbeat_s: float) -> None:
+def join(heartbeat_timeout_s: float) -> None:
     """Joins the processes of the run; before JAX is used for anything else.
 
     Does nothing where there is no cluster, or where the caller has joined already. The variables
@@ -35,7 +35,8 @@ def join(heartbeat_s: float) -> None:
     place of a cluster that JAX doesn't know; JAX_NUM_PROCESSES=1 alone stays out of any.
 
     Args:
-      heartbeat_s: seconds after which a silent process counts as lost, which ends the others.
+      heartbeat_timeout_s: seconds after which a silent process counts as lost, which ends
+        the others.
 
     Raises:
       UserError: the variables are incomplete, or the others can't be found.
@@ -54,7 +55,7 @@ def join(heartbeat_s: float) -> None:
                 f"{_COUNT} is set, so {_ID} and {_COORDINATOR} are needed too: numbers, and "
                 "host:port of process 0."
             ) from error
-    seconds = max(1, round(heartbeat_s))
+    seconds = max(1, round(heartbeat_timeout_s))
     try:
         jax.distributed.initialize(**given, heartbeat_timeout_seconds=seconds)
     except ValueError as error:
@@ -70,7 +71,7 @@ def join(heartbeat_s: float) -> None:
         ) from error
 
 
-def is_first() -> bool:
+def is_primary() -> bool:
     """Whether this is the process that writes and speaks."""
     return jax.process_index() == 0
 
@@ -111,7 +112,7 @@ def from_first(values: dict[str, float]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def agreed() -> Iterator[None]:
+def raise_on_all_processes() -> Iterator[None]:
     """Raises on every process what was wrong on one of them, so that none waits for it.
 
     Inside nothing may wait for other processes.
@@ -128,20 +129,20 @@ def agreed() -> Iterator[None]:
         wrong = str(error)
     if jax.process_count() == 1:
         return
-    if wrong and not is_first():
+    if wrong and not is_primary():
         wrong = f"Process {jax.process_index()} on {socket.gethostname()}: {wrong}"
     text = np.zeros(_TEXT, np.uint8)
     sentence = np.frombuffer(wrong.encode()[:_TEXT], np.uint8)
     text[: len(sentence)] = sentence
     for told in gather(text):
         if told.any():
-            raise agreed_error(bytes(told[told > 0]).decode(errors="replace"))
+            raise error_on_all_processes(bytes(told[told > 0]).decode(errors="replace"))
 
 
-def agreed_error(sentence: str, kind: type[UserError] = UserError) -> UserError:
+def error_on_all_processes(sentence: str, kind: type[UserError] = UserError) -> UserError:
     """An error that all processes raise, and one tells."""
     error = kind(sentence)
-    error.agreed, error.told_here = True, is_first()
+    error.on_all_processes, error.printed_here = True, is_primary()
     return error
 
 
@@ -159,7 +160,7 @@ def require_same(values: dict[str, str]) -> None:
     for number, name in enumerate(names):
         other = np.flatnonzero(seen[:, number] != seen[0, number])
         if len(other):
-            raise agreed_error(
+            raise error_on_all_processes(
                 f"Process {other[0]} sees another {name} than process 0: all hosts need the same "
                 "command and data, and one --workdir on a file system that they share."
             )
@@ -179,7 +180,7 @@ def alone_on_failure(tell: Callable[[str], None]) -> Iterator[None]:
         yield
     except BaseException as error:
         alone = jax.process_count() == 1
-        if alone or (isinstance(error, UserError) and error.agreed):
+        if alone or (isinstance(error, UserError) and error.on_all_processes):
             raise
         if isinstance(error, UserError):
             tell(f"error: Process {jax.process_index()}: {error}")

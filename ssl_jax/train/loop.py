@@ -15,17 +15,17 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import is_due, to_json
 from ssl_jax.data.pipeline import Prefetcher
-from ssl_jax.diagnostics import CollapseWatch
+from ssl_jax.diagnostics import CollapseDetector
 from ssl_jax.errors import UserError
 from ssl_jax.evals.evaluator import Evaluator, evaluated_variables, evaluation_table
-from ssl_jax.interop.initial import started
+from ssl_jax.interop.initial import load_initial_weights
 from ssl_jax.report import write_report
 from ssl_jax.run import processes
-from ssl_jax.run.checkpoint import Checkpoints, set_aside_damaged
+from ssl_jax.run.checkpoint import Checkpoints, quarantine_corrupt
 from ssl_jax.run.folder import lock_text, locked, note_continuation, write_config
 from ssl_jax.run.log import Fetcher, MetricsLog, NoLog, Progress, read_metrics
-from ssl_jax.run.memory import enough_memory, step_levers
-from ssl_jax.run.nonfinite import COUNT, STEP, FiniteWatch
+from ssl_jax.run.memory import enough_memory, step_suggestions
+from ssl_jax.run.nonfinite import COUNT, STEP, NonfiniteGuard
 from ssl_jax.run.wandb import WandbWriter
 from ssl_jax.step import TrainState
 from ssl_jax.train import summary
@@ -39,7 +39,7 @@ _SHORT = (
 
 
 def pretrain(
-    config: ConfigDict, workdir: str | Path, command: str = "", *, told: str = "all"
+    config: ConfigDict, workdir: str | Path, command: str = "", *, verbosity: str = "all"
 ) -> TrainState:
     """Pretrains an encoder, or continues the run in `workdir`; evaluates it and writes the report.
 
@@ -50,7 +50,7 @@ def pretrain(
       config: validated, of the whole run.
       workdir: the run's folder; made if it doesn't exist.
       command: recorded there, for "how to reproduce".
-      told: how much is printed, as `Progress` takes it.
+      verbosity: how much is printed, as `Progress` takes it.
 
     Returns:
       The final state, or that at which the run was stopped.
@@ -61,23 +61,27 @@ def pretrain(
     workdir = Path(workdir)
     with contextlib.ExitStack() as folder, processes.Stop() as stop:
         # Whatever is wrong with the config shows here, before the folder is touched.
-        with processes.agreed():
+        with processes.raise_on_all_processes():
             setup = Setup(config)
-        with processes.agreed():
-            if processes.is_first():
+        with processes.raise_on_all_processes():
+            if processes.is_primary():
                 folder.enter_context(locked(workdir))
                 write_config(workdir, setup.config, command, setup.train.fingerprint, setup.derived)
         same = {"workdir": lock_text(workdir), "config": json.dumps(to_json(config))}
         processes.require_same(same)
-        levers = step_levers(config, setup.spmd.size)
-        with enough_memory("The step", levers, _PLAN):
-            run = Run(setup, workdir, told)
+        suggestions = step_suggestions(config, setup.spmd.size)
+        with enough_memory("The step", suggestions, _PLAN):
+            run = Run(setup, workdir, verbosity)
             try:
                 state = run.train(stop)
             except BaseException as error:
                 # Several finish together what is being written, which one that was lost can't. What
                 # has gone wrong first is told.
-                if jax.process_count() == 1 or isinstance(error, UserError) and error.agreed:
+                if (
+                    jax.process_count() == 1
+                    or isinstance(error, UserError)
+                    and error.on_all_processes
+                ):
                     with contextlib.suppress(UserError, OSError):
                         run.close(failed=True)
                 raise
@@ -95,7 +99,7 @@ def pretrain(
 class Run:
     """A run going on in a folder: its state, and what is written."""
 
-    def __init__(self, setup: Setup, workdir: Path, told: str = "all") -> None:
+    def __init__(self, setup: Setup, workdir: Path, verbosity: str = "all") -> None:
         """Makes the state, restored where there is a checkpoint.
 
         Raises:
@@ -105,40 +109,40 @@ class Run:
         self.setup, self.config, total = setup, setup.config, setup.schedule.total_steps
         self.evaluator = Evaluator(setup.config, setup.spmd, setup.train, setup.test)
         self.fetch = Fetcher()
-        self.watch = CollapseWatch(**setup.watched)
-        self.first, self.stopped = processes.is_first(), False
+        self.watch = CollapseDetector(**setup.watched)
+        self.first, self.stopped = processes.is_primary(), False
         out = None if self.first else open(os.devnull, "w")  # closed with the process
-        self.progress = Progress(total, setup.config.batch_size, out, told)
-        damaged: list[str] = []
-        with processes.agreed():
+        self.progress = Progress(total, setup.config.batch_size, out, verbosity)
+        corrupt: list[str] = []
+        with processes.raise_on_all_processes():
             if self.first:
-                damaged = set_aside_damaged(workdir / "checkpoints", workdir / "damaged")
-        for warning in damaged:
+                corrupt = quarantine_corrupt(workdir / "checkpoints", workdir / "corrupt")
+        for warning in corrupt:
             self.progress.warn(warning)
         self.checkpoints = Checkpoints(workdir / "checkpoints", setup.config.checkpoint.keep)
-        self.resident = setup.spmd.replicate(setup.train.resident())
+        self.device_data = setup.spmd.replicate(setup.train.device_data())
         initial = setup.program.init()
         # The untrained encoder, a baseline at the end, waits on the host.
         layer = setup.config.eval.projector_layer
         self.initial = jax.device_get(evaluated_variables(initial, layer))
         self.start = self.checkpoints.latest_step or 0
         if not self.start:
-            initial = started(initial, setup.config)
+            initial = load_initial_weights(initial, setup.config)
         self.state = setup.spmd.replicate(initial)
         processes.require_same(
             {"training set": setup.train.fingerprint, "newest checkpoint": str(self.start)}
         )
         if self.start:
-            aside = workdir / "damaged"
-            self.start, self.state, damaged = self.checkpoints.restore_newest(self.state, aside)
-            for warning in damaged:
+            aside = workdir / "corrupt"
+            self.start, self.state, corrupt = self.checkpoints.restore_newest(self.state, aside)
+            for warning in corrupt:
                 self.progress.warn(warning)
             # What the watch knew, it knew from these; its warnings have been given.
             for record in read_metrics(workdir / "metrics.jsonl"):
                 if record["step"] <= self.start:
                     self.watch.check(record["step"], record)
             self.progress.note(f"Continuing from step {self.start} of {total}.")
-            with processes.agreed():
+            with processes.raise_on_all_processes():
                 if self.first and self.start < total:
                     self.note_changes(note_continuation(workdir, self.start, setup.derived))
         elif (workdir / "metrics.jsonl").exists():
@@ -146,13 +150,13 @@ class Run:
                 "The run was broken off before its first checkpoint: it starts anew."
             )
         self.done = self.start
-        self.finite = FiniteWatch(
-            setup.config.on_nan,
+        self.finite = NonfiniteGuard(
+            setup.config.max_nonfinite_steps,
             workdir,
             lambda step: setup.index.local_ids(step, np.arange(setup.config.batch_size)),
             self.fetch(self.state.nonfinite)[0] if self.start else 0,
         )
-        with processes.agreed():
+        with processes.raise_on_all_processes():
             self.log = self.open_log(workdir) if self.first else NoLog()
         self.note_start(workdir)
 
@@ -196,14 +200,14 @@ class Run:
         save_every = setup.schedule.every(config.checkpoint.every_epochs)
         pending: dict[str, jax.Array] | None = None
         place = setup.spmd.place_batch
-        span = (self.start, total, config.data.stall_s)
+        span = (self.start, total, config.data.timeout_s)
         with Prefetcher(setup.train, setup.index, setup.rows, place, *span) as batches:
             run_step = setup.program.step
             for step in range(self.start + 1, total + 1):
                 batch = batches.next()
                 if step == self.start + 1:
                     run_step = self.compiled(batch)
-                self.state, metrics = run_step(self.state, batch, self.resident)
+                self.state, metrics = run_step(self.state, batch, self.device_data)
                 if step == self.start + 1:
                     # The first step warms up; rates and ETA are of those that follow.
                     jax.block_until_ready(metrics)
@@ -235,7 +239,7 @@ class Run:
     def compiled(self, batch: Any) -> Any:
         """The train step for such batches, compiled, which is told."""
         self.progress.line("Compiling the step …")
-        arguments = (self.state, batch, self.resident)
+        arguments = (self.state, batch, self.device_data)
         step, rows = summary.compiled(self.setup.program.step, arguments, self.setup.spmd.size)
         self.tell(rows)
         return step
@@ -250,7 +254,7 @@ class Run:
         total = self.setup.schedule.total_steps
         done = self.start == total and self.evaluator.is_done(workdir)
         if not processes.decided(done):
-            if self.config.eval.frozen_at_end:
+            if self.config.eval.at_end:
                 what = "the frozen encoder and its baselines"
                 if not self.evaluator.has_labels:
                     what = "nothing but neighbours and a map, for the images have no labels"

@@ -6,7 +6,7 @@ from ssl_jax.config import from_json, run_schedule, to_json
 from ssl_jax.data.index import Index
 from ssl_jax.data.sources import Source, make_sources
 from ssl_jax.errors import UserError
-from ssl_jax.interop.initial import resolve_start
+from ssl_jax.interop.initial import resolve_initial_weights
 from ssl_jax.run.wandb import require_wandb
 from ssl_jax.spmd import make_spmd
 from ssl_jax.step import Program
@@ -29,7 +29,7 @@ class Setup:
         self.config = config = resolve(config, self.train)
         self.schedule = run_schedule(config, self.train.num_examples)
         self.index = Index(self.train.num_examples, config.batch_size, config.seed)
-        self.rows = self.spmd.local_rows(config.batch_size)
+        self.rows = self.spmd.local_indices(config.batch_size)
         self.program = Program(config, self.schedule, self.spmd)
         self.method = self.program.method
         if self.method.needs_labels and self.train.num_classes == 0:
@@ -58,5 +58,5 @@ def resolve(config: ConfigDict, train: Source) -> ConfigDict:
             f"config.data.num_classes is {config.data.num_classes}, but the training images have "
             f"labels up to {train.num_classes - 1}: set it to {train.num_classes}, or to 0."
         )
-    resolve_start(config)
+    resolve_initial_weights(config)
     return config

@@ -17,7 +17,7 @@ def test_a_collapse_is_said_and_the_unchanged_run_stands_in_its_place(tmp_path, 
         folder = tmp_path / name
         folder.mkdir()
         (folder / "report_images.npz").touch()
-        row = {"labels_5": {"draws": [0.8, 0.9]}, "linear": 0.95, "knn": 0.9}
+        row = {"labels_5": {"trials": [0.8, 0.9]}, "linear": 0.95, "knn": 0.9}
         (folder / "evaluation.json").write_text(json.dumps({"rows": [row]}))
         lines = [{"step": step, "embedding_std": std, "rankme": 9.0} for step in (10, 20, 30)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
@@ -36,9 +36,9 @@ def test_every_variant_is_a_config_that_changes_what_it_says():
     made = {n: load_config(f"{FILE}:{n}") for names in groups.values() for n in names}
     assert len(made) == sum(map(len, groups.values()))
     assert made["head-none"].simclr.layers == 0 and made["head-mlp3"].simclr.layers == 3
-    assert made["momentum-1"].byol.momentum == made["momentum-1"].byol.momentum_end == 1
+    assert made["momentum-1"].byol.ema_decay == made["momentum-1"].byol.ema_decay_end == 1
     assert not made["no-shuffle-and-bn-per-device"].moco.shuffle
-    assert made["no-shuffle-and-bn-per-device"].model.bn_group == 1
+    assert made["no-shuffle-and-bn-per-device"].model.bn_group_size == 1
     for name, crops, colours in (
         ("crop-and-colour", True, True),
         ("crop", True, False),

@@ -120,8 +120,8 @@ def test_the_device_half_is_told_as_a_share_of_the_step(benchmark, monkeypatch):
 
 def test_waiting_and_memory_are_of_the_prefetcher(benchmark, photos):
     assert 0 <= benchmark.wait_share(photos, BATCH, busy=0.01, warmup=1, steps=3) < 1
-    resident = benchmark.resident_mib(photos, BATCH, (1, 3))
-    assert list(resident) == [1, 3] and all(mib > 10 for mib in resident.values())
+    device_data = benchmark.resident_mib(photos, BATCH, (1, 3))
+    assert list(device_data) == [1, 3] and all(mib > 10 for mib in device_data.values())
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_what_is_missing_is_told_with_the_command_that_brings_it(machine, capsys
     assert told(capsys)[1].count("pip install 'ssl_jax[data]'") == 2
 
 
-def test_a_damaged_installation_does_not_end_it(machine, capsys, monkeypatch):
+def test_a_corrupt_installation_does_not_end_it(machine, capsys, monkeypatch):
     def broken(name):
         raise {"jax": OSError}.get(name, metadata.PackageNotFoundError)(name)
 

@@ -40,11 +40,11 @@ def test_ids_and_labels_follow_sorted_names(tmp_path):
         picture(53, (0, 0, 0)).save(hidden / "0.png")
     picture(54, (0, 0, 0)).save(tmp_path / "cat" / "._0.png")
     train, test = make_sources(config_of(tmp_path))
-    assert test is None and train.resident() == {} and train.bad == []
+    assert test is None and train.device_data() == {} and train.bad == []
     assert train.class_names == ("cat", "dog", "emu") and train.num_examples == 9
     assert train.labels.dtype == np.int32
     np.testing.assert_array_equal(train.labels, [0, 0, 1, 1, 1, 1, 1, 2, 2])
-    images = train.clean(np.arange(9)).reshape(9, -1, 3).mean(axis=1)
+    images = train.eval_transform(np.arange(9)).reshape(9, -1, 3).mean(axis=1)
     expected = np.array(list(COLOURS.values()))[train.labels]
     np.testing.assert_allclose(images, expected, atol=25)
 
@@ -284,12 +284,12 @@ def test_clean_images_do_not_depend_on_company(tmp_path):
     c = config_of(tmp_path)
     c.eval.update(crop_fraction=0.5, interpolation="bilinear")
     source = folder.folder_sources(c)[0]
-    images = source.clean(np.arange(12))
+    images = source.eval_transform(np.arange(12))
     assert images.shape == (12, 16, 16, 3) and images.dtype == np.uint8
-    np.testing.assert_array_equal(source.clean([7, 7, 2]), images[[7, 7, 2]])
+    np.testing.assert_array_equal(source.eval_transform([7, 7, 2]), images[[7, 7, 2]])
     pixels = np.asarray(Image.open(tmp_path / "emu" / "1.png"))
     assert pixels.shape == (36, 35, 3)
-    expected = views.clean_view(pixels, c.views.a, 0.5, "bilinear")
+    expected = views.center_crop(pixels, c.views.a, 0.5, "bilinear")
     np.testing.assert_array_equal(images[9], expected)
 
 
@@ -316,7 +316,7 @@ def test_fatal_names_the_file(tmp_path, how):
     with pytest.raises(UserError, match="dog/1.png can't be decoded .* config.data.on_bad_image"):
         next(batches)
     with pytest.raises(UserError, match="dog/1.png can't be decoded"):
-        source.clean([4, 5])
+        source.eval_transform([4, 5])
     assert source.bad == []
 
 
@@ -346,7 +346,7 @@ def test_skip_puts_the_next_good_image_in_its_place(tmp_path, caplog):
     assert caplog.messages == [
         f"{a} can't be decoded: {b} is used in its place." for a, b in zip(bad, good, strict=True)
     ]
-    clean = source.clean(np.arange(12))
+    clean = source.eval_transform(np.arange(12))
     np.testing.assert_array_equal(clean[[3, 10, 11]], clean[[4, 0, 0]])
     np.testing.assert_array_equal(source.labels, [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 0, 0])
     # The place in the order, and with it the crop, stays its own.
@@ -362,7 +362,7 @@ def test_skip_does_not_depend_on_what_was_read_before(tmp_path):
     whole = by_id(read(source_of(tmp_path, on_bad_image="skip"), steps), steps)
     assert len(whole) == 6 * 4 * 3
     evaluated_first = source_of(tmp_path, on_bad_image="skip", threads=2)
-    evaluated_first.clean(np.arange(12)[::-1])
+    evaluated_first.eval_transform(np.arange(12)[::-1])
     assert by_id(read(evaluated_first, steps), steps) == whole
     resumed = by_id(read(source_of(tmp_path, on_bad_image="skip"), steps[4:]), steps[4:])
     assert resumed.items() <= whole.items()
@@ -375,7 +375,7 @@ def test_a_bad_image_may_be_found_by_another_reader(tmp_path):
     batches = source.batches(iter([(0, np.array([0, 1])), (1, np.array([2, 3]))]))
     next(batches)
     time.sleep(0.3)  # the second step is on its way
-    source.clean([2])
+    source.eval_transform([2])
     assert next(batches)["id"].tolist() == [2, 3]
     assert source.bad == [str(tmp_path / "cat" / "2.png")]
 
@@ -385,7 +385,7 @@ def test_nothing_but_bad_images_is_refused(tmp_path):
     for file in tmp_path.glob("*/*.png"):
         file.write_bytes(b"")
     with pytest.raises(UserError, match="No image under config.data.dir .* can be decoded"):
-        source_of(tmp_path, on_bad_image="skip").clean([1])
+        source_of(tmp_path, on_bad_image="skip").eval_transform([1])
 
 
 @pytest.mark.parametrize("on_bad_image", ["fatal", "skip"])
@@ -464,7 +464,7 @@ def test_tensorflow_is_quiet_and_keeps_off_the_gpu(tmp_path):
         "from ssl_jax.data.sources import make_sources\n"
         "c = default_config()\n"
         f"c.data.update(name='folder', dir={str(tmp_path)!r}, on_bad_image='skip')\n"
-        "make_sources(c)[0].clean([0, 1])\n"
+        "make_sources(c)[0].eval_transform([0, 1])\n"
         "import tensorflow as tf\n"
         "assert tf.config.get_visible_devices('GPU') == []\n"
     )

@@ -35,7 +35,7 @@ def test_what_is_packed_is_what_the_folder_holds(folder, tmp_path, capsys):
     assert test is None
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1] and train.class_names == ("cat", "dog")
     expected = np.asarray(Image.open(folder / "dog" / "1.png"))
-    np.testing.assert_array_equal(train.resident()["image"][4], expected)
+    np.testing.assert_array_equal(train.device_data()["image"][4], expected)
 
 
 def test_a_flat_folder_has_no_labels(folder, tmp_path):

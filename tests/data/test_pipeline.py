@@ -27,25 +27,25 @@ class Stalled:
             yield batch
 
 
-def reading(source, stall_s):
+def reading(source, timeout_s):
     return Prefetcher(
-        source, Index(64, 8, 0), np.arange(8), lambda batch: batch, 0, 6, stall_s=stall_s
+        source, Index(64, 8, 0), np.arange(8), lambda batch: batch, 0, 6, timeout_s=timeout_s
     )
 
 
 def test_a_storage_that_no_longer_answers_stops_the_run_in_one_sentence():
     source = Stalled(2)
-    with reading(source, stall_s=300) as batches:
+    with reading(source, timeout_s=300) as batches:
         batches.next(), batches.next()
-        batches._stall_s = 0.3  # a busy machine may take longer for those that do come
-        with pytest.raises(UserError, match=r"No images have come for 0.3 seconds .*stall_s"):
+        batches._timeout_s = 0.3  # a busy machine may take longer for those that do come
+        with pytest.raises(UserError, match=r"No images have come for 0.3 seconds .*timeout_s"):
             batches.next()
         source.answers.set()
 
 
 def test_without_a_limit_it_is_waited_for(monkeypatch):
     source = Stalled(2)
-    with reading(source, stall_s=0) as batches:
+    with reading(source, timeout_s=0) as batches:
         batches.next(), batches.next()
         get, waited = batches._queue.get, batches.wait_seconds
 
@@ -59,7 +59,7 @@ def test_without_a_limit_it_is_waited_for(monkeypatch):
 
 
 def test_what_the_reading_raises_is_raised_where_batches_are_taken():
-    with reading(Stalled(1, OSError(5, "Input/output error")), stall_s=10) as batches:
+    with reading(Stalled(1, OSError(5, "Input/output error")), timeout_s=10) as batches:
         batches.next()
         with pytest.raises(OSError, match="Input/output error"):
             batches.next()

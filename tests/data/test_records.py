@@ -29,7 +29,7 @@ def test_records_are_the_folder(tmp_path):
     images, folder = converted(tmp_path)
     expected, source = source_of(images, "folder"), source_of(folder)
     assert source.num_examples == 12 and source.num_classes == 3
-    assert source.class_names == expected.class_names and source.resident() == {}
+    assert source.class_names == expected.class_names and source.device_data() == {}
     np.testing.assert_array_equal(source.labels, expected.labels)
     index = Index(12, 4, seed=0)
     steps = [(step, index.ids(step)) for step in range(7)]
@@ -37,7 +37,7 @@ def test_records_are_the_folder(tmp_path):
     assert by_id(ours, steps) == by_id(theirs, steps)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(a["label"], b["label"])
-    np.testing.assert_array_equal(source.clean([3, 11]), expected.clean([3, 11]))
+    np.testing.assert_array_equal(source.eval_transform([3, 11]), expected.eval_transform([3, 11]))
 
 
 def test_the_shards_are_tfrecords_of_the_unchanged_files(tmp_path):
@@ -80,7 +80,7 @@ def test_bad_images_are_named_and_replaced(tmp_path):
     source = source_of(tmp_path / "records", on_bad_image="skip")
     (batch,) = read(source, [(0, [6, 7])])
     assert batch["label"].tolist() == [1, 2] and len(source.bad) == 1
-    np.testing.assert_array_equal(source.clean([7]), source.clean([8]))
+    np.testing.assert_array_equal(source.eval_transform([7]), source.eval_transform([8]))
 
 
 def test_an_interrupted_conversion_is_not_taken_for_a_whole_one(tmp_path, monkeypatch, capsys):
@@ -106,7 +106,7 @@ def test_damage_is_one_sentence(tmp_path):
         source_of("")
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     (copy / "index.npz").write_bytes(b"PK")
-    with pytest.raises(UserError, match="index.npz is damaged"):
+    with pytest.raises(UserError, match="index.npz is corrupt"):
         source_of(copy)
     source = source_of(folder, on_bad_image="skip")
     last = folder / "00002-of-00003.tfrecord"
@@ -132,4 +132,6 @@ def test_a_bucket_is_read_by_tensorflows_file_system(tmp_path):
     records.convert(str(images), "ram://bucket/records", 2)
     source = source_of("ram://bucket/records")
     expected = source_of(images, "folder")
-    np.testing.assert_array_equal(source.clean(range(12)), expected.clean(range(12)))
+    np.testing.assert_array_equal(
+        source.eval_transform(range(12)), expected.eval_transform(range(12))
+    )

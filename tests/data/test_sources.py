@@ -3,20 +3,20 @@ import pytest
 from tiny import random_source, tiny_config
 
 from ssl_jax.config import default_config, validate
-from ssl_jax.data.sources import Subset, balanced_ids, held_out_ids, make_sources
+from ssl_jax.data.sources import Subset, held_out_ids, make_sources, stratified_subset
 from ssl_jax.errors import UserError
 
 
 def test_a_share_has_as_many_of_each_class_and_depends_on_the_seed_alone():
     labels = np.random.default_rng(0).choice(4, size=400, p=[0.4, 0.3, 0.2, 0.1])
-    ids = balanced_ids(labels, 0.1)
+    ids = stratified_subset(labels, 0.1)
     assert (np.bincount(labels[ids]) == 10).all()
-    assert (ids == balanced_ids(labels, 0.1)).all() and (np.diff(ids) > 0).all()
-    assert set(ids) <= set(balanced_ids(labels, 0.2))
-    assert set(ids) != set(balanced_ids(labels, 0.1, seed=1))
+    assert (ids == stratified_subset(labels, 0.1)).all() and (np.diff(ids) > 0).all()
+    assert set(ids) <= set(stratified_subset(labels, 0.2))
+    assert set(ids) != set(stratified_subset(labels, 0.1, seed=1))
     # Of a class with too few all are there, and of each at least one.
-    assert np.bincount(labels[balanced_ids(labels, 0.6)]).min() == np.bincount(labels).min()
-    assert (np.bincount(labels[balanced_ids(labels, 1e-6)]) == 1).all()
+    assert np.bincount(labels[stratified_subset(labels, 0.6)]).min() == np.bincount(labels).min()
+    assert (np.bincount(labels[stratified_subset(labels, 1e-6)]) == 1).all()
 
 
 def test_what_is_held_out_is_a_share_of_each_class_and_never_all_of_one():
@@ -33,7 +33,7 @@ def test_settings_are_chosen_on_training_images_that_no_subset_holds():
     train, held = make_sources(config)
     whole, _ = make_sources(default_config())
     assert (train.num_examples, held.num_examples) == (1078, 269)
-    both = np.concatenate([train.clean(range(1078)), held.clean(range(269))])
+    both = np.concatenate([train.eval_transform(range(1078)), held.eval_transform(range(269))])
     assert sorted(x.tobytes() for x in both) == sorted(x.tobytes() for x in whole.images)
     config.data.update(subset=0.1, subset_seed=3)
     few, same = make_sources(config)
@@ -48,8 +48,8 @@ def test_a_subset_is_a_source_of_its_own():
     subset = Subset(source, np.array([5, 9, 40]))
     assert subset.num_examples == 3 and subset.num_classes == source.num_classes
     assert (subset.labels == source.labels[[5, 9, 40]]).all()
-    assert (subset.resident()["image"] == source.images[[5, 9, 40]]).all()
-    assert (subset.clean([2, 0]) == source.images[[40, 5]]).all()
+    assert (subset.device_data()["image"] == source.images[[5, 9, 40]]).all()
+    assert (subset.eval_transform([2, 0]) == source.images[[40, 5]]).all()
     (batch,) = subset.batches(iter([(0, np.array([2, 1]))]))
     assert (batch["id"] == [2, 1]).all() and (batch["label"] == source.labels[[40, 9]]).all()
     assert subset.fingerprint != Subset(source, np.array([5, 9, 41])).fingerprint
@@ -65,9 +65,11 @@ def test_files_of_a_subset_are_read_by_their_own_ids(tmp_path):
     whole = tiny_config(batch_size=4)
     whole.data.update(name="folder", dir=str(tmp_path / "images"))
     source, _ = make_sources(whole)
-    kept = balanced_ids(source.labels, 0.5)
+    kept = stratified_subset(source.labels, 0.5)
     assert train.num_examples == len(kept) < source.num_examples
-    np.testing.assert_array_equal(train.clean(np.arange(3)), source.clean(kept[:3]))
+    np.testing.assert_array_equal(
+        train.eval_transform(np.arange(3)), source.eval_transform(kept[:3])
+    )
     ids = np.array([3, 0, 2, 1], np.int32)
     (mine,) = train.batches(iter([(7, ids)]))
     assert (mine["id"] == ids).all() and (mine["label"] == source.labels[kept[ids]]).all()

@@ -47,7 +47,7 @@ def test_every_example_is_there_once_with_its_label(prepared, file_format):
     np.testing.assert_array_equal(train.labels, ids // 4)
     assert len(set(matched(test, prepared / "images"))) == 5
     folder = make_sources(config_of(prepared / "images"))[0]
-    np.testing.assert_array_equal(train.clean(range(12)), folder.clean(ids))
+    np.testing.assert_array_equal(train.eval_transform(range(12)), folder.eval_transform(ids))
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
@@ -104,7 +104,7 @@ def test_an_undecodable_example_is_named_or_skipped(tmp_path):
     ids = matched(make_sources(config)[0], images)
     (bad,) = np.flatnonzero(ids == 6)
     with pytest.raises(UserError, match=f"Example {bad} of .*pictures, split train.* decoded"):
-        make_sources(config)[0].clean([bad])
+        make_sources(config)[0].eval_transform([bad])
     config.data.on_bad_image = "skip"
     source = make_sources(config)[0]
     (batch,) = read(source, [(0, [bad, (bad + 1) % 12])])
@@ -116,7 +116,7 @@ def test_gray_images_become_rgb(tmp_path):
     for file in images.glob("*/*.png"):
         Image.open(file).convert("L").save(file)
     build(tmp_path / "set", images, "tfrecord", splits=("train",))
-    clean = make_sources(config_for(tmp_path / "set"))[0].clean([0, 1, 2])
+    clean = make_sources(config_for(tmp_path / "set"))[0].eval_transform([0, 1, 2])
     np.testing.assert_array_equal(clean, np.repeat(clean[..., :1], 3, axis=-1))
 
 

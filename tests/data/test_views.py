@@ -210,7 +210,7 @@ def test_evaluation_takes_the_central_square(sampler, interpolation, height, wid
     top, left, side, _ = box
     cut = image[top : top + side, left : left + side]
     expected = resized(cut, 32, interpolation, antialias=sampler == "torchvision")
-    got = views.clean_view(image, view_of(sampler), fraction, interpolation)
+    got = views.center_crop(image, view_of(sampler), fraction, interpolation)
     np.testing.assert_allclose(got, expected, atol=1.01)
 
 
@@ -224,7 +224,7 @@ def test_an_image_in_memory_is_prepared_like_one_of_a_file(sampler, interpolatio
     for height, width in ((150, 113), (120, 161), (20, 31)):
         image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
         got = 255 * np.asarray(prepare_clean(image[None], c))[0]
-        expected = views.clean_view(image, c.views.view1, 0.875, interpolation).numpy()
+        expected = views.center_crop(image, c.views.view1, 0.875, interpolation).numpy()
         # Pillow rounds after its first axis, and clips an overshoot there.
         assert np.quantile(np.abs(got - expected), 0.95) <= 1.01
 

@@ -153,7 +153,7 @@ def test_what_can_not_be_run_is_refused_before_anything_is(run, tmp_path, capsys
     ("flags", "sentence"),
     [
         (("--config.optim.lr=1",), "config.optim.lr is what transfer sets: give --rates"),
-        (("--config.start.step=1",), "config.start.step is what transfer sets"),
+        (("--config.init_from.step=1",), "config.init_from.step is what transfer sets"),
         (("--rates=0.1,-0.1",), "digits: config.optim.lr is -0.1: it must be"),
         (("--config.batch_size=5000",), "digits: config.batch_size is 5000 but the training set"),
         (("--step=77",), "no checkpoint of step 77"),

@@ -18,13 +18,13 @@ from ssl_jax.downstream import distill, finetune, runs
 from ssl_jax.errors import UserError
 from ssl_jax.evals.results import read_results, write_result
 from ssl_jax.interop.encoder import newest_step, restore_state
-from ssl_jax.interop.initial import resolve_start, started
-from ssl_jax.interop.weights import travelling
+from ssl_jax.interop.initial import resolve_initial_weights
+from ssl_jax.interop.weights import portable_config
 from ssl_jax.methods import make_method
 from ssl_jax.run.folder import read_config
 from ssl_jax.step import assemble, init_state
 
-BRIEF = ("epochs=1.0", "batch_size=64", "log_every=100", "eval.draws=2")
+BRIEF = ("epochs=1.0", "batch_size=64", "log_every=100", "eval.trials=2")
 WHOLE = "views.view.crop.sampler=none"  # images, which compile faster than crops
 
 
@@ -90,8 +90,8 @@ def test_nothing_of_the_runs_own_optimiser_stays(run, tmp_path, source):
     optim = record["config"]["optim"]
     optim |= {"schedule": "step", "step_epochs": [1.0], "final_lr": 0.1, "warmup_start": 0.3}
     optim |= {"trust_coefficient": 0.02, "frozen_steps": 9}
-    record["config"]["model"]["bn_group"] = 1
-    record["config"]["start"]["heads"] = True
+    record["config"]["model"]["bn_group_size"] = 1
+    record["config"]["init_from"]["heads"] = True
     record["config"]["supervised"]["classifier_init"] = 0.5
     record["config"]["distill"] |= {"temperature": 3.0, "labels": 0.5, "teacher": "/nowhere"}
     (other / "config.json").write_text(json.dumps(record))
@@ -99,7 +99,7 @@ def test_nothing_of_the_runs_own_optimiser_stays(run, tmp_path, source):
     made += [runs.finetune_config(run), runs.finetune_config(other)]
     for mine, theirs in zip(made[::2], made[1::2], strict=True):
         assert mine.optim.to_dict() == theirs.optim.to_dict()
-        assert theirs.model.bn_group == 0 and theirs.optim.final_lr == 0
+        assert theirs.model.bn_group_size == 0 and theirs.optim.final_lr == 0
         assert mine.supervised.to_dict() == theirs.supervised.to_dict()
         assert theirs.distill.to_dict() == default_config().distill.to_dict()
         assert not theirs.start.heads
@@ -112,15 +112,15 @@ def test_what_is_made_of_a_run_sends_nothing_where_the_run_did(run, tmp_path, mo
     monkeypatch.setattr(runs, "config_at", lambda path: theirs)
     made = [runs.finetune_config(run), runs.linear_config(run, "moco")]
     assert [config.wandb for config in made] == ["", ""]
-    assert travelling(theirs)["wandb"] == ""
+    assert portable_config(theirs)["wandb"] == ""
 
 
 def test_a_file_that_was_being_written_is_no_result(tmp_path):
     file = write_result(tmp_path, "knn", "kNN", {"examples": 4})
     (file.parent / ".knn.123.json").write_text("{")
     (file.parent / "lin.json").write_text("{")
-    found, damaged = read_results(tmp_path)
-    assert [record["what"] for record in found] + damaged == ["kNN", "lin.json"]
+    found, corrupt = read_results(tmp_path)
+    assert [record["what"] for record in found] + corrupt == ["kNN", "lin.json"]
 
 
 def test_mocos_rate_falls_at_60_and_80_of_100_epochs(run):
@@ -181,7 +181,7 @@ def test_published_shares_of_imagenets_labels_are_few_labels(run, dataset, epoch
 def test_distillation_is_simclr_v2s(run):
     for changes, temperature in (
         ((), 0.1),
-        (("model.bn_group=1",), 0.1),
+        (("model.bn_group_size=1",), 0.1),
         (("model.width=0.03125",), 1.0),
         (("model.depth=18",), 1.0),
         (("distill.temperature=2.0",), 2.0),
@@ -196,8 +196,8 @@ def test_distillation_is_simclr_v2s(run):
 
 def first_state(config, initial=blank_state):
     config.data.num_classes = 10
-    resolve_start(config)
-    return started(initial(config), config)
+    resolve_initial_weights(config)
+    return load_initial_weights(initial(config), config)
 
 
 def drawn_state(config):
@@ -217,8 +217,8 @@ def test_fine_tuning_starts_at_the_runs_encoder_and_kept_projector(run, kept):
     assert same(state.params["encoder"], source.params["encoder"])
     assert sorted(state.params["projector"]) == ["bn1", "dense1"]
     assert same(state.params["projector"]["dense1"], source.params["projector"]["dense1"])
-    stats = state.extra["batch_stats"]["projector"]
-    assert same(stats["bn1"], source.extra["batch_stats"]["projector"]["bn1"])
+    stats = state.method_state["batch_stats"]["projector"]
+    assert same(stats["bn1"], source.method_state["batch_stats"]["projector"]["bn1"])
     assert not state.params["classifier"]["Dense_0"]["kernel"].any()
 
 
@@ -229,7 +229,7 @@ def test_what_is_kept_of_the_projector_is_its_hidden_layer(run, kept):
     classifier = {**state.params["classifier"]["Dense_0"]}
     classifier["kernel"] = jax.random.normal(jax.random.key(0), classifier["kernel"].shape)
     params = {**state.params, "classifier": {"Dense_0": classifier}}
-    logits = method.classify(params, state.extra["batch_stats"], images)
+    logits = method.classify(params, state.method_state["batch_stats"], images)
     from ssl_jax import load
 
     hidden = load(run, projector_layer=1)
@@ -248,7 +248,7 @@ def test_pretraining_may_start_there_too_and_targets_follow(run):
         config.views = {"a": config.views["view"], "b": config.views["view"]}
     source, state = restore_state(run), first_state(config)
     assert same(state.params["encoder"], source.params["encoder"])
-    assert same(state.extra["target"]["encoder"], source.params["encoder"])
+    assert same(state.method_state["target"]["encoder"], source.params["encoder"])
 
 
 @pytest.mark.parametrize(
@@ -256,8 +256,8 @@ def test_pretraining_may_start_there_too_and_targets_follow(run):
     [
         ({"model": {"depth": 18}}, r"config.model.depth is 18, but the encoder in .* has 4"),
         ({"supervised": {"projector_layer": 3}}, "has 2 hidden layers: use 0 to 2"),
-        ({"start": {"path": "/nowhere"}}, "/nowhere"),
-        ({"start": {"step": 7}}, "no checkpoint of step 7"),
+        ({"init_from": {"path": "/nowhere"}}, "/nowhere"),
+        ({"init_from": {"step": 7}}, "no checkpoint of step 7"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(run, changes, sentence):
@@ -287,7 +287,9 @@ def test_the_frozen_encoder_stays_as_it_is_bit_for_bit(run, capsys):
     assert f"linear classifier, {said}" in out
     source, state = restore_state(run), restore_state(run / "linear_moco")
     assert same(state.params["encoder"], source.params["encoder"])
-    assert same(state.extra["batch_stats"]["encoder"], source.extra["batch_stats"]["encoder"])
+    assert same(
+        state.method_state["batch_stats"]["encoder"], source.method_state["batch_stats"]["encoder"]
+    )
     assert state.params["classifier"]["Dense_0"]["kernel"].any()
     record = json.loads((run / "evals" / "linear_moco.json").read_text())
     assert record["trained_in"].endswith("linear_moco") and record["step"] == step
@@ -317,8 +319,8 @@ def test_a_student_learns_its_teachers_opinion_of_images_without_labels(
     assert distill(teacher, tmp_path / "student", overrides=overrides)["examples"] == 6
     student = restore_state(tmp_path / "student")
     source = restore_state(teacher)
-    assert same(student.extra["teacher"]["params"], source.params)
-    assert same(student.extra["teacher"]["batch_stats"], source.extra["batch_stats"])
+    assert same(student.method_state["teacher"]["params"], source.params)
+    assert same(student.method_state["teacher"]["batch_stats"], source.method_state["batch_stats"])
     lines = (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()
     assert any("agreement" in json.loads(line) for line in lines)
 
@@ -328,7 +330,7 @@ def test_the_distillation_loss_is_the_papers(teacher, temperature, share):
     config = runs.distill_config(teacher)
     config.data.num_classes = 10
     config.distill.update(temperature=temperature, labels=share)
-    resolve_start(config)
+    resolve_initial_weights(config)
     method = make_method(config, Schedule(1, 1))
     rng = np.random.default_rng(0)
     s, t = rng.normal(size=(2, 6, 1, 10))
@@ -392,7 +394,7 @@ def test_commands_on_features_print_and_keep_what_they_find(run, capsys, tmp_pat
         (("knn", "--majority", "--temperature=0.1"), "--majority has no temperature"),
         (("knn", "--majority", "--config.eval.knn_temperature=1"), "--majority has no temperature"),
         (("knn", "--config.model.padding=same"), "config.model.padding is not for a frozen enc"),
-        (("knn", "--config.eval.draws=3"), "config.eval.draws is not for a frozen encoder"),
+        (("knn", "--config.eval.trials=3"), "config.eval.trials is not for a frozen encoder"),
         (("knn", "--config.views.view2.size=9"), r"view2.size is not for .* views.view1.size"),
         (("linear", "--config.epochs=5"), "config.epochs is not for a frozen encoder's features"),
         (("linear", "--config.eval.knn_k=5"), "config.eval.knn_k is not for a frozen encoder's"),

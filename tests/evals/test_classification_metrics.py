@@ -32,7 +32,7 @@ def by_hand(scores, labels):
 
 def test_numbers_are_those_by_hand():
     scores, labels = data()
-    found = classification_metrics(scores, labels, draws=0)
+    found = classification_metrics(scores, labels, resamples=0)
     names = ("top1", "top5", "mean_per_class", "calibration_error")
     for name, expected in zip(names, by_hand(scores, labels), strict=True):
         assert found[name]["value"] == pytest.approx(expected, abs=1e-6), name
@@ -55,7 +55,7 @@ def test_intervals_are_those_of_a_proportion():
 
 def test_classes_that_do_not_occur():
     scores = np.eye(3)[[0, 0, 1, 0]]
-    found = classification_metrics(scores, np.array([0, 0, 1, 1]), draws=5)
+    found = classification_metrics(scores, np.array([0, 0, 1, 1]), resamples=5)
     assert found["mean_per_class"]["value"] == 0.75
     assert "top5" not in found
 
@@ -63,7 +63,7 @@ def test_classes_that_do_not_occur():
 def test_equal_scores_are_ranked_by_the_number_of_the_class():
     labels = np.random.default_rng(0).integers(0, 7, 300)
     scores = np.random.default_rng(1).integers(0, 3, (300, 7))
-    found = classification_metrics(scores, labels, draws=0)
+    found = classification_metrics(scores, labels, resamples=0)
     order = np.argsort(-scores, axis=1, kind="stable")
     assert found["top1"]["value"] == np.mean(order[:, 0] == labels)
     assert found["top5"]["value"] == np.mean((order[:, :5] == labels[:, None]).any(axis=1))
@@ -71,7 +71,7 @@ def test_equal_scores_are_ranked_by_the_number_of_the_class():
 
 
 def test_scores_are_not_rounded():
-    found = classification_metrics(np.array([[1.0, 1.0 + 1e-12]]), np.array([1]), draws=0)
+    found = classification_metrics(np.array([[1.0, 1.0 + 1e-12]]), np.array([1]), resamples=0)
     assert found["top1"]["value"] == 1
 
 
@@ -89,10 +89,10 @@ def test_the_calibration_errors_interval_holds_it(n):
 
 def test_scores_that_are_not_finite_are_wrong():
     scores = np.array([[np.nan, 0, 0], [np.inf, 0, 0], [1, 0, 0]])
-    found = classification_metrics(scores, np.zeros(3, int), draws=5)
+    found = classification_metrics(scores, np.zeros(3, int), resamples=5)
     assert found["top1"]["value"] == pytest.approx(1 / 3)
     assert found["confusion"] == [[1, 0, 0], [0, 0, 0], [0, 0, 0]]
-    many = classification_metrics(np.full((2, 6), np.nan), np.array([0, 1]), draws=5)
+    many = classification_metrics(np.full((2, 6), np.nan), np.array([0, 1]), resamples=5)
     assert many["top5"]["value"] == 0
 
 

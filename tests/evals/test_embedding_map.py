@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ssl_jax.evals.embedding_map import choose_images, lay_out
+from ssl_jax.evals.embedding_map import choose_images, tsne
 
 
 def test_all_images_are_shown_where_they_are_few():
@@ -35,17 +35,17 @@ def groups(n=90, d=12, seed=0):
 
 def test_groups_stay_together_whatever_the_length_of_their_features():
     x, labels = groups()
-    placed = lay_out(x)
+    placed = tsne(x)
     assert placed.shape == (90, 2) and placed.dtype == np.float32
     distance = np.linalg.norm(placed[:, None] - placed, axis=-1) + 1e9 * np.eye(90)
     assert (labels[distance.argmin(axis=1)] == labels).all()
-    np.testing.assert_array_equal(placed, lay_out(x))
+    np.testing.assert_array_equal(placed, tsne(x))
 
 
 def test_features_that_are_not_finite_are_not_placed():
     x, _ = groups()
     x[5, 3] = np.inf
-    placed = lay_out(x)
+    placed = tsne(x)
     assert placed.shape == (90, 2) and np.isnan(placed).all()
 
 
@@ -62,5 +62,5 @@ def test_features_that_are_not_finite_are_not_placed():
     ids=["same", "zero", "two points", "few", "one", "one wide"],
 )
 def test_features_without_two_directions_are_placed_all_the_same(features):
-    placed = lay_out(features.astype(np.float32))
+    placed = tsne(features.astype(np.float32))
     assert placed.shape == (len(features), 2) and np.isfinite(placed).all()

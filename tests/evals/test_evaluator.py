@@ -20,7 +20,7 @@ def finished(folder, train, test):
     """Evaluates an encoder as it was drawn, without training; its features of both splits."""
     config = tiny_config(batch_size=32)
     config.data.num_classes = train.num_classes
-    config.eval.frozen_at_end = True
+    config.eval.at_end = True
     spmd = make_spmd()
     state = Program(config, run_schedule(config, train.num_examples), spmd).init()
     initial = jax.device_get(evaluated_variables(state))

@@ -29,7 +29,7 @@ def test_the_scale_of_the_features_does_not_matter():
 def test_draws_are_paired_and_class_balanced():
     train, labels = data(0)
     test, test_labels = data(1)
-    arguments = dict(labels_per_class=3, draws=6)
+    arguments = dict(labels_per_class=3, trials=6)
     first = few_label_accuracies(train, labels, test, test_labels, **arguments)
     again = few_label_accuracies(train, labels, test, test_labels, **arguments)
     np.testing.assert_array_equal(first, again)
@@ -37,5 +37,5 @@ def test_draws_are_paired_and_class_balanced():
     noise = np.random.default_rng(1).normal(size=train.shape)
     worse = few_label_accuracies(noise, labels, test, test_labels, **arguments)
     assert worse.mean() < first.mean() - 0.1
-    more = few_label_accuracies(train, labels, test, test_labels, labels_per_class=25, draws=6)
+    more = few_label_accuracies(train, labels, test, test_labels, labels_per_class=25, trials=6)
     assert more.mean() > first.mean()

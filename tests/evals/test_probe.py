@@ -17,11 +17,11 @@ def trained(steps=3, devices=None, **changes):
     config.data.num_classes = 4
     config.eval.update(changes)
     spmd, source = make_spmd(devices=devices), random_source()
-    _, step, state, resident = make_step(config, spmd, source)
+    _, step, state, device_data = make_step(config, spmd, source)
     for number in range(steps):
         ids = np.arange(32, dtype=np.int32) + 32 * (number % 2)
         raw = next(source.batches(iter([(number, ids)])))
-        state, metrics = step(state, spmd.place_batch(raw), resident)
+        state, metrics = step(state, spmd.place_batch(raw), device_data)
     return state, metrics
 
 
@@ -44,7 +44,7 @@ def test_it_learns_and_changes_nothing_else():
     without, others = trained(steps=40, probe=False)
     assert without.probe == {} and "probe_loss" not in others
     assert float(metrics["probe_loss"]) < np.log(4) - 0.005
-    for name in ("params", "extra", "opt_state"):
+    for name in ("params", "method_state", "opt_state"):
         mine, theirs = leaves(getattr(with_it, name)), leaves(getattr(without, name))
         for key in theirs:
             np.testing.assert_allclose(mine[key], theirs[key], rtol=1e-5, atol=1e-6, err_msg=key)

@@ -228,7 +228,7 @@ def test_a_signal_loses_no_bit(config, gated, undisturbed, run_here, tmp_path, n
 
 
 @pytest.mark.parametrize("how", ["a flipped bit", "cut short", "halved, without checksums"])
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
+def test_a_corrupt_newest_checkpoint_gives_way_to_the_one_before(
     config, whole, undisturbed, run_here, tmp_path, how
 ):
     workdir = Path(shutil.copytree(whole, tmp_path / "run"))
@@ -243,9 +243,9 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     if how == "halved, without checksums":
         (newest / "checksums.json").unlink()
     out = run_here(config, workdir)
-    assert f"warning: the checkpoint of step {steps[-1]} is damaged" in out
+    assert f"warning: the checkpoint of step {steps[-1]} is corrupt" in out
     assert f"Continuing from step {steps[-2]} of {STEPS}" in out
-    assert (workdir / "damaged" / str(steps[-1])).is_dir()
+    assert (workdir / "corrupt" / str(steps[-1])).is_dir()
     assert_same(workdir, undisturbed)
 
 
@@ -388,7 +388,7 @@ def test_an_image_that_goes_bad_mid_run_is_named_and_nothing_is_lost(
     assert_same(workdir, undisturbed)
 
 
-def test_images_damaged_mid_run_may_be_replaced_and_are_counted(image_runs, tmp_path):
+def test_images_corrupt_mid_run_may_be_replaced_and_are_counted(image_runs, tmp_path):
     root, _ = image_runs
     folder, workdir = tmp_path / "images", tmp_path / "run"
     shutil.copytree(root / "images", folder)

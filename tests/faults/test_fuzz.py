@@ -1,4 +1,4 @@
-"""Thousands of configs and damaged files: each is valid or one sentence; none ends the process."""
+"""Thousands of configs and corrupt files: each is valid or one sentence; none ends the process."""
 
 import io
 import pickle
@@ -82,7 +82,7 @@ def test_any_override_is_valid_or_one_sentence(pairs):
     if config.model.width > 4 or max(v.size * v.count for v in config.views.values()) > 300:
         return
     if (
-        max(config.swav.prototypes, config.moco.queue, config.simclr.memory, config.swav.queue)
+        max(config.swav.prototypes, config.moco.queue, config.simclr.memory_bank, config.swav.queue)
         > 1e6
     ):
         return
@@ -134,7 +134,7 @@ def mutated(data, rng):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_a_thousand_damaged_images_end_no_process(tmp_path, kind):
+def test_a_thousand_corrupt_images_end_no_process(tmp_path, kind):
     pytest.importorskip("tensorflow")
     from ssl_jax.data.folder import folder_sources
 
@@ -200,7 +200,7 @@ def as_pytorch(run, file):
 
 
 @pytest.mark.parametrize("form", ["ours", "torch's names", "pickle", "pytorch"])
-def test_damaged_weights_are_whole_or_one_sentence(run, tmp_path, form):
+def test_corrupt_weights_are_whole_or_one_sentence(run, tmp_path, form):
     file = tmp_path / {"pickle": "a.pkl", "pytorch": "a.pth"}.get(form, "a.safetensors")
     if form == "ours":
         export_tree(run, file)
@@ -224,7 +224,7 @@ def test_damaged_weights_are_whole_or_one_sentence(run, tmp_path, form):
     assert refused > 100
 
 
-def test_damaged_checkpoints_are_refused_or_as_they_were(run, tmp_path):
+def test_corrupt_checkpoints_are_refused_or_as_they_were(run, tmp_path):
     rng, refused, expected = np.random.default_rng(0), 0, leaves(restore_state(run))
     newest = max((run / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
     files = sorted(f.relative_to(run) for f in newest.rglob("*") if f.is_file())
@@ -240,14 +240,14 @@ def test_damaged_checkpoints_are_refused_or_as_they_were(run, tmp_path):
             assert_clear(error)
             refused += 1
             continue
-        # Orbax's own notes may be damaged, not the state.
+        # Orbax's own notes may be corrupt, not the state.
         assert restored.keys() == expected.keys()
         for name in expected:
             np.testing.assert_array_equal(restored[name], expected[name], err_msg=name)
     assert refused > 100
 
 
-def test_a_damaged_config_is_one_sentence(run, tmp_path):
+def test_a_corrupt_config_is_one_sentence(run, tmp_path):
     rng = np.random.default_rng(0)
     data = (run / "config.json").read_bytes()
     for _ in range(500):

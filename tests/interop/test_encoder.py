@@ -23,7 +23,7 @@ def test_a_layer_of_the_projector_can_be_had(finished_run):
     assert h.shape == (3, 8) and z.shape == (3, 24) and (z >= 0).all() and z.max() > 0
     # Dense, BatchNorm by its running statistics, ReLU: from the parameters, in float64.
     state = restore_state(finished_run)
-    params, stats = state.params["projector"], state.extra["batch_stats"]["projector"]
+    params, stats = state.params["projector"], state.method_state["batch_stats"]["projector"]
     x = h.astype(np.float64) @ np.float64(params["dense1"]["kernel"])
     bn, running = (jax.tree.map(np.float64, tree["bn1"]) for tree in (params, stats))
     x = (x - running["mean"]) / np.sqrt(running["var"] + 1e-5)

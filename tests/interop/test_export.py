@@ -14,9 +14,9 @@ from tiny import tiny_config
 import ssl_jax
 from ssl_jax.cli import main as cli
 from ssl_jax.config import view
-from ssl_jax.interop.described import preprocessing
 from ssl_jax.interop.encoder import restore_state
-from ssl_jax.interop.initial import resolve_start, started
+from ssl_jax.interop.initial import resolve_initial_weights
+from ssl_jax.interop.metadata import preprocessing
 from ssl_jax.interop.official import read_weights
 from ssl_jax.interop.weights import Weights, write_weights
 
@@ -101,12 +101,12 @@ def test_our_tree_is_loaded_and_started_from(run, tmp_path, capsys):
     config = tiny_config()
     config.simclr.update(layers=3, hidden=24)
     config.data.num_classes = 10
-    config.start.path = str(file)
+    config.init_from.path = str(file)
     initial = blank_state(config)
     for heads in (False, True):
-        config.start.heads = heads
-        resolve_start(config)
-        params = started(initial, config).params
+        config.init_from.heads = heads
+        resolve_initial_weights(config)
+        params = load_initial_weights(initial, config).params
         assert same(params["encoder"], source.params["encoder"])
         assert same(params["projector"], source.params["projector"]) == heads
 
@@ -118,7 +118,7 @@ def test_a_file_is_evaluated_like_a_run(run, tmp_path, capsys):
     of_run = json.loads(command(capsys, "knn", f"--from={run}", "--k=5", "--json"))
     assert of_file["metrics"] == of_run["metrics"]
     assert list((tmp_path / "ours.safetensors_evals" / "evals").glob("knn_*.json"))
-    brief = ["--config.epochs=1", "--config.batch_size=64", "--config.eval.frozen_at_end=false"]
+    brief = ["--config.epochs=1", "--config.batch_size=64", "--config.eval.at_end=false"]
     brief.append("--config.views.view.crop.sampler=none")  # compiles faster than crops
     out = command(capsys, "linear", f"--from={file}", "--recipe=moco", *brief)
     assert "linear classifier, recipe moco, batch_size=64, " in out

@@ -13,7 +13,7 @@ from tiny import method_config, tiny_config, with_two_stages
 import ssl_jax
 from ssl_jax.errors import UserError
 from ssl_jax.interop.card import model_card
-from ssl_jax.interop.initial import resolve_start, started
+from ssl_jax.interop.initial import load_initial_weights, resolve_initial_weights
 from ssl_jax.interop.official import read_weights
 from ssl_jax.interop.torch_names import to_torch
 from ssl_jax.interop.weights import Weights, read_header, save, write_weights
@@ -132,10 +132,10 @@ def test_a_run_starts_from_a_foreign_file_and_its_heads(tmp_path, drawn, state):
     file = saved(tmp_path, prefixed("module.encoder_q.", {**state, **head}))
     config = with_two_stages(method_config("moco"))
     config.moco.update(out=5, hidden=8, layers=2)
-    config.start.update(path=str(file), heads=True)
-    resolve_start(config)
-    state = started(blank_state(config), config)
-    for params in (state.params, state.extra["target"]):
+    config.init_from.update(path=str(file), heads=True)
+    resolve_initial_weights(config)
+    state = load_initial_weights(blank_state(config), config)
+    for params in (state.params, state.method_state["target"]):
         jax.tree.map(np.testing.assert_array_equal, params["encoder"], drawn["params"])
         dense = params["projector"]
         np.testing.assert_array_equal(dense["dense1"]["kernel"], head["fc.0.weight"].T)
@@ -190,7 +190,7 @@ def test_a_crafted_file_of_ours_is_one_sentence(tmp_path, drawn, names, config):
     header = read_header(tmp_path / "a.safetensors")
     header["config"] = header["config"] if config == "{}" else config
     save({name: normal(2) for name in names}, tmp_path / "b.safetensors", header)
-    with pytest.raises(UserError, match="b.safetensors is damaged .* export it anew"):
+    with pytest.raises(UserError, match="b.safetensors is corrupt .* export it anew"):
         read_weights(tmp_path / "b.safetensors")
 
 

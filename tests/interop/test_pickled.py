@@ -105,7 +105,7 @@ def test_a_file_cut_short_or_of_something_else_is_one_sentence(tmp_path, write):
         read_weights(file)
 
 
-def test_an_archive_whose_names_are_damaged_is_one_sentence(tmp_path):
+def test_an_archive_whose_names_are_corrupt_is_one_sentence(tmp_path):
     file = torch_file(tmp_path / "a.pth", {"x": tensor(VALUES)}, {"0": VALUES})
     data = bytearray(file.read_bytes())
     entry = data.index(b"PK\x01\x02")

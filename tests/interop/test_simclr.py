@@ -242,13 +242,13 @@ def test_other_variables_are_no_resnet(tmp_path):
 
 
 @pytest.mark.parametrize("graph", [b"\xff\xff", b"", 1.0], ids=["bytes", "empty", "number"])
-def test_a_damaged_graph_of_objects_is_one_sentence(tmp_path, graph):
+def test_a_corrupt_graph_of_objects_is_one_sentence(tmp_path, graph):
     prefix = save_tensors({"_CHECKPOINTABLE_OBJECT_GRAPH": graph}, tmp_path / "model.ckpt")
     with pytest.raises(UserError, match="can't be read .* fetch its files anew"):
         read_weights(prefix)
 
 
-def test_a_damaged_checkpoint_is_one_sentence(tmp_path):
+def test_a_corrupt_checkpoint_is_one_sentence(tmp_path):
     path = save_first(KERNEL, tmp_path, save_with_saver)
     index = tmp_path / "model.ckpt-7.index"
     index.write_bytes(index.read_bytes()[:50])

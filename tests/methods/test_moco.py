@@ -44,7 +44,7 @@ def test_shuffling_is_undone_and_spreads_images(batch, group):
 
 def test_no_image_is_gathered_everywhere():
     config, spmd = with_whole_images(method_config("moco")), make_spmd()
-    config.model.bn_group = 1
+    config.model.bn_group_size = 1
     source = random_source()
     _, step, state, _ = make_step(config, spmd, source, as_it_is)
     ids = np.arange(64, dtype=np.int32)
@@ -60,11 +60,11 @@ def test_no_image_is_gathered_everywhere():
 def test_the_queue_is_first_in_first_out_over_a_wrap():
     method = moco()  # 192 keys, batches of 64
     config = method.config
-    params, extra = jax.jit(method.init)(jax.random.key(0), example_batch(config))
+    params, method_state = jax.jit(method.init)(jax.random.key(0), example_batch(config))
     for step in range(5):
         keys = jnp.full((64, 1, 8), float(step))
-        _, extra = method.update(params, {"key": keys}, extra, jnp.int32(step))
-    blocks = np.asarray(extra["queue"])[0].reshape(3, 64, 8)
+        _, method_state = method.update(params, {"key": keys}, method_state, jnp.int32(step))
+    blocks = np.asarray(method_state["queue"])[0].reshape(3, 64, 8)
     assert [np.unique(block).tolist() for block in blocks] == [[3.0], [4.0], [2.0]]
 
 
@@ -86,13 +86,13 @@ def test_the_positive_is_not_in_the_queue_when_logits_are_formed():
     key = jax.random.wrap_key_data(jnp.asarray(before.key))
     alone = make_method(config, Schedule(1, 10))
     outputs, _ = jax.jit(alone.forward)(
-        before.params, before.extra, batch, stream_key(key, "forward", 0)
+        before.params, before.method_state, batch, stream_key(key, "forward", 0)
     )
     query, key = (np.asarray(outputs[name])[:, 0] for name in ("query", "key"))
     after, metrics = step(state, spmd.place_batch(batch), {})
     loss = float(metrics["loss"])
     temperature = config.moco.temperature
-    old, new = (np.asarray(s.extra["queue"])[0] for s in (before, after))
+    old, new = (np.asarray(s.method_state["queue"])[0] for s in (before, after))
     assert loss == pytest.approx(info_nce_oracle(query, key, old, temperature), rel=1e-4)
     # The step has enqueued the keys since; had it before, the loss would be another.
     np.testing.assert_allclose(new[:64], key, atol=1e-5)
@@ -101,7 +101,7 @@ def test_the_positive_is_not_in_the_queue_when_logits_are_formed():
 
 def test_images_that_cannot_be_exchanged_are_refused_where_batchnorm_would_leak():
     config = method_config("moco")
-    config.model.bn_group = 1
+    config.model.bn_group_size = 1
     method = make_method(config, Schedule(1, 10), AXIS)
     mapped = make_spmd().map(
         lambda x: method.shuffle(x, jax.random.key(0))[0], ("sharded",), "sharded"
@@ -116,22 +116,24 @@ def test_a_batch_that_does_not_fill_the_queue_evenly_is_refused():
 
 
 def test_the_key_encoder_starts_equal_and_follows_by_its_momentum():
-    method = moco(momentum=0.9, momentum_end=0.9)
-    params, extra = jax.jit(method.init)(jax.random.key(0), example_batch(method.config))
+    method = moco(ema_decay=0.9, ema_decay_end=0.9)
+    params, method_state = jax.jit(method.init)(jax.random.key(0), example_batch(method.config))
     kernel = params["encoder"]["stem"]["conv1"]["kernel"]
-    target = extra["target"]["encoder"]["stem"]["conv1"]["kernel"]
+    target = method_state["target"]["encoder"]["stem"]["conv1"]["kernel"]
     np.testing.assert_array_equal(kernel, target)
     moved = jax.tree.map(lambda p: p + 1, params)
-    _, extra = method.update(moved, {"key": jnp.zeros((64, 1, 8))}, extra, jnp.int32(0))
-    new = extra["target"]["encoder"]["stem"]["conv1"]["kernel"]
+    _, method_state = method.update(
+        moved, {"key": jnp.zeros((64, 1, 8))}, method_state, jnp.int32(0)
+    )
+    new = method_state["target"]["encoder"]["stem"]["conv1"]["kernel"]
     np.testing.assert_allclose(new, target + 0.1, rtol=1e-5)
 
 
 def test_the_momentum_may_follow_a_cosine():
-    method = moco(momentum=0.9, momentum_end=0.99)
-    assert float(method.momentum(jnp.int32(0))) == pytest.approx(0.9)
-    assert float(method.momentum(jnp.int32(5))) == pytest.approx(0.945)
-    assert float(method.momentum(jnp.int32(10))) == pytest.approx(0.99)
+    method = moco(ema_decay=0.9, ema_decay_end=0.99)
+    assert float(method.ema_decay(jnp.int32(0))) == pytest.approx(0.9)
+    assert float(method.ema_decay(jnp.int32(5))) == pytest.approx(0.945)
+    assert float(method.ema_decay(jnp.int32(10))) == pytest.approx(0.99)
 
 
 def leak_accuracy(shuffle, seed=0):

@@ -46,13 +46,13 @@ def test_gradients_agree_between_1_and_8_devices(method, mode):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_state_stays_the_same_on_all_devices(method):
     source, spmd, config = random_source(), make_spmd(), method_config(method)
-    config.model.bn_group = 1  # each device its own statistics: what would diverge
-    _, step, state, resident = make_step(config, spmd, source, as_it_is)
+    config.model.bn_group_size = 1  # each device its own statistics: what would diverge
+    _, step, state, device_data = make_step(config, spmd, source, as_it_is)
     for number in range(2):
         ids = np.roll(np.arange(config.batch_size, dtype=np.int32), number)
         raw = {"id": ids, "label": source.labels[ids], "views": ready_views(config, ids)}
         batch = spmd.place_batch(raw)
-        state, metrics = step(state, batch, resident)
+        state, metrics = step(state, batch, device_data)
         assert_replicated(state)
     assert np.isfinite(float(metrics["loss"]))
 
@@ -63,16 +63,16 @@ def test_the_conventions_of_the_protocol_hold(method):
     config = method_config(method)
     made = make_method(config, Schedule(1, 10))
     batch, key = example_batch(config), jax.random.key(0)
-    params, extra = jax.eval_shape(made.init, key, batch)
-    outputs, stats = jax.eval_shape(made.forward, params, extra, batch, key)
+    params, state = jax.eval_shape(made.init, key, batch)
+    outputs, stats = jax.eval_shape(made.forward, params, state, batch, key)
     for name, leaf in outputs.items():
         assert leaf.shape[0] == 2, name
     assert outputs["embedding"].shape == (2, made.encoder.num_features)
-    assert jax.tree.structure(stats) == jax.tree.structure(extra["batch_stats"])
-    loss, _ = jax.eval_shape(made.loss, params, outputs, extra, batch, jnp.int32(0))
+    assert jax.tree.structure(stats) == jax.tree.structure(state["batch_stats"])
+    loss, _ = jax.eval_shape(made.loss, params, outputs, state, batch, jnp.int32(0))
     assert loss.shape == () and loss.dtype == jnp.float32
     assert jax.tree.structure(made.param_groups(params)) == jax.tree.structure(params)
-    assert "encoder" in params and "encoder" in extra["batch_stats"]
+    assert "encoder" in params and "encoder" in state["batch_stats"]
 
 
 def test_without_a_projector_the_loss_is_of_the_features():
@@ -80,12 +80,12 @@ def test_without_a_projector_the_loss_is_of_the_features():
     config.simclr.layers = 0
     made = make_method(config, Schedule(1, 10))
     batch = example_batch(config)
-    params, extra = made.init(jax.random.key(0), batch)
-    outputs, _ = made.forward(params, extra, batch, jax.random.key(1))
+    params, state = made.init(jax.random.key(0), batch)
+    outputs, _ = made.forward(params, state, batch, jax.random.key(1))
     np.testing.assert_array_equal(outputs["projection"][:, 0], outputs["embedding"])
     assert not jax.tree.leaves(params["projector"])
-    _, updated = made.update(params, outputs, extra, jnp.int32(0))
-    assert updated["queue"].shape == (config.simclr.memory, made.encoder.num_features)
+    _, updated = made.update(params, outputs, state, jnp.int32(0))
+    assert updated["queue"].shape == (config.simclr.memory_bank, made.encoder.num_features)
 
 
 def test_an_unknown_method_is_told_with_the_nearest():
@@ -99,8 +99,8 @@ def test_stats_keep_their_leaves():
     # A method that returned other leaves would silently lose statistics from the checkpoint.
     config = method_config("byol")
     made = make_method(config, Schedule(1, 10))
-    _, extra = made.init(jax.random.key(0), example_batch(config))
-    assert any("target" in name for name in leaves(extra["batch_stats"]))
+    _, state = made.init(jax.random.key(0), example_batch(config))
+    assert any("target" in name for name in leaves(state["batch_stats"]))
 
 
 @pytest.mark.parametrize("method", ["simclr", "moco", "byol", "simsiam"])

@@ -28,8 +28,8 @@ def made(name):
     rng = np.random.default_rng(0)
     views = tuple(jnp.float32(rng.uniform(size=(16, 8, 8, 3))) for _ in range(2))
     batch = {**example_batch(method.config), "views": views}
-    params, extra = jax.jit(method.init)(jax.random.key(0), batch)
-    return method, params, extra, batch
+    params, state = jax.jit(method.init)(jax.random.key(0), batch)
+    return method, params, state, batch
 
 
 def run_steps(config, steps):
@@ -46,42 +46,42 @@ def run_steps(config, steps):
 
 
 def test_byols_target_is_its_own_and_ends_at_momentum_one():
-    method, params, extra, _ = made("byol")
-    online, target = leaves(params["encoder"]), leaves(extra["target"]["encoder"])
+    method, params, state, _ = made("byol")
+    online, target = leaves(params["encoder"]), leaves(state["target"]["encoder"])
     kernels = [name for name in online if "kernel" in name]
     assert kernels
     assert all(not np.array_equal(online[name], target[name]) for name in kernels)
-    assert "predictor" not in extra["target"]
-    assert float(method.decay(jnp.int32(0))) == pytest.approx(method.config.byol.momentum)
+    assert "predictor" not in state["target"]
+    assert float(method.decay(jnp.int32(0))) == pytest.approx(method.config.byol.ema_decay)
     assert float(method.decay(jnp.int32(10))) == pytest.approx(1.0)
 
 
 def test_byols_target_follows_after_the_step_and_uses_batch_statistics():
-    method, params, extra, batch = made("byol")
+    method, params, state, batch = made("byol")
     moved = jax.tree.map(lambda p: p + 1, params)
-    _, after = method.update(moved, {}, extra, jnp.int32(0))
-    decay = method.config.byol.momentum
+    _, after = method.update(moved, {}, state, jnp.int32(0))
+    decay = method.config.byol.ema_decay
     for name, leaf in leaves(after["target"]).items():
-        online = leaves({k: moved[k] for k in extra["target"]})[name]
-        expected = decay * leaves(extra["target"])[name] + (1 - decay) * online
+        online = leaves({k: moved[k] for k in state["target"]})[name]
+        expected = decay * leaves(state["target"])[name] + (1 - decay) * online
         np.testing.assert_allclose(leaf, expected, rtol=1e-4, atol=1e-6)
     forward = jax.jit(method.forward)
-    outputs, stats = forward(params, extra, batch, jax.random.key(0))
+    outputs, stats = forward(params, state, batch, jax.random.key(0))
     # In train mode the running statistics it has do not matter, and they move.
-    other = jax.tree.map(lambda s: s + 5, extra["batch_stats"])
-    again, _ = forward(params, {**extra, "batch_stats": other}, batch, jax.random.key(0))
+    other = jax.tree.map(lambda s: s + 5, state["batch_stats"])
+    again, _ = forward(params, {**state, "batch_stats": other}, batch, jax.random.key(0))
     np.testing.assert_allclose(outputs["target"], again["target"], rtol=1e-4, atol=1e-5)
-    before = leaves(extra["batch_stats"]["target"])
+    before = leaves(state["batch_stats"]["target"])
     assert any(
         not np.array_equal(leaf, before[name]) for name, leaf in leaves(stats["target"]).items()
     )
 
 
 def test_byols_loss_is_the_papers():
-    method, params, extra, batch = made("byol")
+    method, params, state, batch = made("byol")
     rng = np.random.default_rng(1)
     p, z = rng.normal(size=(2, 16, 2, 8))
-    loss, _ = method.loss(params, {"prediction": p, "target": z}, extra, batch, jnp.int32(0))
+    loss, _ = method.loss(params, {"prediction": p, "target": z}, state, batch, jnp.int32(0))
     cos = [
         np.sum(p[:, a] * z[:, 1 - a], 1)
         / np.linalg.norm(p[:, a], axis=1)
@@ -92,13 +92,13 @@ def test_byols_loss_is_the_papers():
 
 
 def test_simsiams_loss_is_the_papers_and_its_gradient_stops():
-    method, params, extra, batch = made("simsiam")
+    method, params, state, batch = made("simsiam")
     rng = np.random.default_rng(1)
     p, z = (jnp.float32(x) for x in rng.normal(size=(2, 16, 2, 16)))
 
     def loss_of(p, z):
         outputs = {"prediction": p, "projection": z}
-        return method.loss(params, outputs, extra, batch, jnp.int32(0))[0]
+        return method.loss(params, outputs, state, batch, jnp.int32(0))[0]
 
     cos = [
         np.sum(p[:, a] * z[:, 1 - a], 1)
@@ -142,11 +142,11 @@ def test_simsiams_bias_before_the_last_batchnorm_is_frozen():
 
 @pytest.mark.parametrize("name", ["byol", "moco", "simclr_memory"])
 def test_no_gradient_reaches_the_target(name):
-    method, params, extra, batch = made(name)
+    method, params, state, batch = made(name)
 
     def loss_of(target):
-        outputs, _ = method.forward(params, {**extra, "target": target}, batch, jax.random.key(0))
-        return method.loss(params, outputs, extra, batch, jnp.int32(0))[0]
+        outputs, _ = method.forward(params, {**state, "target": target}, batch, jax.random.key(0))
+        return method.loss(params, outputs, state, batch, jnp.int32(0))[0]
 
-    gradient = jax.jit(jax.grad(loss_of))(extra["target"])
+    gradient = jax.jit(jax.grad(loss_of))(state["target"])
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient)) == 0

@@ -22,13 +22,13 @@ from ssl_jax.spmd import make_spmd
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
 
 
-def take_steps(step, state, resident, spmd, source, config, numbers):
+def take_steps(step, state, device_data, spmd, source, config, numbers):
     """Steps with those numbers, each on its own batch; the state and the last metrics."""
     index = Index(source.num_examples, config.batch_size, config.seed)
     for number in numbers:
         ids = index.ids(number)
         batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
-        state, metrics = step(state, batch, resident)
+        state, metrics = step(state, batch, device_data)
     return state, metrics
 
 
@@ -42,8 +42,8 @@ def test_golden_metrics_the_evaluated_network_and_bit_exact_resume(method, tmp_p
     spmd = make_spmd()
     config.epochs = 2.0  # of 4 steps: SwAV's queue fills from step 4
     config.optim.warmup_epochs = 0.0
-    _, step, state, resident = make_step(config, spmd, source)
-    args = (resident, spmd, source, config)
+    _, step, state, device_data = make_step(config, spmd, source)
+    args = (device_data, spmd, source, config)
     state, metrics = take_steps(step, state, *args, [0])
     assert metrics.pop("nonfinite_steps") == metrics.pop("nonfinite_step") == 0
     golden = {name: float(value) for name, value in metrics.items()}
@@ -51,7 +51,7 @@ def test_golden_metrics_the_evaluated_network_and_bit_exact_resume(method, tmp_p
     assert_the_online_network_is_evaluated(state)
     # SwAV's queue of 128 holds a batch when it is saved, and is in use when it is restored.
     state, _ = take_steps(step, state, *args, range(1, 6))
-    with_queue = {"queue" in name for name in state.extra}
+    with_queue = {"queue" in name for name in state.method_state}
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
     checkpoints.save(6, state, None)
     checkpoints.close()
@@ -79,14 +79,14 @@ def assert_the_online_network_is_evaluated(state):
     online = leaves(
         {
             "params": {"encoder": state.params["encoder"]},
-            "batch_stats": {"encoder": state.extra["batch_stats"]["encoder"]},
+            "batch_stats": {"encoder": state.method_state["batch_stats"]["encoder"]},
         }
     )
     assert evaluated.keys() == online.keys()
     for name, leaf in online.items():
         np.testing.assert_array_equal(evaluated[name], leaf)
-    if "target" in state.extra:
-        target = leaves({"params": {"encoder": state.extra["target"]["encoder"]}})
+    if "target" in state.method_state:
+        target = leaves({"params": {"encoder": state.method_state["target"]["encoder"]}})
         assert any(not np.array_equal(evaluated[name], leaf) for name, leaf in target.items())
 
 
@@ -113,10 +113,10 @@ def losses_on_digits(method, steps):
     config.optim.update(name="adamw", lr_scaling="none", warmup_epochs=0.0)
     config.optim.lr = {"moco": 0.003, "swav": 0.01, "supervised": 0.02}.get(method, 0.005)
     config.optim.frozen_steps = 0
-    config.moco.update(queue=512, momentum=0.95, momentum_end=0.95)
+    config.moco.update(queue=512, ema_decay=0.95, ema_decay_end=0.95)
     # Many more prototypes than dimensions, or embeddings find a direction equally far from all.
     config.swav.update(queue=0, prototypes=48, out=6, hidden=32, epsilon=0.02, temperature=0.2)
-    config.simclr.memory = 512 if method == "simclr_memory" else 0
+    config.simclr.memory_bank = 512 if method == "simclr_memory" else 0
     spmd = make_spmd(devices=ONE)
     _, step, state, _ = make_step(config, spmd, source, as_it_is)
     index = Index(source.num_examples, config.batch_size, config.seed)
@@ -180,10 +180,10 @@ def test_the_schedule_of_golden_runs_is_what_they_say():
 
 def test_simclrs_step_gathers_each_embedding_once():
     config, source, spmd = method_config("simclr"), random_source(), make_spmd()
-    _, step, state, resident = make_step(config, spmd, source)
+    _, step, state, device_data = make_step(config, spmd, source)
     ids = np.arange(64, dtype=np.int32)
     batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
-    program = step.lower(state, batch, resident).compile().as_text()
+    program = step.lower(state, batch, device_data).compile().as_text()
     gathers = [line for line in program.splitlines() if re.search(r" all-gather(-start)?\(", line)]
     # The embeddings [2, 64, 16] and their log-sum-exps [2, 64].
     shapes = sorted(re.search(r"f32\[([\d,]+)\]", line)[1] for line in gathers)

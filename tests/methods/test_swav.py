@@ -37,18 +37,18 @@ def test_prototypes_have_unit_length_and_stay_frozen_for_exactly_the_frozen_step
 
 def test_the_queue_fills_from_its_epoch_newest_first():
     method = swav(queue=128, queue_from_epoch=2.0)
-    params, extra = jax.jit(method.init)(jax.random.key(0), example_batch(method.config))
+    params, method_state = jax.jit(method.init)(jax.random.key(0), example_batch(method.config))
     for step in range(5):
         outputs = {"projection": jnp.full((64, 4, 8), float(step))}
-        _, extra = method.update(params, outputs, extra, jnp.int32(step))
-        assert int(extra["queued"]) == min(128, 64 * max(0, step - 1))
-    blocks = np.asarray(extra["queue"])[0].reshape(2, 64, 8)
+        _, method_state = method.update(params, outputs, method_state, jnp.int32(step))
+        assert int(method_state["queued"]) == min(128, 64 * max(0, step - 1))
+    blocks = np.asarray(method_state["queue"])[0].reshape(2, 64, 8)
     assert [np.unique(b).tolist() for b in blocks] == [[4.0], [3.0]]
 
 
 def test_the_queue_is_used_once_full_and_without_the_current_batch():
     method = swav(queue=128)
-    params, extra = jax.jit(method.init)(jax.random.key(0), example_batch(method.config))
+    params, method_state = jax.jit(method.init)(jax.random.key(0), example_batch(method.config))
     kernel = params["prototypes"]["kernel"]
     rng = np.random.default_rng(0)
     z = losses.normalize(jnp.float32(rng.normal(size=(64, 4, 8))))
@@ -57,7 +57,7 @@ def test_the_queue_is_used_once_full_and_without_the_current_batch():
     alone = losses.sinkhorn(scores[:, 1])
     together = losses.sinkhorn(jnp.concatenate([scores[:, 1], queue[1] @ kernel]))[:64]
     for queued, expected in [(0, alone), (127, alone), (128, together)]:
-        state = {**extra, "queue": queue, "queued": jnp.int32(queued)}
+        state = {**method_state, "queue": queue, "queued": jnp.int32(queued)}
         np.testing.assert_allclose(method.assign(scores, kernel, state)[:, 1], expected, rtol=1e-4)
     assert not np.allclose(alone, together, rtol=1e-2)
 
@@ -69,14 +69,14 @@ def test_assignments_are_float32_under_bfloat16():
 def test_crops_of_one_size_are_one_forward():
     method = swav()
     batch = example_batch(method.config)
-    params, extra = jax.jit(method.init)(jax.random.key(0), batch)
+    params, method_state = jax.jit(method.init)(jax.random.key(0), batch)
     calls = str(
-        jax.make_jaxpr(lambda: method.forward(params, extra, batch, jax.random.key(0)))()
+        jax.make_jaxpr(lambda: method.forward(params, method_state, batch, jax.random.key(0)))()
     ).count("conv_general_dilated")
     single = str(
         jax.make_jaxpr(
             lambda: method.forward(
-                params, extra, {**batch, "views": batch["views"][:2]}, jax.random.key(0)
+                params, method_state, {**batch, "views": batch["views"][:2]}, jax.random.key(0)
             )
         )()
     ).count("conv_general_dilated")
@@ -87,14 +87,14 @@ def test_crops_of_one_size_are_one_forward():
 def test_prototypes_in_use_are_counted():
     method = swav(queue=0)
     batch = example_batch(method.config)
-    params, extra = jax.jit(method.init)(jax.random.key(0), batch)
+    params, method_state = jax.jit(method.init)(jax.random.key(0), batch)
     rng = np.random.default_rng(0)
     z = losses.normalize(jnp.float32(rng.normal(size=(64, 4, 8))))
-    _, logs = method.loss(params, {"projection": z}, extra, batch, jnp.int32(0))
+    _, logs = method.loss(params, {"projection": z}, method_state, batch, jnp.int32(0))
     assert 9 < float(logs["prototypes_used"]) <= 12.001
     assert method.trivial_loss == pytest.approx(np.log(12))
     same = jnp.broadcast_to(z[:1, :1], z.shape)
-    loss, logs = method.loss(params, {"projection": same}, extra, batch, jnp.int32(0))
+    loss, logs = method.loss(params, {"projection": same}, method_state, batch, jnp.int32(0))
     assert float(logs["prototypes_used"]) == pytest.approx(1, abs=1e-4)
     # Constant outputs: balanced assignments against one prediction.
     assert float(loss) >= method.trivial_loss - 1e-3

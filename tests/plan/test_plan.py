@@ -115,10 +115,10 @@ def test_a_plan_compiles_what_training_runs(source, tmp_path):
         config.model.width = 1 / 16
     setup = Setup(config)
     state = setup.spmd.replicate(setup.program.init())
-    resident = setup.spmd.replicate(setup.train.resident())
+    device_data = setup.spmd.replicate(setup.train.device_data())
     place = setup.spmd.place_batch
     with Prefetcher(setup.train, setup.index, setup.rows, place, 0, 1) as batches:
-        trained = setup.program.step.lower(state, batches.next(), resident)
+        trained = setup.program.step.lower(state, batches.next(), device_data)
     data = plan.describe_data(config)
     program, shapes, schedule = plan.program_of(config, data, jax.devices())
     planned = program.lower(*shapes)
@@ -198,7 +198,7 @@ def test_a_program_too_large_is_told_with_what_it_needs(tiny_plan, monkeypatch):
 def test_data_that_is_not_there_is_known_by_name_or_number(tmp_path):
     config = load_config("configs/simclr_imagenet.py")
     data = plan.describe_data(config)
-    assert (data.images, data.classes, data.resident) == (1_281_167, 1000, {})
+    assert (data.images, data.classes, data.device_data) == (1_281_167, 1000, {})
     config.data.update(name="records", dir=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="nowhere.* need --images=NUMBER"):
         plan.describe_data(config)
@@ -207,7 +207,7 @@ def test_data_that_is_not_there_is_known_by_name_or_number(tmp_path):
 
 def test_images_that_lie_on_the_devices_are_planned_with_their_size():
     data = plan.describe_data(tiny_config(), 500)
-    assert data.images == 500 and data.resident["image"].shape == (500, 8, 8, 3)
+    assert data.images == 500 and data.device_data["image"].shape == (500, 8, 8, 3)
 
 
 def test_a_batch_that_devices_do_not_divide_is_refused():

@@ -11,7 +11,7 @@ from tiny import method_config, random_source, tiny_config
 from ssl_jax.cli import main as cli
 from ssl_jax.config import view
 from ssl_jax.data.index import Index
-from ssl_jax.data.pipeline import make_prepare
+from ssl_jax.data.pipeline import make_augment_fn
 from ssl_jax.data.sources import make_sources
 from ssl_jax.errors import UserError
 from ssl_jax.report import picture as views_picture
@@ -38,7 +38,7 @@ def expected_views(config, images, step):
     for data in (zlib.crc32(b"views"), step):
         key = jax.random.fold_in(key, data)
     raw = next(source.batches(iter([(step, ids)])))
-    return ids, jax.jit(make_prepare(config))(raw, source.resident(), key)["views"]
+    return ids, jax.jit(make_augment_fn(config))(raw, source.device_data(), key)["views"]
 
 
 def normalised(config):

@@ -118,7 +118,7 @@ def test_the_lead_is_the_result_at_five_labels(workdir):
     assert Page(write_report(workdir)).lead() == (
         f"SimCLR reaches {100 * DRAWS['SimCLR'][5].mean():.1f} % at 5 labels per class, "
         f"{100 * mean:.1f} points above raw pixels (95 % interval {100 * (mean - half):+.1f} to "
-        f"{100 * (mean + half):+.1f}, paired over 20 draws)."
+        f"{100 * (mean + half):+.1f}, paired over 20 trials)."
     )
 
 
@@ -163,11 +163,11 @@ def test_accuracies_are_fractions(workdir, value):
     bad = evaluation()
     bad["rows"][0]["linear"] = value
     (workdir / "evaluation.json").write_text(json.dumps(bad))
-    assert "evaluation.json is damaged or" in Page(write_report(workdir)).section("evaluation")
+    assert "evaluation.json is corrupt or" in Page(write_report(workdir)).section("evaluation")
 
 
 def test_intervals_beyond_all_accuracies_leave_the_axis_its_ticks(workdir):
-    # 52.5 ± 12.7 * 22.5: Student's of two draws.
+    # 52.5 ± 12.7 * 22.5: Student's of two trials.
     table = {"SimCLR": {5: np.array([0.3, 0.75])}}
     (workdir / "evaluation.json").write_text(json.dumps(evaluation(table)))
     page = Page(write_report(workdir))
@@ -293,7 +293,7 @@ def test_labels_beyond_the_names_are_damage(tmp_path, name):
     write_run(tmp_path)
     given = images() | map_and_failures()
     np.savez(tmp_path / "report_images.npz", **given | {name: given[name] + 3})
-    assert "report_images.npz is damaged" in Page(write_report(tmp_path)).section("failures")
+    assert "report_images.npz is corrupt" in Page(write_report(tmp_path)).section("failures")
 
 
 def test_classes_of_one_name_are_still_two_classes(workdir):
@@ -336,10 +336,10 @@ def test_says_what_is_not_there(workdir, file, section, damage):
     words = f"the run has not written {file}."
     if damage == "cut" and file != "metrics.jsonl":
         path.write_bytes(content[: len(content) // 2])
-        words = f"{file} is damaged"
+        words = f"{file} is corrupt"
     elif damage == "other" and file == "evaluation.json":
         path.write_text('{"rows": [{"name": "SimCLR", "labels_5": 3}], "test_examples": 9}')
-        words = f"{file} is damaged"
+        words = f"{file} is corrupt"
     elif damage == "other" and file == "report_images.npz":
         np.savez(path, class_names=np.array(["a"]))
         words = "holds no"
@@ -476,7 +476,7 @@ def test_colours_have_contrast_in_both_themes(workdir):
 
 
 def test_whiskers_stay_inside_their_chart(tmp_path):
-    # Two draws far apart: Student's interval is then wider than all accuracies there are.
+    # Two trials far apart: Student's interval is then wider than all accuracies there are.
     frame = Frame(40, (0.0, 1.0), (0.0, 100.0))
     inside = whisker(frame, 0.5, 50.0, 10.0)
     wide = whisker(frame, 0.5, 50.0, 500.0)
@@ -571,8 +571,8 @@ def test_a_run_without_diagnostics_is_not_judged(tmp_path):
     ("method", "words"),
     [
         ("simclr", "no EMA"),
-        ("moco", "momentum is 0.999 throughout"),
-        ("byol", "goes from 0.996 to 1 by a cosine"),
+        ("moco", "decay is constant at 0.999"),
+        ("byol", "a cosine from 0.996 to 1"),
     ],
 )
 def test_a_momentum_that_is_not_logged_is_told(tmp_path, method, words):
@@ -581,19 +581,19 @@ def test_a_momentum_that_is_not_logged_is_told(tmp_path, method, words):
     assert words in Page(write_report(tmp_path)).section("training")
 
 
-@pytest.mark.parametrize("momentum", ["cosine", (0.9, 1.0), 0.5])
-def test_an_option_of_a_method_of_ones_own_is_not_taken_for_the_emas(tmp_path, momentum):
+@pytest.mark.parametrize("decay", ["cosine", (0.9, 1.0), 0.5])
+def test_an_option_of_a_method_of_ones_own_is_not_taken_for_the_emas(tmp_path, decay):
     config = config_lib.to_json(config_lib.default_config())
-    write_run(tmp_path, config=config | {"method": "own", "own": {"momentum": momentum}})
+    write_run(tmp_path, config=config | {"method": "own", "own": {"ema_decay": decay}})
     assert "EMA" not in Page(write_report(tmp_path)).section("training")
 
 
 def test_every_scalar_that_was_logged_has_a_curve(tmp_path):
-    names = ("loss", "learning_rate", "target_decay", "knn", "probe_accuracy", "embedding_std")
+    names = ("loss", "learning_rate", "ema_decay", "knn", "probe_accuracy", "embedding_std")
     names += ("rankme", "images_per_s", "alignment")
     page = write_run_with(tmp_path, **{name: [0.25, 0.5] for name in names})
     titles = {e["text"] for e in page.all("h3")}
-    assert {"Loss", "EMA momentum", "RankMe", "Throughput", "alignment"} <= titles
+    assert {"Loss", "EMA decay", "RankMe", "Throughput", "alignment"} <= titles
     assert "Other curves (1)" in page.section("training")
     assert "From 0.2500 to" not in page.section("training")  # a value has its step
     assert "From 0.2500 at step 10 to 0.5000 at step 20." in page.section("training")

@@ -19,7 +19,7 @@ T = 2.093024  # Student's t at 97.5 % and 19 degrees of freedom, from the printe
 def byol_config():
     config = config_lib.to_json(config_lib.default_config())
     config |= {"method": "byol", "batch_size": 512}
-    config["byol"]["momentum"] = 0.97
+    config["byol"]["ema_decay"] = 0.97
     config["simclr"]["temperature"] = 0.7
     return config
 
@@ -32,7 +32,7 @@ def runs(tmp_path):
     noise = np.random.default_rng(0).normal(0, 0.01, 20)
     other = DRAWS | {"SimCLR": {k: v - 0.1 + noise for k, v in DRAWS["SimCLR"].items()}}
     (second / "evaluation.json").write_text(json.dumps(evaluation(other)))
-    logged = [{"step": s, "loss": 2 - s / 1000, "target_decay": 0.99} for s in range(10, 101, 10)]
+    logged = [{"step": s, "loss": 2 - s / 1000, "ema_decay": 0.99} for s in range(10, 101, 10)]
     write_metrics(second, logged)
     return [first, second]
 
@@ -111,7 +111,7 @@ def test_results_have_their_intervals(runs):
     half = T * values.std(ddof=1) / math.sqrt(20)
     assert found["5 labels per class"][0] == f"{100 * values.mean():.1f} ± {100 * half:.1f}"
     assert found["Loss, last"] == ["3.000", "1.900"]
-    assert found["EMA momentum, last"] == ["–", "0.9900"]
+    assert found["EMA decay, last"] == ["–", "0.9900"]
     assert found["Throughput, median"] == ["1,234", "–"]
     assert found["Collapse"] == ["Not judged.", "Not judged."]
     assert page.lead().startswith(f"At 5 labels per class: A {100 * values.mean():.1f} %, B ")
@@ -150,7 +150,7 @@ def test_without_raw_pixels_the_data_tell_whether_draws_are_paired(runs, data, p
 def test_configs_differ_in_what_the_methods_use(runs):
     found = rows(Page(write_comparison(runs)), "configs")
     assert found["method"] == ["simclr", "byol"] and found["batch_size"] == ["256", "512"]
-    assert found["byol.momentum"] == ["–", "0.97"]
+    assert found["byol.ema_decay"] == ["–", "0.97"]
     assert found["simclr.temperature"][1] == "–"
     assert not any(key.startswith(("moco", "optim")) for key in found)
 

@@ -15,12 +15,12 @@ from tiny import (
 
 from ssl_jax.data.index import Index
 from ssl_jax.errors import UserError
-from ssl_jax.run.checkpoint import Checkpoints, damage, set_aside_damaged
+from ssl_jax.run.checkpoint import Checkpoints, damage, quarantine_corrupt
 from ssl_jax.spmd import make_spmd
 
 
 def state_of(value):
-    return {"step": jnp.int32(value), "w": jnp.full((4,), value, jnp.float32), "extra": {}}
+    return {"step": jnp.int32(value), "w": jnp.full((4,), value, jnp.float32), "method_state": {}}
 
 
 def test_a_state_comes_back_bit_for_bit_with_its_placement(tmp_path):
@@ -100,7 +100,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_found_and_refused(tmp_path, kind):
+def test_a_corrupt_checkpoint_is_found_and_refused(tmp_path, kind):
     damage_it, words = DAMAGE[kind]
     folders = written(tmp_path / "c")
     assert [damage(folder) for folder in folders.values()] == [""] * 3
@@ -108,28 +108,28 @@ def test_a_damaged_checkpoint_is_found_and_refused(tmp_path, kind):
     assert words in damage(folders[3])
     checkpoints = Checkpoints(tmp_path / "c", read_only=True)
     like = {"w": jnp.zeros((64, 64))}
-    with pytest.raises(UserError, match=r"step 3 .* is damaged .*: take another .*\[1, 2\]"):
+    with pytest.raises(UserError, match=r"step 3 .* is corrupt .*: take another .*\[1, 2\]"):
         checkpoints.restore(3, like)
     assert float(checkpoints.restore(2, like)["w"][0, 0]) == 2
     checkpoints.close()
 
 
-def test_damaged_ones_are_set_aside_up_to_one_that_is_whole(tmp_path):
+def test_corrupt_ones_are_set_aside_up_to_one_that_is_whole(tmp_path):
     folders = written(tmp_path / "c")
     for step in (1, 2, 3):
         flip_a_bit(largest(folders[step]))
     (folders[1] / "checksums.json").unlink()  # killed right after it was written
-    for _ in range(2):  # the same steps, damaged again
-        said = set_aside_damaged(tmp_path / "c", tmp_path / "damaged")
+    for _ in range(2):  # the same steps, corrupt again
+        said = quarantine_corrupt(tmp_path / "c", tmp_path / "corrupt")
         assert [line[:39] for line in said] == [
             "warning: the checkpoint of step 3 is da",
             "warning: the checkpoint of step 2 is da",
         ]
-        assert set_aside_damaged(tmp_path / "c", tmp_path / "damaged") == []
+        assert quarantine_corrupt(tmp_path / "c", tmp_path / "corrupt") == []
         folders = written(tmp_path / "c", (2, 3))
         for step in (2, 3):
             flip_a_bit(largest(folders[step]))
-    names = sorted(file.name for file in (tmp_path / "damaged").iterdir())
+    names = sorted(file.name for file in (tmp_path / "corrupt").iterdir())
     assert names == ["2", "2_1", "3", "3_1"]
 
 
@@ -138,7 +138,7 @@ def test_where_none_is_whole_the_run_does_not_start_anew(tmp_path):
     for folder in folders.values():
         flip_a_bit(largest(folder))
     with pytest.raises(UserError, match=r"No checkpoint in .* is whole \(step 3: "):
-        set_aside_damaged(tmp_path / "c", tmp_path / "damaged")
+        quarantine_corrupt(tmp_path / "c", tmp_path / "corrupt")
     assert all(folder.exists() for folder in folders.values())
     (folders[3] / "checksums.json").write_text("null")
     assert damage(folders[3]) == "its checksums.json is none"
@@ -182,7 +182,7 @@ def test_one_without_checksums_that_cannot_be_read_gives_way_to_the_one_before(t
     step, state, said = checkpoints.restore_newest(like, tmp_path / "d")
     np.testing.assert_array_equal(state["w"], NOISE)
     assert step == checkpoints.latest_step == 1
-    assert "step 3 is damaged (it can't be read)" in said[0] and "step 2 is dam" in said[1]
+    assert "step 3 is corrupt (it can't be read)" in said[0] and "step 2 is dam" in said[1]
     assert sorted(folder.name for folder in (tmp_path / "d").iterdir()) == ["2", "3"]
     checkpoints.save(2, state)
     checkpoints.close()
@@ -242,8 +242,8 @@ def test_checksums_of_other_lists_are_damage(tmp_path):
 def test_an_empty_folder_is_no_checkpoint(tmp_path):
     written(tmp_path / "c", (1,))
     (tmp_path / "c" / "2" / "default").mkdir(parents=True)
-    (said,) = set_aside_damaged(tmp_path / "c", tmp_path / "d")
-    assert "step 2 is damaged (it is empty)" in said
+    (said,) = quarantine_corrupt(tmp_path / "c", tmp_path / "d")
+    assert "step 2 is corrupt (it is empty)" in said
 
 
 def test_a_write_that_fails_leaves_no_thread_waiting(tmp_path, monkeypatch):
@@ -259,7 +259,7 @@ def test_a_write_that_fails_leaves_no_thread_waiting(tmp_path, monkeypatch):
 def test_a_run_goes_on_with_fewer_devices_and_with_more(method, tmp_path):
     """Two steps on each number of devices, from checkpoint to checkpoint; queues are in use."""
     config, source = method_config(method), random_source(256)
-    config.model.bn_group = 0
+    config.model.bn_group_size = 0
     config.optim.update(warmup_epochs=0.0, frozen_steps=0, lr=0.1)
     config.swav.queue_from_epoch = 0.0
     index = Index(source.num_examples, config.batch_size, config.seed)
@@ -298,6 +298,6 @@ def test_a_run_goes_on_with_fewer_devices_and_with_more(method, tmp_path):
         state, more = steps(devices, state, range(2 * number, 2 * number + 2))
         losses += more
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
-    queues = [{k: v for k, v in s.extra.items() if "queue" in k} for s in (state, whole)]
+    queues = [{k: v for k, v in s.method_state.items() if "queue" in k} for s in (state, whole)]
     assert queues[0]
     assert_trees_close(*queues, rtol=1e-2, atol=1e-3)

@@ -48,16 +48,16 @@ def test_a_picture_is_an_event_and_numbers_of_processes_their_largest(tmp_path):
 
 class Recorder:
     def __init__(self):
-        self.told = []
+        self.verbosity = []
 
     def write(self, step, scalars):
-        self.told.append((step, scalars))
+        self.verbosity.append((step, scalars))
 
     def picture(self, step, name, image):
-        self.told.append((step, name, image.shape))
+        self.verbosity.append((step, name, image.shape))
 
     def close(self, failed=False):
-        self.told.append("failed" if failed else "closed")
+        self.verbosity.append("failed" if failed else "closed")
 
 
 def test_another_writer_is_told_the_same(tmp_path):
@@ -99,7 +99,7 @@ def test_lines_that_are_no_records_are_left_out(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
 
 
-def test_a_damaged_byte_costs_its_line_and_the_log_goes_on(tmp_path):
+def test_a_corrupt_byte_costs_its_line_and_the_log_goes_on(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2, "lo\xffs": 1.0}\n{"step": 3}\n')
     log = MetricsLog(tmp_path, resume_step=3)
@@ -188,7 +188,7 @@ def test_how_much_is_told():
         ("warnings", "warning "),
     ):
         out = io.StringIO()
-        progress = Progress(10, batch_size=8, out=out, told=told)
+        progress = Progress(10, batch_size=8, out=out, verbosity=told)
         for write, text in (
             (progress.line, "line"),
             (progress.note, "note"),
@@ -202,7 +202,7 @@ def test_how_much_is_told():
 def test_the_line_is_left_at_the_end():
     whole, part = Terminal(), Terminal()
     for out, told in ((whole, "all"), (part, "line")):
-        progress = Progress(10, batch_size=8, out=out, told=told)
+        progress = Progress(10, batch_size=8, out=out, verbosity=told)
         progress.line("step 10/10")
         progress.end()
         progress.end()

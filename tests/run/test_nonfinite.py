@@ -35,16 +35,16 @@ def poisoned(config, ids, step, at):
     return views
 
 
-def stepped(name, at, on_nan, steps=4):
+def stepped(name, at, max_nonfinite_steps, steps=4):
     config = method_config(name)
-    config.on_nan = on_nan
+    config.max_nonfinite_steps = max_nonfinite_steps
     source, spmd = random_source(), make_spmd()
-    _, step, state, resident = make_step(config, spmd, source, prepare=as_it_is)
+    _, step, state, device_data = make_step(config, spmd, source, prepare=as_it_is)
     ids = np.arange(64, dtype=np.int32)
     states, counted = [jax.device_get(state)], []
     for number in range(steps):
         batch = {"id": ids, "views": poisoned(config, ids, number, at), "label": source.labels[ids]}
-        state, metrics = step(state, spmd.place_batch(batch), resident)
+        state, metrics = step(state, spmd.place_batch(batch), device_data)
         assert_replicated(state)
         states.append(jax.device_get(state))
         counted.append((float(metrics["nonfinite_steps"]), float(metrics["nonfinite_step"])))
@@ -58,7 +58,7 @@ def without_counts(state):
 
 @pytest.mark.parametrize("name", ["moco", "byol"])
 def test_a_skipped_step_changes_nothing_but_its_number(name):
-    states, counted = stepped(name, at=(1, 2), on_nan=5)
+    states, counted = stepped(name, at=(1, 2), max_nonfinite_steps=5)
     assert counted == [(0, 0), (1, 2), (2, 3), (2, 3)]
     assert [int(state.step) for state in states] == [0, 1, 2, 3, 4]
     for before, after, same in zip(states, states[1:], (False, True, True, False), strict=False):
@@ -71,7 +71,7 @@ def test_a_skipped_step_changes_nothing_but_its_number(name):
 
 
 def test_where_none_may_be_skipped_they_are_counted():
-    states, counted = stepped("simclr", at=(1,), on_nan=0)
+    states, counted = stepped("simclr", at=(1,), max_nonfinite_steps=0)
     # What comes of it is not finite either; the first is told.
     assert counted == [(0, 0), (1, 2), (1, 2), (1, 2)]
     assert not np.isfinite(
@@ -115,11 +115,13 @@ def test_a_run_stops_with_the_images_and_keeps_the_checkpoint_before(tmp_path, s
 
 
 def test_a_bounded_number_is_skipped_and_said(tmp_path, capsys, steps_shared):
-    config = diverging(log_every=1, on_nan=2)
+    config = diverging(log_every=1, max_nonfinite_steps=2)
     with pytest.raises(UserError, match="not finite at step"):
         pretrain(config, tmp_path)
     said = [line for line in capsys.readouterr().out.splitlines() if "changed nothing" in line]
-    assert len(said) == 2 and said[0].endswith("(1 of at most 2 such steps, config.on_nan).")
+    assert len(said) == 2 and said[0].endswith(
+        "(1 of at most 2 such steps, config.max_nonfinite_steps)."
+    )
     told = json.loads((tmp_path / "nonfinite.json").read_text())
     state = restore_state(tmp_path)
     assert int(state.step) == told["step"] - 1 and int(state.nonfinite[0]) == 2
@@ -140,9 +142,9 @@ def test_the_step_is_told_that_was_the_first_however_rarely_it_is_looked(tmp_pat
 
 def test_more_may_be_skipped_in_the_same_folder(tmp_path, steps_shared):
     config = diverging(log_every=1)
-    with pytest.raises(UserError, match="let config.on_nan skip"):
+    with pytest.raises(UserError, match="let config.max_nonfinite_steps skip"):
         pretrain(config, tmp_path)
-    config.on_nan = 2
+    config.max_nonfinite_steps = 2
     with pytest.raises(UserError, match="not finite at step"):
         pretrain(config, tmp_path)
     assert int(restore_state(tmp_path).nonfinite[0]) == 2

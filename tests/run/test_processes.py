@@ -40,7 +40,7 @@ def on_images(config_file, images):
     """Arguments of SimCLR on the files: 12 steps, a checkpoint every 3."""
     options = FOLDER | {"data.dir": images, "data.test_dir": images}
     overrides = [f"--config.{key}={value}" for key, value in options.items()]
-    return [f"--config={config_file}", "--config.heartbeat_s=10", *overrides]
+    return [f"--config={config_file}", "--config.heartbeat_timeout_s=10", *overrides]
 
 
 def pair_of(arguments, workdir, *more):
@@ -49,7 +49,7 @@ def pair_of(arguments, workdir, *more):
     Returns:
       What `in_turn` does.
     """
-    brief = ["--config.eval.frozen_at_end=True", "--config.eval.labels_per_class=()"]
+    brief = ["--config.eval.at_end=True", "--config.eval.labels_per_class=()"]
     run = ["pretrain", *arguments, *brief, f"--workdir={workdir}"]
     return in_turn(2, [(run, run), *more], IDS=str(workdir / "ids"), SLOW="1")
 
@@ -114,7 +114,7 @@ def test_two_processes_train_as_one_does(pair, images, tmp_path):
     config = without_colour(tiny_config())
     config.update_from_flattened_dict(FOLDER | {"data.dir": str(images)})
     config.update(epochs=6.0, data={"test_dir": str(images)})
-    config.eval.update(frozen_at_end=True, labels_per_class=())
+    config.eval.update(at_end=True, labels_per_class=())
     pretrain(config, tmp_path / "alone")
     together, alone = losses_of(workdir), losses_of(tmp_path / "alone")
     assert sorted(together) == list(range(1, 13)) and together.keys() == alone.keys()
@@ -174,7 +174,7 @@ def test_a_lost_process_ends_the_others_and_nothing_is_lost(on_images, tmp_path)
     processes[1].send_signal(signal.SIGKILL)
     began = time.monotonic()
     survivor, killed = finish(processes)
-    # config.heartbeat_s is 10, and a busy machine takes its time; without it JAX waits for 100.
+    # config.heartbeat_timeout_s is 10, on a busy machine more passes; JAX alone waits for 100.
     assert time.monotonic() - began < 60
     assert killed[0] == -signal.SIGKILL and survivor[0] not in (0, None)
     # Ours says it, or JAX's service where that is the first to notice.
@@ -194,8 +194,8 @@ def test_a_lost_process_ends_the_others_and_nothing_is_lost(on_images, tmp_path)
 def test_sigterm_to_any_process_stops_all_and_one_process_goes_on_then_four(config_file, tmp_path):
     """MoCo with its queue: four processes, one, and four again equal a run of one process."""
     # Long enough for JAX's service, which looks for signals once a second.
-    options = {"epochs": 2, "model.bn_group": 0, "moco.queue": 128, "data.num_classes": 10}
-    options |= {"eval.frozen_at_end": True}
+    options = {"epochs": 2, "model.bn_group_size": 0, "moco.queue": 128, "data.num_classes": 10}
+    options |= {"eval.at_end": True}
     overrides = [f"--config.{key}={value}" for key, value in options.items()]
     arguments = [f"--config={config_file}:moco", *overrides, f"--workdir={tmp_path}"]
     steps = []
@@ -294,11 +294,11 @@ def test_a_run_without_a_cluster_joins_nothing(monkeypatch):
 
 
 def test_alone_everything_is_immediate():
-    assert processes.is_first()
+    assert processes.is_primary()
     np.testing.assert_array_equal(processes.gather([1, 2]), [[1, 2]])
     assert processes.from_first({"a": 1.5}) == {"a": 1.5}
     processes.require_same({"data": "x"})
-    with pytest.raises(UserError, match="as it is"), processes.agreed():
+    with pytest.raises(UserError, match="as it is"), processes.raise_on_all_processes():
         raise UserError("as it is")
 
 
@@ -333,7 +333,7 @@ def test_what_fails_on_one_process_ends_it_at_once(monkeypatch, error, code, wor
         raise error
     assert left == [code] and words in told[0]
     agreed = UserError("known to all")
-    agreed.agreed = True
+    agreed.on_all_processes = True
     with pytest.raises(UserError, match="known to all"), processes.alone_on_failure(told.append):
         raise agreed
     assert left == [code]

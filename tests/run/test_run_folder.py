@@ -135,7 +135,7 @@ def test_checkpoints_whose_config_is_gone_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"config": 3}'])
-def test_a_damaged_record_is_named(tmp_path, text):
+def test_a_corrupt_record_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match="config.json can't be read"):
         read_record(tmp_path)
@@ -159,7 +159,7 @@ def test_the_first_runs_name_no_format(tmp_path):
     write_config(tmp_path, default_config(), "")
     record = read_record(tmp_path)
     assert record.pop("format") == FORMAT
-    del record["config"]["data"]["stall_s"]  # a key that came later
+    del record["config"]["data"]["timeout_s"]  # a key that came later
     (tmp_path / "config.json").write_text(json.dumps(record))
     assert to_json(read_config(tmp_path)) == to_json(default_config())
     write_config(tmp_path, default_config(), "")  # the run goes on

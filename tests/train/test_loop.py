@@ -80,7 +80,7 @@ def final_state(workdir):
 
 @pytest.fixture(scope="module")
 def extras(tmp_path_factory):
-    """Arguments for the digits, resident on the devices, and for image files read by tf.data."""
+    """Arguments for the digits, device_data on the devices, and for image files read by tf.data."""
     images = noise_files(tmp_path_factory.mktemp("images"))
     options = {"data.name": "folder", "data.dir": images, "data.test_dir": images}
     options |= {"batch_size": 32, "epochs": 12, "checkpoint.every_epochs": 1.5}
@@ -135,7 +135,7 @@ def finished(tmp_path_factory):
     """A short run with its evaluation: config, folder, final state and what was printed."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     config = with_whole_images(tiny_config(epochs=1.0, batch_size=320))
-    config.eval.update(knn_every_epochs=1.0, frozen_at_end=True)
+    config.eval.update(knn_every_epochs=1.0, at_end=True)
     config.checkpoint.every_epochs = 1.0
     config.data.test_fraction = 0.25
     before = os.umask(0o022)  # the usual one
@@ -157,7 +157,7 @@ def test_a_finished_run_is_evaluated_and_reported(finished):
         assert part in out
     evaluation = json.loads((workdir / "evaluation.json").read_text())
     assert [row["name"] for row in evaluation["rows"]] == ["raw pixels", "random init", "simclr"]
-    assert len(evaluation["rows"][0]["labels_5"]["draws"]) == config.eval.draws
+    assert len(evaluation["rows"][0]["labels_5"]["trials"]) == config.eval.trials
     assert evaluation["rows"][0]["linear"] > 0.9
     knn = [r["knn"] for r in read_metrics(workdir / "metrics.jsonl") if "knn" in r]
     assert knn[-1] == evaluation["rows"][2]["knn"]
@@ -314,7 +314,7 @@ def test_a_run_that_batchnorm_makes_another_is_told(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(loop.Run, "measure", lambda self, step: None)
     monkeypatch.setattr("ssl_jax.evals.evaluator.Evaluator.finish", lambda *a: [])
     config = with_whole_images(tiny_config(steps=1, batch_size=320, microbatch=160))
-    config.model.bn_group = 1
+    config.model.bn_group_size = 1
     pretrain(config, tmp_path)
     out = capsys.readouterr().out
     assert "in microbatches of 160, BatchNorm over 20 images" in out
@@ -332,7 +332,7 @@ def test_a_run_that_batchnorm_makes_another_is_told(tmp_path, capsys, monkeypatc
     ("changes", "words"),
     [
         ({"data.num_classes": 3}, "config.data.num_classes is 3, but .* labels up to 9"),
-        ({"microbatch": 8, "model.bn_group": 1}, "BatchNorm would see one image at a time"),
+        ({"microbatch": 8, "model.bn_group_size": 1}, "BatchNorm would see one image at a time"),
     ],
 )
 def test_what_only_data_and_devices_tell_is_refused_too(changes, words, tmp_path):

@@ -139,7 +139,7 @@ def test_a_quiet_run_tells_where_its_report_is_and_a_whole_one_all(tmp_path, cap
     share_steps(monkeypatch)
     config = with_whole_images(tiny_config(steps=2, batch_size=64))
     config.optim.warmup_epochs = 1.0  # longer than the run
-    pretrain(config, tmp_path / "quiet", told="quiet")
+    pretrain(config, tmp_path / "quiet", verbosity="quiet")
     warning, report = capsys.readouterr().out.splitlines()
     assert warning.startswith("warning: the warmup of 21 steps")
     assert report == f"Report: {tmp_path / 'quiet' / 'report.html'}"
@@ -150,5 +150,5 @@ def test_a_quiet_run_tells_where_its_report_is_and_a_whole_one_all(tmp_path, cap
     assert names[:10] == [*begin, "Compiling", "FLOPs"] and names[10] == "memory"
     assert names[-4:] == ["time", "speed", "kNN", "Report:"]
     # Of a run that is done little is told, and of one among many nothing.
-    pretrain(config, tmp_path / "all", told="line")
+    pretrain(config, tmp_path / "all", verbosity="line")
     assert capsys.readouterr().out == ""
