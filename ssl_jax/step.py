@@ -181,7 +181,7 @@ def cached_loss_and_gradients(
     microbatch at a time. Outputs that don't depend on the parameters (keys, targets) are computed
     once.
 
-    A microbatch has every `microbatches`-th example, which is the same set on any number of devices.
+    A microbatch has every `microbatches`-th example: the same set on any number of devices.
 
     Args:
       method: with the axis name under which this is mapped.
@@ -283,7 +283,8 @@ def make_train_step(
     With `config.microbatch` the step is that of `cached_loss_and_gradients`.
 
     Returns:
-      A function (state, batch from the host, device data) -> (state, metrics); metrics are float32 scalars equal on all devices.
+      A function (state, batch from the host, device data) -> (state, metrics); metrics are
+      float32 scalars, equal on all devices.
     """
     config = method.config
     microbatches = config.batch_size // (config.microbatch or config.batch_size)

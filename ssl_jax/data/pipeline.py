@@ -31,9 +31,9 @@ def make_augment_fn(
       config: of the run; its views are the augmentation.
 
     Returns:
-      A function of (what the source yielded, device_data arrays, the step's `views_stream`) that
-      gives the batch with "views": a tuple of float32 [n, H, W, 3]. An example's pixels depend on the key
-      and its id alone, not on its place in the batch or on the mesh.
+      A function (batch from the source, device data, the step's `views_stream`) -> the batch with
+      "views", a tuple of float32 [n, H, W, 3]. An example's pixels depend only on the key and its
+      id, not on its position in the batch or on the mesh.
     """
     views = flat_views(config)
 

@@ -41,8 +41,8 @@ def _resolve_encoder(config: ConfigDict) -> None:
             )
     if config.init_from.heads and source.method != config.method:
         raise UserError(
-            f"config.init_from.heads is on, but {config.init_from.path} is of '{source.method}': its "
-            f"heads are no heads of '{config.method}'; set it to false."
+            f"config.init_from.heads is on, but {config.init_from.path} is of '{source.method}': "
+            f"its heads are no heads of '{config.method}'; set it to false."
         )
     options = config.supervised
     if config.method != "supervised" or not options.projector_layer:

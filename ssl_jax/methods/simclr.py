@@ -35,8 +35,8 @@ class SimCLR(Method):
         options = self.config.simclr
         if options.memory_bank % (2 * self.config.batch_size):
             raise UserError(
-                f"config.simclr.memory_bank is {options.memory_bank}: it must be 0 or a multiple of "
-                f"twice config.batch_size, {2 * self.config.batch_size}."
+                f"config.simclr.memory_bank is {options.memory_bank}: it must be 0 or a multiple "
+                f"of twice config.batch_size, {2 * self.config.batch_size}."
             )
         self.width = options.out if options.layers else self.encoder.num_features
         projector = self.head(

@@ -214,8 +214,8 @@ def _results_section(runs: Sequence[_Run]) -> str:
     lines = [*_accuracies(runs), *_further(runs), *_last_values(runs)]
     note = (
         "± and ranges are 95 % intervals: of accuracies with few labels Student's t over the "
-        "trials, of the linear probe and kNN Wilson's, of further evaluations by bootstrap over the "
-        "images. None covers another seed of the training."
+        "trials, of the linear probe and kNN Wilson's, of further evaluations by bootstrap over "
+        "the images. None covers another seed of the training."
     )
     return _table("Accuracies in percent, on held-out images.", runs, lines) + absent(note)
 

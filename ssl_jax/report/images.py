@@ -137,9 +137,9 @@ def _queries(
     items = []
     for i in range(len(query)):
         alt = f"Test image {i + 1}" + (f": {own[i]}" if own[i] else "")
-        found = zip(neighbours[i], similarity[i], other[i], correct[i], strict=True)
+        columns = zip(neighbours[i], similarity[i], other[i], correct[i], strict=True)
         hits = "".join(
-            f"<li>{_hit(image, rank, *rest)}</li>" for rank, (image, *rest) in enumerate(found, 1)
+            f"<li>{_hit(image, rank, *rest)}</li>" for rank, (image, *rest) in enumerate(columns, 1)
         )
         first = thumb(query[i], alt, name_html(own[i]), "query")
         items.append(f'<li>{first}<ul class="hits">{hits}</ul></li>')
