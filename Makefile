@@ -68,7 +68,7 @@ clean:  ## remove caches and builds; environments and runs/ stay
 
 .venv/.core: setup.py constraints.txt | .venv/bin/pip
 	@echo "Installing ssl_jax into .venv (once)"
-	$(INSTALL) -e .
+	$(INSTALL) -e ".[pictures]"
 	@touch $@
 
 .venv/.dev: setup.py constraints.txt | .venv/bin/pip

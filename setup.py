@@ -16,6 +16,9 @@ DATA = [
     "array_record>=0.8; sys_platform != 'win32'",
 ]
 
+# Draws the picture of a config's views.
+PICTURES = ["matplotlib>=3.9"]
+
 # What tests run on, apart from DATA.
 TEST = ["beartype>=0.23", "hypothesis>=6.100", "pytest>=8.3", "pytest-xdist>=3.6"]
 
@@ -40,7 +43,9 @@ setup(
     install_requires=[
         "flatbuffers>=24.3",  # of jax.export
         "flax>=0.12",
+        "humanize>=4.12",
         "jax>=0.10",
+        "jinja2>=3.1.4",
         "jaxtyping>=0.3",
         "ml_collections>=1.1",
         "numpy>=2.0",
@@ -58,6 +63,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "plan": ["libtpu"],
         "data": DATA,
+        "pictures": PICTURES,
         # Other packages, to compare with: tests/peers.
         "peers": [
             "beartype>=0.23",
@@ -69,10 +75,11 @@ setup(
         ],
         "docs": DOCS,
         "wandb": ["wandb>=0.20"],
-        "test": [*DATA, *TEST],
+        "test": [*DATA, *PICTURES, *TEST],
         "dev": [
             *DATA,
             *DOCS,
+            *PICTURES,
             *TEST,
             "build>=1.2",
             "import-linter>=2.5",
