@@ -56,20 +56,20 @@ MUTATIONS = [
     Mutation(
         "NT-Xent's gradient is divided by the global batch",
         "ssl_jax/losses.py",
-        "dz *= cotangent / (2 * z.shape[1] * temperature)",
+        "dz *= cotangent / (2 * n * temperature)",
         "dz *= cotangent / (2 * columns.shape[0] // 2 * temperature)",
         "tests/test_losses.py",
     ),
     Mutation(
         "an anchor is its own negative",
-        "ssl_jax/losses.py",
+        "ssl_jax/loss_kernels.py",
         "return jnp.where(itself, -jnp.inf, scores)",
         "return scores",
         "tests/test_losses.py",
     ),
     Mutation(
         "pairs of blocks are visited twice",
-        "ssl_jax/losses.py",
+        "ssl_jax/loss_kernels.py",
         "once = (rows[:, None] < columns[None, :])",
         "once = (rows[:, None] != columns[None, :])",
         "tests/test_losses.py",
@@ -77,8 +77,8 @@ MUTATIONS = [
     Mutation(
         "Sinkhorn normalizes per device",
         "ssl_jax/losses.py",
-        'columns = 1 / _psum(_matmul(rows, q, "highest"), axis_name)',
-        'columns = 1 / _matmul(rows, q, "highest")',
+        'columns = 1 / _psum(matmul(rows, q, "highest"), axis_name)',
+        'columns = 1 / matmul(rows, q, "highest")',
         "tests/test_losses.py",
     ),
     Mutation(

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from ssl_jax import losses
+from ssl_jax import loss_kernels, losses
 from ssl_jax.spmd import AXIS, make_spmd
 
 
@@ -390,8 +390,8 @@ def test_every_way_to_cut_the_matrix_gives_the_same(temperature, monkeypatch):
     def by_every_way(z1, z2):
         loss = functools.partial(losses.nt_xent, temperature=temperature)
         results = []
-        for limits in (losses._CPU_BLOCK, (1, 20), (74 * 10, 20), (74 * 74, 1)):
-            monkeypatch.setattr(losses, "_CPU_BLOCK", limits)
+        for limits in (loss_kernels._CPU_BLOCK, (1, 20), (74 * 10, 20), (74 * 74, 1)):
+            monkeypatch.setattr(loss_kernels, "_CPU_BLOCK", limits)
             results.append(jax.value_and_grad(loss, (0, 1))(z1, z2))
         return results
 

@@ -1,0 +1,251 @@
+"""Blockwise kernels of the contrastive losses, so that no N x N matrix is ever held.
+
+Each kernel takes all rows and columns, computes scores one block at a time, and returns what
+`losses` needs of them. Shapes: m rows (anchors or queries), n columns (candidates), d dimensions.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+_Limits = tuple[int, int]
+# By platform, (float32 scores held at a time, rows and columns of a block where each pair is
+# visited once). A CPU's cache holds 4 MiB; an accelerator needs large blocks to be busy.
+_CPU_BLOCK = (2**22, 1024)
+_BLOCK = (2**26, 4096)
+# Scores within ±60 don't need the maximum subtracted: their exponentials, sums of 2^38 of them and
+# the inverses stay within float32.
+_SMALL_SCORE = 60.0
+
+
+def log_sum_exp(
+    anchors: Float[Array, "m d"],
+    own: Int[Array, " m"],
+    columns: Float[Array, "n d"],
+    temperature: float,
+    block_size: int | None,
+) -> Float[Array, " m"]:
+    """lse_i = log Σ_{j≠own(i)} e^{s_ij}, where s_ij = x_i·x_j / τ.
+
+    Args:
+      anchors: x_i, rows of unit length.
+      own: the column that holds each anchor itself, which is left out.
+      columns: x_j, rows of unit length; where m = n they are the anchors, and by the symmetry of s
+        only half of the matrix is computed.
+      temperature: τ.
+      block_size: rows at a time; None picks by the platform the program is compiled for.
+    """
+
+    def kernel(limits: _Limits, anchors: Array, own: Array, columns: Array) -> Array:
+        if pair_block := _pair_block(len(anchors), len(columns), block_size, limits):
+            return _pairs_log_sum_exp(anchors, temperature, pair_block)
+
+        def of_block(anchor: Array, own: Array) -> Array:
+            return _log_sum_exp(_masked_scores(anchor, own, columns, temperature), 1, temperature)
+
+        block = _row_block(len(anchors), len(columns), block_size, limits)
+        return _in_blocks(of_block, block, anchors, own)
+
+    return _by_platform(kernel, anchors, own, columns)
+
+
+def softmax_pull(
+    anchors: Float[Array, "m d"],
+    own: Int[Array, " m"],
+    columns: Float[Array, "n d"],
+    lse: Float[Array, " m"],
+    column_lse: Float[Array, " n"],
+    temperature: float,
+    block_size: int | None,
+) -> Float[Array, "m d"]:
+    """Σ_{j≠own(i)} (e^{s_ij - lse_i} + e^{s_ij - lse_j}) x_j for each anchor i.
+
+    Args:
+      anchors: x_i, as for `log_sum_exp`.
+      own: the column that holds each anchor itself.
+      columns: x_j.
+      lse: of the anchors.
+      column_lse: of the columns; infinite for a column that is no anchor.
+      temperature: τ.
+      block_size: as for `log_sum_exp`.
+    """
+
+    def kernel(
+        limits: _Limits, anchors: Array, own: Array, columns: Array, lse: Array, column_lse: Array
+    ) -> Array:
+        if pair_block := _pair_block(len(anchors), len(columns), block_size, limits):
+            return _pairs_softmax_pull(anchors, lse, temperature, pair_block)
+
+        def of_block(anchor: Array, own: Array, own_lse: Array) -> Array:
+            scores = _masked_scores(anchor, own, columns, temperature)
+            return matmul(_weights(scores, own_lse, column_lse, temperature), columns)
+
+        block = _row_block(len(anchors), len(columns), block_size, limits)
+        return _in_blocks(of_block, block, anchors, own, lse)
+
+    return _by_platform(kernel, anchors, own, columns, lse, column_lse)
+
+
+def queue_loss(
+    queries: Float[Array, "m d"],
+    keys: Float[Array, "m d"],
+    queue: Float[Array, "n d"],
+    temperature: float,
+    block_size: int | None,
+) -> Float[Array, " m"]:
+    """lse_i - s_i+ for each query, where s_i+ = q_i·k_i / τ and lse_i is over it and the queue."""
+
+    def kernel(limits: _Limits, queries: Array, keys: Array, queue: Array) -> Array:
+        def of_block(q: Array, k: Array) -> Array:
+            _, positive, lse = _queue_scores(q, k, queue, temperature)
+            return lse - positive
+
+        block = _row_block(len(queries), len(queue), block_size, limits)
+        return _in_blocks(of_block, block, queries, keys)
+
+    return _by_platform(kernel, queries, keys, queue)
+
+
+def queue_loss_and_pull(
+    queries: Float[Array, "m d"],
+    keys: Float[Array, "m d"],
+    queue: Float[Array, "n d"],
+    temperature: float,
+    block_size: int | None,
+) -> tuple[Float[Array, " m"], Float[Array, "m d"]]:
+    """`queue_loss`, and Σ_j e^{s_ij - lse_i} x_j + (e^{s_i+ - lse_i} - 1) k_i, in one pass."""
+
+    def kernel(limits: _Limits, queries: Array, keys: Array, queue: Array) -> Any:
+        def of_block(q: Array, k: Array) -> tuple[Array, Array]:
+            scores, positive, lse = _queue_scores(q, k, queue, temperature)
+            pull = matmul(jnp.exp(scores - lse[:, None]), queue)
+            return lse - positive, pull + jnp.expm1(positive - lse)[:, None] * k
+
+        block = _row_block(len(queries), len(queue), block_size, limits)
+        return _in_blocks(of_block, block, queries, keys)
+
+    return _by_platform(kernel, queries, keys, queue)
+
+
+def matmul(a: Array, b: Array, precision: str = "high") -> Array:
+    """A float32 product: three bfloat16 passes on a TPU, TF32 on a GPU.
+
+    The default of float32 is a single bfloat16 pass on a TPU. "high" gives scores of unit vectors
+    to about 1e-4 / temperature for a half to a tenth of the cost of full float32.
+    """
+    return jnp.matmul(a, b, precision=precision)
+
+
+def _by_platform(kernel, *arrays: Array):  # type: ignore[no-untyped-def]
+    """kernel(limits, *arrays), with the limits of the platform the program is compiled for."""
+    cpu, default = (functools.partial(kernel, limits) for limits in (_CPU_BLOCK, _BLOCK))
+    return jax.lax.platform_dependent(*arrays, cpu=cpu, default=default)
+
+
+def _row_block(rows: int, columns: int, block_size: int | None, limits: _Limits) -> int:
+    return min(block_size or max(1, limits[0] // columns), rows)
+
+
+def _pair_block(rows: int, columns: int, block_size: int | None, limits: _Limits) -> int:
+    """The side of a block where half of the symmetric matrix suffices; else 0."""
+    if columns > rows or _row_block(rows, columns, block_size, limits) == rows:
+        return 0  # columns include other devices' anchors, or one block holds the whole matrix
+    return block_size or -(-rows // -(-rows // limits[1]))
+
+
+def _pairs_log_sum_exp(anchors: Array, temperature: float, block: int) -> Array:
+    blocks = _split(anchors, block)
+
+    def visit(i: Array, j: Array, lse: Array) -> Array:
+        scores = _pair_scores(blocks, i, j, len(anchors), temperature)
+        by_row, by_column = (_log_sum_exp(scores, axis, temperature) for axis in (1, 0))
+        lse = lse.at[i].set(jnp.logaddexp(lse[i], by_row))
+        return lse.at[j].set(jnp.logaddexp(lse[j], by_column))
+
+    lse = _over_pairs(len(blocks), visit, jnp.full(blocks.shape[:2], -jnp.inf))
+    return lse.reshape(-1)[: len(anchors)]
+
+
+def _pairs_softmax_pull(anchors: Array, lse: Array, temperature: float, block: int) -> Array:
+    blocks, lse = _split(anchors, block), _split(lse, block)
+
+    def visit(i: Array, j: Array, pull: tuple[Array, Array]) -> tuple[Array, Array]:
+        scores = _pair_scores(blocks, i, j, len(anchors), temperature)
+        weights = _weights(scores, lse[i], lse[j], temperature)
+        # The second is kept transposed: on a CPU weights.T @ blocks[i] takes twice as long.
+        to_rows, to_columns = pull
+        to_rows = to_rows.at[i].add(matmul(weights, blocks[j]))
+        return to_rows, to_columns.at[j].add(matmul(blocks[i].T, weights))
+
+    zeros = jnp.zeros_like(blocks)
+    to_rows, to_columns = _over_pairs(len(blocks), visit, (zeros, zeros.swapaxes(1, 2)))
+    total = to_rows + to_columns.swapaxes(1, 2)
+    return total.reshape(-1, anchors.shape[-1])[: len(anchors)]
+
+
+def _log_sum_exp(scores: Array, axis: int, temperature: float) -> Array:
+    if 1 / temperature <= _SMALL_SCORE:
+        return jnp.log(jnp.sum(jnp.exp(scores), axis=axis))
+    return jax.nn.logsumexp(scores, axis=axis)
+
+
+def _weights(scores: Array, row_lse: Array, column_lse: Array, temperature: float) -> Array:
+    """e^{s_ij - lse_i} + e^{s_ij - lse_j}."""
+    row, column = row_lse[:, None], column_lse[None, :]
+    if 1 / temperature <= _SMALL_SCORE:
+        return jnp.exp(scores) * (jnp.exp(-row) + jnp.exp(-column))
+    return jnp.exp(scores - row) + jnp.exp(scores - column)
+
+
+def _masked_scores(anchors: Array, own: Int[Array, " b"], columns: Array, tau: float) -> Array:
+    scores = matmul(anchors, columns.T) / tau
+    itself = own[:, None] == jnp.arange(columns.shape[0])[None, :]
+    return jnp.where(itself, -jnp.inf, scores)
+
+
+def _pair_scores(blocks: Array, i: Array, j: Array, total: int, temperature: float) -> Array:
+    """Scores of block i with block j; -inf unless the row's index is below the column's."""
+    index = jnp.arange(blocks.shape[1])
+    rows, columns = i * blocks.shape[1] + index, j * blocks.shape[1] + index
+    # This excludes the anchor itself, the mirrored pair and the padding.
+    once = (rows[:, None] < columns[None, :]) & (columns < total)[None, :]
+    return jnp.where(once, matmul(blocks[i], blocks[j].T) / temperature, -jnp.inf)
+
+
+def _queue_scores(
+    q: Array, k: Array, queue: Array, temperature: float
+) -> tuple[Float[Array, "m n"], Float[Array, " m"], Float[Array, " m"]]:
+    """Scores of the negatives, score of the positive, and the log-sum-exp of both."""
+    scores = matmul(q, queue.T) / temperature
+    positive = jnp.sum(q * k, axis=1) / temperature
+    return scores, positive, jnp.logaddexp(positive, jax.nn.logsumexp(scores, axis=1))
+
+
+def _over_pairs(blocks: int, visit, carry):  # type: ignore[no-untyped-def]
+    """Folds visit(i, j, carry) over the pairs i <= j of blocks."""
+    # One loop of known length: a GPU would query the end of a nested loop at every iteration.
+    rows, columns = (jnp.asarray(indices, jnp.int32) for indices in np.triu_indices(blocks))
+    return jax.lax.fori_loop(
+        0, len(rows), lambda k, carry: visit(rows[k], columns[k], carry), carry
+    )
+
+
+def _in_blocks(function, block: int, *rows: Array):  # type: ignore[no-untyped-def]
+    """Applies a row-wise function to blocks of rows in turn, padding the last."""
+    n = rows[0].shape[0]
+    if block >= n:
+        return function(*rows)
+    out = jax.lax.map(lambda args: function(*args), tuple(_split(r, block) for r in rows))
+    return jax.tree.map(lambda o: o.reshape(-1, *o.shape[2:])[:n], out)
+
+
+def _split(x: Array, block: int) -> Array:
+    """Rows in blocks, [blocks, block, ...], the last one padded with zeros."""
+    blocks = -(-x.shape[0] // block)
+    pad = blocks * block - x.shape[0]
+    padded = jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1))
+    return padded.reshape(blocks, block, *x.shape[1:])
