@@ -11,20 +11,20 @@ Pytree = Any
 
 
 def update(target: Pytree, online: Pytree, decay: float | Float[Array, ""]) -> Pytree:
-    """Moves a target network towards the online one: decay·target + (1-decay)·online.
+    """Moves a target network toward the online one: decay·target + (1-decay)·online.
 
     MoCo's momentum encoder (He et al., 2020, eq. 2) and BYOL's target (Grill et al., 2020, eq. 1).
 
     Args:
       target: float arrays, any pytree.
       online: a pytree of the same structure and shapes.
-      decay: in [0, 1]; 1 leaves the target as it is, 0 copies the online network.
+      decay: in [0, 1]; 1 keeps the target, 0 copies the online network.
 
     Returns:
-      The new target; each leaf keeps the target's dtype, the average is taken in float32 or better.
+      The new target; leaves keep the target's dtype, averages are computed in float32 or better.
     """
-    # An array, not a Python scalar: with bfloat16 leaves a scalar's product would be bfloat16,
-    # where 0.999 is 1. The difference comes first, while a Python float still has 64 bits.
+    # An array: with bfloat16 leaves, a Python scalar would become bfloat16, where 0.999 is 1.
+    # The difference comes first, while a Python float still has 64 bits.
     step_size = jnp.asarray(1.0 - decay, float)
     moved = optax.incremental_update(online, target, step_size)
     return jax.tree.map(lambda new, old: new.astype(old.dtype), moved, target)
@@ -33,16 +33,16 @@ def update(target: Pytree, online: Pytree, decay: float | Float[Array, ""]) -> P
 def cosine_decay(
     base: float, step: int | Int[Array, ""], total_steps: int, *, end: float = 1.0
 ) -> Float[Array, ""]:
-    """The EMA's decay by step, end - (end-base)·(cos(π·step/total_steps) + 1)/2.
+    """Computes the EMA decay of a step: end - (end-base)·(cos(π·step/total_steps) + 1)/2.
 
-    BYOL (Grill et al., 2020, section 3.2). It goes from `base` to `end`, where it stays, as in the
-    official code, should a run go on after `total_steps`.
+    BYOL (Grill et al., 2020, section 3.2). After `total_steps` it stays at `end`, as in the
+    official code.
 
     Args:
       base: decay at step 0, in [0, 1].
-      step: optimiser steps done.
-      total_steps: length of the run in steps, positive.
-      end: decay at the last step, in [0, 1]; the same as `base` for a constant one.
+      step: completed optimizer steps.
+      total_steps: the run's length in steps, positive.
+      end: decay at the last step, in [0, 1]; equal to `base` for a constant decay.
 
     Returns:
       float32 scalar.

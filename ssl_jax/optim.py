@@ -1,8 +1,8 @@
-"""Optimisers, their masks by parameter path, and learning-rate schedules, all composed from Optax.
+"""Optimizers, their masks by parameter path, and learning-rate schedules, composed from Optax.
 
-Notation: w a tensor of parameters, g its gradient, v its momentum buffer, m the momentum, wd the
-weight decay, η the trust coefficient. Everything that changes lives in the optimiser's state, step
-counts included, so a restored state continues the schedules where they stood.
+Notation: w is a parameter tensor, g its gradient, v its momentum buffer, m the momentum, wd the
+weight decay, η the trust coefficient. All that changes is in the optimizer's state, including step
+counts, so a restored state continues its schedules exactly.
 """
 
 import math
@@ -30,13 +30,13 @@ LABELS = ("weight", "norm_bias", "constant_lr", "frozen", "frozen_until")
 
 
 def role_labels(params: Pytree) -> Pytree:
-    """Tells weights from biases and normalisation parameters, by path.
+    """Labels weights, and biases and normalization parameters, by path.
 
     Args:
-      params: any params tree of Flax names: nested or flattened dicts, boxed leaves, nnx states.
+      params: any tree with Flax names: nested or flattened dicts, boxed leaves, nnx states.
 
     Returns:
-      The same tree with "norm_bias" at every leaf called `bias` or `scale`, "weight" elsewhere.
+      The same tree with "norm_bias" at every leaf named `bias` or `scale`, "weight" elsewhere.
     """
 
     def role(path: tuple[Any, ...], _: Any) -> str:
@@ -49,7 +49,7 @@ def role_labels(params: Pytree) -> Pytree:
 
 
 def weight_mask(params: Pytree) -> Pytree:
-    """True at every leaf that `role_labels` calls a weight, False at the others."""
+    """True at every leaf that `role_labels` labels "weight", False elsewhere."""
     return jax.tree.map(lambda role: role == "weight", role_labels(params))
 
 
@@ -61,18 +61,18 @@ def lars(
     trust_coefficient: float = 0.001,
     mask: Mask = weight_mask,
 ) -> optax.GradientTransformation:
-    """LARS in SimCLR's form, the learning rate inside the momentum.
+    """LARS in SimCLR's form, with the learning rate inside the momentum.
 
     v ← m·v + lr·trust·(g + wd·w); w ← w - v; trust = η‖w‖/‖g + wd·w‖, or 1 where either norm is 0
-    (You et al., 2017, arXiv:1708.03888; SimCLR's official code). Where the mask is False there is
-    neither decay nor trust. It adapts also without decay.
+    (You et al., 2017, arXiv:1708.03888; SimCLR's official code). Tensors
+    whose mask is False get neither decay nor trust. Trust applies with wd = 0, too.
 
     Args:
       learning_rate: scalar, or a function of the step.
       momentum: m.
       weight_decay: wd.
       trust_coefficient: η.
-      mask: tensors to adapt and decay; by default all but biases and normalisation parameters.
+      mask: tensors to adapt and decay; by default all but biases and normalization parameters.
 
     Returns:
       The gradient transformation; its update needs the params.
@@ -95,7 +95,7 @@ def lars_byol(
     trust_coefficient: float = 0.001,
     mask: Mask = weight_mask,
 ) -> optax.GradientTransformation:
-    """LARS in BYOL's form, the learning rate outside the momentum.
+    """LARS in BYOL's form, with the learning rate outside the momentum.
 
     v ← m·v + trust·(g + wd·w); w ← w - lr·v; trust as in `lars` (BYOL's official code).
 
@@ -104,7 +104,7 @@ def lars_byol(
       momentum: m.
       weight_decay: wd.
       trust_coefficient: η.
-      mask: tensors to adapt and decay; by default all but biases and normalisation parameters.
+      mask: tensors to adapt and decay; by default all but biases and normalization parameters.
 
     Returns:
       The gradient transformation; its update needs the params.
@@ -124,10 +124,10 @@ def larc(
     weight_decay: float = 0.0,
     trust_coefficient: float = 0.001,
 ) -> optax.GradientTransformation:
-    """LARC without clipping, as SwAV and SimSiam's linear evaluation use it, on every tensor.
+    """LARC without clipping, on every tensor, as used by SwAV and SimSiam's linear evaluation.
 
-    v ← m·v + trust·(g + wd·w); w ← w - lr·v; trust = η‖w‖/(‖g‖ + wd‖w‖ + 1e-8). Where either norm
-    is 0 there is neither trust nor decay (NVIDIA apex's LARC around PyTorch's SGD).
+    v ← m·v + trust·(g + wd·w); w ← w - lr·v; trust = η‖w‖/(‖g‖ + wd‖w‖ + 1e-8). If either norm is
+    0, there is neither trust nor decay (NVIDIA apex's LARC around PyTorch's SGD).
 
     Args:
       learning_rate: scalar, or a function of the step.
@@ -157,17 +157,17 @@ def lars_clipped(
     trust_coefficient: float = 0.02,
     mask: Mask = weight_mask,
 ) -> optax.GradientTransformation:
-    """What solo-learn calls LARS: LARC's trust, clipped so that no tensor's rate exceeds lr.
+    """LARS in solo-learn's form: LARC's trust, clipped so that no tensor's rate exceeds lr.
 
-    v ← m·v + min(trust/lr, 1)·(g + wd·w); w ← w - lr·v; trust as in `larc`. Where either norm is 0,
-    and where the mask is False, there is neither trust nor decay.
+    v ← m·v + min(trust/lr, 1)·(g + wd·w); w ← w - lr·v; trust as in `larc`. If either norm is 0
+    or the mask is False, there is neither trust nor decay.
 
     Args:
       learning_rate: scalar, or a function of the step.
       momentum: m.
       weight_decay: wd.
       trust_coefficient: η.
-      mask: tensors to adapt and decay; by default all but biases and normalisation parameters.
+      mask: tensors to adapt and decay; by default all but biases and normalization parameters.
 
     Returns:
       The gradient transformation; its update needs the params.
@@ -204,12 +204,12 @@ def sgd(
 ) -> optax.GradientTransformation:
     """PyTorch's SGD: v ← m·v + g + wd·w; w ← w - lr·v.
 
-    With Nesterov's momentum, w ← w - lr·(g + wd·w + m·v) with the new v.
+    With Nesterov momentum, w ← w - lr·(g + wd·w + m·v) with the new v.
 
     Args:
       learning_rate: scalar, or a function of the step.
       momentum: m.
-      nesterov: whether the momentum is Nesterov's.
+      nesterov: whether to use Nesterov momentum.
       weight_decay: wd.
       mask: tensors to decay.
 
@@ -225,16 +225,17 @@ def sgd(
 def make_optimizer(
     config: ConfigDict, labels: Pytree, schedule: optax.Schedule, peak: float | None = None
 ) -> optax.GradientTransformation:
-    """The optimiser of a run, by parameter group.
+    """Builds a run's optimizer from its parameter groups.
 
-    Labels: "weight" has weight decay and trust; "norm_bias" has no trust and no decay (unless
-    `decay_norm_bias`, or LARC, which treats every tensor alike); "constant_lr" stays at `peak`;
-    "frozen" never changes and has no state; "frozen_until" neither changes nor gathers momentum in
-    the first `frozen_steps` steps. Inside the last three, role is told by path.
+    Labels: "weight" gets weight decay and trust; "norm_bias" gets neither (unless
+    `decay_norm_bias` is set, or with LARC, which treats all tensors alike); "constant_lr" keeps the
+    learning rate at `peak`; "frozen" never changes and has no state; "frozen_until" neither changes
+    nor accumulates momentum during the first `frozen_steps` steps. Within the last three, weights
+    and biases are distinguished by path.
 
     Args:
-      config: `config.optim`. `momentum` is β1 of AdamW.
-      labels: one of these labels at each leaf of the params, or of a prefix of their tree.
+      config: `config.optim`; `momentum` is AdamW's β1.
+      labels: a label for each leaf of the params, or for a prefix of their tree.
       schedule: learning rate by step, see `learning_rate_schedule`.
       peak: learning rate of "constant_lr", see `peak_learning_rate`.
 
@@ -242,7 +243,7 @@ def make_optimizer(
       The gradient transformation; its update needs the params.
 
     Raises:
-      UserError: an unknown optimiser or label, or an option that this optimiser doesn't have.
+      UserError: an unknown optimizer or label, or an option that this optimizer doesn't have.
       ValueError: a "constant_lr" label without `peak`.
     """
     _check_options(config)
@@ -255,11 +256,11 @@ def make_optimizer(
             return optax.set_to_zero()
         if label == "constant_lr":
             if peak is None:
-                raise ValueError("Parameters labelled 'constant_lr' need `peak`.")
+                raise ValueError("Parameters labeled 'constant_lr' need `peak`.")
             return _base_optimizer(config, peak, mask)
         if label == "frozen_until":
             steps = config.frozen_steps
-            # The inner count starts with the thaw; the schedule goes on from the run's start.
+            # The inner count starts when the freeze ends; the schedule counts from the run's start.
             inner = _base_optimizer(config, lambda count: schedule(count + steps), mask)
             return optax.conditionally_mask(inner, lambda step: step >= steps)
         return _base_optimizer(config, schedule, mask)
@@ -269,7 +270,7 @@ def make_optimizer(
 
 
 def peak_learning_rate(config: ConfigDict, batch_size: int) -> float:
-    """The learning rate after warmup, `lr` scaled by the batch.
+    """Computes the learning rate after warmup: `lr` scaled by the batch size.
 
     Args:
       config: `config.optim`. `lr_scaling` is "linear" (lr·B/256), "sqrt" (lr·√B) or "none".
@@ -289,24 +290,24 @@ def peak_learning_rate(config: ConfigDict, batch_size: int) -> float:
 def learning_rate_schedule(
     config: ConfigDict, batch_size: int, total_steps: int, steps_per_epoch: int
 ) -> optax.Schedule:
-    """The learning rate by step: a linear warmup, then the schedule.
+    """Builds the learning-rate schedule: a linear warmup, then cosine, step or constant.
 
-    Over the warmup's W steps it is warmup_start + (peak - warmup_start)·step/W. Then "cosine" falls
-    to `final_lr` over the remaining steps and stays there; "step" multiplies the peak by
+    During the W warmup steps the rate is warmup_start + (peak - warmup_start)·step/W. Then "cosine"
+    falls to `final_lr` over the remaining steps and stays there; "step" multiplies the peak by
     `step_gamma` at each of `step_epochs`, counted from the run's start; "constant" stays at the
     peak. `warmup_start` and `final_lr` are learning rates, not scaled by the batch.
 
     Args:
-      config: `config.optim`. With `per_epoch` every step has the rate of its epoch's first step.
+      config: `config.optim`. With `per_epoch` every step uses the rate of its epoch's first step.
       batch_size: global batch, in images.
-      total_steps: length of the run. A run shorter than its warmup ends inside it.
+      total_steps: the run's length; a run shorter than its warmup ends during it.
       steps_per_epoch: steps in an epoch.
 
     Returns:
-      A function from the number of steps done to the learning rate of the next one.
+      A function from the number of completed steps to the next step's learning rate.
 
     Raises:
-      UserError: an unknown `schedule` or `lr_scaling`, or a first epoch without learning.
+      UserError: an unknown `schedule` or `lr_scaling`, or a first epoch whose rate would be 0.
     """
     _check_choice("schedule", config.schedule, SCHEDULES)
     peak = peak_learning_rate(config, batch_size)
@@ -314,7 +315,7 @@ def learning_rate_schedule(
     if config.per_epoch and warmup and config.warmup_start == 0:
         raise UserError(
             "config.optim.per_epoch with a warmup from 0 gives the whole first epoch a learning "
-            "rate of 0: set config.optim.warmup_start, or config.optim.warmup_epochs to 0."
+            "rate of 0. Set config.optim.warmup_start, or config.optim.warmup_epochs to 0."
         )
     schedule = _after_warmup(config, peak, warmup, total_steps, steps_per_epoch)
     if warmup:
@@ -328,7 +329,7 @@ def learning_rate_schedule(
 def _after_warmup(
     config: ConfigDict, peak: float, warmup: int, total_steps: int, steps_per_epoch: int
 ) -> optax.Schedule:
-    """The schedule by the number of steps done since the warmup's end."""
+    """The schedule as a function of the steps since the end of the warmup."""
     if config.schedule == "cosine":
         fraction = optax.cosine_decay_schedule(1.0, max(total_steps - warmup, 1))
         return lambda step: config.final_lr + (peak - config.final_lr) * fraction(step)
@@ -344,7 +345,7 @@ def _after_warmup(
 def _base_optimizer(
     config: ConfigDict, learning_rate: optax.ScalarOrSchedule, mask: Mask
 ) -> optax.GradientTransformation:
-    """The optimiser named in the config; the mask says what it decays (and adapts, for LARS)."""
+    """Builds the config's optimizer; the mask selects the tensors to decay (and adapt)."""
     if config.name == "adamw":
         return optax.adamw(
             learning_rate, b1=config.momentum, weight_decay=config.weight_decay, mask=mask
@@ -369,13 +370,13 @@ def _check_options(config: ConfigDict) -> None:
     _check_choice("name", config.name, OPTIMIZERS)
     if config.nesterov and config.name != "sgd":
         raise UserError(
-            f"config.optim.nesterov is for sgd, and config.optim.name is '{config.name}': "
-            "turn it off."
+            f"config.optim.nesterov needs sgd, but config.optim.name is '{config.name}'. Turn "
+            "it off."
         )
     if config.decay_norm_bias and config.name.startswith("lars"):
         raise UserError(
-            f"config.optim.decay_norm_bias is not for '{config.name}', which leaves biases and "
-            "normalisation parameters out: turn it off, or use larc, sgd or adamw."
+            f"config.optim.decay_norm_bias doesn't apply to '{config.name}', which excludes biases "
+            "and normalization parameters. Turn it off, or use larc, sgd or adamw."
         )
 
 
@@ -391,7 +392,7 @@ def _larc_adapt(
     eta: float,
     limit: float | Float[Array, ""] | None = None,
 ) -> Float[Array, "..."]:
-    """LARC's scaled and decayed gradient; with a limit, scaled by min(trust/limit, 1)."""
+    """Scales and decays a gradient as LARC does; with a limit, by min(trust/limit, 1)."""
     weight_norm, gradient_norm = jnp.linalg.norm(weight), jnp.linalg.norm(gradient)
     trust = eta * weight_norm / (gradient_norm + weight_decay * weight_norm + 1e-8)
     if limit is not None:

@@ -55,7 +55,17 @@ import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 
 jaxtyping.Array = jax.Array | np.ndarray
-CHECKED = ("losses", "loss_kernels", "methods", "models", "step", "evals", "ema", "diagnostics", "optim")
+CHECKED = (
+    "losses",
+    "loss_kernels",
+    "methods",
+    "models",
+    "step",
+    "evals",
+    "ema",
+    "diagnostics",
+    "optim",
+)
 CHECKED += ("data.augment", "data.device_crop", "data.index")
 jaxtyping.install_import_hook([f"ssl_jax.{name}" for name in CHECKED], "array_checks.check_arrays")
 

@@ -29,7 +29,7 @@ def mean64(target, online, decay):
 
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.996, 0.99999, 1.0])
 @pytest.mark.parametrize("traced", [False, True])
-def test_update_is_the_weighted_mean(decay, traced):
+def test_update_equals_the_weighted_mean(decay, traced):
     target, online = networks()
     if traced:
         moved = jax.jit(ema.update)(target, online, jnp.float32(decay))
@@ -40,14 +40,14 @@ def test_update_is_the_weighted_mean(decay, traced):
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0])
-def test_update_is_exact_at_the_ends(decay):
+def test_update_is_exact_for_decay_0_and_1(decay):
     target, online = networks()
     expected = target if decay == 1 else online
     moved = ema.update(target, online, decay)
     jax.tree.map(np.testing.assert_array_equal, moved, expected)
 
 
-def test_a_small_step_is_not_lost_to_rounding():
+def test_update_keeps_small_steps_in_float32():
     # 1 - 0.99999 in float32 is off by 1e-3 of itself where the decay is rounded first.
     target, online = {"w": jnp.zeros(3)}, {"w": jnp.ones(3)}
     moved = ema.update(target, online, 0.99999)
@@ -74,14 +74,14 @@ def test_the_target_keeps_its_dtype(dtype, online_dtype):
 
 @pytest.mark.parametrize("base", [0.97, 0.99, 0.996])
 @pytest.mark.parametrize("step", [0, 1, 250, 500, 999, 1000])
-def test_cosine_decay_is_byols(base, step):
+def test_cosine_decay_equals_byols_schedule(base, step):
     expected = 1 - (1 - base) * (np.cos(np.pi * step / 1000) + 1) / 2
     np.testing.assert_allclose(ema.cosine_decay(base, step, 1000), expected, atol=1e-7)
     traced = jax.jit(ema.cosine_decay, static_argnums=(0, 2))(base, jnp.int32(step), 1000)
     np.testing.assert_allclose(traced, expected, atol=1e-7)
 
 
-def test_cosine_decay_ends_at_one_and_stays():
+def test_cosine_decay_stays_at_one_after_the_end():
     assert ema.cosine_decay(0.99, 1000, 1000) == 1
     assert ema.cosine_decay(0.99, 1500, 1000) == 1
     np.testing.assert_allclose(ema.cosine_decay(0.99, 500, 1000), 0.995, atol=1e-7)

@@ -56,7 +56,7 @@ def computed(cases, function, *arrays):
     return {case: results[str(case)] for case in cases}
 
 
-def test_nt_xent_is_the_papers(pair):
+def test_nt_xent_equals_the_float64_oracle(pair):
     def loss(temperature, block):
         return functools.partial(losses.nt_xent, temperature=temperature, block_size=block)
 
@@ -68,7 +68,7 @@ def test_nt_xent_is_the_papers(pair):
         np.testing.assert_allclose(ours, expected, 1e-5, 2e-7 / temperature, err_msg=message)
 
 
-def test_nt_xent_gradient_is_the_oracles(pair):
+def test_nt_xent_gradient_equals_the_float64_oracle(pair):
     # The views of three images are exchanged, so that at 0.01 too there is something to learn.
     z1, z2 = pair[0][:5], pair[1][[1, 2, 0, 3, 4]]
 
@@ -102,7 +102,7 @@ def test_nt_xent_agrees_with_optax(pair):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
-def test_nt_xent_is_safe_where_all_scores_are_far_below_the_largest_possible():
+def test_nt_xent_is_finite_when_all_scores_are_very_negative():
     z1 = np.random.default_rng(8).normal([3, 0, 0], 0.01, size=(16, 3))
     z2 = z1.copy()
     z1[0] *= -1
@@ -117,7 +117,7 @@ def test_nt_xent_is_safe_where_all_scores_are_far_below_the_largest_possible():
         assert bool(jnp.isfinite(gradient).all())
 
 
-def test_nt_xent_with_a_memory_is_the_oracles(pair):
+def test_nt_xent_with_a_memory_bank_equals_the_float64_oracle(pair):
     z1, z2 = pair[0][:4], pair[1][:4]
     memory = unit64(np.random.default_rng(9).normal(size=(6, 8)))
 
@@ -140,7 +140,7 @@ def test_nt_xent_with_a_memory_is_the_oracles(pair):
 
 
 @pytest.mark.parametrize("memory", [0, 8])
-def test_nt_xent_never_builds_the_whole_matrix(memory):
+def test_nt_xent_never_materializes_the_score_matrix(memory):
     n, block = 256, 16
     z, more = jnp.ones((n, 4)), jnp.ones((memory, 4))
 
@@ -161,7 +161,7 @@ def compiled_mib(function, *shapes):
 
 
 @pytest.mark.parametrize(("n", "limit"), [(8192, 64), (65536, 1024)])
-def test_nt_xent_takes_little_memory(n, limit):
+def test_nt_xent_stays_within_its_memory_bound(n, limit):
     shape = (n, 128)
     assert compiled_mib(lambda a, b: losses.nt_xent(a, b, temperature=0.1), shape, shape) < limit
 
@@ -172,7 +172,7 @@ def collectives(text, kind):
     return [shape for shapes in found for shape in re.findall(r"\w+\[[\d,]*\]", shapes)]
 
 
-def test_nt_xent_gathers_each_embedding_once_and_reduces_only_scalars():
+def test_nt_xent_all_gathers_each_embedding_once_and_all_reduces_only_scalars():
     n, d = 64, 24
 
     def per_device(z1, z2):
@@ -191,7 +191,7 @@ def test_nt_xent_gathers_each_embedding_once_and_reduces_only_scalars():
         assert collectives(text, kind) == []
 
 
-def test_nt_xent_takes_bfloat16_and_small_temperatures(pair):
+def test_nt_xent_is_accurate_in_bfloat16_and_at_small_temperatures(pair):
     z1, z2 = (jnp.asarray(z, jnp.bfloat16) for z in pair)
     value, gradient = jax.value_and_grad(lambda a: losses.nt_xent(a, z2, temperature=0.01))(z1)
     assert value.dtype == jnp.float32
@@ -242,7 +242,7 @@ def info_nce_oracle(q, k, queue, temperature):
     return np.mean(np.log(np.exp(logits - top).sum(1)) + top[:, 0] - logits[:, 0])
 
 
-def test_info_nce_is_the_papers():
+def test_info_nce_equals_the_float64_oracle():
     rng = np.random.default_rng(2)
     q, k, queue = rng.normal(size=(6, 5)), rng.normal(size=(6, 5)), unit64(rng.normal(size=(9, 5)))
 
@@ -267,12 +267,12 @@ def test_info_nce_is_the_papers():
 
 
 @pytest.mark.parametrize(("n", "limit"), [(256, 64), (8192, 256)])
-def test_info_nce_takes_little_memory(n, limit):
+def test_info_nce_stays_within_its_memory_bound(n, limit):
     shapes = (n, 128), (n, 128), (65536, 128)
     assert compiled_mib(lambda *a: losses.info_nce(*a, temperature=0.1), *shapes) < limit
 
 
-def test_info_nce_sends_no_gradient_to_keys_and_queue():
+def test_info_nce_has_no_gradient_for_keys_and_queue():
     rng = np.random.default_rng(3)
     arrays = [jnp.float32(rng.normal(size=shape)) for shape in [(4, 3), (4, 3), (5, 3)]]
     gradients = jax.grad(lambda a: losses.info_nce(*a, temperature=0.1), allow_int=False)(
@@ -293,7 +293,7 @@ def sinkhorn_oracle(scores, epsilon, iterations):
     return (q * samples).T
 
 
-def test_sinkhorn_is_the_papers():
+def test_sinkhorn_equals_the_float64_oracle():
     scores = np.random.default_rng(4).uniform(-1, 1, size=(24, 7))
     cases = [(1,), (3,), (10,)]
     results = computed(
@@ -306,7 +306,7 @@ def test_sinkhorn_is_the_papers():
 
 # After 300 iterations the factors of rows and columns alone would have left float32.
 @pytest.mark.parametrize("iterations", [3, 300])
-def test_sinkhorn_is_safe_for_any_finite_scores(iterations):
+def test_sinkhorn_is_finite_for_any_finite_scores(iterations):
     for size in (1e4, 3e38):
         scores = size * jnp.array([[1.0, -1.0, 0.0], [1.0, -1.0, 0.0], [-1.0, -1.0, 1.0]])
         out = losses.sinkhorn(scores, iterations=iterations)
@@ -314,7 +314,7 @@ def test_sinkhorn_is_safe_for_any_finite_scores(iterations):
         np.testing.assert_allclose(out.sum(1), 1, rtol=1e-5)
 
 
-def test_sinkhorn_sends_no_gradient_back():
+def test_sinkhorn_has_no_gradient():
     scores = jnp.float32(np.random.default_rng(0).normal(size=(6, 4)))
     gradient = jax.grad(lambda s: jnp.sum(losses.sinkhorn(s)[:, 0]))(scores)
     assert float(jnp.abs(gradient).max()) == 0
@@ -327,13 +327,13 @@ def test_swapped_prediction_is_exact_for_large_scores():
     assert float(loss) == pytest.approx(np.log(3), rel=1e-5)
 
 
-def test_sinkhorn_holds_one_matrix_at_most():
+def test_sinkhorn_holds_at_most_one_matrix():
     scores = jax.ShapeDtypeStruct((1024, 3000), jnp.float32)
     memory = jax.jit(losses.sinkhorn).lower(scores).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 1.1 * 4 * 1024 * 3000
 
 
-def test_sinkhorn_reduces_over_all_devices():
+def test_sinkhorn_on_8_devices_equals_1_device():
     scores = np.float32(np.random.default_rng(5).uniform(-1, 1, size=(16, 5)))
     spmd = make_spmd()
     mapped = spmd.map(lambda s: losses.sinkhorn(s, axis_name=AXIS), ("sharded",), "sharded")
@@ -345,7 +345,7 @@ def test_sinkhorn_reduces_over_all_devices():
     assert not np.allclose(alone(spmd.place_batch(scores)), losses.sinkhorn(scores), rtol=1e-2)
 
 
-def test_swapped_prediction_is_the_papers():
+def test_swapped_prediction_equals_the_float64_oracle():
     rng = np.random.default_rng(6)
     scores = rng.normal(size=(5, 4, 6))
     q = rng.dirichlet(np.ones(6), size=(5, 2))
@@ -358,7 +358,7 @@ def test_swapped_prediction_is_the_papers():
     np.testing.assert_allclose(ours, total / 2, rtol=1e-5)
 
 
-def test_regressions_are_the_papers():
+def test_negative_cosine_and_mse_equal_the_float64_oracle():
     rng = np.random.default_rng(7)
     p, z = rng.normal(size=(6, 4)), rng.normal(size=(6, 4))
     cosine = np.sum(unit64(p) * unit64(z), axis=1)
@@ -373,7 +373,7 @@ def test_a_zero_row_has_a_finite_gradient():
 
 
 @pytest.mark.parametrize(("platform", "block"), [("cpu", 1024), ("cuda", 4096), ("tpu", 4096)])
-def test_accelerators_take_larger_blocks(platform, block):
+def test_blocks_are_larger_on_accelerators(platform, block):
     z = jnp.zeros((2048, 8))
     loss = jax.jit(lambda z: losses.nt_xent(z, z, temperature=0.1))
     text = loss.trace(z).lower(lowering_platforms=(platform,)).as_text()
@@ -382,7 +382,7 @@ def test_accelerators_take_larger_blocks(platform, block):
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.1])
-def test_every_way_to_cut_the_matrix_gives_the_same(temperature, monkeypatch):
+def test_nt_xent_is_the_same_for_all_block_layouts(temperature, monkeypatch):
     rng = np.random.default_rng(0)
     z1, z2 = (jnp.asarray(rng.normal(size=(37, 8)), jnp.float32) for _ in range(2))
 

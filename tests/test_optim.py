@@ -191,19 +191,19 @@ def assert_formula(name, optimizer, weight_decay):
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", ["lars", "lars_byol", "lars_clipped", "larc", "sgd"])
-def test_optimisers_follow_their_formulas(name, weight_decay):
+def test_optimizers_follow_their_formulas(name, weight_decay):
     assert_formula(name, direct(name, weight_decay), weight_decay)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", NAMES)
-def test_make_optimizer_follows_the_formula_of_the_name(name, weight_decay):
+def test_make_optimizer_builds_the_named_optimizer(name, weight_decay):
     config = make_config(name, weight_decay=weight_decay)
     labels = optim.role_labels(some_params())
     assert_formula(name, optim.make_optimizer(config, labels, schedule), weight_decay)
 
 
-def test_sgd_with_nesterov():
+def test_nesterov_sgd_equals_torch_formula():
     params = some_params()
     gradients = some_gradients(params, len(RATES))
     config = make_config("sgd", nesterov=True, weight_decay=0.1)
@@ -215,7 +215,7 @@ def test_sgd_with_nesterov():
 
 
 @pytest.mark.parametrize("name", ["larc", "lars", "lars_byol"])
-def test_a_constant_learning_rate_is_taken(name):
+def test_optimizers_accept_a_scalar_learning_rate(name):
     params = some_params()
     gradients = some_gradients(params, 3)
     make = getattr(optim, name)
@@ -224,7 +224,7 @@ def test_a_constant_learning_rate_is_taken(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), scalar, by_step)
 
 
-def test_lars_clipped_takes_a_scalar_learning_rate():
+def test_lars_clipped_accepts_a_scalar_learning_rate():
     params = some_params()
     gradients = some_gradients(params, 3)
     trajectory = run(optim.lars_clipped(0.3, momentum=MOMENTUM), params, gradients)
@@ -233,7 +233,7 @@ def test_lars_clipped_takes_a_scalar_learning_rate():
     assert_follows(trajectory, ("dense", "kernel"), expected)
 
 
-def test_lars_is_optax_lars_given_the_masks():
+def test_lars_equals_optax_lars_with_the_same_masks():
     params = some_params()
     gradients = some_gradients(params, len(RATES))
     mask = {m: {k: k == "kernel" for k in leaves} for m, leaves in params.items()}
@@ -293,7 +293,7 @@ def test_role_labels_on_a_nested_network():
     assert kernels == weights - attention
 
 
-def test_role_labels_in_other_params_trees():
+def test_role_labels_on_boxed_and_flattened_params():
     params = network_params()
     by_path = flatten_dict(optim.role_labels(params))
     assert flatten_dict(optim.role_labels(freeze(params)).unfreeze()) == by_path
@@ -331,7 +331,7 @@ def test_decay_of_norm_and_bias(name, decay_norm_bias):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_labels_rule_over_the_paths(name):
+def test_labels_override_roles_by_path(name):
     """A kernel labelled norm_bias (SimCLR's supervised head) has neither decay nor trust."""
     params = some_params()
     gradients = some_gradients(params, len(RATES))
@@ -346,7 +346,7 @@ def test_the_labels_rule_over_the_paths(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_constant_lr_keeps_the_peak_and_the_rest(name):
+def test_constant_lr_changes_only_the_schedule(name):
     params = some_params()
     gradients = some_gradients(params, len(RATES))
     labels = optim.role_labels(params) | {"dense": "constant_lr"}
@@ -383,7 +383,7 @@ def test_frozen_never_moves_and_has_no_state(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("frozen_steps", [0, 1, 3])
-def test_frozen_until_starts_anew_at_its_step(name, frozen_steps):
+def test_frozen_until_starts_with_fresh_momentum_at_its_step(name, frozen_steps):
     params = some_params()
     gradients = some_gradients(params, len(RATES))
     labels = optim.role_labels(params) | {"dense": "frozen_until"}
@@ -507,7 +507,7 @@ def test_steps_count_from_the_runs_start_after_a_warmup():
 
 
 @pytest.mark.parametrize("lr, batch, epochs", [(0.03, 256, 200), (0.05, 512, 100)])
-def test_cosine_by_epoch_of_moco_v2_and_simsiam(lr, batch, epochs):
+def test_moco_v2_and_simsiam_cosine_is_per_epoch(lr, batch, epochs):
     config = schedule_config(lr=lr, per_epoch=True)
     ours = optim.learning_rate_schedule(config, batch, epochs * 7, 7)
     peak = lr * batch / 256
@@ -552,13 +552,13 @@ def test_constant_schedule_after_a_warmup_by_epoch():
     assert_schedule(ours, steps, [0.5, 0.5, 0.75, 0.75, 1.0, 1.0], 1.0)
 
 
-def test_a_run_shorter_than_its_warmup_ends_inside_it():
+def test_a_run_shorter_than_its_warmup_never_reaches_the_peak():
     config = schedule_config(lr=1.0, lr_scaling="none", warmup_epochs=10.0)
     ours = optim.learning_rate_schedule(config, 256, 5, 10)
     assert_schedule(ours, [0, 2, 4], [0, 0.02, 0.04], 1.0)
 
 
-def test_a_learning_rate_of_zero_gives_zero():
+def test_a_zero_learning_rate_stays_zero():
     config = schedule_config(lr=0.0, warmup_epochs=1.0)
     ours = optim.learning_rate_schedule(config, 256, 40, 10)
     assert_schedule(ours, [0, 5, 10, 39], [0, 0, 0, 0], 1.0)
@@ -571,18 +571,18 @@ def test_a_learning_rate_of_zero_gives_zero():
     "change, match",
     [
         ({"name": "lasr"}, "config.optim.name is 'lasr'. Did you mean 'lars'"),
-        ({"name": "larc", "nesterov": True}, "config.optim.nesterov is for sgd"),
+        ({"name": "larc", "nesterov": True}, "config.optim.nesterov needs sgd"),
         ({"name": "lars", "decay_norm_bias": True}, "config.optim.decay_norm_bias"),
     ],
 )
-def test_optimiser_options_are_checked(change, match):
+def test_inapplicable_optimizer_options_are_refused(change, match):
     config = default_config().optim
     config.update(change)
     with pytest.raises(UserError, match=match):
         optim.make_optimizer(config, {"w": "weight"}, schedule)
 
 
-def test_unknown_labels_are_named():
+def test_unknown_labels_are_refused_by_name():
     with pytest.raises(UserError, match="'frozn'. Did you mean 'frozen'"):
         optim.make_optimizer(make_config("sgd"), {"w": "frozn"}, schedule)
 
@@ -595,6 +595,6 @@ def test_unknown_labels_are_named():
         ({"per_epoch": True, "warmup_epochs": 5.0}, "config.optim.per_epoch"),
     ],
 )
-def test_schedule_options_are_checked(change, match):
+def test_invalid_schedule_options_are_refused(change, match):
     with pytest.raises(UserError, match=match):
         optim.learning_rate_schedule(schedule_config(**change), 256, 100, 10)

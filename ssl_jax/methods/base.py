@@ -1,18 +1,18 @@
-"""The protocol of a method, and what all of them share.
+"""The protocol that every method implements, and the code that methods share.
 
 A method is five pure functions over pytrees, written for one device's share of the batch; one train
-step serves all. Conventions that the rest of the package relies on:
+step serves all methods. The rest of the package relies on these conventions:
 
-* `params["encoder"]` and `state["batch_stats"]["encoder"]` are the network that is evaluated.
+* `params["encoder"]` and `state["batch_stats"]["encoder"]` are the evaluated network.
 * every leaf of `outputs` has this device's examples on axis 0, and `outputs["embedding"]` [n, D]
   holds the encoder's features of the first view.
-* outputs are floats. With `config.microbatch`, `forward` sees a part of the device's examples at a
-  time, always with the same `rng`, and `loss` gets a batch of ids and labels without views.
+* outputs are floats. With `config.microbatch`, `forward` sees one microbatch at a time, always with
+  the same `rng`, and `loss` gets a batch of ids and labels without views.
 * `stats` is the new `state["batch_stats"]` and nothing else; nothing else in `state` changes before
   `update`.
 * `loss` returns the mean over the global batch on every device (the pmean of local means); its
   gradient is this device's share, and the step averages parameters' gradients once.
-* state is replicated: what `update` returns must be equal on all devices. Queues are kept in the
+* state is replicated: `update` must return the same values on all devices. Queues are kept in the
   order of the global batch.
 """
 
@@ -31,25 +31,25 @@ from ssl_jax.models import MLPHead, ResNet
 from ssl_jax.optim import role_labels
 
 Pytree = Any
-Batch = dict[str, Any]  # views: tuple of [n, H, W, 3] float32; id [n]; label [n] where there is one
+Batch = dict[str, Any]  # views: tuple of [n, H, W, 3] float32; id [n]; label [n] for labeled data
 
 
 class Method:
-    """Base of the methods: holds the config and builds the encoder.
+    """Base class of the methods: holds the config and builds the encoder.
 
     Attributes:
-      config: of the run.
-      schedule: its length in steps.
+      config: the run's config.
+      schedule: the run's length in steps.
       axis_name: mapped axis of the devices, None on a single one.
-      groups: of devices that share BatchNorm statistics, None for all.
+      groups: groups of devices that share BatchNorm statistics, None for all devices.
       encoder: the Flax module of the evaluated network.
     """
 
-    networks: Mapping[str, nn.Module] = {}  # by their names in `params`
-    trivial_loss: float | None = None  # of constant outputs, where it is known
-    frozen: tuple[str, ...] = ()  # networks whose batch statistics stay as they are
-    needs_labels = False  # whether the loss takes them
-    classifies = False  # whether it trains a classifier, and has `classify`
+    networks: Mapping[str, nn.Module] = {}  # keyed as in `params`
+    trivial_loss: float | None = None  # the loss of constant outputs, if known
+    frozen: tuple[str, ...] = ()  # networks whose batch statistics never change
+    needs_labels = False  # whether the loss uses labels
+    classifies = False  # whether it trains a classifier and implements `classify`
 
     def __init__(
         self,
@@ -65,11 +65,11 @@ class Method:
         self.encoder = make_encoder(config, axis_name, groups)
 
     def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
-        """Initial parameters and state.
+        """Creates initial parameters and state.
 
         Args:
           rng: a key, the same on every device.
-          batch: any batch with the shapes of training, on one device.
+          batch: any batch with the training shapes, on one device.
 
         Returns:
           `params`, `state`; `state["batch_stats"]` mirrors the modules of `params`.
@@ -85,32 +85,32 @@ class Method:
     def loss(
         self, params: Pytree, outputs: dict[str, Array], state: Pytree, batch: Batch, step: Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """The global loss, sees all devices through `axis_name`; returns it and scalars to log."""
+        """Computes the global loss through `axis_name`; returns it and scalars to log."""
         raise NotImplementedError
 
     def update(
         self, params: Pytree, outputs: dict[str, Array], state: Pytree, step: Array
     ) -> tuple[Pytree, Pytree]:
-        """After the optimiser: moves targets, fills queues. Returns `params`, `state`."""
+        """Moves targets and fills queues after the optimizer; returns `params`, `state`."""
         return params, state
 
     def param_groups(self, params: Pytree) -> Pytree:
-        """The optimiser's label of each leaf of `params`; see `optim.make_optimizer`."""
+        """Labels each leaf of `params` for the optimizer; see `optim.make_optimizer`."""
         return role_labels(params)
 
     def classify(self, params: Pytree, stats: Pytree, images: Array) -> Float[Array, "n classes"]:
-        """Logits of images in evaluation mode, where the method trains a classifier."""
+        """Computes logits in evaluation mode, for methods that train a classifier."""
         raise NotImplementedError
 
     def features(
         self, params: Pytree, stats: Pytree, images: Array, projector_layer: int = 0
     ) -> Float[Array, "n d"]:
-        """What is evaluated: the online encoder, and the projector up to a hidden layer.
+        """Computes the evaluated features: the online encoder, or a projector's hidden layer.
 
         Args:
-          params: with "encoder", and "projector" where a layer of it is asked for.
-          stats: batch statistics of the same.
-          images: as the encoder takes them, [n, H, W, 3].
+          params: with "encoder", and "projector" if one of its layers is requested.
+          stats: batch statistics under the same names.
+          images: encoder inputs, [n, H, W, 3].
           projector_layer: 0 for the encoder's features; l for the projector's hidden layer l after
             its ReLU (SimCLR v2, section 2: the selector).
 
@@ -129,7 +129,7 @@ class Method:
         return jnp.asarray(x)
 
     def check_projector_layer(self, layer: int) -> None:
-        """Refuses a layer for `features` that this method's projector doesn't have."""
+        """Raises a UserError if this method's projector has no such hidden layer."""
         if layer == 0:
             return
         hidden = max(getattr(self.networks.get("projector"), "layers", 1) - 1, 0)
@@ -141,7 +141,7 @@ class Method:
             )
 
     def head(self, **options: Any) -> MLPHead:
-        """An MLP head with this run's precision and BatchNorm groups."""
+        """Builds an MLP head with the run's precision and BatchNorm groups."""
         return MLPHead(
             dtype=self.config.dtype,
             axis_name=self.axis_name,
@@ -150,7 +150,7 @@ class Method:
         )
 
     def require_two_views(self) -> None:
-        """Refuses a config whose views are not two of one size, which this method pairs."""
+        """Raises a UserError unless the config has exactly two views of one size."""
         sizes = [view.size for view in flat_views(self.config)]
         if len(sizes) != 2 or sizes[0] != sizes[1]:
             raise UserError(
@@ -159,18 +159,18 @@ class Method:
             )
 
     def mean(self, x: Array) -> Array:
-        """The mean over devices of a local mean."""
+        """Averages a local mean over devices."""
         return x if self.axis_name is None else jax.lax.pmean(x, self.axis_name)
 
     def gather(self, x: Float[Array, "n ..."]) -> Float[Array, "batch ..."]:
-        """The examples of all devices, in the order of the global batch."""
+        """Gathers all devices' examples, in the order of the global batch."""
         if self.axis_name is None:
             return x
         return jax.lax.all_gather(x, self.axis_name, axis=0, tiled=True)
 
 
 def evaluated_names(projector_layer: int) -> tuple[str, ...]:
-    """The networks that `Method.features` needs."""
+    """Names of the networks that `Method.features` uses."""
     return ("encoder", "projector") if projector_layer else ("encoder",)
 
 
@@ -179,7 +179,7 @@ def make_encoder(
     axis_name: str | None = None,
     groups: tuple[tuple[int, ...], ...] | None = None,
 ) -> ResNet:
-    """The encoder that a config describes; `axis_name=None` for use outside the train step."""
+    """Builds a config's encoder; `axis_name=None` for use outside the train step."""
     model = config.model
     return ResNet(
         depth=model.depth,
@@ -199,12 +199,12 @@ def make_encoder(
 def init_networks(
     networks: Mapping[str, nn.Module], rng: Array, images: Array
 ) -> tuple[Pytree, Pytree]:
-    """Initial parameters of networks that follow one another.
+    """Creates initial parameters of networks applied in sequence.
 
     Args:
-      networks: by name, each called as `module(x, train=...)` on what the one before gives.
+      networks: by name, each called as `module(x, train=...)` on the previous output.
       rng: a key.
-      images: of the shape of a view, [n, H, W, 3].
+      images: a view, [n, H, W, 3].
 
     Returns:
       `params` and `batch_stats` by name, {} for a network without statistics.
@@ -225,16 +225,16 @@ def init_networks(
 def apply_networks(
     networks: Mapping[str, nn.Module], params: Pytree, stats: Pytree, x: Array
 ) -> tuple[list[Array], Pytree]:
-    """Runs networks one after another in train mode.
+    """Applies networks in sequence, in train mode.
 
     Args:
-      networks: by name; their entries in `params` and `stats` are used.
-      params: by name, others may be there.
-      stats: batch statistics by name, others may be there.
-      x: input of the first.
+      networks: by name.
+      params: by name; entries of other networks are ignored.
+      stats: batch statistics by name; entries of other networks are kept.
+      x: input of the first network.
 
     Returns:
-      Each network's output, and `stats` with these networks' replaced by the new ones.
+      Each network's output, and `stats` with these networks' updated.
     """
     outputs, new_stats = [], dict(stats)
     for name, module in networks.items():
@@ -246,5 +246,5 @@ def apply_networks(
 
 
 def stack_views(x: Float[Array, "vn d"], views: int) -> Float[Array, "n v d"]:
-    """What came of views that were concatenated, with the examples on axis 0 again."""
+    """Splits outputs of concatenated views, with the examples on axis 0 again."""
     return jnp.stack(jnp.split(x, views), axis=1)

@@ -1,7 +1,7 @@
 """BYOL: bootstrap your own latent (Grill et al., 2020, arXiv:2006.07733).
 
-An online network predicts, from one view, what a slow average of itself makes of the other view.
-There are no negatives: the predictor, the average and BatchNorm keep it from collapsing.
+The online network predicts, from one view, the projection of the other view by its EMA, the target.
+There are no negatives: the predictor, the EMA and BatchNorm prevent collapse.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from ssl_jax.methods.base import Batch, Method, Pytree, apply_networks, init_net
 
 
 class BYOL(Method):
-    """BYOL: encoder, projector, predictor; the target is an encoder and a projector."""
+    """Encoder, projector and predictor; the target has an encoder and a projector."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -33,7 +33,7 @@ class BYOL(Method):
         self.networks = {**self.target_networks, "predictor": self.head(**head)}
 
     def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
-        """The target is initialised on its own, not copied (official code)."""
+        """Initializes the target independently of the online network, as the official code does."""
         rng_online, rng_target = jax.random.split(rng)
         image = batch["views"][0]
         params, stats = init_networks(self.networks, rng_online, image)
@@ -43,9 +43,9 @@ class BYOL(Method):
     def forward(
         self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
-        """Each view on its own: `prediction` and `target` [n, 2, d].
+        """Encodes each view in its own batch; outputs `prediction` and `target` [n, 2, d].
 
-        The running statistics move twice a step; the target runs in train mode, too.
+        Running statistics are updated twice per step; the target runs in train mode, too.
         """
         stats = dict(state["batch_stats"])
         target_stats = stats.pop("target")
@@ -68,7 +68,7 @@ class BYOL(Method):
     def loss(
         self, params: Pytree, outputs: dict[str, Array], state: Pytree, batch: Batch, step: Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """The sum of both directions' squared distances, each 2 - 2 cos, times `loss_scale`."""
+        """Sums both directions' squared distances, each 2 - 2 cos, times `loss_scale`."""
         p, z = outputs["prediction"], outputs["target"]
         loss = losses.normalized_mse(p[:, 0], z[:, 1]) + losses.normalized_mse(p[:, 1], z[:, 0])
         loss = self.config.byol.loss_scale * self.mean(loss)
@@ -77,13 +77,13 @@ class BYOL(Method):
     def update(
         self, params: Pytree, outputs: dict[str, Array], state: Pytree, step: Array
     ) -> tuple[Pytree, Pytree]:
-        """Moves the target's parameters, not its statistics."""
+        """Updates the target's parameters; its statistics aren't averaged."""
         online = {name: params[name] for name in self.target_networks}
         target = ema.update(state["target"], online, self.ema_decay(step))
         return params, {**state, "target": target}
 
     def ema_decay(self, step: Array) -> Float[Array, ""]:
-        """The target's decay, a cosine from `momentum` to `ema_decay_end`."""
+        """The target's EMA decay: a cosine from `ema_decay` to `ema_decay_end`."""
         options = self.config.byol
         return ema.cosine_decay(
             options.ema_decay, step, self.schedule.total_steps, end=options.ema_decay_end

@@ -1,10 +1,10 @@
 """MoCo v1 (He et al., 2019, arXiv:1911.05722) and v2 (Chen et al., 2020, arXiv:2003.04297).
 
-A query encoder is trained to tell the key of its own image from a queue of keys of earlier batches.
-Keys come from a slow average of the query encoder. Where BatchNorm is per device
-(`config.model.bn_group_size=1`, the official recipe) a query and its key would share the
-statistics of one batch, and the network could tell them by those; so key images change devices
-before they are encoded, and their keys come back.
+The query encoder learns to match each query with the key of the same image among a queue of earlier
+batches' keys. Keys come from an EMA of the query encoder. With BatchNorm per device
+(`config.model.bn_group_size=1`, the official recipe) a query and its key would share batch
+statistics, which would give the match away; so key images are shuffled across devices before they
+are encoded, and the keys are sent back.
 """
 
 import math
@@ -22,7 +22,7 @@ from ssl_jax.methods.base import Batch, Method, Pytree, apply_networks, init_net
 
 
 class MoCo(Method):
-    """MoCo: encoder, projector, their momentum copies (`state["target"]`), a queue."""
+    """Encoder, projector, their EMA (`state["target"]`), and a queue of keys."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -32,7 +32,7 @@ class MoCo(Method):
             multiple = batch * max(1, options.queue // batch)
             raise UserError(
                 f"config.moco.queue is {options.queue}, which batches of {batch} don't fill "
-                f"evenly: use a multiple of config.batch_size, such as {multiple}."
+                f"evenly. Use a multiple of config.batch_size, such as {multiple}."
             )
         projector = self.head(
             hidden=options.hidden or self.encoder.num_features,
@@ -46,7 +46,7 @@ class MoCo(Method):
         self.networks = {"encoder": self.encoder, "projector": projector}
 
     def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
-        """The key encoder starts as a copy, the queue [views, K, d] as unit Gaussian vectors."""
+        """Copies the key encoder; fills the queue [views, K, d] with normalized Gaussian rows."""
         rng_networks, rng_queue = jax.random.split(rng)
         params, stats = init_networks(self.networks, rng_networks, batch["views"][0])
         options = self.config.moco
@@ -62,18 +62,21 @@ class MoCo(Method):
     def forward(
         self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
-        """`query` and `key` [n, 1 or 2, d], unit keys: view 1 asks for view 2, and the reverse."""
+        """Outputs `query` and `key`, [n, 1 or 2, d]; keys are unit rows.
+
+        View 1's query is paired with view 2's key, and the reverse if `symmetric`.
+        """
         pairs = [(0, 1), (1, 0)] if self.config.moco.symmetric else [(0, 1)]
         stats = dict(state["batch_stats"])
         target_stats = stats.pop("target")
         queries, keys, embeddings = [], [], []
-        for number, (asking, answering) in enumerate(pairs):
+        for number, (query_view, key_view) in enumerate(pairs):
             (features, query), stats = apply_networks(
-                self.networks, params, stats, batch["views"][asking]
+                self.networks, params, stats, batch["views"][query_view]
             )
             embeddings.append(features)
             images, unshuffle = self.shuffle(
-                batch["views"][answering], jax.random.fold_in(rng, number)
+                batch["views"][key_view], jax.random.fold_in(rng, number)
             )
             (_, key), target_stats = apply_networks(
                 self.networks, state["target"], target_stats, images
@@ -90,7 +93,7 @@ class MoCo(Method):
     def loss(
         self, params: Pytree, outputs: dict[str, Array], state: Pytree, batch: Batch, step: Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """InfoNCE against the queue as it was before this batch."""
+        """Computes InfoNCE against the queue, which doesn't hold this batch yet."""
         temperature = self.config.moco.temperature
         terms, correct = [], []
         for i in range(outputs["query"].shape[1]):
@@ -105,9 +108,9 @@ class MoCo(Method):
     def update(
         self, params: Pytree, outputs: dict[str, Array], state: Pytree, step: Array
     ) -> tuple[Pytree, Pytree]:
-        """Enqueues the global keys, moves the key encoder.
+        """Enqueues the global batch's keys and updates the key encoder.
 
-        The official code moves it before it encodes keys. After this step's optimiser is the same
+        The official code updates it before it encodes keys. After this step's optimizer is the same
         moment as before the next step's keys, and at the first step both encoders are equal.
         """
         options = self.config.moco
@@ -119,7 +122,7 @@ class MoCo(Method):
         return params, {**state, "queue": queue, "target": target}
 
     def ema_decay(self, step: Array) -> Float[Array, ""]:
-        """The key encoder's decay: constant, or a cosine from `momentum` to `ema_decay_end`."""
+        """The key encoder's EMA decay: a cosine from `ema_decay` to `ema_decay_end`."""
         options = self.config.moco
         return ema.cosine_decay(
             options.ema_decay, step, self.schedule.total_steps, end=options.ema_decay_end
@@ -128,44 +131,44 @@ class MoCo(Method):
     def shuffle(
         self, images: Float[Array, "n *shape"], rng: Array
     ) -> tuple[Array, Callable[[Array], Array]]:
-        """Spreads this device's images over the devices (section 3.3, "Shuffling BN").
+        """Shuffles images across devices (section 3.3, "Shuffling BN").
 
-        A local permutation, then an exchange of equal shares; no device sees all images. Where a
-        device has fewer images than there are devices, they are exchanged within groups.
+        A local permutation, then an all-to-all of equal shares; no device receives all images. With
+        fewer images per device than devices, the all-to-all stays within groups of devices.
 
         Args:
-          images: this device's; with `config.moco.shuffle` off they stay where they are.
+          images: this device's, [n, ...]; not moved if `config.moco.shuffle` is off.
           rng: the same on every device.
 
         Returns:
-          As many images from all devices (of the group), and what brings anything back that was
-          computed from them.
+          The same number of images, from all devices (of the group), and a function that sends
+          arrays computed from them back to their devices.
 
         Raises:
-          UserError: BatchNorm is not global, and the images can't be exchanged.
+          UserError: BatchNorm isn't global, and the images can't be split among devices.
         """
         n = images.shape[0]
         devices = 1 if self.axis_name is None else jax.lax.axis_size(self.axis_name)
         group = math.gcd(n, devices)
-        own_statistics = 0 < self.config.model.bn_group_size < devices
+        local_statistics = 0 < self.config.model.bn_group_size < devices
         if not self.config.moco.shuffle:
             return images, lambda x: x
-        if group == 1 and own_statistics:
+        if group == 1 and local_statistics:
             raise UserError(
-                f"A device encodes {n} images at a time, which {devices} devices can't exchange, "
-                "and BatchNorm would tell a key by its batch: make config.batch_size (or "
-                f"config.microbatch) a multiple of {2 * devices}, or set "
+                f"Each device encodes {n} images at a time, which can't be shuffled across "
+                f"{devices} devices, so BatchNorm would leak which key matches. Make "
+                f"config.batch_size (or config.microbatch) a multiple of {2 * devices}, or set "
                 "config.model.bn_group_size=0."
             )
         if group == 1:
             return images, lambda x: x
         rng = jax.random.fold_in(rng, jax.lax.axis_index(self.axis_name))
         order: Int[Array, " n"] = jax.random.permutation(rng, n)
-        # Neighbours by a stride, so that a group spans hosts.
+        # Groups with a stride, so that each spans hosts.
         stride = devices // group
         groups = [list(range(first, devices, stride)) for first in range(stride)]
 
-        def exchange(x: Array) -> Array:
+        def all_to_all(x: Array) -> Array:
             return jax.lax.all_to_all(
                 x,
                 self.axis_name,
@@ -175,4 +178,4 @@ class MoCo(Method):
                 axis_index_groups=None if group == devices else groups,
             )
 
-        return exchange(images[order]), lambda x: exchange(x)[jnp.argsort(order)]
+        return all_to_all(images[order]), lambda x: all_to_all(x)[jnp.argsort(order)]

@@ -1,10 +1,10 @@
 """SimCLR v1 (Chen et al., 2020, arXiv:2002.05709) and v2 (Chen et al., 2020, arXiv:2006.10029).
 
 Two views of each image go through one encoder and a projector together, so that BatchNorm sees all
-2B images of the global batch; NT-Xent pulls the two projections of an image together against the
-2B - 2 others. v2 has a projector of three layers, of which fine-tuning may keep the first, and may
-have a memory: projections of earlier batches, made by a slow average of the networks, as further
-negatives (section 2; never released).
+2B images of the global batch; NT-Xent pulls the two projections of an image together, with the
+other 2B - 2 as negatives. v2 has a three-layer projector, whose first layer fine-tuning may keep,
+and optionally a memory bank: projections of earlier batches by an EMA of the networks, as
+additional negatives (section 2; never released).
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ from ssl_jax.methods.base import (
 
 
 class SimCLR(Method):
-    """SimCLR: encoder, projector, NT-Xent; with a memory, `state` has a `target` and a `queue`."""
+    """Encoder, projector, NT-Xent; a memory bank adds `target` and `queue` to `state`."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -50,7 +50,7 @@ class SimCLR(Method):
         self.networks = {"encoder": self.encoder, "projector": projector}
 
     def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
-        """The averaged networks start as a copy, the memory as unit Gaussian vectors."""
+        """Starts the EMA networks as copies and the memory bank with normalized Gaussian rows."""
         rng_networks, rng_memory = jax.random.split(rng)
         params, stats = init_networks(self.networks, rng_networks, batch["views"][0])
         options = self.config.simclr
@@ -66,7 +66,7 @@ class SimCLR(Method):
     def forward(
         self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
-        """Both views together through encoder and projector: `projection` [n, 2, d]."""
+        """Encodes both views in one batch; outputs `projection` [n, 2, d]."""
         images, stats = jnp.concatenate(batch["views"]), dict(state["batch_stats"])
         target_stats = stats.pop("target", None)
         (features, z), stats = apply_networks(self.networks, params, stats, images)
@@ -82,7 +82,7 @@ class SimCLR(Method):
     def loss(
         self, params: Pytree, outputs: dict[str, Array], state: Pytree, batch: Batch, step: Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """NT-Xent over the global batch, times `loss_scale`."""
+        """Computes NT-Xent over the global batch, times `loss_scale`."""
         options = self.config.simclr
         z = outputs["projection"]
         loss = losses.nt_xent(
@@ -93,7 +93,7 @@ class SimCLR(Method):
             block_size=options.block_size or None,
             memory=state.get("queue"),
         )
-        # Among this device's own images: the loss alone gathers, once.
+        # Only among this device's images, so that nothing but the loss gathers.
         found = contrastive_accuracy(z[:, 0], z[:, 1], z[:, 1], among=True)
         logs = {"nt_xent": loss, "contrastive_accuracy": self.mean(found)}
         if "queue" in state:
@@ -103,7 +103,7 @@ class SimCLR(Method):
     def update(
         self, params: Pytree, outputs: dict[str, Array], state: Pytree, step: Array
     ) -> tuple[Pytree, Pytree]:
-        """Remembers the projections of the global batch and moves the averaged networks."""
+        """Stores the global batch's projections in the memory bank and updates the EMA."""
         if "queue" not in state:
             return params, state
         options = self.config.simclr

@@ -1,6 +1,6 @@
 """SimSiam: exploring simple Siamese representation learning (Chen & He, 2020, arXiv:2011.10566).
 
-One network, two views, a predictor, and a stopped gradient: no negatives, no average, no queue.
+One network, two views, a predictor and a stop-gradient: no negatives, no EMA, no queue.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from ssl_jax.methods.base import Batch, Method, Pytree, apply_networks, init_net
 
 
 class SimSiam(Method):
-    """SimSiam: encoder, three-layer projector, predictor at a constant learning rate."""
+    """Encoder, three-layer projector, predictor with a constant learning rate."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -38,14 +38,14 @@ class SimSiam(Method):
         self.networks = {"encoder": self.encoder, "projector": projector, "predictor": predictor}
 
     def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
-        """Nothing beside the networks and their batch statistics."""
+        """Creates the networks; the only state is their batch statistics."""
         params, stats = init_networks(self.networks, rng, batch["views"][0])
         return params, {"batch_stats": stats}
 
     def forward(
         self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
-        """Each view on its own: `prediction` and `projection` [n, 2, d]."""
+        """Encodes each view in its own batch; outputs `prediction` and `projection` [n, 2, d]."""
         stats = state["batch_stats"]
         predictions, projections, features = [], [], []
         for view in batch["views"]:
@@ -63,7 +63,7 @@ class SimSiam(Method):
     def loss(
         self, params: Pytree, outputs: dict[str, Array], state: Pytree, batch: Batch, step: Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """Half the sum of both directions' negative cosines (eq. 4)."""
+        """Averages both directions' negative cosines (eq. 4)."""
         p, z = outputs["prediction"], outputs["projection"]
         if self.config.simsiam.stop_gradient:
             z = jax.lax.stop_gradient(z)
@@ -72,7 +72,7 @@ class SimSiam(Method):
         return self.mean((forth + back) / 2), {}
 
     def param_groups(self, params: Pytree) -> Pytree:
-        """The predictor's rate is constant; the bias before the last BatchNorm is frozen."""
+        """Keeps the predictor's rate constant; freezes the bias before the last BatchNorm."""
         labels = super().param_groups(params)
         if self.config.simsiam.predictor_constant_lr:
             labels["predictor"] = jax.tree.map(lambda _: "constant_lr", params["predictor"])

@@ -1,8 +1,8 @@
 """SwAV: contrasting cluster assignments (Caron et al., 2020, arXiv:2006.09882).
 
-The first crops of an image are assigned to prototypes, evenly over the global batch, by
-Sinkhorn-Knopp; every crop is trained to predict the assignments of the others. Small crops are
-cheap and only predict.
+The first two crops of each image are assigned to prototypes by Sinkhorn-Knopp, evenly over the
+global batch; every crop learns to predict the other crops' assignments. The small crops are cheap
+and only predict.
 """
 
 import functools
@@ -28,9 +28,9 @@ from ssl_jax.methods.base import (
 
 
 class SwAV(Method):
-    """SwAV: encoder, projector, prototypes [d, K], a queue of embeddings for the assignments."""
+    """Encoder, projector, prototypes [d, K], and a queue of embeddings for the assignments."""
 
-    assigned = 2  # crops that get assignments, the first two
+    assigned = 2  # the number of crops with assignments
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -53,11 +53,11 @@ class SwAV(Method):
             )
 
     def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
-        """Prototypes of unit length; an empty queue [2, L, d], newest first, and its count."""
+        """Creates unit prototypes and an empty queue [2, L, d], newest first, with its count."""
         options = self.config.swav
         rng_networks, rng_prototypes = jax.random.split(rng)
         params, stats = init_networks(self.networks, rng_networks, batch["views"][0])
-        # PyTorch's Linear: uniform in ±1/sqrt(fan in), for each of the K rows.
+        # As torch.nn.Linear: uniform in ±1/sqrt(fan in), for each of the K rows.
         bound = options.out**-0.5
         shape = (options.prototypes, options.out)
         kernel = jax.random.uniform(rng_prototypes, shape, minval=-bound, maxval=bound)
@@ -71,7 +71,7 @@ class SwAV(Method):
     def forward(
         self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
-        """Crops of one size together, the head once on all: `projection` [n, V, d], unit rows."""
+        """Encodes crops of one size in one batch; outputs `projection` [n, V, d], unit rows."""
         stats, views = state["batch_stats"], batch["views"]
         encoder = {"encoder": self.encoder}
         features = []
@@ -90,7 +90,7 @@ class SwAV(Method):
     def loss(
         self, params: Pytree, outputs: dict[str, Array], state: Pytree, batch: Batch, step: Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """Swapped prediction; assignments over the global batch, and the queue once it is full."""
+        """Computes swapped prediction; assignments use the queue once it is full."""
         options = self.config.swav
         kernel = params["prototypes"]["kernel"]
         scores = self.scores(outputs["projection"], kernel)
@@ -102,11 +102,11 @@ class SwAV(Method):
     def assign(
         self, scores: Float[Array, "n v k"], kernel: Array, state: Pytree
     ) -> Float[Array, "n a k"]:
-        """The assignments of the first crops; the current batch is not in the queue."""
+        """Assigns the first crops to prototypes, over the global batch and the queue."""
         options = self.config.swav
         own = jax.lax.stop_gradient(scores[:, : self.assigned])
 
-        # Each crop has its own; together they need half as many exchanges between devices.
+        # Each crop has its own assignment; vmap halves the number of all-reduces.
         @functools.partial(jax.vmap, in_axes=1, out_axes=1)
         def balanced(rows: Array) -> Array:
             return losses.sinkhorn(
@@ -120,7 +120,7 @@ class SwAV(Method):
             return balanced(own)
         share = jnp.stack([self.my_share(queue) for queue in state["queue"]], axis=1)
         queued = jax.lax.stop_gradient(self.scores(share, kernel))
-        # Every device takes the same branch, for the count is the same on all.
+        # All devices take the same branch, because the count is replicated.
         return jax.lax.cond(
             state["queued"] >= options.queue,
             lambda: balanced(jnp.concatenate([own, queued]))[: own.shape[0]],
@@ -129,11 +129,11 @@ class SwAV(Method):
 
     @staticmethod
     def scores(projection: Float[Array, "*n d"], kernel: Array) -> Float[Array, "*n k"]:
-        """Of embeddings against prototypes; exact, for Sinkhorn-Knopp divides them by epsilon."""
+        """Scores embeddings against prototypes; in full float32, as Sinkhorn-Knopp divides by ε."""
         return jnp.matmul(projection, kernel, precision="highest")
 
     def my_share(self, queue: Float[Array, "l d"]) -> Float[Array, "share d"]:
-        """The rows of the queue that this device works on."""
+        """Slices this device's rows of the queue."""
         if self.axis_name is None:
             return queue
         share = queue.shape[0] // jax.lax.axis_size(self.axis_name)
@@ -143,7 +143,7 @@ class SwAV(Method):
     def update(
         self, params: Pytree, outputs: dict[str, Array], state: Pytree, step: Array
     ) -> tuple[Pytree, Pytree]:
-        """Prototypes back to unit length, before the next forward; the batch into the queue."""
+        """Normalizes the prototypes and puts the global batch into the queue."""
         kernel = losses.normalize(params["prototypes"]["kernel"].T).T
         params = {**params, "prototypes": {"kernel": kernel}}
         if "queue" not in state:
@@ -158,6 +158,6 @@ class SwAV(Method):
         }
 
     def param_groups(self, params: Pytree) -> Pytree:
-        """Prototypes stay out of the optimiser for the first `config.optim.frozen_steps` steps."""
+        """Freezes the prototypes for the first `config.optim.frozen_steps` steps."""
         labels = super().param_groups(params)
         return {**labels, "prototypes": {"kernel": "frozen_until"}}

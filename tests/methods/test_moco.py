@@ -23,7 +23,7 @@ def moco(axis_name=None, **options):
 
 
 @pytest.mark.parametrize(("batch", "group"), [(64, 8), (32, 4), (16, 2), (8, 1)])
-def test_shuffling_is_undone_and_spreads_images(batch, group):
+def test_shuffle_spreads_images_over_devices_and_is_inverted_exactly(batch, group):
     spmd, method = make_spmd(), moco(AXIS)
 
     def per_device(x, rng):
@@ -42,7 +42,7 @@ def test_shuffling_is_undone_and_spreads_images(batch, group):
         assert len(origins) == min(group, share)
 
 
-def test_no_image_is_gathered_everywhere():
+def test_shuffle_uses_all_to_all_and_never_gathers_images():
     config, spmd = with_whole_images(method_config("moco")), make_spmd()
     config.model.bn_group_size = 1
     source = random_source()
@@ -57,7 +57,7 @@ def test_no_image_is_gathered_everywhere():
     assert not any("8,8,3" in line.split(" all-gather(")[0] for line in gathers)
 
 
-def test_the_queue_is_first_in_first_out_over_a_wrap():
+def test_queue_is_first_in_first_out_across_wraparound():
     method = moco()  # 192 keys, batches of 64
     config = method.config
     params, method_state = jax.jit(method.init)(jax.random.key(0), example_batch(config))
@@ -76,7 +76,7 @@ def info_nce_oracle(query, key, queue, temperature):
     return np.mean(np.log(np.exp(logits - top).sum(1)) + top[:, 0] - logits[:, 0])
 
 
-def test_the_positive_is_not_in_the_queue_when_logits_are_formed():
+def test_queue_does_not_hold_the_current_batch_in_the_loss():
     config = with_whole_images(method_config("moco"))
     source, spmd = random_source(), make_spmd(devices=ONE)
     method, step, state, _ = make_step(config, spmd, source, as_it_is)
@@ -99,23 +99,25 @@ def test_the_positive_is_not_in_the_queue_when_logits_are_formed():
     assert abs(loss - info_nce_oracle(query, key, new, temperature)) > 0.01
 
 
-def test_images_that_cannot_be_exchanged_are_refused_where_batchnorm_would_leak():
+def test_batches_too_small_to_shuffle_are_refused_with_local_batchnorm():
     config = method_config("moco")
     config.model.bn_group_size = 1
     method = make_method(config, Schedule(1, 10), AXIS)
     mapped = make_spmd().map(
         lambda x: method.shuffle(x, jax.random.key(0))[0], ("sharded",), "sharded"
     )
-    with pytest.raises(UserError, match="3 images at a time, which 8 devices can't exchange"):
+    with pytest.raises(
+        UserError, match="3 images at a time, which can't be shuffled across 8 devices"
+    ):
         mapped(np.zeros((24, 2), np.float32))
 
 
-def test_a_batch_that_does_not_fill_the_queue_evenly_is_refused():
+def test_queue_that_is_no_multiple_of_the_batch_is_refused():
     with pytest.raises(UserError, match="config.moco.queue is 100, .* such as 64"):
         moco(queue=100)
 
 
-def test_the_key_encoder_starts_equal_and_follows_by_its_momentum():
+def test_key_encoder_starts_as_a_copy_and_follows_by_ema():
     method = moco(ema_decay=0.9, ema_decay_end=0.9)
     params, method_state = jax.jit(method.init)(jax.random.key(0), example_batch(method.config))
     kernel = params["encoder"]["stem"]["conv1"]["kernel"]
@@ -129,7 +131,7 @@ def test_the_key_encoder_starts_equal_and_follows_by_its_momentum():
     np.testing.assert_allclose(new, target + 0.1, rtol=1e-5)
 
 
-def test_the_momentum_may_follow_a_cosine():
+def test_ema_decay_follows_a_cosine_between_its_ends():
     method = moco(ema_decay=0.9, ema_decay_end=0.99)
     assert float(method.ema_decay(jnp.int32(0))) == pytest.approx(0.9)
     assert float(method.ema_decay(jnp.int32(5))) == pytest.approx(0.945)
@@ -172,6 +174,6 @@ def leak_accuracy(shuffle, seed=0):
     return float(mapped(images(marks[0]), images(marks[0]), images(marks[1]), key))
 
 
-def test_without_shuffling_batch_statistics_tell_the_key_and_with_it_they_do_not():
+def test_batch_statistics_leak_the_key_without_shuffle_and_not_with_it():
     assert leak_accuracy(shuffle=False) > 0.9
     assert leak_accuracy(shuffle=True) < 0.4

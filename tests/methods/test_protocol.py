@@ -44,7 +44,7 @@ def test_gradients_agree_between_1_and_8_devices(method, mode):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_state_stays_the_same_on_all_devices(method):
+def test_state_stays_bit_identical_on_all_devices(method):
     source, spmd, config = random_source(), make_spmd(), method_config(method)
     config.model.bn_group_size = 1  # each device its own statistics: what would diverge
     _, step, state, device_data = make_step(config, spmd, source, as_it_is)
@@ -58,7 +58,7 @@ def test_the_state_stays_the_same_on_all_devices(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_conventions_of_the_protocol_hold(method):
+def test_methods_follow_the_protocol_conventions(method):
     """By shapes: nothing is computed."""
     config = method_config(method)
     made = make_method(config, Schedule(1, 10))
@@ -75,7 +75,7 @@ def test_the_conventions_of_the_protocol_hold(method):
     assert "encoder" in params and "encoder" in state["batch_stats"]
 
 
-def test_without_a_projector_the_loss_is_of_the_features():
+def test_simclr_without_projector_uses_the_features():
     config = method_config("simclr_memory")
     config.simclr.layers = 0
     made = make_method(config, Schedule(1, 10))
@@ -88,14 +88,14 @@ def test_without_a_projector_the_loss_is_of_the_features():
     assert updated["queue"].shape == (config.simclr.memory_bank, made.encoder.num_features)
 
 
-def test_an_unknown_method_is_told_with_the_nearest():
+def test_unknown_method_is_refused_with_a_suggestion():
     config = method_config("simclr")
     config.method = "mocoo"
     with pytest.raises(UserError, match="'mocoo'. Did you mean 'moco'"):
         make_method(config, Schedule(1, 10))
 
 
-def test_stats_keep_their_leaves():
+def test_batch_stats_keep_the_target_leaves():
     # A method that returned other leaves would silently lose statistics from the checkpoint.
     config = method_config("byol")
     made = make_method(config, Schedule(1, 10))
@@ -105,7 +105,7 @@ def test_stats_keep_their_leaves():
 
 @pytest.mark.parametrize("method", ["simclr", "moco", "byol", "simsiam"])
 @pytest.mark.parametrize("sizes", [(8,), (8, 8, 8), (8, 6)])
-def test_methods_of_pairs_refuse_other_views(method, sizes):
+def test_two_view_methods_refuse_other_view_configs(method, sizes):
     config = method_config(method)
     config.views = {f"view{i}": view(size=size) for i, size in enumerate(sizes)}
     with pytest.raises(UserError, match="pairs two of one size"):

@@ -45,7 +45,7 @@ def run_steps(config, steps):
     return states, metrics
 
 
-def test_byols_target_is_its_own_and_ends_at_momentum_one():
+def test_byol_target_is_initialized_independently_and_decay_ends_at_one():
     method, params, state, _ = made("byol")
     online, target = leaves(params["encoder"]), leaves(state["target"]["encoder"])
     kernels = [name for name in online if "kernel" in name]
@@ -56,7 +56,7 @@ def test_byols_target_is_its_own_and_ends_at_momentum_one():
     assert float(method.decay(jnp.int32(10))) == pytest.approx(1.0)
 
 
-def test_byols_target_follows_after_the_step_and_uses_batch_statistics():
+def test_byol_target_is_updated_after_the_step_and_uses_batch_statistics():
     method, params, state, batch = made("byol")
     moved = jax.tree.map(lambda p: p + 1, params)
     _, after = method.update(moved, {}, state, jnp.int32(0))
@@ -77,7 +77,7 @@ def test_byols_target_follows_after_the_step_and_uses_batch_statistics():
     )
 
 
-def test_byols_loss_is_the_papers():
+def test_byol_loss_equals_the_paper():
     method, params, state, batch = made("byol")
     rng = np.random.default_rng(1)
     p, z = rng.normal(size=(2, 16, 2, 8))
@@ -91,7 +91,7 @@ def test_byols_loss_is_the_papers():
     assert float(loss) == pytest.approx(np.mean(4 - 2 * cos[0] - 2 * cos[1]), rel=1e-5)
 
 
-def test_simsiams_loss_is_the_papers_and_its_gradient_stops():
+def test_simsiam_loss_equals_the_paper_and_stops_the_gradient():
     method, params, state, batch = made("simsiam")
     rng = np.random.default_rng(1)
     p, z = (jnp.float32(x) for x in rng.normal(size=(2, 16, 2, 16)))
@@ -112,7 +112,7 @@ def test_simsiams_loss_is_the_papers_and_its_gradient_stops():
     assert float(jnp.abs(gradient_z).max()) == 0
 
 
-def test_simsiams_predictor_keeps_its_rate_while_the_rest_decays():
+def test_simsiam_predictor_keeps_a_constant_learning_rate():
     config = method_config("simsiam")
     config.epochs = 4.0
     config.optim.update(name="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, warmup_epochs=0.0)
@@ -130,7 +130,7 @@ def test_simsiams_predictor_keeps_its_rate_while_the_rest_decays():
     assert moved["predictor"][-1] / moved["predictor"][0] > 0.5
 
 
-def test_simsiams_bias_before_the_last_batchnorm_is_frozen():
+def test_simsiam_bias_before_the_last_batchnorm_is_frozen():
     config = method_config("simsiam")
     config.optim.update(name="sgd", lr=0.1, weight_decay=0.1, decay_norm_bias=True)
     states, _ = run_steps(config, 2)

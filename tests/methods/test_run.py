@@ -156,7 +156,7 @@ DROP = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_training_on_digits_leaves_the_initial_plateau(method):
+def test_training_on_digits_lowers_the_loss_below_its_plateau(method):
     series, config = losses_on_digits(method, 80)
     loss = [m["loss"] for m in series]
     end = np.mean(loss[-10:])
@@ -170,7 +170,7 @@ def test_training_on_digits_leaves_the_initial_plateau(method):
     assert series[-1]["embedding_std"] > 0.1
 
 
-def test_the_schedule_of_golden_runs_is_what_they_say():
+def test_golden_run_schedules_match_their_config():
     config = method_config("swav")
     config.epochs = 2.0
     schedule = run_schedule(config, 256)
@@ -178,7 +178,7 @@ def test_the_schedule_of_golden_runs_is_what_they_say():
     assert make_method(config, schedule).queue_from == 4
 
 
-def test_simclrs_step_gathers_each_embedding_once():
+def test_simclr_step_all_gathers_each_embedding_once():
     config, source, spmd = method_config("simclr"), random_source(), make_spmd()
     _, step, state, device_data = make_step(config, spmd, source)
     ids = np.arange(64, dtype=np.int32)

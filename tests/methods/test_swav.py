@@ -18,7 +18,7 @@ def swav(**options):
     return make_method(config, Schedule(1, 10))
 
 
-def test_prototypes_have_unit_length_and_stay_frozen_for_exactly_the_frozen_steps():
+def test_prototypes_are_unit_vectors_and_frozen_for_exactly_frozen_steps():
     config, spmd = with_whole_images(method_config("swav")), make_spmd(devices=jax.devices()[:1])
     source = random_source()
     config.epochs = 10.0
@@ -35,7 +35,7 @@ def test_prototypes_have_unit_length_and_stay_frozen_for_exactly_the_frozen_step
         assert np.allclose(kernel, initial, atol=1e-6) == (number < 2)
 
 
-def test_the_queue_fills_from_its_epoch_newest_first():
+def test_queue_fills_from_its_epoch_newest_first():
     method = swav(queue=128, queue_from_epoch=2.0)
     params, method_state = jax.jit(method.init)(jax.random.key(0), example_batch(method.config))
     for step in range(5):
@@ -46,7 +46,7 @@ def test_the_queue_fills_from_its_epoch_newest_first():
     assert [np.unique(b).tolist() for b in blocks] == [[4.0], [3.0]]
 
 
-def test_the_queue_is_used_once_full_and_without_the_current_batch():
+def test_full_queue_is_used_without_the_current_batch():
     method = swav(queue=128)
     params, method_state = jax.jit(method.init)(jax.random.key(0), example_batch(method.config))
     kernel = params["prototypes"]["kernel"]
@@ -62,11 +62,11 @@ def test_the_queue_is_used_once_full_and_without_the_current_batch():
     assert not np.allclose(alone, together, rtol=1e-2)
 
 
-def test_assignments_are_float32_under_bfloat16():
+def test_assignments_are_float32_in_bfloat16_runs():
     assert losses.sinkhorn(jnp.ones((4, 3), jnp.bfloat16)).dtype == jnp.float32
 
 
-def test_crops_of_one_size_are_one_forward():
+def test_crops_of_one_size_share_one_forward_pass():
     method = swav()
     batch = example_batch(method.config)
     params, method_state = jax.jit(method.init)(jax.random.key(0), batch)
@@ -84,7 +84,7 @@ def test_crops_of_one_size_are_one_forward():
     assert calls == 2 * single > 0
 
 
-def test_prototypes_in_use_are_counted():
+def test_prototypes_used_counts_distinct_prototypes():
     method = swav(queue=0)
     batch = example_batch(method.config)
     params, method_state = jax.jit(method.init)(jax.random.key(0), batch)
@@ -100,6 +100,6 @@ def test_prototypes_in_use_are_counted():
     assert float(loss) >= method.trivial_loss - 1e-3
 
 
-def test_a_queue_that_batches_do_not_fill_is_refused():
+def test_queue_that_is_no_multiple_of_the_batch_is_refused():
     with pytest.raises(UserError, match="config.swav.queue is 100"):
         swav(queue=100)
