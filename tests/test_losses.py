@@ -93,7 +93,7 @@ def test_nt_xent_gradient_equals_the_float64_oracle(pair):
 
 
 def test_nt_xent_agrees_with_optax(pair):
-    # optax takes embeddings labelled by image, of unit length.
+    # optax takes embeddings labeled by image, with unit length.
     z = jnp.float32(np.stack(pair, axis=1).reshape(32, 8))
     labels = jnp.arange(32) // 2
     normalized = z / jnp.linalg.norm(z, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Optimisers, labels and schedules against their formulas in float64."""
+"""Optimizers, labels and schedules against their formulas in float64."""
 
 import flax.linen as nn
 import jax
@@ -86,7 +86,7 @@ def make_config(name, **changes):
 
 
 def direct(name, weight_decay):
-    """The optimiser by its own function."""
+    """Builds the optimizer by its own function."""
     options = {"momentum": MOMENTUM, "weight_decay": weight_decay}
     if name == "sgd":
         return optim.sgd(schedule, mask=optim.weight_mask, **options)
@@ -287,7 +287,7 @@ def test_role_labels_on_a_nested_network():
         "Embed_0.embedding",
     }
     assert set(labels.values()) == {"weight", "norm_bias"}
-    # Every parameter of a normalisation is one-dimensional, and nothing else but biases is.
+    # Only normalization parameters and biases are one-dimensional.
     flat = flatten_dict(params, sep=".")
     kernels = {path for path, x in flat.items() if x.ndim > 1 and not path.startswith("attention")}
     assert kernels == weights - attention
@@ -332,7 +332,7 @@ def test_decay_of_norm_and_bias(name, decay_norm_bias):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_labels_override_roles_by_path(name):
-    """A kernel labelled norm_bias (SimCLR's supervised head) has neither decay nor trust."""
+    """A kernel labeled norm_bias (SimCLR's supervised head) has neither decay nor trust."""
     params = some_params()
     gradients = some_gradients(params, len(RATES))
     labels = optim.role_labels(params)
