@@ -2,7 +2,7 @@
 
 NT-Xent against dense jitted JAX, optax and (in an environment of its own) lightly; InfoNCE and
 Sinkhorn against dense jitted JAX. Implementations take turns, so that a busy machine slows all
-alike; medians are printed, and how many times as long as ours each took. Memory is the compiled
+alike; medians are printed, and how many times as long as ssl_jax each took. Memory is the compiled
 program's temporary memory for JAX, the growth of the resident set for lightly.
 
     python benchmarks/loss.py [--peer=lightly --peer-python=PATH] [--sizes=1024,2048,4096,8192]
@@ -27,7 +27,7 @@ import numpy as np
 DIM, TEMPERATURE, EPSILON, ITERATIONS, THREADS = 128, 0.1, 0.05, 3, 2
 # What would need more than this is not run; its memory is told all the same.
 MAX_MIB = 8192
-COLUMNS = ("loss", "size", "implementation", "seconds", "times ours", "MiB")
+COLUMNS = ("loss", "size", "implementation", "seconds", "time / ssl_jax", "MiB")
 
 
 def two_views(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -148,7 +148,7 @@ class Compiled:
 
 
 def nt_xent_implementations() -> dict[str, Callable[..., Any]]:
-    """Ours, dense JAX and optax's."""
+    """ssl_jax, dense JAX and optax."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -171,12 +171,12 @@ def nt_xent_implementations() -> dict[str, Callable[..., Any]]:
     def ours(z1: Any, z2: Any) -> Any:
         return losses.nt_xent(z1, z2, temperature=TEMPERATURE)
 
-    named = {"ours": ours, "dense JAX": dense, "optax": optaxs}
+    named = {"ssl_jax": ours, "dense JAX": dense, "optax": optaxs}
     return {name: jax.value_and_grad(loss, argnums=(0, 1)) for name, loss in named.items()}
 
 
 def info_nce_implementations() -> dict[str, Callable[..., Any]]:
-    """Ours and dense JAX."""
+    """ssl_jax and dense JAX."""
     import jax
     import jax.numpy as jnp
 
@@ -190,11 +190,11 @@ def info_nce_implementations() -> dict[str, Callable[..., Any]]:
     def ours(q: Any, k: Any, queue: Any) -> Any:
         return losses.info_nce(q, k, queue, temperature=TEMPERATURE)
 
-    return {"ours": jax.value_and_grad(ours), "dense JAX": jax.value_and_grad(dense)}
+    return {"ssl_jax": jax.value_and_grad(ours), "dense JAX": jax.value_and_grad(dense)}
 
 
 def sinkhorn_implementations() -> dict[str, Callable[..., Any]]:
-    """Ours and dense JAX, which is safe only where exp(scores / epsilon) is."""
+    """ssl_jax and dense JAX, which is safe only where exp(scores / epsilon) is."""
     import jax.numpy as jnp
 
     from ssl_jax import losses
@@ -210,7 +210,7 @@ def sinkhorn_implementations() -> dict[str, Callable[..., Any]]:
     def ours(scores: Any) -> Any:
         return losses.sinkhorn(scores, epsilon=EPSILON, iterations=ITERATIONS)
 
-    return {"ours": ours, "dense JAX": dense}
+    return {"ssl_jax": ours, "dense JAX": dense}
 
 
 def compare(
@@ -220,7 +220,7 @@ def compare(
     rounds: int,
     peer: tuple[str, Callable[[], float], float, np.ndarray] | None = None,
 ) -> list[dict[str, Any]]:
-    """Alternates the implementations, the first of them ours, and checks that they agree.
+    """Alternates the implementations, ssl_jax first, and checks that they agree.
 
     Args:
       loss: its name, for the table.
@@ -247,8 +247,8 @@ def compare(
     if peer is not None:
         results[peer[0]] = peer[3]
     for name, result in results.items():
-        if not np.allclose(result, results["ours"], rtol=1e-3, atol=1e-5):
-            sys.exit(f"{loss} at {size}: {name} and ours disagree.")
+        if not np.allclose(result, results["ssl_jax"], rtol=1e-3, atol=1e-5):
+            sys.exit(f"{loss} at {size}: {name} and ssl_jax disagree.")
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     rows = [
         {
@@ -256,7 +256,7 @@ def compare(
             "size": size,
             "implementation": name,
             "seconds": medians.get(name),
-            "times ours": medians[name] / medians["ours"] if name in medians else None,
+            "time / ssl_jax": medians[name] / medians["ssl_jax"] if name in medians else None,
             "MiB": mib[name],
         }
         for name in mib
@@ -287,12 +287,12 @@ def compare_nt_xent(n: int, rounds: int, peer_python: str | None) -> list[dict[s
 
 
 def large_nt_xent(n: int) -> dict[str, Any]:
-    """Ours alone at a batch whose matrix no other implementation could hold."""
-    ours = Compiled(nt_xent_implementations()["ours"], *two_views(n))
-    row = {"loss": "NT-Xent", "size": f"{n:,}", "implementation": "ours"}
+    """ssl_jax only, at a batch whose matrix no other implementation could hold."""
+    ours = Compiled(nt_xent_implementations()["ssl_jax"], *two_views(n))
+    row = {"loss": "NT-Xent", "size": f"{n:,}", "implementation": "ssl_jax"}
     first = ours.seconds()
     seconds = first if first > 2 else ours.seconds()
-    return {**row, "seconds": seconds, "times ours": 1.0, "MiB": ours.mib}
+    return {**row, "seconds": seconds, "time / ssl_jax": 1.0, "MiB": ours.mib}
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -300,7 +300,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     names = [row["loss"], row["size"], row["implementation"]]
     if row["seconds"] is None:
         return [*names, "not run", "", f"{row['MiB']:,.0f}"]
-    return [*names, f"{row['seconds']:.3g}", f"{row['times ours']:.2f}", f"{row['MiB']:,.0f}"]
+    return [*names, f"{row['seconds']:.3g}", f"{row['time / ssl_jax']:.2f}", f"{row['MiB']:,.0f}"]
 
 
 def shapes(text: str) -> list[tuple[int, int]]:
@@ -313,7 +313,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", default="1024,2048,4096,8192", help="batches of NT-Xent")
-    parser.add_argument("--large", type=int, default=65536, help="batch of ours alone; 0: none")
+    parser.add_argument("--large", type=int, default=65536, help="batch for ssl_jax only; 0: none")
     parser.add_argument("--info-nce", type=shapes, default="256x65536,8192x65536")
     parser.add_argument("--sinkhorn", type=shapes, default="8192x3000")
     parser.add_argument("--rounds", type=int, default=5)

@@ -34,7 +34,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PEERS = Path(__file__).with_name("step_peers.py")
-COLUMNS = ("step", "batch", "images/s", "time / ours", "ms", "GiB", "TFLOP/s", "share of peak")
+COLUMNS = ("step", "batch", "images/s", "time / ssl_jax", "ms", "GiB", "TFLOP/s", "share of peak")
 PACKED = 50_000  # images on the device, as many as CIFAR-10 has
 # Kernels that a GPU replays as one graph have no names.
 NAMED_KERNELS = "--xla_gpu_enable_command_buffer="
@@ -222,7 +222,7 @@ def measure(
         if "torch" in peers:
             torch = Torch(config, args.torch_python, args.compile)
             stack.callback(torch.close)
-        runners["ours"] = ours = Ours(config, cropped=config.data.name != "packed")
+        runners["ssl_jax"] = ours = Ours(config, cropped=config.data.name != "packed")
         if "torch" in peers:
             torch.wait()  # before anything is timed beside it
         if args.profile:
@@ -230,7 +230,7 @@ def measure(
         if args.split:
             parts["split"] = split(ours, args.seconds)
         if "bare" in peers:
-            runners["ours, no augmentation"] = Ours(bare(config), cropped=True)
+            runners["ssl_jax, no augmentation"] = Ours(bare(config), cropped=True)
         if "plain" in peers:
             runners["plain Flax, no augmentation"] = PlainFlax(config)
         if "torch" in peers:
@@ -253,7 +253,7 @@ def measure(
                 "step": name,
                 "batch": config.batch_size,
                 "images/s": config.batch_size / each,
-                "time / ours": each / medians["ours"],
+                "time / ssl_jax": each / medians["ssl_jax"],
                 "ms": 1e3 * each,
                 "GiB": runners[name].gib,
                 "TFLOP/s": rate,
@@ -393,7 +393,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         row["step"],
         f"{row['batch']:,}",
         f"{row['images/s']:,.0f}",
-        f"{row['time / ours']:.3f}",
+        f"{row['time / ssl_jax']:.3f}",
         f"{row['ms']:,.1f}",
         f"{row['GiB']:.1f}" if row["GiB"] else "",
         f"{row['TFLOP/s']:.3g}",

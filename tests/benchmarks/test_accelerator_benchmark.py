@@ -74,7 +74,7 @@ def test_steps_run_once_and_fill_the_table(run, tmp_path):
     assert code == 0, logs
     assert told.splitlines() == ["cached: done", "loss: done", f"{tmp_path}/results.md"]
     results = (tmp_path / "results.md").read_text()
-    for expected in ("## cached", "| ours | 4 |", "## loss", "dense JAX"):
+    for expected in ("## cached", "| ssl_jax | 4 |", "## loss", "dense JAX"):
         assert expected in results
     assert "cached: done before" in run(out, "--only=cached")[1]
     code, told, _ = run(out, "--only=sweep", "--minutes=0.1")

@@ -19,11 +19,11 @@ def test_it_prints_a_row_for_each_implementation(tmp_path):
     done = run(*toy, f"--json={file}")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0] == "| loss | size | implementation | seconds | times ours | MiB |"
+    assert lines[0] == "| loss | size | implementation | seconds | time / ssl_jax | MiB |"
     assert len(lines) == 2 + 2 * 3 + 1 + 2 + 2
     rows = json.loads(file.read_text())
     assert [(row["size"], row["implementation"]) for row in rows[:3]] == [
-        ("8", "ours"),
+        ("8", "ssl_jax"),
         ("8", "dense JAX"),
         ("8", "optax"),
     ]

@@ -46,9 +46,9 @@ def test_a_row_for_each_step_and_where_the_time_goes(benchmark, tmp_path, capsys
     )
     out, err = capsys.readouterr()
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [row["step"] for row in rows] == ["ours", "ours, no augmentation"]
+    assert [row["step"] for row in rows] == ["ssl_jax", "ssl_jax, no augmentation"]
     assert all(row["images/s"] > 0 and row["GiB"] > 0 for row in rows)
-    assert "| ours | 4 |" in out and "cpu, JAX" in out
+    assert "| ssl_jax | 4 |" in out and "cpu, JAX" in out
     parts = {line.split()[0] for line in err.splitlines() if "%" in line}
     assert {"forward", "backward", "optimizer", "augment"} <= parts
     for part in ("augmentation", "forward ", "loss, both ways", "forward, loss, backward"):
@@ -74,7 +74,7 @@ def test_other_methods_and_microbatches_run_alone(benchmark, capsys):
         ]
     )
     out = capsys.readouterr().out
-    assert "| ours | 4 |" in out and "plain Flax" not in out  # which is SimCLR's
+    assert "| ssl_jax | 4 |" in out and "plain Flax" not in out  # which is SimCLR's
 
 
 @pytest.mark.parametrize(
