@@ -1,7 +1,7 @@
 """Ablations: what each part of a method is worth; `ablations.py:NAME`, the names are in ABLATIONS.
 
 Papers: SimCLR sections 3 to 5 (arXiv:2002.05709), MoCo section 3.3 (1911.05722), BYOL section 5
-(2006.07733), SimSiam section 4 (2011.10566), on scikit-learn's digits; crops and colours on
+(2006.07733), SimSiam section 4 (2011.10566), on scikit-learn's digits; crops and color on
 CIFAR-10. Results: docs/ablations.md. Cost: a minute or two on two CPU cores for a run on digits
 (80 epochs), 4 for one on CIFAR-10 (2 epochs), whose files --config.data.dir=PATH and
 --config.data.test_dir=PATH name. The variants `*-bn-per-device` are for 8 devices.
@@ -18,19 +18,19 @@ _HERE = Path(__file__).parent
 _DIGITS = {"epochs": 80.0, "eval.knn_every_epochs": 20.0, "checkpoint.every_epochs": 0.0}
 _VIEWS = ("views.view1", "views.view2")
 _NO_CROP = {f"{view}.crop.sampler": "none" for view in _VIEWS}
-_NO_COLOUR = {f"{view}.{key}": 0.0 for view in _VIEWS for key in ("jitter.prob", "gray")}
-# On CIFAR-10 the last evaluation takes longer than training: kNN and the online probe tell enough.
+_NO_COLOR = {f"{view}.{key}": 0.0 for view in _VIEWS for key in ("jitter.prob", "gray")}
+# On CIFAR-10 the last evaluation takes longer than training: kNN and the online probe suffice.
 _BRIEF = {"epochs": 2.0, "eval.at_end": False, "eval.knn_every_epochs": 0.0}
-# BatchNorm of 32 images on each of 8 devices, and no symmetric loss: MoCo as published.
+# BatchNorm over 32 images per device on 8 devices, asymmetric loss: MoCo as published.
 _LOCAL = {"model.bn_group_size": 1, "moco.symmetric": False}
 
-# By group and name: the config that is changed, and the keys.
+# Group -> name -> (base config, changed keys).
 ABLATIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "augmentation": {
-        "crop-and-colour": ("simclr_cifar10:cpu", _BRIEF),
-        "crop": ("simclr_cifar10:cpu", _BRIEF | _NO_COLOUR),
-        "colour": ("simclr_cifar10:cpu", _BRIEF | _NO_CROP),
-        "flip-alone": ("simclr_cifar10:cpu", _BRIEF | _NO_CROP | _NO_COLOUR),
+        "crop-and-color": ("simclr_cifar10:cpu", _BRIEF),
+        "crop": ("simclr_cifar10:cpu", _BRIEF | _NO_COLOR),
+        "color": ("simclr_cifar10:cpu", _BRIEF | _NO_CROP),
+        "flip-only": ("simclr_cifar10:cpu", _BRIEF | _NO_CROP | _NO_COLOR),
     },
     "head": {
         "head-none": ("simclr_digits", {"simclr.layers": 0}),
@@ -43,8 +43,8 @@ ABLATIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         for t in (0.05, 0.1, 0.5, 1.0)
     },
     "batch": {f"batch-{b}": ("simclr_digits", {"batch_size": b}) for b in (64, 128, 512)},
-    "momentum": {
-        f"momentum-{m:g}": ("byol_digits", {"byol.ema_decay": m, "byol.ema_decay_end": m})
+    "ema-decay": {
+        f"ema-decay-{m:g}": ("byol_digits", {"byol.ema_decay": m, "byol.ema_decay_end": m})
         for m in (0.0, 0.9, 0.98, 0.999, 1.0)
     },
     "heads-without-bn": {
@@ -63,7 +63,7 @@ ABLATIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
 
 
 def get_config(variant: str = "head-mlp2") -> ConfigDict:
-    """The run."""
+    """Returns the config of one ablation."""
     base, changes = {k: v for group in ABLATIONS.values() for k, v in group.items()}[variant]
     file, _, setting = base.partition(":")
     config = load_config(f"{_HERE / file}.py" + (f":{setting}" if setting else ""))

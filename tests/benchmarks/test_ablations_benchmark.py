@@ -36,15 +36,15 @@ def test_every_variant_is_a_config_that_changes_what_it_says():
     made = {n: load_config(f"{FILE}:{n}") for names in groups.values() for n in names}
     assert len(made) == sum(map(len, groups.values()))
     assert made["head-none"].simclr.layers == 0 and made["head-mlp3"].simclr.layers == 3
-    assert made["momentum-1"].byol.ema_decay == made["momentum-1"].byol.ema_decay_end == 1
+    assert made["ema-decay-1"].byol.ema_decay == made["momentum-1"].byol.ema_decay_end == 1
     assert not made["no-shuffle-and-bn-per-device"].moco.shuffle
     assert made["no-shuffle-and-bn-per-device"].model.bn_group_size == 1
-    for name, crops, colours in (
-        ("crop-and-colour", True, True),
+    for name, crops, colors in (
+        ("crop-and-color", True, True),
         ("crop", True, False),
-        ("colour", False, True),
-        ("flip-alone", False, False),
+        ("color", False, True),
+        ("flip-only", False, False),
     ):
         for view in flat_views(made[name]):
             assert (view.crop.sampler != "none") == crops
-            assert (view.jitter.prob > 0) == (view.gray > 0) == colours
+            assert (view.jitter.prob > 0) == (view.gray > 0) == colors
