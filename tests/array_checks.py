@@ -1,4 +1,4 @@
-"""The checks of annotations that conftest.py adds to the package: arrays against their shapes."""
+"""Runtime checks of array annotations, which conftest.py adds to the package."""
 
 from collections.abc import Callable
 from typing import Any, get_args
@@ -8,23 +8,22 @@ import numpy as np
 from beartype import BeartypeConf, beartype
 from jaxtyping import AbstractArray
 
-# Its fields are annotated as arrays. In their place JAX puts shapes, shardings and more, as in
-# every pytree.
+# JAX puts shapes, shardings and other objects into the fields of pytrees.
 UNCHECKED = {"TrainState.__init__"}
 _ARRAYS = (AbstractArray, jax.Array, np.ndarray)
 
-# An int is accepted where a float is annotated, as type checkers do (PEP 484).
+# Accept an int where a float is annotated, as type checkers do (PEP 484).
 _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def check_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A decorator that checks the arguments and the result whose annotations name an array.
+    """Decorates a function with checks of the arguments and results annotated as arrays.
 
-    For `jaxtyping.install_import_hook`, which calls it with functions that have the signatures of
-    the package's, and no body. Annotations without arrays are left to mypy.
+    For `jaxtyping.install_import_hook`, which calls it with functions that have the package's
+    signatures and no body. Annotations without arrays are left to mypy.
     """
     hints = {name: hint for name, hint in function.__annotations__.items() if _has_array(hint)}
-    # A function inside another one would be decorated again at each call of that one.
+    # A nested function would be decorated again at each call of the outer one.
     nested = "<locals>" in function.__qualname__
     if not hints or nested or function.__qualname__ in UNCHECKED:
         return function

@@ -5,7 +5,7 @@ import shutil
 
 import jax
 import numpy as np
-from tiny import tiny_config, without_colour
+from tiny import tiny_config, without_color
 
 from ssl_jax.config import Schedule
 from ssl_jax.methods.base import make_encoder
@@ -15,7 +15,7 @@ from ssl_jax.train import pretrain
 
 def pretrain_simclr(workdir):
     """Two steps of a SimCLR v2 on digits, evaluated on the first layer of its projector."""
-    config = without_colour(tiny_config(steps=2, batch_size=64, seed=7))
+    config = without_color(tiny_config(steps=2, batch_size=64, seed=7))
     config.simclr.update(layers=3, hidden=24)
     config.views.view2.gray = 0.25
     config.eval.update(projector_layer=1, at_end=True)

@@ -17,7 +17,7 @@ STARTED = []
 CONFIG = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT / "tests")!r})
-from tiny import method_config, tiny_config, without_colour
+from tiny import method_config, tiny_config, without_color
 
 def get_config(variant=""):
     if "IDS" in os.environ:
@@ -43,7 +43,7 @@ def get_config(variant=""):
                 yield batch
 
         HostSource.batches = logged
-    return without_colour(method_config(variant) if variant else tiny_config())
+    return without_color(method_config(variant) if variant else tiny_config())
 """
 
 

@@ -1,4 +1,4 @@
-"""What the tests train: a network and views small enough to compile in seconds."""
+"""Configs, data and steps of tests: networks and views small enough to compile in seconds."""
 
 import json
 
@@ -24,8 +24,8 @@ STAGES.update({4: (1,), 6: (1, 1)})
 def tiny_config(**changes):
     """SimCLR on 8×8 images with a ResNet of three convolutions of 8 channels, batch 32.
 
-    A run ends with its last checkpoint. The tests that read what an evaluation leaves turn
-    `eval.at_end` on: three encoders' classifiers and two t-SNEs take seconds.
+    Runs end with their last checkpoint. Tests that read the final evaluation set `eval.at_end`,
+    which costs seconds.
     """
     config = default_config()
     config.batch_size = 32
@@ -50,33 +50,33 @@ def tiny_config(**changes):
     return config
 
 
-def without_colour(config):
-    """The config with crops alone: a third of a tiny step's compilation is colour."""
+def without_color(config):
+    """Turns color off, which is a third of a tiny step's compilation."""
     for each in config.views.values():
         each.flip = each.jitter.prob = 0.0
     return config
 
 
 def with_two_stages(config):
-    """The config with a stage that halves the image, by a block whose shortcut is projected."""
+    """Adds a stage that halves the image, with a projection shortcut."""
     config.model.update(depth=6, width=1 / 16)
     return config
 
 
-# Of a view: what leaves it the image, resized where its size is another.
+# Keys of a view that is the whole image, resized if its size differs.
 WHOLE_IMAGE = {"crop.sampler": "none", "affine.degrees": 0.0, "affine.translate": 0.0}
 WHOLE_IMAGE |= {"flip": 0.0, "jitter.prob": 0.0, "gray": 0.0, "blur.prob": 0.0, "noise": 0.0}
 
 
 def with_whole_images(config):
-    """The config without augmentation, which is most of what a tiny step takes to compile."""
+    """Turns augmentation off, which is most of a tiny step's compilation."""
     for each in config.views.values():
         each.update_from_flattened_dict(WHOLE_IMAGE)
     return config
 
 
 def random_source(n=64, size=8, seed=0, classes=4):
-    """Images whose mean brightness and a blob's place depend on the class."""
+    """Random images with a bright grid whose position depends on the class."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, n).astype(np.int32)
     images = rng.integers(0, 80, (n, size, size, 3))
@@ -94,9 +94,10 @@ _SHARED = {}
 
 
 def shared(make, config, *about):
-    """What `make()` gives, made once per process for a config and whatever else it depends on.
+    """Returns `make()`, cached per process by the config and other arguments.
 
-    Tracing and compiling a step is most of a test's time. What tests patch counts, too.
+    Tracing and compiling a step is most of a test's time. Functions that tests patch are part of
+    the cache key.
     """
     patched = (resnet.batch_norm, heads.batch_norm, Method.mean)
     key = (json.dumps(to_json(config)), patched, *about)
@@ -106,10 +107,10 @@ def shared(make, config, *about):
 
 
 def share_steps(monkeypatch):
-    """Lets runs in this process share what JAX traces and compiles, where their steps are the same.
+    """Lets runs in this process share traced and compiled steps.
 
-    A run whose log, checkpoints or evaluations alone are other than those of one before it, such as
-    a run that continues, then starts in a moment.
+    A run that differs from an earlier one only in its log, checkpoints or evaluations, such as a
+    resumed run, then starts at once.
     """
     from ssl_jax.train import loop, setup
 
@@ -127,7 +128,7 @@ def share_steps(monkeypatch):
         made = plain(config, spmd, *splits)
         classes = [split and split.num_classes for split in splits]
         first = shared(lambda: made, key(config), "evaluator", spmd, *classes)
-        for name in ("_encode", "_small", "_classify", "_prepare"):
+        for name in ("_encode", "_small", "_classify", "_augment_fn"):
             setattr(made, name, getattr(first, name))
         return made
 
@@ -135,12 +136,12 @@ def share_steps(monkeypatch):
     monkeypatch.setattr(loop, "Evaluator", evaluator)
 
 
-def make_step(config, spmd, source, prepare=None):
-    """The mapped train step and a state to start from, as the loop makes them.
+def make_step(config, spmd, source, augment_fn=None):
+    """Builds the mapped train step and an initial state, as the training loop does.
 
     Returns:
       Method and step, shared by all tests of the config; a new state, which may be donated; the
-      source's arrays on the devices.
+      source's device data.
     """
 
     def make():
@@ -148,25 +149,24 @@ def make_step(config, spmd, source, prepare=None):
         groups = device_groups(spmd.size, config.model.bn_group_size)
         method, optimizer, learning_rate = assemble(config, schedule, AXIS, groups)
         step = spmd.map(
-            make_train_step(method, optimizer, prepare or make_augment_fn(config), learning_rate),
+            make_train_step(
+                method, optimizer, augment_fn or make_augment_fn(config), learning_rate
+            ),
             ("replicated", "sharded", "replicated"),
             ("replicated", "replicated"),
             donate=(0,),
         )
-        # The first state is that of every mesh.
+        # All meshes share one initial state.
         first = shared(lambda: jax.device_get(init_state(method, optimizer, config)), config)
         return method, step, first
 
-    config = config.copy_and_resolve_references()  # a test may go on to change its own
-    method, step, state = shared(make, config, source.num_examples, spmd, prepare)
+    config = config.copy_and_resolve_references()  # a test may change its own later
+    method, step, state = shared(make, config, source.num_examples, spmd, augment_fn)
     return method, step, spmd.replicate(state), spmd.replicate(source.device_data())
 
 
 def ready_views(config, ids):
-    """Views that need no augmentation, in 0 … 1, for `as_it_is`.
-
-    Views of an image are alike, each with noise of its own, and depend on the batch alone.
-    """
+    """Returns views in [0, 1] for `as_it_is`: each is the image plus independent noise."""
     rng = np.random.default_rng(1)
     image = rng.integers(0, 128, (len(ids), 8, 8, 3))
     return tuple(
@@ -176,7 +176,7 @@ def ready_views(config, ids):
 
 
 def leaves(tree):
-    """Every leaf with its path, as NumPy."""
+    """Returns all leaves as NumPy arrays, by path."""
     return {
         jax.tree_util.keystr(path): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -184,7 +184,7 @@ def leaves(tree):
 
 
 def assert_trees_close(actual, expected, rtol=1e-4, atol=1e-6):
-    """Leaf by leaf, naming the one that differs."""
+    """Compares leaf by leaf and names the one that differs."""
     actual, expected = leaves(actual), leaves(expected)
     assert actual.keys() == expected.keys()
     for name in expected:
@@ -195,7 +195,7 @@ def assert_trees_close(actual, expected, rtol=1e-4, atol=1e-6):
 
 
 def assert_replicated(tree):
-    """Every leaf is bit-identical on all the devices that hold it."""
+    """Checks that every leaf is bit-identical on all devices that hold it."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
         for copy in copies[1:]:
@@ -203,7 +203,7 @@ def assert_replicated(tree):
 
 
 def method_config(name, **changes):
-    """A config in which a method trains the tiny network."""
+    """Returns a config that trains the tiny network with a method."""
     config = tiny_config(method=name.removesuffix("_memory"), batch_size=64, **changes)
     config.data.num_classes = 4
     config.simclr.memory_bank = 256 if name == "simclr_memory" else 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from encoders import copy_run, random_encoder
-from tiny import method_config, random_source, without_colour
+from tiny import method_config, random_source, without_color
 
 from ssl_jax.cli import main as cli
 from ssl_jax.downstream import datasets
@@ -187,7 +187,7 @@ def test_classes_of_few_images_are_only_fine_tuned_on_with_one_setting(run, sets
 
 
 def test_what_changes_fine_tuning_is_no_business_of_the_evaluated_run(tmp_path, capsys):
-    config = without_colour(method_config("moco"))  # whose queue other batches don't fill
+    config = without_color(method_config("moco"))  # whose queue other batches don't fill
     config.steps = 1
     config.data.num_classes = 0
     drawn = random_encoder(config)

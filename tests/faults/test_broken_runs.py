@@ -24,10 +24,10 @@ STEPS = 240  # twenty kills, each after two checkpoints of five steps at most, c
 CONFIG = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
-from tiny import tiny_config, without_colour
+from tiny import tiny_config, without_color
 
 def get_config(variant=""):
-    config = without_colour(tiny_config(batch_size=64, steps={STEPS}, log_every=20))
+    config = without_color(tiny_config(batch_size=64, steps={STEPS}, log_every=20))
     config.checkpoint.every_epochs = 0.25
     return config
 """
@@ -323,10 +323,10 @@ IMAGE_STEPS = 60
 IMAGES = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
-from tiny import tiny_config, without_colour
+from tiny import tiny_config, without_color
 
 def get_config(variant=""):
-    config = without_colour(tiny_config(batch_size=32, steps={IMAGE_STEPS}, log_every=10))
+    config = without_color(tiny_config(batch_size=32, steps={IMAGE_STEPS}, log_every=10))
     config.data.name = "folder"
     config.checkpoint.every_epochs = 5.0
     return config

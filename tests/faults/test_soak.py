@@ -17,10 +17,10 @@ STEPS = 10_000
 CONFIG = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
-from tiny import tiny_config, without_colour
+from tiny import tiny_config, without_color
 
 def get_config(variant=""):
-    config = without_colour(tiny_config(batch_size=16, steps={STEPS}, log_every=20))
+    config = without_color(tiny_config(batch_size=16, steps={STEPS}, log_every=20))
     config.optim.lr = 0.1
     config.eval.knn_every_epochs = 5.0
     config.checkpoint.every_epochs = 2.5

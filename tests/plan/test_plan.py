@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from test_step import ONE
-from tiny import method_config, tiny_config, with_whole_images, without_colour
+from tiny import method_config, tiny_config, with_whole_images, without_color
 
 from ssl_jax.cli import main as cli
 from ssl_jax.config import Schedule, load_config
@@ -106,7 +106,7 @@ def tiny_plan():
 
 @pytest.mark.parametrize("source", ["digits", "folder"])
 def test_a_plan_compiles_what_training_runs(source, tmp_path):
-    config = without_colour(tiny_config(batch_size=32))
+    config = without_color(tiny_config(batch_size=32))
     if source == "folder":
         from images import fill
 

@@ -10,7 +10,7 @@ import pytest
 from encoders import copy_run
 from images import noise_files
 from processes import CONFIG, end_all, finish, in_turn, start, wait_for
-from tiny import leaves, method_config, tiny_config, without_colour
+from tiny import leaves, method_config, tiny_config, without_color
 
 from ssl_jax.data.index import Index
 from ssl_jax.errors import UserError
@@ -111,7 +111,7 @@ def losses_of(workdir):
 def test_two_processes_train_as_one_does(pair, images, tmp_path):
     workdir, (first, second) = pair
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
-    config = without_colour(tiny_config())
+    config = without_color(tiny_config())
     config.update_from_flattened_dict(FOLDER | {"data.dir": str(images)})
     config.update(epochs=6.0, data={"test_dir": str(images)})
     config.eval.update(at_end=True, labels_per_class=())
@@ -214,7 +214,7 @@ def test_sigterm_to_any_process_stops_all_and_one_process_goes_on_then_four(conf
     ended = finish(start(4, arguments))
     assert [code for code, *_ in ended] == [0] * 4, ended
     assert (tmp_path / "evaluation.json").exists()
-    config = without_colour(method_config("moco"))
+    config = without_color(method_config("moco"))
     config.update_from_flattened_dict(options)
     pretrain(config, tmp_path / "alone")
     together, alone = losses_of(tmp_path), losses_of(tmp_path / "alone")

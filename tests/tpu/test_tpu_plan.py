@@ -5,7 +5,7 @@ import os
 
 import jax
 import pytest
-from tiny import METHODS, method_config, with_two_stages, without_colour
+from tiny import METHODS, method_config, with_two_stages, without_color
 
 from ssl_jax.cli import backend
 from ssl_jax.config import load_config
@@ -74,7 +74,7 @@ def test_of_a_network_in_bfloat16_only_the_pictures_are_float32():
 def test_only_gathered_embeddings_grow_with_the_devices(method):
     exchanged = []
     for topology, batch in ((TOPOLOGY, 64), (parse_topology("v5e:4x4"), 128)):
-        config = without_colour(method_config(method, dtype="bfloat16"))
+        config = without_color(method_config(method, dtype="bfloat16"))
         config.batch_size, config.moco.queue = batch, 256
         made = plan.make_plan(config, topology, images=6400)
         exchanged.append({c["kind"]: c["bytes"] for c in made["collectives"]})
@@ -88,7 +88,7 @@ def test_only_gathered_embeddings_grow_with_the_devices(method):
 def test_exchanges_in_a_loop_over_microbatches_count_as_often_as_it_runs():
     made = []
     for microbatch in (32, 16):
-        config = without_colour(method_config("simclr", dtype="bfloat16", microbatch=microbatch))
+        config = without_color(method_config("simclr", dtype="bfloat16", microbatch=microbatch))
         made.append(plan.make_plan(config, TOPOLOGY, images=6400))
     few, many = ({c["kind"]: c["count"] for c in m["collectives"]}["all-reduce"] for m in made)
     assert many > 1.5 * few

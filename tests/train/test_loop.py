@@ -34,11 +34,11 @@ ROOT = Path(__file__).parents[2]
 CONFIG = """
 import sys
 sys.path.insert(0, {tests!r})
-from tiny import tiny_config, without_colour
+from tiny import tiny_config, without_color
 
 def get_config(variant=""):
     config = tiny_config(epochs=3.0, batch_size=160, checkpoint=dict(every_epochs=0.4, keep=2))
-    return config if variant == "colour" else without_colour(config)
+    return config if variant == "colour" else without_color(config)
 """
 
 
