@@ -1,6 +1,6 @@
 """Sets up JAX before its first import: eight simulated devices and a compilation cache.
 
-Tests run in one process or several (pytest-xdist). The first process sets the environment, which the
+Tests run in one or several processes (pytest-xdist). The first sets the environment, which the
 workers and the commands started by tests inherit.
 """
 
@@ -38,8 +38,8 @@ if FIRST_PROCESS:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     # TensorFlow: no banner about the CPU's instructions.
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    # Shared by all processes, so that each program is compiled once. A new directory, so that no run
-    # depends on an earlier one, unless the caller names one, as CI does for its stages. Includes
+    # Shared by all processes, so that each program is compiled once. A new directory, so that runs
+    # don't depend on earlier ones, unless the caller names one, as CI does for its stages. Includes
     # small programs, of which a child process compiles hundreds.
     OWN_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
     if OWN_CACHE:

@@ -39,7 +39,7 @@ def stepped(name, at, max_nonfinite_steps, steps=4):
     config = method_config(name)
     config.max_nonfinite_steps = max_nonfinite_steps
     source, spmd = random_source(), make_spmd()
-    _, step, state, device_data = make_step(config, spmd, source, prepare=as_it_is)
+    _, step, state, device_data = make_step(config, spmd, source, augment_fn=as_it_is)
     ids = np.arange(64, dtype=np.int32)
     states, counted = [jax.device_get(state)], []
     for number in range(steps):
