@@ -213,7 +213,7 @@ def measure(
       A row for each; and where ours takes its time, in ms by what was asked for and part.
     """
     model, options = config.model, config.simclr
-    plain = (model.width, model.sk, options.layers, options.memory) == (1, False, 2, 0)
+    plain = (model.width, model.sk, options.layers, options.memory_bank) == (1, False, 2, 0)
     contrastive = config.method == "simclr" and list(config.views) == ["view1", "view2"] and plain
     peers = [p for p in args.peers.split(",") if p and (contrastive or p == "bare")]
     runners: dict[str, Any] = {}
