@@ -1,6 +1,6 @@
-"""What `ssl_jax.cli.backend.tune_cpu` brings: images/s of SimCLR's step with and without the flag.
+"""Compares SimCLR's images/s with and without the flag that `ssl_jax.cli.backend.tune_cpu` sets.
 
-Each measurement is a process of its own, for XLA reads its flags once; the two kinds alternate, and
+Each measurement is a new process, because XLA reads its flags once. The two variants alternate;
 medians and their ratio are printed. The network is a ResNet-18 with the CIFAR stem on 32×32 images.
 
     python benchmarks/cpu_flag.py [--rounds=3] [--batch=64] [--steps=5] [--width=1.0]
@@ -15,7 +15,7 @@ import time
 
 
 def measure(batch: int, steps: int, width: float) -> float:
-    """Images per second of the train step in this process, the first step left out."""
+    """Returns the train step's images per second in this process, without the first step."""
     import jax
     import numpy as np
 
@@ -53,7 +53,7 @@ def measure(batch: int, steps: int, width: float) -> float:
 
 
 def main() -> None:
-    """Alternates the two kinds and prints the medians."""
+    """Alternates the two variants and prints the medians."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=64)

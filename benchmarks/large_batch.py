@@ -1,8 +1,9 @@
-"""Embedding caching and rematerialisation: memory and time of SimCLR's step, beside the plain one.
+"""Memory and time of SimCLR's step with embedding caching and rematerialization.
 
-Memory is the compiled program's temporary memory, beside its arguments (state, uint8 views), and
-the resident memory that running a step adds. The small network is a ResNet-18 a quarter as wide on
-16x16 images. Times are medians of alternated rounds; ResNet-50 at 224 pixels is compiled, not run.
+Memory is the compiled program's temporary memory, in addition to its arguments (state, uint8
+views), and the resident memory that a step adds. The small network is a ResNet-18 at a quarter of
+the width on 16x16 images. Times are medians of alternated rounds; ResNet-50 at 224 pixels is
+compiled, not run.
 
     python benchmarks/large_batch.py [--rounds=5] [--large=8192] [--only=time]
 """
@@ -20,7 +21,7 @@ _SIZE = 16  # of the small network's images, pixels
 
 
 def make_config(size: int, batch: int, microbatch: int, remat: bool, large: bool) -> Any:
-    """SimCLR with a ResNet-18 a quarter as wide, or with a ResNet-50 in bfloat16."""
+    """Returns SimCLR with a narrow ResNet-18, or with a ResNet-50 in bfloat16."""
     from ssl_jax.config import default_config
     from ssl_jax.recipes import simclr_views
 
@@ -35,7 +36,7 @@ def make_config(size: int, batch: int, microbatch: int, remat: bool, large: bool
 
 
 def build(config: Any) -> Any:
-    """The program of its train step on one device."""
+    """Builds the train step's program for one device."""
     import jax
 
     from ssl_jax.config import Schedule
@@ -46,21 +47,21 @@ def build(config: Any) -> Any:
 
 
 def shapes_of(program: Any) -> tuple[Any, Any, Any]:
-    """Shapes of the step's arguments; nothing here has labels."""
+    """Returns the shapes of the step's arguments, without labels."""
     return program.shapes(labelled=False)
 
 
 def compiled_mib(config: Any) -> float:
-    """Temporary memory of the compiled step."""
+    """Returns the compiled step's temporary memory."""
     program = build(config)
     return program.lower(*shapes_of(program)).compile().memory_analysis().temp_size_in_bytes / MIB
 
 
 class Runner:
-    """A compiled step with its state, run on random pixels."""
+    """A compiled step with its state, on random pixels."""
 
     def __init__(self, config: Any) -> None:
-        """Compiles, and runs once."""
+        """Compiles the step and runs it once."""
         import jax
         import numpy as np
 
@@ -74,7 +75,7 @@ class Runner:
         self.seconds()
 
     def seconds(self) -> float:
-        """Of one step."""
+        """Returns the seconds of one step."""
         import jax
 
         start = time.perf_counter()
@@ -84,7 +85,7 @@ class Runner:
 
 
 def resident_mib(batch: int, microbatch: int, remat: bool) -> float:
-    """How much a step adds to a process that holds the views, at its peak."""
+    """Returns the peak memory that a step adds to a process that holds the views."""
     arguments = [__file__, "--inside", str(batch), str(microbatch), str(int(remat))]
     out = subprocess.run(
         [sys.executable, *arguments], check=True, capture_output=True, text=True
@@ -93,7 +94,7 @@ def resident_mib(batch: int, microbatch: int, remat: bool) -> float:
 
 
 def inside(batch: int, microbatch: int, remat: bool) -> float:
-    """Peak growth in this process, from after its views were made."""
+    """Returns this process's peak growth after the views were created."""
     import jax
     import numpy as np
 
@@ -114,7 +115,7 @@ def inside(batch: int, microbatch: int, remat: bool) -> float:
 
 
 def alternate(runners: dict[str, Runner], rounds: int) -> dict[str, float]:
-    """Median seconds of each, measured in turn."""
+    """Returns median seconds of alternated runs."""
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(rounds):
         for name, runner in runners.items():
@@ -123,14 +124,14 @@ def alternate(runners: dict[str, Runner], rounds: int) -> dict[str, float]:
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """As Markdown."""
+    """Prints a Markdown table."""
     for row in [header, ["---"] * len(header), *rows]:
         print("| " + " | ".join(row) + " |", flush=True)
     print()
 
 
 def memory_rows(large: int) -> list[list[str]]:
-    """The small network at two batches."""
+    """Measures memory of the small network at two batch sizes."""
     rows = []
     small = large // 16
     for name, batch, microbatch, remat in [
@@ -148,7 +149,7 @@ def memory_rows(large: int) -> list[list[str]]:
 
 
 def time_rows(batch: int, rounds: int) -> list[list[str]]:
-    """The small network at one batch that all can run."""
+    """Times the small network at a batch size that all variants can run."""
     kinds = {
         "plain": (0, False),
         "remat": (0, True),
@@ -166,7 +167,7 @@ def time_rows(batch: int, rounds: int) -> list[list[str]]:
 
 
 def resnet50_rows(large: int) -> list[list[str]]:
-    """ResNet-50 at 224 pixels, compiled only."""
+    """Compiles ResNet-50 at 224 pixels and reports its memory."""
     rows = []
     for batch, microbatch, remat in [
         (64, 0, False),
@@ -185,10 +186,8 @@ def main() -> None:
     """Measures and prints three tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--large", type=int, default=8192, help="the batch that is encoded in parts"
-    )
-    parser.add_argument("--timed", type=int, default=512, help="the batch that is timed")
+    parser.add_argument("--large", type=int, default=8192, help="batch size with microbatches")
+    parser.add_argument("--timed", type=int, default=512, help="batch size to time")
     parser.add_argument("--only", choices=["memory", "time", "resnet50"], help="default: all three")
     parser.add_argument("--inside", nargs=3, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,9 +1,9 @@
-"""The losses beside other implementations: time and memory of the value and its gradient.
+"""Compares the losses with other implementations: time and memory of value and gradient.
 
-NT-Xent against dense jitted JAX, optax and (in an environment of its own) lightly; InfoNCE and
-Sinkhorn against dense jitted JAX. Implementations take turns, so that a busy machine slows all
-alike; medians are printed, and how many times as long as ssl_jax each took. Memory is the compiled
-program's temporary memory for JAX, the growth of the resident set for lightly.
+NT-Xent with dense jitted JAX, optax and lightly (in a separate environment); InfoNCE and Sinkhorn
+with dense jitted JAX. Implementations alternate, so that a busy machine slows all of them equally.
+The table has medians and ratios to ssl_jax. Memory is the compiled program's temporary memory for
+JAX, and the growth of the resident set for lightly.
 
     python benchmarks/loss.py [--peer=lightly --peer-python=PATH] [--sizes=1024,2048,4096,8192]
         [--large=65536] [--info-nce=256x65536,8192x65536] [--sinkhorn=8192x3000] [--rounds=5]
@@ -25,20 +25,20 @@ from typing import Any
 import numpy as np
 
 DIM, TEMPERATURE, EPSILON, ITERATIONS, THREADS = 128, 0.1, 0.05, 3, 2
-# What would need more than this is not run; its memory is told all the same.
+# Programs that need more than this are not run, but their memory is reported.
 MAX_MIB = 8192
 COLUMNS = ("loss", "size", "implementation", "seconds", "time / ssl_jax", "MiB")
 
 
 def two_views(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Projections of two views of n images, [n, 128], the same in every process."""
+    """Returns projections of two views of n images, [n, 128], the same in every process."""
     rng = np.random.default_rng(0)
     first = rng.normal(size=(n, DIM)).astype(np.float32)
     return first, first + rng.normal(size=(n, DIM)).astype(np.float32) / 2
 
 
 def unit_rows(n: int, seed: int) -> np.ndarray:
-    """Random rows of unit length, [n, 128]."""
+    """Returns random unit rows, [n, 128]."""
     x = np.random.default_rng(seed).normal(size=(n, DIM)).astype(np.float32)
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
@@ -47,7 +47,7 @@ def unit_rows(n: int, seed: int) -> np.ndarray:
 
 
 def tolerate_missing_operators() -> None:
-    """Lets torchvision be imported without its C++ operators, of which nothing here makes use."""
+    """Lets torchvision be imported without its C++ operators, which aren't used here."""
     import torch
 
     register_fake = torch.library.register_fake
@@ -67,13 +67,13 @@ def tolerate_missing_operators() -> None:
 
 
 def peak_mib() -> float:
-    """The largest resident set so far; `ru_maxrss` would begin with that of the parent."""
+    """Returns the peak resident set; `ru_maxrss` would include the parent's peak."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def serve_lightly() -> None:
-    """Answers each line N with seconds, MiB of growth and the value of lightly's loss."""
+    """For each input line N prints seconds, MiB of growth and the value of lightly's loss."""
     import torch
 
     tolerate_missing_operators()
@@ -95,7 +95,7 @@ def serve_lightly() -> None:
 
 
 class Peer:
-    """A process of another interpreter that measures lightly on demand."""
+    """A process with another interpreter that measures lightly on demand."""
 
     def __init__(self, python: str) -> None:
         self.process = subprocess.Popen(
@@ -106,7 +106,7 @@ class Peer:
         )
 
     def measure(self, n: int) -> tuple[float, float, float]:
-        """Seconds, MiB (of meaning at the first call only) and the loss at batch n."""
+        """Returns seconds, MiB (meaningful only at the first call) and the loss at batch n."""
         print(n, file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline().split()
         if len(answer) != 3:
@@ -123,7 +123,7 @@ class Peer:
 
 
 class Compiled:
-    """A jitted function of fixed arguments.
+    """A jitted function with fixed arguments.
 
     Attributes:
       mib: the compiled program's temporary memory.
@@ -139,7 +139,7 @@ class Compiled:
         self.mib = self.program.memory_analysis().temp_size_in_bytes / 2**20
 
     def seconds(self) -> float:
-        """Runs once."""
+        """Runs once and returns the seconds."""
         start = time.perf_counter()
         results = self.block(self.program(*self.args))
         seconds = time.perf_counter() - start
@@ -267,7 +267,7 @@ def compare(
 
 
 def compare_nt_xent(n: int, rounds: int, peer_python: str | None) -> list[dict[str, Any]]:
-    """NT-Xent at batch n; the peer's process is new, so that its memory's growth is this size's."""
+    """Measures NT-Xent at batch n, with a new peer process so that memory growth is this size's."""
     named = nt_xent_implementations()
     views = two_views(n)
     compiled = {name: Compiled(function, *views) for name, function in named.items()}
@@ -287,7 +287,7 @@ def compare_nt_xent(n: int, rounds: int, peer_python: str | None) -> list[dict[s
 
 
 def large_nt_xent(n: int) -> dict[str, Any]:
-    """ssl_jax only, at a batch whose matrix no other implementation could hold."""
+    """Measures ssl_jax at a batch whose matrix no other implementation could hold."""
     ours = Compiled(nt_xent_implementations()["ssl_jax"], *two_views(n))
     row = {"loss": "NT-Xent", "size": f"{n:,}", "implementation": "ssl_jax"}
     first = ours.seconds()
@@ -296,7 +296,7 @@ def large_nt_xent(n: int) -> dict[str, Any]:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """One row of the table."""
+    """Formats a row of the table."""
     names = [row["loss"], row["size"], row["implementation"]]
     if row["seconds"] is None:
         return [*names, "not run", "", f"{row['MiB']:,.0f}"]
@@ -304,13 +304,13 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def shapes(text: str) -> list[tuple[int, int]]:
-    """Pairs of numbers written as in "256x65536,8192x65536"."""
+    """Parses pairs of numbers such as "256x65536,8192x65536"."""
     pairs = [part.split("x") for part in text.split(",") if part]
     return [(int(n), int(k)) for n, k in pairs]
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", default="1024,2048,4096,8192", help="batches of NT-Xent")
     parser.add_argument("--large", type=int, default=65536, help="batch for ssl_jax only; 0: none")
@@ -319,7 +319,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer", choices=["lightly"])
     parser.add_argument("--peer-python", help="interpreter of the peer's environment")
-    parser.add_argument("--json", type=Path, help="writes the rows to this file")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--serve-lightly", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer and not args.peer_python:
@@ -328,7 +328,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Compares what was asked for and prints the table."""
+    """Runs the requested comparisons and prints the table."""
     args = parse_arguments()
     if args.serve_lightly:
         serve_lightly()

@@ -1,7 +1,7 @@
-"""Host memory of each process of a run, by the number of processes.
+"""Measures the host memory per process of a run, by the number of processes.
 
-The same run, with the same global batch of image files, as 1, 2 and 4 processes on this machine;
-the peak resident memory of each, devices' memory included, for the devices are the CPU here.
+The same run, with the same global batch of image files, in 1, 2 and 4 processes on this machine.
+Peak resident memory per process includes device memory, because the devices are CPUs here.
 
     python benchmarks/processes.py --images=DIR [--counts=1,2,4] [--batch=64] [--size=224]
 """
@@ -50,7 +50,7 @@ def start(count: int, arguments: list[str]) -> list[subprocess.Popen]:
 
 
 def peaks(count: int, arguments: list[str]) -> list[float]:
-    """Peak resident MiB of each process of a run."""
+    """Returns the peak resident MiB of each process of a run."""
     measured = []
     for process in start(count, arguments):
         _, status, usage = os.wait4(process.pid, 0)
@@ -62,7 +62,7 @@ def peaks(count: int, arguments: list[str]) -> list[float]:
 
 
 def main() -> None:
-    """Prints a table as Markdown."""
+    """Prints a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", required=True, help="folder of image files")
     parser.add_argument("--counts", default="1,2,4")

@@ -1,9 +1,8 @@
-"""What `train_step.py` is measured beside: SimCLR's step in plain Flax, and in torch.
+"""The peers of `train_step.py`: SimCLR's step in plain Flax and in torch.
 
-Each is the same network (ResNet v1.5, two-layer projector with BatchNorm) and the same NT-Xent,
-written as one would without this package, with the optimiser at hand: optax's LARS without masks,
-and torch's SGD, which does less. Neither augments: both are given two views as uint8 and divide
-them by 255.
+Both have the same network (ResNet v1.5, two-layer projector with BatchNorm) and the same NT-Xent,
+written without ssl_jax, and a standard optimizer: optax's LARS without masks, and torch's SGD,
+which does less work. Neither augments: both receive two uint8 views and divide them by 255.
 """
 
 import argparse
@@ -16,7 +15,7 @@ OUT, TEMPERATURE, RATE, MOMENTUM = 128, 0.1, 0.1, 0.9
 
 
 def plain_flax_step(depth: int, stem: str, dtype: str, views: Any) -> tuple[Any, Any]:
-    """SimCLR with Flax's own layers, a dense loss, and LARS of optax without its masks.
+    """Builds SimCLR with Flax's layers, a dense loss, and optax's LARS without masks.
 
     Args:
       depth: 18, 34 or 50.
@@ -99,7 +98,7 @@ def plain_flax_step(depth: int, stem: str, dtype: str, views: Any) -> tuple[Any,
 
 
 def make_torch_step(args: argparse.Namespace) -> Any:
-    """SimCLR with torchvision's network: channels last, bfloat16 by autocast, compiled."""
+    """Builds SimCLR with torchvision's network: channels last, bfloat16 autocast, compiled."""
     import torch
     from loss import tolerate_missing_operators
     from torch import nn
@@ -152,7 +151,7 @@ def make_torch_step(args: argparse.Namespace) -> Any:
 
 
 def serve_torch(args: argparse.Namespace) -> None:
-    """Answers each line, a number of steps, with seconds and peak GiB; "ready" comes first."""
+    """For each input line, a number of steps, prints seconds and peak GiB; "ready" first."""
     import torch
 
     step = make_torch_step(args)
@@ -173,7 +172,7 @@ def serve_torch(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """The torch peer's process."""
+    """Runs the torch peer's process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--size", type=int, required=True)

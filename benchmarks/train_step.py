@@ -1,19 +1,19 @@
-"""The real train step on one accelerator: images/s, memory, share of the peak, where time goes.
+"""Measures the train step on one accelerator: images/s, memory, share of peak, time by part.
 
-The step is that of the config, with its augmentation on the device; its input, random uint8, lies
-on the device: crops, or whole images where the config's are packed. Beside it, in turns: the same
-step on crops without augmentation, SimCLR's in plain Flax, and in torch (channels last, bfloat16,
-compiled), in a process of its own. Times are medians of alternated rounds; an image counts once
-with all its views. FLOPs are those of the step as traced, without recomputation. Needs no
-TensorFlow. A batch that doesn't fit is told and left out.
+The step is the config's, with augmentation on the device. Its input is random uint8 on the device:
+crops, or whole images if the config's data are packed. It is alternated with the same step on crops
+without augmentation, with SimCLR in plain Flax, and with SimCLR in torch (channels last, bfloat16,
+compiled) in a separate process. Times are medians of alternated rounds; an image counts once for
+all its views. FLOPs are counted on the traced step, without recomputation. Needs no TensorFlow. A
+batch that doesn't fit is reported and skipped.
 
     python benchmarks/train_step.py [--config=configs/simclr_imagenet.py] [--batches=128,256]
         [--peers=bare,plain,torch] [--torch-python=PATH] [--rounds=3] [--seconds=3]
         [--profile=FILE] [--microbatch=N] [--json=FILE] [--config.KEY=VALUE ...]
 
-`--profile` writes what each kernel of the step takes, and the compiled program, beside FILE; it
-slows the launching of kernels down, so no torch is measured beside it. `--split` times the parts of
-the step one by one, each compiled alone. Both are of the first batch.
+`--profile` writes each kernel's time to FILE and the compiled program next to it; it slows kernel
+launches, so torch isn't measured in the same run. `--split` times each part of the step, compiled
+separately. Both use the first batch size.
 """
 
 import argparse
@@ -35,8 +35,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 PEERS = Path(__file__).with_name("step_peers.py")
 COLUMNS = ("step", "batch", "images/s", "time / ssl_jax", "ms", "GiB", "TFLOP/s", "share of peak")
-PACKED = 50_000  # images on the device, as many as CIFAR-10 has
-# Kernels that a GPU replays as one graph have no names.
+PACKED = 50_000  # images on the device, the number in CIFAR-10
+# Kernels replayed as a CUDA graph have no names.
 NAMED_KERNELS = "--xla_gpu_enable_command_buffer="
 # Our names of the devices whose peak is known, by JAX's; a GPU's other builds have other peaks.
 KINDS = {
@@ -53,11 +53,11 @@ KINDS = {
 }
 
 
-class Ours:
-    """The train step of a config, compiled for the first device."""
+class SslJax:
+    """A config's train step, compiled for the first device."""
 
     def __init__(self, config: Any, cropped: bool) -> None:
-        """Compiles it, with views that are there or crops of images that are."""
+        """Compiles the step, for crops or for whole images on the device."""
         import jax
         import numpy as np
 
@@ -82,7 +82,7 @@ class Ours:
         self.gib = compiled_gib(self.compiled)
 
     def run(self, steps: int) -> float:
-        """Seconds of so many steps."""
+        """Runs steps and returns the seconds they took."""
         import jax
 
         start = time.perf_counter()
@@ -93,7 +93,7 @@ class Ours:
 
 
 def step_flops(program: Any, device_data: Any) -> float:
-    """FLOPs of a step as traced; what microbatches compute twice counts once."""
+    """Counts the traced step's FLOPs; microbatches' second forward pass isn't counted."""
     from ssl_jax.config import Schedule
     from ssl_jax.plan.plan import traced_flops
     from ssl_jax.step import Program
@@ -102,12 +102,12 @@ def step_flops(program: Any, device_data: Any) -> float:
     if config.microbatch:
         whole = type(config)(config.to_dict() | {"microbatch": 0})
         program = Program(whole, Schedule(100, 1000), program.spmd)
-    # Else it is the step that was compiled, and JAX finds its trace.
+    # Otherwise JAX reuses the trace of the compiled step.
     return traced_flops(program.step, *program.shapes(device_data))
 
 
 def random_views(config: Any) -> tuple[Any, ...]:
-    """A batch of crops for each view of a config, uint8 [n, size, size, 3]."""
+    """Returns a batch of random crops per view, uint8 [n, size, size, 3]."""
     import numpy as np
 
     from ssl_jax.config import flat_views
@@ -118,7 +118,7 @@ def random_views(config: Any) -> tuple[Any, ...]:
 
 
 class PlainFlax:
-    """SimCLR's step as one writes it in Flax."""
+    """SimCLR's step in plain Flax."""
 
     def __init__(self, config: Any) -> None:
         import jax
@@ -132,7 +132,7 @@ class PlainFlax:
         self.gib = compiled_gib(self.compiled)
 
     def run(self, steps: int) -> float:
-        """Seconds of so many steps."""
+        """Runs steps and returns the seconds they took."""
         import jax
 
         start = time.perf_counter()
@@ -143,7 +143,7 @@ class PlainFlax:
 
 
 class Torch:
-    """SimCLR's step in torch, in a process that prepares itself while ours compiles."""
+    """SimCLR's step in torch, in a process that compiles while ssl_jax's step compiles."""
 
     def __init__(self, config: Any, python: str, compiled: bool) -> None:
         size = config.views.view1.size
@@ -157,15 +157,15 @@ class Torch:
     def _answer(self) -> list[str]:
         line = self.process.stdout.readline().split()
         if not line:
-            raise RuntimeError("The torch process ended; what it said is above.")
+            raise RuntimeError("The torch process ended; see its output above.")
         return line
 
     def wait(self) -> None:
-        """Until it has compiled."""
+        """Waits until torch has compiled."""
         self._answer()
 
     def run(self, steps: int) -> float:
-        """Seconds of so many steps."""
+        """Runs steps and returns the seconds they took."""
         print(steps, file=self.process.stdin, flush=True)
         seconds, self.gib = map(float, self._answer())
         return seconds
@@ -176,7 +176,7 @@ class Torch:
 
 
 def compiled_gib(compiled: Any) -> float:
-    """What a program needs while it runs, by its compiler."""
+    """Returns the memory of a compiled program in GiB, according to the compiler."""
     memory = compiled.memory_analysis()
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -184,7 +184,7 @@ def compiled_gib(compiled: Any) -> float:
 
 
 def bare(config: Any) -> Any:
-    """The config without augmentation: its views are divided by 255 and no more."""
+    """Returns the config without augmentation: views are only divided by 255."""
     from ml_collections import ConfigDict
 
     config = ConfigDict(config.to_dict())
@@ -195,7 +195,7 @@ def bare(config: Any) -> Any:
 
 
 def peak_flops() -> float | None:
-    """Of the first device in bfloat16, by its maker; None if it is not known."""
+    """Returns the first device's bfloat16 peak in FLOP/s, by its data sheet; None if unknown."""
     import jax
 
     from ssl_jax.plan.chips import CHIPS
@@ -207,10 +207,10 @@ def peak_flops() -> float | None:
 def measure(
     config: Any, args: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
-    """Our step and its peers at one batch, in turns.
+    """Alternates the step and its peers at one batch size.
 
     Returns:
-      A row for each; and where ours takes its time, in ms by what was asked for and part.
+      A row for each; and the time by part in ms, for `--profile` and `--split`.
     """
     model, options = config.model, config.simclr
     plain = (model.width, model.sk, options.layers, options.memory_bank) == (1, False, 2, 0)
@@ -222,15 +222,15 @@ def measure(
         if "torch" in peers:
             torch = Torch(config, args.torch_python, args.compile)
             stack.callback(torch.close)
-        runners["ssl_jax"] = ours = Ours(config, cropped=config.data.name != "packed")
+        runners["ssl_jax"] = ours = SslJax(config, cropped=config.data.name != "packed")
         if "torch" in peers:
-            torch.wait()  # before anything is timed beside it
+            torch.wait()  # before anything is timed
         if args.profile:
             parts["profile"] = profile(ours, args)
         if args.split:
             parts["split"] = split(ours, args.seconds)
         if "bare" in peers:
-            runners["ssl_jax, no augmentation"] = Ours(bare(config), cropped=True)
+            runners["ssl_jax, no augmentation"] = SslJax(bare(config), cropped=True)
         if "plain" in peers:
             runners["plain Flax, no augmentation"] = PlainFlax(config)
         if "torch" in peers:
@@ -267,8 +267,8 @@ def measure(
 # Where time goes.
 
 
-def profile(ours: Ours, args: argparse.Namespace) -> dict[str, float]:
-    """Traces three steps; writes every kernel's time and the compiled program.
+def profile(ours: SslJax, args: argparse.Namespace) -> dict[str, float]:
+    """Profiles three steps; writes each kernel's time and the compiled program.
 
     Returns:
       ms of a step by part of it.
@@ -302,7 +302,7 @@ def profile(ours: Ours, args: argparse.Namespace) -> dict[str, float]:
 
 
 def kernel_times(data: Any) -> dict[tuple[str, str], float]:
-    """Seconds by (kernel, instruction of the program) on the first device; on a CPU by thunk.
+    """Sums seconds by (kernel, HLO instruction) on the first device; on a CPU by thunk.
 
     Of all runs of a kernel the median stands for each: now and then one waits for the profiler.
     """
@@ -319,8 +319,8 @@ def kernel_times(data: Any) -> dict[tuple[str, str], float]:
     return {kernel: len(each) * statistics.median(each) for kernel, each in seconds.items()}
 
 
-def split(ours: Ours, seconds: float) -> dict[str, float]:
-    """Times the parts of the step, each compiled alone; differences are the parts' own.
+def split(ours: SslJax, seconds: float) -> dict[str, float]:
+    """Times parts of the step, each compiled separately; differences give each part's share.
 
     Returns:
       ms of each.
@@ -387,7 +387,7 @@ def split(ours: Ours, seconds: float) -> dict[str, float]:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """One row of the table."""
+    """Formats a row of the table."""
     share = row["share of peak"]
     return [
         row["step"],
@@ -402,7 +402,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def hardware() -> str:
-    """The device and the versions, for beside the table."""
+    """Describes the device and the versions."""
     import jax
 
     device = jax.devices()[0].device_kind
@@ -410,7 +410,7 @@ def hardware() -> str:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The command line, and what it changes in the config."""
+    """Parses the command line and the config overrides."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="example: python benchmarks/train_step.py --batches=256 --peers=bare,plain,torch",
@@ -418,16 +418,20 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
     parser.add_argument(
         "--config", default=str(ROOT / "configs" / "simclr_imagenet.py"), help="FILE.py[:variant]"
     )
-    parser.add_argument("--batches", default="128,256", help="sizes, one after the other")
-    parser.add_argument("--microbatch", type=int, default=0, help="images of a part; 0: whole")
-    parser.add_argument("--peers", default="bare,plain", help="of bare, plain and torch")
-    parser.add_argument("--torch-python", default=sys.executable, help="that has torch")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="in torch")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each turn")
-    parser.add_argument("--profile", type=Path, help="file for what each kernel takes")
-    parser.add_argument("--split", action="store_true", help="time the parts one by one")
-    parser.add_argument("--json", type=Path, help="file for the rows, written after each batch")
+    parser.add_argument("--batches", default="128,256", help="batch sizes")
+    parser.add_argument("--microbatch", type=int, default=0, help="microbatch size; 0: off")
+    parser.add_argument("--peers", default="bare,plain", help="comma-separated: bare, plain, torch")
+    parser.add_argument("--torch-python", default=sys.executable, help="interpreter that has torch")
+    parser.add_argument(
+        "--no-compile", dest="compile", action="store_false", help="run torch without torch.compile"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="rounds")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds per turn")
+    parser.add_argument("--profile", type=Path, help="write each kernel's time to this file")
+    parser.add_argument("--split", action="store_true", help="time each part of the step")
+    parser.add_argument(
+        "--json", type=Path, help="write the rows to this file after each batch size"
+    )
     args, overrides = parser.parse_known_args(argv)
     if args.profile and "torch" in args.peers.split(","):
         parser.error("--profile slows our kernels' launching down: leave torch out of --peers")
@@ -435,7 +439,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures every batch and prints the table.
+    """Measures every batch size and prints the table.
 
     Args:
       argv: the command line; default, that of the process.
