@@ -226,7 +226,7 @@ MUTATIONS = [
         "ssl_jax/interop/torch_names.py",
         '"downsample.0"',
         '"downsample.5"',
-        "tests/interop/test_official.py",
+        "tests/interop/test_import_weights.py",
     ),
 ]
 

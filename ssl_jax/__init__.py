@@ -10,7 +10,7 @@ __all__ = ["__version__", "load"]
 def __getattr__(name: str) -> Any:
     # Importing JAX takes seconds, which `ssl-jax --help` should not.
     if name == "load":
-        from ssl_jax.interop.encoder import load
+        from ssl_jax.interop.load import load
 
         return load
     raise AttributeError(f"module 'ssl_jax' has no attribute '{name}'")

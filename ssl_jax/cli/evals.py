@@ -167,8 +167,8 @@ def run(
     if args.command == "transfer" and not args.sets.is_file():
         raise UserError(f"There is no list of data sets {args.sets}.{close_path(args.sets)}")
     # After the backend's flags are set; it takes seconds to import.
-    from ssl_jax.interop.encoder import config_at
-    from ssl_jax.interop.official import is_elsewhere
+    from ssl_jax.interop.import_weights import is_elsewhere
+    from ssl_jax.interop.load import config_at
     from ssl_jax.report import write_report
     from ssl_jax.run import processes
 
@@ -207,7 +207,7 @@ def _require_one_process() -> None:
 def _on_features(args: argparse.Namespace, overrides: list[str], command: str) -> None:
     from ssl_jax.config import apply_overrides
     from ssl_jax.downstream.frozen import knn_metrics, linear_metrics, run_features
-    from ssl_jax.interop.encoder import config_at
+    from ssl_jax.interop.load import config_at
 
     if args.command == "linear" and args.workdir:
         raise UserError("--workdir is for a --recipe, which trains: leave it out.")
@@ -293,7 +293,7 @@ def _transfer(args: argparse.Namespace, overrides: list[str], command: str) -> N
 
 def _trained(args: argparse.Namespace, overrides: list[str], command: str) -> None:
     from ssl_jax.downstream import runs
-    from ssl_jax.interop.encoder import config_at, results_folder
+    from ssl_jax.interop.load import config_at, results_folder
 
     if args.command == "linear":
         base = runs.linear_config(args.run, args.recipe)
@@ -366,7 +366,7 @@ def _require_same_encoder(run: Path, step: int, state: Any) -> None:
     import jax
     import numpy as np
 
-    from ssl_jax.interop.encoder import weights_at
+    from ssl_jax.interop.load import weights_at
 
     if jax.process_count() > 1:
         return  # reading it takes all of them
@@ -395,7 +395,7 @@ def _keep(
 ) -> None:
     """Writes a result and tells it; what was measured otherwise has a name of its own."""
     from ssl_jax.evals.results import result_line, write_result
-    from ssl_jax.interop.encoder import results_folder
+    from ssl_jax.interop.load import results_folder
 
     if changes:
         name += f"_{zlib.crc32(json.dumps(changes, sort_keys=True).encode()):08x}"

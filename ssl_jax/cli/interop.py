@@ -109,8 +109,8 @@ def _export(args: argparse.Namespace) -> None:
 def _import(args: argparse.Namespace) -> None:
     require_encoder(args.file)
     require_folder_of(args.out)
+    from ssl_jax.interop.import_weights import read_weights
     from ssl_jax.interop.metadata import preprocessing
-    from ssl_jax.interop.official import read_weights
     from ssl_jax.interop.weights import write_weights
 
     weights = read_weights(args.file, args.kind)

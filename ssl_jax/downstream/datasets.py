@@ -23,7 +23,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.evals.logistic import METRICS
 from ssl_jax.evals.metrics import interval_text
 from ssl_jax.evals.results import read_result, write_result
-from ssl_jax.interop.encoder import newest_step, results_folder
+from ssl_jax.interop.load import newest_step, results_folder
 from ssl_jax.run.nonfinite import NonFiniteError
 
 RATES = (0.1, 0.01, 0.001)

@@ -17,7 +17,7 @@ from ssl_jax.evals.knn import knn_votes
 from ssl_jax.evals.logistic import PENALTIES, fit_linear
 from ssl_jax.evals.metrics import classification_metrics
 from ssl_jax.files import asked_for
-from ssl_jax.interop.encoder import config_at, load
+from ssl_jax.interop.load import config_at, load
 from ssl_jax.spmd import make_spmd
 
 # How the keys begin that change a frozen encoder's features, and which of its first view's do.

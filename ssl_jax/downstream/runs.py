@@ -23,7 +23,7 @@ from ssl_jax.config import (
 from ssl_jax.data.sources import make_sources
 from ssl_jax.errors import UserError
 from ssl_jax.evals.evaluator import LAST_FILE
-from ssl_jax.interop.encoder import config_at, newest_step
+from ssl_jax.interop.load import config_at, newest_step
 from ssl_jax.run import processes
 from ssl_jax.train import pretrain
 

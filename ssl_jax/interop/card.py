@@ -13,7 +13,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.evals.intervals import mean_interval
 from ssl_jax.evals.metrics import interval_text
 from ssl_jax.evals.results import read_results
-from ssl_jax.interop.encoder import results_folder
+from ssl_jax.interop.load import results_folder
 from ssl_jax.interop.metadata import is_torchvisions, preprocessing
 from ssl_jax.interop.weights import Weights
 from ssl_jax.methods.base import make_encoder

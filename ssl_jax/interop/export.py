@@ -16,7 +16,7 @@ from ssl_jax.config import flat_views, from_json, to_json
 from ssl_jax.errors import UserError
 from ssl_jax.files import asked_for
 from ssl_jax.interop.card import model_card
-from ssl_jax.interop.encoder import Encoder, load, weights_at
+from ssl_jax.interop.load import Encoder, load, weights_at
 from ssl_jax.interop.metadata import architecture, is_torchvisions, preprocessing
 from ssl_jax.interop.torch_names import to_torch
 from ssl_jax.interop.weights import Weights, portable_config, save, write_weights

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from ssl_jax.config import Schedule, flat_views, run_schedule
 from ssl_jax.data.sources import make_sources
 from ssl_jax.errors import UserError, first_line
-from ssl_jax.interop.initial import resolve_initial_weights
+from ssl_jax.interop.initial_weights import resolve_initial_weights
 from ssl_jax.plan.chips import (
     BETWEEN_HOSTS,
     EXAMPLES,

@@ -18,7 +18,7 @@ from ssl_jax.data.pipeline import Prefetcher
 from ssl_jax.diagnostics import CollapseDetector
 from ssl_jax.errors import UserError
 from ssl_jax.evals.evaluator import Evaluator, evaluated_variables, evaluation_table
-from ssl_jax.interop.initial import load_initial_weights
+from ssl_jax.interop.initial_weights import load_initial_weights
 from ssl_jax.report import write_report
 from ssl_jax.run import processes
 from ssl_jax.run.checkpoint import Checkpoints, quarantine_corrupt

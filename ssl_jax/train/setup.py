@@ -6,7 +6,7 @@ from ssl_jax.config import from_json, run_schedule, to_json
 from ssl_jax.data.index import Index
 from ssl_jax.data.sources import Source, make_sources
 from ssl_jax.errors import UserError
-from ssl_jax.interop.initial import resolve_initial_weights
+from ssl_jax.interop.initial_weights import resolve_initial_weights
 from ssl_jax.run.wandb import require_wandb
 from ssl_jax.spmd import make_spmd
 from ssl_jax.step import Program

@@ -15,7 +15,7 @@ from images import noise_files
 from tiny import leaves, share_steps
 
 from ssl_jax.cli.main import pretrain_main
-from ssl_jax.interop.encoder import restore_state
+from ssl_jax.interop.load import restore_state
 from ssl_jax.run.log import read_metrics
 
 pytestmark = pytest.mark.long

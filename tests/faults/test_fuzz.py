@@ -18,9 +18,9 @@ import ssl_jax
 from ssl_jax.cli import main as cli
 from ssl_jax.config import apply_overrides, flatten, to_json
 from ssl_jax.errors import UserError
-from ssl_jax.interop.encoder import restore_state
 from ssl_jax.interop.export import export_torch, export_tree
-from ssl_jax.interop.official import read_weights
+from ssl_jax.interop.import_weights import read_weights
+from ssl_jax.interop.load import restore_state
 from ssl_jax.interop.weights import read_safetensors
 from ssl_jax.run.folder import read_config
 from ssl_jax.train import pretrain

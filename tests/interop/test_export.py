@@ -14,10 +14,10 @@ from tiny import tiny_config
 import ssl_jax
 from ssl_jax.cli import main as cli
 from ssl_jax.config import view
-from ssl_jax.interop.encoder import restore_state
-from ssl_jax.interop.initial import resolve_initial_weights
+from ssl_jax.interop.import_weights import read_weights
+from ssl_jax.interop.initial_weights import resolve_initial_weights
+from ssl_jax.interop.load import restore_state
 from ssl_jax.interop.metadata import preprocessing
-from ssl_jax.interop.official import read_weights
 from ssl_jax.interop.weights import Weights, write_weights
 
 

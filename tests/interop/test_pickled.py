@@ -9,7 +9,7 @@ import pytest
 from torch_files import legacy_file, tensor, torch_file
 
 from ssl_jax.errors import UserError
-from ssl_jax.interop.official import read_weights
+from ssl_jax.interop.import_weights import read_weights
 from ssl_jax.interop.pickled import Inert, read_pickle, read_torch
 
 

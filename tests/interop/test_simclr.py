@@ -14,7 +14,7 @@ tf = pytest.importorskip("tensorflow")
 
 from ssl_jax.config import Schedule, to_json  # noqa: E402
 from ssl_jax.errors import UserError  # noqa: E402
-from ssl_jax.interop.official import is_elsewhere, read_weights  # noqa: E402
+from ssl_jax.interop.import_weights import is_elsewhere, read_weights  # noqa: E402
 from ssl_jax.methods import make_method  # noqa: E402
 from ssl_jax.models.resnet import STAGES  # noqa: E402
 

@@ -19,7 +19,7 @@ import ssl_jax  # noqa: E402
 from ssl_jax.config import default_config, view  # noqa: E402
 from ssl_jax.data.pipeline import prepare_clean  # noqa: E402
 from ssl_jax.interop import export  # noqa: E402
-from ssl_jax.interop.official import read_weights  # noqa: E402
+from ssl_jax.interop.import_weights import read_weights  # noqa: E402
 from ssl_jax.interop.weights import Weights, write_weights  # noqa: E402
 from ssl_jax.methods.base import make_encoder  # noqa: E402
 

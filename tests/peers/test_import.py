@@ -22,8 +22,8 @@ from torch import nn  # noqa: E402
 import ssl_jax  # noqa: E402
 from ssl_jax.config import Schedule  # noqa: E402
 from ssl_jax.errors import UserError  # noqa: E402
+from ssl_jax.interop.import_weights import read_weights  # noqa: E402
 from ssl_jax.interop.metadata import preprocessing  # noqa: E402
-from ssl_jax.interop.official import read_weights  # noqa: E402
 from ssl_jax.methods import make_method  # noqa: E402
 
 SIZE = 64

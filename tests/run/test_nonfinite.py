@@ -21,7 +21,7 @@ from tiny import (
 
 from ssl_jax.data.index import Index
 from ssl_jax.errors import UserError
-from ssl_jax.interop.encoder import restore_state
+from ssl_jax.interop.load import restore_state
 from ssl_jax.run.log import read_metrics
 from ssl_jax.spmd import make_spmd
 from ssl_jax.train import pretrain

@@ -14,7 +14,7 @@ from tiny import leaves, method_config, tiny_config, without_color
 
 from ssl_jax.data.index import Index
 from ssl_jax.errors import UserError
-from ssl_jax.interop.encoder import restore_state
+from ssl_jax.interop.load import restore_state
 from ssl_jax.run import processes
 from ssl_jax.run.checkpoint import Checkpoints
 from ssl_jax.run.log import read_metrics

@@ -25,7 +25,7 @@ from ssl_jax.cli.main import pretrain_main
 from ssl_jax.config import to_json
 from ssl_jax.errors import UserError
 from ssl_jax.evals import evaluator as eval_run
-from ssl_jax.interop.encoder import restore_state
+from ssl_jax.interop.load import restore_state
 from ssl_jax.run.log import read_metrics
 from ssl_jax.spmd import Spmd
 from ssl_jax.train import loop, pretrain, setup

@@ -13,8 +13,8 @@ from tiny import method_config, tiny_config, with_two_stages
 import ssl_jax
 from ssl_jax.errors import UserError
 from ssl_jax.interop.card import model_card
-from ssl_jax.interop.initial import load_initial_weights, resolve_initial_weights
-from ssl_jax.interop.official import read_weights
+from ssl_jax.interop.import_weights import read_weights
+from ssl_jax.interop.initial_weights import load_initial_weights, resolve_initial_weights
 from ssl_jax.interop.torch_names import to_torch
 from ssl_jax.interop.weights import Weights, read_header, save, write_weights
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ssl_jax.errors import UserError
-from ssl_jax.interop.encoder import config_at, weights_at
+from ssl_jax.interop.load import config_at, weights_at
 from ssl_jax.methods.base import make_encoder
 from ssl_jax.step import TrainState
 

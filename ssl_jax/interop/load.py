@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from ssl_jax.config import Schedule
 from ssl_jax.data.pipeline import prepare_clean
 from ssl_jax.errors import UserError
-from ssl_jax.interop.official import is_elsewhere, read_weights, weights_config
+from ssl_jax.interop.import_weights import is_elsewhere, read_weights, weights_config
 from ssl_jax.interop.weights import Weights
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import make_encoder
@@ -133,7 +133,7 @@ def load(
 
     Args:
       path: the run's workdir; or a file of weights: of `ssl-jax export` or `ssl-jax import`, or of
-        another code as `ssl_jax.interop.official.read_weights` takes it.
+        another code as `ssl_jax.interop.import_weights.read_weights` takes it.
       step: of the run's checkpoint, default the newest.
       projector_layer: go on to this hidden layer of the projector, after its ReLU (SimCLR v2's
         fine-tuning takes 1); 0 stays at the encoder; default `config.eval.projector_layer`.

@@ -8,7 +8,7 @@ from tiny import method_config
 import ssl_jax
 from ssl_jax.config import Schedule
 from ssl_jax.errors import UserError
-from ssl_jax.interop.encoder import restore_state
+from ssl_jax.interop.load import restore_state
 from ssl_jax.methods import make_method
 
 
