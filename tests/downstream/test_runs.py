@@ -17,7 +17,7 @@ from ssl_jax.config import Schedule, default_config
 from ssl_jax.downstream import distill, finetune, runs
 from ssl_jax.errors import UserError
 from ssl_jax.evals.results import read_results, write_result
-from ssl_jax.interop.initial_weights import resolve_initial_weights
+from ssl_jax.interop.initial_weights import load_initial_weights, resolve_initial_weights
 from ssl_jax.interop.load import newest_step, restore_state
 from ssl_jax.interop.weights import portable_config
 from ssl_jax.methods import make_method

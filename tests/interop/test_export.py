@@ -15,7 +15,7 @@ import ssl_jax
 from ssl_jax.cli import main as cli
 from ssl_jax.config import view
 from ssl_jax.interop.import_weights import read_weights
-from ssl_jax.interop.initial_weights import resolve_initial_weights
+from ssl_jax.interop.initial_weights import load_initial_weights, resolve_initial_weights
 from ssl_jax.interop.load import restore_state
 from ssl_jax.interop.metadata import preprocessing
 from ssl_jax.interop.weights import Weights, write_weights
