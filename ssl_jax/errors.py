@@ -1,5 +1,7 @@
 """The one exception whose message is meant for the person at the terminal."""
 
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Bad input, told in one sentence that names the key, file or value and what to do.
@@ -20,6 +22,13 @@ class UserError(Exception):
         super().__init__(
             "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in told)
         )
+
+
+def check_choice(key: str, value: object, choices: Iterable[object]) -> None:
+    """Raises a `UserError` that lists the choices if a key's value is not one of them."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise UserError(f"{key} is {value!r}: use one of {', '.join(map(str, choices))}.")
 
 
 def first_line(error: BaseException) -> str:

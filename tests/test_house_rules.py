@@ -65,10 +65,10 @@ def uses(tree: ast.Module, forbidden: set[str]) -> Iterator[str]:
 
 def only_step_differentiates(path: str, tree: ast.Module) -> Iterator[str]:
     # The backward passes of convolution and pooling are JAX's own on some platforms.
-    allowed = {"linear_transpose", "vjp"} if path == "models/layers.py" else set()
+    allowed = {"linear_transpose", "vjp"} if path == "models/conv.py" else set()
     if path != "step.py":
         yield from uses(tree, DIFFERENTIATORS - allowed)
-    if path not in ("step.py", "losses.py", "models/layers.py"):
+    if path not in ("step.py", "losses.py", "models/conv.py"):
         yield from uses(tree, CUSTOM_RULES)
 
 
@@ -122,7 +122,7 @@ RULES: dict[Check, list[tuple[str, str]]] = {
         ("evals/finetune.py", "import jax as j\nj.value_and_grad(f)(x)"),
         ("ema.py", "from jax import vjp as pull"),
         ("models/heads.py", "import flax.linen as nn\nnn.vjp(f, m)"),
-        ("models/layers.py", "import jax\njax.grad(f)(x)"),
+        ("models/conv.py", "import jax\njax.grad(f)(x)"),
         ("optim.py", "import jax.numpy as jnp\nimport jax\njax.jacrev(f)"),
         ("models/resnet.py", "import jax\n@jax.custom_vjp\ndef f(x): ..."),
     ],
@@ -164,8 +164,8 @@ RULES: dict[Check, list[tuple[str, str]]] = {
 ALLOWED: list[tuple[Check, str, str]] = [
     (only_step_differentiates, "step.py", "import jax\njax.value_and_grad(f)"),
     (only_step_differentiates, "losses.py", "import jax\n@jax.custom_vjp\ndef f(x): ..."),
-    (only_step_differentiates, "models/layers.py", "import jax\n@jax.custom_vjp\ndef f(x): ..."),
-    (only_step_differentiates, "models/layers.py", "import jax\njax.linear_transpose(f, x)"),
+    (only_step_differentiates, "models/conv.py", "import jax\n@jax.custom_vjp\ndef f(x): ..."),
+    (only_step_differentiates, "models/conv.py", "import jax\njax.linear_transpose(f, x)"),
     (only_step_differentiates, "losses.py", "def grad(x): ...\ngrad(1)"),
     (only_spmd_builds_meshes_and_maps, "spmd.py", "from jax import shard_map"),
     (only_spmd_builds_meshes_and_maps, "train/loop.py", "from ssl_jax.spmd import Mesh"),

@@ -17,10 +17,11 @@ from ssl_jax.errors import UserError
 from ssl_jax.files import asked_for
 from ssl_jax.interop.card import model_card
 from ssl_jax.interop.load import Encoder, load, weights_at
-from ssl_jax.interop.metadata import architecture, is_torchvisions, preprocessing
+from ssl_jax.interop.metadata import is_torchvisions, preprocessing
 from ssl_jax.interop.torch_names import to_torch
 from ssl_jax.interop.weights import Weights, portable_config, save, write_weights
 from ssl_jax.methods.base import make_encoder
+from ssl_jax.models.resnet import architecture
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 _LOADER = "torch_encoder.py"
@@ -68,9 +69,11 @@ def _write_torch(weights: Weights, file: Path) -> None:
             "form: export it with --format=jax or --format=program."
         )
     state = to_torch(*_on_host(weights.params["encoder"], weights.batch_stats["encoder"]))
+    model = architecture(config.model)
+    del model["sk"]  # the loader's `Encoder` has none
     header = {
         "format": "pt",
-        "model": json.dumps(architecture(config)),
+        "model": json.dumps(model),
         "preprocessing": json.dumps(preprocessing(config)),
         "ssl_jax_config": json.dumps(portable_config(config)),
     }
@@ -225,8 +228,7 @@ def _hub_config(config: ConfigDict) -> dict[str, Any]:
             "classifier": "fc",
         },
         "ssl_jax": {
-            **architecture(config),
-            "sk": config.model.sk,
+            **architecture(config.model),
             "method": config.method,
             "antialias": how["antialias"],  # timm's and the hub's preparations always are
         },

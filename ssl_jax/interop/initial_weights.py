@@ -10,9 +10,8 @@ from ml_collections import ConfigDict
 from ssl_jax.errors import UserError
 from ssl_jax.interop.load import config_at, weights_at
 from ssl_jax.methods.base import make_encoder
+from ssl_jax.models.resnet import architecture
 from ssl_jax.step import TrainState
-
-_MODEL = ("depth", "width", "sk", "stem", "padding")
 
 
 def resolve_initial_weights(config: ConfigDict) -> None:
@@ -32,12 +31,12 @@ def resolve_initial_weights(config: ConfigDict) -> None:
 
 def _resolve_encoder(config: ConfigDict) -> None:
     source = config_at(_path(config.init_from.path))
-    for name in _MODEL:
-        if config.model[name] != source.model[name]:
+    for name, needed in architecture(source.model).items():
+        if config.model[name] != needed:
             raise UserError(
                 f"config.model.{name} is {config.model[name]!r}, but the encoder in "
-                f"{config.init_from.path} (config.init_from.path) has "
-                f"{source.model[name]!r}: set it so."
+                f"{config.init_from.path} (config.init_from.path) has {needed!r}: set "
+                f"config.model.{name}={needed}."
             )
     if config.init_from.heads and source.method != config.method:
         raise UserError(
@@ -73,7 +72,7 @@ def _resolve_teacher(config: ConfigDict) -> None:
             f"{config.distill.teacher} (config.distill.teacher) is a run of '{source.method}', "
             "which has no classifier to learn from: fine-tune it first, ssl-jax finetune."
         )
-    config.distill.update({name: source.model[name] for name in _MODEL})
+    config.distill.update(architecture(source.model))
     kept = source.supervised if source.method == "supervised" else None
     config.distill.projector_layer = kept.projector_layer if kept else 0
     config.distill.projector_hidden = kept.projector_hidden if kept else 0

@@ -17,6 +17,7 @@ from ssl_jax.interop.import_weights import is_elsewhere, read_weights, weights_c
 from ssl_jax.interop.weights import Weights
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import make_encoder
+from ssl_jax.models.resnet import resnet_name
 from ssl_jax.run.checkpoint import Checkpoints
 from ssl_jax.run.folder import read_config
 from ssl_jax.spmd import make_spmd
@@ -49,13 +50,11 @@ class Encoder:
 
     def __repr__(self) -> str:
         """In a line: the weights themselves are in `params`."""
-        model = self.config.model
-        sk = ", selective kernels" if model.sk else ""
         layer = f" of projector layer {self.projector_layer}" if self.projector_layer else ""
         count = sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
         step = f"step {self.step} of " if self.step else ""
         return (
-            f"Encoder({self.config.method}, ResNet-{model.depth} ×{model.width:g}{sk}, "
+            f"Encoder({self.config.method}, {resnet_name(self.config.model)}, "
             f"{self.num_features} features{layer}, {count:,} parameters, {step}{self.source!r})"
         )
 

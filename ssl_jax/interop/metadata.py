@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import flat_views
 from ssl_jax.data.device_crop import antialiased
+from ssl_jax.models.resnet import architecture
 
 
 def preprocessing(config: ConfigDict) -> dict[str, Any]:
@@ -28,20 +29,7 @@ def preprocessing(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def architecture(config: ConfigDict) -> dict[str, Any]:
-    """What the encoder is, as `torch_encoder.Encoder` takes it."""
-    model = config.model
-    return {
-        "depth": model.depth,
-        "width": model.width,
-        "stem": model.stem,
-        "padding": model.padding,
-    }
-
-
 def is_torchvisions(config: ConfigDict) -> bool:
-    """Whether torchvision's and timm's own models load it."""
-    model = config.model
-    plain = {"width": 1.0, "stem": "imagenet", "padding": "symmetric"}
-    own = architecture(config)
-    return model.depth <= 152 and not model.sk and all(own[k] == v for k, v in plain.items())
+    """Whether torchvision's and timm's own models load the encoder."""
+    plain = {"width": 1.0, "sk": False, "stem": "imagenet", "padding": "symmetric"}
+    return config.model.depth <= 152 and plain.items() <= architecture(config.model).items()

@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from ssl_jax.config import Schedule, flat_views
 from ssl_jax.errors import UserError
 from ssl_jax.models import MLPHead, ResNet
+from ssl_jax.models.resnet import architecture
 from ssl_jax.optim import role_labels
 
 Pytree = Any
@@ -180,15 +181,10 @@ def make_encoder(
     groups: tuple[tuple[int, ...], ...] | None = None,
 ) -> ResNet:
     """Builds a config's encoder; `axis_name=None` for use outside the train step."""
-    model = config.model
     return ResNet(
-        depth=model.depth,
-        width=model.width,
-        sk=model.sk,
-        stem=model.stem,
-        padding=model.padding,
-        conv_init=model.conv_init,
-        zero_init_residual=model.zero_init_residual,
+        **architecture(config.model),
+        conv_init=config.model.conv_init,
+        zero_init_residual=config.model.zero_init_residual,
         dtype=config.dtype,
         remat=config.remat,
         axis_name=axis_name,

@@ -20,7 +20,7 @@ from ssl_jax.methods.supervised import (
     cross_entropy,
     evaluate_networks,
 )
-from ssl_jax.models import ResNet
+from ssl_jax.models.resnet import ResNet, architecture
 
 
 class Distill(Method):
@@ -42,10 +42,7 @@ class Distill(Method):
                 "labels: use 0."
             )
         self.needs_labels = options.labels > 0
-        teacher = ResNet(
-            **{name: options[name] for name in ("depth", "width", "sk", "stem", "padding")},
-            dtype=self.config.dtype,
-        )
+        teacher = ResNet(**architecture(options), dtype=self.config.dtype)
         self.teacher = classifying_networks(self, teacher, options)
         self.networks: dict[str, nn.Module] = {
             "encoder": self.encoder,

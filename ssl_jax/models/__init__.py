@@ -1,4 +1,4 @@
-"""The networks: encoders and heads."""
+"""Networks: encoders and heads."""
 
 from ssl_jax.models.heads import MLPHead
 from ssl_jax.models.resnet import ResNet

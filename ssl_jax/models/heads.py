@@ -1,4 +1,4 @@
-"""The small perceptrons on top of an encoder: projectors and predictors of all methods."""
+"""MLP heads on top of an encoder: projectors and predictors of all methods."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax.linen.initializers import Initializer
 from jaxtyping import Array, Float
 
-from ssl_jax.errors import UserError
-from ssl_jax.models.layers import KERNEL_INITS, Groups, batch_norm, check_choice
+from ssl_jax.errors import UserError, check_choice
+from ssl_jax.models.layers import KERNEL_INITS, Groups, batch_norm
 
-# The affine part of the last BatchNorm, where there is one.
+# Affine parameters of the last BatchNorm.
 OUT_BN: dict[str, dict[str, bool]] = {
     "none": {},
     "full": {"use_scale": True, "use_bias": True},
@@ -23,7 +23,7 @@ OUT_BN: dict[str, dict[str, bool]] = {
 class MLPHead(nn.Module):
     """`layers` linear layers, `dense1` to `denseL`, with a ReLU after all but the last.
 
-    Each may be followed by a BatchNorm (`bn1` to `bnL`). The heads of the official codes::
+    Each may be followed by a BatchNorm (`bn1` to `bnL`). The heads in the official code::
 
                                      layers  hidden_bias  hidden_bn  out_bias  out_bn    kernel_init
       SimCLR v1, v2                  2, 3    no           yes        no        scale     normal_0.01
@@ -35,22 +35,22 @@ class MLPHead(nn.Module):
       SimSiam, predictor             2       no           yes        yes       none      torch
 
     Attributes:
-      hidden: units of all layers but the last; not used with one layer.
+      hidden: units per layer except the last; unused with one layer.
       out: units of the last layer.
-      layers: their number; 0: the head is the identity.
-      kept: the hidden layers that are there; None: the whole head.
+      layers: number of layers; 0 makes the head the identity.
+      kept: number of hidden layers to keep, without the output layer; None keeps the whole head.
       hidden_bias: whether the layers before the last have a bias (before their BatchNorm).
       hidden_bn: whether a BatchNorm follows them.
       out_bias: whether the last layer has a bias.
       out_bn: BatchNorm after the last layer: "none", "full", "scale" (γ, no β) or "no_affine".
-      kernel_init: a name of `layers.KERNEL_INITS`. Biases start at 0, with "torch" uniform in
+      kernel_init: a key of `layers.KERNEL_INITS`. Biases start at 0, or with "torch" uniform in
         ±1/sqrt(fan in) like the kernel.
       dtype: of the linear layers, "float32" or "bfloat16"; all else is float32.
-      axis_name: mapped axis of the devices that share BatchNorm statistics, None on a single one.
-      axis_index_groups: groups of device positions that share them, None for all.
+      axis_name: mapped axis of the devices that share BatchNorm statistics, None for a single one.
+      axis_index_groups: groups of device positions that share statistics, None for all.
 
     Raises:
-      UserError: on construction, for a value that none of the above names.
+      UserError: on construction, for a value that is not listed above.
     """
 
     hidden: int
@@ -76,7 +76,7 @@ class MLPHead(nn.Module):
             sizes["hidden"] = (self.hidden, 1)
         for name, (value, least) in sizes.items():
             if value < least:
-                raise UserError(f"The head's {name} is {value}: it must be {least} or more.")
+                raise UserError(f"The head's {name} is {value}: use at least {least}.")
         super().__post_init__()
 
     @nn.compact
@@ -87,24 +87,24 @@ class MLPHead(nn.Module):
 
         Args:
           x: features.
-          train: normalise by the batch's statistics and update `batch_stats`, which must be
-            mutable; else by the running ones.
-          return_hidden: stop early and return the output of so many hidden layers, after BatchNorm
-            and ReLU: 1 the first's, 0 the features themselves (SimCLR v2's `ft_proj_selector`).
+          train: normalize by the batch statistics and update `batch_stats`, which must be mutable;
+            if False, normalize by the running ones.
+          return_hidden: return the output of this hidden layer, counted from 1, after BatchNorm and
+            ReLU, or for 0 the features themselves (SimCLR v2's `ft_proj_selector`).
 
         Returns:
-          float32 [n, `out`], or [n, `hidden`] of a hidden layer.
+          float32 [n, `out`], or [n, `hidden`] for a hidden layer.
 
         Raises:
-          UserError: there is no such hidden layer.
+          UserError: the head has no such hidden layer.
         """
         if return_hidden is None:
             return_hidden = self.kept
         last = max(self.layers - 1, 0)
         if return_hidden is not None and not 0 <= return_hidden <= last:
-            raise UserError(f"The head has no hidden layer {return_hidden}: it may be 0 to {last}.")
-        # float32 out of BatchNorm, and the exact variance in two passes with a collective each, are
-        # cheap for vectors; and needed, as features of different images start nearly equal.
+            raise UserError(f"The head has no hidden layer {return_hidden}: use 0 to {last}.")
+        # BatchNorm in float32 with the exact variance (two passes, a collective each) is cheap for
+        # vectors, and necessary: features of different images are nearly equal at first.
         norm = batch_norm(
             train,
             self.axis_name,

@@ -1,27 +1,20 @@
 """Residual networks, version 1.5: torchvision's, SimCLR's wide and selective-kernel ones, BYOL's.
 
 Parameters are named after torchvision's: `stem/conv1` is its `conv1`, `stage1_block1` its
-`layer1.0`, `proj_conv` and `proj_bn` its `downsample.0` and `downsample.1`, all else has one name.
+`layer1.0`, `proj_conv` and `proj_bn` its `downsample.0` and `downsample.1`; all other names match.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
-from ssl_jax.errors import UserError
-from ssl_jax.models.layers import (
-    KERNEL_INITS,
-    Groups,
-    batch_norm,
-    check_choice,
-    conv_general_dilated,
-    max_pool,
-)
+from ssl_jax.errors import UserError, check_choice
+from ssl_jax.models.conv import conv_general_dilated, max_pool
+from ssl_jax.models.layers import KERNEL_INITS, Groups, batch_norm
 
 STAGES = {
     18: (2, 2, 2, 2),
@@ -32,7 +25,7 @@ STAGES = {
     200: (3, 24, 36, 3),
 }
 STEMS = ("imagenet", "cifar", "cifar_pad2", "cifar_no_relu")
-# Of strided convolutions, of the max-pool.
+# Of the convolutions, of the max pool.
 PADDINGS = {
     "symmetric": ("symmetric", "symmetric"),
     "same": ("same", "same"),
@@ -43,35 +36,53 @@ SK_RATIO, SK_MIN = 16, 32
 Layer = Callable[..., Any]  # makes a convolution or a BatchNorm; see ResNet.__call__
 
 
+def architecture(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The config keys that determine what a ResNet computes from its weights.
+
+    Args:
+      model: `config.model`, or `config.distill`, which describes the teacher.
+
+    Returns:
+      Arguments of `ResNet`.
+    """
+    return {key: model[key] for key in ("depth", "width", "sk", "stem", "padding")}
+
+
+def resnet_name(model: Mapping[str, Any]) -> str:
+    """A network's name from the same keys, such as "ResNet-50 ×2 with selective kernels"."""
+    width = f" ×{model['width']:g}" if model["width"] != 1 else ""
+    return f"ResNet-{model['depth']}{width}{' with selective kernels' if model['sk'] else ''}"
+
+
 class ResNet(nn.Module):
     """A residual network without its classifier (He et al., 2015, arXiv:1512.03385).
 
-    Version 1.5: bottleneck blocks have their stride in the 3×3 convolution. Widths as in SimCLR
-    (Chen et al., 2020, arXiv:2002.05709), selective kernels as in the official code of SimCLR v2
+    Version 1.5: bottleneck blocks have their stride in the 3×3 convolution. Widths follow SimCLR
+    (Chen et al., 2020, arXiv:2002.05709), selective kernels the official code of SimCLR v2
     (arXiv:2006.10029; Li et al., 2019, arXiv:1903.06586).
 
     Attributes:
       depth: 18, 34 (basic blocks), 50, 101, 152 or 200 (bottleneck blocks).
-      width: multiplies all channels; 64·width must be whole.
-      sk: selective kernels in bottleneck blocks; with them come, in all blocks, the stem and
+      width: multiplies all channels; 64·width must be an integer.
+      sk: selective kernels in bottleneck blocks, and in networks of all depths the stem and
         shortcut of ResNet-D (He et al., 2018, arXiv:1812.01187).
-      stem: "imagenet" is 7×7 with stride 2 and a 3×3 max-pool with stride 2 (ResNet-D: three 3×3
-        for the 7×7); "cifar" is 3×3 without stride or pool, also with `sk`. As two libraries have
-        it: "cifar_pad2" pads two pixels (solo-learn), "cifar_no_relu" has no ReLU (lightly's
-        benchmarks).
-      padding: "symmetric" as in PyTorch; "same" as in TensorFlow (BYOL), where strides pad less or
-        nothing on the left and top; "simclr" is "same" in the max-pool alone.
+      stem: "imagenet" is a 7×7 convolution with stride 2 (ResNet-D: three 3×3) and a 3×3 max pool
+        with stride 2; "cifar" is one 3×3 convolution without stride or pool, also with `sk`. Two
+        libraries differ: "cifar_pad2" pads two pixels (solo-learn), "cifar_no_relu" has no ReLU
+        (lightly's benchmarks).
+      padding: "symmetric" as in PyTorch; "same" as in TensorFlow (BYOL), which pads strided layers
+        less or not at all on the left and top; "simclr" is "same" for the max pool only.
       conv_init: "truncated_fan_in" (SimCLR), "fan_out_normal" (torchvision, MoCo, SwAV), "torch"
         (PyTorch's default, SimSiam) or "haiku" (BYOL).
       zero_init_residual: each block starts as its shortcut: γ = 0 in its last BatchNorm.
       dtype: of the computation, "float32" or "bfloat16". Parameters, BatchNorm's statistics and
         arithmetic, the final average and the features are float32.
-      remat: keep only the blocks' inputs for the backward pass and compute each block twice.
-      axis_name: mapped axis of the devices that share BatchNorm statistics, None on a single one.
-      axis_index_groups: groups of device positions that share them, None for all.
+      remat: keep only the blocks' inputs for the backward pass and recompute the blocks there.
+      axis_name: mapped axis of the devices that share BatchNorm statistics, None for a single one.
+      axis_index_groups: groups of device positions that share statistics, None for all.
 
     Raises:
-      UserError: on construction, for a value that none of the above names.
+      UserError: on construction, for a value that is not listed above.
     """
 
     depth: int
@@ -93,14 +104,14 @@ class ResNet(nn.Module):
         check_choice("config.model.conv_init", self.conv_init, KERNEL_INITS)
         if not (self.width > 0 and (64 * self.width) % (2 if self.sk else 1) == 0):
             raise UserError(
-                f"config.model.width is {self.width}: it must be a positive multiple of "
+                f"config.model.width is {self.width}: use a positive multiple of "
                 f"{'1/32 with config.model.sk' if self.sk else '1/64'}, such as 0.25, 1 or 2."
             )
         super().__post_init__()
 
     @property
     def num_features(self) -> int:
-        """D, the number of features of an image."""
+        """D, the number of features per image."""
         last_stage = int(64 * self.width) * 2 ** (len(STAGES[self.depth]) - 1)
         return last_stage * (4 if self.depth >= 50 else 1)
 
@@ -109,9 +120,9 @@ class ResNet(nn.Module):
         """Encodes images.
 
         Args:
-          x: of any size and number of channels, in the range and normalisation of training.
-          train: normalise by the batch's statistics and update `batch_stats`, which must be
-            mutable; else by the running ones.
+          x: images of any size and number of channels, in the range and normalization of training.
+          train: normalize by the batch statistics and update `batch_stats`, which must be mutable;
+            if False, normalize by the running ones.
 
         Returns:
           float32 [n, `num_features`].
@@ -121,8 +132,8 @@ class ResNet(nn.Module):
         init = KERNEL_INITS[self.conv_init]
         conv = functools.partial(_conv, padding=conv_padding, kernel_init=init, dtype=dtype)
         # Flax's fast variance, E[x²] - E[x]², reads the activations once and takes one collective
-        # instead of two. In float32 its error, some 1e-7·E[x]², is far below the variance of what
-        # convolutions of images put out; where it is not, below and in the heads, it is off.
+        # instead of two. Its error in float32, about 1e-7·E[x]², is far below the variance of
+        # convolutions' outputs; where it is not, in `SelectiveKernel` and the heads, it is off.
         norm = batch_norm(train, self.axis_name, self.axis_index_groups, dtype=dtype)
         block: Layer = BottleneckBlock if self.depth >= 50 else BasicBlock
         if self.remat:
@@ -145,7 +156,7 @@ class ResNet(nn.Module):
 
 
 class Stem(nn.Module):
-    """What comes before the blocks; see `ResNet.stem`."""
+    """The layers before the blocks; see `ResNet.stem`."""
 
     filters: int
     kind: str
@@ -156,10 +167,10 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Images to the input of the first block."""
+        """Computes the input of the first block from images."""
         small = self.kind.startswith("cifar")
         if self.kind == "cifar_pad2":
-            x = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])  # the other pixel is the convolution's
+            x = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])  # the convolution pads the other pixel
         if small:
             layers = [(self.filters, 3, 1)]
         elif self.deep:
@@ -170,12 +181,7 @@ class Stem(nn.Module):
             x = self.conv(filters, size, stride, name=f"conv{i}")(x)
             x = self.norm(name=f"bn{i}")(x)
             x = x if self.kind == "cifar_no_relu" else nn.relu(x)
-        if small:
-            return x
-        pads = _pads(3, self.pool_padding)
-        if isinstance(pads, str):
-            pads = lax.padtype_to_pads(x.shape[1:3], (3, 3), (2, 2), pads)
-        return max_pool(x, tuple(map(tuple, pads)))
+        return x if small else max_pool(x, _pads(3, self.pool_padding))
 
 
 class Block(nn.Module):
@@ -199,8 +205,8 @@ class Block(nn.Module):
         if stride == 1 and x.shape[-1] == features:
             return x
         if self.sk:
-            # SimCLR's form of ResNet-D's average: it looks right and down, also without stride;
-            # past the border of an odd size there are zeros with stride, nothing without.
+            # ResNet-D's average pool in SimCLR's form: each window extends right and down, also
+            # without stride; beyond the border, zeros count with stride and are left out without.
             x = nn.avg_pool(
                 x, (2, 2), (stride, stride), [(0, 1), (0, 1)], count_include_pad=stride > 1
             )
@@ -222,7 +228,7 @@ class BasicBlock(Block):
 
 
 class BottleneckBlock(Block):
-    """1×1, 3×3 and 1×1 convolutions; with `sk` two 3×3 side by side."""
+    """1×1, 3×3 and 1×1 convolutions; with `sk`, two 3×3 convolutions in parallel."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -239,10 +245,14 @@ class BottleneckBlock(Block):
 
 
 class SelectiveKernel(nn.Module):
-    """Mixes two streams, channel by channel, by weights drawn from both.
+    """Mixes two streams per channel, with weights computed from their sum.
 
     Li et al., 2019 (arXiv:1903.06586) in the form of SimCLR v2's official code: both streams are
-    3×3 without dilation, as one convolution of twice the channels, the first half the first stream.
+    3×3 without dilation, computed as one convolution of twice the channels, first stream first::
+
+        s = mean over pixels of (x₁ + x₂)
+        a = softmax over the two streams of W₂ relu(BN(W₁ s))
+        y = a₁ x₁ + a₂ x₂
     """
 
     conv: Layer
@@ -255,7 +265,8 @@ class SelectiveKernel(nn.Module):
         filters = streams.shape[-1]
         pooled = streams.mean((1, 2), keepdims=True, dtype=jnp.float32).sum(-2)
         y = self.conv(max(filters // SK_RATIO, SK_MIN), 1, name="conv1")(pooled)
-        # An image is one vector here: nearly equal ones need the exact variance, and it is cheap.
+        # Pooled vectors of different images are nearly equal, which needs the exact variance; for
+        # one vector per image it is cheap.
         y = nn.relu(self.norm(name="bn", use_fast_variance=False)(y))
         y = self.conv(2 * filters, 1, name="conv2")(y)
         mixing = nn.softmax(y.reshape(-1, 1, 1, 2, filters).astype(jnp.float32), axis=-2)
@@ -274,5 +285,5 @@ def _conv(features: int, size: int, stride: int = 1, *, padding: str, **options:
     )
 
 
-def _pads(size: int, padding: str) -> str | list[tuple[int, int]]:
-    return "SAME" if padding == "same" else [(size // 2, size // 2)] * 2
+def _pads(size: int, padding: str) -> str | tuple[tuple[int, int], ...]:
+    return "SAME" if padding == "same" else ((size // 2, size // 2),) * 2

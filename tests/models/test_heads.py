@@ -127,7 +127,7 @@ def test_no_layers_are_the_features_themselves():
 @pytest.mark.parametrize("layer", [-1, 3])
 def test_a_hidden_layer_that_is_not_there_is_refused(layer):
     head = MLPHead(hidden=7, out=5, layers=3)
-    with pytest.raises(UserError, match=f"no hidden layer {layer}: it may be 0 to 2"):
+    with pytest.raises(UserError, match=f"no hidden layer {layer}: use 0 to 2"):
         head.apply(random_variables(head, 6), jnp.zeros((2, 6)), train=False, return_hidden=layer)
 
 
@@ -267,11 +267,11 @@ def test_groups_of_devices_are_as_their_images_on_one(group):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"out_bn": "half"}, "out_bn is 'half': it may be none, full, scale, no_affine"),
-        ({"kernel_init": "ones"}, "kernel_init is 'ones': it may be"),
-        ({"layers": -1}, "layers is -1: it must be 0 or more"),
-        ({"hidden": 0}, "hidden is 0: it must be 1 or more"),
-        ({"out": 0}, "out is 0: it must be 1 or more"),
+        ({"out_bn": "half"}, "out_bn is 'half': use one of none, full, scale, no_affine"),
+        ({"kernel_init": "ones"}, "kernel_init is 'ones': use one of"),
+        ({"layers": -1}, "layers is -1: use at least 0"),
+        ({"hidden": 0}, "hidden is 0: use at least 1"),
+        ({"out": 0}, "out is 0: use at least 1"),
     ],
     ids=str,
 )

@@ -424,8 +424,8 @@ def test_initialisation_of_convolutions(name, std):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"depth": 20}, "config.model.depth is 20: it may be 18, 34, 50, 101, 152"),
-        ({"depth": 18, "stem": "mnist"}, "config.model.stem is 'mnist': it may be imagenet, cifar"),
+        ({"depth": 20}, "config.model.depth is 20: use one of 18, 34, 50, 101, 152"),
+        ({"depth": 18, "stem": "mnist"}, "stem is 'mnist': use one of imagenet, cifar"),
         ({"depth": 18, "width": 0}, "config.model.width is 0"),
         ({"depth": 18, "width": 0.3}, "config.model.width is 0.3"),
         ({"depth": 18, "width": float("inf")}, "config.model.width is inf"),

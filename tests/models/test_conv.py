@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssl_jax.models import layers
-from ssl_jax.models.layers import conv_general_dilated, max_pool
+from ssl_jax.models.conv import _stem_conv, conv_general_dilated, max_pool
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -112,7 +111,7 @@ def test_a_stem_of_squares_has_the_sums_of_the_strided_one():
     assert_alike(
         {
             f"{size}, {channels} channels, kernel {k}, {pads}": convolutions(
-                layers._stem_conv, (2, 2), pads, (2, *size, channels), (k, k, channels, 5)
+                _stem_conv, (2, 2), pads, (2, *size, channels), (k, k, channels, 5)
             )
             for size in [(32, 32), (9, 10), (7, 13)]
             for channels in (1, 3)
