@@ -294,6 +294,7 @@ def _transfer(args: argparse.Namespace, overrides: list[str], command: str) -> N
 def _trained(args: argparse.Namespace, overrides: list[str], command: str) -> None:
     from ssl_jax.downstream import runs
     from ssl_jax.interop.load import config_at, results_folder
+    from ssl_jax.models.resnet import resnet_name
 
     if args.command == "linear":
         base = runs.linear_config(args.run, args.recipe)
@@ -312,7 +313,7 @@ def _trained(args: argparse.Namespace, overrides: list[str], command: str) -> No
     else:
         base = runs.distill_config(args.run)
         config = runs.distill_config(args.run, overrides)
-        folder, what = "distill", f"student, ResNet-{config.model.depth} ×{config.model.width:g}"
+        folder, what = "distill", f"student, {resnet_name(config.model)}"
     step = config.distill.step if args.command == "distill" else config.init_from.step
     changes = _changes(base, config)  # before training fills keys in
     what += _of(step, config.supervised.projector_layer, changes)

@@ -112,6 +112,7 @@ def _import(args: argparse.Namespace) -> None:
     from ssl_jax.interop.import_weights import read_weights
     from ssl_jax.interop.metadata import preprocessing
     from ssl_jax.interop.weights import write_weights
+    from ssl_jax.models.resnet import resnet_name
 
     weights = read_weights(args.file, args.kind)
     write_weights(weights, args.out)
@@ -129,7 +130,7 @@ def _import(args: argparse.Namespace) -> None:
         return
     print(f"{args.out} of {weights.source or args.file}")
     print(
-        f"  ResNet-{model.depth} ×{model.width:g}{' SK' if model.sk else ''}, {model.stem} stem, "
+        f"  {resnet_name(model)}, {model.stem} stem, "
         f"{model.padding} padding; networks: {', '.join(told['networks'])}"
     )
     how = told["preprocessing"]

@@ -17,6 +17,7 @@ from ssl_jax.interop.load import results_folder
 from ssl_jax.interop.metadata import is_torchvisions, preprocessing
 from ssl_jax.interop.weights import Weights
 from ssl_jax.methods.base import make_encoder
+from ssl_jax.models.resnet import resnet_name
 from ssl_jax.run.folder import read_record
 
 _PAPERS = {
@@ -56,7 +57,7 @@ def model_card(path: str | Path, weights: Weights) -> str:
     plain = is_torchvisions(config)
     lines = [
         _TOP.format(library="timm" if plain else "ssl_jax", method=kind),
-        f"# ResNet-{config.model.depth}{_width(config)}, {name}",
+        f"# {resnet_name(config.model)}, {name}",
         "",
         f"An image encoder by {name}{f' (arXiv:{paper})' if paper else ''}: {_size(weights)}.",
         *_origin(weights),
@@ -79,11 +80,6 @@ def _size(weights: Weights) -> str:
     features = make_encoder(weights.config).num_features
     count = sum(leaf.size for leaf in jax.tree.leaves(weights.params["encoder"]))
     return f"{features:,} features of an image, {count:,} parameters"
-
-
-def _width(config: ConfigDict) -> str:
-    width, sk = config.model.width, " with selective kernels" if config.model.sk else ""
-    return (f" ×{width:g}" if width != 1 else "") + sk
 
 
 def _origin(weights: Weights) -> list[str]:

@@ -23,6 +23,7 @@ from ssl_jax.config import Schedule, flat_views, run_schedule
 from ssl_jax.data.sources import make_sources
 from ssl_jax.errors import UserError, first_line
 from ssl_jax.interop.initial_weights import resolve_initial_weights
+from ssl_jax.models.resnet import resnet_name
 from ssl_jax.plan.chips import (
     BETWEEN_HOSTS,
     EXAMPLES,
@@ -200,8 +201,7 @@ def make_plan(
         "devices_of_a_chip": topology.chip.cores,
         "hbm_bytes": topology.chip.memory // topology.chip.cores,
         "method": config.method,
-        "model": f"ResNet-{config.model.depth}, width {config.model.width:g}"
-        + ", selective kernels" * config.model.sk,
+        "model": resnet_name(config.model),
         "dtype": config.dtype,
         "batch": config.batch_size,
         "batch_of_a_device": config.batch_size // len(devices),

@@ -4,6 +4,7 @@ import math
 from html import escape
 from typing import Any
 
+from ssl_jax.models.resnet import resnet_name
 from ssl_jax.report.reading import METHODS
 
 
@@ -53,12 +54,7 @@ def run_title(config: dict[str, Any]) -> str:
 
 def network(model: dict[str, Any]) -> str:
     """A run's encoder in a few words."""
-    text = f"ResNet-{model.get('depth', '?')}"
-    if model.get("width", 1) != 1:
-        text += f" {model['width']:g}×"
-    if model.get("sk"):
-        text += " with SK"
-    return f"{text}, {model['stem']} stem" if "stem" in model else text
+    return f"{resnet_name(model)}, {model['stem']} stem" if model else "unknown network"
 
 
 def listing(value: Any) -> str:

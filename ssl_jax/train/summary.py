@@ -10,6 +10,7 @@ import numpy as np
 
 from ssl_jax.config import flat_views
 from ssl_jax.errors import UserError
+from ssl_jax.models.resnet import resnet_name
 from ssl_jax.plan.plan import memory_kinds, traced_flops
 from ssl_jax.run.log import read_metrics
 from ssl_jax.train.setup import Setup
@@ -33,12 +34,12 @@ def start_rows(setup: Setup, params: Any, workdir: Path, start: int) -> Iterator
       start: the step that it continues from.
     """
     config, schedule, devices = setup.config, setup.schedule, setup.spmd.size
-    model, views = config.model, flat_views(config)
-    network = f"ResNet-{model.depth} ×{model.width:g}{', selective kernels' * model.sk}"
+    views = flat_views(config)
     sizes = ", ".join(str(size) for size in sorted({view.size for view in views}, reverse=True))
     yield (
         "run",
-        f"{config.method}, {network}, {len(views)} views of {sizes} pixels, {config.dtype}",
+        f"{config.method}, {resnet_name(config.model)}, {len(views)} views of {sizes} pixels, "
+        f"{config.dtype}",
     )
     encoder, frozen = _count(params["encoder"]), setup.method.frozen
     trained = sum(_count(tree) for name, tree in params.items() if name not in frozen)
