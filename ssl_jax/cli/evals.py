@@ -167,7 +167,7 @@ def run(
     if args.command == "transfer" and not args.sets.is_file():
         raise UserError(f"There is no list of data sets {args.sets}.{close_path(args.sets)}")
     # After the backend's flags are set; it takes seconds to import.
-    from ssl_jax.interop.import_weights import is_elsewhere
+    from ssl_jax.interop.import_weights import is_weights_file
     from ssl_jax.interop.load import config_at
     from ssl_jax.report import write_report
     from ssl_jax.run import processes
@@ -188,7 +188,7 @@ def run(
             with processes.raise_on_all_processes():
                 _require_one_process()
             _on_features(args, overrides, command)
-    if args.command != "features" and processes.is_primary() and not is_elsewhere(args.run):
+    if args.command != "features" and processes.is_primary() and not is_weights_file(args.run):
         report = write_report(args.run)
         if not args.json:
             print(f"Report: {report}")

@@ -1,1 +1,1 @@
-"""Encoders from and for elsewhere: torchvision and timm, the official codes, JAX alone."""
+"""Reads and writes encoders: load, initial weights, imports, exports, model cards."""

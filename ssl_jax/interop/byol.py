@@ -1,7 +1,10 @@
-"""BYOL's checkpoint: a pickle of its experiment's state, with Haiku's trees, read as data."""
+"""BYOL's official checkpoint: a pickle of its experiment's state with Haiku's trees.
+
+The pickle is read as data, see `pickled`.
+"""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,60 +14,81 @@ from flax.traverse_util import unflatten_dict
 from ssl_jax.errors import UserError
 from ssl_jax.interop.infer_architecture import Found
 from ssl_jax.interop.pickled import Inert
-from ssl_jax.interop.weights import Pytree
 
-_HAIKU = re.compile(
+Tree = dict[str, dict[str, np.ndarray]]  # of Haiku: arrays by module and name
+
+_ENCODER = re.compile(
     r"\w+/(?:initial_(conv|batchnorm)|block_group_(\d)/block_(\d+)/"
-    r"(?:shortcut_(conv|batchnorm)|(conv|batchnorm)_(\d)))(?:/(mean|var)_ema)?$"
+    r"(?:shortcut_(conv|batchnorm)|(conv|batchnorm)_(\d)))$"
 )
-_HAIKU_LEAVES = {"w": "kernel", "b": "bias", "scale": "scale", "offset": "bias"}
+_HEAD_LAYERS = {"linear": "dense1", "batch_norm": "bn1", "linear_1": "dense2"}
+_LAYERS = {"conv": "conv", "batchnorm": "bn"}
+_LEAVES = {"w": "kernel", "b": "bias", "scale": "scale", "offset": "bias"}
 
 
 def read_byol(found: Any, path: Path) -> Found:
-    """The online network of the official experiment's state, a named tuple of Haiku's trees.
+    """Extracts the online network from the official experiment's state.
 
     Args:
-      found: of `read_pickle`.
-      path: told in errors.
+      found: the result of `read_pickle`; the state is a named tuple of Haiku's trees.
+      path: the file, for error messages.
 
     Raises:
-      UserError: no such trees are in it.
+      UserError: it contains no such trees.
     """
     try:
         trees = list(_haiku_trees(found, set()))
     except RecursionError:
-        raise UserError(f"{path} is nested too deeply to be BYOL's.") from None
-    params = next((t for t in trees if any(n.endswith("initial_conv") for n in t)), None)
-    states = next(
-        (t for t in trees if any(n.endswith("initial_batchnorm/mean_ema") for n in t)), None
+        raise UserError(f"{path} is nested too deeply to be a checkpoint of BYOL.") from None
+    # The online network's trees come first.
+    params, state = (
+        next((t for t in trees if any(name.endswith(end) for name in t)), None)
+        for end in ("initial_conv", "initial_batchnorm/mean_ema")
     )
-    if params is None or states is None:
-        raise UserError(f"{path} holds no parameters and state of BYOL's Haiku ResNet.")
-    ours: dict[str, np.ndarray] = {}
-    stats: dict[str, np.ndarray] = {}
-    left_out = set()
-    for name, leaves in {**params, **states}.items():
-        match = _HAIKU.match(name)
+    if params is None or state is None:
+        raise UserError(f"{path} contains no parameters and state of BYOL's Haiku ResNet.")
+    taken: dict[str, dict[str, np.ndarray]] = {"encoder": {}}  # by network and path
+    stats: dict[str, dict[str, np.ndarray]] = {}
+    left_out = []
+    for name, leaves in {**params, **state}.items():
+        module, _, statistic = name.removesuffix("_ema").rpartition("/")
+        if not name.endswith(("/mean_ema", "/var_ema")):
+            module, statistic = name, ""
+        network, layer = _place(module)
         for leaf, value in leaves.items():
-            if match and match[7] is None and leaf in _HAIKU_LEAVES:
-                ours[f"{_haiku_place(match)}/{_HAIKU_LEAVES[leaf]}"] = _vector(value)
-            elif match and match[7] and leaf == "average":
-                stats[f"{_haiku_place(match)}/{match[7]}"] = _vector(value)
+            if network and not statistic and leaf in _LEAVES:
+                taken.setdefault(network, {})[f"{layer}/{_LEAVES[leaf]}"] = _vector(value)
+            elif network and statistic and leaf == "average":
+                stats.setdefault(network, {})[f"{layer}/{statistic}"] = _vector(value)
             elif leaf not in ("hidden", "counter"):
-                left_out.add(f"{name}/{leaf}")
-    result = Found(
+                left_out.append(f"{name}/{leaf}")
+    return Found(
         "byol",
-        {"encoder": unflatten_dict(ours, sep="/")},
-        {"encoder": unflatten_dict(stats, sep="/")},
+        {network: unflatten_dict(flat, sep="/") for network, flat in taken.items()},
+        {network: unflatten_dict(stats.get(network, {}), sep="/") for network in taken},
+        left_out=tuple(sorted(left_out)),
     )
-    for head in ("projector", "predictor"):
-        left_out -= _haiku_head(result, head, params, states)
-    result.left_out = tuple(sorted(left_out))
-    return result
+
+
+def _place(module: str) -> tuple[str, str]:
+    """The network and the layer's path in our tree of a Haiku module; "" for other modules."""
+    head, _, layer = module.partition("/")
+    if head in ("projector", "predictor") and layer in _HEAD_LAYERS:
+        return head, _HEAD_LAYERS[layer]
+    match = _ENCODER.match(module)
+    if match is None:
+        return "", ""
+    initial, group, block, shortcut, layer, number = match.groups()
+    if initial:
+        return "encoder", f"stem/{_LAYERS[initial]}1"
+    name = f"stage{int(group) + 1}_block{int(block) + 1}"
+    if shortcut:
+        return "encoder", f"{name}/proj_{_LAYERS[shortcut]}"
+    return "encoder", f"{name}/{_LAYERS[layer]}{int(number) + 1}"
 
 
 def _vector(value: Any) -> np.ndarray:
-    """A BatchNorm's [1, 1, 1, c] as [c]; kernels as they are."""
+    """Flattens a BatchNorm's [1, 1, 1, c] to [c]; leaves kernels as they are."""
     value = np.asarray(value, np.float32)
     flattened: np.ndarray = (
         value.reshape(-1) if value.shape[:-1].count(1) == value.ndim - 1 else value
@@ -72,77 +96,38 @@ def _vector(value: Any) -> np.ndarray:
     return flattened
 
 
-def _haiku_place(match: re.Match[str]) -> str:
-    initial, group, block, shortcut, layer, number, _ = match.groups()
-    if initial:
-        return f"stem/{'conv1' if initial == 'conv' else 'bn1'}"
-    name = f"stage{int(group) + 1}_block{int(block) + 1}"
-    if shortcut:
-        return f"{name}/proj_{'conv' if shortcut == 'conv' else 'bn'}"
-    return f"{name}/{'conv' if layer == 'conv' else 'bn'}{int(number) + 1}"
+def _haiku_trees(value: Any, seen: set[int]) -> Iterator[Tree]:
+    """Yields the trees of modules in a state, in the order in which they are stored.
 
-
-def _haiku_head(found: Found, head: str, params: Pytree, states: Pytree) -> set[str]:
-    """Linear, BatchNorm, ReLU, linear."""
-    layers: dict[str, np.ndarray] = {}
-    stats: dict[str, np.ndarray] = {}
-    taken = set()
-    for theirs, layer in (("linear", "dense1"), ("batch_norm", "bn1"), ("linear_1", "dense2")):
-        for leaf, value in params.get(f"{head}/{theirs}", {}).items():
-            if leaf not in _HAIKU_LEAVES:
-                continue
-            layers[f"{layer}/{_HAIKU_LEAVES[leaf]}"] = _vector(value)
-            taken.add(f"{head}/{theirs}/{leaf}")
-        for kind in ("mean", "var"):
-            state = states.get(f"{head}/{theirs}/{kind}_ema", {}).get("average")
-            if state is not None:
-                stats[f"{layer}/{kind}"] = _vector(state)
-                taken.add(f"{head}/{theirs}/{kind}_ema/average")
-    if layers:
-        found.params[head], found.batch_stats[head] = (
-            unflatten_dict(layers, sep="/"),
-            unflatten_dict(stats, sep="/"),
-        )
-    return taken
-
-
-def _haiku_trees(value: Any, seen: set[int]) -> Iterator[dict[str, dict[str, np.ndarray]]]:
-    """The trees of modules in a state, {module: {name: array}}, in the order in which they stand.
-
-    Whatever mapping a version of Haiku had is here inert, with a dict among its parts.
+    Mappings of Haiku's versions are inert objects here, with a dict among their parts.
     """
-    if id(value) in seen or isinstance(value, np.ndarray):
+    if id(value) in seen:
         return
     seen.add(id(value))
     if isinstance(value, dict):
-        plain = {str(k).replace("/~/", "/"): _plain(v) for k, v in value.items()}
+        plain = {str(k).replace("/~/", "/"): _arrays(v) for k, v in value.items()}
         modules = {k: v for k, v in plain.items() if v}
         if any("initial_" in name for name in modules):
             yield modules
             return
-        parts: Any = value.values()
-    elif isinstance(value, Inert):
-        parts = value.parts()
-    elif isinstance(value, list | tuple):
-        parts = value
-    else:
-        return
-    for part in parts:
+    for part in _parts(value):
         yield from _haiku_trees(part, seen)
 
 
-def _plain(value: Any, depth: int = 4) -> dict[str, np.ndarray]:
-    """A module's arrays by name, from a dict, or from what is around one; else nothing."""
+def _arrays(value: Any, depth: int = 4) -> dict[str, np.ndarray]:
+    """A module's arrays by name, from a dict or an object around one; {} if there are none."""
     if isinstance(value, dict):
         arrays = {str(k): v for k, v in value.items() if isinstance(v, np.ndarray | np.generic)}
         if arrays:
             return {name: np.asarray(array) for name, array in arrays.items()}
-    parts: Any = ()
-    if isinstance(value, Inert):
-        parts = value.parts()
-    elif isinstance(value, dict):
-        parts = value.values()
-    elif isinstance(value, tuple | list):
-        parts = value
-    inner = (_plain(part, depth - 1) for part in parts) if depth else iter(())
+    inner = (_arrays(part, depth - 1) for part in _parts(value)) if depth else iter(())
     return next((found for found in inner if found), {})
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """The members of a container or an inert object; () for anything else."""
+    if isinstance(value, Inert):
+        return value.parts()
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list | tuple) else ()

@@ -1,4 +1,4 @@
-"""A run's encoder as others take it: PyTorch's names, our tree, a program, a folder with a card."""
+"""Exports a run's encoder: for PyTorch, as our tree, as a JAX program, as a Hugging Face folder."""
 
 import dataclasses
 import json
@@ -19,29 +19,29 @@ from ssl_jax.interop.card import model_card
 from ssl_jax.interop.load import Encoder, load, weights_at
 from ssl_jax.interop.metadata import is_torchvisions, preprocessing
 from ssl_jax.interop.torch_names import to_torch
-from ssl_jax.interop.weights import Weights, portable_config, save, write_weights
+from ssl_jax.interop.weights import Weights, portable_config, write_safetensors, write_weights
 from ssl_jax.methods.base import make_encoder
 from ssl_jax.models.resnet import architecture
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 _LOADER = "torch_encoder.py"
-# Of a serialised program's constants; its format ends at 2 GiB.
-_MOST_BYTES = 2**31 - 2**24
+# Limit of a serialized program's constants; its format ends at 2 GiB.
+_MAX_BYTES = 2**31 - 2**24
 
 
 def export_torch(path: str | Path, file: str | Path, *, step: int | None = None) -> list[str]:
-    """Writes the encoder as safetensors with torchvision's names; a loader beside it where needed.
+    """Writes the encoder as safetensors with torchvision's names, and a loader if needed.
 
     Args:
       path: a run's workdir, or a file of weights.
-      file: to write, `*.safetensors`; its header has the architecture and the preprocessing.
-      step: of the run's checkpoint, default the newest.
+      file: the output, `*.safetensors`; its header has the architecture and the preprocessing.
+      step: of the run's checkpoint, the newest by default.
 
     Returns:
-      The lines of Python that load it.
+      Lines of Python that load it.
 
     Raises:
-      UserError: nothing to export, selective kernels (neither library has them), or it can't be
+      UserError: there is nothing to export, the encoder has selective kernels, or the file can't be
         written.
     """
     weights, file = weights_at(path, step), Path(file)
@@ -65,8 +65,8 @@ def _write_torch(weights: Weights, file: Path) -> None:
     config = weights.config
     if config.model.sk:
         raise UserError(
-            "The encoder has selective kernels, which neither torchvision nor timm has in this "
-            "form: export it with --format=jax or --format=program."
+            "The encoder has selective kernels, which neither torchvision nor timm implements in "
+            "SimCLR's form: export it with --format=jax or --format=program."
         )
     state = to_torch(*_on_host(weights.params["encoder"], weights.batch_stats["encoder"]))
     model = architecture(config.model)
@@ -77,7 +77,7 @@ def _write_torch(weights: Weights, file: Path) -> None:
         "preprocessing": json.dumps(preprocessing(config)),
         "ssl_jax_config": json.dumps(portable_config(config)),
     }
-    save(state, file, header)
+    write_safetensors(state, file, header)
 
 
 def _on_host(*trees: Any) -> Any:
@@ -85,29 +85,31 @@ def _on_host(*trees: Any) -> Any:
 
 
 def _source() -> bytes:
-    """Of the loader, which is no module of this package, for it needs torch."""
+    """The source of the loader, which is not a module of this package as it needs torch."""
     return Path(__file__).with_name(_LOADER).with_suffix(".txt").read_bytes()
 
 
 def _loader(folder: Path) -> Path:
-    """Where the loader goes; a file of that name that isn't ours is the user's own."""
+    """The loader's path; refuses to overwrite the user's own file of that name."""
     file = folder / _LOADER
     first = _source().partition(b"\n")[0]
     if file.is_file() and not file.read_bytes().startswith(first):
-        raise UserError(f"{file} is no file of ssl_jax's: move it, or choose another folder.")
+        raise UserError(
+            f"{file} was not written by ssl_jax: move it, or choose another output folder."
+        )
     return file
 
 
 def export_tree(path: str | Path, file: str | Path, *, step: int | None = None) -> None:
-    """Writes all networks of a run in a file that `ssl_jax.load` and `config.init_from.path` take.
+    """Writes all networks of a run to a file for `ssl_jax.load` and `config.init_from.path`.
 
     Args:
-      path: a run's workdir, or a file of weights of another code.
-      file: to write, `*.safetensors`.
-      step: of the run's checkpoint, default the newest.
+      path: a run's workdir, or a file of weights.
+      file: the output, `*.safetensors`.
+      step: of the run's checkpoint, the newest by default.
 
     Raises:
-      UserError: nothing to export, or it can't be written.
+      UserError: there is nothing to export, or the file can't be written.
     """
     write_weights(weights_at(path, step), file)
 
@@ -115,39 +117,40 @@ def export_tree(path: str | Path, file: str | Path, *, step: int | None = None) 
 def export_program(
     path: str | Path, file: str | Path, *, step: int | None = None, projector_layer: int = 0
 ) -> dict[str, Any]:
-    """Writes the encoder, weights included, as a program that JAX alone runs.
+    """Writes the encoder with its weights as a program that needs only JAX.
 
-    It takes uint8 images [n, size, size, 3], any n, and gives float32 features [n, d], computed in
-    float32 throughout. On CPUs, GPUs and TPUs it is run by
+    The program maps uint8 images [n, size, size, 3], for any n, to float32 features [n, d],
+    computed in float32 throughout. On CPUs, GPUs and TPUs, run it by
 
         jax.export.deserialize(bytearray(Path(file).read_bytes())).call(images)
 
     Args:
       path: a run's workdir, or a file of weights.
-      file: to write.
-      step: of the run's checkpoint, default the newest.
-      projector_layer: go on to this hidden layer of the projector.
+      file: the output.
+      step: of the run's checkpoint, the newest by default.
+      projector_layer: return the output of this hidden layer of the projector.
 
     Returns:
-      "size", of its images, and "features", their number.
+      "size" of the images in pixels, and "features", the number per image.
 
     Raises:
-      UserError: nothing to export, a network too big for one program, or it can't be written.
+      UserError: there is nothing to export, the network is too big for one program, or the file
+        can't be written.
     """
     encoder = load(path, step, projector_layer=projector_layer)
     config = from_json(to_json(encoder.config))
     config.dtype = "float32"
     size = flat_views(config)[0].size
     count = sum(leaf.nbytes for leaf in jax.tree.leaves(encoder.variables))
-    if count > _MOST_BYTES:
+    if count > _MAX_BYTES:
         raise UserError(
-            f"The network has {count / 2**30:.1f} GiB of weights, and a program holds 2: export it "
-            "with --format=jax."
+            f"The network has {count / 2**30:.1f} GiB of weights, but a program can contain 2: "
+            "export it with --format=jax."
         )
     function = _program(dataclasses.replace(encoder, config=config))
     (n,) = jax_export.symbolic_shape("n")
     images = jax.ShapeDtypeStruct((n, size, size, 3), jnp.uint8)
-    # Else a GPU's and a TPU's convolutions would round their inputs.
+    # By default, convolutions on GPUs and TPUs round their inputs.
     with jax.default_matmul_precision("highest"):
         exported = jax_export.export(jax.jit(function), platforms=PLATFORMS)(images)
     _write(Path(file), bytes(exported.serialize()))
@@ -170,30 +173,31 @@ def _write(file: Path, data: bytes) -> None:
 
 
 def export_folder(path: str | Path, folder: str | Path, *, step: int | None = None) -> None:
-    """Writes a folder as on the Hugging Face hub: config, weights, preprocessing, a model card.
+    """Writes a Hugging Face folder: config, weights, preprocessing and a model card.
 
-    `timm.create_model("local-dir:FOLDER")` loads it where the network is torchvision's;
-    `torch_encoder.py` in it loads any without selective kernels, `ssl_jax.load` the file
-    `ssl_jax.safetensors`.
+    `timm.create_model("local-dir:FOLDER")` loads a network that torchvision has, `torch_encoder.py`
+    in the folder any without selective kernels, and `ssl_jax.load` all.
 
     Args:
       path: a run's workdir, or a file of weights.
-      folder: to write; made if it isn't there.
-      step: of the run's checkpoint, default the newest.
+      folder: the output; created if it doesn't exist.
+      step: of the run's checkpoint, the newest by default.
 
     Raises:
-      UserError: nothing to export, or it can't be written.
+      UserError: there is nothing to export, or the folder can't be written.
     """
     folder, weights = Path(folder), weights_at(path, step)
     config = weights.config
     try:
         folder.mkdir(parents=True, exist_ok=True)
         loader = _loader(folder)
-        if config.model.sk:  # what is there is of another network
+        if config.model.sk:  # existing files belong to another network
             loader.unlink(missing_ok=True)
             (folder / "model.safetensors").unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} can't be written ({error.strerror}): choose another.") from error
+        raise UserError(
+            f"Cannot write {folder} ({error.strerror}): choose another --out."
+        ) from error
     write_weights(weights, folder / "ssl_jax.safetensors")
     if not config.model.sk:
         _write_torch(weights, folder / "model.safetensors")
@@ -208,7 +212,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def _hub_config(config: ConfigDict) -> dict[str, Any]:
-    """As timm reads it, where it is a network of timm's."""
+    """`config.json` as timm reads it."""
     how = preprocessing(config)
     size = how["size"]
     found: dict[str, Any] = {
@@ -230,7 +234,7 @@ def _hub_config(config: ConfigDict) -> dict[str, Any]:
         "ssl_jax": {
             **architecture(config.model),
             "method": config.method,
-            "antialias": how["antialias"],  # timm's and the hub's preparations always are
+            "antialias": how["antialias"],  # timm and Hugging Face always antialias
         },
     }
     if is_torchvisions(config):
@@ -239,7 +243,7 @@ def _hub_config(config: ConfigDict) -> dict[str, Any]:
 
 
 def _hub_preprocessing(config: ConfigDict) -> dict[str, Any]:
-    """As an image processor of the hub reads it."""
+    """`preprocessor_config.json` as Hugging Face's image processors read it."""
     how = preprocessing(config)
     return {
         "image_processor_type": "BitImageProcessor",

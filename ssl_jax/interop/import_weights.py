@@ -1,8 +1,8 @@
-"""Encoders that other codes have trained: torchvision, timm, the official codes, two libraries.
+"""Reads encoders trained by other code: torchvision, timm, the methods' official code, libraries.
 
-What is read becomes `Weights`: our tree, and a config that says how the network pads and how its
-images are prepared. Names that have no place are kept in `left_out`; what is missing, or of another
-shape, is refused.
+The result is `Weights`: our tree, and a config with the network's padding and the preprocessing of
+its images. Names that no network here has are listed in `left_out`; missing names and other shapes
+are errors.
 """
 
 import dataclasses
@@ -22,22 +22,32 @@ from ssl_jax.interop.infer_architecture import Found, require_whole, weights_of
 from ssl_jax.interop.pickled import may_be_pickled, read_pickle, read_torch
 from ssl_jax.interop.simclr import checkpoint_prefix, read_checkpoint, read_simclr
 from ssl_jax.interop.torch_names import from_torch, from_torch_layout, sequential
-from ssl_jax.interop.weights import FORMAT, Weights, own, own_config, read_header, read_safetensors
+from ssl_jax.interop.weights import (
+    FORMAT,
+    Weights,
+    parse_config,
+    parse_weights,
+    read_header,
+    read_safetensors,
+)
 
 Arrays = Mapping[str, np.ndarray]
 _KNOWN = (
-    "give a .safetensors file, one that torch.save has written, a pickle of BYOL's code, or the "
-    "beginning of a TensorFlow checkpoint's files"
+    "give a .safetensors file, a file written by torch.save, a pickle of BYOL's code, or the "
+    "prefix of a TensorFlow checkpoint"
 )
+_LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 KINDS = ("byol", "lightly", "moco", "simclr", "simsiam", "solo", "swav", "timm", "torchvision")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Torch:
-    """A PyTorch code: where its encoder is in the state dict, and its heads' linear layers.
+    """Names in the state dict of a PyTorch code.
 
-    Heads are our networks' names to their layers, by the numbers of a `Sequential` of linear
-    layers, BatchNorms and ReLUs.
+    Attributes:
+      prefix: of the encoder's names.
+      heads: by the prefix of their names, the projector first: our layers by the numbers of a
+        `Sequential` of linear layers, BatchNorms and ReLUs.
     """
 
     prefix: str
@@ -60,8 +70,8 @@ _TORCH = {
 }
 
 
-def is_elsewhere(path: str | Path) -> bool:
-    """Whether a path is a file of weights, or a checkpoint's beginning, and no run's workdir."""
+def is_weights_file(path: str | Path) -> bool:
+    """Whether a path is a file of weights or a TensorFlow checkpoint, not a run's workdir."""
     path = _in_folder(path)
     if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
         return False
@@ -69,55 +79,55 @@ def is_elsewhere(path: str | Path) -> bool:
 
 
 def _in_folder(path: str | Path) -> Path:
-    """The file in a folder of `ssl-jax export --format=folder`, or of timm's; else the path."""
+    """The file in a folder of timm or of `ssl-jax export --format=folder`; else the path itself."""
     path = Path(path).expanduser()
     names = ("ssl_jax.safetensors", "model.safetensors")
-    if (path / "checkpoints").is_dir():  # a run, whatever else was put there
+    if (path / "checkpoints").is_dir():  # a run, even if it contains such a file
         return path
     return next((path / name for name in names if (path / name).is_file()), path)
 
 
 def read_weights(path: str | Path, kind: str = "") -> Weights:
-    """Reads the networks in a file, of ours or of another code.
+    """Reads the networks in a file of ssl_jax or of other code.
 
     Args:
-      path: a `.safetensors` file of ours or with torchvision's names; a PyTorch file; the beginning
-        of a TensorFlow checkpoint's files, or a saved model's folder (SimCLR); a pickle (BYOL).
-      kind: whose it is, one of `KINDS`; "": as the names tell.
+      path: a `.safetensors` file of ssl_jax or with torchvision's names; a PyTorch file; the prefix
+        of a TensorFlow checkpoint or the folder of a saved model (SimCLR); a pickle (BYOL).
+      kind: the code that wrote it, one of `KINDS`; "" infers it from the names.
 
     Returns:
-      The weights. The networks beside the encoder are there where the official code's are. The file
-      read last is kept in memory.
+      The weights, for the official code with the heads that the file contains. The last file is
+      cached in memory.
 
     Raises:
-      UserError: nothing there, it can't be read, or it doesn't hold a network that is known here.
+      UserError: the file doesn't exist, can't be read, or contains no supported network.
     """
     path = _in_folder(path)
     if kind and kind not in KINDS:
-        raise UserError(f"There is no kind '{kind}' of weights.{did_you_mean(kind, KINDS)}")
+        raise UserError(f"Unknown kind of weights '{kind}'.{did_you_mean(kind, KINDS)}")
     prefix = checkpoint_prefix(path)
     file = Path(f"{prefix}.index") if prefix else path
     if not file.is_file():
-        raise UserError(f"There is no file of weights {path}.")
+        raise UserError(f"{path} is not a file of weights.")
     if prefix is None and path.suffix != ".safetensors" and not may_be_pickled(path):
-        raise UserError(f"{path} holds no weights: {_KNOWN}.")
+        raise UserError(f"{path} contains no weights: {_KNOWN}.")
     now = file.stat()
     return _read(path, prefix, kind, (now.st_mtime_ns, now.st_size))
 
 
 @functools.lru_cache(maxsize=1)
 def _read(path: Path, prefix: Path | None, kind: str, state: tuple[int, int]) -> Weights:
-    """Reads a file, again only when it is another one or has changed."""
+    """Reads a file; the last result is cached until the file changes."""
     if prefix is not None:
         if kind not in ("", "simclr"):
-            raise UserError(f"{path} is a TensorFlow checkpoint, SimCLR's: leave the kind out.")
+            raise UserError(f"{path} is a TensorFlow checkpoint of SimCLR: omit the kind.")
         return weights_of(read_simclr(read_checkpoint(prefix), path), path)
     if path.suffix == ".safetensors":
         arrays, header = read_safetensors(path)
         if "ssl_jax" in header:
             if kind:
-                raise UserError(f"{path} is a file of ssl_jax's own: leave the kind out.")
-            weights = own(path, arrays, header)
+                raise UserError(f"{path} was written by ssl_jax: omit the kind.")
+            weights = parse_weights(path, arrays, header)
             require_whole(weights, path)
             return weights
         weights = weights_of(_torch(arrays, kind, path), path)
@@ -128,8 +138,8 @@ def _read(path: Path, prefix: Path | None, kind: str, state: tuple[int, int]) ->
 
 
 def _as_exported(weights: Weights, path: Path, header: Mapping[str, str]) -> Weights:
-    """Of our own export with torchvision's names: the header tells padding and preparation."""
-    known = own_config(path, {"ssl_jax": FORMAT, "config": header["ssl_jax_config"]})
+    """Takes padding and preprocessing from the header of `ssl-jax export --format=torch`."""
+    known = parse_config(path, {"ssl_jax": FORMAT, "config": header["ssl_jax_config"]})
     config = weights.config
     config.model.update(known.model.to_dict())
     with config.unlocked():
@@ -137,19 +147,19 @@ def _as_exported(weights: Weights, path: Path, header: Mapping[str, str]) -> Wei
     config.eval.update(known.eval.to_dict())
     config.data.update({**known.data.to_dict(), "num_classes": config.data.num_classes})
     config.eval.projector_layer = 0
-    # How it was trained isn't in `config`.
+    # With a source, the config is not taken for the recipe that trained the weights.
     return dataclasses.replace(weights, config=config, source=f"{known.method}: {path.name}")
 
 
-def weights_config(path: str | Path) -> ConfigDict:
-    """The config of `read_weights`; of a file of ours only the header is read for it."""
+def read_weights_config(path: str | Path) -> ConfigDict:
+    """The config of `read_weights`; for a file of ssl_jax only the header is read."""
     path = _in_folder(path)
     header = read_header(path) if path.suffix == ".safetensors" else {}
-    return own_config(path, header) if "ssl_jax" in header else read_weights(path).config
+    return parse_config(path, header) if "ssl_jax" in header else read_weights(path).config
 
 
 def _state_dict(found: Any, path: Path) -> dict[str, np.ndarray]:
-    """The arrays by name in what `torch.save` wrote: a state dict, or one among other things."""
+    """Finds the state dict in an object that `torch.save` wrote."""
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
@@ -157,23 +167,26 @@ def _state_dict(found: Any, path: Path) -> dict[str, np.ndarray]:
     arrays = found.items() if isinstance(found, dict) else ()
     state = {k: v for k, v in arrays if isinstance(k, str) and isinstance(v, np.ndarray)}
     if not state:
-        raise UserError(f"{path} holds no weights by name: save a model's state_dict.")
+        raise UserError(f"{path} contains no named weights: save a model's state_dict.")
     return state
 
 
 def _torch(state: Arrays, kind: str, path: Path) -> Found:
-    kind = kind or _recognise(state, path)
+    kind = kind or _infer_kind(state, path)
     code = _TORCH.get(kind)
     if code is None:
-        raise UserError(f"{path} is no file of '{kind}': leave the kind out, or give another.")
+        raise UserError(f"{path} is not a file of '{kind}': omit the kind, or give another.")
     prefix = code.prefix
     if kind in ("torchvision", "timm") and all(name.startswith("module.") for name in state):
         prefix = "module."
     elif kind == "solo" and any(name.startswith("encoder.") for name in state):
-        prefix = "encoder."  # of its first versions
+        prefix = "encoder."  # in its first versions
     names = {k.removeprefix(prefix): k for k in state if k.startswith(prefix)}
     if not names:
-        raise UserError(f"{path} has no names that begin with '{prefix}', as those of {kind} do.")
+        raise UserError(
+            f"{path} has no names that start with '{prefix}', as files of {kind} do: omit the "
+            "kind, or give another."
+        )
     small = "2.0.conv1.weight" in names
     if any(re.match(r"\d+\.", name) for name in names):
         renamed = sequential(names)
@@ -183,25 +196,44 @@ def _torch(state: Arrays, kind: str, path: Path) -> Found:
     beyond = [name for name in unknown if re.match(r"layer\d\.", name)]
     if beyond:
         raise UserError(
-            f"{path} has {len(beyond)} names in its blocks that no ResNet here has, such as "
-            f"{names[beyond[0]]}: it is another network."
+            f"{path} is not a supported ResNet: {len(beyond)} names in its blocks are unknown, "
+            f"such as {names[beyond[0]]}."
         )
     found = Found(kind, {"encoder": params}, {"encoder": stats}, small_stem=small)
     taken = {theirs for name, theirs in names.items() if name not in unknown}
-    for number, (start, layers) in enumerate(code.heads.items()):
-        head = ("projector", "predictor")[number]
+    for head, (start, layers) in zip(("projector", "predictor"), code.heads.items(), strict=False):
         taken |= _head(found, head, state, start, layers)
+    if kind in ("torchvision", "timm") and f"{prefix}fc.weight" in state:
+        taken |= _head(found, "classifier", state, f"{prefix}fc.", {"": "Dense_0"})
     if kind == "swav" and "module.prototypes.weight" in state:
         kernel = from_torch_layout(state["module.prototypes.weight"])
         found.params["prototypes"] = {"kernel": kernel}
         taken.add("module.prototypes.weight")
-    if kind in ("torchvision", "timm") and f"{prefix}fc.weight" in state:
-        taken |= _linear(found, "classifier", "Dense_0", state, f"{prefix}fc")
     found.left_out = tuple(sorted(set(state) - taken))
     return found
 
 
-def _recognise(state: Arrays, path: Path) -> str:
+def _head(
+    found: Found, head: str, state: Arrays, start: str, layers: Mapping[str, str]
+) -> set[str]:
+    """Adds a head to `found`, and returns the names that it has taken."""
+    if f"{start}weight" in state and "" not in layers:  # one layer, without a number
+        layers = {"": "dense1"}
+
+    def place(name: str) -> tuple[str, str] | None:
+        number, _, leaf = name.removeprefix(start).rpartition(".")
+        return (layers[number], leaf) if number in layers and leaf in _LEAVES else None
+
+    names = {name: value for name, value in state.items() if name.startswith(start)}
+    params, stats, unknown = from_torch(names, place)
+    if params:
+        found.params[head] = params
+    if stats:
+        found.batch_stats[head] = stats
+    return set(names) - set(unknown)
+
+
+def _infer_kind(state: Arrays, path: Path) -> str:
     def has(prefix: str) -> bool:
         return any(name.startswith(prefix) for name in state)
 
@@ -213,15 +245,15 @@ def _recognise(state: Arrays, path: Path) -> str:
         return "swav"
     solos = any(map(has, ("projector.", "classifier.", "momentum_", "predictor.", "prototypes.")))
     if has("encoder.conv1."):
-        # Its first versions; SimSiam's heads are in `encoder.fc` and `predictor`.
+        # solo-learn's first versions; SimSiam's heads are in `encoder.fc` and `predictor`.
         if not has("projector.") and not has("classifier."):
             raise UserError(
-                f"{path} has names that begin with 'encoder.', which don't tell whose they are: "
-                "say it with --kind=solo, or keep the encoder alone, under torchvision's names."
+                f"{path} has names that start with 'encoder.', which several codes use: give "
+                "--kind=solo, or save only the encoder, with torchvision's names."
             )
         return "solo"
     if has("backbone."):
-        # A `Sequential`, which solo-learn never has.
+        # A `Sequential`, which solo-learn never saves.
         numbered = any(re.match(r"backbone\.\d+\.", name) for name in state)
         others = any(map(has, ("projection_head", "prediction_head.", "student_", "teacher_")))
         if numbered or others:
@@ -231,41 +263,8 @@ def _recognise(state: Arrays, path: Path) -> str:
         first = state.get("backbone.conv1.weight")
         if first is not None and first.shape[-1:] == (3,):
             raise UserError(
-                f"{path} has names that don't tell whether it is solo-learn's or lightly's, whose "
-                "small stems differ: say it with --kind=solo or --kind=lightly."
+                f"{path} has names of both solo-learn and lightly, whose small stems differ: "
+                "give --kind=solo or --kind=lightly."
             )
         return "lightly"
     return "torchvision"
-
-
-def _head(
-    found: Found, head: str, state: Arrays, start: str, layers: Mapping[str, str]
-) -> set[str]:
-    """Takes a head's layers; a head of one layer has no number."""
-    taken = set()
-    if f"{start}weight" in state:
-        layers = {"": "dense1"}
-    for number, layer in layers.items():
-        taken |= _linear(found, head, layer, state, f"{start}{number}".removesuffix("."))
-    return taken
-
-
-def _linear(found: Found, head: str, layer: str, state: Arrays, name: str) -> set[str]:
-    """Takes a linear layer or a BatchNorm, with what it has of weights and statistics."""
-    taken = set()
-    places = {"weight": "kernel" if layer.lower().startswith("dense") else "scale", "bias": "bias"}
-    for theirs, ours in places.items():
-        value = state.get(f"{name}.{theirs}")
-        if value is not None:
-            node = found.params.setdefault(head, {}).setdefault(layer, {})
-            node[ours] = from_torch_layout(value)
-            taken.add(f"{name}.{theirs}")
-    for theirs, ours in (("running_mean", "mean"), ("running_var", "var")):
-        value = state.get(f"{name}.{theirs}")
-        if value is not None:
-            node = found.batch_stats.setdefault(head, {}).setdefault(layer, {})
-            node[ours] = np.asarray(value, np.float32)
-            taken.add(f"{name}.{theirs}")
-    if f"{name}.num_batches_tracked" in state:
-        taken.add(f"{name}.num_batches_tracked")
-    return taken

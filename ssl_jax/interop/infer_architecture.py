@@ -1,8 +1,9 @@
-"""From what a foreign file holds to `Weights`: the config it comes to, and the check against it."""
+"""Infers the config of imported networks from their shapes, and checks them against it."""
 
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,19 @@ from ssl_jax.models.resnet import STAGES
 from ssl_jax.recipes import CIFAR10, IMAGENET, IMAGENET_SWAV
 
 _METHODS = ("moco", "simsiam", "swav", "simclr", "byol")
-_SAID = 12  # names that a sentence lists
+_MAX_LISTED = 12  # names in an error message
 
 
 @dataclasses.dataclass
 class Found:
-    """What a file holds, in our tree.
+    """The contents of an imported file, in our tree.
 
     Attributes:
-      kind: whose it is.
+      kind: the code that wrote it, one of `import_weights.KINDS`.
       params, batch_stats: by network.
-      small_stem: lightly's small ResNet as a `Sequential` of its children, which leaves out the
-        stem's ReLU.
-      left_out: names in the file that were not taken.
+      small_stem: whether it is lightly's small ResNet as a `Sequential` of its children, which
+        omits the stem's ReLU.
+      left_out: names in the file that no network here has.
     """
 
     kind: str
@@ -43,10 +44,14 @@ class Found:
 
 
 def weights_of(found: Found, path: Path) -> Weights:
-    """Makes the config and checks that each network has all that it needs, in its shapes.
+    """Infers the config, and checks that the networks are complete.
+
+    Args:
+      found: the file's contents.
+      path: the file, for error messages and timm's `config.json` next to it.
 
     Raises:
-      UserError: what is there is no ResNet of `ssl_jax`, or not all of one.
+      UserError: the file contains no supported ResNet, or an incomplete one.
     """
     config = default_config()
     config.model.update(_model(found, path))
@@ -54,9 +59,9 @@ def weights_of(found: Found, path: Path) -> Weights:
         _heads(config, found)
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(
-            f"{path} has heads that are not those of {found.kind} ({error})."
+            f"{path} has heads that differ from those of {found.kind} ({error})."
         ) from error
-    _preparation(config, found.kind, path)
+    _preprocessing(config, found.kind, path)
     source = f"{found.kind}: {path.name}"
     weights = Weights(config, found.params, found.batch_stats, 0, source, found.left_out)
     require_whole(weights, path)
@@ -64,53 +69,56 @@ def weights_of(found: Found, path: Path) -> Weights:
 
 
 def require_whole(weights: Weights, path: Path) -> None:
-    """Checks that each network that is there has all that it needs, in its shapes.
+    """Checks that the networks have all names and shapes that their config requires.
+
+    Args:
+      weights: the networks, which must include the encoder.
+      path: the file, for error messages.
 
     Raises:
-      UserError: the encoder isn't there, something is missing, of another shape, or too much.
+      UserError: the encoder or a name is missing, a name is unknown, or a shape differs.
     """
     method, size = make_method(weights.config, Schedule(1, 1)), 32
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     params, stats = jax.eval_shape(lambda k, x: init_networks(method.networks, k, x), key, image)
     if "encoder" not in weights.params:
-        raise UserError(f"{path} holds no encoder.")
+        raise UserError(f"{path} contains no encoder.")
     for name in weights.params:
         if name not in params:
-            continue  # prototypes, which are no network
+            continue  # prototypes, which are not a network
         _check(f"parameters of the {name}", weights.params[name], params[name], path)
         kept = weights.batch_stats.get(name, {})
         _check(f"running statistics of the {name}", kept, stats[name], path)
 
 
-def _check(what: str, mine: Pytree, expected: Pytree, path: Path) -> None:
-    there, needed = (
-        {name: value.shape for name, value in flatten_dict(tree, sep="/").items()}
-        for tree in (mine, expected)
+def _check(what: str, tree: Pytree, expected: Pytree, path: Path) -> None:
+    """Compares names and shapes; `what` names the tree in error messages."""
+    actual, needed = (
+        {name: value.shape for name, value in flatten_dict(part, sep="/").items()}
+        for part in (tree, expected)
     )
-    missing = sorted(needed.keys() - there.keys())
+    missing = sorted(needed.keys() - actual.keys())
     if missing:
         raise UserError(f"{path} lacks {len(missing)} of {len(needed)} {what}: {_listed(missing)}.")
-    beyond = sorted(there.keys() - needed.keys())
-    if beyond:
-        raise UserError(
-            f"{path} has {len(beyond)} {what} that no ResNet here has: {_listed(beyond)}."
-        )
+    unknown = sorted(actual.keys() - needed.keys())
+    if unknown:
+        raise UserError(f"{path} has {len(unknown)} unknown {what}: {_listed(unknown)}.")
     for name, shape in needed.items():
-        if there[name] != shape:
+        if actual[name] != shape:
             raise UserError(
-                f"{path}: {name} of {what} has the shape {list(there[name])}, and it should be "
-                f"{list(shape)}: it is another network."
+                f"{path} is not a supported ResNet: {name} in {what} has the shape "
+                f"{list(actual[name])}, not {list(shape)}."
             )
 
 
 def _listed(names: list[str]) -> str:
-    more = len(names) - _SAID
-    return ", ".join(names[:_SAID]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - _MAX_LISTED
+    return ", ".join(names[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _model(found: Found, path: Path) -> dict[str, Any]:
-    """Depth, width and stem as the shapes tell; padding as the code has it."""
+    """Infers depth, width and stem from the shapes, padding from the code that wrote the file."""
     encoder = found.params["encoder"]
     stem = encoder.get("stem", {})
     kernel = stem.get("conv1", {}).get("kernel")
@@ -120,12 +128,11 @@ def _model(found: Found, path: Path) -> dict[str, Any]:
     depth = next((d for d, n in STAGES.items() if n == blocks and (d >= 50) == bottleneck), None)
     if kernel is None and depth is not None:
         raise UserError(
-            f"{path} holds no ResNet-{', '.join(map(str, STAGES))} that is known here: its stem "
-            "isn't one convolution, conv1, but a deeper one, or none."
+            f"{path} is not a supported ResNet: its stem is not a single convolution, conv1."
         )
     if kernel is None or kernel.ndim != 4 or depth is None:
         raise UserError(
-            f"{path} holds no ResNet-{', '.join(map(str, STAGES))}: its stages have "
+            f"{path} contains no ResNet-{', '.join(map(str, STAGES))}: its stages have "
             f"{', '.join(map(str, counted))} blocks."
         )
     last = max(stem, key=lambda name: name.startswith("conv") and int(name[4:]))
@@ -142,7 +149,7 @@ def _model(found: Found, path: Path) -> dict[str, Any]:
 
 
 def _heads(config: ConfigDict, found: Found) -> None:
-    """The method with the sizes of its heads; without heads, a classifier's."""
+    """Sets the method and the sizes of its heads; "supervised" for a file without heads."""
     projector = found.params.get("projector")
     config.method = found.kind if found.kind in _METHODS and projector else "supervised"
     if config.method == "supervised":
@@ -163,44 +170,47 @@ def _heads(config: ConfigDict, found: Found) -> None:
         options.prototypes = int(found.params["prototypes"]["kernel"].shape[1])
 
 
-def _preparation(config: ConfigDict, kind: str, path: Path) -> None:
-    """Images as the code evaluates them, and the data set that it is likely of."""
+def _preprocessing(config: ConfigDict, kind: str, path: Path) -> None:
+    """Sets the preprocessing that the code evaluates with, and the likely data set."""
     small = config.model.stem != "imagenet"
-    normalised = {"simclr": {}, "swav": IMAGENET_SWAV}.get(kind, IMAGENET)
+    normalization = {"simclr": {}, "swav": IMAGENET_SWAV}.get(kind, IMAGENET)
     if small and kind in ("solo", "torchvision", "timm"):
-        normalised = CIFAR10
-    # Whose way it is to make images smaller; the crops themselves are not known.
+        normalization = CIFAR10
+    # The sampler decides how images are downscaled; the crops of training are unknown.
     sampler = {"simclr": "tf", "byol": "byol"}.get(kind, "torchvision")
-    one = view(size=32 if small else 224, crop={"sampler": sampler}, **normalised)
-    with config.unlocked():
-        config.views = {"view1": one, "view2": ConfigDict(one)}
+    _set_views(config, 32 if small else 224, sampler, normalization)
     config.eval.interpolation = "bicubic" if kind in ("simclr", "byol", "timm") else "bilinear"
     if kind == "timm":
         config.eval.crop_fraction = 0.95
     if small:
         config.eval.crop_fraction = 1.0
     if kind in ("torchvision", "timm"):
-        _timms_own(config, path)
+        _timm_preprocessing(config, path)
     config.data.update(name="tfds", dataset="cifar10" if small else "imagenet2012")
     config.data.test_split = "test" if small else "validation"
 
 
-def _timms_own(config: ConfigDict, path: Path) -> None:
-    """Takes the preparation from timm's `config.json`, where it lies beside the weights."""
+def _set_views(
+    config: ConfigDict, size: int, sampler: str, normalization: Mapping[str, Any]
+) -> None:
+    one = view(size=size, crop={"sampler": sampler}, **normalization)
+    with config.unlocked():
+        config.views = {"view1": one, "view2": ConfigDict(one)}
+
+
+def _timm_preprocessing(config: ConfigDict, path: Path) -> None:
+    """Takes the preprocessing from timm's `config.json` next to the weights, if it is valid."""
     try:
-        told = json.loads(path.with_name("config.json").read_text())["pretrained_cfg"]
-        mean, std = tuple(map(float, told["mean"])), tuple(map(float, told["std"]))
-        size, fraction = int(told["input_size"][-1]), float(told["crop_pct"])
-        interpolation = told["interpolation"]
+        timm = json.loads(path.with_name("config.json").read_text())["pretrained_cfg"]
+        mean, std = tuple(map(float, timm["mean"])), tuple(map(float, timm["std"]))
+        size, fraction = int(timm["input_size"][-1]), float(timm["crop_pct"])
+        interpolation = timm["interpolation"]
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         return
     if interpolation not in ("bicubic", "bilinear") or not 0 < fraction <= 1 or size < 1:
         return
     if len(mean) != 3 or len(std) != 3 or not all(0 < s < math.inf for s in std):
         return
-    plain = mean == (0.0,) * 3 and std == (1.0,) * 3
-    normalised = {} if plain else {"mean": mean, "std": std}
-    one = view(size=size, crop={"sampler": "torchvision"}, **normalised)
-    with config.unlocked():
-        config.views = {"view1": one, "view2": ConfigDict(one)}
+    identity = mean == (0.0,) * 3 and std == (1.0,) * 3
+    _set_views(config, size, "torchvision", {} if identity else {"mean": mean, "std": std})
     config.eval.update(interpolation=interpolation, crop_fraction=fraction)

@@ -1,4 +1,4 @@
-"""Where a run's first weights come from, when they are another run's."""
+"""Initial weights from another run or a file: `config.init_from`, and the teacher to distill."""
 
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from ssl_jax.step import TrainState
 
 
 def resolve_initial_weights(config: ConfigDict) -> None:
-    """Fills in what the runs say from which the config takes weights.
+    """Completes a config with keys of the runs that its weights come from.
 
     Args:
-      config: of a run, changed in place: the width of a kept projector, the teacher's networks.
+      config: changed in place: the width of a kept projector, the teacher's networks.
 
     Raises:
-      UserError: no run there, or one that can't be started from or learnt from.
+      UserError: a source doesn't exist, or its networks don't fit.
     """
     if config.init_from.path:
         _resolve_encoder(config)
@@ -40,8 +40,8 @@ def _resolve_encoder(config: ConfigDict) -> None:
             )
     if config.init_from.heads and source.method != config.method:
         raise UserError(
-            f"config.init_from.heads is on, but {config.init_from.path} is of '{source.method}': "
-            f"its heads are no heads of '{config.method}'; set it to false."
+            f"config.init_from.heads is true, but {config.init_from.path} has heads of "
+            f"'{source.method}', not of '{config.method}': set it to false."
         )
     options = config.supervised
     if config.method != "supervised" or not options.projector_layer:
@@ -54,8 +54,8 @@ def _resolve_encoder(config: ConfigDict) -> None:
         if source.method != "simclr":
             raise UserError(
                 f"config.supervised.projector_layer is {options.projector_layer}, but "
-                f"{config.init_from.path} is a run of '{source.method}': only SimCLR's projectors "
-                "are kept; use 0."
+                f"{config.init_from.path} is a run of '{source.method}', and only SimCLR's "
+                "projectors can be kept: use 0."
             )
     if options.projector_layer > layers:
         raise UserError(
@@ -70,7 +70,7 @@ def _resolve_teacher(config: ConfigDict) -> None:
     if source.method not in ("supervised", "distill"):
         raise UserError(
             f"{config.distill.teacher} (config.distill.teacher) is a run of '{source.method}', "
-            "which has no classifier to learn from: fine-tune it first, ssl-jax finetune."
+            "which has no classifier to learn from: fine-tune it first with ssl-jax finetune."
         )
     config.distill.update(architecture(source.model))
     kept = source.supervised if source.method == "supervised" else None
@@ -79,22 +79,23 @@ def _resolve_teacher(config: ConfigDict) -> None:
     if config.data.num_classes != source.data.num_classes:
         raise UserError(
             f"config.data.num_classes is {config.data.num_classes}, but the teacher in "
-            f"{config.distill.teacher} tells {source.data.num_classes} classes apart: set it so."
+            f"{config.distill.teacher} has {source.data.num_classes} classes: set "
+            f"config.data.num_classes={source.data.num_classes}."
         )
 
 
 def load_initial_weights(state: TrainState, config: ConfigDict) -> TrainState:
-    """The state of a run before its first step, with the weights that come from elsewhere.
+    """Replaces random initial weights by those of the config's sources.
 
     Args:
-      state: drawn, on one device.
-      config: resolved.
+      state: at initialization, on one device.
+      config: completed by `resolve_initial_weights`.
 
     Returns:
-      The state; a target that copies the encoder copies these weights too.
+      The state; a target network gets the same weights as the network that it follows.
 
     Raises:
-      UserError: a run without a checkpoint, or of other shapes.
+      UserError: a source has no checkpoint, or other shapes.
     """
     params, method_state = dict(state.params), dict(state.method_state)
     if config.init_from.path:
@@ -103,13 +104,14 @@ def load_initial_weights(state: TrainState, config: ConfigDict) -> TrainState:
         for name in _names(config, params):
             if name not in source.params:
                 raise UserError(
-                    f"{config.init_from.path} (config.init_from.path) has no {name} to start."
+                    f"{config.init_from.path} (config.init_from.path) has no {name}: set "
+                    "config.init_from.heads=false."
                 )
             params[name] = _copy_params(params[name], source.params[name], name)
             if name in stats:
                 stats[name] = _copy_params(stats[name], source.batch_stats.get(name, {}), name)
             if name in method_state.get("target", {}):
-                # A copy of its own: the state is donated, each array once.
+                # A copy, as the state is donated and each array can be donated only once.
                 copied = jax.tree.map(lambda x: x.copy(), params[name])
                 method_state["target"] = {**method_state["target"], name: copied}
         method_state["batch_stats"] = stats
@@ -124,26 +126,29 @@ def load_initial_weights(state: TrainState, config: ConfigDict) -> TrainState:
 
 
 def _names(config: ConfigDict, params: Any) -> list[str]:
-    """The networks that come from elsewhere."""
+    """The networks that are loaded."""
     if config.init_from.heads:
         return list(params)
     kept = ("encoder", "projector") if config.method == "supervised" else ("encoder",)
     return [name for name in kept if name in params]
 
 
-def _copy_params(drawn: Any, source: Any, name: str) -> Any:
-    """The source's leaves in the places of the drawn ones."""
-    if not isinstance(drawn, dict):
-        if drawn.shape != source.shape:
+def _copy_params(initial: Any, source: Any, name: str) -> Any:
+    """Copies the source's leaves into the structure of the initial tree."""
+    if not isinstance(initial, dict):
+        if initial.shape != source.shape:
             raise UserError(
-                f"Weights of the {name} have the shape {list(source.shape)} where this run has "
-                f"{list(drawn.shape)}: config.model must be that of the run they come from."
+                f"The loaded {name} has weights of shape {list(source.shape)} where this run has "
+                f"{list(initial.shape)}: use the config.model of the run that it comes from."
             )
         return jnp.array(source)
-    missing = sorted(set(drawn) - set(source))
+    missing = sorted(set(initial) - set(source))
     if missing:
-        raise UserError(f"The run that the {name} comes from has no {missing[0]}: it can't start.")
-    return {key: _copy_params(drawn[key], source[key], name) for key in drawn}
+        raise UserError(
+            f"The loaded {name} has no {missing[0]}: use the config.model of the run that it comes "
+            "from."
+        )
+    return {key: _copy_params(initial[key], source[key], name) for key in initial}
 
 
 def _path(text: str) -> Path:

@@ -1,6 +1,8 @@
-"""A pretrained encoder for use outside training."""
+"""`ssl_jax.load`, and the weights and configs of runs and files that it reads."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from ml_collections import ConfigDict
 from ssl_jax.config import Schedule
 from ssl_jax.data.pipeline import prepare_clean
 from ssl_jax.errors import UserError
-from ssl_jax.interop.import_weights import is_elsewhere, read_weights, weights_config
+from ssl_jax.interop.import_weights import is_weights_file, read_weights, read_weights_config
 from ssl_jax.interop.weights import Weights
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import make_encoder
@@ -28,16 +30,17 @@ Pytree = Any
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Encoder:
-    """The evaluated network of a run.
+    """A pretrained encoder for use outside training.
 
     Attributes:
-      config: of the run.
-      params: of the encoder.
+      config: the run's.
+      params: the encoder's parameters.
       batch_stats: its BatchNorm statistics.
       step: of the checkpoint.
-      projector_layer: 0; or which hidden layer of the projector `apply` goes on to.
-      projector: "params" and "batch_stats" of the projector, where a layer of it is asked for.
-      source: the path that it was loaded from.
+      projector_layer: the projector's hidden layer whose output `apply` returns; 0 for the
+        encoder's.
+      projector: "params" and "batch_stats" of the projector, None if `projector_layer` is 0.
+      source: the path it was loaded from.
     """
 
     config: ConfigDict
@@ -49,7 +52,7 @@ class Encoder:
     source: str = ""
 
     def __repr__(self) -> str:
-        """In a line: the weights themselves are in `params`."""
+        """One line, without the weights."""
         layer = f" of projector layer {self.projector_layer}" if self.projector_layer else ""
         count = sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
         step = f"step {self.step} of " if self.step else ""
@@ -60,47 +63,47 @@ class Encoder:
 
     @property
     def num_features(self) -> int:
-        """How many features `apply` gives of an image."""
+        """The number of features that `apply` returns per image."""
         if self.projector_layer:
             layer = self.projector["params"][f"dense{self.projector_layer}"]
             return int(layer["kernel"].shape[-1])
         return int(make_encoder(self.config).num_features)
 
     def apply(self, images: Array) -> Float[Array, "n d"]:
-        """Features of images, in evaluation mode.
+        """Computes features in evaluation mode.
 
         Args:
-          images: [n, H, W, 3], uint8 or floats in [0, 1]; resized to the run's size and normalised
+          images: [n, H, W, 3], uint8 or floats in [0, 1]; resized to the run's size and normalized
             as in training.
 
         Returns:
           float32 [n, D].
 
         Raises:
-          UserError: another shape or dtype, or floats that look like 0 … 255.
+          UserError: the images have another shape or dtype, or are floats from 0 to 255.
         """
         images = jnp.asarray(images)
         if images.ndim != 4 or images.shape[-1] != 3:
             raise UserError(
-                f"An encoder takes images [n, H, W, 3], not {list(images.shape)}: add the axis of "
-                "examples with images[None], repeat the channel of gray images three times."
+                f"The images have the shape {list(images.shape)}, not [n, H, W, 3]: add a batch "
+                "axis with images[None], or repeat the channel of gray images three times."
             )
         if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
             raise UserError(
-                f"An encoder takes uint8 images or floats in [0, 1], not {images.dtype}: convert "
-                "them with images.astype(np.uint8)."
+                f"The images are {images.dtype}, not uint8 or floats in [0, 1]: convert them with "
+                "images.astype(np.uint8)."
             )
-        # Bicubic resizing may overshoot 1 a little.
+        # Bicubic resizing may overshoot 1 slightly.
         if images.dtype != jnp.uint8 and images.size and float(images.max()) > 2.0:
             raise UserError(
-                f"An encoder takes floats in [0, 1], but these go up to {float(images.max()):g}: "
+                f"Float images must be in [0, 1], but the maximum is {float(images.max()):g}: "
                 "divide them by 255, or convert them with images.astype(np.uint8)."
             )
         return self._apply(self.variables, images)
 
     @property
     def variables(self) -> Pytree:
-        """What `apply` runs: "params" and "batch_stats", each by the network's name."""
+        """Variables of the networks that `apply` runs: "params" and "batch_stats", by network."""
         variables = {
             "params": {"encoder": self.params},
             "batch_stats": {"encoder": self.batch_stats},
@@ -128,32 +131,31 @@ class Encoder:
 def load(
     path: str | Path, step: int | None = None, *, projector_layer: int | None = None
 ) -> Encoder:
-    """Loads an encoder that a run has trained, or that is in a file.
+    """Loads an encoder from a run or a file.
 
     Args:
-      path: the run's workdir; or a file of weights: of `ssl-jax export` or `ssl-jax import`, or of
-        another code as `ssl_jax.interop.import_weights.read_weights` takes it.
-      step: of the run's checkpoint, default the newest.
-      projector_layer: go on to this hidden layer of the projector, after its ReLU (SimCLR v2's
-        fine-tuning takes 1); 0 stays at the encoder; default `config.eval.projector_layer`.
+      path: the run's workdir, or a file of weights: of `ssl-jax export` or `ssl-jax import`, or any
+        other that `ssl_jax.interop.import_weights.read_weights` reads.
+      step: of the run's checkpoint, the newest by default.
+      projector_layer: return the output of this hidden layer of the projector, after its ReLU
+        (SimCLR v2 fine-tunes from 1); 0 for the encoder's; default `config.eval.projector_layer`.
 
     Returns:
       The encoder, on the default device.
 
     Raises:
-      UserError: no run there, no checkpoint yet, none of that step, no such layer, or a file that
-        holds no encoder.
+      UserError: there is no run, checkpoint, step or layer as requested, or the file contains no
+        encoder.
     """
-    weights = weights_at(path, step) if is_elsewhere(path) else None
-    config = weights.config if weights else read_config(Path(path))
+    config = config_at(path)
     layer = config.eval.projector_layer if projector_layer is None else projector_layer
     make_method(config, Schedule(1, 1)).check_projector_layer(layer)
-    weights = weights or run_weights(path, step)
+    weights = weights_at(path, step)
     projector = None
     if layer:
         projector = {
             "params": weights.params["projector"],
-            "batch_stats": weights.batch_stats["projector"],
+            "batch_stats": weights.batch_stats.get("projector", {}),
         }
     params, stats = jax.tree.map(
         jnp.asarray, (weights.params["encoder"], weights.batch_stats["encoder"])
@@ -161,95 +163,81 @@ def load(
     return Encoder(config, params, stats, weights.step, layer, projector, str(path))
 
 
-def run_weights(path: str | Path, step: int | None = None) -> Weights:
-    """The networks of a run's checkpoint, on the default device; not targets, nor queues.
+def weights_at(path: str | Path, step: int | None = None) -> Weights:
+    """Reads the networks of a run, without targets and queues, or of a file of weights.
 
     Args:
-      path: the run's workdir.
-      step: of the checkpoint, default the newest.
+      path: the run's workdir, or the file.
+      step: of the run's checkpoint, the newest by default; a file has no steps.
+
+    Returns:
+      The weights; those of a run are on the default device.
 
     Raises:
-      UserError: no run there, no checkpoint yet, or none of that step.
+      UserError: the path can't be read, or there is no checkpoint of that step.
     """
+    if is_weights_file(path):
+        if step:
+            raise UserError(f"{path} is a file of weights, which has no steps: omit --step.")
+        return read_weights(path)
     state = restore_state(path, step)
     stats = {k: v for k, v in state.method_state["batch_stats"].items() if k in state.params}
     return Weights(read_config(Path(path)), state.params, stats, int(state.step))
 
 
-def weights_at(path: str | Path, step: int | None = None) -> Weights:
-    """The networks of a run, or of a file of weights, which has no steps.
-
-    Raises:
-      UserError: nothing there that can be read, or no checkpoint of that step.
-    """
-    if not is_elsewhere(path):
-        return run_weights(path, step)
-    if step:
-        raise UserError(f"{path} is a file of weights, which has no steps: leave --step out.")
-    return read_weights(path)
-
-
 def config_at(path: str | Path) -> ConfigDict:
-    """The config of a run, or of a file of weights.
+    """Reads the config of a run or a file of weights.
 
     Raises:
-      UserError: nothing there that can be read.
+      UserError: the path can't be read.
     """
-    if not Path(path).expanduser().exists() and not is_elsewhere(path):
-        raise UserError(f"There is no run, nor a file of weights, {path}.")
-    return weights_config(path) if is_elsewhere(path) else read_config(Path(path))
+    if is_weights_file(path):
+        return read_weights_config(path)
+    if not Path(path).expanduser().exists():
+        raise UserError(f"There is no run and no file of weights at {path}.")
+    return read_config(Path(path))
 
 
 def results_folder(path: str | Path) -> Path:
-    """Where what is measured on a run is kept, its workdir; of a file, a folder beside it."""
+    """The folder for evaluation results: a run's workdir, or a folder next to a file of weights."""
     path = Path(path).expanduser()
-    return path.with_name(f"{path.name}_evals") if is_elsewhere(path) else path
+    return path.with_name(f"{path.name}_evals") if is_weights_file(path) else path
 
 
 def newest_step(path: str | Path) -> int:
-    """Of a run's checkpoints; 0 for a file of weights.
+    """The step of a run's newest checkpoint; 0 for a file of weights.
 
     Raises:
-      UserError: no run there, or no checkpoint yet.
+      UserError: there is no run, or no checkpoint yet.
     """
-    if is_elsewhere(path):
+    if is_weights_file(path):
         return 0
-    read_config(Path(path))
-    checkpoints = Checkpoints(Path(path) / "checkpoints", read_only=True)
-    try:
-        if not checkpoints.steps:
-            raise UserError(f"{path} has no checkpoint yet: let the run go on until it has one.")
+    with _checkpoints(path) as checkpoints:
         return int(checkpoints.steps[-1])
-    finally:
-        checkpoints.close()
 
 
 def restore_state(path: str | Path, step: int | None = None) -> TrainState:
-    """The whole train state of a checkpoint, on the default device.
+    """Restores the whole train state of a checkpoint on the default device.
 
     Args:
       path: the run's workdir.
-      step: of the checkpoint, default the newest.
+      step: of the checkpoint, the newest by default.
 
     Returns:
       The state.
 
     Raises:
-      UserError: no run there, no checkpoint yet, or none of that step.
+      UserError: there is no run, no checkpoint yet, or none of that step.
     """
-    workdir = Path(path)
-    config = read_config(workdir)
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    try:
+    with _checkpoints(path) as checkpoints:
         steps = checkpoints.steps
-        if not steps:
-            raise UserError(f"{workdir} has no checkpoint yet: let the run go on until it has one.")
         step = steps[-1] if step is None else step
         if step not in steps:
-            raise UserError(f"{workdir} has no checkpoint of step {step}: it has {steps}.")
-        # The lengths only matter to schedules, which are not used here.
+            raise UserError(f"{path} has no checkpoint of step {step}: use one of {steps}.")
+        config = read_config(Path(path))
+        # Lengths only affect schedules, which are not used here.
         method, optimizer, _ = assemble(config, Schedule(1, 1))
-        # Several processes read together, and each has all of it.
+        # Several processes read together, and each gets the whole state.
         several = jax.process_count() > 1
         device: Any = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         device = make_spmd().sharding("replicated") if several else device
@@ -259,5 +247,16 @@ def restore_state(path: str | Path, step: int | None = None) -> TrainState:
         )
         state: TrainState = checkpoints.restore(step, like)
         return state
+
+
+@contextlib.contextmanager
+def _checkpoints(path: str | Path) -> Iterator[Checkpoints]:
+    """Opens the checkpoints of a run, which has at least one."""
+    read_config(Path(path))  # refuses a folder without a run
+    checkpoints = Checkpoints(Path(path) / "checkpoints", read_only=True)
+    try:
+        if not checkpoints.steps:
+            raise UserError(f"{path} has no checkpoint yet: wait until the run has written one.")
+        yield checkpoints
     finally:
         checkpoints.close()

@@ -1,4 +1,4 @@
-"""What an encoder is and how its images are prepared, in words that travel with it."""
+"""Preprocessing and architecture of an encoder, as exported files describe them."""
 
 from typing import Any
 
@@ -10,12 +10,11 @@ from ssl_jax.models.resnet import architecture
 
 
 def preprocessing(config: ConfigDict) -> dict[str, Any]:
-    """How images are prepared for the encoder, as JSON types.
+    """The preprocessing of images for the encoder, as JSON types.
 
-    Pixels are in [0, 1]; the central square of `crop_fraction` of the shorter side is resized to
-    `size` (where the image isn't of that size already), a larger one averaged over what a pixel
-    covers if `antialias`, else only sampled; then `mean` and `std` normalise each channel, empty
-    for none.
+    Pixels are in [0, 1]. Unless the image already has that size, the central square of
+    `crop_fraction` of the shorter side is resized to `size`, with antialiasing if `antialias`. Then
+    `mean` and `std` normalize each channel; they are empty for no normalization.
     """
     one = flat_views(config)[0]
     return {
@@ -30,6 +29,6 @@ def preprocessing(config: ConfigDict) -> dict[str, Any]:
 
 
 def is_torchvisions(config: ConfigDict) -> bool:
-    """Whether torchvision's and timm's own models load the encoder."""
+    """Whether the models of torchvision and timm load the encoder."""
     plain = {"width": 1.0, "sk": False, "stem": "imagenet", "padding": "symmetric"}
     return config.model.depth <= 152 and plain.items() <= architecture(config.model).items()

@@ -1,8 +1,8 @@
-"""Pickled weights, read without executing what they ask for.
+"""Reads pickled weights without executing code from the file.
 
-Pickle is a program: it may name any function and call it. Here names lead to a short list of
-harmless constructors of arrays, and everything else to objects that keep what they are given and do
-nothing. PyTorch's files are such pickles beside their numbers.
+A pickle is a program that can call any function by name. Here, names resolve to a short list of
+harmless array constructors, and all others to inert objects that store their arguments and do
+nothing. PyTorch's files are such pickles with the tensors' data next to them.
 """
 
 import collections
@@ -36,7 +36,7 @@ _DTYPES = {
     "ByteStorage": np.dtype("u1"),
     "BoolStorage": np.dtype("?"),
 }
-# What PyTorch wrote before 1.6 begins with this number, pickled.
+# Files of PyTorch before 1.6 start with this number, pickled.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _ERRORS = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, OSError, KeyError),
@@ -46,65 +46,65 @@ _ERRORS = (
 
 
 class Inert:
-    """What a pickle asks for and doesn't get: keeps its arguments and state, does nothing."""
+    """Stands for an object of a pickle: stores its arguments and state, does nothing."""
 
     args: tuple[Any, ...]
     state: Any
     items: list[Any]
 
     def __new__(cls, *args: Any, **options: Any) -> "Inert":
-        """Keeps what the constructor would have been given."""
+        """Stores the constructor's arguments."""
         made = super().__new__(cls)
         made.args, made.state, made.items = args, None, []
         return made
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
     def __setstate__(self, state: Any) -> None:
-        """Keeps it."""
+        """Stores it."""
         self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Keeps it."""
+        """Stores it."""
         self.items.append((key, value))
 
     def append(self, value: Any) -> None:
-        """Keeps it."""
+        """Stores it."""
         self.items.append(value)
 
     def extend(self, values: Any) -> None:
-        """Keeps them."""
+        """Stores them."""
         self.items.extend(values)
 
     def add(self, value: Any) -> None:
-        """Keeps it."""
+        """Stores it."""
         self.items.append(value)
 
     def __call__(self, *args: Any, **options: Any) -> "Inert":
-        """As a function that does nothing."""
+        """Stands for a call's result, and stores the arguments."""
         return Inert(*args)
 
     def __hash__(self) -> int:
-        """By identity."""
+        """Hashes by identity."""
         return id(self)
 
     def parts(self) -> Iterator[Any]:
-        """All that it was given."""
+        """Yields everything that was stored."""
         yield from self.args
         yield self.state
         yield from self.items
 
 
 class _Sealed(type):
-    """Classes whose instances a pickle's BUILD can't change, nor they themselves."""
+    """Metaclass of classes that a pickle's BUILD can't change."""
 
     def __setattr__(cls, name: str, value: Any) -> None:
-        raise AttributeError(f"{cls.__name__} stays as it is")
+        raise AttributeError(f"{cls.__name__} is read-only")
 
 
 class _Factory(metaclass=_Sealed):
-    """A function that a pickle may call, and no more."""
+    """A function that a pickle may call, but not change."""
 
     __slots__ = ("_function",)
     _function: Callable[..., Any]
@@ -116,17 +116,17 @@ class _Factory(metaclass=_Sealed):
         return self._function(*args)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError("a factory stays as it is")
+        raise AttributeError("a factory is read-only")
 
     def __setstate__(self, state: Any) -> None:
-        raise ValueError("it changes what makes its arrays")
+        raise ValueError("it changes an array constructor")
 
     def __hash__(self) -> int:
         return id(self)
 
 
 class _Storage:
-    """Numbers in a file that tensors are cut from."""
+    """A buffer in the file, of which tensors are views."""
 
     def __init__(self, kind: str, key: str, count: int) -> None:
         self.dtype, self.key, self.count = _DTYPES.get(kind), key, count
@@ -137,17 +137,17 @@ class _Storage:
 
     def take(self, data: bytes) -> None:
         if self.dtype is None:
-            return  # of a kind that no weight is of
+            return  # not a dtype of weights
         self.data = np.frombuffer(data, self.dtype)
 
 
 class _Tensor:
-    """A tensor whose storage isn't read yet."""
+    """A tensor whose storage has not been read yet."""
 
     def __init__(self, storage: Any, offset: int, size: Any, stride: Any, *unused: Any) -> None:
         if not isinstance(storage, _Storage):
             raise ValueError("a tensor without a storage")
-        # Python's integers, which don't wrap around.
+        # Python's integers don't overflow.
         self.storage, self.offset = storage, operator.index(offset)
         self.size, self.stride = _integers(size), _integers(stride)
 
@@ -159,7 +159,7 @@ class _Tensor:
         if data is None:
             return None
         if min((self.offset, *self.size, *self.stride)) < 0 or len(self.size) != len(self.stride):
-            raise ValueError("a tensor of a negative size")
+            raise ValueError("a tensor with a negative size")
         if 0 in self.size:
             return np.zeros(self.size, data.dtype)
         reach = sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
@@ -175,16 +175,16 @@ def _integers(values: Any) -> tuple[int, ...]:
 
 
 class _Dtype:
-    """NumPy's dtype in a pickle: of plain numbers, by its name alone."""
+    """NumPy's dtype in a pickle: only numbers, by name."""
 
     def __init__(self, name: Any, *unused: Any) -> None:
         name = name.decode("latin1") if isinstance(name, bytes) else name
         if not isinstance(name, str) or not re.fullmatch(r"[<>|=]?[biuf]\d{1,2}|bfloat16", name):
-            raise ValueError(f"arrays of the kind {name!r:.20}")
+            raise ValueError(f"arrays of dtype {name!r:.20}")
         self.dtype = np.dtype(jnp.bfloat16 if name == "bfloat16" else name)
 
     def __setstate__(self, state: Any) -> None:
-        """Takes the order of bytes, the second of a dtype's state."""
+        """Takes the byte order, the second item of a dtype's state."""
         order = state[1] if isinstance(state, tuple) and len(state) > 1 else "="
         order = order.decode("latin1") if isinstance(order, bytes) else order
         if order in ("<", ">"):
@@ -192,25 +192,25 @@ class _Dtype:
 
 
 class _Array:
-    """NumPy's array in a pickle: numbers of a checked length, made when all is read."""
+    """NumPy's array in a pickle: its length is checked, and objects are refused."""
 
     def __init__(self, *unused: Any) -> None:
         self.made: np.ndarray | None = None
 
     def __setstate__(self, state: Any) -> None:
-        """Takes (version, shape, dtype, Fortran's order or not, bytes)."""
+        """Takes (version, shape, dtype, whether it is in Fortran order, bytes)."""
         _, shape, dtype, fortran, data = state
         self.made = _plain_array(data, dtype, shape, "F" if fortran else "C")
 
     def array(self) -> np.ndarray:
         if self.made is None:
-            raise ValueError("an array without numbers")
+            raise ValueError("an array without data")
         return self.made
 
 
 def _plain_array(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
     if not isinstance(dtype, _Dtype):
-        raise ValueError("an array of no plain numbers")
+        raise ValueError("an array with an unknown dtype")
     data = data.encode("latin1") if isinstance(data, str) else data
     if not isinstance(data, bytes | bytearray):
         raise ValueError("an array of objects")
@@ -219,27 +219,27 @@ def _plain_array(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
 
 
 def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
-    """Of an array in a pickle of protocol 5."""
+    """An array in a pickle of protocol 5."""
     array = _Array()
     array.made = _plain_array(data, dtype, shape, "F" if order == "F" else "C")
     return array
 
 
 def _scalar(dtype: Any, data: Any = b"") -> Any:
-    """A number of NumPy's."""
+    """A NumPy scalar."""
     return _plain_array(data, dtype, (), "C")[()]
 
 
 def _bytes(*args: Any) -> bytes:
-    """Of bytes in pickles of Python 2's protocols; `bytes()` alone is none of them."""
+    """Bytes in pickles of protocols 0 to 2, which store them as text."""
     text = args[0] if args else ""
     if not isinstance(text, str):
-        raise ValueError("bytes of something else than text")
+        raise ValueError("bytes from something other than text")
     return text.encode("latin1")
 
 
 def _allowed() -> dict[tuple[str, str], Any]:
-    """What a pickle may call, made anew for each, so that none has another's."""
+    """The functions that a pickle may call; a fresh dict for each file, so that none is shared."""
     made: dict[tuple[str, str], Callable[..., Any]] = {
         ("collections", "OrderedDict"): collections.OrderedDict,
         ("collections", "defaultdict"): lambda *unused: {},
@@ -264,7 +264,7 @@ class _Unpickler(pickle.Unpickler):
         self.storages, self.allowed = storages, _allowed()
 
     def find_class(self, module: str, name: str) -> Any:
-        """A name of the list, a kind of storage, or something inert."""
+        """Resolves a name to an allowed function, a kind of storage, or an inert class."""
         module = {"__builtin__": "builtins"}.get(module, module)
         if module in ("torch", "torch.storage") and name in _DTYPES:
             return name
@@ -276,7 +276,7 @@ class _Unpickler(pickle.Unpickler):
         return type(name.split(".")[-1] or "x", (Inert,), {})
 
     def persistent_load(self, identity: Any) -> Any:
-        """A storage, whose numbers come later."""
+        """A storage, whose data is read later."""
         if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
             return Inert(identity)
         _, kind, key, _, count = identity[:5]
@@ -286,35 +286,35 @@ class _Unpickler(pickle.Unpickler):
 
 
 def may_be_pickled(file: Path) -> bool:
-    """Whether a file begins as a pickle does, or is an archive as `torch.save` writes it."""
+    """Whether a file starts like a pickle, or is an archive of `torch.save`."""
     with contextlib.suppress(*_ERRORS), zipfile.ZipFile(file) as archive:
         return any(name.endswith("data.pkl") for name in archive.namelist())
     with file.open("rb") as opened:
         begins = opened.read(2)
-    # A protocol from 2 on, which all of these codes write; or an archive that has lost its end.
+    # Protocol 2 or later, which all supported code writes; or a truncated archive.
     return begins[:1] == b"\x80" or begins == b"PK"
 
 
 def read_pickle(file: Path) -> Any:
-    """What is in a pickle, with arrays and containers as they are and all else inert.
+    """Reads a pickle: arrays, containers and plain values; everything else is `Inert`.
 
     Raises:
-      UserError: it is no pickle, or corrupt.
+      UserError: the file is not a pickle, or is corrupt.
     """
     return _reading(file, lambda opened: _arrays(_Unpickler(opened, {}).load(), {}))
 
 
 def read_torch(file: Path) -> Any:
-    """What `torch.save` wrote, tensors as arrays and all that is no container or number inert.
+    """Reads a file of `torch.save`, with tensors as arrays.
 
     Args:
-      file: in the present (zip) format or in that before PyTorch 1.6.
+      file: in the zip format, or in the one before PyTorch 1.6.
 
     Returns:
-      Dicts, lists and tuples of arrays and plain values.
+      Dicts, lists and tuples of arrays and plain values; everything else is `Inert`.
 
     Raises:
-      UserError: it is no such file, or corrupt.
+      UserError: the file is not of PyTorch, or is corrupt.
     """
     read = _from_zip if zipfile.is_zipfile(file) else _from_legacy
     return _reading(file, lambda opened: _arrays(read(opened), {}))
@@ -325,8 +325,8 @@ def _reading(file: Path, read: Callable[[BinaryIO], Any]) -> Any:
         with file.open("rb") as opened:
             return read(opened)
     except _ERRORS as error:
-        told = first_line(error)[:200]
-        raise UserError(f"{file} can't be read ({told}): fetch it anew.") from error
+        reason = first_line(error)[:200]
+        raise UserError(f"Cannot read {file} ({reason}): download it again.") from error
 
 
 def _from_zip(opened: BinaryIO) -> Any:
@@ -336,7 +336,7 @@ def _from_zip(opened: BinaryIO) -> Any:
         root = pickled.removesuffix("data.pkl")
         order = f"{root}byteorder"
         if order in archive.namelist() and archive.read(order) != b"little":
-            raise ValueError("its numbers are in big-endian order")
+            raise ValueError("it is big-endian")
         found = _Unpickler(io.BytesIO(archive.read(pickled)), storages).load()
         for key, storage in storages.items():
             storage.take(archive.read(f"{root}data/{key}"))
@@ -350,7 +350,7 @@ def _from_legacy(opened: BinaryIO) -> Any:
         return _Unpickler(opened, storages).load()
 
     if load() != _LEGACY_MAGIC:
-        raise ValueError("it is not of PyTorch")
+        raise ValueError("it is not a PyTorch file")
     load(), load()  # the protocol, the machine
     found, keys = load(), load()
     for key in keys:
@@ -358,18 +358,18 @@ def _from_legacy(opened: BinaryIO) -> Any:
         (count,) = struct.unpack("<q", opened.read(8))
         size = storage.dtype.itemsize if storage.dtype is not None else 0
         if not size or count < 0:
-            raise ValueError("a storage of an unknown kind")
+            raise ValueError("a storage of an unknown dtype")
         data = opened.read(count * size)
         if len(data) != count * size:
-            raise EOFError("it ends early")
+            raise EOFError("it is truncated")
         storage.take(data)
     return found
 
 
 def _arrays(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
-    """With tensors and arrays in their places; what is there twice is made once.
+    """Replaces tensors and arrays by NumPy's; objects that occur several times stay shared.
 
-    `done` has by identity what was seen and what was made of it.
+    `done` has the original and its replacement, by the original's id.
     """
     if not isinstance(value, dict | list | tuple | Inert | _Tensor | _Array):
         return value
@@ -380,7 +380,7 @@ def _arrays(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
         made = value.array()
     elif isinstance(value, Inert):
         made = Inert()
-        done[id(value)] = value, made  # it may be among its own parts
+        done[id(value)] = value, made  # it may contain itself
         made.args = tuple(_arrays(each, done) for each in value.args)
         made.state = _arrays(value.state, done)
         made.items = [_arrays(each, done) for each in value.items]

@@ -1,14 +1,14 @@
-"""Our encoder's tree and torchvision's (and timm's) names, each from the other."""
+"""Conversion between our encoder's tree and the names of torchvision and timm."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ssl_jax.interop.weights import Pytree
 
-# By ours; a BatchNorm's statistics are in another tree.
+# Our leaf to PyTorch's; BatchNorm's statistics are in a tree of their own.
 _PARAMS = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 _STATS = {"mean": "running_mean", "var": "running_var"}
 _STAGE = re.compile(r"stage(\d)_block(\d+)$")
@@ -17,15 +17,15 @@ _STEM = re.compile(r"(conv1|bn1)\.(\w+)$")
 
 
 def to_torch(params: Pytree, batch_stats: Pytree) -> dict[str, np.ndarray]:
-    """An encoder's state dict under torchvision's names.
+    """Converts an encoder to a state dict with torchvision's names.
 
     Args:
-      params: of an encoder without selective kernels.
+      params: parameters of an encoder without selective kernels.
       batch_stats: its running statistics.
 
     Returns:
-      float32 arrays in PyTorch's layout; BatchNorm's `num_batches_tracked`, which its arithmetic
-      doesn't use, is 0.
+      float32 arrays in PyTorch's layout. BatchNorm's `num_batches_tracked`, which does not affect
+      its output, is 0.
     """
     found: dict[str, np.ndarray] = {}
     for tree, leaves in ((params, _PARAMS), (batch_stats, _STATS)):
@@ -38,14 +38,14 @@ def to_torch(params: Pytree, batch_stats: Pytree) -> dict[str, np.ndarray]:
 
 
 def to_torch_layout(value: np.ndarray) -> np.ndarray:
-    """A kernel [h, w, in, out] as [out, in, h, w], a matrix transposed, a vector as it is."""
+    """Transposes a kernel [h, w, in, out] to [out, in, h, w], a matrix to its transpose."""
     if value.ndim == 4:
         return value.transpose(3, 2, 0, 1)
     return value.T if value.ndim == 2 else value
 
 
 def from_torch_layout(value: np.ndarray) -> np.ndarray:
-    """The reverse of `to_torch_layout`, in float32."""
+    """Reverses `to_torch_layout`, in float32."""
     value = np.asarray(value, np.float32)
     if value.ndim == 4:
         value = value.transpose(2, 3, 1, 0)
@@ -60,41 +60,15 @@ def _module(block: str, layer: str) -> str:
     return f"layer{stage[1]}.{int(stage[2]) - 1}.{module}"
 
 
-def from_torch(
-    state: Mapping[str, np.ndarray], split: bool = False
-) -> tuple[Pytree, Pytree, list[str]]:
-    """An encoder's tree from a state dict under torchvision's names.
+def encoder_place(name: str) -> tuple[str, str] | None:
+    """Looks up where a tensor of a ResNet belongs.
 
     Args:
-      state: arrays by name; a block's shortcut may be `downsample` or `shortcut`.
-      split: BatchNorm may have its statistics several times, for parts of the batch (lightly's
-        split BatchNorm): their mean is taken, as it does itself.
+      name: torchvision's; a block's shortcut may be called `downsample` or `shortcut`.
 
     Returns:
-      Parameters and running statistics, and the names that are not an encoder's.
+      The layer's path in our tree and PyTorch's name of the leaf, None for other tensors.
     """
-    params: dict[str, np.ndarray] = {}
-    stats: dict[str, np.ndarray] = {}
-    unknown = []
-    for name, value in state.items():
-        path = _path(name)
-        if path is None:
-            unknown.append(name)
-            continue
-        place, leaf = path
-        if leaf in _STATS.values():
-            value = np.asarray(value, np.float32)
-            channels = np.size(state.get(name.replace(leaf, "weight"), value))
-            if split and channels and value.size % channels == 0:
-                value = value.reshape(-1, channels).mean(axis=0)
-            stats[f"{place}/{leaf.removeprefix('running_')}"] = value
-        elif leaf != "num_batches_tracked":
-            ours = "bias" if leaf == "bias" else "kernel" if "conv" in place else "scale"
-            params[f"{place}/{ours}"] = from_torch_layout(value)
-    return unflatten_dict(params, sep="/"), unflatten_dict(stats, sep="/"), unknown
-
-
-def _path(name: str) -> tuple[str, str] | None:
     stem = _STEM.match(name)
     if stem:
         return f"stem/{stem[1]}", stem[2]
@@ -106,15 +80,54 @@ def _path(name: str) -> tuple[str, str] | None:
     return f"stage{stage}_block{int(block) + 1}/{place}", leaf
 
 
-def sequential(names: Iterable[str]) -> dict[str, str]:
-    """Renames the children of a `Sequential` made of a ResNet's, 0 to 7, as the ResNet's.
+def from_torch(
+    state: Mapping[str, np.ndarray],
+    place: Callable[[str], tuple[str, str] | None] = encoder_place,
+    split: bool = False,
+) -> tuple[Pytree, Pytree, list[str]]:
+    """Converts a state dict to our tree.
 
     Args:
-      names: such as `0.weight` and `4.0.conv1.weight` (torchvision's children, the ReLU and the
-        pool among them) or `2.0.conv1.weight` (lightly's small ResNets, without those two).
+      state: arrays by name.
+      place: gives the layer's path in our tree and PyTorch's leaf for a name, None for a name that
+        is not of this network.
+      split: average BatchNorm statistics that are stored once per part of the batch, as lightly's
+        split BatchNorm does in evaluation.
 
     Returns:
-      Theirs to torchvision's.
+      Parameters, running statistics, and the names that are not of this network.
+    """
+    params: dict[str, np.ndarray] = {}
+    stats: dict[str, np.ndarray] = {}
+    unknown = []
+    for name, value in state.items():
+        path = place(name)
+        if path is None:
+            unknown.append(name)
+            continue
+        layer, leaf = path
+        if leaf in _STATS.values():
+            value = np.asarray(value, np.float32)
+            channels = np.size(state.get(name.replace(leaf, "weight"), value))
+            if split and channels and value.size % channels == 0:
+                value = value.reshape(-1, channels).mean(axis=0)
+            stats[f"{layer}/{leaf.removeprefix('running_')}"] = value
+        elif leaf != "num_batches_tracked":
+            linear = "conv" in layer or "dense" in layer.lower()
+            ours = "bias" if leaf == "bias" else "kernel" if linear else "scale"
+            params[f"{layer}/{ours}"] = from_torch_layout(value)
+    return unflatten_dict(params, sep="/"), unflatten_dict(stats, sep="/"), unknown
+
+
+def sequential(names: Iterable[str]) -> dict[str, str]:
+    """Maps the names of a ResNet's children in a `Sequential` to the ResNet's own.
+
+    Args:
+      names: such as `0.weight` and `4.0.conv1.weight` (torchvision's children 0 to 7, with the ReLU
+        and the pool) or `2.0.conv1.weight` (lightly's small ResNets, without those two).
+
+    Returns:
+      torchvision's name for each name.
     """
     listed = list(names)
     first = min((int(n.split(".")[0]) for n in listed if re.match(r"\d+\.\d+\.", n)), default=4)

@@ -1,7 +1,7 @@
-"""Networks as a file of our own: a run's, or what `ssl-jax import` has read elsewhere.
+"""Networks of a run or an import, in memory and in ssl_jax's own file format.
 
-A safetensors file whose names are paths in the tree, `params/encoder/stem/conv1/kernel`, with the
-config as JSON in its header. It is read without executing anything.
+The file is safetensors with paths in the tree as names, such as `params/encoder/stem/conv1/kernel`,
+and the config as JSON in its header. Reading it executes nothing.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ FORMAT = "1"
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Networks by name, among them the encoder.
+    """Networks by name, including the encoder.
 
     Attributes:
-      config: of the run; of an import, what is known of its recipe.
+      config: the run's; for an import, its network and preprocessing, with defaults otherwise.
       params: float32 arrays by network and path.
-      batch_stats: BatchNorm's running statistics, the same.
-      step: of the checkpoint; 0 where none is known.
-      source: what they were read from, in a few words; "" of a run of our own.
-      left_out: names in a foreign file that no network here has.
+      batch_stats: BatchNorm's running statistics, likewise.
+      step: of the checkpoint; 0 if unknown.
+      source: kind and name of the imported file; "" for a run.
+      left_out: names in an imported file that no network here has.
     """
 
     config: ConfigDict
@@ -48,14 +48,14 @@ class Weights:
 
 
 def write_weights(weights: Weights, file: str | Path) -> None:
-    """Writes a file that `ssl_jax.load` and `config.init_from.path` take.
+    """Writes a file for `ssl_jax.load` and `config.init_from.path`.
 
     Args:
-      weights: to write.
-      file: named `*.safetensors`; replaced as a whole.
+      weights: the networks.
+      file: `*.safetensors`; replaced atomically.
 
     Raises:
-      UserError: another name, or it can't be written.
+      UserError: the file has another suffix, or can't be written.
     """
     tree = {"params": weights.params, "batch_stats": weights.batch_stats}
     header = {
@@ -64,31 +64,33 @@ def write_weights(weights: Weights, file: str | Path) -> None:
         "step": str(weights.step),
         "source": weights.source,
     }
-    save(flatten_dict(tree, sep="/"), file, header)
+    write_safetensors(flatten_dict(tree, sep="/"), file, header)
 
 
 def portable_config(config: ConfigDict) -> dict[str, Any]:
-    """A run's config as it goes along with its weights: others log to places of their own."""
+    """A run's config as JSON for other users of its weights, without its W&B project."""
     return {**to_json(config), "wandb": ""}
 
 
-def save(arrays: Mapping[str, np.ndarray], file: str | Path, header: Mapping[str, str]) -> None:
-    """Writes arrays as safetensors, whole or not at all.
+def write_safetensors(
+    arrays: Mapping[str, np.ndarray], file: str | Path, header: Mapping[str, str]
+) -> None:
+    """Writes arrays as safetensors, atomically.
 
     Raises:
-      UserError: a name that doesn't end in .safetensors, or it can't be written.
+      UserError: the file has another suffix, or can't be written.
     """
     file = Path(file)
     if file.suffix != ".safetensors":
-        raise UserError(f"The file to write is {file}: give it a name that ends in .safetensors.")
+        raise UserError(f"Cannot write {file}: use a name that ends in .safetensors.")
     whole = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
     try:
         with replacing(file) as temporary:
             save_file(whole, temporary, dict(header))
-            # safetensors lets nobody else read what it writes.
+            # safetensors makes its files readable by their owner only.
             temporary.chmod(0o666 & ~_umask())
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} can't be written ({error}): choose another.") from error
+        raise UserError(f"Cannot write {file} ({error}): choose another file.") from error
 
 
 def _umask() -> int:
@@ -98,10 +100,10 @@ def _umask() -> int:
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Arrays by name and the header's text.
+    """Reads the arrays by name, and the header.
 
     Raises:
-      UserError: it is no such file, or corrupt.
+      UserError: the file is not safetensors, or is corrupt.
     """
     with _opened(file) as opened:
         arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -109,10 +111,10 @@ def read_safetensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
 
 
 def read_header(file: Path) -> dict[str, str]:
-    """The header's text alone.
+    """Reads only the header.
 
     Raises:
-      UserError: it is no such file, or corrupt.
+      UserError: the file is not safetensors, or is corrupt.
     """
     with _opened(file) as opened:
         return dict(opened.metadata() or {})
@@ -124,39 +126,48 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="numpy") as opened:
             yield opened
     except (OSError, SafetensorError, TypeError, ValueError) as error:
-        raise UserError(f"{file} can't be read as safetensors ({error}): fetch it anew.") from error
+        raise UserError(
+            f"Cannot read {file} as safetensors ({error}): download or export it again."
+        ) from error
 
 
-def own(file: Path, arrays: Mapping[str, np.ndarray], header: Mapping[str, str]) -> Weights:
-    """The weights in a file that `write_weights` wrote.
+def parse_weights(
+    file: Path, arrays: Mapping[str, np.ndarray], header: Mapping[str, str]
+) -> Weights:
+    """Converts the contents of a file that `write_weights` wrote.
+
+    Args:
+      file: for error messages.
+      arrays: by path in the tree.
+      header: with the config.
 
     Raises:
-      UserError: it is of another version, or corrupt.
+      UserError: the file has another version, or is corrupt.
     """
-    config = own_config(file, header)
+    config = parse_config(file, header)
     try:
         tree = unflatten_dict(arrays, sep="/")
         step, source = int(header["step"]), header["source"]
         params, stats = tree["params"], tree.get("batch_stats", {})
         if not all(isinstance(x, dict) for x in (*params.values(), *stats.values())):
-            raise ValueError("an array stands where a network should")
+            raise ValueError("an array in place of a network")
         return Weights(config, params, stats, step, source)
     except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(f"{file} is corrupt ({error}): export it anew.") from error
+        raise UserError(f"{file} is corrupt ({error}): export it again.") from error
 
 
-def own_config(file: Path, header: Mapping[str, str]) -> ConfigDict:
-    """The config in its header.
+def parse_config(file: Path, header: Mapping[str, str]) -> ConfigDict:
+    """The config in the header of a file that `write_weights` wrote.
 
     Raises:
-      UserError: it is of another version, or corrupt.
+      UserError: the file has another version, or is corrupt.
     """
     if header["ssl_jax"] != FORMAT:
         raise UserError(
-            f"{file} was written in format {header['ssl_jax']}, and this version of ssl_jax reads "
-            f"{FORMAT}: use the version that wrote it."
+            f"{file} has format {header['ssl_jax']}, but this version of ssl_jax reads {FORMAT}: "
+            "use the version that wrote it."
         )
     try:
         return from_json(json.loads(header["config"]))
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} is corrupt ({error}): export it anew.") from error
+        raise UserError(f"{file} is corrupt ({error}): export it again.") from error

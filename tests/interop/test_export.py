@@ -1,4 +1,4 @@
-"""Exports of a tiny run: a program for JAX alone, our tree, the folder, the commands."""
+"""Exports of a tiny run: a JAX program, our tree, a Hugging Face folder; the commands."""
 
 import json
 import subprocess
@@ -14,6 +14,8 @@ from tiny import tiny_config
 import ssl_jax
 from ssl_jax.cli import main as cli
 from ssl_jax.config import view
+from ssl_jax.interop.card import _images, _training, _views
+from ssl_jax.interop.export import _hub_config, export_program
 from ssl_jax.interop.import_weights import read_weights
 from ssl_jax.interop.initial_weights import load_initial_weights, resolve_initial_weights
 from ssl_jax.interop.load import restore_state
@@ -28,7 +30,7 @@ def run(finished_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def selective(tmp_path_factory):
-    """A network with selective kernels, which PyTorch's libraries don't have, of random numbers."""
+    """Random weights of a network with selective kernels, which PyTorch's libraries lack."""
     config = tiny_config()
     config.model.update(depth=50, width=1 / 32, sk=True)
     drawn = random_encoder(config)
@@ -54,11 +56,11 @@ def command(capsys, *arguments):
     return out
 
 
-def test_a_program_needs_jax_alone_and_takes_any_number_of_images(run, tmp_path, capsys):
+def test_program_runs_without_ssl_jax_for_any_batch_size(run, tmp_path, capsys):
     file = tmp_path / "encoder.bin"
     out = command(capsys, "export", f"--from={run}", "--format=program", f"--out={file}")
     assert "uint8 images [n, 8, 8, 3] to features [n, 8]" in out
-    # In a process that can't import this package, nor Flax.
+    # In a process that can import neither this package nor Flax.
     script = f"""
 import sys
 for name in ("ssl_jax", "flax", "optax", "orbax"):
@@ -77,9 +79,7 @@ np.savez({str(tmp_path / "out.npz")!r}, *[program.call(images[:n]) for n in (1, 
         np.testing.assert_allclose(found["arr_0"], expected[:1], rtol=1e-4, atol=1e-5)
 
 
-def test_a_program_may_go_on_to_a_layer_of_the_projector(run, tmp_path):
-    from ssl_jax.interop.export import export_program
-
+def test_program_can_return_a_projector_layer(run, tmp_path):
     told = export_program(run, tmp_path / "a.bin", projector_layer=1)
     data = bytearray((tmp_path / "a.bin").read_bytes())
     found = jax.export.deserialize(data).call(images())
@@ -88,7 +88,7 @@ def test_a_program_may_go_on_to_a_layer_of_the_projector(run, tmp_path):
     assert told == {"size": 8, "features": expected.shape[1]}
 
 
-def test_our_tree_is_loaded_and_started_from(run, tmp_path, capsys):
+def test_exported_tree_loads_and_initializes_a_run(run, tmp_path, capsys):
     file = tmp_path / "ours.safetensors"
     command(capsys, "export", f"--from={run}", "--format=jax", f"--out={file}")
     np.testing.assert_array_equal(
@@ -96,7 +96,7 @@ def test_our_tree_is_loaded_and_started_from(run, tmp_path, capsys):
     )
     layer = ssl_jax.load(file, projector_layer=2).apply(images())
     np.testing.assert_array_equal(layer, ssl_jax.load(run, projector_layer=2).apply(images()))
-    # As the first weights of another run, with or without its heads.
+    # As initial weights of another run, with and without heads.
     source = restore_state(run)
     config = tiny_config()
     config.simclr.update(layers=3, hidden=24)
@@ -111,7 +111,7 @@ def test_our_tree_is_loaded_and_started_from(run, tmp_path, capsys):
         assert same(params["projector"], source.params["projector"]) == heads
 
 
-def test_a_file_is_evaluated_like_a_run(run, tmp_path, capsys):
+def test_exported_file_evaluates_like_its_run(run, tmp_path, capsys):
     file = tmp_path / "ours.safetensors"
     command(capsys, "export", f"--from={run}", "--format=jax", f"--out={file}")
     of_file = json.loads(command(capsys, "knn", f"--from={file}", "--k=5", "--json"))
@@ -126,7 +126,7 @@ def test_a_file_is_evaluated_like_a_run(run, tmp_path, capsys):
     assert "fine-tuned on 50 % of the images, " in out
 
 
-def test_the_folder_has_a_card_from_the_run(run, tmp_path, capsys):
+def test_folder_export_has_a_card_with_the_runs_recipe_and_results(run, tmp_path, capsys):
     command(capsys, "knn", f"--from={run}", "--k=5")
     out = command(capsys, "export", f"--from={run}", "--format=folder", f"--out={tmp_path / 'hub'}")
     assert "choose a licence" in out
@@ -165,10 +165,7 @@ def test_the_folder_has_a_card_from_the_run(run, tmp_path, capsys):
     assert told["k"] == 5
 
 
-def test_what_travels_is_how_the_run_prepares_its_images():
-    from ssl_jax.interop.card import _images
-    from ssl_jax.interop.export import _hub_config
-
+def test_preprocessing_is_that_of_the_run():
     config = tiny_config()
     config.eval.crop_fraction = 0.8  # a small stem's, too
     assert preprocessing(config) == {
@@ -183,9 +180,7 @@ def test_what_travels_is_how_the_run_prepares_its_images():
         assert "(bicubic, not antialiased)" in _images(config) and "timm" in _images(config)
 
 
-def test_the_card_tells_how_views_are_made():
-    from ssl_jax.interop.card import _views
-
+def test_card_describes_each_views_augmentation():
     config = tiny_config()
     jitter = {"prob": 0.8, "brightness": 0.4, "contrast": 0.3, "saturation": 0.2, "hue": 0.1}
     one = view(size=96, count=6, jitter=jitter, blur={"prob": 0.5}, solarize={"prob": 0.2})
@@ -203,11 +198,7 @@ def test_the_card_tells_how_views_are_made():
 @pytest.mark.parametrize(
     ("value", "words"), [("cosine", "- Seed 7."), (0.5, "- Temperature 0.5, seed 7.")]
 )
-def test_the_card_of_a_method_of_ones_own_has_its_temperature_if_it_is_a_number(
-    tmp_path, value, words
-):
-    from ssl_jax.interop.card import _training
-
+def test_card_of_a_registered_method_has_its_temperature_if_numeric(tmp_path, value, words):
     config = tiny_config()
     config.method, config.seed = "own", 7
     with config.unlocked():
@@ -215,7 +206,7 @@ def test_the_card_of_a_method_of_ones_own_has_its_temperature_if_it_is_a_number(
     assert words in list(_training(tmp_path, Weights(config, {}, {}, 3)))
 
 
-def test_selective_kernels_are_refused_where_nobody_has_them(selective, tmp_path, capsys):
+def test_selective_kernels_are_not_exported_for_torch(selective, tmp_path, capsys):
     line = [
         "export",
         f"--from={selective}",
@@ -225,7 +216,7 @@ def test_selective_kernels_are_refused_where_nobody_has_them(selective, tmp_path
     assert cli.main(line) == 2
     assert "selective kernels, which neither torchvision nor timm" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-    # Where another network was exported before.
+    # An earlier export of another network to the same folder is removed.
     (tmp_path / "hub").mkdir()
     write_loader(tmp_path / "hub")
     (tmp_path / "hub" / "model.safetensors").write_bytes(b"of another")
@@ -241,21 +232,23 @@ def test_selective_kernels_are_refused_where_nobody_has_them(selective, tmp_path
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (("--format=torch", "--out=a.bin"), "give it a name that ends in .safetensors"),
+        (("--format=torch", "--out=a.bin"), "use a name that ends in .safetensors"),
         (("--format=jax", "--out=/nowhere/a.safetensors"), "/nowhere (--out) is no folder"),
         (("--format=jax", "--out=a.safetensors", "--step=9"), "no checkpoint of step 9"),
         (("--format=jax", "--out=a.safetensors", "--projector-layer=1"), "is for --format=program"),
         (("--format=program", "--out=a.bin", "--projector-layer=7"), "hidden layers 1 to 2"),
     ],
 )
-def test_bad_input_is_one_sentence(run, tmp_path, monkeypatch, capsys, flags, sentence):
+def test_bad_export_options_are_one_line_errors(
+    run, tmp_path, monkeypatch, capsys, flags, sentence
+):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["export", f"--from={run}", *flags]) == 2
     assert sentence in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_of_our_own_is_imported_as_it_is(run, tmp_path, capsys):
+def test_torch_export_imports_back_unchanged(run, tmp_path, capsys):
     file = tmp_path / "torch.safetensors"
     out = command(capsys, "export", f"--from={run}", "--format=torch", f"--out={file}")
     assert "from torch_encoder import load" in out and (tmp_path / "torch_encoder.py").exists()

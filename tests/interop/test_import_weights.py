@@ -1,4 +1,4 @@
-"""Foreign files of a tiny network: whose they are, what is refused, and a run that starts there."""
+"""Imported files of a tiny network: inferred kinds, refusals, and runs that start from them."""
 
 import json
 import re
@@ -13,10 +13,11 @@ from tiny import method_config, tiny_config, with_two_stages
 import ssl_jax
 from ssl_jax.errors import UserError
 from ssl_jax.interop.card import model_card
+from ssl_jax.interop.export import export_folder, export_torch
 from ssl_jax.interop.import_weights import read_weights
 from ssl_jax.interop.initial_weights import load_initial_weights, resolve_initial_weights
 from ssl_jax.interop.torch_names import to_torch
-from ssl_jax.interop.weights import Weights, read_header, save, write_weights
+from ssl_jax.interop.weights import Weights, read_header, write_safetensors, write_weights
 
 RNG = np.random.default_rng(0)
 
@@ -27,13 +28,13 @@ def normal(*shape):
 
 @pytest.fixture(scope="module")
 def drawn():
-    """Parameters and running statistics of a tiny encoder, of random numbers."""
+    """Random parameters and running statistics of a tiny encoder."""
     return random_encoder(with_two_stages(tiny_config()))
 
 
 @pytest.fixture(scope="module")
 def state(drawn):
-    """The same under torchvision's names."""
+    """The same with torchvision's names."""
     return to_torch(drawn["params"], drawn["batch_stats"])
 
 
@@ -47,13 +48,13 @@ def saved(tmp_path, state, name="net.safetensors"):
 
 
 def numbered(state):
-    """As the children of a `Sequential` of lightly's small ResNets."""
+    """Names of the children of a `Sequential`, as in lightly's small ResNets."""
     children = {"conv1": "0", "bn1": "1", "layer1": "2", "layer2": "3"}
     names = {name: name.partition(".") for name in state}
     return {f"{children[a]}.{rest}": state[name] for name, (a, _, rest) in names.items()}
 
 
-def test_lightlys_numbers_come_before_heads_that_solo_learn_has_too(tmp_path, state):
+def test_numbered_names_are_lightly_even_with_heads_like_solo_learn(tmp_path, state):
     theirs = prefixed("backbone.", numbered(state)) | {"prototypes.layers.weight": normal(3, 4)}
     theirs |= prefixed("momentum_backbone.", numbered(state)) | {"projector.0.weight": normal(2, 2)}
     weights = read_weights(saved(tmp_path, theirs))
@@ -66,7 +67,7 @@ def test_lightlys_numbers_come_before_heads_that_solo_learn_has_too(tmp_path, st
 @pytest.mark.parametrize(
     ("prefix", "head"), [("encoder.", "classifier."), ("backbone.", "momentum_projector.")]
 )
-def test_solo_learns_are_known_by_their_heads(tmp_path, state, prefix, head):
+def test_solo_learn_is_inferred_from_its_heads(tmp_path, state, prefix, head):
     theirs = prefixed(prefix, state) | {f"{head}weight": normal(2, 8)}
     weights = read_weights(saved(tmp_path, theirs))
     assert weights.source.startswith("solo") and weights.config.model.stem == "cifar_pad2"
@@ -79,19 +80,19 @@ def test_solo_learns_are_known_by_their_heads(tmp_path, state, prefix, head):
         ("backbone.", "", r"net.safetensors has names .* --kind=solo or --kind=lightly"),
     ],
 )
-def test_what_the_names_do_not_tell_is_asked_for(tmp_path, state, prefix, more, sentence):
+def test_ambiguous_names_need_a_kind(tmp_path, state, prefix, more, sentence):
     theirs = prefixed(prefix, state) | ({more: normal(2, 2)} if more else {})
     with pytest.raises(UserError, match=sentence):
         read_weights(saved(tmp_path, theirs))
 
 
-def test_a_deep_stem_is_told(tmp_path, state):
+def test_deep_stem_is_refused(tmp_path, state):
     theirs = {re.sub("^conv1", "conv1.0", name): value for name, value in state.items()}
-    with pytest.raises(UserError, match="its stem isn't one convolution, conv1"):
+    with pytest.raises(UserError, match="its stem is not a single convolution, conv1"):
         read_weights(saved(tmp_path, theirs))
 
 
-def test_missing_names_are_listed(tmp_path, state):
+def test_missing_names_are_listed_in_the_error(tmp_path, state):
     less = {name: v for name, v in state.items() if not re.match(r"layer1.0.(conv|bn)", name)}
     less["layer1.0.conv1.weight"] = state["layer1.0.conv1.weight"]
     with pytest.raises(UserError) as caught:
@@ -107,10 +108,10 @@ def timms(std=0.5, mean=0.5):
     return json.dumps({"pretrained_cfg": {**told, "interpolation": "bicubic"}})
 
 
-def test_timms_config_counts_beside_torchvisions_names_alone(tmp_path, state):
+def test_preprocessing_is_read_from_timm_config_next_to_torchvision_names_only(tmp_path, state):
     file, beside = saved(tmp_path, state, "model.safetensors"), tmp_path / "config.json"
     beside.write_text(timms())
-    # The folder itself is taken, too.
+    # The folder itself works, too.
     for path in (file, tmp_path):
         config = ssl_jax.load(path).config
         assert config.views.view1.size == 40 and config.views.view1.std == (0.5,) * 3
@@ -125,11 +126,11 @@ def test_timms_config_counts_beside_torchvisions_names_alone(tmp_path, state):
     assert read_weights(moco).config.views.view1.size == 32
 
 
-def test_a_run_starts_from_a_foreign_file_and_its_heads(tmp_path, drawn, state):
-    """MoCo v2's: the encoder and the projector are where the run begins, targets included."""
+def test_initial_weights_from_an_imported_file_include_heads_and_target(tmp_path, drawn, state):
     head = {"fc.0.weight": normal(8, 8), "fc.0.bias": normal(8)}
     head |= {"fc.2.weight": normal(5, 8), "fc.2.bias": normal(5)}
     file = saved(tmp_path, prefixed("module.encoder_q.", {**state, **head}))
+    assert ssl_jax.load(file, projector_layer=1).apply(np.zeros((1, 8, 8, 3))).shape == (1, 8)
     config = with_two_stages(method_config("moco"))
     config.moco.update(out=5, hidden=8, layers=2)
     config.init_from.update(path=str(file), heads=True)
@@ -151,9 +152,7 @@ def ours(drawn):
     )
 
 
-def test_a_card_claims_no_training_that_it_does_not_know(tmp_path, drawn):
-    from ssl_jax.interop.export import export_folder, export_torch
-
+def test_card_of_an_import_has_no_training_section(tmp_path, drawn):
     write_weights(ours(drawn), tmp_path / "ours.safetensors")
     assert "## Training" in model_card(tmp_path / "ours.safetensors", ours(drawn))
     export_torch(tmp_path / "ours.safetensors", tmp_path / "torch.safetensors")
@@ -163,14 +162,12 @@ def test_a_card_claims_no_training_that_it_does_not_know(tmp_path, drawn):
     assert "Imported from simclr: torch.safetensors." in card
 
 
-def test_a_loader_of_ones_own_is_left_alone(tmp_path, drawn):
-    from ssl_jax.interop.export import export_folder, export_torch
-
+def test_export_does_not_overwrite_a_users_torch_encoder(tmp_path, drawn):
     write_weights(ours(drawn), tmp_path / "ours.safetensors")
     mine = tmp_path / "torch_encoder.py"
     mine.write_text("import torch\n")
     for export, out in ((export_torch, tmp_path / "a.safetensors"), (export_folder, tmp_path)):
-        with pytest.raises(UserError, match="torch_encoder.py is no file of ssl_jax's: move it"):
+        with pytest.raises(UserError, match="torch_encoder.py was not written by ssl_jax: move it"):
             export(tmp_path / "ours.safetensors", out)
     assert mine.read_text() == "import torch\n" and not (tmp_path / "a.safetensors").exists()
 
@@ -185,19 +182,19 @@ def test_a_loader_of_ones_own_is_left_alone(tmp_path, drawn):
     ],
     ids=["both", "array", "no networks", "deep"],
 )
-def test_a_crafted_file_of_ours_is_one_sentence(tmp_path, drawn, names, config):
+def test_crafted_ssl_jax_files_are_refused_as_corrupt(tmp_path, drawn, names, config):
     write_weights(ours(drawn), tmp_path / "a.safetensors")
     header = read_header(tmp_path / "a.safetensors")
     header["config"] = header["config"] if config == "{}" else config
-    save({name: normal(2) for name in names}, tmp_path / "b.safetensors", header)
-    with pytest.raises(UserError, match="b.safetensors is corrupt .* export it anew"):
+    write_safetensors({name: normal(2) for name in names}, tmp_path / "b.safetensors", header)
+    with pytest.raises(UserError, match="b.safetensors is corrupt .* export it again"):
         read_weights(tmp_path / "b.safetensors")
 
 
-def test_a_kind_of_what_is_known_is_refused(tmp_path, drawn):
+def test_kind_is_refused_for_files_that_need_none(tmp_path, drawn):
     write_weights(ours(drawn), tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match="ssl_jax's own: leave the kind out"):
+    with pytest.raises(UserError, match="written by ssl_jax: omit the kind"):
         read_weights(tmp_path / "a.safetensors", "moco")
     (tmp_path / "model.ckpt.index").write_bytes(b"")
-    with pytest.raises(UserError, match="a TensorFlow checkpoint, SimCLR's: leave the kind out"):
+    with pytest.raises(UserError, match="a TensorFlow checkpoint of SimCLR: omit the kind"):
         read_weights(tmp_path / "model.ckpt", "moco")

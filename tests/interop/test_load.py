@@ -1,4 +1,4 @@
-"""The encoder of a run, and its projector's layers."""
+"""`ssl_jax.load`: encoders of runs, hidden layers of the projector, input checks."""
 
 import jax
 import numpy as np
@@ -16,12 +16,12 @@ def images(n=3):
     return np.random.default_rng(0).integers(0, 256, (n, 8, 8, 3), np.uint8)
 
 
-def test_a_layer_of_the_projector_can_be_had(finished_run):
+def test_projector_layer_returns_that_hidden_layers_output(finished_run):
     encoder, layer = ssl_jax.load(finished_run, projector_layer=0), ssl_jax.load(finished_run)
     assert (encoder.projector_layer, layer.projector_layer) == (0, 1)
     h, z = np.asarray(encoder.apply(images())), np.asarray(layer.apply(images()))
     assert h.shape == (3, 8) and z.shape == (3, 24) and (z >= 0).all() and z.max() > 0
-    # Dense, BatchNorm by its running statistics, ReLU: from the parameters, in float64.
+    # Dense, BatchNorm with running statistics and ReLU, computed in float64.
     state = restore_state(finished_run)
     params, stats = state.params["projector"], state.method_state["batch_stats"]["projector"]
     x = h.astype(np.float64) @ np.float64(params["dense1"]["kernel"])
@@ -31,7 +31,7 @@ def test_a_layer_of_the_projector_can_be_had(finished_run):
     np.testing.assert_allclose(z, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_a_layer_that_is_not_there_is_told(finished_run):
+def test_missing_projector_layer_is_refused(finished_run):
     with pytest.raises(
         UserError, match="is 3, but the projector of 'simclr' has hidden layers 1 to 2"
     ):
@@ -42,9 +42,9 @@ def test_a_layer_that_is_not_there_is_told(finished_run):
         make_method(config, Schedule(1, 1))
 
 
-def test_an_encoder_is_printed_in_a_line(finished_run):
-    # Convolutions of 3×3: 3 to 8, and 8 to 8 twice; a BatchNorm's two numbers for each channel
-    # after each.
+def test_repr_is_one_line_with_network_and_parameter_count(finished_run):
+    # Three 3×3 convolutions, 3 to 8, 8 to 8 and 8 to 8 channels, each with a BatchNorm of two
+    # parameters per channel.
     weights = 9 * (3 * 8 + 2 * 8 * 8) + 2 * 3 * 8
     encoder = ssl_jax.load(finished_run, projector_layer=0)
     assert repr(encoder) == (

@@ -14,7 +14,7 @@ tf = pytest.importorskip("tensorflow")
 
 from ssl_jax.config import Schedule, to_json  # noqa: E402
 from ssl_jax.errors import UserError  # noqa: E402
-from ssl_jax.interop.import_weights import is_elsewhere, read_weights  # noqa: E402
+from ssl_jax.interop.import_weights import is_weights_file, read_weights  # noqa: E402
 from ssl_jax.methods import make_method  # noqa: E402
 from ssl_jax.models.resnet import STAGES  # noqa: E402
 
@@ -201,7 +201,7 @@ def test_features_and_projections_are_the_same(tmp_path, width, sk, cifar, layer
         (save_second, modules.second, ()),
     ):
         path = save(values, tmp_path)
-        assert is_elsewhere(path)
+        assert is_weights_file(path)
         weights = read_weights(path)
         model = weights.config.model
         assert (model.depth, model.width, model.sk) == (50, width, sk)
