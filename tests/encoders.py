@@ -1,4 +1,4 @@
-"""What evaluations and exports begin with: a finished run, an encoder of random numbers."""
+"""Inputs of evaluation and export tests: a finished run, an encoder with random weights."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from ssl_jax.train import pretrain
 
 
 def pretrain_simclr(workdir):
-    """Two steps of a SimCLR v2 on digits, evaluated on the first layer of its projector."""
+    """Runs two steps of SimCLR v2 on digits, evaluated on the first layer of its projector."""
     config = without_color(tiny_config(steps=2, batch_size=64, seed=7))
     config.simclr.update(layers=3, hidden=24)
     config.views.view2.gray = 0.25
@@ -24,7 +24,7 @@ def pretrain_simclr(workdir):
 
 
 def copy_run(run, workdir):
-    """A copy of a run that a test may change, of which the encoder itself is evaluated."""
+    """Copies a run so that a test can change it, and evaluates the encoder in the copy."""
     shutil.copytree(run, workdir)
     record = json.loads((workdir / "config.json").read_text())
     record["config"]["eval"] |= {"projector_layer": 0, "at_end": False}
@@ -33,7 +33,7 @@ def copy_run(run, workdir):
 
 
 def random_encoder(config, seed=0):
-    """Parameters and running statistics of an encoder, positive random numbers, on the host."""
+    """Positive random parameters and running statistics of an encoder, on the host."""
     module, rng = make_encoder(config), np.random.default_rng(seed)
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(lambda k: module.init(k, np.zeros((1, 8, 8, 3)), train=False), key)
@@ -41,7 +41,7 @@ def random_encoder(config, seed=0):
 
 
 def blank_state(config):
-    """A state of zeros, of the shapes that a run would draw: weights come from elsewhere."""
+    """A train state of zeros, with the shapes of a run's initial state."""
     method, optimizer, _ = assemble(config, Schedule(1, 10))
     shapes = jax.eval_shape(lambda: init_state(method, optimizer, config))
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)

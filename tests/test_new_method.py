@@ -1,4 +1,4 @@
-"""docs/new_method.md: the method it shows is short, right and runs like the package's own."""
+"""The method in docs/new_method.md is short and correct, and runs like a built-in one."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ CODE, TEST = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 @pytest.fixture
 def forget(monkeypatch):
-    """Makes this process one that has registered nothing, also at the test's beginning and end."""
+    """Returns a function that unregisters all methods; also called before and after the test."""
 
     def forget():
         monkeypatch.setattr("ssl_jax.config._REGISTERED", {})
@@ -38,18 +38,18 @@ def forget(monkeypatch):
 
 @pytest.fixture
 def config_file(forget, tmp_path, monkeypatch):
-    """The page's file, where its commands and its test are run."""
+    """Writes the page's file to the folder in which its commands and test run."""
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "my_method.py"
     file.write_text(CODE)
     return file
 
 
-def test_it_is_under_60_lines():
+def test_example_is_under_60_lines():
     assert len(CODE.splitlines()) < 60
 
 
-def test_its_gradients_agree_between_1_and_8_devices_by_the_pages_test(config_file, monkeypatch):
+def test_pages_own_test_compares_gradients_on_1_and_8_devices(config_file, monkeypatch):
     found = []
 
     def kept(*arguments, real=test_step.gradients_on):
@@ -66,7 +66,7 @@ def test_its_gradients_agree_between_1_and_8_devices_by_the_pages_test(config_fi
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
-def test_it_trains_is_evaluated_and_loaded_by_the_commands_of_the_page(
+def test_example_trains_and_is_evaluated_and_loaded_after_import(
     config_file, forget, tmp_path, capsys
 ):
     config = load_config(str(config_file), ["barlow_twins.out=32", "steps=2", "batch_size=320"])
@@ -90,7 +90,7 @@ def test_it_trains_is_evaluated_and_loaded_by_the_commands_of_the_page(
     assert "no file absent.py (--import)" in capsys.readouterr().err
 
 
-def test_a_registered_methods_keys_are_no_part_of_other_runs(config_file):
+def test_registered_keys_are_not_saved_with_other_methods(config_file):
     before = to_json(default_config())
     load_config(str(config_file))
     assert to_json(default_config()) == before
@@ -98,17 +98,17 @@ def test_a_registered_methods_keys_are_no_part_of_other_runs(config_file):
 
 
 @pytest.mark.parametrize("name", ["moco", "optim", "seed"])
-def test_names_that_are_taken_are_refused(forget, name):
+def test_register_refuses_names_in_use(forget, name):
     with pytest.raises(UserError, match=f"{name}"):
         register(name)(Method)
 
 
-def test_an_option_of_a_type_that_configs_do_not_have_is_refused(forget):
+def test_register_refuses_options_of_unsupported_types(forget):
     with pytest.raises(UserError, match="config.listed.sizes has the default"):
         register("listed", sizes=[1, 2])
 
 
-def test_a_projector_of_ones_own_needs_no_layers():
+def test_custom_projector_without_layers_has_no_hidden_layer_to_evaluate():
     class Own(Method):
         networks = {"projector": object()}
 

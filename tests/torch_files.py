@@ -1,4 +1,4 @@
-"""PyTorch's file formats, written byte by byte without it."""
+"""Writes PyTorch's file formats without PyTorch."""
 
 import io
 import pickle
@@ -13,7 +13,7 @@ class _Storage:
 
 
 class _Rebuild:
-    """Pickles as a call of torch's function, which isn't here."""
+    """Pickles as a call of torch's function, which is not installed."""
 
     def __init__(self, storage, offset, size, stride):
         self.arguments = (storage, offset, size, stride, False, OrderedDict())
@@ -23,7 +23,7 @@ class _Rebuild:
 
 
 def _rebuild_tensor_v2(*args):
-    raise AssertionError("only its name counts")
+    raise AssertionError("only its name is pickled")
 
 
 class FloatStorage:
@@ -35,7 +35,7 @@ FloatStorage.__module__ = "torch"
 
 
 def _dumps(value):
-    class Pickler(pickle._Pickler):  # Python's, which looks nothing up that it can't import
+    class Pickler(pickle._Pickler):  # Python's own, as C's looks up every global
         def persistent_id(self, each):
             return each.identity if isinstance(each, _Storage) else None
 
@@ -52,7 +52,7 @@ def _dumps(value):
 
 
 def tensor(values, key="0", count=None, offset=0, size=None, stride=None):
-    """Stands for a tensor in a state, a part of the storage of that key."""
+    """A stand-in for a tensor in a state dict, a view of the storage with that key."""
     identity = ("storage", FloatStorage, key, "cpu", count or values.size)
     size = values.shape if size is None else size
     stride = tuple(s // 4 for s in values.strides) if stride is None else stride
@@ -60,7 +60,7 @@ def tensor(values, key="0", count=None, offset=0, size=None, stride=None):
 
 
 def torch_file(path, state, storages):
-    """The archive of `torch.save`; storages are arrays by their keys."""
+    """Writes an archive like `torch.save`; storages are arrays by key."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("net/data.pkl", _dumps(state))
         archive.writestr("net/byteorder", b"little")
@@ -70,7 +70,7 @@ def torch_file(path, state, storages):
 
 
 def legacy_file(path, state, storages):
-    """As before PyTorch 1.6."""
+    """Writes the format before PyTorch 1.6."""
     parts = [pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
     parts += [_dumps(state), pickle.dumps(list(storages), 2)]
     for values in storages.values():

@@ -1,4 +1,4 @@
-"""Convolutions and pooling as each platform likes them: values and gradients are JAX's own."""
+"""Convolution and pooling per platform: values and gradients equal those of JAX."""
 
 import functools
 
@@ -23,13 +23,13 @@ def value_and_gradients(function, noise, *args):
 
 
 def assert_alike(cases, value_rtol=0.0, rtol=1e-4):
-    """Two functions of the same arrays have the same values and gradients.
+    """Asserts that pairs of functions have the same values and gradients.
 
     Args:
-      cases: by name, both functions and their arguments; one program computes all, for each of its
-        own would take longer to compile than everything else here.
-      value_rtol: of the values, 0 where they must be the same bit for bit.
-      rtol: of the gradients.
+      cases: by name, both functions and their arguments; one program computes them all, as
+        compiling one each would take longer than all other tests here.
+      value_rtol: tolerance of the values, 0 for bitwise equality.
+      rtol: tolerance of the gradients.
     """
 
     @jax.jit
@@ -59,7 +59,7 @@ def convolutions(ours, strides, pads, x, w):
     return *functions, random_arrays(x, w)
 
 
-def test_value_and_gradients_are_jaxs():
+def test_convolution_has_values_and_gradients_of_jax():
     paddings = ["SAME", ((1, 1), (1, 1)), ((0, 2), (1, 0))]
     kernels = [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)]
     assert_alike(
@@ -82,7 +82,7 @@ def gradients(conv):
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_elsewhere_the_convolutions_are_jaxs(platform):
+def test_convolution_gradients_are_lowered_by_jax_on_tpu_and_gpu(platform):
     x, w = jnp.zeros((2, 8, 8, 4)), jnp.zeros((3, 3, 4, 4))
     kinds = []
     for conv in (conv_general_dilated, by_jax):
@@ -90,23 +90,23 @@ def test_elsewhere_the_convolutions_are_jaxs(platform):
         lines = lowered.as_text().splitlines()
         written = [line.split("dim_numbers")[1] for line in lines if "convolution(" in line]
         kinds.append(sorted(written))
-    # Two for the value, of which the gradient needs one, and two for each gradient.
+    # The gradient needs one of two forward convolutions, and two backward ones for each.
     assert kinds[0] == kinds[1] and len(kinds[0]) == 5
 
 
-def test_the_choice_of_platform_costs_nothing_in_the_program():
+def test_platform_choice_leaves_no_conditional_in_the_program():
     x, w = jnp.zeros((2, 8, 8, 4)), jnp.zeros((3, 3, 4, 4))
     assert "conditional(" not in gradients(conv_general_dilated).lower(x, w).compile().as_text()
 
 
 @pytest.mark.parametrize("options", [{"kernel_dilation": 2}, {"feature_group_count": 2}])
-def test_other_convolutions_are_refused(options):
+def test_dilated_and_grouped_convolutions_are_refused(options):
     conv = nn.Conv(4, (3, 3), conv_general_dilated=conv_general_dilated, **options)
     with pytest.raises(NotImplementedError, match="dilation or groups"):
         conv.init(jax.random.key(0), jnp.zeros((1, 8, 8, 4)))
 
 
-def test_a_stem_of_squares_has_the_sums_of_the_strided_one():
+def test_space_to_depth_stem_equals_the_strided_convolution():
     kernels = [(7, ((3, 3), (3, 3))), (7, ((2, 3), (2, 3))), (3, ((1, 1), (0, 1)))]
     assert_alike(
         {
@@ -122,22 +122,22 @@ def test_a_stem_of_squares_has_the_sums_of_the_strided_one():
 
 
 @pytest.mark.parametrize(("platform", "channels"), [("cpu", 3), ("tpu", 3), ("cuda", 16)])
-def test_only_a_gpu_has_the_stem_of_squares(platform, channels):
+def test_space_to_depth_stem_is_used_on_gpu_only(platform, channels):
     x, w = jnp.zeros((2, 16, 16, 3)), jnp.zeros((7, 7, 3, 8))
     conv = jax.jit(lambda x, w: conv_general_dilated(x, w, (2, 2), "SAME"))
     text = conv.trace(x, w).lower(lowering_platforms=(platform,)).as_text()
     (line,) = [line for line in text.splitlines() if "convolution(" in line]
-    assert f"x{channels}x8xf32" in line  # the kernel's channels
+    assert f"x{channels}x8xf32" in line  # input channels of the kernel
 
 
 def pools(pads, size):
-    """A case of `assert_alike`, with many equal values."""
+    """A case of `assert_alike`, with many ties."""
     x = np.random.default_rng(0).integers(-2, 2, (3, *size, 5)).astype(np.float32)
     flax = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2), padding=list(pads))
     return (lambda x: max_pool(x, pads)), flax, (x,)
 
 
-def test_pooling_has_jaxs_gradient_where_values_tie_too():
+def test_pooling_has_the_gradient_of_jax_including_ties():
     assert_alike(
         {
             f"{size}, {pads}": pools(pads, size)
@@ -149,7 +149,7 @@ def test_pooling_has_jaxs_gradient_where_values_tie_too():
 
 
 @pytest.mark.parametrize(("platform", "scattered"), [("cpu", 0), ("cuda", 0), ("tpu", 1)])
-def test_only_a_tpu_scatters_the_gradient_of_pooling(platform, scattered):
+def test_pooling_gradient_uses_select_and_scatter_on_tpu_only(platform, scattered):
     grad = jax.jit(jax.grad(lambda x: max_pool(x, ((1, 1), (1, 1))).sum()))
     lowered = grad.trace(jnp.zeros((2, 8, 8, 3))).lower(lowering_platforms=(platform,))
     assert lowered.as_text().count("select_and_scatter") == scattered

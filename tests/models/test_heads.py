@@ -35,7 +35,7 @@ HEADS = {
 
 
 def random_variables(head, features, seed=0):
-    """Variables in which nothing is 0 or 1, as after some training."""
+    """Variables without zeros and ones, as after some training."""
     x = jnp.zeros((2, features))
     shapes = jax.eval_shape(lambda: head.init(jax.random.key(0), x, train=False))
     rng = np.random.default_rng(seed)
@@ -50,7 +50,11 @@ def random_variables(head, features, seed=0):
 
 
 def oracle(layers, variables, x, train):
-    """In float64, from the words; also every parameter it used, and the new statistics."""
+    """Computes a head in float64 from its layers' names.
+
+    Returns:
+      The output, the parameters used, the new statistics, and the output after each ReLU.
+    """
     params, running = (
         jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables.get(kind, {}))
         for kind in ("params", "batch_stats")
@@ -84,7 +88,7 @@ def oracle(layers, variables, x, train):
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("method", HEADS)
-def test_heads_of_the_methods(method, train):
+def test_heads_of_all_methods_equal_a_float64_reference(method, train):
     options, layers = HEADS[method]
     head = MLPHead(hidden=7, out=5, **options)
     variables = random_variables(head, 6)
@@ -102,7 +106,7 @@ def test_heads_of_the_methods(method, train):
 
 
 @pytest.mark.parametrize("hidden", [0, 1, 2])
-def test_outputs_of_hidden_layers(hidden):
+def test_return_hidden_gives_that_layers_output(hidden):
     options, layers = HEADS["simclr_v2"]
     head = MLPHead(hidden=7, out=5, **options)
     variables = random_variables(head, 6)
@@ -112,11 +116,11 @@ def test_outputs_of_hidden_layers(hidden):
     np.testing.assert_allclose(out, after[hidden], rtol=1e-4, atol=1e-5)
     first = {"params": {name: variables["params"][name] for name in ("dense1", "bn1")}}
     first["batch_stats"] = {"bn1": variables["batch_stats"]["bn1"]}
-    if hidden == 1:  # needs no later layer
+    if hidden == 1:  # needs no variables of later layers
         np.testing.assert_array_equal(head.apply(first, x, train=False, return_hidden=1), out)
 
 
-def test_no_layers_are_the_features_themselves():
+def test_zero_layers_are_the_identity():
     head = MLPHead(hidden=7, out=5, layers=0)
     x = jnp.arange(6.0).reshape(2, 3)
     assert not jax.tree.leaves(head.init(jax.random.key(0), x, train=False))
@@ -125,7 +129,7 @@ def test_no_layers_are_the_features_themselves():
 
 
 @pytest.mark.parametrize("layer", [-1, 3])
-def test_a_hidden_layer_that_is_not_there_is_refused(layer):
+def test_missing_hidden_layer_is_refused(layer):
     head = MLPHead(hidden=7, out=5, layers=3)
     with pytest.raises(UserError, match=f"no hidden layer {layer}: use 0 to 2"):
         head.apply(random_variables(head, 6), jnp.zeros((2, 6)), train=False, return_hidden=layer)
@@ -141,7 +145,7 @@ def test_a_hidden_layer_that_is_not_there_is_refused(layer):
         ("fan_out_normal", (2 / 1024) ** 0.5, None),
     ],
 )
-def test_initialisation(name, std, largest):
+def test_kernel_inits_have_the_right_scale(name, std, largest):
     head = MLPHead(hidden=0, out=1024, layers=1, out_bias=True, kernel_init=name)
     params = head.init(jax.random.key(0), jnp.zeros((1, 256)), train=False)["params"]["dense1"]
     kernel, bias = np.asarray(params["kernel"]), np.asarray(params["bias"])
@@ -158,7 +162,7 @@ def test_initialisation(name, std, largest):
         assert not bias.any()
 
 
-def test_normalisation_starts_as_identity_and_is_told_apart_by_its_names():
+def test_batch_norm_starts_as_identity_with_parameters_scale_and_bias():
     head = MLPHead(hidden=7, out=5, out_bn="full")
     params = head.init(jax.random.key(0), jnp.zeros((1, 6)), train=False)["params"]
     for name in ("bn1", "bn2"):
@@ -167,7 +171,7 @@ def test_normalisation_starts_as_identity_and_is_told_apart_by_its_names():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_products_are_in_the_compute_dtype_and_all_else_in_float32(dtype):
+def test_matmuls_use_the_compute_dtype_and_state_is_float32(dtype):
     head = MLPHead(hidden=7, out=5, layers=3, out_bn="scale", hidden_bias=True, dtype=dtype)
     variables = random_variables(head, 6)
     x = np.random.default_rng(1).normal(size=(16, 6)).astype(np.float32)
@@ -202,8 +206,8 @@ def is_program(value):
     return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
 
 
-def test_nearly_equal_features_are_normalised_exactly():
-    """E[x²] - E[x]² in float32 would be wrong by a tenth or more here."""
+def test_batch_norm_of_nearly_equal_features_is_exact():
+    """E[x²] - E[x]² in float32 would be off by 10 % or more here."""
     head = MLPHead(hidden=0, out=4, layers=1, out_bn="no_affine")
     x = (100 + 0.01 * np.random.default_rng(0).normal(size=(64, 4))).astype(np.float32)
     variables = {
@@ -217,8 +221,8 @@ def test_nearly_equal_features_are_normalised_exactly():
 
 
 @pytest.mark.parametrize("group", [0, 1, 2])
-def test_groups_of_devices_are_as_their_images_on_one(group):
-    """Outputs, statistics, and the gradients after one mean over devices."""
+def test_batch_norm_groups_equal_their_images_on_one_device(group):
+    """Compares outputs, statistics, and gradients after one mean over devices."""
     options = {"hidden": 7, "out": 5, "out_bn": "full"}
     spmd = make_spmd()
     head = MLPHead(**options, axis_name=AXIS, axis_index_groups=device_groups(spmd.size, group))

@@ -22,7 +22,7 @@ def shapes(model):
 
 
 def random_variables(model, seed=0):
-    """Variables in which nothing is 0 or 1, as after some training."""
+    """Variables without zeros and ones, as after some training."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -50,11 +50,11 @@ def count(tree):
     ("depth", "parameters"),
     [(18, 11176512), (34, 21284672), (50, 23508032), (101, 42500160), (152, 58143808)],
 )
-def test_parameters_are_as_many_as_torchvisions(depth, parameters):
+def test_parameter_counts_equal_torchvision(depth, parameters):
     assert count(shapes(ResNet(depth))["params"]) == parameters
 
 
-def test_the_cifar_stem_is_3x3():
+def test_cifar_stem_is_3x3():
     assert count(shapes(ResNet(18, stem="cifar"))["params"]) == 11176512 - (7 * 7 - 3 * 3) * 3 * 64
 
 
@@ -74,8 +74,8 @@ def test_the_cifar_stem_is_3x3():
         (152, 3, True, 795),
     ],
 )
-def test_sizes_of_simclr_v2(depth, width, sk, millions):
-    """Table 1 of arXiv:2006.10029, which evidently counts the running statistics too."""
+def test_parameter_counts_equal_simclr_v2(depth, width, sk, millions):
+    """Table 1 of arXiv:2006.10029, which evidently includes running statistics."""
     assert round(count(shapes(ResNet(depth, width=width, sk=sk))) / 1e6) == millions
 
 
@@ -103,8 +103,8 @@ def test_number_of_features(depth, width, features):
     assert out.shape == (2, features) and out.dtype == jnp.float32
 
 
-# An independent network in float64: loops over windows, written from the papers and the official
-# code's description.
+# An independent implementation in float64 with loops over windows, from the papers and the
+# official code's description.
 
 
 def pads_of(size, kernel, stride, padding):
@@ -115,7 +115,7 @@ def pads_of(size, kernel, stride, padding):
 
 
 def windows(x, kernel, stride, padding, fill):
-    """Every window of x [n, h, w, c] as [n, h', w', kernel, kernel, c]."""
+    """All windows of x [n, h, w, c], as [n, h', w', kernel, kernel, c]."""
     pads = [pads_of(size, kernel, stride, padding) for size in x.shape[1:3]]
     x = np.pad(x, [(0, 0), *pads, (0, 0)], constant_values=fill)
     rows, columns = ((size - kernel) // stride + 1 for size in x.shape[1:3])
@@ -222,7 +222,7 @@ class Oracle:
     ],
     ids=str,
 )
-def test_it_is_the_network_of_the_papers(options, size):
+def test_features_equal_a_float64_reference(options, size):
     model = ResNet(**options, width=TINY)
     variables = random_variables(model)
     x = images_of(3, *size, 3)
@@ -234,7 +234,7 @@ def test_it_is_the_network_of_the_papers(options, size):
 
 
 @pytest.mark.parametrize("options", [{"depth": 18}, {"depth": 50, "sk": True}], ids=str)
-def test_training_normalises_by_the_batch_and_moves_the_running_statistics(options):
+def test_training_uses_batch_statistics_and_updates_running_ones(options):
     model = ResNet(**options, width=TINY, stem="cifar")
     variables = random_variables(model)
     x = images_of(8, 16, 16, 3)
@@ -253,7 +253,7 @@ def test_training_normalises_by_the_batch_and_moves_the_running_statistics(optio
 
 
 def products(jaxpr):
-    """Every convolution and matrix product of a program, at any depth."""
+    """Yields all convolutions and matrix products of a program, at any depth."""
     for equation in jaxpr.eqns:
         if equation.primitive.name in ("conv_general_dilated", "dot_general"):
             yield equation
@@ -267,7 +267,7 @@ def is_program(value):
 
 
 def program(model, size=32):
-    """A step's forward and backward pass, and the shapes of gradients, features and statistics."""
+    """Traces a forward and backward pass; also returns the shapes of its results."""
     variables = shapes(model)
 
     def loss(params, stats, x):
@@ -282,7 +282,7 @@ def program(model, size=32):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_product_is_in_the_compute_dtype_and_all_state_in_float32(dtype):
+def test_convolutions_and_matmuls_use_the_compute_dtype_and_state_is_float32(dtype):
     model = ResNet(50, sk=True, dtype=dtype)
     jaxpr, results = program(model)
     operands = {var.aval.dtype for equation in products(jaxpr.jaxpr) for var in equation.invars}
@@ -295,7 +295,7 @@ def outputs_of(*names):
     return lambda module, method: method == "__call__" and module.name in names
 
 
-def test_bfloat16_keeps_statistics_and_features_in_float32_precision():
+def test_statistics_and_features_have_float32_precision_under_bfloat16():
     model = ResNet(18, width=TINY, stem="cifar", dtype="bfloat16")
     variables = random_variables(model)
     x = 3 + images_of(16, 16, 16, 3)
@@ -318,7 +318,7 @@ def test_bfloat16_keeps_statistics_and_features_in_float32_precision():
     old, new = variables["batch_stats"]["stem"]["bn1"], changed["batch_stats"]["stem"]["bn1"]
     mean = (new["mean"] - 0.9 * old["mean"]) / 0.1
     var = (new["var"] - 0.9 * old["var"]) / 0.1
-    # Not closer, as a compiler may leave out the rounding between convolution and statistics.
+    # Loose, as a compiler may skip the rounding between convolution and statistics.
     np.testing.assert_allclose(mean, conv.mean((0, 1, 2)), rtol=1e-3)
     np.testing.assert_allclose(var, conv.var((0, 1, 2)), rtol=1e-3)
     (last,) = seen["stage4_block2"]["__call__"]
@@ -328,7 +328,7 @@ def test_bfloat16_keeps_statistics_and_features_in_float32_precision():
 
 
 @pytest.mark.parametrize("zero", [True, False])
-def test_blocks_start_as_their_shortcut(zero):
+def test_zero_init_residual_makes_blocks_start_as_identity(zero):
     model = ResNet(18, width=TINY, stem="cifar", zero_init_residual=zero)
     x = images_of(2, 8, 8, 3)
     watched = ("stem", "stage1_block1", "stage1_block2")
@@ -336,7 +336,7 @@ def test_blocks_start_as_their_shortcut(zero):
     @jax.jit
     def run(kernels, key, x):
         variables = flatten_dict(model.init(key, x, train=False))
-        # Kernels from elsewhere, as random ones take long to compile.
+        # Kernels from the host, as compiling their random initialization takes long.
         variables |= {path: kernels[path] for path in variables if path[-1] == "kernel"}
         return model.apply(
             unflatten_dict(variables),
@@ -353,8 +353,8 @@ def test_blocks_start_as_their_shortcut(zero):
 
 
 @pytest.mark.parametrize("group", [0, 4])
-def test_statistics_of_groups_of_devices(group):
-    """As if each group's images were one device's batch; 0 puts all devices in one."""
+def test_batch_norm_groups_equal_their_images_on_one_device(group):
+    """Group size 0 puts all devices in one group."""
     options = {"depth": 18, "width": TINY, "stem": "cifar"}
     spmd = make_spmd()
     model = ResNet(**options, axis_name=AXIS, axis_index_groups=device_groups(spmd.size, group))
@@ -385,7 +385,7 @@ def test_statistics_of_groups_of_devices(group):
             )
 
 
-def test_remat_changes_neither_names_nor_numbers():
+def test_remat_keeps_parameter_names_and_features():
     plain = ResNet(18, width=TINY, stem="cifar")
     remat = ResNet(18, width=TINY, stem="cifar", remat=True)
     assert jax.tree.structure(shapes(remat)) == jax.tree.structure(shapes(plain))
@@ -406,12 +406,12 @@ def test_remat_changes_neither_names_nor_numbers():
         ("torch", (3 * 9 * 32) ** -0.5),
     ],
 )
-def test_initialisation_of_convolutions(name, std):
+def test_conv_init_has_the_right_scale(name, std):
     model = ResNet(18, width=1 / 8, stem="cifar", conv_init=name)
     image = jnp.zeros((1, 8, 8, 3))
 
     @jax.jit
-    def initial_kernel(key):  # of one layer only, as all take long to compile
+    def initial_kernel(key):  # of one layer, as compiling all takes long
         params = model.init(key, image, train=False)["params"]
         return params["stage4_block1"]["conv1"]["kernel"]
 

@@ -1,4 +1,4 @@
-"""What other packages compute, beside ours: run by `make peers`, in an environment of its own."""
+"""Comparisons with other packages, run by `make peers` in a separate environment."""
 
 import importlib.util
 import sys
@@ -8,5 +8,5 @@ if importlib.util.find_spec("torch"):
     sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
     from loss import tolerate_missing_operators
 
-    # torchvision's wheel has no C++ operators beside a CPU's torch; the tests use none of them.
+    # torchvision's wheel lacks its C++ operators with torch for CPUs; the tests use none of them.
     tolerate_missing_operators()

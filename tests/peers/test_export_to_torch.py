@@ -1,4 +1,4 @@
-"""What we export loads in torchvision's and timm's own models, and the features are the same."""
+"""Exports load in models of torchvision and timm, and give the same features."""
 
 import runpy
 import sys
@@ -26,8 +26,8 @@ from ssl_jax.methods.base import make_encoder  # noqa: E402
 SIZE = 64
 
 
-def drawn(tmp_path, size=SIZE, mean=(0.4, 0.5, 0.6), sampler="tf", **model):
-    """A file of ours with random weights and statistics everywhere."""
+def random_file(tmp_path, size=SIZE, mean=(0.4, 0.5, 0.6), sampler="tf", **model):
+    """Writes an ssl_jax file with random weights and statistics."""
     config = default_config()
     config.model.update(zero_init_residual=False, **model)
     std = (0.2, 0.25, 0.3) if mean else ()
@@ -37,14 +37,14 @@ def drawn(tmp_path, size=SIZE, mean=(0.4, 0.5, 0.6), sampler="tf", **model):
     variables = module.init(jax.random.key(0), np.zeros((1, size, size, 3)), train=False)
     rng = np.random.default_rng(0)
 
-    def redrawn(path, value):
+    def randomized(path, value):
         name = path[-1].key
         low = {"scale": 0.5, "var": 0.5, "mean": -0.3, "bias": -0.3}.get(name)
         if low is None:
             return np.asarray(value)
         return rng.uniform(low, 1.5 if low > 0 else 0.3, value.shape).astype(np.float32)
 
-    variables = jax.tree_util.tree_map_with_path(redrawn, variables)
+    variables = jax.tree_util.tree_map_with_path(randomized, variables)
     params, stats = variables["params"], variables["batch_stats"]
     file = tmp_path / "ours.safetensors"
     write_weights(Weights(config, {"encoder": params}, {"encoder": stats}, 3), file)
@@ -55,7 +55,7 @@ def pixels(size=SIZE, n=2):
     return np.random.default_rng(1).integers(0, 256, (n, size, size, 3), np.uint8)
 
 
-def normalised(images, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)):
+def normalized(images, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)):
     x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
     return torchvision.transforms.functional.normalize(x, mean, std)
 
@@ -68,18 +68,18 @@ def assert_same(mine, theirs):
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
-def test_torchvision_and_timm_load_every_depth(tmp_path, depth):
-    source = drawn(tmp_path, depth=depth)
+def test_torchvision_and_timm_load_exports_of_every_depth(tmp_path, depth):
+    source = random_file(tmp_path, depth=depth)
     file = tmp_path / "encoder.safetensors"
     lines = export.export_torch(source, file)
     expected = ssl_jax.load(source).apply(pixels())
     names = {"torchvision": torchvision, "torch": torch, "safetensors": sys.modules["safetensors"]}
     exec("\n".join(lines).replace('"encoder', f'"{tmp_path}/encoder'), names)
     with torch.no_grad():
-        assert_same(expected, names["net"].eval()(normalised(pixels())))
+        assert_same(expected, names["net"].eval()(normalized(pixels())))
         net = timm.create_model(f"resnet{depth}", num_classes=0)
         net.load_state_dict(load_file(file))
-        assert_same(expected, net.eval()(normalised(pixels())))
+        assert_same(expected, net.eval()(normalized(pixels())))
 
 
 @pytest.mark.parametrize(
@@ -97,12 +97,10 @@ def test_torchvision_and_timm_load_every_depth(tmp_path, depth):
     ids=str,
 )
 @pytest.mark.parametrize("size", [SIZE, 65])
-def test_other_widths_stems_and_paddings_load_by_the_file_beside(
-    tmp_path, monkeypatch, model, size
-):
+def test_torch_encoder_loads_other_widths_stems_and_paddings(tmp_path, monkeypatch, model, size):
     if size == 65 and model.get("padding", "symmetric") == "symmetric":
         size = 33
-    source = drawn(tmp_path, size, **model)
+    source = random_file(tmp_path, size, **model)
     export.export_torch(source, tmp_path / "encoder.safetensors")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "torch_encoder", raising=False)
@@ -110,8 +108,8 @@ def test_other_widths_stems_and_paddings_load_by_the_file_beside(
 
     net = torch_encoder.load(tmp_path / "encoder.safetensors")
     with torch.no_grad():
-        assert_same(ssl_jax.load(source).apply(pixels(size)), net(normalised(pixels(size))))
-    # And back, as it pads and prepares.
+        assert_same(ssl_jax.load(source).apply(pixels(size)), net(normalized(pixels(size))))
+    # Importing it back restores padding and preprocessing.
     again = read_weights(tmp_path / "encoder.safetensors")
     assert again.config.model.padding == model.get("padding", "symmetric")
     assert again.config.model.stem == model.get("stem", "imagenet")
@@ -122,8 +120,8 @@ def test_other_widths_stems_and_paddings_load_by_the_file_beside(
 
 
 @pytest.mark.parametrize("mean", [(), (0.4, 0.5, 0.6)])
-def test_a_folder_is_loaded_by_timm_with_its_preprocessing(tmp_path, monkeypatch, mean):
-    source = drawn(tmp_path, depth=18, mean=mean)
+def test_timm_loads_a_folder_with_its_preprocessing(tmp_path, monkeypatch, mean):
+    source = random_file(tmp_path, depth=18, mean=mean)
     folder = tmp_path / "hub"
     export.export_folder(source, folder)
     net = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
@@ -135,7 +133,7 @@ def test_a_folder_is_loaded_by_timm_with_its_preprocessing(tmp_path, monkeypatch
     x = torch.stack([transform(Image.fromarray(image).resize((73, 73))) for image in images])
     assert x.shape == (2, 3, SIZE, SIZE)
     with torch.no_grad():
-        plain = normalised(images, mean or (0, 0, 0), (0.2, 0.25, 0.3) if mean else (1, 1, 1))
+        plain = normalized(images, mean or (0, 0, 0), (0.2, 0.25, 0.3) if mean else (1, 1, 1))
         assert_same(ssl_jax.load(source).apply(images), net(plain))
 
 
@@ -143,11 +141,11 @@ def test_a_folder_is_loaded_by_timm_with_its_preprocessing(tmp_path, monkeypatch
     ("sampler", "interpolation"),
     [("tf", "bicubic"), ("byol", "bilinear"), ("torchvision", "bicubic"), ("none", "bilinear")],
 )
-def test_pictures_are_prepared_alike(tmp_path, monkeypatch, sampler, interpolation):
-    """A picture of another size: cropped, resized and normalised as `ssl_jax.load` does."""
+def test_torch_encoder_preprocesses_like_ssl_jax(tmp_path, monkeypatch, sampler, interpolation):
+    """Crops, resizes and normalizes a picture of another size like `ssl_jax.load`."""
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (160, 121, 3), np.uint8))
-    source = drawn(tmp_path, depth=18, sampler=sampler)
+    source = random_file(tmp_path, depth=18, sampler=sampler)
     weights = read_weights(source)
     weights.config.eval.interpolation = interpolation
     write_weights(weights, source)
@@ -168,8 +166,8 @@ def test_pictures_are_prepared_alike(tmp_path, monkeypatch, sampler, interpolati
     assert np.abs(mine - theirs).max() <= 2e-3 * np.abs(theirs).max()
 
 
-def test_the_example_in_torch(tmp_path, monkeypatch, capsys):
-    export.export_folder(drawn(tmp_path, depth=18), tmp_path / "hub")
+def test_torch_example_ranks_pictures_by_similarity(tmp_path, monkeypatch, capsys):
+    export.export_folder(random_file(tmp_path, depth=18), tmp_path / "hub")
     for number, image in enumerate(pixels()):
         Image.fromarray(image).save(tmp_path / f"{number}.png")
     monkeypatch.delitem(sys.modules, "torch_encoder", raising=False)

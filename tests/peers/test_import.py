@@ -1,4 +1,4 @@
-"""Weights of other codes' own models, under the official names: the features are the same."""
+"""Imported weights of other packages' models give the same features."""
 
 import argparse
 import pickle
@@ -29,8 +29,8 @@ from ssl_jax.methods import make_method  # noqa: E402
 SIZE = 64
 
 
-def drawn(net, seed=0):
-    """With random weights and statistics everywhere, in evaluation mode."""
+def randomized(net, seed=0):
+    """Randomizes weights and statistics; returns the module in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -102,8 +102,8 @@ def mlp(*sizes, bn, bias, last_bias=True):
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
-def test_torchvisions_of_every_depth(tmp_path, depth):
-    net = drawn(resnet(depth))
+def test_torchvision_resnets_of_every_depth(tmp_path, depth):
+    net = randomized(resnet(depth))
     file = tmp_path / "net.safetensors"
     save_file(net.state_dict(), file)
     weights = read_weights(file)
@@ -113,8 +113,8 @@ def test_torchvisions_of_every_depth(tmp_path, depth):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_timms(tmp_path, name):
-    net = drawn(timm.create_model(name, num_classes=5))
+def test_timm_resnets_with_classifier(tmp_path, name):
+    net = randomized(timm.create_model(name, num_classes=5))
     weights = read_weights(saved(tmp_path, net.state_dict()))
     features = by_torch(
         lambda x: net.forward_head(net.forward_features(x), pre_logits=True), images()
@@ -123,36 +123,36 @@ def test_timms(tmp_path, name):
     assert_same(ours(weights, features, "classifier"), by_torch(net, images()))
 
 
-def test_a_small_stem(tmp_path):
-    net = drawn(resnet(stem="cifar"))
+def test_cifar_stem_is_inferred(tmp_path):
+    net = randomized(resnet(stem="cifar"))
     weights = read_weights(saved(tmp_path, net.state_dict()))
     assert weights.config.model.stem == "cifar" and weights.config.views.view1.size == 32
     assert_same(ours(weights, images(32)), by_torch(net, images(32)))
 
 
-def test_a_wide_one(tmp_path):
+def test_width_is_inferred(tmp_path):
     net = timm.models.resnet.ResNet(
         timm.models.resnet.BasicBlock, (2, 2, 2, 2), channels=(128, 256, 512, 1024), num_classes=0
     )
-    # timm's own stem is not wide: SimCLR's is.
+    # timm's stem keeps its width; SimCLR's is wide, too.
     net.conv1 = nn.Conv2d(3, 128, 7, 2, 3, bias=False)
     net.bn1 = nn.BatchNorm2d(128)
     first = net.layer1[0]
     first.conv1 = nn.Conv2d(128, 128, 3, 1, 1, bias=False)
     first.downsample = None
-    weights = read_weights(saved(tmp_path, drawn(net).state_dict()))
+    weights = read_weights(saved(tmp_path, randomized(net).state_dict()))
     assert weights.config.model.width == 2
     assert_same(ours(weights, images()), by_torch(net, images()))
 
 
-# Official codes
+# Official code
 
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("version", [1, 2])
-def test_moco(tmp_path, version, legacy):
+def test_moco_v1_and_v2(tmp_path, version, legacy):
     head = nn.Linear(512, 128) if version == 1 else mlp(512, 512, 128, bn=False, bias=True)
-    net, key = drawn(resnet(fc=head)), drawn(resnet(fc=head), seed=1)
+    net, key = randomized(resnet(fc=head)), randomized(resnet(fc=head), seed=1)
     state = prefixed("module.encoder_q.", net) | prefixed("module.encoder_k.", key)
     state |= {"module.queue": torch.randn(128, 64), "module.queue_ptr": torch.zeros(1).long()}
     optimizer = torch.optim.SGD(net.parameters(), 0.1).state_dict()
@@ -164,16 +164,16 @@ def test_moco(tmp_path, version, legacy):
     features = by_torch(net, images())
     assert_same(ours(weights, images()), features)
     assert_same(ours(weights, features, "projector"), by_torch(head, features))
-    with pytest.raises(UserError, match="no names that begin with 'backbone.'"):
+    with pytest.raises(UserError, match="no names that start with 'backbone.'"):
         read_weights(file, "solo")
 
 
-def test_simsiam(tmp_path):
+def test_simsiam_with_projector_and_predictor(tmp_path):
     head = mlp(512, 512, 512, 256, bn=True, bias=False)
     head.append(nn.BatchNorm1d(256, affine=False))
     predictor = mlp(256, 64, 256, bn=True, bias=False)
-    net = drawn(resnet(fc=head))
-    drawn(predictor)
+    net = randomized(resnet(fc=head))
+    randomized(predictor)
     state = prefixed("module.encoder.", net) | prefixed("module.predictor.", predictor)
     weights = read_weights(saved(tmp_path, state))
     options = weights.config.simsiam
@@ -187,13 +187,13 @@ def test_simsiam(tmp_path):
     assert_same(ours(weights, projected, "predictor"), by_torch(predictor, projected))
 
 
-def test_swav_with_its_prototypes(tmp_path):
-    net, head = drawn(resnet()), drawn(mlp(512, 512, 128, bn=True, bias=True))
+def test_swav_with_prototypes(tmp_path):
+    net, head = randomized(resnet()), randomized(mlp(512, 512, 128, bn=True, bias=True))
     prototypes = nn.Linear(128, 30, bias=False)
     state = prefixed("module.", net) | prefixed("module.projection_head.", head)
     state |= prefixed("module.prototypes.", prototypes)
     file = tmp_path / "swav.pth.tar"
-    torch.save(state, file)  # the published files are the state dict alone
+    torch.save(state, file)  # published files contain only the state dict
     weights = read_weights(file)
     assert weights.config.swav.prototypes == 30 and weights.left_out == ()
     assert weights.config.views.view1.std[0] == 0.228
@@ -205,7 +205,7 @@ def test_swav_with_its_prototypes(tmp_path):
 
 
 class Basic(nn.Module):
-    """lightly's block: its shortcut is `shortcut`."""
+    """lightly's block, which names its shortcut `shortcut`."""
 
     def __init__(self, n, m, stride):
         super().__init__()
@@ -228,12 +228,12 @@ def small_layers():
 
 
 @pytest.mark.parametrize("splits", [1, 8])
-def test_lightlys_small_network_has_no_relu_in_its_stem(tmp_path, splits):
-    """Its benchmarks take the children of a network whose stem has its ReLU in `forward`."""
+def test_lightly_small_network_has_no_relu_in_its_stem(tmp_path, splits):
+    """Its benchmarks use the children of a network that applies the stem's ReLU in `forward`."""
     stem = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64)]
-    net = drawn(nn.Sequential(*stem, *small_layers(), nn.AdaptiveAvgPool2d(1)))
+    net = randomized(nn.Sequential(*stem, *small_layers(), nn.AdaptiveAvgPool2d(1)))
     state = prefixed("backbone.", net) | {"projection_head.layers.0.weight": torch.zeros(4, 4)}
-    if splits > 1:  # split BatchNorm keeps its statistics for each part
+    if splits > 1:  # split BatchNorm has statistics per part
         state = {k: v.repeat(splits) if "running" in k else v for k, v in state.items()}
     weights = read_weights(saved(tmp_path, state))
     assert weights.config.model.stem == "cifar_no_relu"
@@ -241,19 +241,19 @@ def test_lightlys_small_network_has_no_relu_in_its_stem(tmp_path, splits):
     assert_same(ours(weights, images(32)), by_torch(net, images(32)))
 
 
-def test_lightlys_large_network(tmp_path):
-    net = drawn(nn.Sequential(*list(resnet().children())[:-1]))
+def test_lightly_large_network(tmp_path):
+    net = randomized(nn.Sequential(*list(resnet().children())[:-1]))
     weights = read_weights(saved(tmp_path, prefixed("backbone.", net)))
     assert weights.config.model.stem == "imagenet"
     assert_same(ours(weights, images()), by_torch(net, images()))
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
-def test_solo_learns_pads_its_small_stem_by_two(tmp_path, stem):
-    net, size = drawn(resnet(stem=stem, padding=2)), 32 if stem == "cifar" else SIZE
+def test_solo_learn_pads_its_small_stem_by_two(tmp_path, stem):
+    net, size = randomized(resnet(stem=stem, padding=2)), 32 if stem == "cifar" else SIZE
     state = prefixed("backbone.", net) | {"classifier.weight": torch.zeros(10, 512)}
     state |= prefixed("momentum_backbone.", net)
-    # What a trainer's checkpoint holds beside the weights.
+    # Lightning's checkpoints contain hyperparameters, too.
     options = argparse.Namespace(lr=0.1, path=Path("x"))
     file = saved(tmp_path, state, name="last.ckpt", hyper_parameters=options)
     weights = read_weights(file)
@@ -261,7 +261,7 @@ def test_solo_learns_pads_its_small_stem_by_two(tmp_path, stem):
     assert_same(ours(weights, images(size)), by_torch(net, images(size)))
 
 
-def test_byols_haiku_state(tmp_path, monkeypatch):
+def test_byol_haiku_checkpoint(tmp_path, monkeypatch):
     hk = pytest.importorskip("haiku")
 
     def forward(x, train):
@@ -296,18 +296,20 @@ def test_byols_haiku_state(tmp_path, monkeypatch):
     params, state = model.init(jax.random.key(0), x, True)
     rng = np.random.default_rng(0)
 
-    def redrawn(path, value):
+    def randomized_leaf(path, value):
         value = np.asarray(value)
         if "ema" in path or "norm" in path:
             return rng.uniform(0.5, 1.5, value.shape).astype(value.dtype)
         return value
 
     def each(tree):
-        return {m: {k: redrawn(m, v) for k, v in leaves.items()} for m, leaves in tree.items()}
+        return {
+            m: {k: randomized_leaf(m, v) for k, v in leaves.items()} for m, leaves in tree.items()
+        }
 
     params, state = each(params), each(state)
     expected, _ = model.apply(params, state, None, x, False)
-    # As the official experiment's checkpoint: a named tuple of its module, in a pickle.
+    # Like the official experiment's checkpoint: a pickled named tuple of its module.
     module = types.ModuleType("byol.byol_experiment")
     fields = "online_params target_params online_state target_state opt_state"
     module._ByolExperimentState = namedtuple("_ByolExperimentState", fields)
@@ -330,21 +332,21 @@ def test_byols_haiku_state(tmp_path, monkeypatch):
     assert_same(ours(weights, projected, "predictor"), predicted)
 
 
-# As the start of what follows
+# Loading
 
 
-def test_what_is_imported_is_loaded_and_prepares_its_images(tmp_path):
-    net = drawn(resnet())
+def test_loaded_imports_preprocess_like_their_code(tmp_path):
+    net = randomized(resnet())
     encoder = ssl_jax.load(
         saved(tmp_path, prefixed("module.encoder_q.", resnet(fc=nn.Linear(512, 8))))
     )
     assert encoder.config.views.view1.mean == (0.485, 0.456, 0.406)
     encoder = ssl_jax.load(saved(tmp_path, net.state_dict()))
-    assert preprocessing(encoder.config)["antialias"]  # as torchvision's own evaluation
+    assert preprocessing(encoder.config)["antialias"]  # as in torchvision's evaluation
     pixels = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), np.uint8)
-    normalise = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    normalize = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     with torch.no_grad():
-        x = normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
+        x = normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
         theirs = net(x).numpy()
     assert_same(np.asarray(encoder.apply(pixels)), theirs)
 
@@ -359,13 +361,16 @@ def test_what_is_imported_is_loaded_and_prepares_its_images(tmp_path):
         (lambda s: s.pop("bn1.running_mean"), "lacks 1 of 40 running statistics of the encoder"),
         (
             lambda s: s.update({"layer1.0.conv1.weight": torch.zeros(64, 32, 3, 3)}),
-            r"conv1/kernel of parameters of the encoder has the shape \[3, 3, 32, 64\]",
+            r"conv1/kernel in parameters of the encoder has the shape \[3, 3, 32, 64\]",
         ),
-        (lambda s: s.pop("conv1.weight"), "holds no ResNet-18"),
-        (lambda s: s.update({"layer1.0.conv3.weight": torch.zeros(1, 1, 1, 1)}), "holds no ResNet"),
+        (lambda s: s.pop("conv1.weight"), "contains no ResNet-18"),
+        (
+            lambda s: s.update({"layer1.0.conv3.weight": torch.zeros(1, 1, 1, 1)}),
+            "contains no ResNet",
+        ),
     ],
 )
-def test_what_is_missing_or_of_another_shape_is_one_sentence(tmp_path, change, sentence):
+def test_missing_names_and_other_shapes_are_refused(tmp_path, change, sentence):
     state = resnet().state_dict()
     change(state)
     with pytest.raises(UserError, match=sentence):

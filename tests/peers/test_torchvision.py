@@ -1,4 +1,4 @@
-"""Colours and crops beside torchvision's own, pixel by pixel and in distribution."""
+"""Color augmentations and crops equal torchvision's, per pixel and in distribution."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ N, SIZE = 6, 32
 
 @pytest.fixture(scope="module")
 def images():
-    """Smooth colours, some of them gray or at the limits."""
+    """Random colors, some gray or at the limits."""
     rng = np.random.default_rng(0)
     x = rng.uniform(0, 1, (N, SIZE, SIZE, 3)).astype(np.float32)
     x[1] = x[1, ..., :1]
@@ -32,7 +32,7 @@ def by_torchvision(function, x, *args):
 
 
 def clipped(function):
-    """torchvision clips after each adjustment, ours after the last of a chain step."""
+    """torchvision clips after each adjustment, ssl_jax after the last one."""
     return lambda *args: jnp.clip(function(*args), 0.0, 1.0)
 
 
@@ -59,19 +59,19 @@ def clipped(function):
     ],
     ids=["brightness", "contrast", "saturation", "hue", "solarize"],
 )
-def test_adjustments(images, ours, theirs, values):
+def test_color_adjustments_equal_torchvision(images, ours, theirs, values):
     for value in values:
         expected = by_torchvision(theirs, images, value)
         np.testing.assert_allclose(clipped(ours)(images, value), expected, atol=2e-4)
 
 
-def test_gray(images):
+def test_grayscale_equals_torchvision(images):
     expected = by_torchvision(lambda x: functional.rgb_to_grayscale(x, 3), images)
     np.testing.assert_allclose(augment.to_grayscale(images), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(("taps", "sigma"), [(3, 0.3), (9, 1.0), (23, 2.0)])
-def test_blur(images, taps, sigma):
+def test_blur_equals_torchvision(images, taps, sigma):
     expected = by_torchvision(functional.gaussian_blur, images, [taps, taps], [sigma, sigma])
     ours = augment.gaussian_blur(images, sigma, taps, "torchvision")
     np.testing.assert_allclose(ours, expected, atol=1e-5)
@@ -79,8 +79,8 @@ def test_blur(images, taps, sigma):
 
 @pytest.mark.parametrize("size", [(100, 100), (60, 200)])
 @pytest.mark.parametrize("area", [(0.08, 1.0), (0.2, 0.5)])
-def test_boxes_are_distributed_as_random_resized_crops(size, area):
-    """Height, width and place: no Kolmogorov-Smirnov test sees a difference."""
+def test_crop_boxes_have_the_distribution_of_random_resized_crop(size, area):
+    """Compares height, width and position by Kolmogorov-Smirnov tests."""
     draws = 4000
     config = view(size=32, crop={"sampler": "torchvision", "area": area})
     drawn = jax.vmap(lambda key: device_crop.draw_geometry(key, *size, config))(
@@ -95,8 +95,8 @@ def test_boxes_are_distributed_as_random_resized_crops(size, area):
         assert p > 1e-3, name
 
 
-def test_pixels_of_a_crop(images):
-    """Bilinear with antialiasing, as torchvision's transform of a tensor computes it."""
+def test_crop_pixels_equal_torchvision(images):
+    """Compares bilinear resizing with antialiasing of tensors."""
     config = view(size=12, crop={"sampler": "torchvision", "interpolation": "bilinear"})
     boxes = {"top": 3, "left": 5, "height": 20, "width": 25}
     geometry = {name: jnp.full((N,), value) for name, value in boxes.items()}

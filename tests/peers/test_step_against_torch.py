@@ -1,4 +1,4 @@
-"""The benchmark of the train step beside torch, at toy size."""
+"""The train step benchmark against torch, at toy size."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ pytest.importorskip("torch", reason="torch is not installed here: make peers")
 ROOT = Path(__file__).parents[2]
 
 
-def test_torch_takes_its_turns():
+def test_benchmark_reports_torch():
     command = [sys.executable, str(ROOT / "benchmarks" / "train_step.py"), "--batches=4"]
     command += [f"--config={ROOT / 'configs' / 'simclr_cifar10.py'}", "--peers=torch"]
     command += ["--no-compile", "--rounds=1", "--seconds=0.1", "--config.simclr.layers=2"]
