@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from ssl_jax.config import did_you_mean
 from ssl_jax.errors import UserError
 from ssl_jax.interop.byol import read_byol
-from ssl_jax.interop.infer_architecture import Found, require_whole, weights_of
+from ssl_jax.interop.infer_architecture import Found, require_complete, to_weights
 from ssl_jax.interop.pickled import may_be_pickled, read_pickle, read_torch
 from ssl_jax.interop.simclr import checkpoint_prefix, read_checkpoint, read_simclr
 from ssl_jax.interop.torch_names import from_torch, from_torch_layout, sequential
@@ -121,20 +121,20 @@ def _read(path: Path, prefix: Path | None, kind: str, state: tuple[int, int]) ->
     if prefix is not None:
         if kind not in ("", "simclr"):
             raise UserError(f"{path} is a TensorFlow checkpoint of SimCLR: omit the kind.")
-        return weights_of(read_simclr(read_checkpoint(prefix), path), path)
+        return to_weights(read_simclr(read_checkpoint(prefix), path), path)
     if path.suffix == ".safetensors":
         arrays, header = read_safetensors(path)
         if "ssl_jax" in header:
             if kind:
                 raise UserError(f"{path} was written by ssl_jax: omit the kind.")
             weights = parse_weights(path, arrays, header)
-            require_whole(weights, path)
+            require_complete(weights, path)
             return weights
-        weights = weights_of(_torch(arrays, kind, path), path)
+        weights = to_weights(_torch(arrays, kind, path), path)
         return _as_exported(weights, path, header) if "ssl_jax_config" in header else weights
     if kind == "byol" or not kind and path.suffix in (".pkl", ".pickle"):
-        return weights_of(read_byol(read_pickle(path), path), path)
-    return weights_of(_torch(_state_dict(read_torch(path), path), kind, path), path)
+        return to_weights(read_byol(read_pickle(path), path), path)
+    return to_weights(_torch(_state_dict(read_torch(path), path), kind, path), path)
 
 
 def _as_exported(weights: Weights, path: Path, header: Mapping[str, str]) -> Weights:

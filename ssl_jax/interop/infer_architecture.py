@@ -43,7 +43,7 @@ class Found:
     left_out: tuple[str, ...] = ()
 
 
-def weights_of(found: Found, path: Path) -> Weights:
+def to_weights(found: Found, path: Path) -> Weights:
     """Infers the config, and checks that the networks are complete.
 
     Args:
@@ -64,11 +64,11 @@ def weights_of(found: Found, path: Path) -> Weights:
     _preprocessing(config, found.kind, path)
     source = f"{found.kind}: {path.name}"
     weights = Weights(config, found.params, found.batch_stats, 0, source, found.left_out)
-    require_whole(weights, path)
+    require_complete(weights, path)
     return weights
 
 
-def require_whole(weights: Weights, path: Path) -> None:
+def require_complete(weights: Weights, path: Path) -> None:
     """Checks that the networks have all names and shapes that their config requires.
 
     Args:
