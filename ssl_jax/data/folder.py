@@ -1,5 +1,7 @@
 """A folder of image files as a source."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +12,11 @@ from ml_collections import ConfigDict
 
 from ssl_jax.data.host import HostSource
 from ssl_jax.data.listing import list_images, some
-from ssl_jax.data.views import tf
+from ssl_jax.data.tensorflow import tf
 from ssl_jax.errors import UserError
 
 
-def folder_sources(config: ConfigDict) -> tuple["FolderSource", "FolderSource | None"]:
+def folder_sources(config: ConfigDict) -> tuple[FolderSource, FolderSource | None]:
     """The images under `config.data.dir` and `config.data.test_dir`.
 
     Args:

@@ -4,6 +4,8 @@ What differs between them is where an image's file is: `HostSource` does the res
 be asked for by its id, so a run that goes on at step s reads what step s needs, and nothing before.
 """
 
+from __future__ import annotations
+
 import ctypes
 import functools
 import logging
@@ -13,7 +15,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -21,12 +23,12 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import flat_views
 from ssl_jax.data import views
-from ssl_jax.data.views import tf
+from ssl_jax.data.tensorflow import load_tensorflow, tf
 from ssl_jax.errors import UserError
 
-Step = tuple[int, Int[np.ndarray, " n"]]
+Step: TypeAlias = tuple[int, Int[np.ndarray, " n"]]
 # Of a file's contents, the step and the id: what to make of an image.
-PerImage = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, ...]]
+PerImage: TypeAlias = "Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, ...]]"
 
 _log = logging.getLogger("ssl_jax.data")
 # Of glibc's mallopt, bytes: what is free at the top of a heap stays up to this (M_TRIM_THRESHOLD);
@@ -65,6 +67,7 @@ class HostSource:
         Raises:
           UserError: a view that can't be made on the host.
         """
+        load_tensorflow()  # fails here if it is not installed, not in a thread later
         _refuse_affine(config)
         keep_freed_memory()
         self._config, self._where = config, where
@@ -199,7 +202,7 @@ class HostSource:
                 if len(self.bad) == known:  # something else is wrong
                     raise
 
-    def _pipeline(self, feed: "_Feed", size: int, make: PerImage) -> tf.data.Dataset:
+    def _pipeline(self, feed: _Feed, size: int, make: PerImage) -> tf.data.Dataset:
         def arrays() -> Iterator[tuple[Any, ...]]:
             for step, ids in feed.items():
                 handles, labels = self.handles(self._source_id[ids])

@@ -1,14 +1,17 @@
-"""Image files in a few large ones, for file systems and buckets that dislike many small ones.
+"""Image files copied into a few ArrayRecord files, which file systems and buckets read faster.
 
-`convert` writes TFRecord shards of `tf.train.Example`s ("image", "label", "name"), which any reader
-of TFRecord takes, and beside them an index of where each image's bytes lie, so that images are read
-one by one in any order. The index is written last: a folder without one is not complete.
+Each record is the unchanged bytes of one image file. `index.npz` holds the labels, the file names
+and the number of records per shard, so that a run starts without opening a shard. It is written
+last: a folder without it is incomplete.
 """
+
+from __future__ import annotations
 
 import io
 import os
+import resource
+import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,83 +20,72 @@ from ml_collections import ConfigDict
 
 from ssl_jax.data.host import HostSource
 from ssl_jax.data.listing import list_images
-from ssl_jax.data.views import tf
-from ssl_jax.errors import UserError
+from ssl_jax.data.tensorflow import array_record_data_source, array_record_module, tf
+from ssl_jax.errors import UserError, first_line
 
 _INDEX = "index.npz"
-_KEYS = {"shards", "shard", "offset", "length", "label", "names", "class_names"}
-# A TFRecord is the payload's length, 8 bytes, and its checksum, 4; the payload; its checksum, 4.
-BEFORE, AFTER = 12, 4
-_READERS = 16  # images asked for at a time: what hides the latency of a disk or a bucket
+_KEYS = {"shards", "counts", "label", "names", "class_names"}
 
 
 def convert(folder: str, out: str, num_shards: int = 0) -> int:
-    """Copies the image files of a folder, as they are, into sharded records.
+    """Copies the image files of a folder, unchanged, into ArrayRecord shards.
 
     Args:
-      folder: with one sub-folder per class, or flat, as `config.data.name = "folder"` takes it.
-      out: folder to write, on a disk or a bucket (gs://…); it must not hold records yet.
-      num_shards: files to write, 0: of about 128 MiB each.
+      folder: one subfolder per class, or flat, as for `config.data.name = "folder"`.
+      out: the folder to write, local or in a bucket (gs://...); it must not hold records yet.
+      num_shards: number of files to write; 0 for files of about 128 MiB.
 
     Returns:
       The number of images.
 
     Raises:
-      UserError: what `list_images` refuses, records that are there already, a file that can't be
-        read or written.
+      UserError: as `list_images`; `out` already holds records; a file can't be read or written.
     """
     files, labels, class_names = list_images(folder, "the folder to convert")
-    labels = [-1] * len(files) if labels is None else labels
     if tf.io.gfile.exists(_join(out, _INDEX)):
-        raise UserError(f"{out} holds records already: give another folder, or remove it.")
-    if not num_shards:
-        sampled = files[:: max(1, len(files) // 1000)]
-        size = sum(os.path.getsize(file) for file in sampled) / len(sampled)
-        num_shards = max(1, round(size * len(files) / 2**27))
-    num_shards = min(num_shards, len(files))
-    shards = [f"{i:05d}-of-{num_shards:05d}.tfrecord" for i in range(num_shards)]
-    rows: list[tuple[int, int, int]] = []
+        raise UserError(f"{out} already holds records. Choose another folder, or remove it.")
+    num_shards = min(num_shards or _default_shards(files), len(files))
+    shards = [f"{i:05d}-of-{num_shards:05d}.array_record" for i in range(num_shards)]
+    chunks = np.array_split(np.arange(len(files)), num_shards)
     names = [os.path.relpath(file, folder) for file in files]
     try:
         tf.io.gfile.makedirs(out)
-        for number, chunk in enumerate(np.array_split(np.arange(len(files)), num_shards)):
-            with tf.io.TFRecordWriter(_join(out, shards[number])) as writer:
-                position = 0
-                for i in chunk:
-                    image = _read_file(files[i])
-                    record = _example(image, labels[i], names[i])
-                    start = position + BEFORE + record.index(image)
-                    rows.append((number, start, len(image)))
-                    writer.write(record)
-                    position += BEFORE + len(record) + AFTER
-        shard, offset, length = np.array(rows, np.int64).T
+        with tempfile.TemporaryDirectory() as scratch:
+            for shard, chunk in zip(shards, chunks, strict=True):
+                # array_record 0.8 reads gs:// paths but writes local ones only.
+                local = _join(scratch if "://" in out else out, shard)
+                _write_shard(local, [files[i] for i in chunk])
+                if "://" in out:
+                    tf.io.gfile.copy(local, _join(out, shard), overwrite=True)
+                    os.remove(local)
         _write_arrays(
             _join(out, _INDEX),
             shards=np.array(shards),
-            shard=shard.astype(np.int32),
-            offset=offset,
-            length=length.astype(np.int32),
-            label=np.array(labels, np.int32),
+            counts=np.array([len(chunk) for chunk in chunks]),
+            label=np.array(labels or [-1] * len(files), np.int32),
             names=np.frombuffer(os.fsencode("\0".join(names)), np.uint8),
             class_names=np.array(class_names, str),
         )
-    except (OSError, tf.errors.OpError) as error:
-        raise UserError(f"{out} can't be written ({error}): choose another folder.") from error
+    except (OSError, RuntimeError, tf.errors.OpError) as error:  # ArrayRecord's are RuntimeErrors
+        raise UserError(
+            f"Cannot write {out} ({first_line(error)}). "
+            "Check free disk space and permissions, or choose another folder."
+        ) from error
     return len(files)
 
 
-def records_sources(config: ConfigDict) -> tuple["RecordsSource", "RecordsSource | None"]:
-    """The records in `config.data.dir` and `config.data.test_dir`.
+def records_sources(config: ConfigDict) -> tuple[RecordsSource, RecordsSource | None]:
+    """Opens the records in `config.data.dir` and `config.data.test_dir`.
 
     Args:
-      config: of the run.
+      config: the run's config.
 
     Returns:
-      The training source and the held-out one, None where `config.data.test_dir` is empty.
+      The training source, and the held-out one or None if `config.data.test_dir` is empty.
 
     Raises:
-      UserError: a folder without records, classes that differ between the two, or a view that can't
-        be made on the host.
+      UserError: a folder without records, different classes in the two folders, or a view that
+        can't be made on the host.
     """
     train = RecordsSource(config, "dir")
     if not config.data.test_dir:
@@ -102,125 +94,124 @@ def records_sources(config: ConfigDict) -> tuple["RecordsSource", "RecordsSource
     if train.class_names != test.class_names:
         raise UserError(
             f"config.data.dir ({config.data.dir}) and config.data.test_dir "
-            f"({config.data.test_dir}) have other classes: convert two splits of one data set."
+            f"({config.data.test_dir}) have different classes. Convert two splits of one data set."
         )
     return train, test
 
 
 class RecordsSource(HostSource):
-    """What `convert` has written; ids in the order of the folder that it was made of."""
+    """Records written by `convert`; ids follow the order of the converted folder."""
 
     def __init__(self, config: ConfigDict, key: str = "dir") -> None:
         """Reads the index.
 
         Args:
-          config: of the run.
-          key: which of `config.data` names the records: "dir" or "test_dir".
+          config: the run's config.
+          key: the key of `config.data` that names the folder, "dir" or "test_dir".
 
         Raises:
-          UserError: no records there, or a view that can't be made on the host.
+          UserError: no records in the folder, or a view that can't be made on the host.
         """
         folder = config.data[key]
         index = _read_index(folder, f"config.data.{key}")
         names = index["names"].tobytes()
-        super().__init__(config, f"config.data.{key} ({folder})", len(index["shard"]), names)
+        super().__init__(config, f"config.data.{key} ({folder})", len(index["label"]), names)
         self.class_names = tuple(str(name) for name in index["class_names"])
         self.num_classes = len(self.class_names)
-        self._paths = [_join(folder, str(shard)) for shard in index["shards"]]
-        self._shard, self._labels, self._names = index["shard"], index["label"], names
-        self._ranges = Ranges(self._paths, self._shard, index["offset"], index["length"])
+        self._labels, self._names = index["label"], names
+        paths = [_join(folder, str(shard)) for shard in index["shards"]]
+        self._records = ArrayRecords(
+            [(path, 0, count) for path, count in zip(paths, index["counts"], strict=True)]
+        )
 
     def handles(self, ids: Int[np.ndarray, " n"]) -> tuple[Sequence[bytes], Int[np.ndarray, " n"]]:
-        """The files themselves."""
-        return self._ranges[ids], self._labels[ids]
+        """The contents of the files."""
+        return self._records[ids], self._labels[ids]
 
     def contents(self, handle: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """They are there already."""
+        """The handle and the label, unchanged."""
         return handle, label
 
     def name(self, id: int) -> str:
-        """The file's path in the folder that was converted, and the shard."""
+        """The file's path in the converted folder, and its shard."""
         name = os.fsdecode(self._names.split(b"\0")[id])
-        return f"{name} in {self._paths[self._shard[id]]}"
+        return f"{name} in {self._records.path(id)}"
 
 
-class Ranges:
-    """Ranges of bytes in files, read by their numbers, many at a time."""
+class ArrayRecords:
+    """The records of several ArrayRecord files, numbered across the files, for random access."""
 
-    def __init__(
-        self,
-        paths: Sequence[str],
-        file: Int[np.ndarray, " N"],
-        offset: Int[np.ndarray, " N"],
-        length: Int[np.ndarray, " N"],
-    ) -> None:
-        """Opens nothing.
+    def __init__(self, parts: Sequence[tuple[str, int, int]]) -> None:
+        """Opens no file.
 
         Args:
-          paths: of the files.
-          file: in which of them each range lies.
-          offset: of its first byte.
-          length: bytes.
+          parts: for each file its path, local or gs://, and the range of its records to use.
         """
-        self._paths, self._file, self._offset, self._length = paths, file, offset, length
-        self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="ranges")
+        self._paths = [path for path, _, _ in parts]
+        self._ends = np.cumsum([stop - start for _, start, stop in parts])
+        # Without ranges it would open each file to count its records.
+        self._source = array_record_data_source.ArrayRecordDataSource(
+            [f"{path}[{start}:{stop}]" for path, start, stop in parts]
+        )
+        # It keeps open every file that it has read, and ImageNet has more than the usual 1,024.
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
     def __len__(self) -> int:
-        return len(self._file)
+        return len(self._source)
 
-    def __getitem__(self, numbers: Int[np.ndarray, " n"]) -> list[bytes]:
-        return list(self._pool.map(self._one, numbers))
+    def __getitem__(self, numbers: Int[np.ndarray, " n"]) -> Sequence[bytes]:
+        try:
+            return self._source.__getitems__(numbers.tolist())
+        except RuntimeError:  # its message may not name the file
+            return [self._one(number) for number in numbers.tolist()]
 
     def _one(self, number: int) -> bytes:
-        path = self._paths[self._file[number]]
-        return read_range(path, int(self._offset[number]), int(self._length[number]))
+        try:
+            return self._source[number]
+        except RuntimeError as error:
+            raise UserError(
+                f"Cannot read {self.path(number)} ({first_line(error)}). "
+                "Check that the file exists and is complete."
+            ) from error
 
-
-def read_range(path: str, offset: int, length: int) -> bytes:
-    """Some bytes of a file, on a disk or a bucket; safe to call from many threads.
-
-    Raises:
-      UserError: the file can't be read, or ends before.
-    """
-    reason = "it is too short"
-    data = b""
-    try:
-        if "://" in path:
-            with tf.io.gfile.GFile(path, "rb") as handle:
-                handle.seek(offset)
-                data = handle.read(length)
-        else:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                data = os.pread(descriptor, length, offset)
-            finally:
-                os.close(descriptor)
-    except OSError as error:
-        reason = str(error.strerror)
-    except tf.errors.OpError as error:
-        reason = error.message
-    if len(data) < length:
-        raise UserError(f"{path} can't be read ({reason}): see that it is whole and stays there.")
-    return data
+    def path(self, number: int) -> str:
+        """The file that holds a record."""
+        return self._paths[np.searchsorted(self._ends, number, side="right")]
 
 
 def _read_index(folder: str, key: str) -> dict[str, Any]:
     if not folder:
-        raise UserError(f"{key} is empty: give the folder that `ssl-jax data convert` has written.")
+        raise UserError(f"{key} is empty. Set it to a folder written by `ssl-jax data convert`.")
     path = _join(folder, _INDEX)
     if not tf.io.gfile.exists(path):
         raise UserError(
-            f"{key} is {folder}, where there are no complete records: `ssl-jax data convert IMAGES "
-            f"{folder}` writes them."
+            f"{key} is {folder}, which contains no complete records. Write them with `ssl-jax data "
+            f"convert IMAGES {folder}`."
         )
     try:
         with tf.io.gfile.GFile(path, "rb") as handle:
             with np.load(io.BytesIO(handle.read()), allow_pickle=False) as arrays:
                 if set(arrays.files) != _KEYS:
-                    raise ValueError("other arrays")
+                    raise ValueError("unexpected arrays")
                 return dict(arrays)
     except Exception as error:  # a corrupt file fails in many ways
         raise UserError(f"{path} is corrupt: convert the images anew.") from error
+
+
+def _default_shards(files: Sequence[str]) -> int:
+    """The number of shards of about 128 MiB, estimated from the sizes of about 1,000 files."""
+    sampled = files[:: max(1, len(files) // 1000)]
+    mean_size = sum(os.path.getsize(file) for file in sampled) / len(sampled)
+    return max(1, round(mean_size * len(files) / 2**27))
+
+
+def _write_shard(path: str, files: Sequence[str]) -> None:
+    # One record per group, to read single images; JPEG and PNG files don't compress further.
+    writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")
+    for file in files:
+        writer.write(_read_file(file))
+    writer.close()
 
 
 def _read_file(path: str) -> bytes:
@@ -231,19 +222,6 @@ def _read_file(path: str) -> bytes:
         raise UserError(
             f"{path} can't be read ({error.strerror}): remove or replace it."
         ) from error
-
-
-def _example(image: bytes, label: int, name: str) -> bytes:
-    def feature(value: bytes) -> tf.train.Feature:
-        return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
-
-    features = {
-        "image": feature(image),
-        "label": tf.train.Feature(int64_list=tf.train.Int64List(value=[label])),
-        "name": feature(os.fsencode(name)),
-    }
-    example = tf.train.Example(features=tf.train.Features(feature=features))
-    return example.SerializeToString(deterministic=True)
 
 
 def _write_arrays(path: str, **arrays: np.ndarray) -> None:

@@ -13,10 +13,15 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 from ssl_jax.config import did_you_mean
 from ssl_jax.data.arrays import ArraySource
+from ssl_jax.data.folder import folder_sources
 from ssl_jax.data.packed import packed_sources
+from ssl_jax.data.records import records_sources
+from ssl_jax.data.tfds import tfds_sources
 from ssl_jax.errors import UserError
 
 
@@ -155,9 +160,6 @@ def digits(config: ConfigDict) -> tuple[Source, Source]:
     The split does not depend on `config.seed`, so that runs with different seeds are compared on
     the same held-out images.
     """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
     data = load_digits()
     gray = np.round(data.images * (255 / 16)).astype(np.uint8)
     images = np.repeat(gray[..., None], 3, axis=-1)
@@ -209,23 +211,14 @@ def make_sources(config: ConfigDict) -> tuple[Source, Source | None]:
 
 
 def _named_sources(config: ConfigDict) -> tuple[Source, Source | None]:
+    makers = {
+        "digits": digits,
+        "folder": folder_sources,
+        "packed": packed_sources,
+        "records": records_sources,
+        "tfds": tfds_sources,
+    }
     name = config.data.name
-    if name == "digits":
-        return digits(config)
-    if name == "folder":
-        # Imports TensorFlow, which array sources must not need.
-        from ssl_jax.data.folder import folder_sources
-
-        return folder_sources(config)
-    if name == "packed":
-        return packed_sources(config)
-    if name == "records":
-        from ssl_jax.data.records import records_sources
-
-        return records_sources(config)
-    if name == "tfds":
-        from ssl_jax.data.tfds import tfds_sources
-
-        return tfds_sources(config)
-    known = ["digits", "folder", "packed", "records", "tfds"]
-    raise UserError(f"config.data.name is '{name}'.{did_you_mean(name, known)}")
+    if name not in makers:
+        raise UserError(f"config.data.name is '{name}'.{did_you_mean(name, makers)}")
+    return makers[name](config)

@@ -8,10 +8,11 @@ An image is decoded whole, once for all its views: the views of an image cover m
 them, and a file cut short has to show whatever the crops are.
 """
 
-import contextlib
+from __future__ import annotations
+
 import functools
-import os
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -19,29 +20,15 @@ from jaxtyping import Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from ssl_jax.data.device_crop import antialiased
+from ssl_jax.data.tensorflow import tf
 from ssl_jax.errors import UserError
 
-# Only exceptions are to reach the terminal, neither banners nor the decoders' own lines. JAX, where
-# it came first, has set the level to 1; any other is the user's wish.
-if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # not needed here, and it announces itself
-try:
-    import tensorflow as tf
-except ImportError as error:
-    raise UserError(
-        "Reading image files needs TensorFlow, which is not installed: "
-        "install the extra 'data', pip install -c constraints.txt -e '.[data]' in a clone."
-    ) from error
-with contextlib.suppress(RuntimeError):  # the caller's own TensorFlow is at work already
-    tf.config.set_visible_devices([], "GPU")  # all their memory is for JAX
-
-# In whole pixels: top, left, height, width.
-Boxes = Int[tf.Tensor, "views 4"]
-Seed = Int[tf.Tensor, "2"]
-Image = UInt8[tf.Tensor, "height width 3"]
-View = UInt8[tf.Tensor, "size size 3"]
-Scalar = Int[tf.Tensor, ""]
+# Top, left, height and width, in whole pixels. Strings, so that importing this needs no TensorFlow.
+Boxes: TypeAlias = 'Int[tf.Tensor, "views 4"]'
+Seed: TypeAlias = 'Int[tf.Tensor, "2"]'
+Image: TypeAlias = 'UInt8[tf.Tensor, "height width 3"]'
+View: TypeAlias = 'UInt8[tf.Tensor, "size size 3"]'
+Scalar: TypeAlias = 'Int[tf.Tensor, ""]'
 
 _TORCHVISION_TRIES = 10
 _TF_TRIES = 100
@@ -49,8 +36,6 @@ _TF_MIN_COVERED = 0.1
 _SAMPLERS = ("torchvision", "tf", "byol", "none")
 
 
-# Traced, so that the check of the shape fails in the same way inside of tf.data and outside.
-@tf.function(input_signature=[tf.TensorSpec([], tf.string)])
 def decode(contents: tf.Tensor) -> Image:
     """An image file's pixels as RGB.
 

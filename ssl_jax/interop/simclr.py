@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from ssl_jax.data.tensorflow import load_tensorflow, tf, trackable_object_graph_pb2
 from ssl_jax.errors import UserError, first_line
 from ssl_jax.interop.infer_architecture import Found
 from ssl_jax.models.resnet import STAGES
@@ -50,13 +51,7 @@ def read_checkpoint(prefix: Path) -> dict[str, np.ndarray]:
     Raises:
       UserError: TensorFlow isn't installed, or the files can't be read.
     """
-    try:
-        import tensorflow as tf
-    except ImportError as error:
-        raise UserError(
-            f"Reading {prefix} needs TensorFlow, which is not installed: install the extra 'data', "
-            "pip install -c constraints.txt -e '.[data]' in a clone."
-        ) from error
+    load_tensorflow()
     try:
         reader = tf.train.load_checkpoint(str(prefix))
         shapes = reader.get_variable_to_shape_map()
@@ -77,8 +72,6 @@ def _paths(serialized: bytes) -> dict[str, str]:
     A variable's key is the shortest way to it, which may be a list of all variables; its place is
     found by following the attributes that the official code's modules have.
     """
-    from tensorflow.core.protobuf import trackable_object_graph_pb2
-
     graph = trackable_object_graph_pb2.TrackableObjectGraph.FromString(serialized)
     found: dict[str, str] = {}
     waiting, seen = [(0, "")], set()

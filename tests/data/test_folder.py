@@ -11,12 +11,13 @@ from images import COLOURS, by_id, config_of, fill, picture, read
 from PIL import Image
 
 from ssl_jax import config
+from ssl_jax.data import folder
 from ssl_jax.data.index import Index
 from ssl_jax.data.sources import make_sources
+from ssl_jax.data.tensorflow import load_tensorflow, tf
 from ssl_jax.errors import UserError
 
 pytest.importorskip("tensorflow")
-folder = pytest.importorskip("ssl_jax.data.folder")
 
 ROOT = Path(__file__).parents[2]
 PHOTOS = ROOT.parent / "shared/data/photos"
@@ -399,10 +400,10 @@ def test_a_file_that_went_away_is_never_skipped(tmp_path, on_bad_image):
 
 def test_other_errors_are_not_taken_for_a_bad_image(tmp_path, monkeypatch):
     def broken(image, seed, views):
-        return (folder.tf.reshape(image, [7]),)
+        return (tf.reshape(image, [7]),)
 
     monkeypatch.setattr("ssl_jax.data.views.make_views", broken)
-    with pytest.raises(folder.tf.errors.InvalidArgumentError, match="reshape"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="reshape"):
         read(source_of(fill(tmp_path), on_bad_image="skip"), [(0, [1, 2])])
 
 
@@ -445,11 +446,13 @@ def python(code, **environment):
     )
 
 
-def test_arrays_need_no_tensorflow():
+def test_imports_and_array_sources_load_no_tensorflow_and_set_no_variables():
     code = (
-        "import sys; import ssl_jax.data.pipeline; from ssl_jax.data import sources; "
+        "import os, sys, jax; before = dict(os.environ); import ssl_jax.data.pipeline; "
+        "from ssl_jax.data import folder, records, sources, tfds; import ssl_jax.interop.simclr; "
         "from ssl_jax.config import default_config; sources.make_sources(default_config()); "
-        "assert 'tensorflow' not in sys.modules"
+        "assert not {'tensorflow', 'tensorflow_datasets', 'array_record'} & set(sys.modules); "
+        "assert os.environ == before"
     )
     done = python(code)
     assert done.returncode == 0, done.stderr
@@ -477,8 +480,7 @@ def test_tensorflow_is_quiet_and_keeps_off_the_gpu(tmp_path):
 
 
 def test_missing_tensorflow_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "ssl_jax.data.folder")
-    monkeypatch.delitem(sys.modules, "ssl_jax.data.views")
+    load_tensorflow.cache_clear()
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(UserError, match=r"pip install .* '\.\[data\]'"):
         make_sources(config_of(tmp_path))

@@ -7,8 +7,7 @@ import resource
 import numpy as np
 import pytest
 
-pytest.importorskip("tensorflow")
-host = pytest.importorskip("ssl_jax.data.host")
+from ssl_jax.data import host
 
 keep_freed_memory = host.keep_freed_memory.__wrapped__
 GLIBC = platform.libc_ver()[0] == "glibc"

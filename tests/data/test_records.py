@@ -1,17 +1,23 @@
+import http.server
+import os
+import resource
 import shutil
+import threading
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 from images import by_id, config_of, fill, picture, read
 
 from ssl_jax.cli.main import main
+from ssl_jax.data import records
 from ssl_jax.data.index import Index
 from ssl_jax.data.sources import make_sources
+from ssl_jax.data.tensorflow import array_record_module
 from ssl_jax.errors import UserError
 
 tf = pytest.importorskip("tensorflow")
-records = pytest.importorskip("ssl_jax.data.records")
 
 
 def converted(tmp_path, shards=3):
@@ -40,24 +46,20 @@ def test_records_are_the_folder(tmp_path):
     np.testing.assert_array_equal(source.eval_transform([3, 11]), expected.eval_transform([3, 11]))
 
 
-def test_the_shards_are_tfrecords_of_the_unchanged_files(tmp_path):
+def test_shards_are_array_records_of_the_unchanged_files(tmp_path):
     images, folder = converted(tmp_path)
     shards = sorted(path.name for path in folder.iterdir())
-    assert shards == [f"{i:05d}-of-00003.tfrecord" for i in range(3)] + ["index.npz"]
-    spec = {
-        "image": tf.io.FixedLenFeature([], tf.string),
-        "label": tf.io.FixedLenFeature([], tf.int64),
-        "name": tf.io.FixedLenFeature([], tf.string),
-    }
-    files = [str(folder / name) for name in shards[:3]]
+    assert shards == [f"{i:05d}-of-00003.array_record" for i in range(3)] + ["index.npz"]
     seen = []
-    for record in tf.data.TFRecordDataset(files).as_numpy_iterator():
-        example = tf.io.parse_single_example(record, spec)
-        name = example["name"].numpy().decode()
-        assert example["image"].numpy() == (images / name).read_bytes()
-        seen.append((name, int(example["label"])))
+    for name in shards[:3]:
+        reader = array_record_module.ArrayRecordReader(str(folder / name))
+        seen += reader.read_all()
     names = [f"{c}/{i}.png" for c in ("cat", "dog", "emu") for i in range(4)]
-    assert seen == list(zip(names, np.repeat([0, 1, 2], 4), strict=True))
+    assert seen == [(images / name).read_bytes() for name in names]
+    with np.load(folder / "index.npz") as index:
+        assert index["names"].tobytes().decode().split("\0") == names
+        np.testing.assert_array_equal(index["label"], np.repeat([0, 1, 2], 4))
+        assert index["class_names"].tolist() == ["cat", "dog", "emu"]
 
 
 def test_a_flat_folder_has_no_labels(tmp_path):
@@ -67,7 +69,7 @@ def test_a_flat_folder_has_no_labels(tmp_path):
     out = tmp_path / "records"
     assert main(["data", "convert", str(tmp_path / "images"), str(out)]) == 0
     source = source_of(out)
-    assert len(list(out.glob("*.tfrecord"))) == 1 and source.labels is None
+    assert len(list(out.glob("*.array_record"))) == 1 and source.labels is None
     assert "label" not in read(source, [(0, [2, 0])])[0]
 
 
@@ -75,7 +77,9 @@ def test_bad_images_are_named_and_replaced(tmp_path):
     images = fill(tmp_path / "images")
     (images / "dog" / "3.png").write_bytes(b"")
     records.convert(str(images), str(tmp_path / "records"), 2)
-    with pytest.raises(UserError, match="dog/3.png in .*00001-of-00002.tfrecord can't be decoded"):
+    with pytest.raises(
+        UserError, match="dog/3.png in .*00001-of-00002.array_record can't be decoded"
+    ):
         read(source_of(tmp_path / "records"), [(0, [6, 7])])
     source = source_of(tmp_path / "records", on_bad_image="skip")
     (batch,) = read(source, [(0, [6, 7])])
@@ -91,47 +95,111 @@ def test_an_interrupted_conversion_is_not_taken_for_a_whole_one(tmp_path, monkey
     arguments = ["data", "convert", str(images), str(out), "--shards=2"]
     assert main(arguments) == 2
     assert "emu/3.png can't be read" in capsys.readouterr().err
-    with pytest.raises(UserError, match="no complete records: `ssl-jax data convert"):
+    with pytest.raises(UserError, match="no complete records. Write them with `ssl-jax data"):
         source_of(out)
     (images / "emu" / "3.png").unlink()
     assert main(arguments) == 0
     assert source_of(out).num_examples == 11
     assert main(arguments) == 2
-    assert "holds records already" in capsys.readouterr().err
+    assert "already holds records" in capsys.readouterr().err
 
 
-def test_damage_is_one_sentence(tmp_path):
-    _, folder = converted(tmp_path)
-    with pytest.raises(UserError, match="config.data.dir is empty: give the folder"):
+def test_corrupt_or_missing_files_are_user_errors(tmp_path):
+    images, folder = converted(tmp_path)
+    with pytest.raises(UserError, match="config.data.dir is empty. Set it to a folder written by"):
         source_of("")
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     (copy / "index.npz").write_bytes(b"PK")
     with pytest.raises(UserError, match="index.npz is corrupt"):
         source_of(copy)
     source = source_of(folder, on_bad_image="skip")
-    last = folder / "00002-of-00003.tfrecord"
-    last.write_bytes(last.read_bytes()[:-200])
-    with pytest.raises(UserError, match="00002-of-00003.tfrecord can't be read .it is too short"):
-        read(source, [(0, [10, 11])])
+    last = folder / "00002-of-00003.array_record"
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-200])
+    with pytest.raises(UserError, match="Cannot read .*/00002-of-00003.array_record .Corrupted"):
+        read(source, [(0, [1, 10])])
+    image = (images / "emu" / "2.png").read_bytes()
+    last.write_bytes(whole.replace(image, image[:-1] + b"?"))
+    source = source_of(folder, on_bad_image="skip")
+    with pytest.raises(UserError, match="Cannot read .*/00002-of-00003.array_record .Corrupted"):
+        read(source, [(0, [1, 10])])
     last.unlink()
-    with pytest.raises(UserError, match="00002-of-00003.tfrecord can't be read .No such file"):
-        read(source, [(0, [10, 11])])
+    source = source_of(folder, on_bad_image="skip")
+    assert len(read(source, [(0, [1, 7])])) == 1  # the other shards are whole
+    with pytest.raises(UserError, match="array_record .open.* failed: No such file"):
+        read(source, [(0, [1, 10])])
+
+
+def test_failed_writes_are_user_errors(tmp_path):
+    images = fill(tmp_path / "images")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "00000-of-00001.array_record").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="Cannot write .*/out .*No space left on device"):
+        records.convert(str(images), str(tmp_path / "out"))
+    with pytest.raises(UserError, match="contains no complete records"):
+        source_of(tmp_path / "out")
+
+
+def test_more_shards_than_open_files_are_allowed(tmp_path):
+    _, folder = converted(tmp_path, shards=12)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    expected = source_of(folder).eval_transform(range(12))
+    opened = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 8, hard))
+    try:
+        np.testing.assert_array_equal(source_of(folder).eval_transform(range(12)), expected)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_classes_of_both_splits_must_agree(tmp_path):
     _, folder = converted(tmp_path)
     fill(tmp_path / "other", classes=["cat", "dog"])
     records.convert(str(tmp_path / "other"), str(tmp_path / "test"))
-    with pytest.raises(UserError, match="have other classes"):
+    with pytest.raises(UserError, match="have different classes"):
         make_sources(config_of(folder, name="records", test_dir=str(tmp_path / "test")))
 
 
-def test_a_bucket_is_read_by_tensorflows_file_system(tmp_path):
-    """memory:// stands for gs://: neither is a path that Python's own open() knows."""
-    images = fill(tmp_path / "images")
-    records.convert(str(images), "ram://bucket/records", 2)
-    source = source_of("ram://bucket/records")
-    expected = source_of(images, "folder")
-    np.testing.assert_array_equal(
-        source.eval_transform(range(12)), expected.eval_transform(range(12))
-    )
+def test_conversion_to_a_bucket_writes_the_same_files(tmp_path):
+    """TensorFlow's ram:// stands for gs://, which ArrayRecord's writer doesn't know either."""
+    images, folder = converted(tmp_path)
+    records.convert(str(images), "ram://bucket/records", 3)
+    for path in folder.iterdir():
+        with tf.io.gfile.GFile(f"ram://bucket/records/{path.name}", "rb") as file:
+            assert file.read() == path.read_bytes()
+    assert source_of("ram://bucket/records").num_examples == 12
+
+
+def test_records_in_a_bucket_are_read_one_by_one(tmp_path, monkeypatch):
+    """ArrayRecord's own client of Google Cloud Storage, against a server on this machine."""
+    images, folder = converted(tmp_path)
+
+    class Bucket(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            file = folder / unquote(self.path).partition("?")[0].rpartition("/")[2]
+            if not file.is_file():
+                return self.send_error(404)
+            whole = file.read_bytes()
+            first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+            start = int(first) if first else max(0, len(whole) - int(last))
+            stop = int(last) + 1 if first and last else len(whole)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(whole)}")
+            self.send_header("Content-Length", str(stop - start))
+            self.end_headers()
+            self.wfile.write(whole[start:stop])
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bucket) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", endpoint)
+        shards = [f"gs://bucket/records/{i:05d}-of-00003.array_record" for i in range(4)]
+        bucket = records.ArrayRecords([(shard, 0, 4) for shard in shards])
+        files = sorted(images.glob("*/*.png"))
+        assert bucket[np.array([11, 2, 6])] == [files[i].read_bytes() for i in (11, 2, 6)]
+        with pytest.raises(UserError, match="Cannot read gs://bucket/records/00003-of-00003"):
+            bucket[np.array([3, 13])]
+        server.shutdown()

@@ -71,7 +71,6 @@ def test_slices_are_the_same_examples(prepared, file_format):
 
 def test_resuming_reads_nothing_of_what_was_consumed(prepared, monkeypatch):
     """TFRecord: the headers' 8 bytes of each record, and of images only those of the step."""
-    from ssl_jax.data import records
     from ssl_jax.data import tfds as module
 
     seen = []
@@ -80,9 +79,8 @@ def test_resuming_reads_nothing_of_what_was_consumed(prepared, monkeypatch):
         seen.append(length)
         return plain(path, offset, length)
 
-    plain = module.read_range
-    monkeypatch.setattr(module, "read_range", counted)
-    monkeypatch.setattr(records, "read_range", counted)
+    plain = module._read_range
+    monkeypatch.setattr(module, "_read_range", counted)
     source = make_sources(config_for(prepared / "tfrecord"))[0]
     assert seen == [8] * 12
     read(source, [(2, Index(12, 4, 0).ids(2))])

@@ -8,11 +8,11 @@ import scipy.stats
 from PIL import Image
 
 from ssl_jax import config
+from ssl_jax.data import views
 from ssl_jax.data.pipeline import prepare_clean
 from ssl_jax.errors import UserError
 
 tf = pytest.importorskip("tensorflow")
-views = pytest.importorskip("ssl_jax.data.views")
 
 SAMPLERS = ("torchvision", "tf", "byol", "none")
 
