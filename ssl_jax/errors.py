@@ -1,5 +1,6 @@
 """The one exception whose message is meant for the person at the terminal."""
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -24,13 +25,30 @@ class UserError(Exception):
         )
 
 
-def check_choice(key: str, value: object, choices: Iterable[object]) -> None:
-    """Raises a `UserError` that lists the choices if a key's value is not one of them."""
-    choices = tuple(choices)
-    if value not in choices:
-        raise UserError(f"{key} is {value!r}: use one of {', '.join(map(str, choices))}.")
-
-
 def first_line(error: BaseException) -> str:
     """The first line of what an exception says, or its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint " Did you mean 'x'?" for the closest known word, or " Use one of: ..."."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean '{close[0]}'?" if close else f" Use one of: {', '.join(known)}."
+
+
+def require_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Refuses a value that is not one of the choices.
+
+    Args:
+      name: of the option, for the message, such as "config.optim.name".
+      value: to check.
+      choices: the allowed values.
+
+    Raises:
+      UserError: naming the option, the value, and the closest choice or all of them.
+    """
+    choices = list(choices)
+    if value not in choices:
+        hint = did_you_mean(str(value), map(str, choices))
+        raise UserError(f"{name} is {value!r}.{hint}")

@@ -16,8 +16,7 @@ import optax
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from ssl_jax.config import did_you_mean
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, did_you_mean, require_choice
 
 Pytree = Any
 # True or False for all, a pytree of bools, or a function from a params tree to one.
@@ -282,7 +281,7 @@ def peak_learning_rate(config: ConfigDict, batch_size: int) -> float:
     Raises:
       UserError: an unknown `lr_scaling`.
     """
-    _check_choice("lr_scaling", config.lr_scaling, LR_SCALINGS)
+    require_choice("config.optim.lr_scaling", config.lr_scaling, LR_SCALINGS)
     factors = {"linear": batch_size / 256, "sqrt": math.sqrt(batch_size), "none": 1.0}
     return config.lr * factors[config.lr_scaling]
 
@@ -309,7 +308,7 @@ def learning_rate_schedule(
     Raises:
       UserError: an unknown `schedule` or `lr_scaling`, or a first epoch whose rate would be 0.
     """
-    _check_choice("schedule", config.schedule, SCHEDULES)
+    require_choice("config.optim.schedule", config.schedule, SCHEDULES)
     peak = peak_learning_rate(config, batch_size)
     warmup = round(config.warmup_epochs * steps_per_epoch)
     if config.per_epoch and warmup and config.warmup_start == 0:
@@ -367,7 +366,7 @@ def _mask_of_label(label: str, decay_norm_bias: bool) -> Mask:
 
 
 def _check_options(config: ConfigDict) -> None:
-    _check_choice("name", config.name, OPTIMIZERS)
+    require_choice("config.optim.name", config.name, OPTIMIZERS)
     if config.nesterov and config.name != "sgd":
         raise UserError(
             f"config.optim.nesterov needs sgd, but config.optim.name is '{config.name}'. Turn "
@@ -378,11 +377,6 @@ def _check_options(config: ConfigDict) -> None:
             f"config.optim.decay_norm_bias doesn't apply to '{config.name}', which excludes biases "
             "and normalization parameters. Turn it off, or use larc, sgd or adamw."
         )
-
-
-def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"config.optim.{key} is '{value}'.{did_you_mean(value, choices)}")
 
 
 def _larc_adapt(

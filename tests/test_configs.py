@@ -12,7 +12,9 @@ from images import fill
 from ssl_jax.config import Schedule, flat_views, load_config
 from ssl_jax.data.pipeline import Prefetcher
 from ssl_jax.errors import UserError
-from ssl_jax.optim import learning_rate_schedule
+from ssl_jax.models import layers, resnet
+from ssl_jax.optim import LR_SCALINGS, OPTIMIZERS, SCHEDULES, learning_rate_schedule
+from ssl_jax.schema import SCHEMA
 from ssl_jax.step import assemble, example_batch
 from ssl_jax.train.setup import Setup
 
@@ -63,6 +65,16 @@ def test_every_method_has_a_config_of_each_size():
     for data in ("digits", "cifar10", "imagenet"):
         names = {file.stem.removesuffix(f"_{data}") for file in FILES if data in file.stem}
         assert names >= {"simclr", "simclrv2", "moco", "swav", "byol", "simsiam", "supervised"}
+
+
+def test_choices_are_those_that_are_implemented():
+    model, optim = SCHEMA["model"], SCHEMA["optim"]
+    assert model["stem"].choices == resnet.STEMS
+    assert model["padding"].choices == tuple(resnet.PADDINGS)
+    assert model["conv_init"].choices == tuple(layers.KERNEL_INITS)
+    assert optim["name"].choices == OPTIMIZERS
+    assert optim["schedule"].choices == SCHEDULES
+    assert optim["lr_scaling"].choices == LR_SCALINGS
 
 
 def test_multi_crop_is_the_papers():

@@ -491,11 +491,11 @@ def test_the_table_of_keys_has_a_meaning_for_each(monkeypatch):
     monkeypatch.syspath_prepend(str(DOCS))
     table = importlib.import_module("config_keys")
     missing = [key for key, _, meaning in table.rows() if not meaning]
-    assert not missing, f"say beside them in ssl_jax/config.py what they mean: {missing}"
+    assert not missing, f"document them in ssl_jax/schema.py: {missing}"
     rows = {key: (default, meaning) for key, default, meaning in table.rows()}
-    assert rows["moco.temperature"] == ("0.2", "v1: 0.07")
-    assert rows["views.*.flip"] == ("0.5", "probability, left to right")
-    assert rows["views.*.blur.prob"] == ("0.5", "probability")
+    assert rows["moco.temperature"] == ("0.2", "Temperature of InfoNCE; v1: 0.07; positive")
+    assert rows["views.*.flip"] == ("0.5", "Probability of a horizontal flip; from 0 to 1")
+    assert rows["views.*.gray_first"] == ("False", "Apply grayscale before jitter (MoCo v1)")
 
 
 def test_the_config_file_that_is_shown_is_the_one_there():
@@ -542,7 +542,7 @@ POSTERIZED = """
 import sys
 import jax, numpy as np
 from ssl_jax.cli import main as cli
-from ssl_jax.config import default_config, from_json, to_json, view
+from ssl_jax.config import view
 from ssl_jax.data.augment import colour, posterize
 from ssl_jax.interop.card import _view
 
@@ -561,10 +561,6 @@ assert "posterize 0.5 (4 levels)" in _view(view(posterize=dict(prob=0.5)))
 command = ["--config=configs/simclr_digits.py", "--out=posterized.png"]
 assert cli.main(["views", *command, "--config.views.view1.posterize.prob=1.0"]) == 0
 assert cli.main(["views", *command, "--config.views.view1.posterize.prob=2.0"]) == 2
-old = to_json(default_config())
-for saved in old["views"].values():
-    del saved["posterize"]
-assert from_json(old) == default_config()
 sys.path.append("docs")
 from config_keys import rows
 assert not [key for key, _, meaning in rows() if not meaning]

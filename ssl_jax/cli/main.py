@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import runpy
 import shlex
 import sys
@@ -16,8 +17,8 @@ from typing import Any
 
 from ssl_jax.cli import backend, evals, interop
 from ssl_jax.cli.parser import Parser, add_keys, require_folder_of, require_known, require_run
-from ssl_jax.config import close_path, default_config, flatten, load_config, to_json, view
-from ssl_jax.errors import UserError
+from ssl_jax.config import close_path, flatten, load_config, schema_keys, to_json
+from ssl_jax.errors import UserError, did_you_mean
 from ssl_jax.plan.chips import Topology, parse_topology
 from ssl_jax.version import __version__
 
@@ -65,7 +66,7 @@ def _parser() -> Parser:
     digits = "--config=configs/simclr_digits.py"
     does = "pretrain an encoder, or continue the run in a folder"
     _add_pretrain(add("pretrain", does, f"{digits} --workdir=runs/a"))
-    does = "print every key of a config with its value, and what is other than the default"
+    does = "print the keys of a config with their values, and the defaults that it changes"
     _add_shown(add("config", does, f"{digits} --config.optim.lr=0.5"))
     _add_report(add("report", "write a run's report.html anew, or compare runs", "runs/a runs/b"))
     does = "draw images and the views that training sees of them"
@@ -102,21 +103,31 @@ def _add_pretrain(parser: Parser) -> None:
 
 def _add_shown(parser: Parser) -> None:
     _add_config(parser)
+    parser.add_argument(
+        "key", nargs="?", default="", metavar="KEY", help="only this key or group, with its meaning"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
 
 def _show(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Prints a config, a key in a line as it is typed."""
+    """Prints a config, one key per line as typed on the command line."""
     config = load_config(args.config, overrides)
+    if args.json and args.key:
+        raise UserError(f"--json prints the whole config. Leave out '{args.key}'.")
     if args.json:
         print(json.dumps(to_json(config), indent=1))
         return
-    usual = flatten(default_config().to_dict())
-    for name in config.views:
-        usual |= flatten(view().to_dict(), f"views.{name}.")
-    for key, value in flatten(config.to_dict()).items():
-        other = "" if usual.get(key) == value else f"  # default: {usual.get(key)}"
-        print(f"--config.{key}={value}{other}")
+    keys, values = schema_keys(), flatten(config.to_dict())
+    wanted = args.key.removeprefix("config.")
+    shown = [name for name in values if not wanted or f"{name}.".startswith(f"{wanted}.")]
+    if not shown:
+        raise UserError(f"config has no key '{wanted}'.{did_you_mean(wanted, values)}")
+    for name in shown:
+        key = keys[re.sub(r"^views\.[^.]+", "views.*", name)]
+        if wanted:
+            print(f"# {key.meaning}")
+        note = "" if values[name] == key.default else f"  # default: {key.default}"
+        print(f"--config.{name}={values[name]}{note}")
 
 
 def _register(file: Path) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax.linen.initializers import Initializer
 from jaxtyping import Array, Float
 
-from ssl_jax.errors import UserError, check_choice
+from ssl_jax.errors import UserError, require_choice
 from ssl_jax.models.layers import KERNEL_INITS, Groups, batch_norm
 
 # Affine parameters of the last BatchNorm.
@@ -67,8 +67,8 @@ class MLPHead(nn.Module):
     axis_index_groups: Groups | None = None
 
     def __post_init__(self) -> None:
-        check_choice("The head's out_bn", self.out_bn, OUT_BN)
-        check_choice("The head's kernel_init", self.kernel_init, KERNEL_INITS)
+        require_choice("The head's out_bn", self.out_bn, OUT_BN)
+        require_choice("The head's kernel_init", self.kernel_init, KERNEL_INITS)
         sizes = {"layers": (self.layers, 0)}
         if self.layers:
             sizes["out"] = (self.out, 1)

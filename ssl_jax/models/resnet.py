@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ssl_jax.errors import UserError, check_choice
+from ssl_jax.errors import UserError, require_choice
 from ssl_jax.models.conv import conv_general_dilated, max_pool
 from ssl_jax.models.layers import KERNEL_INITS, Groups, batch_norm
 
@@ -98,10 +98,10 @@ class ResNet(nn.Module):
     axis_index_groups: Groups | None = None
 
     def __post_init__(self) -> None:
-        check_choice("config.model.depth", self.depth, STAGES)
-        check_choice("config.model.stem", self.stem, STEMS)
-        check_choice("config.model.padding", self.padding, PADDINGS)
-        check_choice("config.model.conv_init", self.conv_init, KERNEL_INITS)
+        require_choice("config.model.depth", self.depth, STAGES)
+        require_choice("config.model.stem", self.stem, STEMS)
+        require_choice("config.model.padding", self.padding, PADDINGS)
+        require_choice("config.model.conv_init", self.conv_init, KERNEL_INITS)
         if not (self.width > 0 and (64 * self.width) % (2 if self.sk else 1) == 0):
             raise UserError(
                 f"config.model.width is {self.width}: use a positive multiple of "

@@ -125,7 +125,7 @@ def test_linear_alone_trains_nothing(run, sets, capsys):
         ('{"a": {"data": {"nam": "x"}}}', "config.data.nam. Did you mean 'name'"),
         ('{"a": {"data": {"threads": "x"}}}', "config.data.threads is 'x': it takes such as 0"),
         ('{"a": {"data": {}, "metric": "top2"}}', "metric is 'top2'. Did you mean 'top1'"),
-        ('{"a": {"data": {}, "metric": 5}}', "metric is '5'. It may be"),
+        ('{"a": {"data": {}, "metric": 5}}', "metric is '5'. Use one of"),
         ('{"a": {"data": {"dir": 5}}}', "config.data.dir is 5: it takes such as ''"),
         ('{"a": {"data": {"subset": 2}}}', "a: config.data.subset is 2.0: it is a share"),
         ('{"a": {"data": {"validation": 0.1}}}', "a: config.data.validation."),

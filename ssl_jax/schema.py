@@ -1,0 +1,435 @@
+"""The schema of a run's config: every key with its default, meaning, and allowed values.
+
+`ssl_jax.config` builds configs from this table and checks them against it; the documentation and
+`ssl-jax config` print it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Union
+
+from ssl_jax.errors import UserError, require_choice
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """An interval of numbers, closed unless `open_low` or `open_high`."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: Any) -> bool:
+        """Whether `value` is a number in the interval; NaN and True are not."""
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return False
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        """Completes "it must be ..."."""
+        if self == POSITIVE:
+            return "positive"
+        low = f"{'above' if self.open_low else 'at least'} {_number(self.low)}"
+        if self.high == math.inf:
+            return low
+        if self.open_low or self.open_high:
+            return f"{low} and {'below' if self.open_high else 'at most'} {_number(self.high)}"
+        return f"from {_number(self.low)} to {_number(self.high)}"
+
+
+POSITIVE = Bounds(0, open_low=True)
+AT_LEAST_0 = Bounds(0)
+AT_LEAST_1 = Bounds(1)
+FINITE = Bounds(0, 1e9)  # and not negative
+FRACTION = Bounds(0, 1)
+POSITIVE_FRACTION = Bounds(0, 1, open_low=True)
+SEED = Bounds(0, 2**32 - 1)  # what a JAX key holds
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One key of the schema.
+
+    Attributes:
+      default: its value unless a config changes it; also fixes the key's type.
+      doc: its meaning.
+      bounds: of a number, or of each number in a tuple; None for no check.
+      choices: the allowed values; empty for no check.
+      is_range: a tuple (low, high), low <= high.
+      may_change: a run may be resumed with another value.
+    """
+
+    default: Any
+    doc: str = ""
+    bounds: Bounds | None = None
+    choices: tuple[Any, ...] = ()
+    is_range: bool = False
+    may_change: bool = False
+
+    @property
+    def meaning(self) -> str:
+        """The doc and the allowed values."""
+        if self.choices:
+            return f"{self.doc}; one of {', '.join(map(str, self.choices))}"
+        return f"{self.doc}; {self.bounds}" if self.bounds else self.doc
+
+    def require(self, name: str, value: Any) -> None:
+        """Checks a value of the default's type.
+
+        Args:
+          name: of the key, for the message.
+          value: to check.
+
+        Raises:
+          UserError: naming the key, the value, and what is allowed.
+        """
+        if self.choices:
+            require_choice(name, value, self.choices)
+        if self.bounds is None:
+            return
+        if not isinstance(value, tuple):
+            if value not in self.bounds:
+                raise UserError(f"{name} is {value}: it must be {self.bounds}.")
+        elif self.is_range:
+            pair = len(value) == 2 and all(number in self.bounds for number in value)
+            if not pair or value[0] > value[1]:
+                raise UserError(
+                    f"{name} is {value}: write (low, high) with low <= high, both {self.bounds}."
+                )
+        elif not all(type(number) is int and number in self.bounds for number in value):
+            raise UserError(
+                f"{name} is {value}: use integers, each {self.bounds}, such as {self.default}."
+            )
+
+
+def _number(value: float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+Group = Mapping[str, Union[Key, "Group"]]
+
+_INTERPOLATIONS = ("bicubic", "bilinear")
+_HIDDEN = "Width of the projector's hidden layers; 0: the encoder's width"
+_DECAY_END = "EMA decay at the end of the run, approached by a cosine; equal: constant"
+_TEACHER = "of the teacher's run; filled in from there"
+
+# One kind of view. Sizes and blur sigmas are in pixels of the view, angles in degrees.
+VIEW: Group = {
+    "size": Key(224, "Side length in pixels", AT_LEAST_1),
+    "count": Key(1, "Number of views of this kind", AT_LEAST_1),
+    "crop": {
+        "sampler": Key(
+            "tf",
+            "Sampling of crop boxes: as TensorFlow (SimCLR), torchvision or BYOL; or no crop",
+            choices=("torchvision", "tf", "byol", "none"),
+        ),
+        "area": Key(
+            (0.08, 1.0), "Crop area as a share of the image", POSITIVE_FRACTION, is_range=True
+        ),
+        "aspect": Key(
+            (3 / 4, 4 / 3), "Aspect ratio of the crop, width / height", POSITIVE, is_range=True
+        ),
+        "interpolation": Key("bicubic", "Interpolation of the resize", choices=_INTERPOLATIONS),
+    },
+    "affine": {
+        "degrees": Key(0.0, "Maximum rotation, degrees"),
+        "shear": Key(0.0, "Maximum shear, degrees"),
+        "translate": Key(0.0, "Maximum shift, as a share of the side length"),
+    },
+    "flip": Key(0.5, "Probability of a horizontal flip", FRACTION),
+    "jitter": {
+        "prob": Key(0.8, "Probability of color jitter", FRACTION),
+        "brightness": Key(0.8, "Strength of the brightness change"),
+        "contrast": Key(0.8, "Strength of the contrast change"),
+        "saturation": Key(0.8, "Strength of the saturation change"),
+        "hue": Key(0.2, "Strength of the hue change, as a share of the color circle"),
+        "style": Key("tf", "Whose definitions of jitter and blur", choices=("tf", "torchvision")),
+        "brightness_mode": Key(
+            "multiply", "Scale the brightness, or add to it (BYOL)", choices=("multiply", "add")
+        ),
+        "random_order": Key(True, "Shuffle the order of the four changes for each image"),
+    },
+    "gray": Key(0.2, "Probability of grayscale", FRACTION),
+    "gray_first": Key(False, "Apply grayscale before jitter (MoCo v1)"),
+    "blur": {
+        "prob": Key(0.5, "Probability of Gaussian blur", FRACTION),
+        "sigma": Key((0.1, 2.0), "Range of sigma, pixels", POSITIVE, is_range=True),
+        "kernel_size": Key(0, "Kernel size in pixels; 0: a tenth of the side length"),
+    },
+    "solarize": {
+        "prob": Key(0.0, "Probability of solarization", FRACTION),
+        "threshold": Key(0.5, "Pixels at or above this value are inverted"),
+    },
+    "noise": Key(0.0, "Standard deviation of Gaussian noise"),
+    "mean": Key((), "Subtracted per channel, for pixels in 0 to 1; empty: nothing"),
+    "std": Key((), "Divides each channel after the mean is subtracted; empty: nothing"),
+}
+
+_DATA: Group = {
+    "name": Key(
+        "digits",
+        "Source of the images: scikit-learn's digits, a folder of image files, a packed file, "
+        "records written by `ssl-jax data convert`, or a dataset prepared by TFDS",
+        choices=("digits", "folder", "packed", "records", "tfds"),
+    ),
+    "dir": Key("", "Training images: a folder, a packed file, or TFDS's data_dir (empty: its own)"),
+    "test_dir": Key("", "Held-out images, as in data.dir"),
+    "dataset": Key("", "TFDS dataset"),
+    "split": Key("train", "TFDS split for training; slices such as train[:10%] are allowed"),
+    "test_split": Key("", "TFDS split for evaluation"),
+    "image_key": Key("image", "TFDS feature that holds the image"),
+    "label_key": Key("label", "TFDS feature that holds the label; empty: no labels"),
+    "on_bad_image": Key(
+        "fatal",
+        "If an image cannot be read: stop, or use another one instead",
+        choices=("fatal", "skip"),
+    ),
+    "num_classes": Key(0, "Number of classes; 0: taken from the labels", AT_LEAST_0),
+    "test_fraction": Key(
+        0.25,
+        "Share of the images held out for testing if the source has no test split",
+        Bounds(0, 1, open_low=True, open_high=True),
+    ),
+    "threads": Key(0, "Host pipeline threads; 0: one per core", AT_LEAST_0, may_change=True),
+    "timeout_s": Key(
+        900.0, "Stop after this many seconds without a batch; 0: never", FINITE, may_change=True
+    ),
+    "subset": Key(
+        1.0, "Share of the training images to use, stratified by class", POSITIVE_FRACTION
+    ),
+    "subset_seed": Key(0, "Seed of the subset", SEED),
+    "validation": Key(
+        0.0,
+        "Share of the training images to hold out and evaluate on instead of the test split, for "
+        "tuning; taken before any subset and the same for every subset_seed; 0: none",
+        Bounds(0, 0.9),
+    ),
+}
+_MODEL: Group = {
+    "depth": Key(50, "Depth of the ResNet: 18, 34, 50, 101, 152 or 200"),
+    "width": Key(1.0, "Multiplier of the channels", POSITIVE),
+    "sk": Key(False, "Selective kernels (SimCLR v2)"),
+    "stem": Key(
+        "imagenet",
+        "First layers: 7×7 with stride 2 and pooling (imagenet), 3×3 (cifar), or as in "
+        "solo-learn (cifar_pad2) and lightly (cifar_no_relu)",
+        choices=("imagenet", "cifar", "cifar_pad2", "cifar_no_relu"),
+    ),
+    "padding": Key(
+        "symmetric",
+        "Padding of strided layers: as in PyTorch (symmetric), TensorFlow (same), or TensorFlow "
+        "in the max-pool only (simclr)",
+        choices=("symmetric", "same", "simclr"),
+    ),
+    "conv_init": Key(
+        "truncated_fan_in",
+        "Initialization of convolutions",
+        choices=("truncated_fan_in", "haiku", "fan_out_normal", "torch", "normal_0.01"),
+    ),
+    "zero_init_residual": Key(True, "Initialize γ of each block's last BatchNorm to 0"),
+    "bn_group_size": Key(
+        0,
+        "Devices that share BatchNorm statistics; 0: all, 1: no sharing, n: groups of n",
+        AT_LEAST_0,
+        may_change=True,
+    ),
+}
+_OPTIM: Group = {
+    "name": Key(
+        "lars",
+        "Optimizer; LARS comes as in SimCLR (lars), BYOL (lars_byol) and solo-learn (lars_clipped)",
+        choices=("lars", "lars_byol", "lars_clipped", "larc", "sgd", "adamw"),
+    ),
+    "lr": Key(0.3, "Peak learning rate before lr_scaling", FINITE),
+    "lr_scaling": Key(
+        "linear",
+        "Scaling of the learning rate with batch size B: B/256 (linear), √B (sqrt), or none",
+        choices=("linear", "sqrt", "none"),
+    ),
+    "momentum": Key(0.9, "Momentum of SGD, LARS and LARC", FRACTION),
+    "nesterov": Key(False, "Nesterov momentum, for SGD"),
+    "weight_decay": Key(1e-6, "Weight decay; see decay_norm_bias", FINITE),
+    "trust_coefficient": Key(0.001, "Trust coefficient η of LARS and LARC"),
+    "decay_norm_bias": Key(False, "Decay biases and normalization parameters, too"),
+    "schedule": Key("cosine", "Schedule after the warmup", choices=("cosine", "step", "constant")),
+    "warmup_epochs": Key(10.0, "Length of the linear warmup", FINITE),
+    "warmup_start": Key(0.0, "Learning rate at the start of the warmup, not scaled"),
+    "final_lr": Key(0.0, "Learning rate at the end of the cosine schedule, not scaled"),
+    "step_epochs": Key((), "Epochs at which the step schedule lowers the learning rate"),
+    "step_gamma": Key(0.1, "Factor applied at each of step_epochs"),
+    "per_epoch": Key(False, "Update the learning rate once per epoch, as in MoCo's code"),
+    "frozen_steps": Key(0, "SwAV: initial steps with frozen prototypes", AT_LEAST_0),
+}
+_EVAL: Group = {
+    "knn_every_epochs": Key(10.0, "Epochs between kNN evaluations; 0: none in training", FINITE),
+    "probe": Key(True, "Train a linear probe online if there are labels"),
+    "knn_k": Key(200, "Number of neighbors in kNN", POSITIVE),
+    "knn_temperature": Key(0.1, "Temperature of the kNN votes", POSITIVE),
+    "crop_fraction": Key(0.875, "Center crop as a share of the side; 1: none", Bounds(1e-3, 1)),
+    "interpolation": Key("bicubic", "Interpolation when resizing for evaluation"),
+    "batch_size": Key(256, "Batch size for feature extraction", POSITIVE, may_change=True),
+    "labels_per_class": Key((1, 5, 10), "Labels per class of few-label evaluations", POSITIVE),
+    "trials": Key(20, "Random label subsets to average few-label accuracies over", POSITIVE),
+    "at_end": Key(
+        True,
+        "Evaluate frozen features at the end of a run, and compare with raw pixels and random "
+        "features",
+    ),
+    "linear_images": Key(
+        50_000, "Maximum training images of the linear probe with all labels", POSITIVE
+    ),
+    "projector_layer": Key(
+        0,
+        "Features to evaluate: those of the encoder (0), or of the projector's hidden layer n "
+        "after its ReLU (SimCLR v2)",
+        AT_LEAST_0,
+    ),
+}
+_METHODS: Group = {
+    "simclr": {
+        "temperature": Key(0.1, "Temperature of NT-Xent", POSITIVE),
+        "hidden": Key(0, _HIDDEN, AT_LEAST_0),
+        "out": Key(128, "Width of the projections"),
+        "layers": Key(2, "Layers of the projector; 0: no projector", AT_LEAST_0),
+        "loss_scale": Key(1.0, "Factor of the loss; the official code trains with 2"),
+        "block_size": Key(0, "Anchors per block of the loss; 0: automatic", AT_LEAST_0),
+        "memory_bank": Key(
+            0, "Past projections as extra negatives (SimCLR v2); 0: none", AT_LEAST_0
+        ),
+        "ema_decay": Key(0.999, "EMA decay of the network that fills the memory bank", FRACTION),
+    },
+    "moco": {
+        "queue": Key(65536, "Keys in the queue; a multiple of the batch size", AT_LEAST_1),
+        "ema_decay": Key(0.999, "EMA decay of the key encoder", FRACTION),
+        "ema_decay_end": Key(0.999, _DECAY_END, FRACTION),
+        "temperature": Key(0.2, "Temperature of InfoNCE; v1: 0.07", POSITIVE),
+        "hidden": Key(0, _HIDDEN, AT_LEAST_0),
+        "out": Key(128, "Width of queries and keys"),
+        "layers": Key(2, "Layers of the projector; v1: 1", AT_LEAST_1),
+        "symmetric": Key(False, "Use each view as query and as key (lightly, solo-learn)"),
+        "shuffle": Key(
+            True,
+            "Shuffle key images across devices; without it, per-device BatchNorm "
+            "(model.bn_group_size=1) leaks which key belongs to which query",
+        ),
+    },
+    "swav": {
+        "prototypes": Key(3000, "Number of prototypes", AT_LEAST_1),
+        "hidden": Key(2048, "Width of the projector's hidden layer"),
+        "out": Key(128, "Width of the embeddings"),
+        "temperature": Key(0.1, "Temperature of the predictions", POSITIVE),
+        "epsilon": Key(0.05, "ε of Sinkhorn-Knopp; smaller is sharper", POSITIVE),
+        "iterations": Key(3, "Iterations of Sinkhorn-Knopp", AT_LEAST_1),
+        "queue": Key(0, "Queued embeddings per assigned crop; 0: no queue", AT_LEAST_0),
+        "queue_from_epoch": Key(15.0, "Epoch at which the queue starts to fill", FINITE),
+    },
+    "byol": {
+        "hidden": Key(4096, "Width of the hidden layers of projector and predictor"),
+        "out": Key(256, "Width of predictions and targets"),
+        "ema_decay": Key(0.996, "EMA decay of the target at the first step", FRACTION),
+        "ema_decay_end": Key(1.0, _DECAY_END, FRACTION),
+        "head_bn": Key(True, "BatchNorm in projector and predictor"),
+        "loss_scale": Key(1.0, "Factor of the loss; lightly: 0.25"),
+    },
+    "simsiam": {
+        "hidden": Key(0, _HIDDEN, AT_LEAST_0),
+        "out": Key(2048, "Width of projections and predictions"),
+        "layers": Key(3, "Layers of the projector", AT_LEAST_1),
+        "predictor_hidden": Key(512, "Width of the predictor's hidden layer"),
+        "predictor_constant_lr": Key(True, "Do not decay the predictor's learning rate"),
+        "stop_gradient": Key(True, "Stop the gradient of the target; False shows the collapse"),
+    },
+    "supervised": {
+        "freeze": Key(False, "Train only the classifier, on features of a frozen encoder"),
+        "classifier_init": Key(
+            0.0, "Standard deviation of the classifier's initialization", FINITE
+        ),
+        "projector_layer": Key(0, "SimCLR projector layers kept below the classifier", AT_LEAST_0),
+        "projector_hidden": Key(0, "Width of those layers; 0: the encoder's width", AT_LEAST_0),
+    },
+    "distill": {
+        "teacher": Key("", "Workdir of the supervised run that is the teacher"),
+        "step": Key(0, "Step of the teacher's checkpoint; 0: the newest", AT_LEAST_0),
+        "temperature": Key(1.0, "Temperature of teacher and student", POSITIVE),
+        "labels": Key(0.0, "Weight of the cross-entropy with labels in the loss", FRACTION),
+        "depth": Key(0, f"model.depth {_TEACHER}"),
+        "width": Key(1.0, f"model.width {_TEACHER}"),
+        "sk": Key(False, f"model.sk {_TEACHER}"),
+        "stem": Key("", f"model.stem {_TEACHER}"),
+        "padding": Key("", f"model.padding {_TEACHER}"),
+        "projector_layer": Key(0, f"supervised.projector_layer {_TEACHER}"),
+        "projector_hidden": Key(0, f"supervised.projector_hidden {_TEACHER}"),
+    },
+}
+_CHECKPOINT: Group = {
+    "every_epochs": Key(10.0, "Epochs between checkpoints; 0: only at the end", FINITE),
+    "keep": Key(2, "Newest checkpoints to keep, in addition to the best by kNN", AT_LEAST_1),
+}
+
+SCHEMA: Group = {
+    "seed": Key(0, "Random seed of everything", SEED),
+    "method": Key(
+        "simclr",
+        "Method: simclr, moco, swav, byol, simsiam, supervised, distill, or one you registered",
+    ),
+    "batch_size": Key(256, "Global batch size, over all devices", POSITIVE),
+    "microbatch": Key(
+        0,
+        "Images encoded at a time, over all devices; 0: the whole batch. The loss sees the whole "
+        "batch, BatchNorm a microbatch (docs/large_batches.md)",
+        AT_LEAST_0,
+    ),
+    "remat": Key(False, "Save memory: recompute each block's activations in the backward pass"),
+    "epochs": Key(100.0, "Epochs of training", FINITE),
+    "steps": Key(0, "Steps of training; 0: from epochs", AT_LEAST_0),
+    "count_steps": Key(
+        "epochs",
+        "How epochs become steps: whole batches of each epoch (MoCo, SwAV, SimSiam), or SimCLR's "
+        "N * epochs // B + 1 (images)",
+        choices=("epochs", "images"),
+    ),
+    "max_nonfinite_steps": Key(
+        0,
+        "Steps that may be skipped over the whole run because loss or gradients are not finite; "
+        "the next one stops the run. A skipped step changes only the step number",
+        AT_LEAST_0,
+        may_change=True,
+    ),
+    "spmd": Key(
+        "shard_map",
+        "How the step is mapped over devices, with the same numbers",
+        choices=("shard_map", "pmap"),
+    ),
+    "dtype": Key(
+        "float32",
+        "Compute dtype; parameters, statistics and losses stay float32",
+        choices=("float32", "bfloat16"),
+    ),
+    "log_every": Key(10, "Steps between logged metrics", POSITIVE),
+    "wandb": Key("", "Weights & Biases project to log to; empty: none", may_change=True),
+    "heartbeat_timeout_s": Key(
+        60.0,
+        "Seconds of silence after which a process counts as lost and the others stop",
+        Bounds(1, 1e6),
+        may_change=True,
+    ),
+    "data": _DATA,
+    "views": {"*": VIEW},
+    "model": _MODEL,
+    **_METHODS,
+    "init_from": {
+        "path": Key(
+            "",
+            "Initial weights: a run's workdir or a weights file; empty: random. Without heads, "
+            "only the encoder and the layers of supervised.projector_layer are loaded",
+        ),
+        "step": Key(0, "Step of the run's checkpoint; 0: the newest", AT_LEAST_0),
+        "heads": Key(False, "Load all networks, from a run of the same method"),
+    },
+    "optim": _OPTIM,
+    "eval": _EVAL,
+    "checkpoint": _CHECKPOINT,
+}
