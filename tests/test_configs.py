@@ -110,7 +110,7 @@ def test_the_peak_learning_rate_is_the_published_one(name, peak):
 def test_an_unknown_variant_is_told():
     with pytest.raises(UserError, match="moco_cifar10.py has no variant 'sol'"):
         load_config(str(ROOT / "configs/moco_cifar10.py:sol"))
-    with pytest.raises(UserError, match="simclr_digits.py has no variants, so no 'foo': give"):
+    with pytest.raises(UserError, match="simclr_digits.py has no variants, so no 'foo'. Use"):
         load_config(f"{ROOT}/configs/simclr_digits.py:foo")
 
 

@@ -10,7 +10,6 @@ import test_step
 from tiny import method_config, with_whole_images
 
 import ssl_jax
-from ssl_jax import methods
 from ssl_jax.cli import main as cli
 from ssl_jax.config import Schedule, default_config, from_json, load_config, to_json
 from ssl_jax.errors import UserError
@@ -29,8 +28,7 @@ def forget(monkeypatch):
 
     def forget():
         monkeypatch.setattr("ssl_jax.config._REGISTERED", {})
-        own = {name: methods._METHODS[name] for name in methods._OWN}
-        monkeypatch.setattr("ssl_jax.methods._METHODS", own)
+        monkeypatch.setattr("ssl_jax.methods._REGISTERED", {})
 
     forget()
     return forget
@@ -80,10 +78,10 @@ def test_example_trains_and_is_evaluated_and_loaded_after_import(
     assert ssl_jax.load(tmp_path / "run").apply(np.zeros((2, 8, 8, 3), np.uint8)).shape[0] == 2
     forget()
     knn = ["knn", "--from=run"]
-    with pytest.raises(UserError, match="'barlow_twins'.* import the file that registers it"):
+    with pytest.raises(UserError, match="'barlow_twins'.* Import the file that registers it"):
         ssl_jax.load("run")
     capsys.readouterr()
-    assert cli.main(knn) == 2 and "by --import=FILE.py" in capsys.readouterr().err
+    assert cli.main(knn) == 2 and "--import=FILE.py" in capsys.readouterr().err
     assert cli.main([*knn, "--import=my_method.py"]) == 0
     assert "top-1" in capsys.readouterr().out
     assert cli.main([*knn, "--import=absent.py"]) == 2

@@ -16,19 +16,11 @@ from ssl_jax.evals.results import read_results
 from ssl_jax.interop.load import results_folder
 from ssl_jax.interop.metadata import is_torchvisions, preprocessing
 from ssl_jax.interop.weights import Weights
+from ssl_jax.methods import METHODS, title
 from ssl_jax.methods.base import make_encoder
 from ssl_jax.models.resnet import resnet_name
 from ssl_jax.run.folder import read_record
 
-_PAPERS = {
-    "simclr": ("SimCLR", "2002.05709"),
-    "moco": ("MoCo", "1911.05722"),
-    "swav": ("SwAV", "2006.09882"),
-    "byol": ("BYOL", "2006.07733"),
-    "simsiam": ("SimSiam", "2011.10566"),
-    "distill": ("SimCLR v2's distillation", "2006.10029"),
-    "supervised": ("supervised training", ""),
-}
 _TOP = """---
 # license: choose one, it is yours to give
 library_name: {library}
@@ -53,13 +45,14 @@ def model_card(path: str | Path, weights: Weights) -> str:
     """
     config = weights.config
     kind = weights.source.partition(":")[0] or config.method
-    name, paper = _PAPERS.get(kind, (kind, ""))
+    name = title(kind)
+    paper = METHODS[kind].citation if kind in METHODS else ""
     plain = is_torchvisions(config)
     lines = [
         _TOP.format(library="timm" if plain else "ssl_jax", method=kind),
         f"# {resnet_name(config.model)}, {name}",
         "",
-        f"An image encoder by {name}{f' (arXiv:{paper})' if paper else ''}: {_size(weights)}.",
+        f"An image encoder: {_size(weights)}. Method: {name}{f' ({paper})' if paper else ''}.",
         *_origin(weights),
         "",
         "## Use",

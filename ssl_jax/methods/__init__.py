@@ -1,12 +1,13 @@
-"""The methods: one protocol, one file for each."""
+"""The methods: one protocol, one file per method."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from ssl_jax.config import Schedule, did_you_mean, register_options
-from ssl_jax.errors import UserError
+from ssl_jax.config import Schedule, register_options
+from ssl_jax.errors import UserError, require_choice
 from ssl_jax.methods.base import Method
 from ssl_jax.methods.byol import BYOL
 from ssl_jax.methods.distill import Distill
@@ -16,41 +17,69 @@ from ssl_jax.methods.simsiam import SimSiam
 from ssl_jax.methods.supervised import Supervised
 from ssl_jax.methods.swav import SwAV
 
-_METHODS: dict[str, type[Method]] = {
-    "simclr": SimCLR,
-    "moco": MoCo,
-    "swav": SwAV,
-    "byol": BYOL,
-    "simsiam": SimSiam,
-    "supervised": Supervised,
-    "distill": Distill,
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A method of the package.
+
+    Attributes:
+      method: its class.
+      title: its name in reports and model cards.
+      paper: authors and year; "" if there is no single paper.
+      arxiv: the paper's arXiv identifier.
+    """
+
+    method: type[Method]
+    title: str
+    paper: str = ""
+    arxiv: str = ""
+
+    @property
+    def citation(self) -> str:
+        """Authors, year and arXiv identifier, or ""."""
+        return f"{self.paper}, arXiv:{self.arxiv}" if self.paper else ""
+
+
+METHODS = {
+    "simclr": Entry(SimCLR, "SimCLR", "Chen et al., 2020", "2002.05709"),
+    "moco": Entry(MoCo, "MoCo", "He et al., 2019", "1911.05722"),
+    "swav": Entry(SwAV, "SwAV", "Caron et al., 2020", "2006.09882"),
+    "byol": Entry(BYOL, "BYOL", "Grill et al., 2020", "2006.07733"),
+    "simsiam": Entry(SimSiam, "SimSiam", "Chen & He, 2020", "2011.10566"),
+    "supervised": Entry(Supervised, "Supervised"),
+    "distill": Entry(Distill, "Distillation", "Chen et al., 2020", "2006.10029"),
 }
-_OWN = frozenset(_METHODS)
+_REGISTERED: dict[str, type[Method]] = {}  # from outside the package
+
+
+def title(name: str) -> str:
+    """The name of a method in reports: "SimCLR" for "simclr"; other names as they are."""
+    return METHODS[name].title if name in METHODS else name
 
 
 def register(name: str, **options: Any) -> Callable[[type[Method]], type[Method]]:
     """A class decorator that makes a method available as `config.method = name`.
 
-    A file of the user's own, such as a config file, may register one; docs/new_method.md shows how.
-    Registered again under its name, a method replaces the earlier one.
+    A user's file, such as a config file, may register one (see docs/new_method.md). Registering a
+    name again replaces the earlier method.
 
     Args:
       name: of the method.
       **options: defaults of the keys `config.<name>.<option>`, set and checked like all others.
 
     Returns:
-      The decorator, which returns the class as it is.
+      The decorator, which returns the class unchanged.
 
     Raises:
-      UserError: the name is that of a method of ssl_jax, or of another key of the schema.
+      UserError: the name is a method of ssl_jax or another key of the schema.
     """
-    if name in _OWN:
-        raise UserError(f"'{name}' is a method of ssl_jax: register another name.")
+    if name in METHODS:
+        raise UserError(f"'{name}' is a method of ssl_jax. Register another name.")
     register_options(name, options)
 
-    def add(cls: type[Method]) -> type[Method]:
-        _METHODS[name] = cls
-        return cls
+    def add(method: type[Method]) -> type[Method]:
+        _REGISTERED[name] = method
+        return method
 
     return add
 
@@ -61,24 +90,22 @@ def make_method(
     axis_name: str | None = None,
     groups: tuple[tuple[int, ...], ...] | None = None,
 ) -> Method:
-    """The method that a config names.
+    """Makes the method that a config names.
 
     Args:
       config: of the run.
       schedule: its length, for schedules inside the method.
-      axis_name: mapped axis of the devices; None on a single one.
-      groups: of devices that share BatchNorm statistics; None for all.
+      axis_name: mapped axis of the devices; None on a single device.
+      groups: groups of devices that share BatchNorm statistics; None for all.
 
     Returns:
       The method, ready for `init`.
 
     Raises:
-      UserError: no method of that name, or options that it can't have.
+      UserError: an unknown method, or options that it doesn't support.
     """
-    if config.method not in _METHODS:
-        raise UserError(
-            f"config.method is '{config.method}'.{did_you_mean(config.method, _METHODS)}"
-        )
-    method = _METHODS[config.method](config, schedule, axis_name, groups)
+    methods = {name: entry.method for name, entry in METHODS.items()} | _REGISTERED
+    require_choice("config.method", config.method, methods)
+    method = methods[config.method](config, schedule, axis_name, groups)
     method.check_projector_layer(config.eval.projector_layer)
     return method

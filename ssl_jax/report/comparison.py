@@ -15,11 +15,11 @@ from ssl_jax.config import flatten
 from ssl_jax.errors import UserError
 from ssl_jax.evals.intervals import mean_interval, proportion_interval
 from ssl_jax.evals.results import read_results
+from ssl_jax.methods import METHODS
 from ssl_jax.report.charts import figure, overlay_chart
 from ssl_jax.report.page import write_page
 from ssl_jax.report.reading import (
     BASELINE,
-    METHODS,
     Evaluation,
     Metrics,
     Row,

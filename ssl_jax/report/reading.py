@@ -11,18 +11,9 @@ from typing import TypeVar
 
 import numpy as np
 
+from ssl_jax.methods import title
+
 _T = TypeVar("_T")
-
-
-METHODS = {
-    "simclr": "SimCLR",
-    "moco": "MoCo",
-    "swav": "SwAV",
-    "byol": "BYOL",
-    "simsiam": "SimSiam",
-    "supervised": "Supervised",
-    "distill": "Distillation",
-}
 
 
 BASELINE = "raw pixels"
@@ -147,7 +138,7 @@ def parse_evaluation(path: Path) -> Evaluation:
         }
         single = {k: float(entry[k]) for k in ("linear", "knn") if entry.get(k) is not None}
         name = str(entry["name"])
-        rows.append(Row(METHODS.get(name, name), trials, single))
+        rows.append(Row(title(name), trials, single))
     evaluation = Evaluation(rows, int(data["test_examples"]), str(data.get("split", "")))
     for labels in evaluation.labels:
         if len({len(row.trials[labels]) for row in rows if labels in row.trials}) > 1:

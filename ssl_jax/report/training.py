@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.diagnostics import CollapseSign, collapse_signs
+from ssl_jax.methods import METHODS
 from ssl_jax.report.charts import figure, line_chart, shows_means
-from ssl_jax.report.reading import METHODS, Curve, Metrics
+from ssl_jax.report.reading import Curve, Metrics
 from ssl_jax.report.words import absent, number, percent
 
 

@@ -4,8 +4,8 @@ import math
 from html import escape
 from typing import Any
 
+from ssl_jax.methods import title
 from ssl_jax.models.resnet import resnet_name
-from ssl_jax.report.reading import METHODS
 
 
 def percent(fraction: float) -> str:
@@ -42,8 +42,7 @@ def absent(sentence: str) -> str:
 
 def method_name(config: dict[str, Any]) -> str:
     """A method's name as its paper writes it."""
-    name = str(config.get("method", "unknown method"))
-    return METHODS.get(name, name)
+    return title(str(config.get("method", "unknown method")))
 
 
 def run_title(config: dict[str, Any]) -> str:

@@ -271,8 +271,8 @@ def test_batch_norm_groups_equal_their_images_on_one_device(group):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"out_bn": "half"}, "out_bn is 'half': use one of none, full, scale, no_affine"),
-        ({"kernel_init": "ones"}, "kernel_init is 'ones': use one of"),
+        ({"out_bn": "half"}, "out_bn is 'half'. Use one of: none, full, scale, no_affine"),
+        ({"kernel_init": "ones"}, "kernel_init is 'ones'. "),
         ({"layers": -1}, "layers is -1: use at least 0"),
         ({"hidden": 0}, "hidden is 0: use at least 1"),
         ({"out": 0}, "out is 0: use at least 1"),

@@ -424,8 +424,8 @@ def test_conv_init_has_the_right_scale(name, std):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"depth": 20}, "config.model.depth is 20: use one of 18, 34, 50, 101, 152"),
-        ({"depth": 18, "stem": "mnist"}, "stem is 'mnist': use one of imagenet, cifar"),
+        ({"depth": 20}, "config.model.depth is 20. Use one of: 18, 34, 50, 101, 152"),
+        ({"depth": 18, "stem": "mnist"}, "stem is 'mnist'. Use one of: imagenet, cifar"),
         ({"depth": 18, "width": 0}, "config.model.width is 0"),
         ({"depth": 18, "width": 0.3}, "config.model.width is 0.3"),
         ({"depth": 18, "width": float("inf")}, "config.model.width is inf"),
