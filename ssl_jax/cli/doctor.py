@@ -1,10 +1,11 @@
-"""`ssl-jax doctor`: versions, devices, and what is missing for which feature.
+"""`ssl-jax doctor`: versions, devices, and missing packages per feature.
 
-Nothing in this file imports what may be missing or broken (the command line around it needs
-ml_collections). JAX and the packages that everything needs are imported in a process of their own,
-`python -m ssl_jax.cli.doctor`, which may end as it likes, or never.
+Nothing in this file imports packages that may be missing or broken (the command line around it
+needs ml_collections). JAX and the other required packages are imported in a subprocess,
+`python -m ssl_jax.cli.doctor`, which may crash or hang.
 """
 
+import argparse
 import dataclasses
 import importlib
 import importlib.util
@@ -23,7 +24,7 @@ from typing import Any
 from ssl_jax.cli import backend
 from ssl_jax.version import __version__
 
-# What everything needs: distribution and module.
+# Required packages: distribution and module.
 _CORE = {
     "jax": "jax",
     "jaxlib": "jaxlib",
@@ -36,18 +37,20 @@ _CORE = {
     "scikit-learn": "sklearn",
     "jaxtyping": "jaxtyping",
     "flatbuffers": "flatbuffers",
+    "humanize": "humanize",
+    "jinja2": "jinja2",
     "pillow": "PIL",
     "safetensors": "safetensors",
     "tensorboardX": "tensorboardX",
     "threadpoolctl": "threadpoolctl",
 }
 _CUDA = ("jax_cuda13_plugin", "jax_cuda12_plugin")
-# What single features need: a name and the modules of which one is enough, with the
-# distributions that bring them.
-_MORE: dict[str, dict[str, tuple[str, ...]]] = {
+# Optional packages: alternative modules, each with the distributions that contain it.
+_OPTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
     "tensorflow": {"tensorflow": ("tensorflow", "tensorflow-cpu")},
     "tensorflow-datasets": {"tensorflow_datasets": ("tensorflow-datasets",)},
     "array_record": {"array_record": ("array_record",)},
+    "matplotlib": {"matplotlib": ("matplotlib",)},
     "libtpu": {"libtpu": ("libtpu",)},
     "jax-cuda-plugin": {name: (name.replace("_", "-"),) for name in _CUDA},
     "torch": {"torch": ("torch",)},
@@ -55,26 +58,26 @@ _MORE: dict[str, dict[str, tuple[str, ...]]] = {
     "timm": {"timm": ("timm",)},
     "wandb": {"wandb": ("wandb",)},
 }
-# Variables by which processes find each other, and what they are of.
+# Variables by which processes find each other, and what sets them.
 _CLUSTERS = {
-    "JAX_COORDINATOR_ADDRESS": "set by hand",
+    "JAX_COORDINATOR_ADDRESS": "set manually",
     "SLURM_JOB_ID": "Slurm",
     "OMPI_MCA_orte_hnp_uri": "Open MPI",
     "KUBERNETES_SERVICE_HOST": "Kubernetes",
     "TPU_WORKER_HOSTNAMES": "TPU pod",
 }
-_GIB = 2**30
+_GIB = 2**30  # formatted by hand: humanize may be missing
 
 
 @dataclasses.dataclass(frozen=True)
 class _Feature:
-    """Something that may need more than the core.
+    """A feature that may need optional packages.
 
     Attributes:
-      name: of it.
-      use: how it is asked for.
-      needs: names in `_MORE`.
-      extra: of this package that brings them; "": they are installed by their own names.
+      name: The feature's name.
+      use: How it is used.
+      needs: Names in `_OPTIONAL`.
+      extra: The extra of this package that installs them; "" to install them by name.
     """
 
     name: str
@@ -91,30 +94,38 @@ _FEATURES = (
         ("tensorflow", "tensorflow-datasets", "array_record"),
         "data",
     ),
+    _Feature("plot of views", "ssl-jax views", ("matplotlib",), "pictures"),
     _Feature("plans for TPUs", "ssl-jax plan --topology=v4:4x4x4", ("libtpu",), "plan"),
     _Feature("Weights & Biases", "config.wandb=PROJECT", ("wandb",), "wandb"),
-    _Feature("export for PyTorch", "ssl-jax export --format=torch", ()),
-    _Feature("PyTorch, to use what is exported", "docs/interop.md", ("torch",)),
+    _Feature("export to PyTorch", "ssl-jax export --format=torch", ()),
+    _Feature("PyTorch, to load exports", "docs/interop.md", ("torch",)),
 )
 
 
+def run(args: argparse.Namespace) -> int:
+    """Prints the diagnosis; returns 0 if everything required works, else 1."""
+    found = examine(args.timeout)
+    print(json.dumps(found, indent=1) if args.json else text(found, brief=args.quiet))
+    return 0 if found["healthy"] else 1
+
+
 def examine(timeout: float = 60.0) -> dict[str, Any]:
-    """Looks at this machine and what is installed.
+    """Examines this machine and the installed packages.
 
     Args:
-      timeout: seconds that the import of JAX and a computation on each device may take.
+      timeout: Seconds that the import of JAX and a computation on each device may take.
 
     Returns:
       Plain JSON types: "python", "platform", "cpu_cores", "memory" and "disk_free" (bytes),
-      "versions" (name to version, None where it is missing), "jax" (what `probe` found, or
-      "error"), "xla_flags", "cpu_convolutions", "features" (a list of "name", "use", "there",
-      "told", "install") and "healthy", whether all that everything needs is there and works.
+      "versions" (name to version, None if missing), "jax" (the result of `probe`, or "error"),
+      "xla_flags", "cpu_convolutions", "features" (a list of "name", "use", "available", "note",
+      "install") and "healthy", whether all required packages and all devices work.
     """
     given = os.environ.get("XLA_FLAGS", "")
     backend.tune_cpu()
     flags = os.environ.get("XLA_FLAGS", "")
     versions = {name: _version(name) for name in _CORE}
-    versions |= {name: _found(name) for name in _MORE}
+    versions |= {name: _found(name) for name in _OPTIONAL}
     jax = _probed(timeout)
     works = bool(jax.get("devices")) and not jax["broken"]
     works = works and all(device["computes"] for device in jax["devices"])
@@ -139,63 +150,65 @@ def examine(timeout: float = 60.0) -> dict[str, Any]:
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
-    except Exception:  # of a corrupt installation, anything
+    except Exception:  # a corrupt installation may raise anything
         return None
 
 
 def _found(name: str) -> str | None:
-    """The version of one of `_MORE`; None where its module can't be found either."""
-    for module, distributions in _MORE[name].items():
+    """Returns the version of one of `_OPTIONAL`; None if its module can't be found."""
+    for module, distributions in _OPTIONAL[name].items():
         try:
-            there = importlib.util.find_spec(module) is not None
+            installed = importlib.util.find_spec(module) is not None
         except (ImportError, ValueError):
-            there = False
-        if there:
-            return next(filter(None, map(_version, distributions)), "of unknown version")
+            installed = False
+        if installed:
+            return next(filter(None, map(_version, distributions)), "unknown version")
     return None
 
 
 def _convolutions(given: str, flags: str) -> str:
     if flags != given:
-        return "XLA's own, by a flag that ssl_jax adds"
+        return "XLA's own (ssl_jax adds a flag)"
     if "ynn_fusion" in given:
-        return "as XLA_FLAGS says"
-    return "as JAX has them: an accelerator may be used, or the flag is not known for this jaxlib"
+        return "set by XLA_FLAGS"
+    return "JAX's default (an accelerator may be used, or this jaxlib is untested)"
 
 
 def _probed(timeout: float) -> dict[str, Any]:
-    """What `probe` finds in a process of its own; "error" where that ends or stays away."""
+    """Returns the result of `probe` in a subprocess; "error" if that crashes or hangs."""
     command = [sys.executable, "-m", "ssl_jax.cli.doctor"]
     try:
-        # Beside a run that goes on, a GPU has little memory left.
+        # Another run may leave little GPU memory.
         env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
     except subprocess.TimeoutExpired:
-        told = f"JAX and its devices said nothing for {timeout:g} s (a pod's answer on all hosts)"
-        return {"broken": {}, "error": told}
+        error = (
+            f"JAX and its devices did not respond within {timeout:g} s (on a pod, run this on all "
+            "hosts)"
+        )
+        return {"broken": {}, "error": error}
     try:
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return found
     except (IndexError, ValueError):
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        last = said[-1].strip()[:200] if said else "nothing"
-        return {"broken": {}, "error": f"JAX ended with code {done.returncode}, saying: {last}"}
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        last = lines[-1].strip()[:200] if lines else "no output"
+        return {"broken": {}, "error": f"JAX exited with code {done.returncode}: {last}"}
 
 
 def probe() -> dict[str, Any]:
-    """Imports what everything needs and computes on each device.
+    """Imports the required packages and computes on each device.
 
     Returns:
-      "broken", modules that can't be imported with the reason; and where JAX can: "backend",
-      "devices" (each "kind", "memory" in bytes or None, "computes", "seconds", "error"), or
-      "error".
+      "broken", the modules that can't be imported, with reasons; and "backend" and "devices" (each
+      "kind", "memory" in bytes or None, "computes", "seconds", "error"), or "error".
     """
     broken = {}
     for module in _CORE.values():
         try:
             importlib.import_module(module)
         except BaseException as error:
-            broken[module] = _told(error)
+            broken[module] = _one_line(error)
     found: dict[str, Any] = {"broken": broken}
     if "jax" in broken or "jaxlib" in broken:
         return found | {"error": "JAX can't be imported"}
@@ -205,31 +218,27 @@ def probe() -> dict[str, Any]:
         devices = jax.local_devices()
         found["backend"] = jax.default_backend()
     except Exception as error:
-        return found | {"error": _told(error)}
-    return found | {"devices": [_computed(device) for device in devices]}
+        return found | {"error": _one_line(error)}
+    return found | {"devices": [_computed(jax, device) for device in devices]}
 
 
-def _computed(device: Any) -> dict[str, Any]:
-    """What a device is, and whether it computes."""
-    import jax
-    import jax.numpy as jnp
-
-    told: dict[str, Any] = {"kind": device.device_kind, "memory": None, "computes": False}
-    told["error"] = ""
+def _computed(jax: Any, device: Any) -> dict[str, Any]:
+    """Describes a device and whether it computes."""
+    found: dict[str, Any] = {"kind": device.device_kind, "memory": None, "computes": False}
+    found["error"] = ""
     since = time.perf_counter()
     try:
-        told["memory"] = (device.memory_stats() or {}).get("bytes_limit")
-        ones = jax.device_put(jnp.ones((64, 64)), device)
+        found["memory"] = (device.memory_stats() or {}).get("bytes_limit")
+        ones = jax.device_put(jax.numpy.ones((64, 64)), device)
         total = float(jax.jit(lambda x: (x @ x).sum())(ones))
-        told["computes"] = total == 64.0**3
-        told["error"] = "" if told["computes"] else f"a sum is {total} and not {64**3}"
+        found["computes"] = total == 64.0**3
+        found["error"] = "" if found["computes"] else f"wrong result, {total} instead of {64**3}"
     except Exception as error:
-        told["error"] = _told(error)
-    return told | {"seconds": time.perf_counter() - since}
+        found["error"] = _one_line(error)
+    return found | {"seconds": time.perf_counter() - since}
 
 
-def _told(error: BaseException) -> str:
-    """An exception in a line."""
+def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
@@ -239,30 +248,30 @@ def _features(versions: dict[str, str | None]) -> Iterator[dict[str, Any]]:
         yield {
             "name": feature.name,
             "use": feature.use,
-            "there": not missing,
-            "told": f"without {', '.join(missing)}" if missing else "",
+            "available": not missing,
+            "note": f"missing {', '.join(missing)}" if missing else "",
             "install": _install(feature.extra, missing) if missing else "",
         }
 
 
 def _hardware(versions: dict[str, str | None], jax: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Accelerators: whether JAX uses them, and if it doesn't, whether they seem to be there."""
-    seen = {
+    """Reports whether JAX uses accelerators, and if not, whether the machine seems to have any."""
+    accelerators = {
         "NVIDIA GPUs": ("gpu", "cuda", "jax-cuda-plugin", _any(("/dev/nvidia0", "/dev/dxg"))),
         "TPUs": ("tpu", "tpu", "libtpu", _any(("/dev/accel0", "/dev/vfio/0"))),
     }
-    for name, (platform_name, extra, package, there) in seen.items():
+    for name, (platform_name, extra, package, present) in accelerators.items():
         used = jax.get("backend") == platform_name
         if used:
-            told = ""
-        elif not there:
-            told = "none seen on this machine"
+            note = "in use"
+        elif not present:
+            note = "none found on this machine"
         elif versions[package] is None:
-            told = f"there is one, without {package}"
+            note = f"found, but {package} is missing"
         else:
-            told = "there is one, and JAX does not use it"
-        install = _install(extra, []) if there and not used else ""
-        yield {"name": name, "use": "used if seen", "there": used, "told": told, "install": install}
+            note = "found, but JAX does not use it"
+        install = _install(extra, []) if present and not used else ""
+        yield {"name": name, "use": "", "available": used, "note": note, "install": install}
 
 
 def _any(paths: tuple[str, ...]) -> bool:
@@ -270,45 +279,45 @@ def _any(paths: tuple[str, ...]) -> bool:
 
 
 def _processes() -> dict[str, Any]:
-    """Several processes that are one run: what a cluster has set."""
+    """Reports the cluster in whose processes a run would take part."""
     set_by = [f"{what} ({name})" for name, what in _CLUSTERS.items() if os.environ.get(name)]
     count = os.environ.get("JAX_NUM_PROCESSES", "")
     absent = [n for n in ("JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS") if n not in os.environ]
-    told = f"found: {', '.join(set_by)}" if set_by else "no cluster found, a run is one process"
+    note = f"found: {', '.join(set_by)}" if set_by else "no cluster found, runs use one process"
     if count == "1":
-        told = "JAX_NUM_PROCESSES=1, a run is one process"
+        note = "JAX_NUM_PROCESSES=1, runs use one process"
     elif count and absent:
-        told = f"JAX_NUM_PROCESSES is set without {' and '.join(absent)}"
+        note = f"JAX_NUM_PROCESSES is set without {' and '.join(absent)}"
     return {
-        "name": "several processes",
+        "name": "multiple processes",
         "use": "docs/pods.md",
-        "there": not (absent and count not in ("", "1")),
-        "told": told,
+        "available": not (absent and count not in ("", "1")),
+        "note": note,
         "install": "",
     }
 
 
 def _install(extra: str, missing: list[str]) -> str:
-    """The command that brings what is missing: an extra of this package, or by name."""
+    """Returns the command that installs an extra of this package, or packages by name."""
     pip = f"{sys.executable} -m pip install"
     if not extra:
         return f"{pip} {' '.join(missing)}"
     root = Path(__file__).parents[2]
     if not (root / "constraints.txt").is_file():
         return f"{pip} 'ssl_jax[{extra}]'"
-    # In a clone, where the versions are pinned that were tested; a TPU's machine has its own, and
-    # an environment with another JAX keeps it.
-    ours = f"jax=={_version('jax')}\n" in (root / "constraints.txt").read_text()
-    pinned = f"-c {root}/constraints.txt " if ours and extra != "tpu" else ""
-    return f"{pip} {pinned}-e '{root}[{extra}]'"
+    # A clone pins the tested versions. A TPU VM has versions of its own, and an environment with
+    # another JAX keeps it.
+    tested = f"jax=={_version('jax')}\n" in (root / "constraints.txt").read_text()
+    pins = f"-c {root}/constraints.txt " if tested and extra != "tpu" else ""
+    return f"{pip} {pins}-e '{root}[{extra}]'"
 
 
 def text(found: dict[str, Any], brief: bool = False) -> str:
-    """What `examine` found in lines for people.
+    """Formats a diagnosis for the terminal.
 
     Args:
-      found: by `examine`.
-      brief: only what is wrong, and the verdict.
+      found: The result of `examine`.
+      brief: Whether to list only problems and the verdict.
     """
     rows = [] if brief else [*_machine(found), "", *_devices(found["jax"]), "", *_table(found), ""]
     return "\n".join([*rows, *_verdict(found)])
@@ -318,7 +327,7 @@ def _machine(found: dict[str, Any]) -> Iterator[str]:
     yield f"ssl_jax {found['ssl_jax']}, Python {found['python']}, {found['platform']}"
     yield (
         f"{found['cpu_cores']} CPU cores, {found['memory'] / _GIB:.1f} GiB of memory, "
-        f"{found['disk_free'] / _GIB:.1f} GiB free on the disk of {found['folder']}"
+        f"{found['disk_free'] / _GIB:.1f} GiB of free disk space in {found['folder']}"
     )
     yield ""
     yield "versions"
@@ -332,19 +341,18 @@ def _devices(jax: dict[str, Any]) -> Iterator[str]:
         yield f"  {jax['error']}"
     for number, device in enumerate(jax.get("devices", ())):
         memory = f", {device['memory'] / _GIB:.1f} GiB" if device["memory"] else ""
-        does = f"computes ({device['seconds']:.2f} s)" if device["computes"] else device["error"]
-        yield f"  {jax['backend']} {number}: {device['kind']}{memory}, {does}"
+        state = f"works ({device['seconds']:.2f} s)" if device["computes"] else device["error"]
+        yield f"  {jax['backend']} {number}: {device['kind']}{memory}, {state}"
 
 
 def _table(found: dict[str, Any]) -> Iterator[str]:
     yield f"XLA_FLAGS              {found['xla_flags'] or '-'}"
-    yield f"convolutions on a CPU  {found['cpu_convolutions']}"
+    yield f"CPU convolutions       {found['cpu_convolutions']}"
     yield ""
     yield "features"
     for feature in found["features"]:
-        there = "yes" if feature["there"] else "no"
-        told = feature["told"] or feature["use"]
-        yield f"  {there:<5}{feature['name']}: {told}"
+        available = "yes" if feature["available"] else "no"
+        yield f"  {available:<5}{feature['name']}: {feature['note'] or feature['use']}"
         if feature["install"]:
             yield f"         {feature['install']}"
 
@@ -355,16 +363,16 @@ def _verdict(found: dict[str, Any]) -> Iterator[str]:
         yield f"broken: {module} can't be imported ({reason})"
     for name in _CORE:
         if found["versions"][name] is None and _CORE[name] not in broken:
-            yield f"broken: {name} is not installed as a package"
+            yield f"broken: {name} is not an installed package"
     if "error" in found["jax"]:
         yield f"broken: {found['jax']['error']}"
     for number, device in enumerate(found["jax"].get("devices", ())):
         if not device["computes"]:
             yield f"broken: device {number} does not compute ({device['error']})"
     if found["healthy"]:
-        yield "What every run needs is there and works."
+        yield "All required packages are installed and all devices work."
     else:
-        yield "Not everything works that every run needs: see what is broken above."
+        yield "Some required packages or devices do not work. Fix what is marked broken above."
 
 
 if __name__ == "__main__":

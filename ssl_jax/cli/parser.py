@@ -1,49 +1,49 @@
-"""The parser of the command line: what it refuses is one sentence with the word that was meant.
+"""The argument parser: errors are one line with a suggestion, defaults are part of the help.
 
-Nothing here imports JAX, so what is misspelt is told at once.
+Nothing here imports JAX, so a misspelled argument is reported at once.
 """
 
 import argparse
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ssl_jax.config import close_path, default_config, did_you_mean, flatten
-from ssl_jax.errors import UserError
+from ssl_jax.config import close_path, default_config, flatten
+from ssl_jax.errors import UserError, did_you_mean
 
-_KEY = "--config.KEY"  # how the help names the keys of the config
-_NEEDED = "the following arguments are required: "
-# Of those in a folder, one says that an encoder may be in it.
-_OF_ENCODERS = ("config.json", "ssl_jax.safetensors", "variables", "saved_model")
+_KEY = "--config.KEY"  # stands for all config keys in the help
+_MISSING = "the following arguments are required: "
+# Files of which a folder with an encoder has at least one.
+_ENCODER_FILES = ("config.json", "ssl_jax.safetensors", "variables", "saved_model")
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises `UserError` where argparse shows its usage and exits; has --quiet and --debug.
+    """Raises `UserError` where argparse prints its usage and exits; has --quiet and --debug.
 
-    The help of an option ends with its default, or says that it is required.
+    The help of every option ends with its default, or with "(required)".
 
     Attributes:
-      options: all that it takes, as they are typed.
-      commands: its commands' parsers by name; {} where it has none.
+      options: All option strings.
+      commands: Parsers of the subcommands by name; {} if there are none.
     """
 
     def __init__(self, **settings: Any) -> None:
         self.options: list[str] = []
         self.commands: dict[str, Parser] = {}
         settings = {"formatter_class": argparse.RawDescriptionHelpFormatter} | settings
-        # An abbreviation would mean another option when one is added.
+        # An abbreviation would change its meaning when an option is added.
         super().__init__(allow_abbrev=False, **settings)
-        # Without a default, so that a command's parser leaves alone what was given before it.
+        # No default, so that a subcommand's parser doesn't reset a flag given before the command.
         for name, what in (
-            ("--quiet", "print warnings, errors and results alone (default: off)"),
-            ("--debug", "print the whole trace of an error (default: off)"),
+            ("--quiet", "print only warnings, errors and results (default: off)"),
+            ("--debug", "print the traceback of an error (default: off)"),
         ):
             self.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=what)
 
     def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
-        """As argparse's; the help is told the default."""
+        """Adds an argument as argparse does, with the default appended to its help."""
         action = super().add_argument(*names, **settings)
         self.options += action.option_strings
         if action.option_strings and action.help and "default" not in action.help:
@@ -51,33 +51,53 @@ class Parser(argparse.ArgumentParser):
         return action
 
     def add_subparsers(self, **settings: Any) -> Any:
-        """As argparse's; the commands can be looked up."""
+        """Adds subparsers as argparse does; `commands` looks them up."""
         commands = super().add_subparsers(**settings)
         self.commands = commands.choices
         return commands
 
-    def add_command(self, commands: Any, name: str, does: str, example: str) -> "Parser":
-        """Adds a command.
+    def add_command(
+        self,
+        commands: Any,
+        name: str,
+        summary: str,
+        example: str,
+        module: str = "",
+        prepare: Callable[[argparse.Namespace], None] = lambda args: None,
+    ) -> "Parser":
+        """Adds a subcommand.
 
         Args:
-          commands: what `add_subparsers` gave.
-          name: of the command.
-          does: what it does, a sentence without its capital and full stop.
-          example: what is typed after its name; may go over several lines.
+          commands: The result of `add_subparsers`.
+          name: The command's name.
+          summary: What the command does, without capital and period.
+          example: Arguments that follow the name.
+          module: The module in `ssl_jax.cli` whose `run(args)` executes the command; "" for a group
+            of commands.
+          prepare: Checks the arguments and sets up the environment before JAX is imported.
+
+        Returns:
+          The command's parser.
         """
         command: Parser = commands.add_parser(
             name,
-            help=does,
-            description=f"{does[0].upper()}{does[1:]}.",
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
             epilog=f"example:\n  {self.prog} {name} {example}".rstrip(),
         )
+        command.set_defaults(module=module, prepare=prepare)
         return command
 
+    @property
+    def takes_config(self) -> bool:
+        """Whether config keys can be set."""
+        return _KEY in self.options
+
     def error(self, message: str) -> NoReturn:
-        """Raises it as a sentence."""
-        needed = message.removeprefix(_NEEDED)
-        told = f" needs {needed}" if needed != message else f": {message}"
-        raise UserError(f"{self.prog}{told}; `{self.prog} --help` shows an example.")
+        """Raises `UserError` with argparse's message."""
+        missing = message.removeprefix(_MISSING)
+        cause = f" requires {missing}" if missing != message else f": {message}"
+        raise UserError(f"{self.prog}{cause}. See `{self.prog} --help`.")
 
 
 def _default(action: argparse.Action) -> str:
@@ -89,40 +109,43 @@ def _default(action: argparse.Action) -> str:
 
 
 def add_from(parser: Parser) -> None:
-    """Adds `--from`, the run or the file whose encoder a command takes."""
-    # `from` is a word of Python's own.
+    """Adds `--from`, the run or weights file with the encoder, and `--import`."""
     parser.add_argument(
         "--from",
-        dest="run",
+        dest="run",  # `from` is a keyword
         required=True,
         type=Path,
         metavar="RUN",
-        help="the run's workdir, or a file of weights",
+        help="the run's workdir, or a weights file",
     )
     parser.add_argument(
         "--import",
         dest="imported",
         type=Path,
         metavar="FILE.py",
-        help="a file of Python to run first, which registers the run's method, one of your own "
-        "(default: none)",
+        help="a Python file to run first, which registers the run's custom method (default: none)",
     )
 
 
+def add_json(parser: Parser) -> None:
+    """Adds `--json`."""
+    parser.add_argument("--json", action="store_true", help="print only JSON")
+
+
 def add_keys(parser: Parser, what: str) -> None:
-    """Adds the keys of the config to a command's help; they are read before argparse sees them."""
+    """Adds the config keys to a command's help; `main` takes them out before argparse runs."""
     parser.add_argument(_KEY, dest="_overrides", metavar="VALUE", help=what)
 
 
 def require_known(parser: Parser, argv: Sequence[str]) -> None:
-    """Refuses a command or an option that there isn't, where argparse may first miss another one.
+    """Rejects unknown commands and options, before argparse reports what is missing.
 
     Args:
-      parser: of the whole command line.
-      argv: without `--config.KEY=VALUE`.
+      parser: The parser of the whole command line.
+      argv: Arguments without `--config.KEY=VALUE`.
 
     Raises:
-      UserError: with the word that was meant, where one is close.
+      UserError: With the closest known name, if one is close.
     """
     for word in argv:
         name = word.partition("=")[0]
@@ -135,58 +158,56 @@ def require_known(parser: Parser, argv: Sequence[str]) -> None:
                 )
             parser = parser.commands.get(word, parser)
         elif name not in parser.options and not re.match(r"-\.?\d|-$", word):
-            raise UserError(f"{parser.prog} has no option {name}{_meant(parser, name)}")
+            raise UserError(f"{parser.prog} has no option {name}. {_suggestion(parser, name)}")
 
 
-def _meant(parser: Parser, name: str) -> str:
-    """How the sentence about an unknown option ends."""
+def _suggestion(parser: Parser, name: str) -> str:
+    """What to type instead of an unknown option."""
     key = name.lstrip("-")
     head, _, rest = name.partition(".")
-    if _KEY in parser.options and key in flatten(default_config().to_dict()):
-        return f": a key of the config is set by --config.{key}=VALUE."
-    if _KEY in parser.options and rest and difflib.get_close_matches(head, ["--config"]):
-        return f": did you mean --config.{rest}?"
+    if parser.takes_config and key in flatten(default_config().to_dict()):
+        return f"Set the config key with --config.{key}=VALUE."
+    if parser.takes_config and rest and difflib.get_close_matches(head, ["--config"]):
+        return f"Did you mean --config.{rest}?"
     known = [option for option in parser.options if option != _KEY]
     if close := difflib.get_close_matches(name, known, n=1):
-        return f": did you mean {close[0]}?"
-    return f"; `{parser.prog} --help` lists those it has."
+        return f"Did you mean {close[0]}?"
+    return f"See `{parser.prog} --help`."
 
 
 def require_encoder(path: Path) -> None:
-    """Refuses a path where there can be no encoder, before the seconds that JAX's import takes.
+    """Rejects a path without an encoder, before JAX's import takes seconds.
 
     Args:
-      path: of `--from`.
+      path: The value of `--from`.
 
     Raises:
-      UserError: nothing is there, or a folder without any of an encoder's files.
+      UserError: The path doesn't exist, or is a folder without any of an encoder's files.
     """
     path = path.expanduser()
     if Path(f"{path}.index").is_file():
-        return  # a checkpoint of TensorFlow's, which is named by the beginning of its files
+        return  # a TensorFlow checkpoint, given by its prefix
     if not path.exists():
-        raise UserError(f"There is no run, nor a file of weights, {path}.{close_path(path)}")
-    if path.is_dir() and not any((path / name).exists() for name in _OF_ENCODERS):
-        raise UserError(f"There is no run in {path}: it has no config.json.")
+        raise UserError(f"No run or weights file at {path}.{close_path(path)}")
+    if path.is_dir() and not any((path / name).exists() for name in _ENCODER_FILES):
+        raise UserError(f"No run in {path}: config.json is missing.")
 
 
 def require_run(workdir: Path) -> None:
-    """Refuses a folder that holds no run.
+    """Rejects a folder without a run.
 
     Raises:
-      UserError: naming it.
+      UserError: The folder has no config.json.
     """
     if not (workdir / "config.json").is_file():
-        raise UserError(
-            f"There is no run in {workdir}: it has no config.json.{close_path(workdir)}"
-        )
+        raise UserError(f"No run in {workdir}: config.json is missing.{close_path(workdir)}")
 
 
 def require_folder_of(out: Path) -> None:
-    """Refuses to write where there is no folder.
+    """Rejects an output path in a folder that doesn't exist.
 
     Raises:
-      UserError: naming it.
+      UserError: Names the folder.
     """
     if not out.parent.is_dir():
-        raise UserError(f"{out.parent} (--out) is no folder: make it first.")
+        raise UserError(f"Folder {out.parent} (--out) does not exist. Create it first.")

@@ -1,1 +1,1 @@
-"""What a run will cost on hardware that is not here, by compiling it for that hardware."""
+"""Cost of a run on other hardware, from compiling its train step ahead of time."""

@@ -1,4 +1,4 @@
-"""Accelerators and how they are joined, by their makers' figures; nothing here imports JAX."""
+"""Vendor specifications of accelerators and their interconnects; nothing here imports JAX."""
 
 import dataclasses
 import math
@@ -12,17 +12,17 @@ MIB, GIB = 2**20, 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a chip can do, by its maker.
+    """Specification of a chip.
 
     Attributes:
       peak: bfloat16 FLOP/s.
-      memory: bytes.
-      bandwidth: of the memory, bytes/s.
-      link: bytes/s that it sends to its neighbours, all links together, one way.
-      cores: that are devices of their own, on a real machine.
-      tensor_cores: of a TPU's chip; two that are one device share its memory and work as one.
-      compile_as: libtpu's name of the configuration in which a real machine runs; "": its default.
-      axes: of the torus; 0 for a GPU.
+      memory: Bytes.
+      bandwidth: Memory bandwidth, bytes/s.
+      link: Bytes/s sent to neighbors over all links, one way.
+      cores: JAX devices per chip on a real machine.
+      tensor_cores: Cores per TPU chip; two that form one device share its memory.
+      compile_as: libtpu's name for the configuration of a real machine; "" for its default.
+      axes: Dimensions of the torus; 0 for a GPU.
     """
 
     peak: float
@@ -37,7 +37,7 @@ class Chip:
 
 # TPUs: cloud.google.com/tpu/docs/v3 … v6e and, for v3's and v4's links, Jouppi et al.,
 # arXiv:2304.01433; GPUs: NVIDIA's data sheets (SXM; dense bfloat16; NVLink one way), memory as
-# nvidia-smi shows it.
+# shown by nvidia-smi.
 CHIPS = {
     "v3": Chip(123e12, 32 * GIB, 900e9, 280e9, cores=2, tensor_cores=2, axes=2),
     "v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, tensor_cores=2, compile_as="megacore", axes=3),
@@ -48,18 +48,18 @@ CHIPS = {
     "h100": Chip(989e12, 81559 * MIB, 3350e9, 450e9),
     "h200": Chip(989e12, 143771 * MIB, 4800e9, 450e9),
 }
-BETWEEN_HOSTS = 50e9  # bytes/s of a GPU beyond its host of eight: 400 Gbit/s each
-GPUS_OF_A_HOST = 8
+BETWEEN_HOSTS = 50e9  # bytes/s per GPU between hosts: 400 Gbit/s
+GPUS_PER_HOST = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips and how they are joined.
+    """A number of connected chips.
 
     Attributes:
-      name: as given, `v4:4x4x4` or `h100:8`.
-      chip: each of them.
-      shape: of the torus, or the number of GPUs.
+      name: As given, `v4:4x4x4` or `h100:8`.
+      chip: The specification of each chip.
+      shape: The shape of the torus, or the number of GPUs.
     """
 
     name: str
@@ -68,16 +68,16 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        """How many there are."""
+        """Number of chips."""
         return math.prod(self.shape)
 
     @property
     def is_tpu(self) -> bool:
-        """Whether libtpu compiles for it."""
+        """Whether libtpu is the compiler."""
         return self.chip.axes > 0
 
 
-# Of what --topology takes, for messages.
+# Valid values of --topology, for messages.
 EXAMPLES = (
     "v3, v5e and v6e take two numbers such as v5e:4x4, v4 and v5p three such as v4:4x4x4, "
     "a100, h100 and h200 a count such as h100:8"
@@ -85,17 +85,17 @@ EXAMPLES = (
 
 
 def parse_topology(name: str) -> Topology:
-    """Reads `GENERATION:SHAPE`.
+    """Parses `GENERATION:SHAPE`.
 
     Raises:
-      UserError: an unknown generation or a shape that it doesn't take.
+      UserError: Unknown generation, or a shape that it doesn't have.
     """
     kind, _, shape = name.partition(":")
     if kind not in CHIPS:
-        raise UserError(f"--topology={name} names no known chip.{did_you_mean(kind, CHIPS)}")
+        raise UserError(f"--topology={name} is not a known chip.{did_you_mean(kind, CHIPS)}")
     chip = CHIPS[kind]
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or shape.count("x") + 1 != max(
         chip.axes, 1
     ):
-        raise UserError(f"--topology={name} has no shape that {kind} comes in: {EXAMPLES}.")
+        raise UserError(f"--topology={name} is not a valid shape for {kind}: {EXAMPLES}.")
     return Topology(name, chip, tuple(int(n) for n in shape.split("x")))

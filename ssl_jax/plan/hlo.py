@@ -1,8 +1,8 @@
-"""What the text of a compiled program says: exchanges, traffic with memory, cycles by part.
+"""Parses compiled programs (`compiled.as_text()`): collectives, memory traffic, cycles.
 
-The text is `compiled.as_text()`. What happens in a loop counts as often as the loop runs, where it
-says so or counts from 0 to a constant, as JAX's loops do; of a condition's branches those count
-that exchange the most.
+Instructions in a loop count for every iteration, if the loop is annotated with its trip count or
+counts from 0 to a constant, as JAX's loops do. Of a conditional's branches, the one with the most
+collectives counts.
 """
 
 import dataclasses
@@ -18,17 +18,17 @@ _BYTES |= {"f64": 8, "c64": 8}  # all others: 4
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _CALLED = re.compile(r"(?:body|calls|to_apply|async_execution)=%?([\w.\-]+)")
-# What moves nothing by itself: names, and the ends of what has been counted at its start.
+# Operations without memory traffic: names, and the ends of operations counted at their start.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"}
 _FREE |= {"call", "async-start", "after-all", "optimization-barrier", "partition-id", "replica-id"}
-# Scopes of `step.py`, and what they are within a gradient.
+# Name scopes of `step.py`.
 _PARTS = ("augment", "optimizer", "update", "loss", "forward")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
     name: str
-    shapes: str  # of its results
+    shapes: str  # of the results
     op: str
     rest: str  # operands and attributes
     times: int
@@ -45,12 +45,12 @@ class _Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Collectives:
-    """One kind of exchange between devices in a step.
+    """All collectives of one kind in a step.
 
     Attributes:
-      kind: XLA's name.
-      count: how often it happens.
-      bytes: of what a device has afterwards, all of them together.
+      kind: XLA's name, such as "all-reduce".
+      count: Number of executions.
+      bytes: Total size of the results on one device.
     """
 
     kind: str
@@ -73,13 +73,13 @@ class CompiledText:
             elif current:
                 self._bodies[current].append(line)
 
-    @functools.cache  # noqa: B019 - a program is read and thrown away
+    @functools.cache  # noqa: B019 - instances are short-lived
     def _parsed(self, name: str) -> list[tuple[str, str, str, str]]:
         matches = (_INSTRUCTION.match(line) for line in self._bodies.get(name, ()))
         return [match.groups() for match in matches if match]  # type: ignore[misc]
 
     def _run(self, name: str, times: int, fused: bool) -> list[_Instruction]:
-        """All instructions that a computation runs; those inside fusions where `fused`."""
+        """Returns all instructions that a computation executes; those in fusions if `fused`."""
         done = []
         for parts in self._parsed(name):
             instruction = _Instruction(*parts, times)
@@ -94,11 +94,11 @@ class CompiledText:
             branches = names[1].replace("%", "").split(", ") if names else []
             branches += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", rest)
             ran = [self._run(branch, times, fused) for branch in branches]
-            done += max(ran, key=_exchanges, default=[])
+            done += max(ran, key=_collective_count, default=[])
         return done
 
     def _trips(self, loop: str) -> int:
-        """How often a loop runs: as its annotation says, or its condition, counting from 0."""
+        """Returns a loop's trip count, from its annotation or from its condition."""
         if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop):
             return int(known[1])
         condition = re.search(r"condition=%?([\w.\-]+)", loop)
@@ -114,14 +114,14 @@ class CompiledText:
         return 1
 
     def collectives(self) -> list[Collectives]:
-        """The exchanges between devices, by kind."""
+        """Returns the collectives by kind."""
         found: dict[str, list[int]] = {}
         chains: set[str] = set()
         for instruction in self._run(self._entry, 1, fused=True):
             kind = instruction.op.removesuffix("-start")
             if kind not in _KINDS:
                 continue
-            # A TPU's exchange may be spread over the computations beside which it goes on.
+            # On a TPU, one collective may be split over the computations that it overlaps with.
             chain = re.search(r'chain_id="(\d+)"', instruction.rest)
             if chain and chain[1] in chains:
                 continue
@@ -137,10 +137,10 @@ class CompiledText:
         return [Collectives(kind, *found[kind]) for kind in _KINDS if kind in found]
 
     def traffic(self) -> int:
-        """Bytes between a TPU's chip and its memory: what is kept on the chip isn't counted.
+        """Returns the bytes between a TPU chip and its memory; arrays kept on the chip are free.
 
-        Every instruction reads its operands and writes its results; a fusion reads of an operand
-        what its slices take.
+        Every instruction reads its operands and writes its results; a fusion that only slices an
+        operand reads the slices.
         """
         total, sizes = 0, {}
         for instruction in self._run(self._entry, 1, fused=False):
@@ -150,7 +150,7 @@ class CompiledText:
             if op in _FREE or op.endswith(("-done", "-update")):
                 continue
             if op in ("copy-start", "slice-start") and len(arrays) > 1:
-                # To the first from the second; both ends count where they are in memory.
+                # Copies the second to the first; an end counts if it is in memory.
                 moved = min(_size(arrays[0]), _size(arrays[1]))
                 ends = sum(not _on_chip(array) for array in arrays[:2])
                 total += instruction.times * moved * ends
@@ -186,7 +186,7 @@ class CompiledText:
 
     @functools.cache  # noqa: B019
     def _sliced(self, name: str) -> dict[int, int]:
-        """By number of a fusion's operand, the bytes that it reads of it, where only slices do."""
+        """Returns the bytes read from those operands of a fusion that it only slices."""
         body = self._parsed(name)
         numbers = {each: int(rest.split(")")[0]) for each, _, op, rest in body if op == "parameter"}
         taken: Counter[str] = Counter()
@@ -205,7 +205,7 @@ class CompiledText:
         return {numbers[name]: taken[name] for name in taken if name not in whole}
 
     def cycles(self) -> dict[str, int]:
-        """The TPU compiler's own estimate of cycles, by part of the train step; {} of others."""
+        """Returns the TPU compiler's estimate of cycles by part of the step; {} for others."""
         found: Counter[str] = Counter()
         for instruction in self._run(self._entry, 1, fused=False):
             estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
@@ -213,27 +213,27 @@ class CompiledText:
                 found[part_of(instruction.op_name)] += instruction.times * int(estimate[1])
         return dict(found)
 
-    def wide(self, least: int) -> list[tuple[str, str]]:
-        """Arrays of float32 in memory that an instruction makes: shape, and where it was traced.
+    def float32_arrays(self, min_bytes: int) -> list[tuple[str, str]]:
+        """Returns large float32 results in memory: shape, and name stack of the operation.
 
         Args:
-          least: bytes from which on an array is listed.
+          min_bytes: Size from which an array is listed.
         """
         found: dict[tuple[str, str], None] = {}
         for instruction in self._run(self._entry, 1, fused=False):
             if instruction.op in _FREE or instruction.op.endswith("-done"):
                 continue
             for array in _ARRAY.findall(instruction.shapes):
-                if array[0] == "f32" and _size(array) >= least and not _on_chip(array):
+                if array[0] == "f32" and _size(array) >= min_bytes and not _on_chip(array):
                     found[f"f32[{array[1]}]", instruction.op_name] = None
         return list(found)
 
 
 def part_of(op_name: str) -> str:
-    """The part of the train step to which an operation belongs, by the scopes of its tracing.
+    """Returns the part of the train step to which an operation belongs.
 
     Args:
-      op_name: of its metadata.
+      op_name: The name stack in the operation's metadata.
 
     Returns:
       "augment", "forward", "backward", "loss", "optimizer", "update" or "other".
@@ -257,5 +257,5 @@ def _on_chip(array: tuple[str, str, str]) -> bool:
     return "S(" in array[2] and "S(0)" not in array[2]
 
 
-def _exchanges(instructions: Iterable[_Instruction]) -> int:
+def _collective_count(instructions: Iterable[_Instruction]) -> int:
     return sum(i.times for i in instructions if i.op.removesuffix("-start") in _KINDS)

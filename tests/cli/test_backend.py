@@ -20,26 +20,26 @@ def flags_after(monkeypatch):
     return backend.os.environ["XLA_FLAGS"]
 
 
-def test_the_flag_is_added_to_those_there(environment):
+def test_flag_is_added_once_to_existing_flags(environment):
     environment.setattr(backend.metadata, "version", lambda _: "0.10.2")
     flags = flags_after(environment).split()
     assert flags[0] == "--xla_dump_to=x" and FLAG in flags[1] and len(flags) == 2
-    assert flags_after(environment).split() == flags  # and only once
+    assert flags_after(environment).split() == flags
 
 
-def test_a_jaxlib_that_may_not_know_it_is_left_alone(environment):
+def test_flag_is_not_added_for_an_untested_jaxlib(environment):
     environment.setattr(backend.metadata, "version", lambda _: "99.0.0")
     assert FLAG not in flags_after(environment)
 
 
 @pytest.mark.parametrize("platforms", ["cuda", "tpu", "cuda,cpu"])
-def test_accelerators_are_left_alone(environment, platforms):
+def test_flag_is_not_added_for_accelerator_platforms(environment, platforms):
     environment.setenv("JAX_PLATFORMS", platforms)
     environment.setattr(backend.metadata, "version", lambda _: "0.10.2")
     assert FLAG not in flags_after(environment)
 
 
-def test_an_installed_accelerator_is_enough_to_leave_it(environment):
+def test_flag_is_not_added_if_an_accelerator_package_is_installed(environment):
     environment.delenv("JAX_PLATFORMS")
     environment.setattr(backend.metadata, "version", lambda _: "0.10.2")
     environment.setattr(backend.importlib.util, "find_spec", lambda name: name == "libtpu" or None)
@@ -48,7 +48,7 @@ def test_an_installed_accelerator_is_enough_to_leave_it(environment):
     assert FLAG in flags_after(environment)
 
 
-def test_this_jaxlib_accepts_what_is_set():
+def test_installed_jaxlib_accepts_the_flag():
     code = (
         "import os\nos.environ['XLA_FLAGS'] = ''\n"
         "from ssl_jax.cli import backend\nbackend.tune_cpu()\n"

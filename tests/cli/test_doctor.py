@@ -1,4 +1,4 @@
-"""What `ssl-jax doctor` finds, on this machine and on others that are made up."""
+"""`ssl-jax doctor` on this machine and on simulated ones."""
 
 import ast
 import json
@@ -24,7 +24,7 @@ WORKS = {
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A process that finds what it is told; its imports take seconds."""
+    """Replaces the subprocess, whose imports take seconds, by one with the given result."""
 
     def make(found):
         monkeypatch.setattr(doctor, "_probed", lambda timeout: found)
@@ -33,7 +33,7 @@ def machine(monkeypatch):
     return make
 
 
-def told(capsys, *arguments):
+def doctor_output(capsys, *arguments):
     code = cli.main(["doctor", *arguments])
     return code, capsys.readouterr().out
 
@@ -43,8 +43,8 @@ def feature(out, name):
     return line
 
 
-def test_this_machine_works_and_is_told_in_a_process_of_its_own():
-    """As it is typed: JAX computes on all the simulated devices."""
+def test_all_devices_work_on_this_machine():
+    """In subprocesses as for a user; JAX computes on all simulated devices."""
     line = [sys.executable, "-m", "ssl_jax.cli", "doctor", "--json"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -54,7 +54,7 @@ def test_this_machine_works_and_is_told_in_a_process_of_its_own():
     assert found["versions"]["jax"] == metadata.version("jax") and found["jax"]["broken"] == {}
 
 
-def test_nothing_big_is_imported(machine):
+def test_doctor_imports_no_large_package(machine):
     script = (
         "import sys\nfrom ssl_jax.cli import doctor\n"
         "doctor._probed = lambda timeout: {'broken': {}}\n"
@@ -64,21 +64,24 @@ def test_nothing_big_is_imported(machine):
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
-def test_all_is_told(machine, capsys):
-    code, out = told(capsys)
+def test_report_lists_machine_devices_versions_and_features(machine, capsys):
+    code, out = doctor_output(capsys)
     assert code == 0
-    for part in (f"ssl_jax {__version__}", "GiB free on the disk", "cpu 0: cpu, computes (0.10 s)"):
+    for part in (f"ssl_jax {__version__}", "GiB of free disk space", "cpu 0: cpu, works (0.10 s)"):
         assert part in out
     assert re.search(rf"^  jax +{re.escape(metadata.version('jax'))}$", out, re.M)
-    assert "What every run needs is there and works." in out
+    assert "All required packages are installed and all devices work." in out
     for name in ("images on disk", "TensorFlow Datasets", "plans for TPUs", "Weights & Biases"):
         assert feature(out, name)
-    assert told(capsys, "--quiet") == (0, "What every run needs is there and works.\n")
-    assert json.loads(told(capsys, "--json")[1])["healthy"] is True
+    assert doctor_output(capsys, "--quiet") == (
+        0,
+        "All required packages are installed and all devices work.\n",
+    )
+    assert json.loads(doctor_output(capsys, "--json")[1])["healthy"] is True
 
 
-def test_what_every_run_needs_is_what_the_package_requires():
-    """By setup.py, for an editable installation may be older than it."""
+def test_required_packages_match_the_install_requirements():
+    """Reads setup.py, as the metadata of an editable installation may be older."""
     tree = ast.parse((Path(doctor.__file__).parents[2] / "setup.py").read_text())
     (call,) = (n for n in ast.walk(tree) if isinstance(n, ast.Call) and n.keywords[4:])
     given = {k.arg: k.value for k in call.keywords}
@@ -88,35 +91,35 @@ def test_what_every_run_needs_is_what_the_package_requires():
     assert {f.extra for f in doctor._FEATURES if f.extra} | {"cuda", "tpu"} <= extras
 
 
-def test_what_is_missing_is_told_with_the_command_that_brings_it(machine, capsys, monkeypatch):
+def test_missing_package_is_reported_with_its_install_command(machine, capsys, monkeypatch):
     find = doctor.importlib.util.find_spec
     absent = ("tensorflow", "tensorflow_datasets", "libtpu", "wandb", "torch")
     monkeypatch.setattr(
         doctor.importlib.util, "find_spec", lambda name: None if name in absent else find(name)
     )
-    code, out = told(capsys)
+    code, out = doctor_output(capsys)
     assert code == 0
     root = doctor.Path(doctor.__file__).parents[2]
-    for name, without, extra in (
-        ("images on disk", "without tensorflow\n", "data"),
-        ("TensorFlow Datasets", "without tensorflow, tensorflow-datasets", "data"),
-        ("plans for TPUs", "without libtpu", "plan"),
-        ("Weights & Biases", "without wandb", "wandb"),
+    for name, missing, extra in (
+        ("images on disk", "missing tensorflow\n", "data"),
+        ("TensorFlow Datasets", "missing tensorflow, tensorflow-datasets", "data"),
+        ("plans for TPUs", "missing libtpu", "plan"),
+        ("Weights & Biases", "missing wandb", "wandb"),
     ):
         line = feature(out, name)
-        assert line.startswith("  no ") and without in line
+        assert line.startswith("  no ") and missing in line
         assert (
             f"{sys.executable} -m pip install -c {root}/constraints.txt -e '{root}[{extra}]'"
             in line
         )
-    assert feature(out, "PyTorch, to use what is exported").endswith("-m pip install torch")
-    assert feature(out, "export for PyTorch").startswith("  yes ")
-    # Away from a clone there is nothing to pin.
+    assert feature(out, "PyTorch, to load exports").endswith("-m pip install torch")
+    assert feature(out, "export to PyTorch").startswith("  yes ")
+    # Outside a clone, no versions are pinned.
     monkeypatch.setattr(doctor, "__file__", "/nowhere/ssl_jax/cli/doctor.py")
-    assert told(capsys)[1].count("pip install 'ssl_jax[data]'") == 2
+    assert doctor_output(capsys)[1].count("pip install 'ssl_jax[data]'") == 2
 
 
-def test_a_corrupt_installation_does_not_end_it(machine, capsys, monkeypatch):
+def test_corrupt_installation_does_not_crash_doctor(machine, capsys, monkeypatch):
     def broken(name):
         raise {"jax": OSError}.get(name, metadata.PackageNotFoundError)(name)
 
@@ -126,30 +129,30 @@ def test_a_corrupt_installation_does_not_end_it(machine, capsys, monkeypatch):
     monkeypatch.setattr(doctor.backend, "tune_cpu", lambda: None)
     monkeypatch.setattr(doctor.metadata, "version", broken)
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lost)
-    code, out = told(capsys)
-    assert code == 1 and "broken: jax is not installed as a package" in out
+    code, out = doctor_output(capsys)
+    assert code == 1 and "broken: jax is not an installed package" in out
 
 
 @pytest.mark.parametrize(
-    ("found", "sentence"),
+    ("found", "message"),
     [
         ({"broken": {"optax": "ImportError: no x"}} | {"devices": WORKS["devices"]}
          | {"backend": "cpu"}, "broken: optax can't be imported (ImportError: no x)"),
-        ({"broken": {}, "error": "JAX ended with code -6, saying: F"}, "code -6, saying: F"),
+        ({"broken": {}, "error": "JAX exited with code -6: F"}, "code -6: F"),
         ({"broken": {}, "backend": "gpu", "devices": [
             {"kind": "H100", "memory": 80 * 2**30, "computes": False, "seconds": 1, "error": "E"}
         ]}, "gpu 0: H100, 80.0 GiB, E"),
     ],
 )  # fmt: skip
-def test_what_is_broken_is_told_and_is_the_code(machine, capsys, found, sentence):
+def test_broken_machine_is_reported_with_exit_code_1(machine, capsys, found, message):
     machine(found)
-    code, out = told(capsys)
-    assert code == 1 and sentence in out and "Not everything works" in out
-    brief = told(capsys, "--quiet")[1]
+    code, out = doctor_output(capsys)
+    assert code == 1 and message in out and "packages or devices do not work" in out
+    brief = doctor_output(capsys, "--quiet")[1]
     assert brief.startswith("broken: ") and "versions" not in brief
 
 
-def test_a_process_that_ends_or_stays_away_is_told(monkeypatch):
+def test_crash_or_hang_of_the_subprocess_is_reported(monkeypatch):
     def run(result):
         def instead(command, **options):
             if isinstance(result, Exception):
@@ -159,14 +162,14 @@ def test_a_process_that_ends_or_stays_away_is_told(monkeypatch):
         monkeypatch.setattr(doctor.subprocess, "run", instead)
         return doctor._probed(5.0)["error"]
 
-    assert "said nothing for 5 s" in run(subprocess.TimeoutExpired("x", 5))
+    assert "did not respond within 5 s" in run(subprocess.TimeoutExpired("x", 5))
     aborted = SimpleNamespace(stdout="", stderr="F0 Unknown flag in XLA_FLAGS\n\n", returncode=-6)
-    assert run(aborted) == "JAX ended with code -6, saying: F0 Unknown flag in XLA_FLAGS"
+    assert run(aborted) == "JAX exited with code -6: F0 Unknown flag in XLA_FLAGS"
 
 
-def test_an_import_that_raises_is_a_line(monkeypatch, capsys):
-    """By injection, in this process: SystemExit too, which some packages raise."""
-    import jax  # noqa: F401 - while it is first imported it calls what is replaced
+def test_import_error_is_reported_on_one_line(monkeypatch, capsys):
+    """Includes SystemExit, which some packages raise on import."""
+    import jax  # noqa: F401 - its first import calls the function that is replaced
 
     real = doctor.importlib.import_module
 
@@ -187,11 +190,11 @@ def test_an_import_that_raises_is_a_line(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("given", "there", "sentence"),
+    ("variables", "available", "message"),
     [
         ({}, True, "no cluster found"),
         ({"SLURM_JOB_ID": "1"}, True, "found: Slurm (SLURM_JOB_ID)"),
-        ({"JAX_NUM_PROCESSES": "1", "SLURM_JOB_ID": "1"}, True, "a run is one process"),
+        ({"JAX_NUM_PROCESSES": "1", "SLURM_JOB_ID": "1"}, True, "runs use one process"),
         (
             {"JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": "a:1"},
             False,
@@ -199,19 +202,19 @@ def test_an_import_that_raises_is_a_line(monkeypatch, capsys):
         ),
     ],
 )
-def test_what_a_cluster_has_set_is_told(monkeypatch, given, there, sentence):
+def test_cluster_variables_are_reported(monkeypatch, variables, available, message):
     for name in (*doctor._CLUSTERS, "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     found = doctor._processes()
-    assert found["there"] == there and sentence in found["told"]
+    assert found["available"] == available and message in found["note"]
 
 
-def test_an_accelerator_that_is_not_used_is_told(monkeypatch):
+def test_unused_accelerator_is_reported_with_the_install_command(monkeypatch):
     monkeypatch.setattr(doctor.os.path, "exists", lambda path: path == "/dev/nvidia0")
     gpu, tpu = doctor._hardware({"jax-cuda-plugin": None, "libtpu": None}, {"backend": "cpu"})
-    assert gpu["told"] == "there is one, without jax-cuda-plugin" and "[cuda]'" in gpu["install"]
-    assert tpu["told"] == "none seen on this machine" and tpu["install"] == ""
+    assert gpu["note"] == "found, but jax-cuda-plugin is missing" and "[cuda]'" in gpu["install"]
+    assert tpu["note"] == "none found on this machine" and tpu["install"] == ""
     gpu, _ = doctor._hardware({"jax-cuda-plugin": "0.10", "libtpu": None}, {"backend": "gpu"})
-    assert gpu["there"] and gpu["install"] == ""
+    assert gpu["available"] and gpu["install"] == ""

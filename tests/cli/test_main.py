@@ -1,4 +1,4 @@
-"""What is typed and what is told: help, misspelt words, errors, traces."""
+"""The command line: help, suggestions for misspelled arguments, errors and tracebacks."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ssl_jax.cli import main as cli
+from ssl_jax.cli.failures import failure_printer
 from ssl_jax.config import apply_overrides, default_config, flatten, load_config, to_json
 from ssl_jax.errors import UserError
 
@@ -27,14 +28,14 @@ def run(capsys, *arguments):
 
 
 def parsers():
-    """All parsers by what is typed."""
+    """All parsers by command."""
     main = cli._parser()
     found = {"": main, **main.commands}
     return found | {f"data {name}": p for name, p in main.commands["data"].commands.items()}
 
 
 @pytest.mark.parametrize("typed", parsers())
-def test_the_help_of_every_command_has_an_example(capsys, typed):
+def test_help_of_every_command_has_an_example(capsys, typed):
     with pytest.raises(SystemExit) as caught:
         cli.main([*typed.split(), "--help"])
     assert caught.value.code == 0
@@ -42,11 +43,11 @@ def test_the_help_of_every_command_has_an_example(capsys, typed):
     assert re.search(rf"^example:\n  ssl-jax {typed or 'pretrain'}\b", out, re.M)
     if not typed:
         assert set(re.findall(r"^    (\w+) ", out, re.M)) == COMMANDS
-        assert "Exit codes: 0 done" in out and "docs/" in out
+        assert "Exit codes: 0 success" in out and "docs/" in out
 
 
 @pytest.mark.parametrize("typed", parsers())
-def test_every_example_is_understood(typed):
+def test_every_example_in_the_help_parses(typed):
     parser = parsers()[typed]
     (example,) = re.findall(r"^  ssl-jax (.*)", parser.epilog.split("\n\n")[0], re.M)[:1]
     _, rest = cli._split_overrides(example.split())
@@ -55,7 +56,7 @@ def test_every_example_is_understood(typed):
 
 
 @pytest.mark.parametrize("typed", parsers())
-def test_every_option_says_its_default(typed):
+def test_help_of_every_option_states_its_default(typed):
     for action in parsers()[typed]._actions:
         if not action.option_strings or action.dest in ("help", "version"):
             continue
@@ -64,7 +65,7 @@ def test_every_option_says_its_default(typed):
         assert action.help[0].islower(), action.help
 
 
-def test_the_defaults_that_are_written_out_are_those_that_count():
+def test_defaults_written_out_in_the_help_match_the_code():
     from ssl_jax.downstream import datasets
 
     parser = parsers()["transfer"]
@@ -73,12 +74,12 @@ def test_the_defaults_that_are_written_out_are_those_that_count():
         assert f"(default: {','.join(f'{value:g}' for value in values)})" in action.help
 
 
-def test_no_command_shows_the_help_and_fails(capsys):
+def test_missing_command_prints_the_help_and_fails(capsys):
     code, out, err = run(capsys)
     assert code == 2 and out == "" and "pretrain" in err
 
 
-def test_help_does_not_wait_for_jax():
+def test_help_does_not_import_jax():
     code = (
         "import sys\nfrom ssl_jax.cli import main as cli\n"
         "try:\n    cli.main(['--help'])\nexcept SystemExit:\n    pass\n"
@@ -87,7 +88,7 @@ def test_help_does_not_wait_for_jax():
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
 
 
-def test_overrides_come_in_both_forms():
+def test_overrides_are_accepted_with_and_without_equals_sign():
     arguments = ["--config=a.py", "--config.optim.lr=0.1", "--workdir", "w", "--config.seed", "3"]
     overrides, rest = cli._split_overrides(arguments)
     assert overrides == ["optim.lr=0.1", "seed=3"]
@@ -95,100 +96,100 @@ def test_overrides_come_in_both_forms():
 
 
 @pytest.mark.parametrize(
-    ("typed", "told"),
+    ("typed", "message"),
     [
         (["pretrian"], "ssl-jax has no command 'pretrian'. Did you mean 'pretrain'?"),
-        (["--quite", "knn"], "ssl-jax has no option --quite: did you mean --quiet?"),
+        (["--quite", "knn"], "ssl-jax has no option --quite. Did you mean --quiet?"),
         (["data", "pakc"], "ssl-jax data has no command 'pakc'. Did you mean 'pack'?"),
-        (["knn", "--form=a"], "ssl-jax knn has no option --form: did you mean --from?"),
+        (["knn", "--form=a"], "ssl-jax knn has no option --form. Did you mean --from?"),
         # Before argparse finds out that --config is missing.
         (
             ["pretrain", "--confg=a.py", "--workdir=w"],
-            "ssl-jax pretrain has no option --confg: did you mean --config?",
+            "ssl-jax pretrain has no option --confg. Did you mean --config?",
         ),
         (
             ["pretrain", "--confg.seed=1"],
-            "ssl-jax pretrain has no option --confg.seed: did you mean --config.seed?",
+            "ssl-jax pretrain has no option --confg.seed. Did you mean --config.seed?",
         ),
         (
             ["pretrain", "--optim.lr=1"],
-            "ssl-jax pretrain has no option --optim.lr: a key of the config is set by "
+            "ssl-jax pretrain has no option --optim.lr. Set the config key with "
             "--config.optim.lr=VALUE.",
         ),
-        (["knn", "--zzz"], "ssl-jax knn has no option --zzz; `ssl-jax knn --help` lists those"),
-        # No abbreviations: they would change their meaning when an option is added.
-        (["knn", "--maj", "--from=a"], "has no option --maj: did you mean --majority?"),
+        (["knn", "--zzz"], "ssl-jax knn has no option --zzz. See `ssl-jax knn --help`."),
+        # No abbreviations: their meaning would change when an option is added.
+        (["knn", "--maj", "--from=a"], "has no option --maj. Did you mean --majority?"),
         (
             ["pretrain"],
-            "ssl-jax pretrain needs --config, --workdir; `ssl-jax pretrain --help` shows an",
+            "ssl-jax pretrain requires --config, --workdir. See `ssl-jax pretrain --help`.",
         ),
-        (["knn", "--from=a", "--k=x"], "ssl-jax knn: argument --k: invalid int value: 'x'; `"),
+        (["knn", "--from=a", "--k=x"], "ssl-jax knn: argument --k: invalid int value: 'x'. See `"),
         (
             ["export", "--from=a", "--out=b", "--format=torhc"],
-            "argument --format: there is no 'torhc'. Did you mean 'torch'?",
+            "argument --format: unknown format 'torhc'. Did you mean 'torch'?",
         ),
-        (["knn", "--from=a", "b"], "ssl-jax: unrecognized arguments: b; `ssl-jax --help` shows"),
-        (["report", "a", "--config.seed=1"], "--config.seed=1: report takes no config, leave"),
+        (["knn", "--from=a", "b"], "ssl-jax: unrecognized arguments: b. See `ssl-jax --help`."),
+        (["report", "a", "--config.seed=1"], "`report` takes no config. Remove --config.seed=1."),
     ],
 )
-def test_what_is_misspelt_is_one_sentence(capsys, typed, told):
+def test_misspelled_argument_is_reported_on_one_line_with_a_suggestion(capsys, typed, message):
     code, out, err = run(capsys, *typed)
     assert (code, out) == (2, "")
-    assert err.startswith("error: ") and told in err and err.count("\n") == 1
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
-def test_a_negative_number_is_no_option(capsys):
+def test_negative_number_is_not_taken_for_an_option(capsys):
     code, _, err = run(capsys, "knn", "--from=nowhere", "--temperature", "-1.5", "--k", "-1")
-    assert code == 2 and "There is no run, nor a file of weights, nowhere." in err
+    assert code == 2 and "No run or weights file at nowhere." in err
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_flags_for_all_commands_stand_anywhere(capsys, monkeypatch, place):
+def test_global_flags_are_accepted_anywhere(capsys, monkeypatch, place):
     seen = []
-    monkeypatch.setattr(cli, "_prepare_data", lambda args: seen.append(args) or 3)
-    line = ["data", "pack", "a", "b"]
+    monkeypatch.setattr("ssl_jax.cli.pack.run", seen.append)
+    line = ["data", "pack", ".", "b"]
     line[place:place] = ["--quiet", "--debug"]
     assert run(capsys, *line)[0] == 0
     assert seen[0].quiet and seen[0].debug
-    assert run(capsys, "data", "pack", "a", "b")[0] == 0
+    assert run(capsys, "data", "pack", ".", "b")[0] == 0
     assert not seen[1].quiet and not seen[1].debug
 
 
-def test_a_user_error_is_one_line_and_code_2(capsys, tmp_path):
+def test_user_error_is_printed_on_one_line_with_code_2(capsys, tmp_path):
     code, out, err = run(capsys, "report", str(tmp_path))
     assert code == 2 and out == ""
-    assert err == f"error: There is no run in {tmp_path}: it has no config.json.\n"
+    assert err == f"error: No run in {tmp_path}: config.json is missing.\n"
     code, _, err = run(capsys, "pretrain", "--config=none.py", f"--workdir={tmp_path / 'w'}")
     assert code == 2 and "none.py" in err
     assert not (tmp_path / "w").exists()
     code, _, err = run(capsys, "--debug", "report", str(tmp_path))
     assert code == 2 and err.startswith("Traceback (most recent call last):")
-    assert err.endswith(f"error: There is no run in {tmp_path}: it has no config.json.\n")
+    assert err.endswith(f"error: No run in {tmp_path}: config.json is missing.\n")
 
 
-def test_paths_that_are_wrong_are_told_with_one_that_is_close(capsys, tmp_path):
+def test_wrong_path_is_reported_with_a_similar_one(capsys, tmp_path):
     (tmp_path / "config.py").write_text("")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
     (tmp_path / "empty").mkdir()
     a_run = f"--from={tmp_path / 'run'}"
-    for line, told in (
+    for line, message in (
         (["pretrain", f"--config={tmp_path}/confg.py", "--workdir=w"], f"'{tmp_path}/config.py'?"),
-        (["knn", f"--from={tmp_path}/runn"], f"weights, {tmp_path}/runn. Did you mean"),
-        (["knn", f"--from={tmp_path}/empty"], "empty: it has no config.json."),
+        (["knn", f"--from={tmp_path}/runn"], f"weights file at {tmp_path}/runn. Did you mean"),
+        (["knn", f"--from={tmp_path}/empty"], "empty: config.json is missing."),
         (["report", f"{tmp_path}/runn"], f"Did you mean '{tmp_path}/run'?"),
-        (["transfer", a_run, "--sets=no.json"], "no list of data sets no.json"),
-        (["features", a_run, "--out=nowhere/f.npz"], "nowhere (--out) is no folder"),
-        (["export", a_run, "--format=jax", "--out=nowhere/f"], "nowhere (--out) is no folder"),
-        (["views", "--config=c.py", "--out=nowhere/v.png"], "nowhere (--out) is no folder"),
+        (["transfer", a_run, "--sets=no.json"], "No dataset list at no.json"),
+        (["features", a_run, "--out=nowhere/f.npz"], "nowhere (--out) does not exist"),
+        (["export", a_run, "--format=jax", "--out=nowhere/f"], "nowhere (--out) does not exist"),
+        (["views", "--config=c.py", "--out=nowhere/v.png"], "nowhere (--out) does not exist"),
         (["import", f"{tmp_path}/moco.pth", "--out=a"], "moco.pth."),
         (["data", "convert", f"{tmp_path}/emty", "out"], f"Did you mean '{tmp_path}/empty'?"),
     ):
         code, _, err = run(capsys, *line)
-        assert code == 2 and told in err and err.count("\n") == 1, err
+        assert code == 2 and message in err and err.count("\n") == 1, err
 
 
-def test_a_wrong_path_is_told_before_jax_is_imported(tmp_path):
+def test_wrong_path_is_reported_before_jax_is_imported(tmp_path):
     script = (
         "import sys\nfrom ssl_jax.cli import main as cli\n"
         "for line in (['pretrain', '--config=no.py', '--workdir=w'], ['knn', '--from=no'],\n"
@@ -207,14 +208,14 @@ from ssl_jax.cli import main as cli
 from ssl_jax.data import packed
 
 def broken(*arguments):
-    raise KeyError("of\\nnobody")
+    raise KeyError("two\\nlines")
 
 packed.pack = broken
 sys.exit(cli.main())
 """
 
 
-def test_an_unexpected_error_is_one_line_without_its_trace(tmp_path):
+def test_unexpected_error_is_one_line_without_traceback(tmp_path):
     command = [sys.executable, "-c", BROKEN, "data", "pack", tmp_path, "a.npz"]
 
     def typed(*more):
@@ -222,25 +223,25 @@ def test_an_unexpected_error_is_one_line_without_its_trace(tmp_path):
 
     plain, debug = typed(), typed("--debug")
     assert plain.returncode == debug.returncode == 1
-    told = "error: unexpected KeyError: 'of\\nnobody' (--debug shows where)\n"
-    assert plain.stderr == told and plain.stdout == ""
+    message = "error: Unexpected KeyError: 'two\\nlines' (use --debug for the traceback)\n"
+    assert plain.stderr == message and plain.stdout == ""
     assert debug.stderr.startswith("Traceback (most recent call last):")
-    assert ", in broken" in debug.stderr and debug.stderr.endswith(told)
+    assert ", in broken" in debug.stderr and debug.stderr.endswith(message)
 
 
 @pytest.mark.parametrize(
     ("where", "line"),
     [
-        ("ssl_jax.train.pretrain", ["pretrain", "--config={}/config.py", "--workdir=w"]),
-        ("ssl_jax.report.write_report", ["report", "{}"]),
-        ("ssl_jax.downstream.frozen.run_features", ["knn", "--from={}"]),
+        ("ssl_jax.cli.pretrain.pretrain", ["pretrain", "--config={}/config.py", "--workdir=w"]),
+        ("ssl_jax.cli.report.write_report", ["report", "{}"]),
+        ("ssl_jax.cli.evals.run_features", ["knn", "--from={}"]),
         ("ssl_jax.interop.export.export_tree", ["export", "--from={}", "--format=jax", "--out=a"]),
         ("ssl_jax.cli.doctor.examine", ["doctor"]),
-        ("ssl_jax.plan.plan.fitting", ["plan", "--config={}/config.py", "--topology=h100:8"]),
-        ("ssl_jax.report.picture.write_views", ["views", "--config={}/config.py", "--out=a.png"]),
+        ("ssl_jax.cli.plan.fitting", ["plan", "--config={}/config.py", "--topology=h100:8"]),
+        ("ssl_jax.cli.views.write_views", ["views", "--config={}/config.py", "--out=a.png"]),
     ],
 )
-def test_no_command_prints_the_trace_of_an_unexpected_error(
+def test_unexpected_error_prints_no_traceback_in_any_command(
     capsys, tmp_path, monkeypatch, where, line
 ):
     saved = {"config": to_json(default_config()), "command": "c", "versions": {}}
@@ -256,29 +257,29 @@ def test_no_command_prints_the_trace_of_an_unexpected_error(
     monkeypatch.setattr("ssl_jax.cli.backend.compile_elsewhere", lambda simulated: None)
     code, out, err = run(capsys, *(word.format(tmp_path) for word in line))
     assert (code, out) == (1, "")
-    assert err.startswith("error: unexpected RuntimeError: xxx") and err.count("\n") == 1
-    assert len(err) < 400 and "--debug shows where" in err
+    assert err.startswith("error: Unexpected RuntimeError: xxx") and err.count("\n") == 1
+    assert len(err) < 400 and "use --debug for the traceback" in err
 
 
 @pytest.mark.parametrize("typed", [["--workdir={}"], ["--workdir", "{}"]])
-def test_the_trace_of_an_unexpected_error_is_kept_in_the_runs_folder(
+def test_traceback_of_unexpected_error_is_saved_in_the_workdir(
     capsys, tmp_path, monkeypatch, typed
 ):
     def broken(*arguments, **named):
-        raise RuntimeError("of nobody")
+        raise RuntimeError("broken")
 
-    monkeypatch.setattr("ssl_jax.train.pretrain", broken)
+    monkeypatch.setattr("ssl_jax.cli.pretrain.pretrain", broken)
     line = [
         f"--config={ROOT / 'configs' / 'simclr_digits.py'}",
         *(w.format(tmp_path) for w in typed),
     ]
     code, _, err = run(capsys, "pretrain", *line)
-    assert code == 1 and err.endswith(f"of nobody ({tmp_path / 'error.txt'} says where)\n")
-    kept = (tmp_path / "error.txt").read_text()
-    assert kept.startswith("Traceback ") and ", in broken" in kept
+    assert code == 1 and err.endswith(f"broken (traceback in {tmp_path / 'error.txt'})\n")
+    saved = (tmp_path / "error.txt").read_text()
+    assert saved.startswith("Traceback ") and ", in broken" in saved
 
 
-def test_a_folder_that_cannot_be_listed_gives_no_hint(monkeypatch, tmp_path):
+def test_unlistable_folder_gives_no_suggestion(monkeypatch, tmp_path):
     def forbidden(self):
         raise PermissionError(13, "Permission denied")
 
@@ -287,8 +288,8 @@ def test_a_folder_that_cannot_be_listed_gives_no_hint(monkeypatch, tmp_path):
         load_config(str(tmp_path / "a.py"))
 
 
-def test_an_error_in_one_of_several_processes_is_one_line(capsys):
-    """By injection: what `cluster.alone_on_failure` tells, it tells of the error at hand."""
+def test_error_in_one_of_several_processes_is_one_line(capsys):
+    """`processes.alone_on_failure` calls the printer while the error is handled."""
     import traceback
 
     for debug in (False, True):
@@ -298,26 +299,26 @@ def test_an_error_in_one_of_several_processes_is_one_line(capsys):
             except (ValueError, UserError):
                 expected = isinstance(error, UserError)
                 text = "error: Process 1: What to do." if expected else traceback.format_exc()
-                cli._teller(argparse.Namespace(debug=debug))(text)
+                failure_printer(argparse.Namespace(debug=debug))(text)
             err = capsys.readouterr().err
             assert ("Traceback" in err) == debug
             assert debug or err.count("\n") == 1
             assert ("What to do." if expected else "ValueError: why") in err
 
 
-def test_an_interrupt_and_a_closed_pipe_end_with_their_codes(capsys, monkeypatch):
+def test_interrupt_and_closed_pipe_have_their_exit_codes(capsys, monkeypatch):
     for error, code in ((KeyboardInterrupt, 130), (BrokenPipeError, 1)):
 
         def broken(args, error=error):
             raise error
 
-        monkeypatch.setattr(cli, "_prepare_data", broken)
-        found, _, err = run(capsys, "data", "pack", "a", "b")
+        monkeypatch.setattr("ssl_jax.cli.pack.run", broken)
+        found, _, err = run(capsys, "data", "pack", ".", "b")
         assert found == code and "Traceback" not in err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "continues"),
+    ("arguments", "resumes"),
     [
         (["pretrain", "--config=x.py", "--workdir=a"], True),
         (["finetune", "--from=a"], True),
@@ -329,19 +330,19 @@ def test_an_interrupt_and_a_closed_pipe_end_with_their_codes(capsys, monkeypatch
         (["report", "a"], False),
     ],
 )
-def test_an_interrupt_says_that_a_run_goes_on_where_one_does(
-    capsys, monkeypatch, arguments, continues
+def test_interrupt_explains_how_to_resume_if_the_command_trains(
+    capsys, monkeypatch, arguments, resumes
 ):
     def interrupted(*given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_do", interrupted)
+    monkeypatch.setattr(cli, "_execute", interrupted)
     code, _, err = run(capsys, *arguments)
-    more = "; the same command continues the run, from its newest checkpoint if it has one"
-    assert code == 130 and err == f"\nInterrupted{more if continues else ''}.\n"
+    hint = "; rerun the same command to resume from the newest checkpoint, if there is one"
+    assert code == 130 and err == f"\nInterrupted{hint if resumes else ''}.\n"
 
 
-def test_report_is_written_anew(capsys, tmp_path):
+def test_report_command_writes_the_report(capsys, tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({"config": to_json(default_config()), "command": "c", "versions": {}})
     )
@@ -350,7 +351,7 @@ def test_report_is_written_anew(capsys, tmp_path):
     assert (tmp_path / "report.html").exists()
 
 
-def test_config_prints_every_key_as_it_is_typed_and_what_is_not_the_default(capsys):
+def test_config_prints_every_key_as_an_argument_and_marks_changes(capsys):
     file = f"--config={ROOT / 'configs' / 'simclr_digits.py'}"
     assert cli.main(["config", file, "--config.optim.lr=0.7", "--config.steps=3"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -359,7 +360,7 @@ def test_config_prints_every_key_as_it_is_typed_and_what_is_not_the_default(caps
     assert "--config.optim.momentum=0.9" in lines
     config = load_config(str(ROOT / "configs" / "simclr_digits.py"), ["optim.lr=0.7", "steps=3"])
     assert len(lines) == len(flatten(to_json(config)))
-    # Typed, they are the config.
+    # As arguments, they reproduce the config.
     typed = [line.partition("  #")[0].removeprefix("--config.") for line in lines]
     assert to_json(apply_overrides(config, typed)) == to_json(config)
     assert cli.main(["config", file, "--json"]) == 0

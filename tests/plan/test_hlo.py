@@ -6,7 +6,7 @@ from ssl_jax.plan.hlo import CompiledText, part_of
 from ssl_jax.spmd import AXIS, make_spmd
 
 
-def test_exchanges_are_counted_with_their_bytes_and_as_often_as_loops_run():
+def test_collectives_count_for_every_loop_iteration_and_have_their_bytes():
     def per_device(x):
         gathered = jax.lax.all_gather(x, AXIS, tiled=True)
 
@@ -27,7 +27,7 @@ def test_exchanges_are_counted_with_their_bytes_and_as_often_as_loops_run():
     }
 
 
-def test_asynchronous_exchanges_count_once_and_their_results_alone():
+def test_asynchronous_collectives_count_once_with_their_results_only():
     text = """ENTRY %main (p: bf16[4]) -> bf16[32] {
   %s = (bf16[4]{0:T(8)S(1)}, bf16[32]{0:T(8)}) all-gather-start(%p), dimensions={0}
   %d = bf16[32]{0} all-gather-done(%s)
@@ -38,7 +38,7 @@ def test_asynchronous_exchanges_count_once_and_their_results_alone():
     assert found == {"all-gather": (1, 64), "all-reduce": (1, 28)}
 
 
-def test_of_branches_the_one_that_exchanges_most_counts():
+def test_branch_with_the_most_collectives_counts():
     def per_device(x):
         def many(x):
             return jax.lax.psum(jax.lax.psum(x, AXIS) * 2, AXIS)
@@ -63,7 +63,7 @@ def test_of_branches_the_one_that_exchanges_most_counts():
     ]
 
 
-# What a TPU's program looks like: a fusion, a prefetch to the chip, a loop that reads slices.
+# Like a TPU program: a fusion, a prefetch to the chip, a loop that reads slices.
 TPU = """%slicing (p0: bf16[10,100], p1: s32[]) -> bf16[1,100] {
   %p0 = bf16[10,100]{1,0:T(8,128)} parameter(0)
   %p1 = s32[]{:T(128)} parameter(1)
@@ -91,20 +91,20 @@ ENTRY %main (a: bf16[10,100]) -> f32[10,100] {
 """  # noqa: E501
 
 
-def test_traffic_leaves_out_what_stays_on_the_chip_and_what_slices_do_not_touch():
+def test_traffic_excludes_on_chip_arrays_and_what_slices_do_not_touch():
     prefetch, negate, loop, add = 2000, 4000, 5 * (200 + 200), 400
     update = 400 + 400  # reads the new row, writes it in place
     assert CompiledText(TPU).traffic() == prefetch + negate + loop + add + update
 
 
-def test_cycles_are_told_by_part_and_in_loops_as_often_as_they_run():
+def test_cycles_are_summed_by_part_over_all_loop_iterations():
     assert CompiledText(TPU).cycles() == {"backward": 30, "other": 35, "augment": 20}
     assert CompiledText("ENTRY %m () -> f32[] {\n}\n").cycles() == {}
 
 
-def test_a_loop_without_annotation_runs_as_its_condition_counts():
-    text = TPU.replace(', backend_config={"known_trip_count":{"n":"5"}}', ", condition=%goes_on")
-    condition = """%goes_on (s: (bf16[10,100])) -> pred[] {
+def test_loop_without_annotation_takes_its_trip_count_from_the_condition():
+    text = TPU.replace(', backend_config={"known_trip_count":{"n":"5"}}', ", condition=%condition")
+    condition = """%condition (s: (bf16[10,100])) -> pred[] {
   %n = s32[]{:T(128)} constant(9)
   %g = s32[]{:T(128)} get-tuple-element(%s), index=0
   ROOT %lt = pred[]{:T(512)} compare(%g, %n), direction=LT
@@ -114,13 +114,13 @@ def test_a_loop_without_annotation_runs_as_its_condition_counts():
     assert CompiledText(text).cycles()["other"] == 7
 
 
-def test_wide_arrays_are_those_of_float32_in_memory():
-    found = CompiledText(TPU).wide(4000)
+def test_float32_arrays_lists_large_float32_results_in_memory():
+    found = CompiledText(TPU).float32_arrays(4000)
     assert found == [("f32[10,100]", "jit(f)/transpose(jvp(forward))/neg"), ("f32[10,100]", "")]
-    assert CompiledText(TPU).wide(4001) == []
+    assert CompiledText(TPU).float32_arrays(4001) == []
 
 
-def test_a_real_program_moves_at_least_its_arguments_and_results():
+def test_traffic_of_a_real_program_is_at_least_its_arguments_and_results():
     def double(x):
         return jnp.sort(x) * 2
 
@@ -139,5 +139,5 @@ def test_a_real_program_moves_at_least_its_arguments_and_results():
         ("jit(train_step)/convert_element_type", "other"),
     ],
 )
-def test_parts_are_the_scopes_of_the_step(op_name, part):
+def test_part_is_the_name_scope_of_the_step(op_name, part):
     assert part_of(op_name) == part

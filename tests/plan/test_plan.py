@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,11 +14,13 @@ from test_step import ONE
 from tiny import method_config, tiny_config, with_whole_images, without_color
 
 from ssl_jax.cli import main as cli
+from ssl_jax.cli.plan import _numbers, compare, describe
 from ssl_jax.config import Schedule, load_config
 from ssl_jax.data.pipeline import Prefetcher
 from ssl_jax.errors import UserError
 from ssl_jax.plan import plan
 from ssl_jax.plan.chips import parse_topology
+from ssl_jax.plan.flops import model_flops, traced_flops
 from ssl_jax.spmd import make_spmd
 from ssl_jax.step import Program
 from ssl_jax.train.setup import Setup
@@ -28,7 +31,7 @@ GPUS = parse_topology("h100:8")
 @pytest.mark.parametrize(
     ("name", "chips", "cores"), [("v4:4x4x4", 64, 1), ("v5e:2x4", 8, 1), ("v3:4x4", 16, 2)]
 )
-def test_a_topology_is_a_chip_and_a_shape(name, chips, cores):
+def test_topology_has_a_chip_and_a_shape(name, chips, cores):
     topology = parse_topology(name)
     assert (topology.chips, topology.chip.cores, topology.is_tpu) == (chips, cores, True)
     assert not GPUS.is_tpu and GPUS.chips == 8
@@ -37,18 +40,18 @@ def test_a_topology_is_a_chip_and_a_shape(name, chips, cores):
 @pytest.mark.parametrize(
     "name", ["v4:4x4", "v5e:2x4x4", "v5e:", "v5e", "h100:0", "h100:2x4", "v4:"]
 )
-def test_a_shape_that_a_chip_does_not_come_in_is_refused_with_examples(name):
-    with pytest.raises(UserError, match=r"has no shape that .* such as v4:4x4x4"):
+def test_invalid_shape_is_rejected_with_examples(name):
+    with pytest.raises(UserError, match=r"is not a valid shape for .* such as v4:4x4x4"):
         parse_topology(name)
 
 
-def test_an_unknown_chip_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="names no known chip. Did you mean 'v5p'"):
+def test_unknown_chip_is_rejected_with_a_suggestion():
+    with pytest.raises(UserError, match="is not a known chip. Did you mean 'v5p'"):
         parse_topology("v5:2x2x2")
 
 
-def test_more_gpus_than_are_simulated_are_refused():
-    with pytest.raises(UserError, match="h100:16 is simulated by 16 devices, and there are 8"):
+def test_topology_with_more_gpus_than_simulated_devices_is_rejected():
+    with pytest.raises(UserError, match="h100:16 needs 16 simulated devices, but JAX has 8"):
         plan.devices_of(parse_topology("h100:16"))
 
 
@@ -62,37 +65,37 @@ def convolve(x, w, stride):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_flops_of_convolutions_and_of_their_gradients(stride):
+def test_flops_of_convolutions_and_their_gradients(stride):
     x, w = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 5))
     forward = 2 * 2 * (8 // stride) ** 2 * 5 * 9 * 3
-    assert plan.traced_flops(lambda x, w: convolve(x, w, stride), x, w) == forward
+    assert traced_flops(lambda x, w: convolve(x, w, stride), x, w) == forward
     gradient = jax.grad(lambda x, w: convolve(x, w, stride).sum(), (0, 1))
-    counted = plan.traced_flops(gradient, x, w)
-    # Forward (its value is not used, but traced) and two gradients; edges are counted in full.
+    counted = traced_flops(gradient, x, w)
+    # Forward (unused, but traced) and two gradients; padded edges count in full.
     assert 3 * forward <= counted <= 3.2 * forward
 
 
-def test_flops_of_products_in_loops_and_on_all_devices():
+def test_flops_of_matrix_products_in_loops_and_on_all_devices():
     def looped(x):
         return jax.lax.scan(lambda c, _: (c @ x, None), x, None, length=7)[0]
 
     x = jnp.zeros((4, 4))
-    assert plan.traced_flops(looped, x) == 7 * 2 * 4**3
+    assert traced_flops(looped, x) == 7 * 2 * 4**3
     mapped = make_spmd().map(lambda a: a @ a.T, ("sharded",), "sharded")
-    assert plan.traced_flops(mapped, jnp.zeros((16, 3))) == 8 * 2 * 2 * 2 * 3
+    assert traced_flops(mapped, jnp.zeros((16, 3))) == 8 * 2 * 2 * 2 * 3
 
 
-def test_of_a_choice_by_platform_the_plainest_counts():
+def test_flops_of_a_platform_dependent_function_are_those_of_the_cheapest_branch():
     def square(x):
         return jax.lax.platform_dependent(x, cpu=lambda x: x @ x @ x, default=lambda x: x @ x)
 
-    assert plan.traced_flops(square, jnp.zeros((4, 4))) == 2 * 4**3
+    assert traced_flops(square, jnp.zeros((4, 4))) == 2 * 4**3
 
 
-def test_resnet_50_costs_24_and_a_half_gflop_per_view():
+def test_resnet_50_takes_24_5_gflop_per_view():
     config = load_config("configs/simclr_imagenet.py:256")
     program = Program(config, Schedule(10, 100), make_spmd(devices=ONE))
-    assert plan.model_flops(program) / 2 == pytest.approx(24.5e9, rel=0.01)
+    assert model_flops(program) / 2 == pytest.approx(24.5e9, rel=0.01)
 
 
 # The plan
@@ -100,12 +103,12 @@ def test_resnet_50_costs_24_and_a_half_gflop_per_view():
 
 @pytest.fixture(scope="module")
 def tiny_plan():
-    """Of SimCLR at batch 64; tests take what they need of it and leave it as it is."""
+    """SimCLR at batch size 64."""
     return plan.make_plan(with_whole_images(tiny_config(batch_size=64)), GPUS, images=6400)
 
 
 @pytest.mark.parametrize("source", ["digits", "folder"])
-def test_a_plan_compiles_what_training_runs(source, tmp_path):
+def test_plan_compiles_the_program_that_training_runs(source, tmp_path):
     config = without_color(tiny_config(batch_size=32))
     if source == "folder":
         from images import fill
@@ -127,57 +130,58 @@ def test_a_plan_compiles_what_training_runs(source, tmp_path):
     assert schedule == setup.schedule
 
 
-def test_a_plan_for_gpus_is_an_estimate_of_everything(capsys):
+def test_plan_for_gpus_is_marked_as_an_estimate(tmp_path):
     made = plan.make_plan(with_whole_images(method_config("moco")), GPUS, images=6400)
-    assert made["estimate"] and made["fits"] and made["cycles"] == {}
-    assert (made["chips"], made["devices"], made["batch_of_a_device"]) == (8, 8, 8)
-    assert made["steps"] == 200
-    assert json.loads(json.dumps(made)) == made
-    kinds = {c["kind"] for c in made["collectives"]}
+    assert made.estimate and made.fits and made.cycles == {}
+    assert (made.chips, made.devices, made.batch_of_a_device) == (8, 8, 8)
+    assert made.steps == 200
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(dataclasses.asdict(made)))
+    assert plan.read_plan(file) == made
+    kinds = {c.kind for c in made.collectives}
     assert "all-reduce" in kinds and "all-gather" in kinds
-    low, high = made["step_seconds"]
-    assert low == max(made["seconds"].values()) < high == sum(made["seconds"].values())
-    text = plan.report(made)
-    for words in ("8 devices as compiled", "moco, ResNet-4", "about", "fits", "chip-hours", "all-"):
-        assert words in text
+    low, high = made.step_seconds
+    assert low == max(made.seconds.values()) < high == sum(made.seconds.values())
+    text = describe(made)
+    for part in ("8 chips, 8 devices", "moco, ResNet-4", "about", "fits", "chip-hours", "all-"):
+        assert part in text
     assert " cores" not in text
-    assert "h100:8: memory and times are estimates" in plan.compare(made, made)
-    assert made["memory"]["peak"] == sum(v for k, v in made["memory"].items() if k != "peak")
+    assert "h100:8: memory and times are estimates" in compare(made, made)
+    assert made.memory["peak"] == sum(v for k, v in made.memory.items() if k != "peak")
 
 
-def test_loops_over_microbatches_are_counted_in_full(tiny_plan):
+def test_every_microbatch_counts(tiny_plan):
     whole = tiny_plan
     config = with_whole_images(tiny_config(batch_size=64, microbatch=16))
     parts = plan.make_plan(config, GPUS, images=6400)
-    # Forward twice, backward once: 4/3 of the encoder's, beside augmentation and loss.
-    assert 1.1 < parts["traced_flops"] / whole["traced_flops"] < 1.6
-    counts = [
-        {c["kind"]: c["count"] for c in made["collectives"]}["all-reduce"]
-        for made in (whole, parts)
-    ]
+    # Forward twice, backward once: 4/3 of the encoder's, plus augmentation and loss.
+    assert 1.1 < parts.traced_flops / whole.traced_flops < 1.6
+    counts = [{c.kind: c.count for c in made.collectives}["all-reduce"] for made in (whole, parts)]
     assert counts[1] > 2 * counts[0]  # BatchNorm's, in each of four microbatches
 
 
-def test_where_it_does_not_fit_the_largest_microbatch_is_found_by_compiling(monkeypatch):
+def test_largest_fitting_microbatch_is_found_by_compiling(tiny_plan, monkeypatch):
     tried = []
 
-    def made(config, topology, images, say=None):
+    def made(config, topology, images, log=None):
         tried.append(config.microbatch)
         size = config.microbatch or config.batch_size
-        return {"fits": size <= 24, "devices": 8, "microbatch": config.microbatch}
+        return dataclasses.replace(
+            tiny_plan, fits=size <= 24, devices=8, microbatch=config.microbatch
+        )
 
     monkeypatch.setattr(plan, "make_plan", made)
     config = ConfigDict({"batch_size": 192, "microbatch": 0})
     found = plan.fitting(config, GPUS)
-    assert found["fitting"]["microbatch"] == 24 and not found["fits"]
+    assert found.fitting.microbatch == 24 and not found.fits
     assert len(tried) <= 4
-    monkeypatch.setattr(plan, "make_plan", lambda c, t, i, *_: made(c, t, i) | {"fits": False})
-    assert plan.fitting(config, GPUS)["fitting"] is None
+    monkeypatch.setattr(
+        plan, "make_plan", lambda c, t, i, *_: dataclasses.replace(made(c, t, i), fits=False)
+    )
+    assert plan.fitting(config, GPUS).fitting is None
 
 
-def test_a_program_too_large_is_told_with_what_it_needs(tiny_plan, monkeypatch):
-    made = tiny_plan
-
+def test_program_that_exceeds_the_memory_is_reported_with_its_size(tiny_plan, monkeypatch):
     class Lowered:
         def compile(self):
             raise jax.errors.JaxRuntimeError(
@@ -187,44 +191,45 @@ def test_a_program_too_large_is_told_with_what_it_needs(tiny_plan, monkeypatch):
     monkeypatch.setattr(Program, "lower", lambda self, *shapes: Lowered())
     config = with_whole_images(tiny_config(batch_size=64))
     without = plan.make_plan(config, GPUS, images=6400)
-    assert not without["fits"] and without["memory"]["peak"] == round(35.02 * 2**30)
-    assert "35.02 of 79.6 GiB of a device: DOES NOT FIT" in plan.report(without)
-    text = plan.report(without | {"fitting": made | {"microbatch": 16}})
-    assert "It fits with --config.microbatch=16" in text
-    assert "No microbatch fits" in plan.report(without | {"fitting": None})
-    assert "h100:8" in plan.compare(made, without)
+    assert not without.fits and without.memory["peak"] == round(35.02 * 2**30)
+    assert "35.02 GiB of 79.65 GiB per device: DOES NOT FIT" in describe(without)
+    smaller = dataclasses.replace(tiny_plan, microbatch=16)
+    text = describe(dataclasses.replace(without, fitting=smaller))
+    assert "--config.microbatch=16 fits:" in text and "per device, microbatches of 16;" in text
+    assert "No microbatch fits" in describe(without)
+    assert "h100:8" in compare(tiny_plan, without)
 
 
-def test_data_that_is_not_there_is_known_by_name_or_number(tmp_path):
+def test_absent_data_is_described_by_its_name_or_size(tmp_path):
     config = load_config("configs/simclr_imagenet.py")
     data = plan.describe_data(config)
     assert (data.images, data.classes, data.device_data) == (1_281_167, 1000, {})
     config.data.update(name="records", dir=str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="nowhere.* need --images=NUMBER"):
+    with pytest.raises(UserError, match="nowhere.* add --images=NUMBER"):
         plan.describe_data(config)
     assert plan.describe_data(config, 500).images == 500
 
 
-def test_images_that_lie_on_the_devices_are_planned_with_their_size():
+def test_images_in_device_memory_are_part_of_the_plan():
     data = plan.describe_data(tiny_config(), 500)
     assert data.images == 500 and data.device_data["image"].shape == (500, 8, 8, 3)
 
 
-def test_a_batch_that_devices_do_not_divide_is_refused():
-    said = []
+def test_indivisible_batch_is_rejected_before_compiling():
+    logged = []
     with pytest.raises(UserError, match="config.batch_size is 36, which 8 devices"):
-        plan.make_plan(tiny_config(batch_size=36), GPUS, 640, said.append)
-    assert said == []  # nothing is compiled for a config that can't be run
+        plan.make_plan(tiny_config(batch_size=36), GPUS, 640, logged.append)
+    assert logged == []
 
 
-def test_the_command_prints_json_and_compares(tmp_path, capsys, monkeypatch):
+def test_plan_command_prints_json_and_compares(tmp_path, capsys, monkeypatch):
     config = tmp_path / "c.py"
     config.write_text(
         f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
         "from tiny import tiny_config, with_whole_images\n\n"
         "def get_config(variant=''):\n    return with_whole_images(tiny_config())\n"
     )
-    # As it is typed: JAX is not there yet, and simulates as many devices as are asked for.
+    # In a subprocess, where JAX is not imported yet and simulates the requested devices.
     command = [sys.executable, "-m", "ssl_jax.cli", "plan", f"--config={config}"]
     one_device = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
     environment = os.environ | {"XLA_FLAGS": one_device}
@@ -237,7 +242,7 @@ def test_the_command_prints_json_and_compares(tmp_path, capsys, monkeypatch):
     (tmp_path / "four.json").write_text(done.stdout)
     (tmp_path / "none.json").write_text("{}")
 
-    # Here it is: of the devices that it simulates some are taken.
+    # In this process, a subset of the simulated devices is used.
     monkeypatch.setattr("ssl_jax.cli.backend.compile_elsewhere", lambda simulated: None)
     monkeypatch.chdir(tmp_path)
 
@@ -249,22 +254,22 @@ def test_the_command_prints_json_and_compares(tmp_path, capsys, monkeypatch):
     line = next(line for line in out.splitlines() if line.startswith("devices"))
     assert line.split() == ["devices", "2", "4", "2.000"]
     (tmp_path / "four.json").unlink()
-    for arguments, words in (
-        (["--topology=h100:2", "--compare=none.json"], "is no plan that --json"),
-        (["--topology=h100:2", "--compare=v4:2x2x1"], "compiled for apart"),
-        (["--topology=v4:2x2"], "has no shape"),
+    for arguments, message in (
+        (["--topology=h100:2", "--compare=none.json"], "is not a plan"),
+        (["--topology=h100:2", "--compare=v4:2x2x1"], "compiled for in the same process"),
+        (["--topology=v4:2x2"], "is not a valid shape"),
         (["--topology=h100:2", "--compare=four.json"], "neither a file nor a topology"),
-        (["--topology=h100:2", "--compare=h100:4", "--json"], "without --compare"),
+        (["--topology=h100:2", "--compare=h100:4", "--json"], "Remove --compare"),
     ):
         code, _, err = run(*arguments)
-        assert code == 2 and words in err, err
+        assert code == 2 and message in err, err
 
 
-def test_a_missing_compiler_is_told(monkeypatch):
+def test_missing_tpu_compiler_is_reported(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"install the extra 'plan'"):
+    with pytest.raises(UserError, match=r"Install the extra 'plan'"):
         plan.devices_of(parse_topology("v5e:2x4"))
 
 
-def test_numbers_are_finite(tiny_plan):
-    assert all(np.isfinite(value) for _, value in plan._numbers(tiny_plan))
+def test_plan_numbers_are_finite(tiny_plan):
+    assert all(np.isfinite(value) for _, value in _numbers(tiny_plan))

@@ -1,0 +1,10 @@
+"""`ssl-jax data convert`, apart from `pack` because it needs TensorFlow."""
+
+import argparse
+
+from ssl_jax.data.records import convert
+
+
+def run(args: argparse.Namespace) -> None:
+    """Converts image files to a few large files."""
+    print(f"{args.out}: {convert(args.folder, args.out, args.shards):,} images")
