@@ -255,7 +255,7 @@ def test_pages_leave_what_they_promise_in_the_folder(typed, here):
     typed.page("README.md")
     typed.page("docs/evaluate.md")
     page = (here / "runs" / "quickstart" / "report.html").read_text()
-    for what in ("20 nearest neighbours", "linear classifier on features", "recipe moco", "10 %"):
+    for what in ("20 nearest neighbors", "linear classifier on features", "recipe moco", "10 %"):
         assert what in page
     assert "student" in (here / "runs" / "teacher" / "report.html").read_text()
     assert (here / "features.npz").exists() and (here / "views.png").exists()

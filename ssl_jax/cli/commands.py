@@ -311,7 +311,7 @@ def _prepare_evaluation(args: argparse.Namespace) -> None:
         raise UserError(f"--recipe={FAST} trains no run. Remove --workdir, or choose a recipe.")
     elif args.command == "transfer":
         if not args.sets.is_file():
-            raise UserError(f"No dataset list at {args.sets}.{close_path(args.sets)}")
+            raise UserError(f"There is no dataset list at {args.sets}.{close_path(args.sets)}")
         for flag in ("rates", "decays", "workdir"):
             if not args.finetune and getattr(args, flag) is not None:
                 raise UserError(f"--{flag} is for fine-tuning. Remove it or --no-finetune.")
@@ -325,7 +325,7 @@ def _require_vote(args: argparse.Namespace) -> None:
     weighted = args.temperature is not None
     weighted |= any(override.startswith("eval.knn_temperature=") for override in args.overrides)
     if args.majority and weighted:
-        raise UserError("--majority uses no temperature. Remove one of them.")
+        raise UserError("--majority has no temperature. Remove one of them.")
 
 
 def _add_export(parser: Parser) -> None:

@@ -69,16 +69,7 @@ def _evaluate_features(args: argparse.Namespace) -> None:
         overrides=[override for override in args.overrides if not override.startswith(votes)],
     )
     if args.command == "features":
-        features.save(args.out)
-        held_out = 0 if features.test is None else len(features.test)
-        record = {"file": str(args.out), "train": len(features.train), "test": held_out}
-        record["width"] = features.train.shape[1]
-        _print(
-            args,
-            record,
-            f"{args.out}: {record['train']:,} training and {held_out:,} held-out images, "
-            f"{record['width']} features each",
-        )
+        _save(args, features)
         return
     settings: dict[str, Any] = {}
     name = f"linear_{FAST}" if args.command == "linear" else "knn"
@@ -101,6 +92,15 @@ def _evaluate_features(args: argparse.Namespace) -> None:
     what += _details(features.step, config.eval.projector_layer, changes)
     settings = {"command": args.command_line, "step": features.step, **settings}
     _keep(args, name, what, metrics, settings, changes | nondefault)
+
+
+def _save(args: argparse.Namespace, features: Any) -> None:
+    features.save(args.out)
+    count, width = features.train.shape
+    held_out = 0 if features.test is None else len(features.test)
+    record = {"file": str(args.out), "train": count, "test": held_out, "width": width}
+    images = f"{count:,} training and {held_out:,} held-out images"
+    _print(args, record, f"{args.out}: {images}, {width} features each")
 
 
 def _transfer(args: argparse.Namespace) -> None:

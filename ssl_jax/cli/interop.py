@@ -37,7 +37,7 @@ def _export(args: argparse.Namespace) -> None:
         )
     else:
         export.export_folder(args.run, args.out, step=args.step)
-        print(f"{args.out}: set a license in its README.md before you publish it")
+        print(f"{args.out}: choose a license in its README.md before you publish it")
 
 
 def _import(args: argparse.Namespace) -> None:

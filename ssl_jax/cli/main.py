@@ -107,7 +107,7 @@ def _execute(args: argparse.Namespace) -> int:
 def _register(file: Path) -> None:
     """Runs the user's file that registers a method."""
     if not file.is_file():
-        raise UserError(f"No file at {file} (--import).{close_path(file)}")
+        raise UserError(f"There is no file {file} (--import).{close_path(file)}")
     runpy.run_path(str(file))
 
 

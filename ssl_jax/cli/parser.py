@@ -188,9 +188,9 @@ def require_encoder(path: Path) -> None:
     if Path(f"{path}.index").is_file():
         return  # a TensorFlow checkpoint, given by its prefix
     if not path.exists():
-        raise UserError(f"No run or weights file at {path}.{close_path(path)}")
+        raise UserError(f"There is no run or weights file at {path}.{close_path(path)}")
     if path.is_dir() and not any((path / name).exists() for name in _ENCODER_FILES):
-        raise UserError(f"No run in {path}: config.json is missing.")
+        raise UserError(f"There is no run in {path}: config.json is missing.")
 
 
 def require_run(workdir: Path) -> None:
@@ -200,7 +200,7 @@ def require_run(workdir: Path) -> None:
       UserError: The folder has no config.json.
     """
     if not (workdir / "config.json").is_file():
-        raise UserError(f"No run in {workdir}: config.json is missing.{close_path(workdir)}")
+        raise UserError(f"There is no run in {workdir}: config.json is missing.{close_path(workdir)}")
 
 
 def require_folder_of(out: Path) -> None:

@@ -140,7 +140,7 @@ def test_misspelled_argument_is_reported_on_one_line_with_a_suggestion(capsys, t
 
 def test_negative_number_is_not_taken_for_an_option(capsys):
     code, _, err = run(capsys, "knn", "--from=nowhere", "--temperature", "-1.5", "--k", "-1")
-    assert code == 2 and "No run or weights file at nowhere." in err
+    assert code == 2 and "There is no run or weights file at nowhere." in err
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
@@ -158,13 +158,13 @@ def test_global_flags_are_accepted_anywhere(capsys, monkeypatch, place):
 def test_user_error_is_printed_on_one_line_with_code_2(capsys, tmp_path):
     code, out, err = run(capsys, "report", str(tmp_path))
     assert code == 2 and out == ""
-    assert err == f"error: No run in {tmp_path}: config.json is missing.\n"
+    assert err == f"error: There is no run in {tmp_path}: config.json is missing.\n"
     code, _, err = run(capsys, "pretrain", "--config=none.py", f"--workdir={tmp_path / 'w'}")
     assert code == 2 and "none.py" in err
     assert not (tmp_path / "w").exists()
     code, _, err = run(capsys, "--debug", "report", str(tmp_path))
     assert code == 2 and err.startswith("Traceback (most recent call last):")
-    assert err.endswith(f"error: No run in {tmp_path}: config.json is missing.\n")
+    assert err.endswith(f"error: There is no run in {tmp_path}: config.json is missing.\n")
 
 
 def test_wrong_path_is_reported_with_a_similar_one(capsys, tmp_path):
@@ -178,7 +178,7 @@ def test_wrong_path_is_reported_with_a_similar_one(capsys, tmp_path):
         (["knn", f"--from={tmp_path}/runn"], f"weights file at {tmp_path}/runn. Did you mean"),
         (["knn", f"--from={tmp_path}/empty"], "empty: config.json is missing."),
         (["report", f"{tmp_path}/runn"], f"Did you mean '{tmp_path}/run'?"),
-        (["transfer", a_run, "--sets=no.json"], "No dataset list at no.json"),
+        (["transfer", a_run, "--sets=no.json"], "no dataset list at no.json"),
         (["features", a_run, "--out=nowhere/f.npz"], "nowhere (--out) does not exist"),
         (["export", a_run, "--format=jax", "--out=nowhere/f"], "nowhere (--out) does not exist"),
         (["views", "--config=c.py", "--out=nowhere/v.png"], "nowhere (--out) does not exist"),

@@ -355,7 +355,7 @@ def test_the_distillation_loss_is_the_papers(teacher, temperature, share):
 def test_commands_on_features_print_and_keep_what_they_find(run, capsys, tmp_path):
     out = command(capsys, "knn", f"--from={run}", "--k=5", "--majority")
     step = newest_step(run)
-    assert f"5 nearest neighbours, majority, step {step}: top-1 " in out and "Report: " in out
+    assert f"5 nearest neighbors, majority, step {step}: top-1 " in out and "Report: " in out
     found = json.loads(command(capsys, "linear", f"--from={run}", "--json"))
     assert found["metrics"]["examples"] == 450 and found["penalty"] > 0
     assert 0.1 < found["metrics"]["top1"]["low"] < found["metrics"]["top1"]["high"] < 1
@@ -373,7 +373,7 @@ def test_commands_on_features_print_and_keep_what_they_find(run, capsys, tmp_pat
     subset = ["--config.data.subset=0.1", "--projector-layer=1", "--json"]
     few = json.loads(command(capsys, "knn", f"--from={run}", *subset))
     assert few["k"] == 200 and few["metrics"]["examples"] == 450
-    told = f"130 nearest neighbours, temperature 0.1, step {step}, projector layer 1"
+    told = f"130 nearest neighbors, temperature 0.1, step {step}, projector layer 1"
     assert few["what"] == f"{told}, data.subset=0.1"
     command(capsys, "knn", f"--from={run}", "--k=200", "--config.eval.batch_size=32")
     # What was measured otherwise is beside it; how many images were encoded at a time is no change.
@@ -381,7 +381,7 @@ def test_commands_on_features_print_and_keep_what_they_find(run, capsys, tmp_pat
     assert len(files) == 3 and "knn.json" in files
     assert (run / "evals" / "linear_lbfgs.json").exists()
     page = (run / "report.html").read_text()
-    assert few["what"] in page and f"5 nearest neighbours, majority, step {step}" in page
+    assert few["what"] in page and f"5 nearest neighbors, majority, step {step}" in page
 
 
 @pytest.mark.parametrize(
@@ -389,7 +389,7 @@ def test_commands_on_features_print_and_keep_what_they_find(run, capsys, tmp_pat
     [
         (("knn", "--config.data.names=x"), "config.data has no key 'names'"),
         (("linear", "--recipe=mocco"), "--recipe=mocco. Did you mean 'moco'"),
-        (("features", "--out=/nowhere/f.npz"), "/nowhere .* is no folder"),
+        (("features", "--out=/nowhere/f.npz"), "/nowhere .* does not exist"),
         (("knn", "--step=7"), "no checkpoint of step 7"),
         (("knn", "--majority", "--temperature=0.1"), "--majority has no temperature"),
         (("knn", "--majority", "--config.eval.knn_temperature=1"), "--majority has no temperature"),

@@ -129,7 +129,7 @@ def test_exported_file_evaluates_like_its_run(run, tmp_path, capsys):
 def test_folder_export_has_a_card_with_the_runs_recipe_and_results(run, tmp_path, capsys):
     command(capsys, "knn", f"--from={run}", "--k=5")
     out = command(capsys, "export", f"--from={run}", "--format=folder", f"--out={tmp_path / 'hub'}")
-    assert "choose a licence" in out
+    assert "choose a license" in out
     names = {file.name for file in (tmp_path / "hub").iterdir()}
     assert names == {
         *("README.md", "config.json", "model.safetensors", "preprocessor_config.json"),
@@ -233,7 +233,7 @@ def test_selective_kernels_are_not_exported_for_torch(selective, tmp_path, capsy
     ("flags", "sentence"),
     [
         (("--format=torch", "--out=a.bin"), "use a name that ends in .safetensors"),
-        (("--format=jax", "--out=/nowhere/a.safetensors"), "/nowhere (--out) is no folder"),
+        (("--format=jax", "--out=/nowhere/a.safetensors"), "/nowhere (--out) does not exist"),
         (("--format=jax", "--out=a.safetensors", "--step=9"), "no checkpoint of step 9"),
         (("--format=jax", "--out=a.safetensors", "--projector-layer=1"), "is for --format=program"),
         (("--format=program", "--out=a.bin", "--projector-layer=7"), "hidden layers 1 to 2"),

@@ -218,7 +218,7 @@ def test_the_command_prints_where_the_page_is(runs, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("others", "words"),
-    [(["nowhere"], "nowhere"), (["--out=c.html"], "--out names the page that compares runs")],
+    [(["nowhere"], "nowhere"), (["--out=c.html"], "--out is the file of a comparison")],
 )
 def test_what_cannot_be_compared_is_one_sentence(
     runs, tmp_path, monkeypatch, capsys, others, words
