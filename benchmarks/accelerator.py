@@ -1,14 +1,13 @@
-"""The agenda of an accelerator: the figures of docs/benchmarks.md that need one, step by step.
+"""Runs the benchmarks of docs/benchmarks.md that need an accelerator, one step after the other.
 
     python benchmarks/accelerator.py --out=DIR [--train=train.npz --test=test.npz] [--minutes=8.5]
         [--only=step,loss,...] [--toy]
 
-Steps are done in order until the minutes are over; what is done stays in DIR, and the same command
-goes on with the rest: with the first step that isn't done. CIFAR-10 (files of `ssl-jax data pack`)
-is trained by each method with lightly's setting for 200 epochs; such a run stops with the time and
-continues from its checkpoint. DIR/results.md is written after each step. The exit code is 0 once
-all is done, 1 where a step failed, 3 where something is left. `--toy` does the same with tiny
-networks, on a CPU.
+Steps run in order until the time is up. Results are saved in DIR, and the same command resumes with
+the first step that isn't done. Each method is trained on CIFAR-10 (files from `ssl-jax data pack`)
+with lightly's settings for 200 epochs; such a run stops when the time is up and resumes from its
+checkpoint. DIR/results.md is written after each step. The exit code is 0 if everything is done, 1
+if a step failed, 3 if steps are left. `--toy` does the same with tiny networks, on a CPU.
 """
 
 import argparse
@@ -24,19 +23,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-IMAGES = 50_000  # of CIFAR-10
+IMAGES = 50_000  # in CIFAR-10
 BENCHMARKS, CONFIGS = ROOT / "benchmarks", ROOT / "configs"
 METHODS = ("simclr", "moco", "swav", "byol", "simsiam")
-LEAST_S = 45.0  # in which no step is begun
-SAVING_S = 120.0  # in which a run that is told to stop has written its checkpoint
+MIN_S = 45.0  # with less time left, no step is started
+SAVING_S = 120.0  # for a stopped run to write its checkpoint
 LEFT = 3  # exit code
 SMALL = ("--config.model.depth=18", "--config.model.width=0.0625")
-HEADS = ("--config.moco.queue=16", "--config.swav.prototypes=4")  # that need no more images
-PLAIN = ("--config.model.depth=18", "--config.simclr.layers=2")  # what plain Flax has too
+HEADS = ("--config.moco.queue=16", "--config.swav.prototypes=4")  # for a tiny dataset
+PLAIN = ("--config.model.depth=18", "--config.simclr.layers=2")  # implemented in plain Flax
 
 
 def commands(args: argparse.Namespace) -> dict[str, list[str]]:
-    """What each measuring step runs; each writes its figures as JSON where it is told to."""
+    """Returns the command of each benchmark step; --json makes it write its results."""
     torch = ["torch"] if importlib.util.find_spec("torch") else []
 
     def step(config: str, batches: str, peers: list[str], *more: str) -> list[str]:
@@ -71,10 +70,10 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def measure(name: str, command: list[str], out: Path, seconds: float) -> str:
-    """Runs a step that measures; returns what is to be said of it."""
+    """Runs a benchmark step and returns its status."""
     file, log = out / f"{name}.json", out / f"{name}.log"
     if file.exists():
-        return "done before"
+        return "already done"
     partial = file.with_suffix(".partial")
     with log.open("w") as handle:
         try:
@@ -86,7 +85,7 @@ def measure(name: str, command: list[str], out: Path, seconds: float) -> str:
                 timeout=seconds,
             )
         except subprocess.TimeoutExpired:
-            return "not finished in the time left"
+            return "timed out"
     if done.returncode:
         return f"failed, see {log}"
     partial.rename(file)
@@ -94,14 +93,14 @@ def measure(name: str, command: list[str], out: Path, seconds: float) -> str:
 
 
 def train(method: str, args: argparse.Namespace, seconds: float) -> str:
-    """Trains a method on CIFAR-10, as far as the time lets it."""
+    """Trains a method on CIFAR-10 until it is done or the time is up; returns its status."""
     workdir = args.out / f"cifar_{method}"
     if (workdir / "evaluation.json").exists():
-        return "done before"
+        return "already done"
     command = [sys.executable, str(ROOT / "run_pretrain.py"), f"--workdir={workdir}"]
     command += [f"--config={CONFIGS / f'{method}_cifar10.py'}:lightly"]
     command += [f"--config.data.dir={args.train}", f"--config.data.test_dir={args.test}"]
-    command += ["--config.checkpoint.every_epochs=0"]  # at the end, and when it is stopped
+    command += ["--config.checkpoint.every_epochs=0"]  # only at the end, and when stopped
     if args.toy:
         command += [*SMALL, *HEADS, "--config.epochs=2", "--config.batch_size=16"]
         command += ["--config.eval.knn_k=2", "--config.eval.trials=1"]
@@ -110,26 +109,26 @@ def train(method: str, args: argparse.Namespace, seconds: float) -> str:
         try:
             process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            process.terminate()  # it saves a checkpoint
+            process.terminate()  # saves a checkpoint
             try:
                 process.wait(timeout=SAVING_S)
             except subprocess.TimeoutExpired:
                 process.kill()
     if (workdir / "evaluation.json").exists():
         return "done"
-    # SIGTERM may come before the run has begun.
+    # SIGTERM may arrive before the run has started.
     stopped = process.returncode in (0, -signal.SIGTERM)
-    return "goes on next time" if stopped else f"failed, see {log.name}"
+    return "stopped, resumes next time" if stopped else f"failed, see {log.name}"
 
 
 def environment() -> dict[str, str]:
-    """Of the steps: they find the package where it isn't installed."""
+    """Returns the environment of the steps, in which the package is found without installation."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def write_results(out: Path) -> None:
-    """All figures so far, as Markdown."""
+    """Writes all results so far as Markdown."""
     lines = []
     for file in sorted(out.glob("*.json")):
         found = json.loads(file.read_text())
@@ -140,8 +139,8 @@ def write_results(out: Path) -> None:
         lines += ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
         lines += ["| " + " | ".join(cell(row[name]) for name in header) + " |" for row in rows]
         lines.append("")
-        for how, parts in found.get("ms", {}).items() if isinstance(found, dict) else ():
-            lines += [f"| {how} | ms |", "| --- | --- |"]
+        for kind, parts in found.get("ms", {}).items() if isinstance(found, dict) else ():
+            lines += [f"| {kind} | ms |", "| --- | --- |"]
             lines += [f"| {part} | {ms:.2f} |" for part, ms in parts.items()] + [""]
     runs = [workdir for workdir in sorted(out.glob("cifar_*")) if workdir.is_dir()]
     if runs:
@@ -155,7 +154,7 @@ def write_results(out: Path) -> None:
 
 
 def cifar_row(workdir: Path) -> str:
-    """How far a run is, and what it has reached."""
+    """Returns the progress and accuracy of a run as a table row."""
     from ssl_jax.run.log import read_metrics
 
     method = workdir.name.removeprefix("cifar_")
@@ -172,67 +171,67 @@ def cifar_row(workdir: Path) -> str:
         linear = f"{100 * rows[-1]['linear']:.1f}"
     minutes = f"{step * batch / statistics.median(rates) / 60:.1f}" if rates else ""
     best = f"{100 * max(knn):.1f}" if knn else ""
-    # An epoch is whole batches of the images.
+    # An epoch has whole batches only.
     epochs = step / max(1, IMAGES // batch)
     return f"| {method} | {epochs:.0f} | {best} | {linear} | {minutes} |"
 
 
 def cell(value: object) -> str:
-    """A figure in the table."""
+    """Formats a value in a table."""
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Does what the time allows.
+    """Runs as many steps as the time allows.
 
     Args:
-      argv: the command line; default, that of the process.
+      argv: The arguments; default: those of the process.
     """
-    sys.path.insert(0, str(ROOT))  # where the package isn't installed
+    sys.path.insert(0, str(ROOT))  # in case the package isn't installed
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="example: python benchmarks/accelerator.py --out=DIR --train=train.npz "
         "--test=test.npz",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the figures")
-    parser.add_argument("--train", type=Path, help="packed CIFAR-10")
-    parser.add_argument("--test", type=Path, help="its test images")
-    parser.add_argument("--minutes", type=float, default=8.5, help="after which it stops")
-    parser.add_argument("--only", default="", help="names of steps, cifar_METHOD among them")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--train", type=Path, help="packed CIFAR-10 training images")
+    parser.add_argument("--test", type=Path, help="packed CIFAR-10 test images")
+    parser.add_argument("--minutes", type=float, default=8.5, help="time limit")
+    parser.add_argument("--only", default="", help="names of steps to run, such as cifar_METHOD")
     parser.add_argument("--toy", action="store_true", help="tiny networks, for a CPU")
     args = parser.parse_args(argv)
     measuring = commands(args)
     training = [f"cifar_{method}" for method in METHODS]
     names = args.only.split(",") if args.only else [*measuring, *training]
     if unknown := set(names) - {*measuring, *training}:
-        parser.error(f"--only={unknown.pop()} is no step: {', '.join([*measuring, *training])}")
+        parser.error(f"--only={unknown.pop()} is not a step: {', '.join([*measuring, *training])}")
     for name in ("train", "test"):
         file = getattr(args, name)
         if file is None and args.only and set(names) & {*training}:
-            parser.error(f"--{name} is needed: packed CIFAR-10, by `ssl-jax data pack`")
+            parser.error(f"--{name} is required: pack CIFAR-10 with `ssl-jax data pack`")
         if file is not None and not file.is_file():
-            parser.error(f"--{name}={file} is no file")
+            parser.error(f"--{name}={file} is not a file")
     args.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
-    told = {}
+    status = {}
     for name in names:
         left = end - time.monotonic()
         if name in training and not (args.train and args.test):
-            told[name] = "left out: it needs --train and --test"
-        elif left < LEAST_S:
-            told[name] = "left for the next time"
+            status[name] = "skipped: requires --train and --test"
+        elif left < MIN_S:
+            status[name] = "left for the next run"
         elif name in measuring:
-            told[name] = measure(name, measuring[name], args.out, left)
+            status[name] = measure(name, measuring[name], args.out, left)
         else:
-            # A stopped run needs some of the time to save its checkpoint.
-            told[name] = train(name.removeprefix("cifar_"), args, left - LEAST_S / 2)
-        print(f"{name}: {told[name]}", flush=True)
+            # A stopped run needs some time to save its checkpoint.
+            status[name] = train(name.removeprefix("cifar_"), args, left - MIN_S / 2)
+        print(f"{name}: {status[name]}", flush=True)
         write_results(args.out)
     print(args.out / "results.md")
-    if any(said.startswith("failed") for said in told.values()):
+    if any(each.startswith("failed") for each in status.values()):
         sys.exit(1)
-    if not all(said.startswith("done") for said in told.values()):
-        print("The same command goes on with what is left.")
+    if not all(each in ("done", "already done") for each in status.values()):
+        print("Rerun the same command for the remaining steps.")
         sys.exit(LEFT)
 
 

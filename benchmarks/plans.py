@@ -1,11 +1,11 @@
 """Plans of every method, compiled without hardware; tables for docs/plans.md and docs/pods.md.
 
-    python benchmarks/plans.py runs        the ImageNet recipes on two TPU generations
-    python benchmarks/plans.py exchanges   what devices exchange in a step, 8 and 128 of them
-    python benchmarks/plans.py scaling     SimCLR from 8 to 1,024 chips
+    python benchmarks/plans.py runs         the ImageNet recipes on two TPU generations
+    python benchmarks/plans.py collectives  collectives per step on 8 and 128 devices
+    python benchmarks/plans.py scaling      SimCLR from 8 to 1,024 chips
 
-Needs the extra `plan`. Each plan is compiled in a process of its own, takes one to some minutes,
-and is kept in --out, so the command may be given again until the table is complete.
+Needs the extra `plan`. Each plan is compiled in its own process, takes one to several minutes, and
+is saved in --out, so an interrupted command can be rerun to complete the table.
 """
 
 import argparse
@@ -31,23 +31,17 @@ RUNS = (
     ("simsiam_imagenet.py", "v5e:2x4", ()),
 )
 METHODS = ("simclr", "simclrv2", "moco", "swav", "byol", "simsiam", "supervised")
-OF_A_DEVICE = 32
-SLICES = ("v4:2x2x2", "v4:4x4x4", "v4:4x8x8", "v4:8x8x16")
+KINDS = ("all-reduce", "all-gather", "all-to-all")
+PER_DEVICE = 32  # images, in the table of collectives
+SLICES = {"v4:2x2x2": 8, "v4:4x4x4": 64, "v4:4x8x8": 256, "v4:8x8x16": 1024}  # chips
 
 
 def plan(config: str, topology: str, overrides: tuple[str, ...], out: Path) -> dict:
-    """The plan as `ssl-jax plan --json` prints it, from `out` where it is there already."""
+    """Returns the output of `ssl-jax plan --json`, which is saved in `out`."""
     name = "_".join([config, topology, *overrides]).replace(":", "-").replace("/", "-")
     file = out / f"{name}.json"
     if not file.exists():
-        command = [
-            sys.executable,
-            "-m",
-            "ssl_jax.cli.main",
-            "plan",
-            "--json",
-            f"--topology={topology}",
-        ]
+        command = [sys.executable, "-m", "ssl_jax.cli", "plan", "--json", f"--topology={topology}"]
         command += [f"--config={ROOT / 'configs' / config}"]
         command += [f"--config.{override}" for override in overrides]
         print("$", *command, file=sys.stderr, flush=True)
@@ -59,21 +53,20 @@ def plan(config: str, topology: str, overrides: tuple[str, ...], out: Path) -> d
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """As Markdown."""
+    """Prints a table as Markdown."""
     for row in [header, ["---"] * len(header), *rows]:
         print("| " + " | ".join(row) + " |")
 
 
 def runs(out: Path) -> None:
-    """The recipes: does it fit, what does it cost."""
+    """Prints memory, FLOPs, collectives and times of the recipes."""
     rows = []
     for config, topology, overrides in RUNS:
         made = plan(config, topology, overrides, out)
         seconds, batch = made["seconds"], f"{made['batch']:,}"
         if made["microbatch"]:
-            batch += f" by {made['microbatch']:,}"
+            batch += f" ({made['microbatch']:,})"
         model = made["model_flops_of_an_image"] * made["batch_of_a_device"]
-        times = " / ".join(f"{1e3 * seconds[kind]:.0f}" for kind in seconds)
         rows.append(
             [
                 config.replace("_imagenet.py", "").rstrip(":"),
@@ -83,55 +76,39 @@ def runs(out: Path) -> None:
                 f"{made['traced_flops'] / 1e12:.3g} ({made['traced_flops'] / model:.2f})",
                 f"{made['bytes_accessed'] / 1e9:.0f}",
                 f"{sum(made['cycles'].values()) / 1e6:,.0f}",
-                ", ".join(f"{c['count']} {c['kind']}" for c in made["collectives"]),
-                times,
+                ", ".join(f"{c['kind']} ×{c['count']:,}" for c in made["collectives"]),
+                " / ".join(f"{1e3 * seconds[kind]:.0f}" for kind in seconds),
                 f"{made['hours'][0]:.1f}–{made['hours'][1]:.1f}",
                 f"{made['chip_hours'][0]:,.0f}–{made['chip_hours'][1]:,.0f}",
             ]
         )
-    print_table(
-        [
-            *("config", "topology", "batch", "GiB of a device", "TFLOP of a step and device"),
-            *(
-                "GB moved",
-                "M cycles",
-                "exchanges",
-                "ms: compute / memory / interconnect",
-                "hours",
-                "chip-hours",
-            ),
-        ],
-        rows,
-    )
+    header = ["config", "topology", "batch (microbatch)", "GiB per device"]
+    header += ["TFLOP per step and device", "memory traffic, GB", "cycles, M", "collectives"]
+    header += ["ms: compute / memory / interconnect", "hours", "chip-hours"]
+    print_table(header, rows)
 
 
-def exchanges(out: Path) -> None:
-    """Of one step, by kind, on 8 and 128 devices with as many images each."""
+def collectives(out: Path) -> None:
+    """Prints the collectives per step, with the same batch size per device on 8 and 128 devices."""
     rows = []
     for method in METHODS:
         for topology, devices in (("v5e:2x4", 8), ("v5e:8x16", 128)):
-            overrides: tuple[str, ...] = (f"batch_size={OF_A_DEVICE * devices}", "eval.probe=False")
+            overrides = (f"batch_size={PER_DEVICE * devices}", "eval.probe=False")
             made = plan(f"{method}_imagenet.py", topology, overrides, out)
-            found = {c["kind"]: c for c in made["collectives"]}
-            rows.append(
-                [method if devices == 8 else "", str(devices)]
-                + [
-                    f"{found[kind]['count']}, {found[kind]['bytes'] / 1e6:.4g} MB"
-                    if kind in found
-                    else ""
-                    for kind in ("all-reduce", "all-gather", "all-to-all")
-                ]
-            )
-    print_table(["method", "devices", "all-reduce", "all-gather", "all-to-all"], rows)
+            found = {
+                c["kind"]: f"{c['count']}, {c['bytes'] / 1e6:.4g} MB" for c in made["collectives"]
+            }
+            cells = [found.get(kind, "") for kind in KINDS]
+            rows.append([method if devices == 8 else "", str(devices), *cells])
+    print_table(["method", "devices", *KINDS], rows)
 
 
 def scaling(out: Path) -> None:
-    """SimCLR on growing slices: of one batch (strong), and of 64 images of a chip (weak)."""
+    """Prints SimCLR on growing slices: total batch fixed (strong), 64 images per chip (weak)."""
     rows = []
     for kind in ("strong", "weak"):
         base = None
-        for topology in SLICES:
-            chips = {"v4:2x2x2": 8, "v4:4x4x4": 64, "v4:4x8x8": 256, "v4:8x8x16": 1024}[topology]
+        for topology, chips in SLICES.items():
             batch = 4096 if kind == "strong" else 64 * chips
             made = plan("simclr_imagenet.py", topology, (f"batch_size={batch}",), out)
             rate = [batch / chips / seconds for seconds in reversed(made["step_seconds"])]
@@ -142,7 +119,7 @@ def scaling(out: Path) -> None:
                     kind,
                     topology,
                     f"{batch:,}",
-                    f"{memory:.1f}" + ("" if made["fits"] else ", too much"),
+                    f"{memory:.1f}" + ("" if made["fits"] else " (too much)"),
                     f"{1e3 * made['seconds']['compute']:.1f}",
                     f"{1e3 * made['seconds']['memory']:.1f}",
                     f"{1e3 * made['seconds']['interconnect']:.2f}",
@@ -150,19 +127,15 @@ def scaling(out: Path) -> None:
                     f"{100 * rate[0] / base[0]:.0f} %",
                 ]
             )
-    print_table(
-        [
-            *("scaling", "slice", "batch", "GiB of a chip", "compute ms", "memory ms"),
-            *("interconnect ms", "images/s of a chip", "of the smallest slice's"),
-        ],
-        rows,
-    )
+    header = ["scaling", "slice", "batch", "GiB per chip", "compute, ms", "memory, ms"]
+    header += ["interconnect, ms", "images/s per chip", "efficiency"]
+    print_table(header, rows)
 
 
 def main() -> None:
-    """Prints the table that is asked for."""
+    """Prints the requested table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    tables = {"runs": runs, "exchanges": exchanges, "scaling": scaling}
+    tables = {"runs": runs, "collectives": collectives, "scaling": scaling}
     parser.add_argument("table", choices=tables)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "plans")
     args = parser.parse_args()

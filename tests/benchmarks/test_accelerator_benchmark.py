@@ -1,4 +1,4 @@
-"""The agenda of an accelerator at toy size: it resumes, and its table is written."""
+"""The accelerator benchmarks at toy size: resuming, and the table of results."""
 
 import importlib
 import json
@@ -15,7 +15,7 @@ from ssl_jax.data.packed import pack
 ROOT = Path(__file__).parents[2]
 
 
-# Of the same name as one in configs/: that one, as what compiles fastest.
+# Loads the config of the same file name in configs/, and changes it to compile fast.
 CONFIG = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
@@ -33,7 +33,7 @@ def get_config(variant=""):
 
 @pytest.fixture
 def benchmark(monkeypatch, tmp_path):
-    """The module; the processes that it starts, as it does always, train the smallest network."""
+    """The module; its subprocesses train the smallest network."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module = importlib.import_module("accelerator")
     configs = tmp_path / "configs"
@@ -48,7 +48,7 @@ def benchmark(monkeypatch, tmp_path):
 @pytest.fixture
 def run(benchmark, capsys):
     def run(*arguments):
-        """The exit code and what is printed."""
+        """Returns the exit code, stdout and stderr."""
         capsys.readouterr()
         try:
             benchmark.main(["--toy", *arguments])
@@ -69,30 +69,30 @@ def noise(folder):
 
 def test_steps_run_once_and_fill_the_table(run, tmp_path):
     out = f"--out={tmp_path}"
-    code, told, _ = run(out, "--only=cached,loss")
+    code, printed, _ = run(out, "--only=cached,loss")
     logs = [file.read_text() for file in tmp_path.glob("*.log")]
     assert code == 0, logs
-    assert told.splitlines() == ["cached: done", "loss: done", f"{tmp_path}/results.md"]
+    assert printed.splitlines() == ["cached: done", "loss: done", f"{tmp_path}/results.md"]
     results = (tmp_path / "results.md").read_text()
     for expected in ("## cached", "| ssl_jax | 4 |", "## loss", "dense JAX"):
         assert expected in results
-    assert "cached: done before" in run(out, "--only=cached")[1]
-    code, told, _ = run(out, "--only=sweep", "--minutes=0.1")
-    assert code == 3 and "sweep: left for the next time" in told
+    assert "cached: already done" in run(out, "--only=cached")[1]
+    code, printed, _ = run(out, "--only=sweep", "--minutes=0.1")
+    assert code == 3 and "sweep: left for the next run" in printed
 
 
-def test_what_cannot_be_done_is_said(run, tmp_path):
+def test_invalid_arguments_are_rejected(run, tmp_path):
     out = f"--out={tmp_path}"
     for wrong, expected in {
-        "--only=cifar_simclr": "--train is needed",
-        "--only=stepp": "--only=stepp is no step",
-        "--train=nowhere.npz": "--train=nowhere.npz is no file",
+        "--only=cifar_simclr": "--train is required",
+        "--only=stepp": "--only=stepp is not a step",
+        "--train=nowhere.npz": "--train=nowhere.npz is not a file",
     }.items():
-        code, _, told = run(out, wrong)
-        assert code == 2 and expected in told
+        code, _, err = run(out, wrong)
+        assert code == 2 and expected in err
 
 
-def test_a_run_stopped_before_its_first_record_has_a_row(benchmark, tmp_path):
+def test_run_stopped_before_its_first_record_has_a_row(benchmark, tmp_path):
     for method, steps in (("moco", 0), ("simclr", 97 * 20)):
         workdir = tmp_path / f"cifar_{method}"
         workdir.mkdir()
@@ -106,7 +106,7 @@ def test_a_run_stopped_before_its_first_record_has_a_row(benchmark, tmp_path):
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """Arguments: sixteen images of two classes of CIFAR's size, and as many to test with."""
+    """Arguments for 16 training and 16 test images of CIFAR's size, in two classes."""
     root = tmp_path_factory.mktemp("packed")
     for split in ("train", "test"):
         noise(root / split)
@@ -114,17 +114,16 @@ def packed(tmp_path_factory):
     return f"--train={root}/train.npz", f"--test={root}/test.npz"
 
 
-def test_cifar_runs_are_trained_and_told(run, packed, tmp_path):
-    code, told, _ = run(f"--out={tmp_path}", *packed, "--only=cifar_simclr")
+def test_cifar_runs_are_trained_and_listed(run, packed, tmp_path):
+    code, printed, _ = run(f"--out={tmp_path}", *packed, "--only=cifar_simclr")
     assert code == 0, (tmp_path / "cifar_simclr.log").read_text()
-    assert "cifar_simclr: done" in told
+    assert "cifar_simclr: done" in printed
     results = (tmp_path / "results.md").read_text()
     assert "| simclr | " in results and "CIFAR-10" in results
 
 
 @pytest.mark.long
-def test_the_whole_agenda(packed, tmp_path):
-    """As it is typed."""
+def test_all_steps_run_from_the_command_line(packed, tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "accelerator.py"), "--toy", *packed]
     command += [f"--out={tmp_path}", "--minutes=30"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
