@@ -1,7 +1,7 @@
-"""An exported program as scikit-learn's features: python examples/classify_with_sklearn.py FILE.
+"""Uses an exported encoder in scikit-learn: python examples/classify_with_sklearn.py FILE.
 
-FILE is of `ssl-jax export --format=program`, of a run on digits, whose encoder has seen three
-quarters of these images without their labels. It needs JAX and scikit-learn.
+FILE is the output of `ssl-jax export --format=program` for a run on digits, whose encoder has seen
+three quarters of these images without labels. Needs only JAX and scikit-learn.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Evaluates a run's frozen encoder: python examples/evaluate.py RUN.
 
-Features are computed once; then neighbours vote, and a linear classifier is fitted to all labels
-and to few of them.
+Computes features once, then evaluates a kNN classifier and linear classifiers with all labels and
+with few.
 """
 
 import sys
@@ -21,4 +21,4 @@ for count in (1, 5):
     trials = few_label_accuracies(
         train, train_labels, test, test_labels, labels_per_class=count, trials=5
     )
-    print(f"{count} labels a class: {100 * np.mean(trials):.1f} % ± {100 * np.std(trials):.1f}")
+    print(f"{count} labels per class: {100 * np.mean(trials):.1f} % ± {100 * np.std(trials):.1f}")

@@ -1,7 +1,7 @@
-"""Writes a run's encoder for others: python examples/export.py RUN OUT.
+"""Exports a run's encoder and checks the exports: python examples/export.py RUN OUT.
 
-OUT/encoder.safetensors has torchvision's names, OUT/encoder.bin is a program that JAX alone runs.
-Read again, they give the run's own features.
+OUT/encoder.safetensors has torchvision's parameter names, OUT/encoder.bin is a program that needs
+only JAX. Both reproduce the features of the run.
 """
 
 import sys
@@ -24,9 +24,9 @@ size = flat_views(encoder.config)[0].size
 images = np.random.default_rng(0).integers(0, 256, (4, size, size, 3), np.uint8)
 expected = encoder.apply(images)
 program = jax.export.deserialize(bytearray((out / "encoder.bin").read_bytes()))
-again = {
+exported = {
     "encoder.safetensors": ssl_jax.load(out / "encoder.safetensors").apply(images),
     "encoder.bin": program.call(images),
 }
-for name, features in again.items():
+for name, features in exported.items():
     print(f"{out / name}: features differ by {np.abs(features - expected).max():.1g} at most")

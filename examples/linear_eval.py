@@ -1,4 +1,4 @@
-"""A linear evaluation of one's own, on features of a run: python examples/linear_eval.py RUN."""
+"""Evaluates a run with a custom linear classifier: python examples/linear_eval.py RUN."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The package as others install it: from a wheel, away from this checkout."""
+"""The package as users install it: from a wheel, outside this checkout."""
 
 import ast
 import os
@@ -29,7 +29,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, for setuptools writes beside its sources."""
+    """Built from a copy, because setuptools writes next to its sources."""
     source = tmp_path_factory.mktemp("source")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -58,7 +58,7 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_wheel_holds_the_whole_package_and_its_licence(wheel: Path) -> None:
+def test_wheel_contains_the_whole_package_and_its_license(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     expected = {
@@ -76,7 +76,7 @@ def test_wheel_has_the_packages_version(wheel_metadata) -> None:
 
 
 def test_installed_package_imports_without_tensorflow(installed: Path, tmp_path: Path) -> None:
-    # Those that read files with TensorFlow say what to install; nothing else needs them.
+    # Modules that read files with TensorFlow report what to install; no other module needs it.
     program = """
 import importlib, pkgutil, sys
 sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = None
@@ -105,7 +105,7 @@ def test_installed_commands_show_their_help(installed: Path, tmp_path: Path) -> 
 
 
 def imported_by(source: str) -> set[str]:
-    """Top-level names that a file imports, standard library and itself left out."""
+    """Returns the top-level packages that a file imports, without the standard library and ssl_jax."""
     modules = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -116,7 +116,7 @@ def imported_by(source: str) -> set[str]:
 
 
 def requirements(wheel_metadata, *extras: str) -> set[str]:
-    """Names of what the wheel requires, alone and with those extras, whatever the platform."""
+    """Returns the requirements of the wheel with the given extras, on all platforms."""
     names = set()
     for line in wheel_metadata.get_all("Requires-Dist"):
         extra = re.search(r"extra == ['\"](\w+)['\"]", line)
@@ -126,7 +126,7 @@ def requirements(wheel_metadata, *extras: str) -> set[str]:
 
 
 def test_every_import_is_declared(wheel_metadata) -> None:
-    declared = requirements(wheel_metadata, "data") | requirements(wheel_metadata, "wandb")
+    declared = requirements(wheel_metadata, "data", "pictures", "wandb")
     distributions = metadata.packages_distributions()
     imported = set().union(*(imported_by(path.read_text()) for path in PACKAGE.rglob("*.py")))
     assert {"jax", "flax"} <= imported
@@ -144,5 +144,7 @@ def test_every_requirement_is_pinned(wheel_metadata) -> None:
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
     pinned = {canonical(pin.partition("==")[0]) for pin in pins}
     assert len(pinned) == len(pins)
-    # `tensorflow` stands in for tensorflow-cpu off the reference platform.
-    assert requirements(wheel_metadata, "data", "dev", "plan") - pinned <= {"tensorflow"}
+    # `tensorflow` replaces tensorflow-cpu on other platforms.
+    assert requirements(wheel_metadata, "data", "dev", "pictures", "plan") - pinned <= {
+        "tensorflow"
+    }
