@@ -1,4 +1,4 @@
-"""Signs of collapse: what the loss alone does not show."""
+"""Signs of collapse, which the loss by itself does not show."""
 
 import dataclasses
 import math
@@ -10,11 +10,11 @@ from jaxtyping import Array, Float
 
 from ssl_jax.losses import normalize
 
-# Relative to 1/sqrt(d). Healthy encoders after ReLU and pooling measure .2 to 1.
+# In units of 1/sqrt(d). Healthy encoders measure 0.2 to 1 after ReLU and pooling.
 COLLAPSED_STD = 0.02
-# A loss this near to its value for constant outputs has learned nothing.
+# Relative distance below which a loss counts as equal to that of constant outputs.
 NEAR_TRIVIAL = 0.005
-# Of prototypes in use, and of the effective rank of the features: one direction is left.
+# Prototypes in use, or effective rank of the features, below which one direction is left.
 COLLAPSED_COUNT = 1.5
 _ANCHORS = 256
 
@@ -22,7 +22,7 @@ _ANCHORS = 256
 def embedding_std(
     embedding: Float[Array, "n d"], mean_over_devices: Callable[[Array], Array] = lambda x: x
 ) -> Float[Array, ""]:
-    """Spread of unit-length embeddings over the global batch (SimSiam, section 4.1).
+    """Computes the spread of unit-length embeddings over the global batch (SimSiam, section 4.1).
 
     Args:
       embedding: this device's, [n, d].
@@ -30,11 +30,11 @@ def embedding_std(
 
     Returns:
       The standard deviation of each coordinate over the batch, averaged over coordinates and
-      divided by 1/sqrt(d): 1 for directions spread evenly, 0 when all are the same.
+      divided by 1/sqrt(d): 1 for evenly spread directions, 0 if all embeddings are equal.
     """
     unit = normalize(embedding)
     mean = mean_over_devices(jnp.mean(unit, axis=0))
-    # About the global mean: the difference of two means would cancel when nearly collapsed.
+    # Around the global mean: E[x^2] - E[x]^2 would cancel when nearly collapsed.
     variance = mean_over_devices(jnp.mean(jnp.square(unit - mean[None, :]), axis=0))
     return jnp.mean(jnp.sqrt(variance)) * np.sqrt(unit.shape[1])
 
@@ -46,17 +46,17 @@ def contrastive_accuracy(
     *,
     among: bool,
 ) -> Float[Array, ""]:
-    """How often the positive is more similar to its anchor than every negative is.
+    """Computes how often an anchor's positive is more similar to it than every negative.
 
-    On the first 256 anchors of this device at most, which is enough to follow and costs little.
-    As near as the positive within rounding counts as nearer, so that collapsed embeddings, all the
-    same, score 0.
+    Uses at most the first 256 anchors of this device, which is accurate enough and cheap. A
+    negative as similar as the positive, up to rounding, counts as more similar, so that collapsed
+    embeddings score 0.
 
     Args:
-      anchors: of this device, [n, d]; normalised here, like the rest.
+      anchors: of this device, [n, d]; normalized here, like the rest.
       positives: of the same images, [n, d].
-      candidates: to be told from the positive, [m, d].
-      among: whether each positive is itself one of the candidates.
+      candidates: the negatives, [m, d].
+      among: whether the candidates include the positives.
 
     Returns:
       This device's fraction, float32; the caller averages it over devices.
@@ -71,16 +71,17 @@ def contrastive_accuracy(
 def prototypes_used(
     scores: Float[Array, "n k"], mean_over_devices: Callable[[Array], Array] = lambda x: x
 ) -> Float[Array, ""]:
-    """How many prototypes are some image's nearest, as exp of the entropy of their shares.
+    """Effective number of prototypes that are some image's nearest: exp of their shares' entropy.
 
-    Assignments can't tell: Sinkhorn-Knopp spreads also what has collapsed evenly over prototypes.
+    Assignments don't show collapse: Sinkhorn-Knopp spreads even collapsed embeddings evenly over
+    prototypes.
 
     Args:
       scores: of this device's images against the K prototypes, [n, K].
       mean_over_devices: averages a local mean over devices.
 
     Returns:
-      Between 1, one prototype is nearest to all, and K.
+      A number between 1 (one prototype is nearest to all images) and K.
     """
     count = scores.shape[1]
     nearest = jnp.zeros(count).at[jnp.argmax(scores, axis=1)].add(1 / scores.shape[0])
@@ -89,14 +90,14 @@ def prototypes_used(
 
 
 def rankme(features: Float[np.ndarray, "n d"]) -> float:
-    """The effective rank of features (Garrido et al., 2023, arXiv:2210.02885, eq. 1).
+    """Computes the effective rank of features (Garrido et al., 2023, arXiv:2210.02885, eq. 1).
 
     Args:
       features: [n, d].
 
     Returns:
-      exp of the entropy of the normalised singular values, between 1 and min(n, d); NaN where the
-      features are not all finite.
+      exp of the entropy of the normalized singular values, between 1 and min(n, d); NaN if any
+      feature is not finite.
     """
     if not np.isfinite(features).all():
         return math.nan
@@ -106,13 +107,13 @@ def rankme(features: Float[np.ndarray, "n d"]) -> float:
 
 
 def uniformity(features: Float[np.ndarray, "n d"]) -> float:
-    """Log of the mean Gaussian potential of pairs of unit features (Wang & Isola, 2020, eq. 2).
+    """Log of the mean Gaussian potential over pairs of features (Wang & Isola, 2020, eq. 2).
 
     Args:
       features: [n, d], n at least 2.
 
     Returns:
-      At most 0, which means that all are the same; lower is more even.
+      At most 0, for features that are all equal; lower is more uniform.
     """
     x = unit_rows(features)
     squared = np.maximum(2 - 2 * x @ x.T, 0)[np.triu_indices(len(x), 1)]
@@ -120,31 +121,31 @@ def uniformity(features: Float[np.ndarray, "n d"]) -> float:
 
 
 def alignment(first: Float[np.ndarray, "n d"], second: Float[np.ndarray, "n d"]) -> float:
-    """Mean squared distance of the unit features of two views (Wang & Isola, 2020, eq. 1).
+    """Mean squared distance between unit features of two views (Wang & Isola, 2020, eq. 1).
 
     Args:
       first: of one view of each image, [n, d].
       second: of another view of the same images.
 
     Returns:
-      Between 0 (the views are told apart by nothing) and 4.
+      A number between 0 (views of an image have equal features) and 4.
     """
     return float(np.square(unit_rows(first) - unit_rows(second)).sum(axis=1).mean())
 
 
 def unit_rows(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-    """Features divided by their length, float64; those of length 0 stay as they are."""
+    """Scales features to unit length, float64; zeros stay zero."""
     x = np.asarray(x, np.float64)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 @dataclasses.dataclass
 class CollapseDetector:
-    """Follows the logged metrics of a run and warns once of each kind of collapse.
+    """Follows a run's logged metrics and warns once of each kind of collapse.
 
     Attributes:
-      trivial_loss: the loss of constant outputs, where it is known: ln K of SwAV.
-      patience: steps for which the loss may stay there; it starts there.
+      trivial_loss: the loss of constant outputs, if known: ln K for SwAV.
+      patience: steps for which the loss, which starts there, may stay there.
     """
 
     trivial_loss: float | None = None
@@ -154,17 +155,17 @@ class CollapseDetector:
     _warned: set[str] = dataclasses.field(default_factory=set)
 
     def check(self, step: int, metrics: Mapping[str, float]) -> list[str]:
-        """Warnings that are new at this step.
+        """Checks the metrics of a step.
 
-        A sign must hold at two logged steps in a row: a single batch may mislead.
+        A sign must hold at two logged steps in a row, as a single batch may mislead.
 
         Args:
           step: of the metrics.
-          metrics: those of the step that there are of "loss", "embedding_std", "prototypes_used"
-            and "rankme".
+          metrics: any of "loss", "embedding_std", "prototypes_used" and "rankme"; others are
+            ignored.
 
         Returns:
-          Sentences that say what collapsed and since which step; usually none.
+          New warnings that name what collapsed and since which step; usually none.
         """
         warnings = []
         for sign, what in self.indicators(metrics).items():
@@ -179,40 +180,41 @@ class CollapseDetector:
         return warnings
 
     def indicators(self, metrics: Mapping[str, float]) -> dict[str, str | None]:
-        """By kind of collapse what shows it; None where the metric is there and healthy."""
+        """Maps each kind of collapse to its evidence, or to None if the metric is healthy."""
         indicators: dict[str, str | None] = {}
 
-        def look(key: str, healthy: Callable[[float], bool], what: str) -> None:
+        def judge(key: str, healthy: Callable[[float], bool], what: str) -> None:
             if key in metrics:
                 value = metrics[key]
                 indicators[key] = None if healthy(value) else what.format(value)
 
-        look(
+        judge(
             "embedding_std",
             lambda std: std >= COLLAPSED_STD,
-            "the embeddings of different images are nearly the same (their standard deviation is "
-            "{:.4f} of 1/√d)",
+            "the embeddings of different images are nearly identical (standard deviation {:.4f} of "
+            "1/√d)",
         )
         std = metrics.get("embedding_std", math.nan)
         if std >= COLLAPSED_STD:
             self._widest = max(self._widest, std)
-            # Directions are lost before all is: BatchNorm at the end of a projector keeps a rest.
+            # Some directions collapse first: BatchNorm at a projector's end keeps some spread.
             halved = std < self._widest / 2
-            told = f"({std:.2f} of 1/√d, {self._widest:.2f} before)"
-            indicators["halved"] = f"the spread of embeddings has halved {told}" if halved else None
-        look(
+            spread = f"({std:.2f} of 1/√d, {self._widest:.2f} before)"
+            halving = f"the spread of embeddings has halved {spread}"
+            indicators["halved"] = halving if halved else None
+        judge(
             "rankme",
             lambda rank: rank >= COLLAPSED_COUNT,
-            "the features have one direction left (RankMe {:.2f})",
+            "the features have a single direction left (RankMe {:.2f})",
         )
-        look(
+        judge(
             "prototypes_used",
             lambda used: used >= COLLAPSED_COUNT,
-            "one prototype is the nearest of nearly all images ({:.2f} are in use)",
+            "one prototype is nearest to almost all images ({:.2f} prototypes in use)",
         )
         trivial = self.trivial_loss
         if trivial is not None:
-            look(
+            judge(
                 "loss",
                 lambda loss: not abs(loss - trivial) < NEAR_TRIVIAL * abs(trivial),
                 f"the loss stays at that of constant outputs ({{:.4f}}, ln K = {trivial:.4f})",
@@ -226,9 +228,9 @@ class CollapseSign:
 
     Attributes:
       kind: "embedding_std", "halved", "rankme", "prototypes_used" or "loss".
-      since: the step at which it was first seen.
-      until: the step at which it was gone; None where it holds to the end.
-      what: shows it, with the value where it was seen last.
+      since: the first step that shows it.
+      until: the first step that no longer shows it; None if it lasts to the end.
+      what: the evidence, with its last value.
     """
 
     kind: str
@@ -242,20 +244,20 @@ def collapse_signs(
     trivial_loss: float | None = None,
     patience: int = 0,
 ) -> list[CollapseSign]:
-    """The indicators of collapse in what a run has logged, as `CollapseDetector` knows them.
+    """Finds signs of collapse in a run's logged metrics, by the criteria of `CollapseDetector`.
 
-    A sign counts that held at two records in a row. A loss that starts at that of constant outputs
-    and leaves it, or still has the time to, is none.
+    A sign must hold at two records in a row. A loss that starts at its value for constant outputs
+    counts only if it is still there after `patience` steps.
 
     Args:
       records: pairs of a step and its metrics, in order.
       trivial_loss: see `CollapseDetector`.
-      patience: see there, too.
+      patience: see `CollapseDetector`.
 
     Returns:
-      The indicators, by the step they began at: first those that hold to the end, then the rest.
+      Signs that last to the end, then the others, each ordered by `since`.
     """
-    watch = CollapseDetector(trivial_loss)
+    detector = CollapseDetector(trivial_loss)
     held: dict[str, list[tuple[int, str]]] = {}
     found: list[CollapseSign] = []
     loss_was_healthy = False
@@ -265,12 +267,12 @@ def collapse_signs(
         if len(seen) < 2:
             return
         since, last = seen[0][0], seen[-1][0]
-        began_so = kind == "loss" and not loss_was_healthy
-        if not began_so or (until is None and last > since + patience):
+        from_start = kind == "loss" and not loss_was_healthy
+        if not from_start or (until is None and last > since + patience):
             found.append(CollapseSign(kind, since, until, seen[-1][1]))
 
     for step, metrics in records:
-        for kind, what in watch.indicators(metrics).items():
+        for kind, what in detector.indicators(metrics).items():
             if what is not None:
                 held.setdefault(kind, []).append((step, what))
                 continue

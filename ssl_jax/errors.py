@@ -1,32 +1,35 @@
-"""The one exception whose message is meant for the person at the terminal."""
+"""The one exception whose message is meant for the user at the terminal."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Bad input, told in one sentence that names the key, file or value and what to do.
+    """Bad input: the message names the key, file or value at fault, then the fix.
 
-    The command line prints the sentence without a stack trace and exits with code 2.
+    The command line prints the message without a stack trace and exits with code 2.
 
     Attributes:
-      on_all_processes: whether all processes of the run have raised it.
-      printed_here: whether this process prints it; of several that have agreed on it, one does.
+      on_all_processes: whether every process of the run raises this error, so that each may exit
+        without waiting for the rest.
+      printed_here: whether this process prints the message; of an error on all processes only the
+        primary prints.
     """
 
     on_all_processes = False
     printed_here = True
 
-    def __init__(self, sentence: object = "") -> None:
-        """Keeps it on one line, whatever the input holds that is quoted in it."""
-        told = str(sentence)
+    def __init__(self, message: object = "") -> None:
+        """Escapes unprintable characters, so that quoted input cannot break the line."""
         super().__init__(
-            "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in told)
+            "".join(
+                c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message)
+            )
         )
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, or its type where it says nothing."""
+    """The first line of an exception's message, or its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -1,25 +1,32 @@
-"""Writing a file so that a reader, or a kill, finds the old one or the new one."""
+"""Atomic file writing, and one error message for all files that cannot be written."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, first_line
+
+_KNOWN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+# Ends of the message.
+RESUME = "then rerun the same command to resume"
+RERUN = "then rerun the same command"
+ANOTHER = "or choose another path"
 
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A name to write to; what is written takes the place of a file when the block has ended.
+    """Writes a file atomically: a reader, or a kill, finds the old file or the new one.
 
     Args:
-      file: to be replaced as a whole, or made.
+      file: to replace or create.
 
     Yields:
-      A path beside it, of the same suffix, hidden by a leading dot; after an error inside there is
-      nothing at it.
+      A temporary path in the same folder with the same suffix, hidden by a leading dot. It is
+      renamed to `file` when the block ends, and removed if the block raises.
     """
-    # Two processes may write the same file, each its own first.
+    # The process id keeps two processes that write the same file apart.
     temporary = file.with_name(f".{file.stem}.{os.getpid()}{file.suffix}")
     try:
         yield temporary
@@ -31,14 +38,45 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def asked_for(file: Path) -> Iterator[Path]:
-    """`replacing` a file that the user has named.
+def writing(path: str | Path, fix: str = RESUME, *more: type[Exception]) -> Iterator[None]:
+    """Turns errors of writing into a `UserError`.
+
+    Args:
+      path: file or folder that is written inside the block.
+      fix: what to do besides checking space and permissions, as `cannot_write` takes it.
+      *more: exception types to turn besides `OSError`.
 
     Raises:
-      UserError: it can't be written.
+      UserError: the path cannot be written.
     """
+    errors: tuple[type[Exception], ...] = (OSError, *more)
     try:
-        with replacing(file) as temporary:
-            yield temporary
-    except OSError as error:
-        raise UserError(f"{file} can't be written ({error.strerror}): choose another.") from error
+        yield
+    except errors as error:
+        raise cannot_write(path, error, fix) from error
+
+
+def cannot_write(path: str | Path, error: Exception, fix: str = RESUME) -> UserError:
+    """The error of a path that cannot be written; `fix` ends its message."""
+    return UserError(
+        f"Cannot write {path} ({reason(error)}). Check free disk space and permissions, {fix}."
+    )
+
+
+@contextlib.contextmanager
+def asked_for(file: Path) -> Iterator[Path]:
+    """`replacing` for a file that the user has named.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    with writing(file, ANOTHER), replacing(file) as temporary:
+        yield temporary
+
+
+def reason(error: Exception) -> str:
+    """The cause of an I/O error, short: libraries put long paths in front of it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    known = (os.strerror(code) for code in _KNOWN)
+    return next((text for text in known if text in str(error)), first_line(error)[:300])

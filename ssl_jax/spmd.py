@@ -1,7 +1,7 @@
-"""The mesh of devices, and everything that knows there is one.
+"""The device mesh: maps per-device functions over it and places arrays on it.
 
-Functions elsewhere are written per device with the named axis `AXIS`, as under pmap; here they are
-mapped over the mesh, by `jax.shard_map` or by `jax.pmap`, and arrays are placed for them.
+The rest of the package writes functions per device with the named axis `AXIS`, as under pmap. Here
+they are mapped by `jax.shard_map` or `jax.pmap`.
 """
 
 import dataclasses
@@ -16,17 +16,17 @@ from jaxtyping import Int
 from ssl_jax.errors import UserError
 
 AXIS = "devices"
-_DIVIDES = " that divides the batch"  # a microbatch has to, beside what devices ask of it
+_DIVIDES = " that divides the batch"  # required of a microbatch only
 Pytree = Any
 Layout = Literal["replicated", "sharded"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Spmd:
-    """A one-axis mesh and the way per-device functions are mapped over it.
+    """A one-axis mesh, and how per-device functions are mapped over it.
 
     Attributes:
-      mesh: of all devices the run uses, one axis named `AXIS`.
+      mesh: all devices of the run, on one axis named `AXIS`.
       mode: "shard_map" or "pmap".
     """
 
@@ -35,11 +35,11 @@ class Spmd:
 
     @property
     def size(self) -> int:
-        """Devices in the mesh."""
+        """Number of devices in the mesh."""
         return self.mesh.size
 
     def sharding(self, layout: Layout) -> NamedSharding:
-        """The sharding of arrays with that layout: whole on each device, or split on axis 0."""
+        """Sharding of arrays with this layout: whole on each device, or split on axis 0."""
         return NamedSharding(self.mesh, _spec(layout))
 
     def map(
@@ -52,11 +52,11 @@ class Spmd:
         """Compiles a per-device function over the mesh.
 
         Args:
-          function: of this device's shares; `AXIS` is bound inside. What it returns as
-            "replicated" must be equal on all devices: nothing here checks it.
+          function: of this device's shares; `AXIS` is bound inside. Its "replicated" results must
+            be equal on all devices, which is not checked here.
           inputs: layout of each argument, a pytree of global arrays.
-          outputs: layout of each result, or of the only one.
-          donate: arguments whose memory the results may take.
+          outputs: layout of each result, or of the single result.
+          donate: positions of arguments whose memory the results may reuse.
 
         Returns:
           A function of global arrays, with the same shapes in both modes.
@@ -68,7 +68,7 @@ class Spmd:
             mesh=self.mesh,
             in_specs=tuple(map(_spec, inputs)),
             out_specs=_spec(outputs) if isinstance(outputs, str) else tuple(map(_spec, outputs)),
-            # BatchNorm over groups of devices is not expressible with it on.
+            # With it on, JAX rejects BatchNorm's collectives over groups of devices.
             check_vma=False,
         )
         return jax.jit(mapped, donate_argnums=donate)
@@ -116,14 +116,14 @@ class Spmd:
         return on_global_arrays
 
     def replicate(self, tree: Pytree) -> Pytree:
-        """Places a pytree whole on every device, as arrays of its own that may be donated.
+        """Copies a pytree to every device; the copies may be donated.
 
-        Every process gives the same pytree, and fills its own devices.
+        Every process passes the same pytree and fills its own devices.
         """
         sharding = self.sharding("replicated")
 
         def place(x: Any) -> jax.Array:
-            # Through host memory: a device may alias its input, which donation would then destroy.
+            # Copied on the host first: a device array may alias its input, which donation destroys.
             own = np.array(x)
             return jax.make_array_from_callback(own.shape, sharding, lambda index: own[index])
 
@@ -132,20 +132,20 @@ class Spmd:
     def place_batch(self, batch: Pytree) -> Pytree:
         """Places this process's share of a batch (NumPy, axis 0) on its devices.
 
-        The share is `local_indices` of the global batch, in that order. The only explicit transfer
-        to the devices in the steady state of training.
+        The share is `local_indices` of the global batch, in that order. This is the only explicit
+        transfer to the devices between training steps.
         """
         sharding = self.sharding("sharded")
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
     def local_indices(self, batch_size: int) -> Int[np.ndarray, " local"]:
-        """The rows of a global batch that lie on this process's devices, ascending.
+        """Indices of the global batch that belong to this process's devices.
 
         Args:
           batch_size: of the global batch, a multiple of `size`.
 
         Returns:
-          Row numbers, int32; all of them in a run of one process.
+          Indices, int32, in the order of the mesh; all of them in a run of one process.
         """
         share = batch_size // self.size
         mine = [
@@ -163,33 +163,30 @@ def make_spmd(
     batch_size: int = 0,
     microbatch: int = 0,
 ) -> Spmd:
-    """The mesh of `devices` (default: all there are).
+    """Builds a mesh of devices.
 
     Args:
       mode: "shard_map", or "pmap" (single process).
       devices: to use, default all.
-      batch_size: if given, the global batch to be split over them.
-      microbatch: if given, the part of it that they encode at a time.
-
-    Returns:
-      The mesh and mapping.
+      batch_size: of the global batch, if its division among the devices is to be checked.
+      microbatch: global size of a microbatch, checked likewise.
 
     Raises:
-      UserError: a batch can't be split evenly, or pmap is asked for in several processes.
+      UserError: a batch can't be split evenly, or pmap is requested in several processes.
     """
     devices = list(devices or jax.devices())
     count = len(devices)
     if jax.process_count() > 1 and mode == "pmap":
         raise UserError(
-            f"config.spmd is 'pmap', which maps over one process, and there are "
-            f"{jax.process_count()}: use 'shard_map'."
+            f"config.spmd is 'pmap', which supports one process, but there are "
+            f"{jax.process_count()}. Use 'shard_map'."
         )
     parts = (("batch_size", batch_size, 0, ""), ("microbatch", microbatch, batch_size, _DIVIDES))
     for key, size, whole, condition in parts:
         if size % count:
             fitting = [m for m in range(count, size, count) if whole % m == 0]
             raise UserError(
-                f"config.{key} is {size}, which {count} devices can't share equally: use a "
+                f"config.{key} is {size}, which {count} devices can't share equally. Use a "
                 f"multiple of {count}{condition}, such as {max(fitting, default=count)}."
             )
     mesh = jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
@@ -197,24 +194,24 @@ def make_spmd(
 
 
 def device_groups(size: int, group: int) -> tuple[tuple[int, ...], ...] | None:
-    """The devices that share BatchNorm statistics.
+    """Groups the devices that share BatchNorm statistics.
 
     Args:
       size: devices in the mesh.
-      group: devices in a group; 0 puts all in one.
+      group: devices per group; 0 for a single group.
 
     Returns:
-      Groups of device positions for `axis_index_groups`, None for one group of all.
+      Groups of device positions for `axis_index_groups`; None for a single group.
 
     Raises:
-      UserError: the groups don't divide the devices.
+      UserError: the group size doesn't divide the number of devices.
     """
     if group in (0, size):
         return None
     if size % group:
         raise UserError(
-            f"config.model.bn_group_size is {group}, but {size} devices can't be split into groups "
-            f"of {group}: use a divisor of {size}, or 0 for all devices."
+            f"config.model.bn_group_size is {group}, which does not divide {size} devices. Use a "
+            f"divisor of {size}, or 0 for all devices."
         )
     return tuple(tuple(range(i, i + group)) for i in range(0, size, group))
 

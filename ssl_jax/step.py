@@ -1,7 +1,7 @@
-"""The train step: forward, loss, gradient, optimiser, method update. The same for every method."""
+"""The train step of every method: forward, loss, gradient, optimizer, method update."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -22,22 +22,22 @@ from ssl_jax.optim import learning_rate_schedule, make_optimizer, peak_learning_
 from ssl_jax.run.nonfinite import COUNT, STEP
 from ssl_jax.spmd import AXIS, Spmd, device_groups
 
-# (batch from the host, data held on the device, key of the step) -> batch with views
+# (batch from the host, data kept on the device, key of the step) -> batch with views
 AugmentFn = Callable[[dict[str, Any], dict[str, Array], Array], Batch]
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything a run needs to go on: saved in checkpoints, replicated, donated to each step.
+    """Everything needed to resume a run: saved in checkpoints, replicated, donated to each step.
 
     Attributes:
-      step: optimiser steps done, which is also the data position; int32 scalar.
-      params: what the optimiser trains.
+      step: optimizer steps done, which is also the data position; int32 scalar.
+      params: the trained parameters, by network.
       method_state: batch statistics, targets, queues.
-      opt_state: of the optimiser, its schedules' counts included.
-      key: data of the run's random key; every stream of randomness folds it with its name and step.
+      opt_state: of the optimizer, including the counts of its schedules.
+      key: data of the run's random key; every random stream folds in its name and the step.
       probe: state of the online linear classifier, from `probe.init`; {} without one.
-      nonfinite: how many steps had a loss or gradients that were not finite, and which was the
-        newest, counted from 1.
+      nonfinite: the number of steps whose loss or gradients were not finite, and the newest such
+        step, counted from 1.
     """
 
     step: Int[Array, ""]
@@ -49,22 +49,40 @@ class TrainState(flax.struct.PyTreeNode):
     nonfinite: Int[Array, "2"]
 
 
+class LossAndGradients(NamedTuple):
+    """A step's results before the optimizer, on one device.
+
+    Attributes:
+      loss: of the global batch.
+      gradients: of the loss with respect to the parameters; equal on all devices.
+      outputs: of the method's forward pass, this device's examples on axis 0.
+      stats: new batch statistics, averaged over devices.
+      logs: scalars to log.
+    """
+
+    loss: Float[Array, ""]
+    gradients: Pytree
+    outputs: dict[str, Array]
+    stats: Pytree
+    logs: dict[str, Array]
+
+
 def assemble(
     config: ConfigDict,
     schedule: Schedule,
     axis_name: str | None = None,
     groups: tuple[tuple[int, ...], ...] | None = None,
 ) -> tuple[Method, optax.GradientTransformation, optax.Schedule]:
-    """The parts of a train step that a config describes.
+    """Builds the parts of a config's train step.
 
     Args:
       config: of the run.
       schedule: its length.
-      axis_name: mapped axis of the devices; None on a single one.
-      groups: of devices that share BatchNorm statistics; None for all.
+      axis_name: mapped axis of the devices; None on a single device.
+      groups: devices that share BatchNorm statistics; None for all.
 
     Returns:
-      The method, the optimiser of its parameter groups, and the learning rate by step.
+      The method, the optimizer of its parameter groups, and the learning-rate schedule.
     """
     method = make_method(config, schedule, axis_name, groups)
     learning_rate = learning_rate_schedule(
@@ -79,12 +97,12 @@ def assemble(
 def init_state(
     method: Method, optimizer: optax.GradientTransformation, config: ConfigDict
 ) -> TrainState:
-    """The state before the first step, on one device.
+    """Initializes the train state, on one device.
 
     Args:
-      method: whose parameters to make.
+      method: whose parameters to initialize.
       optimizer: of `method.param_groups`.
-      config: of the run: its seed, and the shapes of its views.
+      config: of the run, for its seed and the shapes of its views.
 
     Returns:
       The state; place it with `Spmd.replicate`.
@@ -93,7 +111,7 @@ def init_state(
     def init(key: Array) -> TrainState:
         params, method_state = method.init(stream_key(key, "init", 0), example_batch(config))
         step, classes = jnp.zeros((), jnp.int32), config.data.num_classes
-        # Methods with a classifier of their own need no second one.
+        # A method that trains a classifier needs no probe.
         probed = config.eval.probe and classes > 0 and not method.classifies
         probe_state = probe.init(method.encoder.num_features, classes) if probed else {}
         key_data = jax.random.key_data(key)
@@ -108,16 +126,16 @@ def init_state(
 def batch_shapes(
     config: ConfigDict, n: int, labelled: bool = True, cropped: bool = True
 ) -> dict[str, Any]:
-    """What a source yields for a step, as shapes.
+    """Shapes of the batch that a source yields for a step.
 
     Args:
       config: of the run.
-      n: images.
+      n: number of images.
       labelled: whether they have labels.
-      cropped: whether their views come with them, as from a host source.
+      cropped: whether the source yields their views, as host sources do.
 
     Returns:
-      "id", and "label" and "views" where they are there.
+      `jax.ShapeDtypeStruct` of "id" and, if present, of "label" and "views".
     """
     raw: dict[str, Any] = {"id": jax.ShapeDtypeStruct((n,), jnp.int32)}
     if labelled:
@@ -129,25 +147,19 @@ def batch_shapes(
 
 
 def example_batch(config: ConfigDict) -> Batch:
-    """A batch of two blank examples with the shapes of training."""
+    """A batch of two blank examples with the shapes used in training."""
     views = tuple(jnp.zeros((2, v.size, v.size, 3)) for v in flat_views(config))
     ids = jnp.zeros((2,), jnp.int32)
     return {"views": views, "id": ids, "label": ids}
 
 
-def loss_and_gradients(
-    method: Method, state: TrainState, batch: Batch
-) -> tuple[Float[Array, ""], Pytree, dict[str, Array], Pytree, dict[str, Array]]:
-    """The loss and the parameters' gradients, before the optimiser; per device.
+def loss_and_gradients(method: Method, state: TrainState, batch: Batch) -> LossAndGradients:
+    """Computes the loss and the parameters' gradients; per device.
 
     Args:
-      method: with the axis name under which this is mapped.
+      method: with the axis name under which this function is mapped.
       state: replicated.
       batch: this device's share, views ready for the encoder.
-
-    Returns:
-      The global loss, the global gradients (equal on all devices), this device's outputs, the new
-      batch statistics averaged over devices, and scalars to log.
     """
     rng = stream_key(jax.random.wrap_key_data(state.key), "forward", state.step)
 
@@ -162,7 +174,7 @@ def loss_and_gradients(
         state.params
     )
     gradients, stats = _averaged(method, state, gradients, stats)
-    return loss, gradients, outputs, stats, logs
+    return LossAndGradients(loss, gradients, outputs, stats, logs)
 
 
 def cached_loss_and_gradients(
@@ -171,28 +183,27 @@ def cached_loss_and_gradients(
     raw: dict[str, Any],
     augment_fn: Callable[[dict[str, Any]], Batch],
     microbatches: int,
-) -> tuple[Float[Array, ""], Pytree, dict[str, Array], Pytree, dict[str, Array]]:
-    """`loss_and_gradients` with one microbatch in memory at a time; per device.
+) -> LossAndGradients:
+    """Computes `loss_and_gradients` with one microbatch in memory at a time; per device.
 
-    The batch is encoded one microbatch at a time and only the outputs are kept; the loss over the
-    whole global batch and its gradient with respect to the outputs are taken once; then each is
-    encoded again, from the same pixels, and the encoder's gradient is accumulated (Gao et al.,
-    2021, arXiv:2101.06983). This is the large batch's gradient, exactly; BatchNorm alone sees a
-    microbatch at a time. Outputs that don't depend on the parameters (keys, targets) are computed
-    once.
+    Embedding caching (Gao et al., 2021, arXiv:2101.06983): microbatches are encoded one at a time
+    and only their outputs are kept. The loss of the whole global batch and its gradient with
+    respect to the outputs are computed once. Then each microbatch is encoded again, from the same
+    pixels, and the encoder's gradient is accumulated. The result is exactly the large batch's
+    gradient, except that BatchNorm sees one microbatch at a time. Outputs that don't depend on the
+    parameters (keys, targets) are computed once.
 
-    A microbatch has every `microbatches`-th example: the same set on any number of devices.
+    A microbatch has every `microbatches`-th example, the same set on any number of devices.
 
     Args:
-      method: with the axis name under which this is mapped.
+      method: with the axis name under which this function is mapped.
       state: replicated.
       raw: this device's share as the source yielded it, examples on axis 0 of every leaf.
-      augment_fn: makes a batch with views from a microbatch of it, the same each time.
-      microbatches: into how many the share is cut; a divisor of its examples.
+      augment_fn: makes a batch with views from a microbatch of it, deterministically.
+      microbatches: number of microbatches; divides this device's examples.
 
     Returns:
-      As `loss_and_gradients`; batch statistics are averaged over the microbatches, each of which
-      started from the old ones.
+      Batch statistics are averaged over the microbatches, each of which starts from the old ones.
     """
     rng = stream_key(jax.random.wrap_key_data(state.key), "forward", state.step)
 
@@ -227,13 +238,13 @@ def cached_loss_and_gradients(
     )
     gradients, _ = jax.lax.scan(pull_back, gradients, numbers)
     gradients, stats = _averaged(method, state, gradients, stats)
-    return loss, gradients, outputs, stats, logs
+    return LossAndGradients(loss, gradients, outputs, stats, logs)
 
 
 def _averaged(
     method: Method, state: TrainState, gradients: Pytree, stats: Pytree
 ) -> tuple[Pytree, Pytree]:
-    """The means over devices; of frozen networks the old statistics, which a mean would round."""
+    """Averages over devices; keeps a frozen network's statistics, which a mean would round."""
     # A per-device BatchNorm's statistics differ by device; the mean keeps the state replicated.
     gradients, stats = jax.tree.map(method.mean, (gradients, stats))
     return gradients, {
@@ -253,7 +264,7 @@ def _take(tree: Pytree, microbatch: Array, microbatches: int) -> Pytree:
 
 
 def batchnorm_images(config: ConfigDict, devices: int) -> int:
-    """How many images share BatchNorm statistics in training.
+    """Counts the images that share BatchNorm statistics in training.
 
     Args:
       config: of the run.
@@ -272,15 +283,15 @@ def make_train_step(
     augment_fn: AugmentFn,
     learning_rate: optax.Schedule,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """One step of training, as a per-device function to be mapped by `Spmd.map`.
+    """Builds the train step as a per-device function, to be mapped by `Spmd.map`.
+
+    With `config.microbatch` it uses `cached_loss_and_gradients`.
 
     Args:
       method: with the axis name of the mesh.
       optimizer: of `method.param_groups`.
-      augment_fn: makes the views on the device, keyed by the step and the samples' ids.
-      learning_rate: for the log; the optimiser has its own.
-
-    With `config.microbatch` the step is that of `cached_loss_and_gradients`.
+      augment_fn: makes the views on the device, keyed by the step and the sample ids.
+      learning_rate: to log; the optimizer has its own schedule.
 
     Returns:
       A function (state, batch from the host, device data) -> (state, metrics); metrics are
@@ -303,19 +314,19 @@ def make_train_step(
         else:
             computed = cached_loss_and_gradients(method, state, raw, views_of, microbatches)
         loss, gradients, outputs, stats, logs = computed
+        embedding = outputs["embedding"]
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         method_state = {**state.method_state, "batch_stats": stats}
-        label = raw.get("label")
-        probe_state, probed = _probe_step(method, state.probe, outputs["embedding"], label)
+        probe_state, probed = _probe_step(method, state.probe, embedding, raw.get("label"))
         with jax.named_scope("update"):
             params, method_state = method.update(params, outputs, method_state, state.step)
         metrics = {
             "loss": loss,
             "learning_rate": learning_rate(state.step),
             "gradient_norm": optax.tree.norm(gradients),
-            "embedding_std": embedding_std(outputs["embedding"], method.mean),
+            "embedding_std": embedding_std(embedding, method.mean),
             **logs,
             **probed,
         }
@@ -332,13 +343,13 @@ def make_train_step(
 
 
 def _counted(state: TrainState, after: TrainState, sizes: list[Array], allowed: int) -> TrainState:
-    """The state after a step, and whether that was finite; if it may be skipped, the old one."""
-    # Of the new parameters too: an update may overflow where gradients don't.
+    """Counts the step, also as non-finite if it is; if such steps may be skipped, undoes it."""
+    # The new parameters are checked too: an update may overflow where gradients don't.
     finite = jnp.isfinite(jnp.stack([*sizes, optax.tree.norm(after.params)])).all()
     if allowed:
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
     counted = jnp.stack([state.nonfinite[0] + 1, state.step + 1])
-    # The first beyond what is allowed is told, whatever came of it until it was noticed.
+    # Stops at the first step over the limit, which is the one to report: later ones follow from it.
     over = state.nonfinite[0] > allowed
     counted = jnp.where(finite | over, state.nonfinite, counted)
     return after.replace(step=state.step + 1, nonfinite=counted)
@@ -347,7 +358,7 @@ def _counted(state: TrainState, after: TrainState, sizes: list[Array], allowed: 
 def _probe_step(
     method: Method, probe_state: Pytree, features: Array, label: Array | None
 ) -> tuple[Pytree, dict[str, Array]]:
-    """The probe after a step, and what to log of it; per device."""
+    """Updates the online probe; returns its state and scalars to log; per device."""
     if not probe_state or label is None:
         return probe_state, {}
     with jax.named_scope("probe"):
@@ -362,16 +373,16 @@ def _probe_step(
 
 
 class Program:
-    """The train step of a config on a mesh: what training runs, and what a plan compiles.
+    """The train step of a config on a mesh, for training and for ahead-of-time plans.
 
     Attributes:
       method, optimizer: of the config.
-      step: compiled over the mesh; takes the state (donated), a batch from a source, and the arrays
-        that the devices hold, and gives the next state and metrics.
+      step: mapped over the mesh: (state (donated), batch from a source, device data) -> (state,
+        metrics).
     """
 
     def __init__(self, config: ConfigDict, schedule: Schedule, spmd: Spmd) -> None:
-        """Assembles it; nothing is compiled yet.
+        """Builds the step; compiles nothing.
 
         Args:
           config: of the run.
@@ -385,8 +396,8 @@ class Program:
         self.batchnorm_images = batchnorm_images(config, spmd.size)
         if self.batchnorm_images < 2:
             raise UserError(
-                "BatchNorm would see one image at a time: make config.batch_size, "
-                "config.microbatch or config.model.bn_group_size larger."
+                "BatchNorm would see one image at a time. Increase config.batch_size, "
+                "config.microbatch or config.model.bn_group_size."
             )
         self.config, self.spmd = config, spmd
         self.method, self.optimizer, learning_rate = assemble(config, schedule, AXIS, groups)
@@ -398,21 +409,21 @@ class Program:
         )
 
     def lower(self, *shapes: Any) -> Any:
-        """The step traced for arguments of those shapes, `jax.stages.Lowered`; not under pmap."""
+        """Lowers the step for arguments of these shapes, `jax.stages.Lowered`; not under pmap."""
         return self.step.lower(*shapes)  # type: ignore[attr-defined]
 
     def init(self) -> TrainState:
-        """The state before the first step, on one device; place it with `Spmd.replicate`."""
+        """Initializes the state, on one device; place it with `Spmd.replicate`."""
         return init_state(self.method, self.optimizer, self.config)
 
     def shapes(
         self, device_data: dict[str, Any] | None = None, labelled: bool = True
     ) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
-        """The arguments of `step` as shapes with their placement, for `lower(*shapes)`.
+        """Shapes and shardings of the arguments of `step`, for `lower(*shapes)`.
 
         Args:
-          device_data: arrays or shapes that a source holds on the devices; None or {}: its batches
-            bring their views.
+          device_data: arrays or shapes that a source keeps on the devices; None or {} if its
+            batches contain their views.
           labelled: whether the batches have labels.
 
         Returns:

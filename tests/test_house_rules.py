@@ -21,7 +21,7 @@ MESHES_AND_MAPS = {
 ARRAY_LIBRARIES = {"jax", "flax", "optax"}
 OPTIONAL_PACKAGES = {"array_record", "matplotlib", "tensorflow", "tensorflow_datasets", "wandb"}
 # `ssl_jax.load` doesn't slow down `import ssl_jax`; doctor survives a broken JAX.
-LAZY_IMPORTS = {("__init__.py", "ssl_jax.interop.encoder"), ("cli/doctor.py", "jax")}
+LAZY_IMPORTS = {("__init__.py", "ssl_jax.interop.load"), ("cli/doctor.py", "jax")}
 # Calls of `importlib.import_module`: main imports the command, doctor checks each package.
 DYNAMIC_IMPORTS = {"cli/main.py": 1, "cli/doctor.py": 1}
 

@@ -112,7 +112,7 @@ def share_steps(monkeypatch):
     A run that differs from an earlier one only in its log, checkpoints or evaluations, such as a
     resumed run, then starts at once.
     """
-    from ssl_jax.train import loop, setup
+    from ssl_jax.train import setup, start
 
     def key(config):
         about = to_json(config)
@@ -124,7 +124,7 @@ def share_steps(monkeypatch):
     def program(config, schedule, spmd, plain=setup.Program):
         return shared(lambda: plain(config, schedule, spmd), key(config), schedule, spmd)
 
-    def evaluator(config, spmd, *splits, plain=loop.Evaluator):
+    def evaluator(config, spmd, *splits, plain=start.Evaluator):
         made = plain(config, spmd, *splits)
         classes = [split and split.num_classes for split in splits]
         first = shared(lambda: made, key(config), "evaluator", spmd, *classes)
@@ -133,7 +133,7 @@ def share_steps(monkeypatch):
         return made
 
     monkeypatch.setattr(setup, "Program", program)
-    monkeypatch.setattr(loop, "Evaluator", evaluator)
+    monkeypatch.setattr(start, "Evaluator", evaluator)
 
 
 def make_step(config, spmd, source, augment_fn=None):

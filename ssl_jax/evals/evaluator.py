@@ -1,8 +1,7 @@
 """Evaluating a run: kNN while it trains; at the end a table with its baselines, and pictures."""
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from ssl_jax.data.device_crop import resize_images
 from ssl_jax.data.index import views_stream
 from ssl_jax.data.pipeline import make_augment_fn, prepare_clean, unnormalised
 from ssl_jax.data.sources import Source
-from ssl_jax.errors import UserError
 from ssl_jax.evals import probe
 from ssl_jax.evals.embedding_map import choose_images, tsne
 from ssl_jax.evals.features import extract_features, padded_batches
@@ -28,7 +26,7 @@ from ssl_jax.evals.metrics import classification_metrics
 from ssl_jax.evals.pictures import thumbnails, view_grid
 from ssl_jax.evals.projector import write_projector
 from ssl_jax.evals.results import read_results, result_line, write_result
-from ssl_jax.files import replacing
+from ssl_jax.files import replacing, writing
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import evaluated_names
 from ssl_jax.run import processes
@@ -217,7 +215,7 @@ class Evaluator:
             logits = self.logits(state)
             if first:
                 measured = classification_metrics(logits, np.asarray(self.test.labels))
-                with _written_into(workdir):
+                with writing(workdir):
                     write_result(workdir, "classifier", "the run's own classifier", measured)
         # A frozen encoder's features were measured where it was trained.
         measured_here = self.config.eval.at_end and not self.config.supervised.freeze
@@ -238,7 +236,7 @@ class Evaluator:
                     pictures |= self._neighbours(*splits) | self._failures(*splits)
                     pictures |= self._map(splits[1])
                     projected = self._projected(splits[1], pictures)
-                    with _written_into(workdir):
+                    with writing(workdir):
                         write_projector(workdir, *projected, int(state.step))
                 elif weights:
                     pictures["map_untrained"] = tsne(splits[1][pictures["map_index"]])
@@ -246,7 +244,7 @@ class Evaluator:
                     rows.append(self._row(name, *splits))
                 del splits  # before the next are extracted
         if first:
-            with _written_into(workdir):
+            with writing(workdir):
                 self._write(workdir, rows[1:] + rows[:1], pictures, int(state.step))
 
     def _row(self, name: str, train: np.ndarray, test: np.ndarray) -> Row:
@@ -405,19 +403,6 @@ class Evaluator:
         # Last, for it says that all is there.
         with replacing(workdir / LAST_FILE) as file:
             np.savez_compressed(file, **pictures)  # type: ignore[arg-type]
-
-
-@contextlib.contextmanager
-def _written_into(workdir: Path) -> Iterator[None]:
-    """What went wrong in writing, in a sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"The evaluation can't be written into {workdir} ({error.strerror or error}): see that "
-            "there is space and that it may be written to; the same command continues from the "
-            "newest checkpoint."
-        ) from error
 
 
 def _gathered(spmd: Spmd, encode: Callable[[Pytree, Array], Array]) -> Callable[..., Array]:

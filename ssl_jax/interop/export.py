@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import flat_views, from_json, to_json
 from ssl_jax.errors import UserError
-from ssl_jax.files import asked_for
+from ssl_jax.files import ANOTHER, asked_for, writing
 from ssl_jax.interop.card import model_card
 from ssl_jax.interop.load import Encoder, load, weights_at
 from ssl_jax.interop.metadata import is_torchvisions, preprocessing
@@ -188,16 +188,12 @@ def export_folder(path: str | Path, folder: str | Path, *, step: int | None = No
     """
     folder, weights = Path(folder), weights_at(path, step)
     config = weights.config
-    try:
+    with writing(folder, ANOTHER):
         folder.mkdir(parents=True, exist_ok=True)
         loader = _loader(folder)
         if config.model.sk:  # existing files belong to another network
             loader.unlink(missing_ok=True)
             (folder / "model.safetensors").unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"Cannot write {folder} ({error.strerror}): choose another --out."
-        ) from error
     write_weights(weights, folder / "ssl_jax.safetensors")
     if not config.model.sk:
         _write_torch(weights, folder / "model.safetensors")

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from ssl_jax.config import from_json, to_json
 from ssl_jax.errors import UserError
-from ssl_jax.files import replacing
+from ssl_jax.files import ANOTHER, replacing, writing
 
 Pytree = Any
 FORMAT = "1"
@@ -84,13 +84,10 @@ def write_safetensors(
     if file.suffix != ".safetensors":
         raise UserError(f"Cannot write {file}: use a name that ends in .safetensors.")
     whole = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
-    try:
-        with replacing(file) as temporary:
-            save_file(whole, temporary, dict(header))
-            # safetensors makes its files readable by their owner only.
-            temporary.chmod(0o666 & ~_umask())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"Cannot write {file} ({error}): choose another file.") from error
+    with writing(file, ANOTHER, SafetensorError), replacing(file) as temporary:
+        save_file(whole, temporary, dict(header))
+        # safetensors makes its files readable only by their owner.
+        temporary.chmod(0o666 & ~_umask())
 
 
 def _umask() -> int:

@@ -7,8 +7,7 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
-from ssl_jax.errors import UserError
-from ssl_jax.files import replacing
+from ssl_jax.files import RERUN, replacing, writing
 
 
 def write_page(
@@ -42,12 +41,6 @@ def write_page(
         script=script,
         digest=base64.b64encode(digest).decode("ascii"),
     )
-    try:
-        with replacing(path) as file:
-            # A lone surrogate, which JSON can carry, has no UTF-8 form.
-            file.write_text(page, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(
-            f"{path} can't be written ({error.strerror}): see that there is space and that it may "
-            "be written to."
-        ) from error
+    with writing(path, RERUN), replacing(path) as file:
+        # A lone surrogate, which JSON can carry, has no UTF-8 form.
+        file.write_text(page, encoding="utf-8", errors="replace")

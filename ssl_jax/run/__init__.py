@@ -1,1 +1,1 @@
-"""A run on disk, and its processes: the folder, checkpoints, the log and what stops it."""
+"""A run on disk and its processes: folder, checkpoints, log, stopping."""

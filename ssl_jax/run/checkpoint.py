@@ -1,10 +1,8 @@
-"""Checkpoints of the whole train state, written in the background by Orbax, with checksums."""
+"""Checkpoints of the train state, written in the background by Orbax, with checksums."""
 
 import contextlib
-import errno
 import json
 import logging
-import os
 import shutil
 import threading
 import zlib
@@ -16,12 +14,12 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from ssl_jax.errors import UserError, first_line
-from ssl_jax.files import replacing
+from ssl_jax.errors import UserError
+from ssl_jax.files import cannot_write, reason, replacing
 
 Pytree = Any
 _SUMS = "checksums.json"
-_UNSEALED = ("_CHECKPOINT_METADATA", _SUMS)  # Orbax writes the first again when all is there
+_UNSEALED = ("_CHECKPOINT_METADATA", _SUMS)  # Orbax rewrites the first one at the end
 _POLL_S = 0.05
 _log = logging.getLogger("ssl_jax.run.checkpoint")
 
@@ -29,20 +27,20 @@ _log = logging.getLogger("ssl_jax.run.checkpoint")
 class Checkpoints:
     """The checkpoints of a run: the newest few, and the best one by kNN accuracy.
 
-    What to keep is stated as a policy: with Orbax's `best_fn` and `max_to_keep` the newest
-    checkpoint, from which a run continues, can be the one that is deleted.
+    They are kept by an explicit preservation policy: Orbax's `best_fn` with `max_to_keep` may
+    delete the newest checkpoint, from which a run resumes.
     """
 
     def __init__(self, directory: Path, keep: int = 2, read_only: bool = False) -> None:
         """Opens the directory.
 
         Args:
-          directory: of the checkpoints; made if it doesn't exist, unless `read_only`.
-          keep: how many of the newest to keep.
-          read_only: leave everything as it is: a run may be going on in it.
+          directory: of the checkpoints; created if it doesn't exist, unless `read_only`.
+          keep: how many of the newest checkpoints to keep.
+          read_only: change nothing, as a run may be using the directory.
 
         Raises:
-          UserError: what it holds can't be read.
+          UserError: the directory can't be read.
         """
         policy = policies.AnyPreservationPolicy(
             [
@@ -55,17 +53,17 @@ class Checkpoints:
             ]
         )
         self.directory = directory.absolute()
-        # Orbax warns of what read_only means each time it is asked for.
+        # Orbax 0.12 logs a warning about read_only each time it is set.
         logger = logging.getLogger("absl")
         level = logger.level
         logger.setLevel(logging.ERROR)
         try:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
-                # Only then are metrics kept, from which the best is known after a restart.
+                # Without best_fn metrics aren't stored, and a restart doesn't know the best one.
                 best_fn=lambda metrics: metrics["knn"],
                 best_mode="max",
-                # An interrupted write leaves a temporary directory behind.
+                # Interrupted writes leave temporary directories behind.
                 cleanup_tmp_directories=not read_only,
                 create=not read_only,
                 read_only=read_only,
@@ -73,8 +71,8 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"The checkpoints in {self.directory} can't be read ({_reason(error)})"
-                f"{_corrupt_steps(self.directory)}."
+                f"Cannot read the checkpoints in {self.directory} ({reason(error)})."
+                f"{_corrupt_steps(self.directory)}"
             ) from error
         finally:
             logger.setLevel(level)
@@ -83,7 +81,7 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """Step of the newest checkpoint, which may still be written; None if there is none."""
+        """Step of the newest checkpoint, which may still be in progress; None without one."""
         step: int | None = self._manager.latest_step()
         return step
 
@@ -93,12 +91,12 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Pytree, knn: float | None = None) -> None:
-        """Starts writing a checkpoint; returns once the state is copied off the devices.
+        """Starts writing a checkpoint; returns once the state has been copied to the host.
 
         Args:
-          step: optimiser steps done.
+          step: optimizer steps done.
           state: a pytree of arrays, which may be donated afterwards.
-          knn: accuracy at this step if known, by which the best is kept.
+          knn: accuracy at this step, if known, which selects the best checkpoint.
         """
         metrics = None if knn is None else {"knn": float(knn)}
         with self._writing():
@@ -115,20 +113,16 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """What went wrong in writing a checkpoint, maybe the one before, in a sentence."""
+        """Turns errors of writing this checkpoint, or the previous one, into a `UserError`."""
         try:
             yield
         except jax.errors.JaxRuntimeError:
-            raise  # another process is lost, or a device's memory is full
+            raise  # a process is lost, or a device is out of memory
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"A checkpoint can't be written to {self.directory} ({_reason(error)}): see that "
-                "there is space and that it may be written to; the same command continues from "
-                "the newest that is whole."
-            ) from error
+            raise cannot_write(self.directory, error) from error
 
     def _sealed(self) -> None:
-        """Returns once the last checkpoint has its checksums; its writing has ended, or failed."""
+        """Waits for the checksums of the last checkpoint, whose writing has ended or failed."""
         self._written.set()
         if self._sealing is not None:
             self._sealing.join()
@@ -138,11 +132,11 @@ class Checkpoints:
 
         Args:
           step: one of `steps`.
-          like: a pytree of arrays with the shapes, dtypes and shardings wanted.
+          like: a pytree of arrays with the desired shapes, dtypes and shardings.
           verify: compare its files with their checksums first.
 
         Returns:
-          The state, placed as `like` is.
+          The state, with the shardings of `like`.
 
         Raises:
           UserError: the checkpoint doesn't fit, is corrupt, or can't be read.
@@ -151,8 +145,8 @@ class Checkpoints:
         if corrupt:
             others = [n for n in self.steps if not damage(self.directory / str(n))]
             raise UserError(
-                f"The checkpoint of step {step} in {self.directory} is corrupt ({corrupt}): take "
-                f"another of its steps, {others}."
+                f"The checkpoint of step {step} in {self.directory} is corrupt ({corrupt}). Use "
+                f"another step: {others}."
             )
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
@@ -160,34 +154,34 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except jax.errors.JaxRuntimeError:
-            raise  # another process is lost, or a device's memory is full
-        except Exception as error:  # corrupt arrays raise this very class
+            raise  # a process is lost, or a device is out of memory
+        except Exception as error:  # corrupt arrays raise a plain Exception
             raise UserError(
-                f"The checkpoint of step {step} in {self.directory} can't be read "
-                f"({_reason(error)}): if "
-                "another version of ssl_jax wrote it (config.json says which one), use that "
-                "version; otherwise delete that step's directory to continue from the one before."
+                f"Cannot read the checkpoint of step {step} in {self.directory} "
+                f"({reason(error)}). If another version of ssl_jax wrote it (see config.json), use "
+                "that version; otherwise delete the step's directory to resume from the previous "
+                "checkpoint."
             ) from error
 
     def restore_newest(self, like: Pytree, aside: Path) -> tuple[int, Pytree, list[str]]:
-        """Reads the checkpoint that a run continues from, and writes its checksums if it has none.
+        """Reads the newest checkpoint, and writes its checksums if it has none.
 
-        One without, of a process that was killed right after it, which can't be read is moved away
-        as a corrupt one is, if one before it can be read; not among several processes, which may
-        not have failed alike.
+        A checkpoint lacks checksums if the process was killed right after writing it. If it can't
+        be read, it is moved away like a corrupt one and the previous checkpoint is read; not among
+        several processes, which may have failed differently.
 
         Args:
           like: as `restore` takes it.
-          aside: folder that it is moved to.
+          aside: folder for checkpoints that are moved away.
 
         Returns:
-          The step, the state, and a sentence for each that was moved away.
+          The step, the state, and a warning for each checkpoint moved away.
 
         Raises:
           UserError: as `restore` does.
         """
         step, *before = self.steps[::-1]
-        said: list[str] = []
+        warnings: list[str] = []
         try:
             state = self.restore(step, like, verify=False)
         except UserError:
@@ -195,26 +189,26 @@ class Checkpoints:
             sealed = (self.directory / str(step) / _SUMS).exists()
             if sealed or not whole or jax.process_count() > 1:
                 raise
-            # Nothing is moved if this one doesn't fit either.
+            # Restored first: nothing is moved if this one can't be read either.
             state = self.restore(whole[0], like, verify=False)
             for n in (step, *before[: before.index(whole[0])]):
                 why = damage(self.directory / str(n)) or "it can't be read"
-                said.append(_quarantine(self.directory / str(n), why, aside))
+                warnings.append(_quarantine(self.directory / str(n), why, aside))
             self._manager.reload()
             step = whole[0]
         folder = self.directory / str(step)
         if jax.process_index() == 0 and not (folder / _SUMS).exists():
             _seal(folder, self._written)
-        return step, state, said
+        return step, state, warnings
 
     def wait(self) -> None:
-        """Returns when what was saved is on disk; raises what the writing raised."""
+        """Waits until saved checkpoints are on disk; raises the errors of writing them."""
         with self._writing():
             self._manager.wait_until_finished()
         self._sealed()
 
     def close(self) -> None:
-        """Waits, and lets go of the directory."""
+        """Waits, and closes the directory."""
         try:
             with self._writing():
                 self._manager.wait_until_finished()
@@ -223,17 +217,8 @@ class Checkpoints:
         self._manager.close()
 
 
-def _reason(error: Exception) -> str:
-    """What went wrong with checkpoints, short: libraries name long paths before they say it."""
-    told = str(error)
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
-        if os.strerror(code) in told:
-            return os.strerror(code)
-    return first_line(error)[:300]
-
-
 def _seal(folder: Path, written: threading.Event) -> None:
-    """Writes a checkpoint's checksums once it is complete: Orbax gives it its name then."""
+    """Writes a checkpoint's checksums once it is complete, when Orbax gives it its final name."""
     while not folder.exists():
         if written.wait(_POLL_S) and not folder.exists():
             return
@@ -242,18 +227,18 @@ def _seal(folder: Path, written: threading.Event) -> None:
         with replacing(folder / _SUMS) as file:
             file.write_text(sums)
     except FileNotFoundError:
-        return  # a newer one has taken its place
+        return  # deleted in favor of a newer checkpoint
     except OSError as error:
         _log.warning(
-            "warning: the checkpoint of step %s has no checksums, which can't be written (%s): "
-            "damage to it may not be found.",
+            "warning: cannot write the checksums of the checkpoint of step %s (%s); damage to it "
+            "may go unnoticed.",
             folder.name,
-            error.strerror,
+            reason(error),
         )
 
 
 def _checksums(folder: Path) -> dict[str, list[int]]:
-    """Size and CRC-32 of each file of a checkpoint."""
+    """Size in bytes and CRC-32 of each file of a checkpoint."""
     files = (file for file in folder.rglob("*") if file.is_file())
     return {
         str(file.relative_to(folder)): _checksum(file)
@@ -271,54 +256,55 @@ def _checksum(file: Path) -> list[int]:
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with a checkpoint's files, "" where they are as they were written.
+    """Describes the damage to a checkpoint's files; "" if they match their checksums.
 
-    One without checksums (the process was killed right after it was written) counts as whole, for
-    nothing tells; a run that continues from it writes them (`Checkpoints.restore_newest`).
+    A checkpoint without checksums (the process was killed right after writing it) counts as intact;
+    a run that resumes from it adds them (`Checkpoints.restore_newest`).
     """
     try:
         sums = json.loads((folder / _SUMS).read_text())
     except FileNotFoundError:
         return "" if any(file.is_file() for file in folder.rglob("*")) else "it is empty"
     except (OSError, ValueError):
-        return f"its {_SUMS} can't be read"
+        return f"its {_SUMS} is unreadable"
     lists = isinstance(sums, dict) and all(isinstance(known, list) for known in sums.values())
     if not sums or not lists:
-        return f"its {_SUMS} is none"
+        return f"its {_SUMS} is invalid"
     for name, expected in sums.items():
         try:
             found = _checksum(folder / name)
         except OSError as error:
             return f"{name}: {error.strerror}"
         if found != expected:
-            what = "other bytes" if found[:1] == expected[:1] else f"{found[0]:,} bytes"
-            return f"{name} has {what}, not those that were written"
+            if found[:1] == expected[:1]:
+                return f"{name} has different content"
+            return f"{name} has a different size, {found[0]:,} bytes"
     return ""
 
 
 def _steps_in(directory: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, ascending, whether they can be read or not."""
+    """Steps of the checkpoints in a folder, ascending, readable or not."""
     return sorted(int(folder.name) for folder in directory.glob("*") if folder.name.isdigit())
 
 
 def _corrupt_steps(directory: Path) -> str:
-    """What to do about the corrupt checkpoints of a folder, where there are any."""
+    """Advice about the corrupt checkpoints of a folder; "" without any."""
     corrupt = [step for step in _steps_in(directory) if damage(directory / str(step))]
-    return f": move those away that are corrupt, {corrupt}" if corrupt else ""
+    return f" Move the corrupt checkpoints away: {corrupt}." if corrupt else ""
 
 
 def quarantine_corrupt(directory: Path, aside: Path) -> list[str]:
-    """Moves corrupt checkpoints away from the newest on, up to the first that is whole.
+    """Moves corrupt checkpoints away, newest first, until one is intact.
 
     Args:
       directory: of the checkpoints.
-      aside: folder that they are moved to.
+      aside: folder for the corrupt checkpoints.
 
     Returns:
-      A sentence for each.
+      A warning for each checkpoint moved away.
 
     Raises:
-      UserError: none is whole, or one can't be moved.
+      UserError: no checkpoint is intact, or one can't be moved.
     """
     steps = _steps_in(directory)[::-1]
     found: dict[int, str] = {}
@@ -329,14 +315,14 @@ def quarantine_corrupt(directory: Path, aside: Path) -> list[str]:
         found[step] = corrupt
     if steps and len(found) == len(steps):
         raise UserError(
-            f"No checkpoint in {directory} is whole (step {steps[0]}: {found[steps[0]]}): bring "
-            "one back from a copy, or start anew in another workdir."
+            f"No checkpoint in {directory} is intact (step {steps[0]}: {found[steps[0]]}). Restore "
+            "one from a backup, or start a new run in another --workdir."
         )
     return [_quarantine(directory / str(step), corrupt, aside) for step, corrupt in found.items()]
 
 
 def _quarantine(folder: Path, corrupt: str, aside: Path) -> str:
-    """Moves a corrupt checkpoint away; returns what is told of it."""
+    """Moves a corrupt checkpoint away; returns a warning."""
     step = folder.name
     target, number = aside / step, 1
     while target.exists():
@@ -347,9 +333,9 @@ def _quarantine(folder: Path, corrupt: str, aside: Path) -> str:
     except OSError as error:
         raise UserError(
             f"The checkpoint of step {step} is corrupt ({corrupt}) and can't be moved to "
-            f"{target} ({error.strerror}): move it yourself."
+            f"{target} ({reason(error)}). Move it away by hand."
         ) from error
     return (
-        f"warning: the checkpoint of step {step} is corrupt ({corrupt}); it is in {target} "
-        "now, and the one before takes its place."
+        f"warning: the checkpoint of step {step} is corrupt ({corrupt}); moved it to {target}. "
+        "The previous checkpoint is used instead."
     )

@@ -1,4 +1,4 @@
-"""A run's folder: one run at a time in it, and one config for its whole life."""
+"""A run's folder: it is locked by one run at a time, and keeps its config."""
 
 import contextlib
 import fcntl
@@ -18,15 +18,15 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import differences, from_json, to_json
 from ssl_jax.errors import UserError
-from ssl_jax.files import replacing
+from ssl_jax.files import replacing, writing
 from ssl_jax.version import __version__
 
-# Of a run's folder: what config.json holds beside the config, and the tree of checkpoints. It is
-# raised with either, and tests/run/test_run_folder.py holds the tree to it. A config's own keys may
-# grow without it (`ssl_jax.config.from_json`).
+# Version of a run's folder: the keys of config.json other than the config, and the tree of
+# checkpoints, which tests/run/test_run_folder.py checks. Raise it when either changes; new config
+# keys don't need it (`ssl_jax.config.from_json`).
 FORMAT = 1
-# Of what is derived: judges the run, and changes nothing in it.
-_JUDGING = ("derived.trivial_loss:", "derived.patience:")
+# Derived values that affect warnings, not training.
+_WARNING_ONLY = ("derived.trivial_loss:", "derived.patience:")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "numpy")
 
 
@@ -37,19 +37,15 @@ def locked(workdir: Path) -> Iterator[None]:
     The lock is the operating system's, so a killed run leaves none behind.
 
     Args:
-      workdir: made if it doesn't exist.
+      workdir: created if it doesn't exist.
 
     Raises:
-      UserError: another run holds it (named), or it can't be written.
+      UserError: another run (named in the message) holds it, or it can't be written.
     """
     lock = workdir / ".lock"
-    try:
+    with writing(workdir, "or choose another --workdir"):
         workdir.mkdir(parents=True, exist_ok=True)
         file = lock.open("a+")
-    except OSError as error:
-        raise UserError(
-            f"The workdir {workdir} can't be written ({error.strerror}): choose another --workdir."
-        ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -57,35 +53,23 @@ def locked(workdir: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise UserError(
-                f"A run is going on in {workdir} already ({holder}): wait for it, or choose "
+                f"Another run is using {workdir} ({holder}). Wait for it to finish, or choose "
                 "another --workdir."
             ) from error
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         holder = f"process {os.getpid()} on {socket.gethostname()}, started {started}"
-        with _writing(lock):
+        with writing(lock):
             file.truncate(0)
-            os.write(file.fileno(), holder.encode())  # past the buffer, which closing would write
+            os.write(file.fileno(), holder.encode())  # unbuffered, or closing would write it
         yield
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """What went wrong in writing, in a sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path} can't be written ({error.strerror}): see that there is space and that it may "
-            "be written to; the same command goes on."
-        ) from error
 
 
 def lock_text(workdir: Path, patience_s: float = 10.0) -> str:
-    """Who holds a run's folder, as another process sees it; "" if nobody.
+    """Reads which process holds a run's folder; "" if none does.
 
     Args:
       workdir: of the run.
-      patience_s: seconds for which a file may be late on a network's file system.
+      patience_s: seconds to wait for the file, which may appear late on a network file system.
     """
     until = time.monotonic() + patience_s
     while True:
@@ -109,13 +93,13 @@ def write_config(
     Args:
       workdir: of the run.
       config: resolved.
-      command: that started the run, for "how to reproduce".
+      command: command line that started the run, for "how to reproduce".
       data: fingerprint of the training data.
-      derived: what the config comes to on these devices, for the record.
+      derived: values that follow from the config and the devices, for the record.
 
     Raises:
-      UserError: the folder holds a run with another config, or on other data; the differences are
-        listed.
+      UserError: the folder holds a run with a different config or data; the message lists the
+        differences.
     """
     path = workdir / "config.json"
     kept = any(folder.name.isdigit() for folder in (workdir / "checkpoints").glob("*"))
@@ -125,16 +109,16 @@ def write_config(
         if record.get("data", data) != data:
             changed.append(f"the training data: {record['data']} -> {data}")
         if changed:
-            hint = "" if kept else "; this one has no checkpoint yet, deleting it loses nothing"
+            hint = "" if kept else "; this one has no checkpoint yet and can be deleted"
             raise UserError(
-                f"{workdir} holds a run with another config ({'; '.join(changed)}): "
-                f"use its config, or choose another --workdir{hint}."
+                f"{workdir} holds a run with a different config ({'; '.join(changed)}). "
+                f"Use its config, or choose another --workdir{hint}."
             )
         return
     if kept:
         raise UserError(
-            f"{workdir} has checkpoints but no config.json, so nothing tells what they are of: "
-            "bring it back, or choose another --workdir."
+            f"{workdir} has checkpoints but no config.json to describe them. Restore that file, or "
+            "choose another --workdir."
         )
     record = {
         "format": FORMAT,
@@ -148,54 +132,56 @@ def write_config(
 
 
 def read_record(workdir: Path) -> dict[str, Any]:
-    """What `write_config` wrote.
+    """Reads a run's `config.json`.
 
     Raises:
-      UserError: there is no run in the folder, its record is corrupt, or of another format.
+      UserError: the folder contains no run, or its record is corrupt or of another format.
     """
     path = workdir / "config.json"
     try:
         record: dict[str, Any] = json.loads(path.read_text())
         if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
-            raise ValueError("no config in it")
+            raise ValueError("it contains no config")
     except FileNotFoundError:
-        raise UserError(f"There is no run in {workdir}: it has no config.json.") from None
+        raise UserError(f"{workdir} contains no run: it has no config.json.") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({error}): restore it, or start anew.") from error
-    written = record.get("format", 1)  # absent from the first runs
+        raise UserError(
+            f"Cannot read {path} ({error}). Restore it, or use a new --workdir."
+        ) from error
+    written = record.get("format", 1)
     if written != FORMAT:
         versions = record.get("versions")
         by = versions.get("ssl_jax", "?") if isinstance(versions, dict) else "?"
         raise UserError(
-            f"{workdir} is a run of format {written!r}, written by ssl_jax {by}, and this version "
-            f"({__version__}) reads format {FORMAT}: use the version that wrote it, or choose "
+            f"{workdir} has format {written!r}, written by ssl_jax {by}, but this version "
+            f"({__version__}) reads format {FORMAT}. Use the version that wrote it, or choose "
             "another --workdir."
         )
     return record
 
 
-def note_continuation(workdir: Path, step: int, derived: dict[str, Any] | None = None) -> list[str]:
-    """Records that the run is continued, and on what.
+def note_resumption(workdir: Path, step: int, derived: dict[str, Any] | None = None) -> list[str]:
+    """Records that the run is resumed, and in which environment.
 
     Args:
       workdir: of the run.
-      step: it continues from.
-      derived: what the config comes to on these devices.
+      step: of the restored checkpoint.
+      derived: values that follow from the config and the devices.
 
     Returns:
-      The differences to the environment in which it began, on which bit-equality depends.
+      Differences from the environment in which the run started, any of which may break bitwise
+      equality.
     """
     record, now = read_record(workdir), {"derived": derived or {}, **environment()}
     record.setdefault("continued", []).append({"step": step, **now})
     _write_record(workdir, record)
     changed = differences({key: record.get(key) for key in now}, now)
-    return [line for line in changed if not line.startswith(_JUDGING)]
+    return [line for line in changed if not line.startswith(_WARNING_ONLY)]
 
 
 def _write_record(workdir: Path, record: dict[str, Any]) -> None:
-    """Replaces `config.json` as a whole, so that a kill leaves the old one or the new one."""
     path = workdir / "config.json"
-    with _writing(path), replacing(path) as file:
+    with writing(path), replacing(path) as file:
         file.write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -205,7 +191,7 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 def environment() -> dict[str, Any]:
-    """All that a bit-exact repetition depends on beside the config."""
+    """Collects what bit-exact reproduction depends on besides the config."""
     devices = jax.devices()
     return {
         "versions": {
@@ -226,10 +212,10 @@ def environment() -> dict[str, Any]:
 
 
 def git_revision() -> str:
-    """Revision of the source tree this package runs from, "" if it is none."""
+    """Git revision of the source tree this package runs from; "" if it is not in a repository."""
     commands = (
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        # Installed packages may lie inside somebody else's repository.
+        # An installed package may lie inside another project's repository.
         ["git", "ls-files", "--error-unmatch", "errors.py"],
     )
     try:

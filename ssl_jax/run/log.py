@@ -1,4 +1,4 @@
-"""What a run reports while it goes: fetching from the devices, files, the progress line."""
+"""A run's log: metrics fetched from the devices, metrics files, TensorBoard, the progress line."""
 
 import contextlib
 import json
@@ -17,14 +17,13 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from ssl_jax.errors import UserError
-from ssl_jax.files import replacing
+from ssl_jax.files import replacing, writing
 
 Pytree = Any
 
 
 class Fetcher:
-    """The one way from the devices to the host in the steady state, so that it can be counted.
+    """Copies arrays from the devices to the host; the only way in the loop, so it can be counted.
 
     Attributes:
       count: fetches so far.
@@ -34,60 +33,60 @@ class Fetcher:
         self.count = 0
 
     def __call__(self, tree: Pytree) -> Pytree:
-        """The values of a pytree of device arrays; waits for them."""
+        """Returns the values of a pytree of device arrays; waits for them."""
         self.count += 1
         return jax.device_get(tree)
 
 
 class Writer(Protocol):
-    """Is told what a run measures, beside the files in its folder."""
+    """Receives a run's metrics, in addition to the files in its folder."""
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """What was measured at a step."""
+        """Logs the metrics of a step."""
         ...
 
     def picture(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
-        """A picture, RGB."""
+        """Logs an RGB picture."""
         ...
 
     def close(self, failed: bool = False) -> None:
-        """Nothing more will come, because the run has failed or is at its end."""
+        """Ends the log of a run that has failed or finished."""
         ...
 
 
 class MetricsLog:
-    """`metrics.jsonl`, one JSON object per line, and the same scalars as TensorBoard events."""
+    """`metrics.jsonl`, one JSON object per line, with the same scalars as TensorBoard events."""
 
     def __init__(self, workdir: Path, resume_step: int = 0, others: Sequence[Writer] = ()) -> None:
-        """Opens the log to be continued.
+        """Opens the log for appending.
 
         Args:
           workdir: of the run.
-          resume_step: lines beyond this step were written after the checkpoint that the run
-            continues from; they are dropped, for their steps will be done again.
-          others: are told the same numbers and pictures.
+          resume_step: step of the restored checkpoint. Lines of later steps are dropped, as those
+            steps are repeated.
+          others: writers that receive the same scalars and pictures.
         """
         self._others = tuple(others)
         self._path = workdir / "metrics.jsonl"
         keep = [r for r in read_metrics(self._path) if r["step"] <= resume_step]
-        with self._writing():
+        with writing(self._path.parent):
             with replacing(self._path) as file:
                 file.write_text("".join(json.dumps(record) + "\n" for record in keep))
             self._file = self._path.open("a")
-            # Written here and not by a thread of its own, which on a full disk would end alone.
+            # Written in this thread: tensorboardX's writer thread dies silently on a full disk.
             self._events = EventsWriter(str(workdir / "events"))
-            # Events from this step on, of before the run was broken off, count no longer.
+            # TensorBoard then discards events of later steps, written before the interruption.
             began = {"step": resume_step + 1, "wall_time": time.time()}
             self._events.write_event(Event(file_version="brain.Event:2", **began))
             log = SessionLog(status=SessionLog.START)
             self._events.write_event(Event(session_log=log, **began))
 
     def write(self, step: int, scalars: dict[str, Any]) -> None:
-        """Appends what was measured at a step.
+        """Appends the metrics of a step.
 
         Args:
-          step: after which.
-          scalars: numbers, or lists with a number for each process, of which the events have the
+          step: steps done.
+          scalars: numbers, or lists with one number per process, of which TensorBoard gets the
             largest.
         """
         values = {
@@ -95,25 +94,25 @@ class MetricsLog:
             for name, value in scalars.items()
         }
         numbers = {n: max(v) if isinstance(v, list) else v for n, v in values.items()}
-        with self._writing():
+        with writing(self._path.parent):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
             for name, number in numbers.items():
-                told = {"step": step, "wall_time": time.time()}
-                self._events.write_event(Event(summary=summary.scalar(name, number), **told))
+                at = {"step": step, "wall_time": time.time()}
+                self._events.write_event(Event(summary=summary.scalar(name, number), **at))
             self._events.flush()
         for other in self._others:
             other.write(step, numbers)
 
     def picture(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
-        """Adds a picture to the events.
+        """Adds a picture to the TensorBoard events.
 
         Args:
-          step: after which it was made.
-          name: of what it shows.
+          step: steps done.
+          name: title of the picture.
           image: RGB.
         """
-        with self._writing():
+        with writing(self._path.parent):
             shown = summary.image(name, image, dataformats="HWC")
             self._events.write_event(Event(summary=shown, step=step, wall_time=time.time()))
             self._events.flush()
@@ -121,97 +120,85 @@ class MetricsLog:
             other.picture(step, name, image)
 
     def close(self, failed: bool = False) -> None:
-        """Flushes and closes the files; the others are told whether the run has failed."""
+        """Closes the files and the other writers, with whether the run has failed."""
         try:
-            with self._writing():
+            with writing(self._path.parent):
                 self._file.close()
                 self._events.close()
         finally:
             for other in self._others:
                 other.close(failed)
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """What went wrong in writing, in a sentence."""
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{self._path} or the events beside it can't be written ({error.strerror}): see "
-                "that there is space and that they may be written to; the same command continues "
-                "from the newest checkpoint."
-            ) from error
-
 
 class NoLog:
-    """The log of a process that is not the first."""
+    """The log of a process that is not the primary."""
 
     def write(self, step: int, scalars: dict[str, Any]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def picture(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def close(self, failed: bool = False) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, without lines that are none: cut off by a kill, corrupt."""
+    """The records of a `metrics.jsonl`; skips lines that are corrupt or cut off by a kill."""
     if not path.is_file():
         return []
     records = []
     for line in path.read_bytes().splitlines():
-        with contextlib.suppress(ValueError):  # no UTF-8, no JSON
+        with contextlib.suppress(ValueError):  # not UTF-8, not JSON
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 records.append(record)
     return records
 
 
-# What is shown, by how much a run is to tell. Warnings always are.
+# Kinds of text that each level prints, besides warnings.
 _VERBOSITY = {
     "all": {"line", "note", "result"},
-    "line": {"line"},  # of a run that is part of something larger
+    "line": {"line"},  # for a run that is one part of a larger command
     "quiet": {"result"},
     "warnings": set(),
 }
 
 
 class Progress:
-    """One line that is written over on a terminal, and plain lines elsewhere."""
+    """Terminal output: a progress line that is overwritten, or plain lines without a terminal."""
 
     def __init__(
         self, total_steps: int, batch_size: int, out: TextIO | None = None, verbosity: str = "all"
     ) -> None:
-        """Looks whether it writes to a terminal.
+        """Starts the clock.
 
         Args:
           total_steps: of the run.
-          batch_size: images in a step.
-          out: where to write, default standard output.
+          batch_size: images per step.
+          out: stream to write to, default standard output.
           verbosity: "all"; "line", only the progress line; "quiet", only the result; or
             "warnings", which every level prints.
         """
         self._out, self._verbosity = out or sys.stdout, _VERBOSITY[verbosity]
         self._total, self._batch = total_steps, batch_size
         self._live = self._out.isatty()
-        self._width = 0  # of the line
+        self._width = 0  # of the progress line
         self.start(0, 0.0)
 
     def start(self, step: int, waited: float) -> None:
-        """Starts the clock of the next rates, after `step` steps and `waited` seconds for data."""
+        """Restarts the clock of `rates`, after `step` steps and `waited` seconds for data."""
         self._since, self._step, self._waited = time.perf_counter(), step, waited
 
     def rates(self, step: int, waited: float) -> dict[str, float]:
-        """Images per second, and the share of time spent waiting for data, since the last call.
+        """Measures speed, and the share of time spent waiting for data, since the last call.
 
         Args:
           step: steps done.
           waited: seconds waited for data so far.
 
         Returns:
-          "images_per_s" and "data_wait"; nothing if no step was timed.
+          "images_per_s" and "data_wait"; empty if no step was timed.
         """
         if step == self._step:
             return {}
@@ -227,49 +214,52 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves what is done inside out of the rates."""
+        """Excludes the time of the block from `rates`."""
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
 
     def show(self, step: int, scalars: dict[str, Any]) -> None:
-        """Writes the line of a step."""
-        text = f"step {step}/{self._total}  loss {scalars['loss']:.4f}"
+        """Shows a step's loss, speed, time left and data wait on the progress line."""
+        parts = [f"step {step}/{self._total}", f"loss {scalars['loss']:.4g}"]
         if "images_per_s" in scalars:
             seconds = round((self._total - step) * self._batch / scalars["images_per_s"])
-            text += (
-                f"  {scalars['images_per_s']:,.0f} images/s  ETA {timedelta(seconds=seconds)}  "
-                f"data wait {100 * scalars['data_wait']:.1f} %"
-            )
+            eta = str(timedelta(seconds=seconds)).removeprefix("0:").removeprefix("0")
+            wait = f"data wait {100 * scalars['data_wait']:.1f}%"
             shares = scalars.get("process_data_wait", ())
             if shares and max(shares) > 0.01:
                 longest = max(range(len(shares)), key=shares.__getitem__)
-                text += f", of process {longest} {100 * shares[longest]:.1f} %"
-        self.line(text)
+                wait += f" (process {longest}: {100 * shares[longest]:.1f}%)"
+            parts += [f"{scalars['images_per_s']:,.0f} img/s", f"ETA {eta}", wait]
+        self.line(" | ".join(parts))
 
     def line(self, text: str) -> None:
-        """Writes what is going on, until the next text."""
+        """Shows a text until the next one."""
         if "line" in self._verbosity:
             self._write(text, end="" if self._live else "\n")
 
-    def note(self, text: str) -> None:
-        """Writes a line that stays."""
+    def note(self, *texts: str) -> None:
+        """Prints lines."""
         if "note" in self._verbosity:
-            self._write(text, end="\n")
+            self._print(texts)
 
     def result(self, text: str) -> None:
-        """Writes a line that stays, and is not left out where little is told."""
+        """Prints a line that is also printed at verbosity "quiet"."""
         if "result" in self._verbosity:
+            self._print([text])
+
+    def warn(self, *texts: str) -> None:
+        """Prints lines at every verbosity."""
+        self._print(texts)
+
+    def _print(self, texts: Sequence[str]) -> None:
+        for text in texts:
             self._write(text, end="\n")
 
-    def warn(self, text: str) -> None:
-        """Writes a line that stays, however little is told."""
-        self._write(text, end="\n")
-
     def end(self) -> None:
-        """Leaves the line, so that what others write doesn't begin behind it."""
+        """Ends the progress line, so that other output starts on a line of its own."""
         if self._width:
-            # Of a run among others nothing stays.
+            # One part of a larger command leaves nothing behind.
             gone = f"\r{' ' * self._width}\r"
             self._width = 0
             self._out.write("\n" if "note" in self._verbosity else gone)
@@ -279,7 +269,7 @@ class Progress:
         if not self._live:
             self._out.write(text + end)
         else:
-            # A line that wraps would not be written over.
+            # A line that wraps could not be overwritten.
             most = shutil.get_terminal_size().columns - 1
             text = text if end else text[:most]
             covering = text.ljust(min(self._width, most))

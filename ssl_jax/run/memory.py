@@ -1,4 +1,4 @@
-"""What to do where a device's memory is full."""
+"""The error of a device that is out of memory, with suggestions."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -6,39 +6,42 @@ from collections.abc import Iterator, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, first_line
 
 
 @contextlib.contextmanager
 def enough_memory(what: str, suggestions: Sequence[str], rest: str = "") -> Iterator[None]:
-    """Tells what to do where a device's memory is full.
+    """Turns a device's out-of-memory error into a `UserError` with suggestions.
 
     Args:
-      what: is computed inside, the sentence's subject.
-      suggestions: options that make it need less, those that help most first.
-      rest: added to the sentence.
+      what: what the block computes, the subject of the message.
+      suggestions: options that reduce memory, the most effective first.
+      rest: appended to the message.
 
     Raises:
-      UserError: it is full; other errors pass.
+      UserError: a device is out of memory; other errors pass.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        told = str(error)
-        if "RESOURCE_EXHAUSTED" not in told and "out of memory" not in told.lower():
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
             raise
         raise UserError(
-            f"{what} doesn't fit into the memory of {jax.devices()[0].device_kind} "
-            f"({told.splitlines()[0][:200]}): try {', '.join(suggestions) or 'more devices'}{rest}."
+            f"{what} doesn't fit in the memory of {jax.devices()[0].device_kind} "
+            f"({first_line(error)[:200]}). Try {', '.join(suggestions) or 'more devices'}{rest}."
         ) from error
 
 
 def step_suggestions(config: ConfigDict, devices: int) -> list[str]:
-    """Options with which a run's step needs less memory, of those that are left.
+    """Options not yet in use that reduce the memory of a run's step.
 
     Args:
       config: of the run.
       devices: in the mesh.
+
+    Returns:
+      Command-line flags, the most effective first.
     """
     most = (config.microbatch or config.batch_size) // 2
     fitting = [n for n in range(devices, most + 1, devices) if config.batch_size % n == 0]

@@ -1,7 +1,7 @@
-"""Several processes that are one run: how they join, agree, and stop together.
+"""Several processes that form one run: how they join, agree, and stop together.
 
-JAX finds the others itself, on TPU pods, under Slurm and Open MPI and on Kubernetes; nothing is
-launched here. In a run of one process everything here is immediate.
+JAX discovers the processes on TPU pods, under Slurm and Open MPI and on Kubernetes; nothing is
+launched here. In a run of one process every function returns immediately.
 """
 
 import contextlib
@@ -22,24 +22,24 @@ from jax.experimental import multihost_utils
 
 from ssl_jax.errors import UserError, first_line
 
-_TEXT = 1024  # bytes of a sentence that processes tell each other
-# Where JAX knows no cluster, these say which process of how many this is. JAX reads the first.
+_TEXT = 1024  # bytes of an error message that processes share
+# For clusters that JAX doesn't know. JAX itself reads only the first one.
 _COORDINATOR, _COUNT, _ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 
 def join(heartbeat_timeout_s: float) -> None:
-    """Joins the processes of the run; before JAX is used for anything else.
+    """Joins the processes of the run. Call it before any other use of JAX.
 
-    Does nothing where there is no cluster, or where the caller has joined already. The variables
-    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID take the
-    place of a cluster that JAX doesn't know; JAX_NUM_PROCESSES=1 alone stays out of any.
+    Does nothing without a cluster, or if the caller has already joined. The variables
+    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID describe
+    a cluster that JAX doesn't know; JAX_NUM_PROCESSES=1 by itself stays out of any cluster.
 
     Args:
       heartbeat_timeout_s: seconds after which a silent process counts as lost, which ends
-        the others.
+        the other processes.
 
     Raises:
-      UserError: the variables are incomplete, or the others can't be found.
+      UserError: the variables are incomplete, or the other processes can't be reached.
     """
     if jax.distributed.is_initialized() or os.environ.get(_COUNT) == "1":
         return
@@ -52,32 +52,32 @@ def join(heartbeat_timeout_s: float) -> None:
             }
         except (KeyError, ValueError) as error:
             raise UserError(
-                f"{_COUNT} is set, so {_ID} and {_COORDINATOR} are needed too: numbers, and "
-                "host:port of process 0."
+                f"{_COUNT} is set without a valid {_ID} and {_COORDINATOR}. Set them to a number "
+                "and to host:port of process 0."
             ) from error
     seconds = max(1, round(heartbeat_timeout_s))
     try:
         jax.distributed.initialize(**given, heartbeat_timeout_seconds=seconds)
     except ValueError as error:
-        # What JAX says where it finds no cluster to join.
+        # JAX's message if it finds no cluster to join.
         if given or _COORDINATOR in os.environ or "should be defined" not in str(error):
-            raise UserError(f"The other processes can't be joined: {error}") from error
+            raise UserError(f"Cannot join the other processes ({first_line(error)}).") from error
     except RuntimeError as error:
         if "must be called before" in str(error):
-            return  # a script has used JAX by itself already
+            return  # a script has already used JAX in a single process
         raise UserError(
-            f"The other processes can't be joined ({first_line(error)}): see that all "
-            f"of them were started, or set {_COUNT}=1 to run alone."
+            f"Cannot join the other processes ({first_line(error)}). Check that all of them are "
+            f"running, or set {_COUNT}=1 to run a single process."
         ) from error
 
 
 def is_primary() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Whether this is the process that writes and prints."""
     return jax.process_index() == 0
 
 
 def gather(values: Any) -> np.ndarray:
-    """Every process's array of one shape, [processes, ...]; all of them have to call it."""
+    """All-gathers equally shaped arrays over processes, [processes, ...]; all must call it."""
     array = np.asarray(values)
     if jax.process_count() == 1:
         return array[None]
@@ -85,23 +85,23 @@ def gather(values: Any) -> np.ndarray:
 
 
 def pace(step_seconds: float, data_wait: float) -> dict[str, list[float]]:
-    """Every process's seconds for a step and share of time spent waiting for data, for the log."""
+    """Gathers every process's step time in seconds and share of time waiting for data."""
     both = gather(np.array([step_seconds, data_wait], np.float32))
     return {"process_step_s": both[:, 0].tolist(), "process_data_wait": both[:, 1].tolist()}
 
 
 def wait_for_all() -> None:
-    """Returns once all processes have called it: one that leaves must not find others at work."""
+    """A barrier: a process that exits must not leave others in a collective."""
     gather(np.zeros(1, np.int32))
 
 
 def decided(choice: bool) -> bool:
-    """The first process's choice, on all of them."""
+    """Broadcasts the primary process's choice."""
     return bool(gather(np.array([choice]))[0, 0])
 
 
 def from_first(values: dict[str, float]) -> dict[str, float]:
-    """The first process's numbers, on all of them; the names are the same everywhere."""
+    """Broadcasts the primary process's numbers; the names are the same on all processes."""
     if jax.process_count() == 1:
         return values
     names = sorted(values)
@@ -113,12 +113,12 @@ def from_first(values: dict[str, float]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def raise_on_all_processes() -> Iterator[None]:
-    """Raises on every process what was wrong on one of them, so that none waits for it.
+    """Raises a `UserError` of any process on all of them, so that none waits in vain.
 
-    Inside nothing may wait for other processes.
+    The block must not contain collectives.
 
     Raises:
-      UserError: of this process, or else of the first that has one, named.
+      UserError: that of the lowest-numbered process that raised one, named in the message.
     """
     wrong = ""
     try:
@@ -132,28 +132,28 @@ def raise_on_all_processes() -> Iterator[None]:
     if wrong and not is_primary():
         wrong = f"Process {jax.process_index()} on {socket.gethostname()}: {wrong}"
     text = np.zeros(_TEXT, np.uint8)
-    sentence = np.frombuffer(wrong.encode()[:_TEXT], np.uint8)
-    text[: len(sentence)] = sentence
-    for told in gather(text):
-        if told.any():
-            raise error_on_all_processes(bytes(told[told > 0]).decode(errors="replace"))
+    message = np.frombuffer(wrong.encode()[:_TEXT], np.uint8)
+    text[: len(message)] = message
+    for each in gather(text):
+        if each.any():
+            raise error_on_all_processes(bytes(each[each > 0]).decode(errors="replace"))
 
 
-def error_on_all_processes(sentence: str, kind: type[UserError] = UserError) -> UserError:
-    """An error that all processes raise, and one tells."""
-    error = kind(sentence)
+def error_on_all_processes(message: str, kind: type[UserError] = UserError) -> UserError:
+    """Makes an error that all processes raise and the primary prints."""
+    error = kind(message)
     error.on_all_processes, error.printed_here = True, is_primary()
     return error
 
 
 def require_same(values: dict[str, str]) -> None:
-    """Checks that all processes see the same.
+    """Checks that all processes see the same values.
 
     Args:
-      values: what is seen, by a name that reads well in a sentence.
+      values: by a name for the message.
 
     Raises:
-      UserError: on every process, where two of them differ.
+      UserError: two processes differ; raised on all of them.
     """
     names = list(values)
     seen = gather(np.array([zlib.crc32(values[name].encode()) for name in names], np.uint32))
@@ -161,20 +161,20 @@ def require_same(values: dict[str, str]) -> None:
         other = np.flatnonzero(seen[:, number] != seen[0, number])
         if len(other):
             raise error_on_all_processes(
-                f"Process {other[0]} sees another {name} than process 0: all hosts need the same "
-                "command and data, and one --workdir on a file system that they share."
+                f"Process {other[0]} sees a different {name} than process 0. Give all hosts the "
+                "same command and data, and one --workdir on a shared file system."
             )
 
 
 @contextlib.contextmanager
-def alone_on_failure(tell: Callable[[str], None]) -> Iterator[None]:
-    """Ends this process at once when something fails that the others don't know of.
+def alone_on_failure(show: Callable[[str], None]) -> Iterator[None]:
+    """Exits this process at once on an error that the other processes don't share.
 
-    Leaving as usual would wait for them, and they wait for this one in a collective. What all
-    processes have agreed on leaves as usual, and so does everything where there is one process.
+    A regular exit would wait for them while they wait for this one in a collective. Errors raised
+    on all processes, and any error in a run of one process, pass through.
 
     Args:
-      tell: shows a text to the user.
+      show: prints a text for the user.
     """
     try:
         yield
@@ -183,29 +183,29 @@ def alone_on_failure(tell: Callable[[str], None]) -> Iterator[None]:
         if alone or (isinstance(error, UserError) and error.on_all_processes):
             raise
         if isinstance(error, UserError):
-            tell(f"error: Process {jax.process_index()}: {error}")
+            show(f"error: Process {jax.process_index()}: {error}")
         elif isinstance(error, jax.errors.JaxRuntimeError):
-            tell(
-                f"error: Process {jax.process_index()} can't go on, another one may be lost "
-                f"({first_line(error)}): the same command, on all hosts, continues from the last "
-                "checkpoint."
+            show(
+                f"error: Process {jax.process_index()} failed; another process may be lost "
+                f"({first_line(error)}). Rerun the same command on all hosts to resume from the "
+                "last checkpoint."
             )
         else:
-            tell(traceback.format_exc())
+            show(traceback.format_exc())
         sys.stderr.flush()
         sys.stdout.flush()
         os._exit(2 if isinstance(error, UserError) else 1)
 
 
 class StoppedError(BaseException):
-    """SIGTERM came where nothing is lost by stopping at once; no library is to swallow it."""
+    """SIGTERM while nothing is lost by stopping at once; libraries must not swallow it."""
 
 
 class Stop:
     """Whether the run has been asked to stop, by SIGTERM to any of its processes.
 
-    A context: one process has a handler of its own inside of it; among several JAX's preemption
-    service passes the request on, and lets all of them see it at one step.
+    A context manager: it handles the signal in a run of one process. Among several processes JAX's
+    preemption service shares the request, and all of them see it at the same step.
     """
 
     def __init__(self) -> None:
@@ -228,14 +228,14 @@ class Stop:
             raise StoppedError
 
     def asked(self, step: int) -> bool:
-        """Whether to stop after a step; asked of every step in turn, by all processes."""
+        """Whether to stop after a step; all processes must ask after every step."""
         if jax.process_count() == 1:
             return self._asked
         return bool(multihost_utils.reached_preemption_sync_point(step))
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raises `StoppedError` inside as soon as the run is asked to stop."""
+        """Raises `StoppedError` in the block as soon as the run is asked to stop."""
         self._at_once = True
         try:
             if self._asked:

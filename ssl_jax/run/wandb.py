@@ -1,6 +1,6 @@
-"""Metrics and pictures of a run to Weights & Biases, where `config.wandb` asks for it.
+"""Logs a run's metrics and pictures to Weights & Biases if `config.wandb` names a project.
 
-The package is imported only then: nothing else knows it, and nothing is sent without it.
+The package is imported only then, and nothing is sent otherwise.
 """
 
 import importlib.util
@@ -19,27 +19,27 @@ _ID_FILE = "wandb_id"
 
 
 def require_wandb(project: str) -> None:
-    """Checks that what `config.wandb` asks for is installed.
+    """Checks that wandb is installed if it is needed.
 
     Args:
-      project: the key's value.
+      project: value of `config.wandb`; "" needs nothing.
 
     Raises:
-      UserError: it isn't.
+      UserError: wandb is not installed.
     """
     spec = importlib.util.find_spec("wandb") if project else None
-    # A folder `wandb/`, which the package leaves where it has run, is found too, without an origin.
+    # A folder `wandb/`, which the package creates where it runs, is found too; it has no origin.
     if project and (spec is None or spec.origin is None):
         raise UserError(
-            f"config.wandb is '{project}', but the package wandb is not installed: "
+            f"config.wandb is '{project}', but the package wandb is not installed. Run "
             "pip install ssl_jax[wandb], or leave the key empty."
         )
 
 
 class WandbWriter:
-    """A run of Weights & Biases, the same one whenever the run in the folder goes on.
+    """A run of Weights & Biases, resumed together with the run in the folder.
 
-    If it fails once it has started, the training goes on without it: `metrics.jsonl` has all.
+    If it fails after it has started, training continues without it; `metrics.jsonl` is complete.
     """
 
     def __init__(
@@ -49,18 +49,16 @@ class WandbWriter:
         config: dict[str, Any],
         warn: Callable[[str], None],
     ) -> None:
-        """Starts or continues it.
-
-        Where it goes (a server, or files alone) is told to wandb by its own environment variables.
+        """Starts or resumes the run; wandb's environment variables choose server or offline mode.
 
         Args:
-          project: its name there.
+          project: name of the wandb project.
           workdir: of the run; keeps the id in `wandb_id`, and the package's own files in `wandb/`.
           config: shown with the run.
-          warn: is told, once, that nothing more is sent.
+          warn: called once with a message if logging stops.
 
         Raises:
-          UserError: wandb can't start it.
+          UserError: wandb can't start the run.
         """
         require_wandb(project)
         import wandb
@@ -82,39 +80,39 @@ class WandbWriter:
         except (wandb.Error, OSError, ValueError) as error:
             raise UserError(
                 f"Weights & Biases can't start a run in project '{project}' "
-                f"({first_line(error)}): see `wandb login` and WANDB_MODE, or leave "
+                f"({first_line(error)}). Check `wandb login` and WANDB_MODE, or leave "
                 "config.wandb empty."
             ) from error
-        # Steps since the checkpoint come again when a run goes on; wandb's own step only rises.
+        # Resumed runs repeat the steps since the checkpoint; wandb's own step can only increase.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Logs what was measured at a step."""
+        """Logs the metrics of a step."""
         if not self._broken:
             with self._surviving():
                 self._run.log({"step": step, **scalars})
 
     def picture(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
-        """Logs a picture, RGB."""
+        """Logs an RGB picture."""
         if not self._broken:
             with self._surviving():
                 self._run.log({"step": step, name: self._image(image)})
 
     def close(self, failed: bool = False) -> None:
-        """Ends the run, as failed or as finished; what is left to send is sent first."""
+        """Sends pending data and ends the run as failed or finished."""
         with self._surviving():
             self._run.finish(exit_code=int(failed))
 
     @contextmanager
     def _surviving(self) -> Iterator[None]:
-        """Whatever fails inside, the service gone or a bug of the package, is a warning."""
+        """Turns any failure, of the service or the package, into a single warning."""
         try:
             yield
         except Exception as error:
             if not self._broken:
                 self._warn(
-                    f"warning: Weights & Biases has failed ({first_line(error)}): nothing more is "
-                    "sent to it; metrics.jsonl has everything."
+                    f"warning: Weights & Biases has failed ({first_line(error)}). Nothing more is "
+                    "sent to it; metrics.jsonl is complete."
                 )
             self._broken = True

@@ -1,4 +1,4 @@
-"""Pretraining: what a run is set up with, its loop, and what it tells."""
+"""Pretraining: a run's setup, its loop, and the summaries that it prints."""
 
 from ssl_jax.train.loop import pretrain
 

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: devices, data, schedule, step."""
+"""What a run is built from: devices, data, schedule and train step."""
 
 from ml_collections import ConfigDict
 
@@ -13,13 +13,22 @@ from ssl_jax.step import Program
 
 
 class Setup:
-    """What a config comes to on these devices and this data; nothing is written yet."""
+    """A config on these devices and this data; nothing is written yet.
+
+    Attributes:
+      config: resolved.
+      spmd, schedule, index, program, method: mesh, length, sample order, train step and its method.
+      train, test: sources; `test` is None without a held-out split.
+      rows: of the global batch, those on this process's devices.
+      watched: options of `CollapseDetector`.
+      derived: recorded in the run's folder, as it depends on devices and method.
+    """
 
     def __init__(self, config: ConfigDict) -> None:
-        """Builds the step.
+        """Builds everything; compiles nothing.
 
         Raises:
-          UserError: anything in the config that can't be run.
+          UserError: the config can't run on these devices or this data.
         """
         require_wandb(config.wandb)
         self.spmd = make_spmd(
@@ -34,21 +43,21 @@ class Setup:
         self.method = self.program.method
         if self.method.needs_labels and self.train.num_classes == 0:
             raise UserError(
-                f"config.method is '{config.method}', but the training images have no labels: use "
+                f"config.method is '{config.method}', but the training images have no labels. Use "
                 "a folder with one subfolder per class."
             )
         optim = config.optim
-        # A loss that starts at that of constant outputs leaves it once the rate has risen.
+        # A loss may start at its value for constant outputs and leave it as the rate warms up.
         patience = max(self.schedule.every(max(1.0, optim.warmup_epochs)), optim.frozen_steps)
         self.watched = {"trivial_loss": self.method.trivial_loss, "patience": patience}
         self.derived = {"batchnorm_images": self.program.batchnorm_images, **self.watched}
 
 
 def resolve(config: ConfigDict, train: Source) -> ConfigDict:
-    """A copy of the config with what only the data, and runs it takes weights from, can tell.
+    """A copy of the config, completed from the data and from the runs that give initial weights.
 
     Raises:
-      UserError: labels beyond `config.data.num_classes`, or no weights to take.
+      UserError: labels beyond `config.data.num_classes`, or no such weights.
     """
     config = from_json(to_json(config))
     if config.data.num_classes == 0:
@@ -56,7 +65,7 @@ def resolve(config: ConfigDict, train: Source) -> ConfigDict:
     elif train.num_classes > config.data.num_classes:
         raise UserError(
             f"config.data.num_classes is {config.data.num_classes}, but the training images have "
-            f"labels up to {train.num_classes - 1}: set it to {train.num_classes}, or to 0."
+            f"labels up to {train.num_classes - 1}. Set it to {train.num_classes}, or to 0."
         )
     resolve_initial_weights(config)
     return config

@@ -1,10 +1,11 @@
-"""What a run tells at its start and at its end, as rows of a name and a text."""
+"""The summaries that a run prints at its start and end, as rows of a heading and a text."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import humanize
 import jax
 import numpy as np
 
@@ -16,39 +17,33 @@ from ssl_jax.run.log import read_metrics
 from ssl_jax.train.setup import Setup
 
 Row = tuple[str, str]
-_GIB = 2**30
 
 
 def lines(rows: Iterable[Row]) -> list[str]:
-    """The rows, aligned."""
-    return [f"{name:<12}{text}" for name, text in rows]
+    """The rows as aligned lines."""
+    return [f"{heading:<12}{text}" for heading, text in rows]
 
 
 def start_rows(setup: Setup, params: Any, workdir: Path, start: int) -> Iterator[Row]:
-    """What is run, before anything is compiled.
+    """Summarizes a run before anything is compiled.
 
     Args:
       setup: of the run.
-      params: of its state, by network.
-      workdir: of the run.
-      start: the step that it continues from.
+      params: its parameters, by network.
+      workdir: its folder.
+      start: the step that it resumes from; 0 for a new run.
     """
     config, schedule, devices = setup.config, setup.schedule, setup.spmd.size
     views = flat_views(config)
     sizes = ", ".join(str(size) for size in sorted({view.size for view in views}, reverse=True))
-    yield (
-        "run",
-        f"{config.method}, {resnet_name(config.model)}, {len(views)} views of {sizes} pixels, "
-        f"{config.dtype}",
-    )
+    network = resnet_name(config.model)
+    yield "method", f"{config.method}, {network}, {len(views)} views of {sizes} px, {config.dtype}"
     encoder, frozen = _count(params["encoder"]), setup.method.frozen
     trained = sum(_count(tree) for name, tree in params.items() if name not in frozen)
-    yield (
-        "parameters",
-        f"{large(encoder)} in the encoder, {large(trained)} trained in all",
-    )
+    counts = humanize.metric(encoder), humanize.metric(trained)
+    yield "parameters", "{} in the encoder, {} trainable in total".format(*counts)
     held_out = f", {setup.test.num_examples:,} held out" if setup.test is not None else ""
-    yield "images", f"{setup.train.num_examples:,}{held_out}"
+    yield "images", f"{setup.train.num_examples:,} for training{held_out}"
     part = config.microbatch
     cut = f" in microbatches of {part}" if 0 < part < config.batch_size else ""
     yield (
@@ -56,74 +51,96 @@ def start_rows(setup: Setup, params: Any, workdir: Path, start: int) -> Iterator
         f"{config.batch_size:,}, {config.batch_size // devices:,} per device{cut}, BatchNorm over "
         f"{setup.derived['batchnorm_images']} images",
     )
-    processes = jax.process_count()
-    among = f" of {processes} processes" if processes > 1 else ""
+    among = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     yield "devices", f"{devices} × {jax.devices()[0].device_kind}{among}"
     total, per_epoch = schedule.total_steps, schedule.steps_per_epoch
-    left = f", {total - start:,} of them left" if start else ""
+    left = f", {total - start:,} remaining" if start else ""
     yield "steps", f"{total:,}{left}, {total / per_epoch:.4g} epochs of {per_epoch:,}"
-    yield "folder", str(workdir)
+    yield "workdir", str(workdir)
 
 
 def _count(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+def warmup_warnings(setup: Setup) -> list[str]:
+    """A warning if the learning rate never reaches its peak."""
+    warmup = round(setup.config.optim.warmup_epochs * setup.schedule.steps_per_epoch)
+    if warmup < setup.schedule.total_steps:
+        return []
+    return [
+        f"warning: the warmup of {warmup} steps (config.optim.warmup_epochs) is not shorter than "
+        "the run, so the learning rate never reaches its peak."
+    ]
+
+
+def environment_notes(changed: Sequence[str]) -> list[str]:
+    """A note on a resumed run whose environment has changed: how close its losses will be.
+
+    Args:
+      changed: differences, as `note_resumption` returns them.
+    """
+    if not changed:
+        return []
+    effect = "Resuming with the same data order; losses match up to floating-point rounding."
+    if any(line.startswith("derived.") for line in changed):
+        effect = (
+            "Resuming with the same data order, but BatchNorm averages over a different number of "
+            "images, so losses will differ."
+        )
+    return [f"The environment changed since this run started ({'; '.join(changed)}). {effect}"]
+
+
 def compiled(
     step: Callable[..., Any], arguments: Sequence[Any], devices: int
 ) -> tuple[Callable[..., Any], list[Row]]:
-    """Compiles a train step, once, and says what it takes.
+    """Compiles a train step, once, and summarizes its cost.
 
     Args:
       step: of `Program`.
-      arguments: as of every step.
+      arguments: of the first step; later ones have the same shapes.
       devices: in the mesh.
 
     Returns:
-      What to call in its place, and the rows; itself and none under pmap, or where JAX is asked to
-      look into it (JAX_DISABLE_JIT, JAX_DEBUG_NANS).
+      The compiled step and the rows; `step` itself and no rows under pmap, or if JAX must see each
+      operation (JAX_DISABLE_JIT, JAX_DEBUG_NANS).
 
     Raises:
-      UserError: the state after the step has other shapes or dtypes than before.
+      UserError: the step changes shapes or dtypes of the state.
     """
     options: Any = jax.config
     if options.jax_disable_jit or options.jax_debug_nans or not hasattr(step, "trace"):
         return step, []
-    # It is traced here once: what follows finds the trace.
     flops = traced_flops(step, *arguments)
-    traced = step.trace(*arguments)
+    traced = step.trace(*arguments)  # cached: the step is traced once
     _require_same(arguments[0], traced.out_info[0])
     since = time.perf_counter()
     program = traced.lower().compile()
     seconds = time.perf_counter() - since
+    total, each = (humanize.metric(n) for n in (flops, flops / devices))
     rows = [
-        (
-            "FLOPs",
-            f"{large(flops)} a step, {large(flops / devices)} per device: convolutions and "
-            "products, as traced",
-        )
+        ("compilation", duration(seconds)),
+        ("FLOPs", f"{total} per step, {each} per device (convolutions and matrix products)"),
     ]
-    # Not every backend tells.
-    if memory := program.memory_analysis():
-        rows.append(("memory", f"{_memory(memory)}; as compiled in {duration(seconds)}"))
+    if analysis := program.memory_analysis():  # not on every backend
+        rows.append(("memory", _memory(analysis)))
     return program, rows
 
 
 def _require_same(before: Any, after: Any) -> None:
-    """A method's `update` keeps the shapes and dtypes of what it was given."""
     leaves = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
     for (path, old), new in leaves:
         if (old.shape, old.dtype) != (new.shape, new.dtype):
             raise UserError(
-                f"The step makes {jax.tree_util.keystr(path)} of the state {new.dtype} "
-                f"{list(new.shape)}, which was {old.dtype} {list(old.shape)}: let the method's "
-                "update keep what its init made."
+                f"The step changes {jax.tree_util.keystr(path)} of the state from {old.dtype} "
+                f"{list(old.shape)} to {new.dtype} {list(new.shape)}. Make the method's update "
+                "keep the shapes and dtypes of its init."
             )
 
 
-def _memory(told: Any) -> str:
-    """A device's memory that a compiled program takes: all of it, of how much, and what for."""
-    kinds = memory_kinds(told)
+def _memory(analysis: Any) -> str:
+    """A compiled program's memory per device: total, available, and its two largest parts."""
+    kinds = memory_kinds(analysis)
     kinds = {"state and data": kinds.pop("arguments"), **kinds}
     whole = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
     of = f" of {_bytes(whole)}" if whole else ""
@@ -132,44 +149,39 @@ def _memory(told: Any) -> str:
     return f"{_bytes(sum(kinds.values()))}{of} per device ({parts})"
 
 
+def evaluation_line(setup: Setup, step: int, measured: dict[str, float]) -> str:
+    """The terminal line of an evaluation during training."""
+    parts = [f"step {step}/{setup.schedule.total_steps}"]
+    for key, name in (("knn", "kNN"), ("test_accuracy", "top-1"), ("probe_accuracy", "probe")):
+        if key in measured:
+            parts.append(f"{name} {100 * measured[key]:.2f}%")
+    return " | ".join([*parts, f"RankMe {measured['rankme']:.1f}"])
+
+
 def end_rows(workdir: Path, seconds: float, start: int) -> Iterator[Row]:
-    """What a run has come to, from what it has written.
+    """Summarizes a finished run from its metrics.
 
     Args:
       workdir: of the run.
-      seconds: that it has taken; 0: it was done already.
-      start: the step that it went on from.
+      seconds: that it took; 0 if it had finished before.
+      start: the step that it resumed from.
     """
     records = read_metrics(workdir / "metrics.jsonl")
     if seconds:
         since = f" since step {start:,}" if start else ""
         yield "time", f"{duration(seconds)}{since}"
     if speeds := [r["images_per_s"] for r in records if "images_per_s" in r]:
-        yield "speed", f"{np.median(speeds):,.0f} images/s (median)"
+        yield "speed", f"{np.median(speeds):,.0f} img/s (median)"
     if measured := [(r["knn"], r["step"]) for r in records if "knn" in r]:
         best, at = max(measured, key=lambda pair: pair[0])
-        yield "kNN", f"{100 * measured[-1][0]:.2f} %; the best {100 * best:.2f} % at step {at:,}"
+        yield "kNN", f"{100 * measured[-1][0]:.2f}% (best {100 * best:.2f}% at step {at:,})"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 4.2 s, 3 min 20 s, 5 h 12 min, 2 d 3 h."""
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    if days:
-        return f"{days} d {h} h"
-    return f"{hours} h {m} min" if hours else f"{m} min {s} s"
-
-
-def large(number: float) -> str:
-    """A count with three digits and its unit: 850, 23.5 M, 4.1 G."""
-    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if number >= 0.9995 * size:  # else three digits would be 1e+03 of the unit below
-            return f"{number / size:.3g} {unit}"
-    return f"{number:,.0f}"
+    """Seconds in their two largest units: 4.2 seconds, 3 minutes and 20 seconds."""
+    unit = "seconds" if seconds < 3600 else "minutes" if seconds < 86400 else "hours"
+    return humanize.precisedelta(seconds, unit, format="%.3g" if seconds < 60 else "%d")
 
 
 def _bytes(number: float) -> str:
-    return f"{number / _GIB:.3g} GiB" if number >= 999.5 * 2**20 else f"{number / 2**20:.3g} MiB"
+    return humanize.naturalsize(number, binary=True)

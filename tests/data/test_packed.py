@@ -60,7 +60,7 @@ def test_an_image_that_cannot_be_decoded_is_named(folder, tmp_path):
 def test_bad_files_are_one_sentence(folder, tmp_path):
     with pytest.raises(UserError, match="ends in .npz"):
         pack(folder, tmp_path / "out.bin")
-    with pytest.raises(UserError, match="can't be written"):
+    with pytest.raises(UserError, match="Cannot write"):
         pack(folder, tmp_path / "missing" / "out.npz")
     with pytest.raises(UserError, match="config.data.dir is empty: .*ssl-jax data pack"):
         make_sources(packed_config())

@@ -121,5 +121,5 @@ def test_a_full_disk_at_the_end_is_a_sentence(tmp_path, monkeypatch, writes):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writes, full)
-    with pytest.raises(UserError, match=r"evaluation can't be written into .*\(No space left"):
+    with pytest.raises(UserError, match=r"Cannot write .*\(No space left"):
         finished(tmp_path, random_source(40), random_source(24, seed=1))

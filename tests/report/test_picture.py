@@ -266,6 +266,6 @@ def test_what_cannot_be_drawn_is_told_in_a_sentence(tmp_path, capsys, monkeypatc
     (tmp_path / "views.png").mkdir()
     config = tiny_config()
     config.views = {"only": plain_view(flip=0.5)}
-    with pytest.raises(UserError, match="can't be written .* choose another"):
+    with pytest.raises(UserError, match="Cannot write .* or choose another path"):
         views_picture.write_views(config, tmp_path / "views.png", images=16)
     assert [path.name for path in tmp_path.iterdir()] == ["views.png"]

@@ -1,0 +1,188 @@
+"""How a run starts: its state is initialized or restored, its log opened, its metrics followed."""
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ssl_jax.config import to_json
+from ssl_jax.diagnostics import CollapseDetector
+from ssl_jax.errors import UserError
+from ssl_jax.evals.evaluator import Evaluator, evaluated_variables
+from ssl_jax.interop.initial_weights import load_initial_weights
+from ssl_jax.run import processes
+from ssl_jax.run.checkpoint import Checkpoints, quarantine_corrupt
+from ssl_jax.run.folder import note_resumption
+from ssl_jax.run.log import Fetcher, MetricsLog, NoLog, Progress, read_metrics
+from ssl_jax.run.nonfinite import NonfiniteGuard
+from ssl_jax.run.wandb import WandbWriter
+from ssl_jax.step import TrainState
+from ssl_jax.train import summary
+from ssl_jax.train.setup import Setup
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The parts of a started run, and how its metrics are logged and checked.
+
+    Attributes:
+      setup: config, data, schedule and train step.
+      workdir: the run's folder.
+      start: the step of the restored checkpoint; 0 for a new run.
+      untrained: the evaluated variables before training, on the host; a baseline at the end.
+      evaluator, checkpoints, progress, log: measure, save, print and write.
+      guard, detector: follow the metrics for non-finite steps and for collapse.
+      fetch: copies metrics to the host, counted.
+      began: `time.perf_counter()` at the start.
+    """
+
+    setup: Setup
+    workdir: Path
+    start: int
+    untrained: Any
+    evaluator: Evaluator
+    checkpoints: Checkpoints
+    progress: Progress
+    log: MetricsLog | NoLog
+    guard: NonfiniteGuard
+    detector: CollapseDetector
+    fetch: Fetcher
+    began: float
+
+    def log_step(self, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
+        """Fetches, checks and logs the metrics of a step; `waited` is in seconds, for data.
+
+        Raises:
+          UserError: too many steps were not finite.
+        """
+        scalars = self.check_finite(step, metrics)
+        rates: dict[str, Any] = self.progress.rates(step, waited)
+        if rates and jax.process_count() > 1:  # each process's rates, so that a slow one shows
+            seconds = self.setup.config.batch_size / rates["images_per_s"]
+            rates |= processes.pace(seconds, rates["data_wait"])
+        self.log.write(step, scalars | rates)
+        self.progress.show(step, scalars | rates)
+        self.progress.warn(*self.detector.check(step, scalars))
+
+    def check_finite(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, Any]:
+        """Fetches the metrics of a step; without the counts of steps that were not finite.
+
+        Raises:
+          UserError: too many steps were not finite.
+        """
+        scalars: dict[str, Any] = self.fetch(metrics)
+        self.progress.warn(*self.guard.check(step, scalars, self.checkpoints.latest_step))
+        return scalars
+
+    def log_evaluation(self, step: int, measured: dict[str, float]) -> None:
+        """Logs what was measured on the frozen encoder's features."""
+        self.log.write(step, measured)
+        self.progress.warn(*self.detector.check(step, measured))
+        self.progress.note(summary.evaluation_line(self.setup, step, measured))
+
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[None]:
+        """Finishes pending checkpoints and closes the log when the block ends or raises."""
+        try:
+            yield
+        except BaseException as error:
+            # Processes finish a checkpoint together, which they can't once one of them is lost.
+            agreed = isinstance(error, UserError) and error.on_all_processes
+            if jax.process_count() == 1 or agreed:
+                with contextlib.suppress(UserError, OSError):  # the first error is reported
+                    self._close(failed=True)
+            raise
+        self._close()
+
+    def _close(self, failed: bool = False) -> None:
+        self.progress.end()
+        try:
+            self.checkpoints.close()
+        except BaseException:
+            failed = True
+            raise
+        finally:
+            self.log.close(failed)
+
+
+def start_run(setup: Setup, workdir: Path, verbosity: str = "all") -> tuple[Run, TrainState]:
+    """Restores the newest checkpoint or initializes the state, and opens the log.
+
+    All processes of the run call it together.
+
+    Raises:
+      UserError: processes see different data or checkpoints, or a checkpoint can't be read.
+    """
+    began, config, total = time.perf_counter(), setup.config, setup.schedule.total_steps
+    primary = processes.is_primary()
+    out = None if primary else open(os.devnull, "w")  # closed with the process
+    progress = Progress(total, config.batch_size, out, verbosity)
+    with processes.raise_on_all_processes():
+        if primary:
+            progress.warn(*quarantine_corrupt(workdir / "checkpoints", workdir / "corrupt"))
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+    state = setup.program.init()
+    untrained = jax.device_get(evaluated_variables(state, config.eval.projector_layer))
+    state, start = _restored(setup, workdir, state, checkpoints, progress)
+    evaluator = Evaluator(config, setup.spmd, setup.train, setup.test)
+    fetch = Fetcher()
+    guard = NonfiniteGuard(
+        config.max_nonfinite_steps,
+        workdir,
+        lambda step: setup.index.local_ids(step, np.arange(config.batch_size)),
+        fetch(state.nonfinite)[0] if start else 0,
+    )
+    detector = CollapseDetector(**setup.watched)
+    for record in read_metrics(workdir / "metrics.jsonl"):
+        if record["step"] <= start:
+            detector.check(record["step"], record)  # these warnings have been given
+    log: MetricsLog | NoLog = NoLog()
+    with processes.raise_on_all_processes():
+        if primary:
+            log = _open_log(setup, workdir, start, progress)
+            if not start:
+                log.picture(0, "views", evaluator.view_grid(state))
+    if start < total:
+        progress.note(*summary.lines(summary.start_rows(setup, state.params, workdir, start)))
+        progress.warn(*summary.warmup_warnings(setup))
+    parts = (evaluator, checkpoints, progress, log, guard, detector, fetch)
+    return Run(setup, workdir, start, untrained, *parts, began), state
+
+
+def _restored(
+    setup: Setup, workdir: Path, state: TrainState, checkpoints: Checkpoints, progress: Progress
+) -> tuple[TrainState, int]:
+    """The state to start from, replicated, and its step."""
+    start, total = checkpoints.latest_step or 0, setup.schedule.total_steps
+    if not start:
+        state = load_initial_weights(state, setup.config)
+    state = setup.spmd.replicate(state)
+    processes.require_same(
+        {"training set": setup.train.fingerprint, "newest checkpoint": str(start)}
+    )
+    if start:
+        start, state, warnings = checkpoints.restore_newest(state, workdir / "corrupt")
+        progress.warn(*warnings)
+        progress.note(f"Resuming from step {start} of {total}.")
+        with processes.raise_on_all_processes():
+            if processes.is_primary() and start < total:
+                changed = note_resumption(workdir, start, setup.derived)
+                progress.note(*summary.environment_notes(changed))
+    elif (workdir / "metrics.jsonl").exists():
+        progress.note("No checkpoint found; restarting from step 0.")
+    return state, start
+
+
+def _open_log(setup: Setup, workdir: Path, start: int, progress: Progress) -> MetricsLog:
+    """The run's log, and its run in Weights & Biases if there is anything left to train."""
+    project = setup.config.wandb if start < setup.schedule.total_steps else ""
+    others = []
+    if project:
+        others = [WandbWriter(project, workdir, to_json(setup.config), progress.warn)]
+    return MetricsLog(workdir, start, others)
