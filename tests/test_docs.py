@@ -534,7 +534,7 @@ def test_a_run_that_was_stopped_is_resumed(here, monkeypatch, capsys):
     monkeypatch.chdir(here)
     assert ssl_jax.load("runs/stopped").step == 1
     run_program("examples/resume.py", "runs/stopped")
-    assert "Continuing from step 1 of 2" in capsys.readouterr().out
+    assert "Resuming from step 1 of 2" in capsys.readouterr().out
     assert ssl_jax.load("runs/stopped").step == 2
 
 

@@ -32,7 +32,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, keep: int = 2, read_only: bool = False) -> None:
-        """Opens the directory.
+        """Opens the directory; Orbax synchronizes the processes of a run here.
 
         Args:
           directory: of the checkpoints; created if it doesn't exist, unless `read_only`.

@@ -83,16 +83,14 @@ def train(run: Run, state: TrainState, stop: processes.Stop) -> tuple[TrainState
     Returns:
       The state, saved in a checkpoint, and the number of steps done.
     """
-    setup, config = run.setup, run.setup.config
-    total = step = setup.schedule.total_steps
+    setup, config, total = run.setup, run.setup.config, run.setup.schedule.total_steps
     evaluate_every = setup.schedule.every(config.eval.knn_every_epochs)
     save_every = setup.schedule.every(config.checkpoint.every_epochs)
-    device_data = setup.spmd.replicate(setup.train.device_data())
-    first, timeout_s = run.start + 1, config.data.timeout_s
+    step, first, place = run.start, run.start + 1, setup.spmd.place_batch
     unlogged: dict[str, jax.Array] | None = None
     # The cadence, after each step:
-    # 1. Log the step before, one step late. Fetching metrics waits for their step, and meanwhile
-    #    the devices are busy with the step just dispatched.
+    # 1. Log the previous step, one step late. Fetching metrics waits for their step; meanwhile the
+    #    devices are busy with the step just dispatched.
     # 2. Ask whether to stop. All processes ask at every step, so that they stop at the same one.
     # 3. Before an evaluation or a checkpoint, log this step right away, or at least check it: a
     #    state that isn't finite must not be measured or saved, and a resumed run doesn't repeat
@@ -100,31 +98,30 @@ def train(run: Run, state: TrainState, stop: processes.Stop) -> tuple[TrainState
     # 4. Evaluate, then save: the best checkpoint is chosen by kNN accuracy. A run that is asked to
     #    stop only saves, for it may have little time left.
     # 5. Stop. The last step is always logged, evaluated and saved.
-    place = setup.spmd.place_batch
-    with Prefetcher(
-        setup.train, setup.index, setup.rows, place, run.start, total, timeout_s
-    ) as batches:
+    span = (run.start, total, config.data.timeout_s)
+    with Prefetcher(setup.train, setup.index, setup.rows, place, *span) as batches:
         for step in range(first, total + 1):
             batch = batches.next()
             if step == first:
-                train_step = _compiled(run, state, batch, device_data)
-            state, metrics = train_step(state, batch, device_data)
+                train_step = _compiled(run, state, batch)
+            state, metrics = train_step(state, batch, run.device_data)
             if step == first:  # it warms up; rates are of the steps after it
                 jax.block_until_ready(metrics)
                 run.progress.start(step, batches.wait_seconds)
             if unlogged is not None:
                 run.log_step(step - 1, unlogged, batches.wait_seconds)
+                unlogged = None
             last = step == total
             stopping = stop.asked(step) and not last
             logging = is_due(step, config.log_every) or last
             evaluating = (is_due(step, evaluate_every) or last) and not stopping
             saving = is_due(step, save_every) or last or stopping
-            unlogged = metrics if logging and not (evaluating or saving) else None
-            if evaluating or saving:
-                if logging:
-                    run.log_step(step, metrics, batches.wait_seconds)
-                else:
-                    run.check_finite(step, {name: metrics[name] for name in (COUNT, STEP)})
+            if logging and (evaluating or saving):
+                run.log_step(step, metrics, batches.wait_seconds)
+            elif logging:
+                unlogged = metrics
+            elif evaluating or saving:
+                run.check_finite(step, {name: metrics[name] for name in (COUNT, STEP)})
             knn = evaluate(run, state, step) if evaluating else None
             if saving:
                 with run.progress.paused():
@@ -143,10 +140,10 @@ def evaluate(run: Run, state: TrainState, step: int) -> float | None:
     return measured.get("knn")
 
 
-def _compiled(run: Run, state: TrainState, batch: Any, device_data: Any) -> Any:
+def _compiled(run: Run, state: TrainState, batch: Any) -> Any:
     """The train step, compiled; prints its cost."""
     run.progress.line("Compiling the step …")
-    arguments = (state, batch, device_data)
+    arguments = (state, batch, run.device_data)
     step, rows = summary.compiled(run.setup.program.step, arguments, run.setup.spmd.size)
     run.progress.note(*summary.lines(rows))
     return step

@@ -1,4 +1,4 @@
-"""How a run starts: its state is initialized or restored, its log opened, its metrics followed."""
+"""A started run: its state is initialized or restored, its log open, its metrics followed."""
 
 import contextlib
 import dataclasses
@@ -35,6 +35,7 @@ class Run:
       setup: config, data, schedule and train step.
       workdir: the run's folder.
       start: the step of the restored checkpoint; 0 for a new run.
+      device_data: the training set's arrays that stay on the devices, replicated.
       untrained: the evaluated variables before training, on the host; a baseline at the end.
       evaluator, checkpoints, progress, log: measure, save, print and write.
       guard, detector: follow the metrics for non-finite steps and for collapse.
@@ -45,6 +46,7 @@ class Run:
     setup: Setup
     workdir: Path
     start: int
+    device_data: dict[str, jax.Array]
     untrained: Any
     evaluator: Evaluator
     checkpoints: Checkpoints
@@ -127,7 +129,7 @@ def start_run(setup: Setup, workdir: Path, verbosity: str = "all") -> tuple[Run,
         if primary:
             progress.warn(*quarantine_corrupt(workdir / "checkpoints", workdir / "corrupt"))
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
-    state = setup.program.init()
+    device_data, state = setup.spmd.replicate(setup.train.device_data()), setup.program.init()
     untrained = jax.device_get(evaluated_variables(state, config.eval.projector_layer))
     state, start = _restored(setup, workdir, state, checkpoints, progress)
     evaluator = Evaluator(config, setup.spmd, setup.train, setup.test)
@@ -152,7 +154,7 @@ def start_run(setup: Setup, workdir: Path, verbosity: str = "all") -> tuple[Run,
         progress.note(*summary.lines(summary.start_rows(setup, state.params, workdir, start)))
         progress.warn(*summary.warmup_warnings(setup))
     parts = (evaluator, checkpoints, progress, log, guard, detector, fetch)
-    return Run(setup, workdir, start, untrained, *parts, began), state
+    return Run(setup, workdir, start, device_data, untrained, *parts, began), state
 
 
 def _restored(

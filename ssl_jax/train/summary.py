@@ -40,7 +40,7 @@ def start_rows(setup: Setup, params: Any, workdir: Path, start: int) -> Iterator
     yield "method", f"{config.method}, {network}, {len(views)} views of {sizes} px, {config.dtype}"
     encoder, frozen = _count(params["encoder"]), setup.method.frozen
     trained = sum(_count(tree) for name, tree in params.items() if name not in frozen)
-    counts = humanize.metric(encoder), humanize.metric(trained)
+    counts = [humanize.intword(number, "%.3g") for number in (encoder, trained)]
     yield "parameters", "{} in the encoder, {} trainable in total".format(*counts)
     held_out = f", {setup.test.num_examples:,} held out" if setup.test is not None else ""
     yield "images", f"{setup.train.num_examples:,} for training{held_out}"

@@ -1,4 +1,4 @@
-"""Whole runs, as processes of their own where they are to be killed."""
+"""Whole runs; those that are killed have a process of their own."""
 
 import ast
 import contextlib
@@ -28,7 +28,7 @@ from ssl_jax.evals import evaluator as eval_run
 from ssl_jax.interop.load import restore_state
 from ssl_jax.run.log import read_metrics
 from ssl_jax.spmd import Spmd
-from ssl_jax.train import loop, pretrain, setup
+from ssl_jax.train import loop, pretrain, setup, start
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -44,7 +44,7 @@ def get_config(variant=""):
 
 @pytest.fixture(scope="module")
 def command_for(tmp_path_factory):
-    """run_pretrain.py on the digits: 8 steps an epoch, 24 in all, a checkpoint every 3."""
+    """Makes commands on the digits: 8 steps per epoch, 24 in total, a checkpoint every 3."""
     config = tmp_path_factory.mktemp("config") / "config.py"
     config.write_text(CONFIG.format(tests=str(ROOT / "tests")))
 
@@ -61,7 +61,7 @@ def command(command_for):
 
 
 def environment():
-    """As the tests', with two devices."""
+    """The tests' environment, with two devices."""
     return os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2")}
 
 
@@ -72,7 +72,7 @@ def run(command, **options):
 
 
 def final_state(workdir):
-    """Every leaf of the newest checkpoint: projector, optimiser and data position included."""
+    """Every leaf of the newest checkpoint, including projector, optimizer and data position."""
     state = restore_state(workdir)
     assert int(state.step) == 24
     return leaves(state)
@@ -80,7 +80,7 @@ def final_state(workdir):
 
 @pytest.fixture(scope="module")
 def extras(tmp_path_factory):
-    """Arguments for the digits, device_data on the devices, and for image files read by tf.data."""
+    """Arguments for digits, kept on the devices, and for image files read by tf.data."""
     images = noise_files(tmp_path_factory.mktemp("images"))
     options = {"data.name": "folder", "data.dir": images, "data.test_dir": images}
     options |= {"batch_size": 32, "epochs": 12, "checkpoint.every_epochs": 1.5}
@@ -89,7 +89,7 @@ def extras(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(command_for, extras, tmp_path_factory):
-    """Workdirs of whole runs, by the name of the data; each is made when it is asked for."""
+    """Makes workdirs of uninterrupted runs, by the name of the data, each on its first use."""
 
     @functools.cache
     def make(data):
@@ -100,13 +100,13 @@ def undisturbed(command_for, extras, tmp_path_factory):
     return make
 
 
-# While a checkpoint is being written, one every 3 steps, and between two.
+# Killed while a checkpoint is written (one every 3 steps), and between two checkpoints.
 @pytest.mark.long
 @pytest.mark.parametrize("data, at", [("digits", "step 12/"), ("folder", "step 11/")])
-def test_a_killed_run_ends_bit_identical_to_an_undisturbed_one(
+def test_resume_is_bit_exact_after_sigkill(
     undisturbed, extras, command, tmp_path, data, at, monkeypatch, capsys
 ):
-    """The process that is killed is one of its own; the other runs are in the tests' process."""
+    """Only the killed run needs a process of its own."""
     share_steps(monkeypatch)
     killed = subprocess.Popen(command(tmp_path, *extras[data]), stdout=subprocess.PIPE, text=True)
     for line in killed.stdout:
@@ -117,7 +117,7 @@ def test_a_killed_run_ends_bit_identical_to_an_undisturbed_one(
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / eval_run.LAST_FILE).exists()
     assert pretrain_main(command(tmp_path, *extras[data])[2:]) == 0
-    assert "Continuing from step" in capsys.readouterr().out
+    assert "Resuming from step" in capsys.readouterr().out
     assert (tmp_path / eval_run.LAST_FILE).exists()
     first, second = final_state(undisturbed(data)), final_state(tmp_path)
     assert first.keys() == second.keys()
@@ -132,13 +132,13 @@ def test_a_killed_run_ends_bit_identical_to_an_undisturbed_one(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A short run with its evaluation: config, folder, final state and what was printed."""
+    """A short run with its evaluation: config, folder, final state and printed output."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     config = with_whole_images(tiny_config(epochs=1.0, batch_size=320))
     config.eval.update(knn_every_epochs=1.0, at_end=True)
     config.checkpoint.every_epochs = 1.0
     config.data.test_fraction = 0.25
-    before = os.umask(0o022)  # the usual one
+    before = os.umask(0o022)  # the usual default
     try:
         with contextlib.redirect_stdout(io.StringIO()) as out:
             state = pretrain(config, workdir, "the command")
@@ -147,11 +147,11 @@ def finished(tmp_path_factory):
     return config, workdir, jax.device_get(state), out.getvalue()
 
 
-def test_a_finished_run_is_evaluated_and_reported(finished):
+def test_finished_run_is_evaluated_and_reported(finished):
     config, workdir, _, out = finished
     record = json.loads((workdir / "config.json").read_text())
     assert "BatchNorm over 320 images" in out
-    # The patience is an epoch: 1347 images in batches of 320.
+    # Patience is one epoch: 1347 images in batches of 320.
     assert record["derived"] == {"batchnorm_images": 320, "trivial_loss": None, "patience": 4}
     for part in ("raw pixels", "random init", "simclr", "full linear", "kNN", "report.html"):
         assert part in out
@@ -164,7 +164,7 @@ def test_a_finished_run_is_evaluated_and_reported(finished):
     assert (workdir / "report.html").stat().st_size > 10_000
 
 
-def test_a_finished_run_is_loaded_as_an_encoder(finished):
+def test_load_returns_the_encoder_of_a_finished_run(finished):
     _, workdir, state, _ = finished
     encoder = ssl_jax.load(workdir)
     features = encoder.apply(np.zeros((2, 8, 8, 3), np.uint8))
@@ -182,7 +182,7 @@ def test_a_finished_run_is_loaded_as_an_encoder(finished):
         np.testing.assert_array_equal(a, b)
 
 
-def test_the_command_of_a_finished_run_trains_nothing_more(finished, tmp_path):
+def test_rerunning_a_finished_run_trains_no_further(finished, tmp_path):
     config, done, state, _ = finished
     workdir = Path(shutil.copytree(done, tmp_path / "run"))
     before = (workdir / "metrics.jsonl").read_bytes()
@@ -191,8 +191,8 @@ def test_the_command_of_a_finished_run_trains_nothing_more(finished, tmp_path):
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
-def test_no_file_of_a_run_can_be_written_by_others(finished):
-    """With the usual umask; a looser one is its owner's choice."""
+def test_files_of_a_run_are_not_writable_by_others(finished):
+    """With the usual umask; a looser one is the user's choice."""
     workdir = finished[1]
     files = [workdir, *workdir.rglob("*")]
     names = {file.name for file in files}
@@ -201,22 +201,23 @@ def test_no_file_of_a_run_can_be_written_by_others(finished):
         assert not stat.S_IMODE(file.stat().st_mode) & 0o022, file
 
 
-def test_a_run_broken_off_before_its_first_checkpoint_says_that_it_starts_anew(
+def test_run_interrupted_before_its_first_checkpoint_restarts_from_step_0(
     tmp_path, capsys, monkeypatch
 ):
-    def interrupted(self, stop):
+    def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop.Run, "train", interrupted)
-    said = []
+    monkeypatch.setattr(loop, "train", interrupted)
+    restarted = []
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             pretrain(with_whole_images(tiny_config(steps=1, batch_size=320)), tmp_path)
-        said.append("it starts anew" in capsys.readouterr().out)
-    assert said == [False, True]
+        out = capsys.readouterr().out
+        restarted.append("No checkpoint found; restarting from step 0." in out)
+    assert restarted == [False, True]
 
 
-def test_another_config_changes_nothing_in_the_folder(tmp_path):
+def test_different_config_is_refused_and_leaves_the_folder_unchanged(tmp_path):
     config = tiny_config(epochs=1.0, batch_size=320)
     (tmp_path / "config.json").write_text(json.dumps({"config": to_json(config)}))
     config.optim.lr = 0.123
@@ -225,21 +226,20 @@ def test_another_config_changes_nothing_in_the_folder(tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_the_loop_fetches_once_per_logged_step_and_transfers_only_batches(tmp_path, monkeypatch):
+def test_loop_fetches_once_per_logged_step_and_transfers_only_batches(tmp_path, monkeypatch):
     placed = []
     place = Spmd.place_batch
     monkeypatch.setattr(Spmd, "place_batch", lambda self, b: placed.append(b) or place(self, b))
     config = with_whole_images(tiny_config(epochs=2.0, batch_size=160, log_every=4))
-    runs = []
+    runs, plain = [], loop.train
 
-    class GuardedRun(loop.Run):
-        def train(self, stop):
-            runs.append(self)
-            with jax.transfer_guard_host_to_device("disallow"):
-                return super().train(stop)
+    def guarded(run, *args):
+        runs.append(run)
+        with jax.transfer_guard_host_to_device("disallow"):
+            return plain(run, *args)
 
-    monkeypatch.setattr(loop, "Run", GuardedRun)
-    monkeypatch.setattr(loop.Run, "measure", lambda self, step: None)
+    monkeypatch.setattr(loop, "train", guarded)
+    monkeypatch.setattr(loop, "evaluate", lambda *args: None)
     monkeypatch.setattr("ssl_jax.evals.evaluator.Evaluator.finish", lambda *a: [])
     pretrain(config, tmp_path)
     steps = 2 * (1347 // 160)
@@ -261,7 +261,7 @@ def test_the_loop_fetches_once_per_logged_step_and_transfers_only_batches(tmp_pa
         (["--config.batch_size=4000"], ["config.batch_size is 4000", "1347 images"]),
     ],
 )
-def test_bad_input_is_one_sentence_and_leaves_nothing(command, tmp_path, arguments, words, capsys):
+def test_bad_input_prints_one_line_and_creates_nothing(command, tmp_path, arguments, words, capsys):
     code = pretrain_main(command(tmp_path / "run", *arguments)[2:])
     stderr = capsys.readouterr().err
     assert code == 2
@@ -271,13 +271,13 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(command, tmp_path, argumen
     assert not (tmp_path / "run").exists()
 
 
-def test_a_process_ends_with_the_sentence_and_its_code(command, tmp_path):
+def test_bad_input_exits_with_code_2(command, tmp_path):
     result = run(command(tmp_path / "run", "--config.method=simcl"))
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and "config.method" in result.stderr
 
 
-def test_a_second_start_on_a_workdir_is_refused(command, tmp_path, capsys):
+def test_second_run_in_a_workdir_is_refused(command, tmp_path, capsys):
     first = subprocess.Popen(
         command(tmp_path / "run", "--config.steps=100000"),
         env=environment(),
@@ -290,7 +290,7 @@ def test_a_second_start_on_a_workdir_is_refused(command, tmp_path, capsys):
         while not (tmp_path / "run" / "config.json").exists():
             if first.poll() is not None or time.monotonic() > deadline:
                 first.kill()
-                pytest.fail(f"the first never came to it: {first.communicate()[0]}")
+                pytest.fail(f"the first run never started: {first.communicate()[0]}")
             time.sleep(0.1)
         assert pretrain_main(command(tmp_path / "run")[2:]) == 2
         assert f"process {first.pid} on" in capsys.readouterr().err
@@ -299,33 +299,31 @@ def test_a_second_start_on_a_workdir_is_refused(command, tmp_path, capsys):
         first.communicate()
 
 
-@pytest.mark.parametrize("name", ["train/loop.py", "step.py", "methods/simclr.py"])
-def test_nothing_fetches_beside_the_counted_function(name):
-    """A stray float(metric) would stall every step; a fetch has to be seen to be counted."""
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("train/loop.py", []),
+        ("train/start.py", ["jax.device_get"]),  # the untrained encoder, before the first step
+        ("step.py", []),
+        ("methods/simclr.py", []),
+    ],
+)
+def test_hot_path_copies_to_the_host_only_through_the_counted_fetch(name, expected):
+    """A stray float(metric) would stall every step."""
     tree = ast.parse((ROOT / "ssl_jax" / name).read_text())
     calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
     stalls = {"float", "int", "np.asarray", "np.array", "jax.device_get"}
-    found = [c for c in calls if c in stalls or c.endswith((".item", ".tolist"))]
-    # Once, before the first step: the untrained encoder to the host.
-    assert found == (["jax.device_get"] if name == "train/loop.py" else [])
+    assert [c for c in calls if c in stalls or c.endswith((".item", ".tolist"))] == expected
 
 
-def test_a_run_that_batchnorm_makes_another_is_told(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loop.Run, "measure", lambda self, step: None)
+def test_batchnorm_group_is_printed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "evaluate", lambda *args: None)
     monkeypatch.setattr("ssl_jax.evals.evaluator.Evaluator.finish", lambda *a: [])
     config = with_whole_images(tiny_config(steps=1, batch_size=320, microbatch=160))
     config.model.bn_group_size = 1
     pretrain(config, tmp_path)
     out = capsys.readouterr().out
     assert "in microbatches of 160, BatchNorm over 20 images" in out
-    run = loop.Run.__new__(loop.Run)
-    notes = []
-    run.progress = type("Progress", (), {"note": staticmethod(notes.append)})
-    run.note_changes(["devices.count: 8 -> 4"])
-    run.note_changes(["derived.batchnorm_images: 20 -> 40"])
-    run.note_changes([])
-    assert "equal to rounding" in notes[0] and "losses will differ" in notes[1]
-    assert len(notes) == 2
 
 
 @pytest.mark.parametrize(
@@ -335,7 +333,7 @@ def test_a_run_that_batchnorm_makes_another_is_told(tmp_path, capsys, monkeypatc
         ({"microbatch": 8, "model.bn_group_size": 1}, "BatchNorm would see one image at a time"),
     ],
 )
-def test_what_only_data_and_devices_tell_is_refused_too(changes, words, tmp_path):
+def test_config_that_does_not_fit_data_or_devices_is_refused(changes, words, tmp_path):
     config = tiny_config()
     for key, value in changes.items():
         group, _, name = key.rpartition(".")
@@ -346,8 +344,8 @@ def test_what_only_data_and_devices_tell_is_refused_too(changes, words, tmp_path
 
 
 @pytest.mark.parametrize("halved", [False, True])
-def test_a_full_memory_names_the_levers(tmp_path, monkeypatch, halved):
-    """By injection: a CPU has none of its own to fill."""
+def test_out_of_memory_in_the_step_suggests_options(tmp_path, monkeypatch, halved):
+    """By injection: a CPU has no memory of its own to fill."""
     numbers = "bfloat16" if halved else "float32"
     config = with_whole_images(tiny_config(batch_size=64, remat=halved, dtype=numbers))
 
@@ -362,14 +360,14 @@ def test_a_full_memory_names_the_levers(tmp_path, monkeypatch, halved):
     monkeypatch.setattr(setup, "Program", Full)
     with pytest.raises(UserError) as caught:
         pretrain(config, tmp_path)
-    told = str(caught.value)
-    assert "Out of memory, 9 bytes.): try --config.microbatch=32" in told
-    assert ("remat" in told) == ("bfloat16" in told) == (not halved)
-    assert "`ssl-jax plan`" in told and "\n" not in told
+    message = str(caught.value)
+    assert "Out of memory, 9 bytes.). Try --config.microbatch=32" in message
+    assert ("remat" in message) == ("bfloat16" in message) == (not halved)
+    assert "`ssl-jax plan`" in message and "\n" not in message
 
 
-def test_a_memory_that_fills_in_an_evaluation_names_its_lever(tmp_path, monkeypatch):
-    """By injection; the run goes on with the lever pulled, from its checkpoint."""
+def test_out_of_memory_in_an_evaluation_suggests_its_batch_size(tmp_path, monkeypatch):
+    """By injection; with the suggestion the run resumes from its checkpoint."""
     share_steps(monkeypatch)
     config = with_whole_images(tiny_config(batch_size=64, steps=2))
     config.eval.batch_size, config.checkpoint.every_epochs = 64, 1.0
@@ -382,18 +380,18 @@ def test_a_memory_that_fills_in_an_evaluation_names_its_lever(tmp_path, monkeypa
         with pytest.raises(UserError) as caught:
             pretrain(config, tmp_path)
     assert "A batch of the evaluation doesn't fit" in str(caught.value)
-    assert "9 bytes.): try --config.eval.batch_size=32." in str(caught.value)
+    assert "9 bytes.). Try --config.eval.batch_size=32." in str(caught.value)
     config.eval.batch_size = 32
     assert int(pretrain(config, tmp_path).step) == 2
 
 
-def test_a_run_that_goes_on_remembers_how_wide_its_embeddings_were(tmp_path, monkeypatch):
+def test_collapse_detector_remembers_the_spread_of_embeddings_after_a_resume(tmp_path):
     config = with_whole_images(tiny_config(batch_size=64, steps=4))
     config.checkpoint.every_epochs = 0.05
     pretrain(config, tmp_path)
     seen = [r["embedding_std"] for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r]
-    run = loop.Run(setup.Setup(config), tmp_path)
-    told = run.watch.check(5, {"embedding_std": max(seen) * 0.49})
-    told += run.watch.check(6, {"embedding_std": max(seen) * 0.49})
-    run.close()
-    assert len(told) == 1 and "has halved" in told[0]
+    run, _ = start.start_run(setup.Setup(config), tmp_path)
+    with run.closing():
+        halved = {"embedding_std": max(seen) * 0.49}
+        warnings = run.detector.check(5, halved) + run.detector.check(6, halved)
+    assert len(warnings) == 1 and "has halved" in warnings[0]
