@@ -39,16 +39,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(path: str | Path, fix: str = RESUME, *more: type[Exception]) -> Iterator[None]:
-    """Turns errors of writing into a `UserError`.
-
-    Args:
-      path: file or folder that is written inside the block.
-      fix: what to do besides checking space and permissions, as `cannot_write` takes it.
-      *more: exception types to turn besides `OSError`.
-
-    Raises:
-      UserError: the path cannot be written.
-    """
+    """Turns an `OSError`, or one of `more`, in the block into `cannot_write`'s `UserError`."""
     errors: tuple[type[Exception], ...] = (OSError, *more)
     try:
         yield
@@ -57,7 +48,7 @@ def writing(path: str | Path, fix: str = RESUME, *more: type[Exception]) -> Iter
 
 
 def cannot_write(path: str | Path, error: Exception, fix: str = RESUME) -> UserError:
-    """The error of a path that cannot be written; `fix` ends its message."""
+    """The error of a file or folder that cannot be written; `fix` ends its message."""
     return UserError(
         f"Cannot write {path} ({reason(error)}). Check free disk space and permissions, {fix}."
     )

@@ -16,10 +16,7 @@ class Setup:
     """A config on these devices and this data; nothing is written yet.
 
     Attributes:
-      config: resolved.
-      spmd, schedule, index, program, method: mesh, length, sample order, train step and its method.
-      train, test: sources; `test` is None without a held-out split.
-      rows: of the global batch, those on this process's devices.
+      rows: indices of the global batch that belong to this process's devices.
       watched: options of `CollapseDetector`.
       derived: recorded in the run's folder, as it depends on devices and method.
     """

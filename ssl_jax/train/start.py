@@ -141,7 +141,7 @@ def start_run(setup: Setup, workdir: Path, verbosity: str = "all") -> tuple[Run,
         fetch(state.nonfinite)[0] if start else 0,
     )
     detector = CollapseDetector(**setup.watched)
-    for record in read_metrics(workdir / "metrics.jsonl"):
+    for record in read_metrics(workdir / "metrics.jsonl") if primary else []:
         if record["step"] <= start:
             detector.check(record["step"], record)  # these warnings have been given
     log: MetricsLog | NoLog = NoLog()

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import humanize
 import jax
 import numpy as np
+from humanize import intword, metric, naturalsize, precisedelta
 
 from ssl_jax.config import flat_views
 from ssl_jax.errors import UserError
@@ -40,7 +40,7 @@ def start_rows(setup: Setup, params: Any, workdir: Path, start: int) -> Iterator
     yield "method", f"{config.method}, {network}, {len(views)} views of {sizes} px, {config.dtype}"
     encoder, frozen = _count(params["encoder"]), setup.method.frozen
     trained = sum(_count(tree) for name, tree in params.items() if name not in frozen)
-    counts = [humanize.intword(number, "%.3g") for number in (encoder, trained)]
+    counts = [intword(number, "%.3g") for number in (encoder, trained)]
     yield "parameters", "{} in the encoder, {} trainable in total".format(*counts)
     held_out = f", {setup.test.num_examples:,} held out" if setup.test is not None else ""
     yield "images", f"{setup.train.num_examples:,} for training{held_out}"
@@ -117,10 +117,13 @@ def compiled(
     since = time.perf_counter()
     program = traced.lower().compile()
     seconds = time.perf_counter() - since
-    total, each = (humanize.metric(n) for n in (flops, flops / devices))
     rows = [
-        ("compilation", duration(seconds)),
-        ("FLOPs", f"{total} per step, {each} per device (convolutions and matrix products)"),
+        ("compilation", precisedelta(seconds, format="%.3g")),
+        (
+            "FLOPs",
+            f"{metric(flops)} per step, {metric(flops / devices)} per device (convolutions and "
+            "matrix products)",
+        ),
     ]
     if analysis := program.memory_analysis():  # not on every backend
         rows.append(("memory", _memory(analysis)))
@@ -143,10 +146,10 @@ def _memory(analysis: Any) -> str:
     kinds = memory_kinds(analysis)
     kinds = {"state and data": kinds.pop("arguments"), **kinds}
     whole = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    of = f" of {_bytes(whole)}" if whole else ""
+    of = f" of {naturalsize(whole, binary=True)}" if whole else ""
     largest = sorted(kinds.items(), key=lambda item: -item[1])[:2]
-    parts = ", ".join(f"{name} {_bytes(n)}" for name, n in largest)
-    return f"{_bytes(sum(kinds.values()))}{of} per device ({parts})"
+    parts = ", ".join(f"{name} {naturalsize(n, binary=True)}" for name, n in largest)
+    return f"{naturalsize(sum(kinds.values()), binary=True)}{of} per device ({parts})"
 
 
 def evaluation_line(setup: Setup, step: int, measured: dict[str, float]) -> str:
@@ -169,19 +172,9 @@ def end_rows(workdir: Path, seconds: float, start: int) -> Iterator[Row]:
     records = read_metrics(workdir / "metrics.jsonl")
     if seconds:
         since = f" since step {start:,}" if start else ""
-        yield "time", f"{duration(seconds)}{since}"
+        yield "time", f"{precisedelta(seconds, format='%.3g')}{since}"
     if speeds := [r["images_per_s"] for r in records if "images_per_s" in r]:
         yield "speed", f"{np.median(speeds):,.0f} img/s (median)"
     if measured := [(r["knn"], r["step"]) for r in records if "knn" in r]:
         best, at = max(measured, key=lambda pair: pair[0])
         yield "kNN", f"{100 * measured[-1][0]:.2f}% (best {100 * best:.2f}% at step {at:,})"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in their two largest units: 4.2 seconds, 3 minutes and 20 seconds."""
-    unit = "seconds" if seconds < 3600 else "minutes" if seconds < 86400 else "hours"
-    return humanize.precisedelta(seconds, unit, format="%.3g" if seconds < 60 else "%d")
-
-
-def _bytes(number: float) -> str:
-    return humanize.naturalsize(number, binary=True)

