@@ -189,8 +189,9 @@ MUTATIONS = [
     Mutation(
         "microbatches see other random numbers in the second pass",
         "ssl_jax/step.py",
-        "_, pull = jax.vjp(lambda params: forward(params, piece)[0], state.params)",
-        "_, pull = jax.vjp(lambda params: forward(params, (piece + 1) % pieces)[0], state.params)",
+        "_, pull = jax.vjp(lambda params: forward(params, microbatch)[0], state.params)",
+        "other = (microbatch + 1) % microbatches\n"
+        "        _, pull = jax.vjp(lambda params: forward(params, other)[0], state.params)",
         "tests/test_microbatch.py",
     ),
     Mutation(

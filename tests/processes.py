@@ -1,4 +1,4 @@
-"""Several real processes that are one run, joined as under Slurm, by JAX's own detection."""
+"""Several real processes that form one run, joined as under Slurm, by JAX's own detection."""
 
 import json
 import os
@@ -10,10 +10,10 @@ import threading
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-DEVICES = 2  # of each process
+DEVICES = 2  # per process
 STARTED = []
 
-# Writes down which ids a process has read, and makes one of them slow once, while it is waited for.
+# Records the ids that each process reads, and makes one process slow once, during training.
 CONFIG = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT / "tests")!r})
@@ -48,8 +48,8 @@ def get_config(variant=""):
 
 
 END = "is the exit code."
-# The transport (Gloo) writes to standard output from several threads, in pieces that mix with each
-# other and with lines of ours. Python's own output goes to the pipe by another file descriptor.
+# JAX's transport (Gloo) writes to standard output from several threads, in fragments that mix with
+# each other and with Python's lines. Python's output gets a file descriptor of its own.
 _APART = """
 import os, sys
 sys.stdout = os.fdopen(os.dup(1), "w")
@@ -59,14 +59,14 @@ PRETRAIN = f"""
 import runpy
 runpy.run_path({str(ROOT / "run_pretrain.py")!r}, run_name="__main__")
 """
-# Commands of `ssl-jax`, where a ResNet of depth 4 is known, for `in_turn`.
+# Runs commands of `ssl-jax` for `in_turn`, with the tests' ResNet of depth 4 registered.
 _IN_TURN = f"""
 import json
 sys.path.insert(0, {str(ROOT / "tests")!r})
 import tiny
 from ssl_jax.run import folder
 from ssl_jax.cli.main import main
-# A lock that another process has written is in this machine's file system at once.
+# On one machine another process's lock is visible at once.
 folder.lock_text.__defaults__ = (1.0,)
 for arguments in json.loads(sys.argv[1]):
     code = main(arguments)
@@ -83,9 +83,9 @@ def port():
 
 
 def start(count, arguments, only=None, program=PRETRAIN, **variables):
-    """Starts `count` processes of a program, which is code.
+    """Starts `count` processes of a program, given as code, with piped output.
 
-    `only` maps the number of a process to arguments that it alone is given; outputs are piped.
+    `only` maps the number of a process to additional arguments.
     """
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={DEVICES}")
     environment = os.environ | {"XLA_FLAGS": flags} | variables
@@ -107,13 +107,13 @@ def start(count, arguments, only=None, program=PRETRAIN, **variables):
 
 
 def end_all():
-    """Kills what a failed test has left behind: SIGTERM would only ask."""
+    """Kills processes that a failed test has left; SIGTERM would only request a stop."""
     while STARTED:
         STARTED.pop().kill()
 
 
 def finish(processes, seconds=240):
-    """(exit code, standard output, standard error) of each."""
+    """Waits for processes; returns (exit code, standard output, standard error) of each."""
     try:
         ended = [process.communicate(timeout=seconds) for process in processes]
     finally:
@@ -129,10 +129,10 @@ def in_turn(count, commands, seconds=600, **variables):
     """Runs commands of `ssl-jax` one after another in the same processes.
 
     Args:
-      count: processes.
-      commands: a list of commands; each is a list of the processes' arguments.
+      count: number of processes.
+      commands: a list of commands, each a list of arguments per process.
       seconds: after which the processes are killed.
-      **variables: of the environment, besides the tests' own.
+      **variables: environment variables, in addition to the tests' own.
 
     Returns:
       For each command, (exit code, standard output, standard error) of each process.
@@ -140,7 +140,7 @@ def in_turn(count, commands, seconds=600, **variables):
     only = {i: [json.dumps([list(map(str, c[i])) for c in commands])] for i in range(count)}
     found = []
     for code, *outputs in finish(start(count, [], only, _IN_TURN, **variables), seconds):
-        # Of a stream: what a command has printed, its exit code, and so on.
+        # Each stream alternates a command's output and its exit code.
         parts = [re.split(f"(\\d+) {END}\n", text) for text in outputs]
         assert [len(each) for each in parts] == [2 * len(commands) + 1] * 2, (code, *outputs)
         codes = [int(each) for each in parts[0][1::2]]
@@ -151,7 +151,7 @@ def in_turn(count, commands, seconds=600, **variables):
 
 
 def wait_for(process, start, seconds=200):
-    """Reads a process's output up to a line that starts so."""
+    """Reads a process's output up to a line with the given start."""
     limit = threading.Timer(seconds, process.kill)
     limit.start()
     try:

@@ -14,12 +14,12 @@ def gaussian(n=4096, d=16, seed=0):
     return np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
 
 
-def test_std_is_one_for_spread_and_zero_for_collapsed_embeddings():
+def test_embedding_std_is_1_for_spread_and_0_for_collapsed_embeddings():
     assert float(diagnostics.embedding_std(jnp.array(gaussian()))) == pytest.approx(1, abs=0.02)
     assert float(diagnostics.embedding_std(jnp.ones((8, 16)))) == pytest.approx(0, abs=1e-6)
 
 
-def test_std_is_the_written_out_one_and_that_of_the_global_batch():
+def test_embedding_std_matches_numpy_and_is_that_of_the_global_batch():
     x = gaussian(64) + 0.5
     unit = x.astype(np.float64) / np.linalg.norm(x, axis=1, keepdims=True)
     expected = unit.std(axis=0).mean() * np.sqrt(16)
@@ -33,7 +33,7 @@ def test_std_is_the_written_out_one_and_that_of_the_global_batch():
     np.testing.assert_allclose(mapped(spmd.place_batch(x)), expected, rtol=1e-5)
 
 
-def test_rankme_counts_directions():
+def test_rankme_is_the_rank_of_orthogonal_features():
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(64, 64)))[0]
     for rank in (1, 5, 20):
@@ -41,19 +41,19 @@ def test_rankme_counts_directions():
         assert diagnostics.rankme(features) == pytest.approx(rank, rel=1e-3)
 
 
-def test_features_that_are_not_finite_have_no_rank():
+def test_rankme_of_nonfinite_features_is_nan():
     features = gaussian(20)
     features[3, 2] = np.nan
     assert np.isnan(diagnostics.rankme(features))
 
 
-def test_rows_of_unit_length_are_float64_and_zeros_stay():
+def test_unit_rows_are_float64_and_zeros_stay_zero():
     unit = diagnostics.unit_rows(np.float32([[3, 4], [0, 0]]))
     assert unit.dtype == np.float64
     np.testing.assert_allclose(unit, [[0.6, 0.8], [0, 0]], rtol=1e-15)
 
 
-def test_alignment_and_uniformity_are_the_papers():
+def test_alignment_and_uniformity_match_the_papers_definitions():
     x, y = gaussian(30), gaussian(30, seed=1)
     ux = x.astype(np.float64) / np.linalg.norm(x, axis=1, keepdims=True)
     uy = y.astype(np.float64) / np.linalg.norm(y, axis=1, keepdims=True)
@@ -65,64 +65,64 @@ def test_alignment_and_uniformity_are_the_papers():
     assert diagnostics.uniformity(np.ones((4, 3))) == pytest.approx(0)
 
 
-def test_a_collapse_is_told_once_with_its_first_step():
-    watch = CollapseDetector()
-    assert watch.check(10, {"loss": -0.5, "embedding_std": 0.4}) == []
-    assert watch.check(20, {"loss": -1.0, "embedding_std": 0.001}) == []
-    (warning,) = watch.check(30, {"loss": -1.0, "embedding_std": 0.001})
+def test_collapse_is_warned_once_with_its_first_step():
+    detector = CollapseDetector()
+    assert detector.check(10, {"loss": -0.5, "embedding_std": 0.4}) == []
+    assert detector.check(20, {"loss": -1.0, "embedding_std": 0.001}) == []
+    (warning,) = detector.check(30, {"loss": -1.0, "embedding_std": 0.001})
     assert "since step 20" in warning and "embeddings" in warning
-    assert watch.check(40, {"loss": -1.0, "embedding_std": 0.001}) == []
+    assert detector.check(40, {"loss": -1.0, "embedding_std": 0.001}) == []
 
 
-def test_a_single_bad_batch_is_no_collapse():
-    watch = CollapseDetector()
+def test_single_bad_batch_is_not_a_collapse():
+    detector = CollapseDetector()
     for step, std in [(1, 0.001), (2, 0.5), (3, 0.001), (4, 0.5)]:
-        assert watch.check(step, {"loss": 1.0, "embedding_std": std}) == []
+        assert detector.check(step, {"loss": 1.0, "embedding_std": std}) == []
 
 
-def test_a_loss_stuck_at_ln_k_is_told():
-    watch = CollapseDetector(trivial_loss=float(np.log(3000)))
+def test_loss_stuck_at_ln_k_is_warned():
+    detector = CollapseDetector(trivial_loss=float(np.log(3000)))
     metrics = {"loss": 8.0064, "embedding_std": 0.5}
-    assert watch.check(1, metrics) == []
-    (warning,) = watch.check(2, metrics)
+    assert detector.check(1, metrics) == []
+    (warning,) = detector.check(2, metrics)
     assert "ln K = 8.0064" in warning
     assert CollapseDetector(trivial_loss=8.0).check(1, {"loss": 6.0, "embedding_std": 0.5}) == []
 
 
 def test_nan_embeddings_count_as_collapsed():
-    watch = CollapseDetector()
-    watch.check(1, {"loss": 1.0, "embedding_std": float("nan")})
-    assert watch.check(2, {"loss": 1.0, "embedding_std": float("nan")})
+    detector = CollapseDetector()
+    detector.check(1, {"loss": 1.0, "embedding_std": float("nan")})
+    assert detector.check(2, {"loss": 1.0, "embedding_std": float("nan")})
 
 
-def test_a_loss_that_starts_at_ln_k_has_time_to_leave_it():
-    watch = CollapseDetector(trivial_loss=8.0, patience=100)
+def test_loss_that_starts_at_ln_k_is_warned_after_patience():
+    detector = CollapseDetector(trivial_loss=8.0, patience=100)
     for step in (10, 60, 110):
-        assert watch.check(step, {"loss": 8.0}) == []
-    assert "since step 10" in watch.check(120, {"loss": 8.0})[0]
+        assert detector.check(step, {"loss": 8.0}) == []
+    assert "since step 10" in detector.check(120, {"loss": 8.0})[0]
 
 
-def test_measured_features_and_logged_steps_are_followed_apart():
-    watch = CollapseDetector()
-    assert watch.check(10, {"embedding_std": 0.001}) == []
-    assert watch.check(15, {"rankme": 1.1}) == []
-    assert "since step 10" in watch.check(20, {"embedding_std": 0.001})[0]
-    (warning,) = watch.check(25, {"rankme": 1.2})
+def test_evaluations_and_logged_steps_are_followed_separately():
+    detector = CollapseDetector()
+    assert detector.check(10, {"embedding_std": 0.001}) == []
+    assert detector.check(15, {"rankme": 1.1}) == []
+    assert "since step 10" in detector.check(20, {"embedding_std": 0.001})[0]
+    (warning,) = detector.check(25, {"rankme": 1.2})
     assert "since step 15" in warning and "RankMe 1.20" in warning
 
 
-def test_prototypes_in_use_tell_collapse_where_assignments_cannot():
+def test_prototypes_used_detects_collapse():
     rng = np.random.default_rng(0)
     spread = np.float32(rng.normal(size=(6000, 12)))
     assert 11.5 < float(diagnostics.prototypes_used(spread)) <= 12.001
     same = np.broadcast_to(spread[:1], spread.shape)
     assert float(diagnostics.prototypes_used(same)) == pytest.approx(1, abs=1e-4)
-    watch = CollapseDetector()
-    watch.check(1, {"prototypes_used": 1.0})
-    assert "one prototype" in watch.check(2, {"prototypes_used": 1.0})[0]
+    detector = CollapseDetector()
+    detector.check(1, {"prototypes_used": 1.0})
+    assert "one prototype" in detector.check(2, {"prototypes_used": 1.0})[0]
 
 
-def test_contrastive_accuracy_counts_the_nearest_of_the_global_batch():
+def test_contrastive_accuracy_matches_numpy_and_is_0_when_collapsed():
     rng = np.random.default_rng(0)
     first = np.float32(rng.normal(size=(300, 8)))
     accuracy = functools.partial(diagnostics.contrastive_accuracy, among=True)
@@ -135,22 +135,22 @@ def test_contrastive_accuracy_counts_the_nearest_of_the_global_batch():
     assert float(accuracy(first, second, second)) == pytest.approx(expected, abs=0.005)
     same = np.ones((9, 4), np.float32)
     assert float(accuracy(same, same, same)) == 0
-    # A queue has the negatives alone.
+    # A queue contains only negatives.
     of_queue = diagnostics.contrastive_accuracy(first, second, second[300:], among=False)
     assert float(of_queue) == 1
     assert float(diagnostics.contrastive_accuracy(same, same, same, among=False)) == 0
 
 
-def test_embeddings_that_lose_half_of_their_spread_are_told_once():
-    watch = diagnostics.CollapseDetector()
+def test_halved_spread_of_embeddings_is_warned_once():
+    detector = diagnostics.CollapseDetector()
     spreads = [0.5, 0.64, 0.5, 0.31, 0.4, 0.3, 0.29, 0.2]
-    said = [watch.check(10 * i, {"embedding_std": std}) for i, std in enumerate(spreads)]
-    assert [len(warnings) for warnings in said] == [0] * 6 + [1, 0]
-    (warning,) = said[6]
+    warned = [detector.check(10 * i, {"embedding_std": std}) for i, std in enumerate(spreads)]
+    assert [len(warnings) for warnings in warned] == [0] * 6 + [1, 0]
+    (warning,) = warned[6]
     assert (
         "collapse since step 50: the spread of embeddings has halved (0.29 of 1/√d, 0.64" in warning
     )
-    assert watch.check(90, {"embedding_std": float("nan")}) == []
+    assert detector.check(90, {"embedding_std": float("nan")}) == []
 
 
 def indicators(stds, **options):
@@ -159,7 +159,7 @@ def indicators(stds, **options):
     return [(sign.kind, sign.since, sign.until) for sign in found]
 
 
-def test_signs_in_a_runs_records_say_from_when_to_when():
+def test_collapse_signs_have_their_first_and_last_step():
     assert indicators([0.5, 0.6, 0.5]) == []
     assert indicators([0.5, 0.001, 0.5, 0.5]) == []  # one batch may mislead
     assert indicators([0.5, 0.001, 0.002, 0.5]) == [("embedding_std", 10, 30)]
@@ -170,7 +170,7 @@ def test_signs_in_a_runs_records_say_from_when_to_when():
     ]
 
 
-def test_a_loss_that_leaves_that_of_constant_outputs_is_no_sign_and_one_that_comes_back_is():
+def test_loss_at_that_of_constant_outputs_is_a_sign_only_if_it_stays_or_returns():
     def of(losses, patience=0):
         records = [(i, {"loss": loss}) for i, loss in enumerate(losses)]
         found = diagnostics.collapse_signs(records, trivial_loss=8.0, patience=patience)
@@ -180,7 +180,7 @@ def test_a_loss_that_leaves_that_of_constant_outputs_is_no_sign_and_one_that_com
     assert of([8.0, 8.0, 8.0]) == [(0, None)]
     assert of([8.0, 7.0, 8.0, 8.0]) == [(2, None)]
     assert of([7.0, 8.0, 8.0, 7.0]) == [(1, 3)]
-    # It has as long to leave it as the watch of the run gives it.
+    # With the patience of the run's detector.
     assert of([8.0, 8.0, 8.0], patience=2) == []
     assert of([8.0, 8.0, 8.0, 8.0], patience=2) == [(0, None)]
     assert of([7.0, 8.0, 8.0], patience=2) == [(1, None)]

@@ -1,12 +1,12 @@
-"""Files are replaced as a whole."""
+"""Atomic writing of files."""
 
 import pytest
 
 from ssl_jax.errors import UserError
-from ssl_jax.files import asked_for, replacing
+from ssl_jax.files import asked_for, reason, replacing, writing
 
 
-def test_the_old_one_stays_until_the_new_one_is_whole(tmp_path):
+def test_old_file_stays_until_the_new_one_is_complete(tmp_path):
     file = tmp_path / "a.txt"
     for text in ("one", "two"):
         with replacing(file) as temporary:
@@ -21,8 +21,23 @@ def test_the_old_one_stays_until_the_new_one_is_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_what_a_user_has_named_and_cannot_be_written_is_one_sentence(tmp_path):
+def test_unwritable_file_named_by_the_user_is_a_user_error(tmp_path):
     file = tmp_path / "absent" / "a.txt"
-    with pytest.raises(UserError, match=r"a.txt can't be written \(No such file.*: choose another"):
+    message = r"Cannot write .*a.txt \(No such file or directory\)\. .* or choose another path\.$"
+    with pytest.raises(UserError, match=message):
         with asked_for(file) as temporary:
             temporary.write_text("x")
+
+
+def test_errors_of_writing_have_a_short_reason_and_a_fix(tmp_path):
+    message = (
+        r"Cannot write a \(disk gone\)\. Check free disk space and permissions, then rerun the "
+    )
+    with pytest.raises(UserError, match=message):
+        with writing("a", "then rerun the same command", ValueError):
+            raise ValueError("disk gone\nmore")
+    with pytest.raises(KeyError), writing("a"):
+        raise KeyError("x")
+    assert reason(ValueError("/a/long/path: No space left on device, errno 28")) == (
+        "No space left on device"
+    )

@@ -1,4 +1,4 @@
-"""Embedding caching: the large batch's step, a microbatch in memory at a time."""
+"""Embedding caching: the large batch's step with one microbatch in memory at a time."""
 
 import flax.linen as nn
 import jax
@@ -31,11 +31,11 @@ from ssl_jax.step import (
     loss_and_gradients,
 )
 
-PIECES = 2
+MICROBATCHES = 2
 
 
 class NoNorm(nn.Module):
-    """In BatchNorm's place: its scale and shift, and examples that don't see one another."""
+    """Replaces BatchNorm by its scale and shift, so that examples don't affect each other."""
 
     use_scale: bool = True
     use_bias: bool = True
@@ -68,21 +68,21 @@ def plain(method, state, raw, prepare):
 
 
 def cached(method, state, raw, prepare):
-    return cached_loss_and_gradients(method, state, raw, prepare, PIECES)
+    return cached_loss_and_gradients(method, state, raw, prepare, MICROBATCHES)
 
 
 def by_automatic_differentiation(method, state, raw, prepare):
-    """The definition: one differentiable function that encodes piece by piece."""
-    pieces = [prepare(_take(raw, jnp.int32(i), PIECES)) for i in range(PIECES)]
+    """The definition: one differentiable function that encodes all microbatches."""
+    parts = [prepare(_take(raw, jnp.int32(i), MICROBATCHES)) for i in range(MICROBATCHES)]
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.key), 1)
 
     def loss_of(params):
-        encoded = [method.forward(params, state.method_state, piece, rng) for piece in pieces]
+        encoded = [method.forward(params, state.method_state, part, rng) for part in parts]
         outputs = jax.tree.map(
             lambda *xs: jnp.stack(xs, axis=1).reshape(-1, *xs[0].shape[1:]),
             *(outputs for outputs, _ in encoded),
         )
-        stats = jax.tree.map(lambda *xs: sum(xs) / PIECES, *(stats for _, stats in encoded))
+        stats = jax.tree.map(lambda *xs: sum(xs) / MICROBATCHES, *(stats for _, stats in encoded))
         loss, logs = method.loss(params, outputs, state.method_state, raw, state.step)
         return loss, (outputs, stats, logs)
 
@@ -94,7 +94,7 @@ def by_automatic_differentiation(method, state, raw, prepare):
 
 
 def computed(config, devices, way, augment=False):
-    """Loss, gradients, outputs, statistics and logs before the optimiser, of one batch."""
+    """Loss, gradients, outputs, statistics and logs of a batch, before the optimizer."""
     source, spmd = random_source(), make_spmd(devices=devices)
     method, _, state, device_data = make_step(config, spmd, source)
     prepare = make_augment_fn(config)
@@ -102,8 +102,8 @@ def computed(config, devices, way, augment=False):
     def per_device(state, raw, device_data):
         key = jax.random.wrap_key_data(state.key)
         if augment:
-            return way(method, state, raw, lambda part: prepare(part, device_data, key))
-        return way(method, state, raw, lambda part: part)
+            return tuple(way(method, state, raw, lambda part: prepare(part, device_data, key)))
+        return tuple(way(method, state, raw, lambda part: part))
 
     layouts = ("replicated", "replicated", "sharded", "replicated", "replicated")
     mapped = spmd.map(per_device, ("replicated", "sharded", "replicated"), layouts)
@@ -115,7 +115,7 @@ def computed(config, devices, way, augment=False):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_without_batchnorm_it_is_the_plain_step(method, without_batchnorm):
+def test_without_batchnorm_cached_gradients_match_the_plain_step(method, without_batchnorm):
     config = method_config(method)
     expected = computed(config, ONE, plain)
     actual = computed(config, ONE, cached)
@@ -123,7 +123,7 @@ def test_without_batchnorm_it_is_the_plain_step(method, without_batchnorm):
     assert max(np.abs(g).max() for g in jax.tree.leaves(expected[1])) > 1e-4
 
 
-def test_both_passes_augment_alike(without_batchnorm):
+def test_both_passes_augment_identically(without_batchnorm):
     config = method_config("simclr")
     expected = computed(config, ONE, plain, augment=True)
     actual = computed(config, ONE, cached, augment=True)
@@ -131,26 +131,26 @@ def test_both_passes_augment_alike(without_batchnorm):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_with_batchnorm_it_is_automatic_differentiation_of_the_microbatched_forward(method):
+def test_with_batchnorm_cached_gradients_match_automatic_differentiation(method):
     config = method_config(method)
     expected = computed(config, ONE, by_automatic_differentiation)
     one = computed(config, ONE, cached)
     assert_trees_close(one, expected, rtol=1e-3, atol=1e-5)
-    # And the same examples share statistics on eight devices.
+    # On eight devices the same examples share statistics.
     eight = computed(config, jax.devices(), cached)
     for name in ("embedding",):
         np.testing.assert_allclose(eight[2][name], one[2][name], rtol=1e-3, atol=1e-4)
     assert_trees_close(eight[:2], one[:2], rtol=1e-3, atol=1e-5)
 
 
-def test_batchnorm_sees_a_microbatch():
+def test_batchnorm_statistics_are_per_microbatch():
     config = method_config("simclr")
     one, whole = computed(config, ONE, cached), computed(config, ONE, plain)
     assert not np.isclose(whole[0], one[0], rtol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["shard_map", "pmap"])
-def test_the_train_step_takes_microbatches(mode):
+def test_train_step_with_microbatches_stays_replicated_and_finite(mode):
     config, source = with_whole_images(method_config("moco", spmd=mode)), random_source()
     config.microbatch = 16
     config.model.bn_group_size = 1
@@ -164,7 +164,7 @@ def test_the_train_step_takes_microbatches(mode):
     assert np.isfinite(float(metrics["loss"]))
 
 
-def test_views_from_the_host_are_cut_as_ids_are():
+def test_host_views_are_split_into_microbatches_like_ids():
     rng = np.random.default_rng(0)
     raw = {"id": jnp.arange(12), "views": (jnp.asarray(rng.integers(0, 9, (12, 2, 2, 3))),)}
     parts = [_take(raw, jnp.int32(i), 3) for i in range(3)]
@@ -177,8 +177,8 @@ def convolutions(program):
     return program.count(" convolution(")
 
 
-def test_keys_are_encoded_once():
-    """Twice the queries and once the keys, forward; the backward pass is that of the queries."""
+def test_moco_keys_are_encoded_once():
+    """Two forward passes of queries and one of keys; only queries have a backward pass."""
     counts = {}
     for microbatch in (0, 16):
         config = method_config("moco", microbatch=microbatch)
@@ -214,14 +214,14 @@ def sized(batch, microbatch=0):
     return config
 
 
-def test_memory_is_that_of_the_microbatch():
+def test_memory_depends_on_the_microbatch_not_the_batch():
     small = temporary_bytes(sized(256))
     large = temporary_bytes(sized(2048, 256))
     assert large < 1.5 * small
     assert temporary_bytes(sized(2048)) > 4 * small
 
 
-def test_bad_microbatches_are_refused():
+def test_microbatches_that_do_not_divide_are_refused():
     config = method_config("simclr", microbatch=24)
     with pytest.raises(UserError, match="config.microbatch is 24, which does not divide"):
         validate(config)
@@ -235,13 +235,13 @@ def test_bad_microbatches_are_refused():
 @pytest.mark.parametrize(
     ("microbatch", "bn_group_size", "images"), [(0, 0, 64), (16, 0, 16), (16, 1, 2), (0, 2, 16)]
 )
-def test_the_batchnorm_group_is_known(microbatch, bn_group_size, images):
+def test_batchnorm_images_counts_the_group(microbatch, bn_group_size, images):
     config = method_config("simclr", microbatch=microbatch)
     config.model.bn_group_size = bn_group_size
     assert batchnorm_images(config, 8) == images
 
 
-def test_remat_computes_again_and_changes_no_number():
+def test_remat_recomputes_and_changes_no_result():
     config, source = with_whole_images(method_config("simclr")), random_source()
     expected = computed(config, ONE, plain)
     written = []

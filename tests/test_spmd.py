@@ -6,20 +6,20 @@ from ssl_jax.errors import UserError
 from ssl_jax.spmd import AXIS, Spmd, device_groups, make_spmd
 
 
-def test_a_batch_that_devices_do_not_divide_is_refused():
+def test_batch_that_devices_do_not_divide_is_refused():
     with pytest.raises(UserError, match="batch_size is 30, which 8 devices .*such as 24"):
         make_spmd("shard_map", batch_size=30)
     with pytest.raises(UserError, match="such as 8"):
         make_spmd("shard_map", batch_size=3)
 
 
-def test_pmap_of_several_processes_is_refused(monkeypatch):
+def test_pmap_in_several_processes_is_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="config.spmd is 'pmap'.* there are 2: use 'shard_map'"):
+    with pytest.raises(UserError, match=r"config.spmd is 'pmap'.* there are 2\. Use 'shard_map'"):
         make_spmd("pmap", batch_size=32)
 
 
-def test_a_process_holds_the_rows_of_its_devices():
+def test_local_indices_are_those_of_the_process_devices():
     spmd = make_spmd()
     assert spmd.local_indices(16).tolist() == list(range(16))
 
@@ -28,24 +28,24 @@ def test_a_process_holds_the_rows_of_its_devices():
             self.process_index = process_index
 
     class Elsewhere:
-        # A mesh in the order of a torus, where processes' devices don't lie side by side.
+        # A mesh in torus order, in which a process's devices are not adjacent.
         devices = np.array([Device(p) for p in (0, 1, 1, 0)])
         size = 4
 
     assert Spmd(Elsewhere()).local_indices(8).tolist() == [0, 1, 6, 7]
 
 
-def test_groups_of_devices():
+def test_device_groups_are_consecutive_and_divide_the_devices():
     assert device_groups(8, 0) is None
     assert device_groups(8, 8) is None
     assert device_groups(4, 2) == ((0, 1), (2, 3))
     assert device_groups(2, 1) == ((0,), (1,))
-    with pytest.raises(UserError, match="bn_group_size is 3, but 8 devices"):
+    with pytest.raises(UserError, match="bn_group_size is 3, which does not divide 8 devices"):
         device_groups(8, 3)
 
 
 @pytest.mark.parametrize("mode", ["shard_map", "pmap"])
-def test_both_modes_map_the_same_function_alike(mode):
+def test_shard_map_and_pmap_give_the_same_results(mode):
     spmd = make_spmd(mode)
 
     def per_device(state, batch):
@@ -64,7 +64,7 @@ def test_both_modes_map_the_same_function_alike(mode):
     np.testing.assert_allclose(only(spmd.place_batch(x)), x + 1)
 
 
-def test_replicated_arrays_do_not_share_memory_with_their_source():
+def test_replicated_arrays_are_copies():
     spmd = make_spmd("shard_map", jax.devices()[:1])
     source = np.zeros(4, np.float32)
     placed = spmd.replicate({"a": source})["a"]
@@ -72,7 +72,7 @@ def test_replicated_arrays_do_not_share_memory_with_their_source():
     np.testing.assert_array_equal(placed, 0)
 
 
-def test_the_batch_lies_in_order_over_the_devices():
+def test_batch_is_placed_in_the_order_of_the_devices():
     spmd = make_spmd()
     placed = spmd.place_batch(np.arange(16))
     by_device = {s.device: np.asarray(s.data) for s in placed.addressable_shards}

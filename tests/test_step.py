@@ -1,4 +1,4 @@
-"""The train step across devices, before and after the optimiser."""
+"""The train step across devices, before and after the optimizer."""
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,12 @@ ONE = jax.devices()[:1]
 
 
 def with_moved_zeros(state):
-    """Parameters that start at 0 moved off it, so that no gradient is 0 for nothing but that."""
+    """Moves parameters that start at 0 away from it, as some gradients would be 0 there."""
     return state.replace(params=jax.tree.map(lambda p: jnp.where(p == 0, 0.1, p), state.params))
 
 
 def gradients_on(config, source, mode, devices, augment=False):
-    """Loss and gradients before the optimiser, of a batch."""
+    """Loss, gradients and batch statistics of a batch, before the optimizer."""
     spmd = make_spmd(mode, devices, config.batch_size)
     method, _, state, device_data = make_step(config, spmd, source)
     prepare = make_augment_fn(config)
@@ -40,8 +40,8 @@ def gradients_on(config, source, mode, devices, augment=False):
     def per_device(state, raw, device_data):
         key = jax.random.wrap_key_data(state.key)
         batch = prepare(raw, device_data, key) if augment else raw
-        loss, gradients, _, stats, _ = loss_and_gradients(method, state, batch)
-        return loss, gradients, stats
+        computed = loss_and_gradients(method, state, batch)
+        return computed.loss, computed.gradients, computed.stats
 
     mapped = spmd.map(per_device, ("replicated", "sharded", "replicated"), ("replicated",) * 3)
     ids = Index(source.num_examples, config.batch_size, 0).ids(0)
@@ -54,7 +54,7 @@ def gradients_on(config, source, mode, devices, augment=False):
 @pytest.mark.parametrize("mode", ["shard_map", "pmap"])
 def test_loss_and_gradients_agree_between_1_and_8_devices(mode):
     config, source = tiny_config(), random_source()
-    # Asymmetric: another augmentation for each view, and every device holds other images.
+    # Asymmetric: views are augmented differently, and every device has different images.
     config.views.view2.crop.area = (0.2, 0.6)
     expected = gradients_on(config, source, "shard_map", ONE, augment=True)
     actual = gradients_on(config, source, mode, jax.devices(), augment=True)
@@ -65,28 +65,28 @@ def test_loss_and_gradients_agree_between_1_and_8_devices(mode):
 
 
 @pytest.mark.parametrize("reduce", [jax.lax.psum, lambda x, axis: jax.lax.pmean(x, axis) / 8])
-def test_a_wrong_convention_of_gradients_is_caught(reduce, monkeypatch):
-    """Sums where means are meant, or a mean too many: 8 times too much or too little."""
+def test_wrong_gradient_averaging_is_detected(reduce, monkeypatch):
+    """A sum instead of a mean, or a second mean: gradients 8 times too large or too small."""
     config, source = tiny_config(), random_source()
     expected = gradients_on(config, source, "shard_map", ONE)
     plain = Method.mean
-    # In the step, after differentiation, what has four axes is the gradient of a convolution.
+    # After differentiation, only gradients of convolutions have four axes.
     monkeypatch.setattr(
         Method, "mean", lambda self, x: reduce(x, AXIS) if x.ndim == 4 else plain(self, x)
     )
     actual = gradients_on(config, source, "shard_map", jax.devices())
-    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5)  # the loss hides it
+    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5)  # not visible in the loss
     with pytest.raises(AssertionError, match="kernel"):
         assert_trees_close(actual[1], expected[1], rtol=2e-4)
 
 
-def test_batchnorm_groups_change_the_statistics_and_stay_replicated():
+def test_batchnorm_groups_change_the_loss_and_the_state_stays_replicated():
     source = random_source()
     config = with_whole_images(tiny_config())
-    everyone = gradients_on(config, source, "shard_map", jax.devices())
+    all_devices = gradients_on(config, source, "shard_map", jax.devices())
     config.model.bn_group_size = 2
     pairs = gradients_on(config, source, "shard_map", jax.devices())
-    assert not np.isclose(everyone[0], pairs[0], rtol=1e-4)
+    assert not np.isclose(all_devices[0], pairs[0], rtol=1e-4)
     spmd = make_spmd("shard_map", batch_size=32)
     _, step, state, device_data = make_step(config, spmd, source)
     ids = np.arange(32, dtype=np.int32)
@@ -109,7 +109,7 @@ def run_steps(config, source, spmd, steps):
 
 def test_1_and_8_devices_agree_over_20_steps():
     config, source = tiny_config(epochs=10.0), random_source()
-    # Gentle: rounding grows with every step, and LARS's first steps multiply it.
+    # A small learning rate: rounding grows with every step, and LARS amplifies it at first.
     config.optim.update(name="adamw", lr=0.02)
     _, one = run_steps(config, source, make_spmd("shard_map", ONE), 20)
     state, eight = run_steps(config, source, make_spmd("shard_map"), 20)
@@ -141,7 +141,7 @@ def mapped_with_key(mapped, batch, device_data, key):
     return mapped(batch, device_data, jax.random.wrap_key_data(key))
 
 
-def test_the_state_is_donated_and_counts_steps():
+def test_state_is_donated_and_counts_steps():
     config, source = tiny_config(), random_source()
     spmd = make_spmd("shard_map")
     _, step, state, device_data = make_step(config, spmd, source)
@@ -152,7 +152,7 @@ def test_the_state_is_donated_and_counts_steps():
     assert int(new.step) == 1
 
 
-def test_no_transfer_to_the_devices_in_the_steady_state():
+def test_train_step_transfers_nothing_to_the_devices():
     config, source = tiny_config(), random_source()
     spmd = make_spmd("shard_map")
     _, step, state, device_data = make_step(config, spmd, source)
@@ -175,9 +175,9 @@ def test_parameters_and_statistics_stay_float32_under_bfloat16():
 
 
 def test_golden_metrics_of_one_step():
-    """Renew when the method, its defaults or the augmentation change on purpose.
+    """Renew the values if the method, its defaults or the augmentation change on purpose.
 
-    Print `metrics` here and paste; any other change that moves these numbers is a mistake.
+    Print `metrics` here and paste them; any other change of these numbers is a bug.
     """
     config, source = with_two_stages(tiny_config()), random_source()
     config.optim.warmup_epochs = 0.0  # or the first step's learning rate is 0
@@ -190,7 +190,7 @@ def test_golden_metrics_of_one_step():
     metrics["parameter_norm"] = optax.tree.norm(state.params)
     assert metrics.keys() == GOLDEN.keys()
     for name, value in GOLDEN.items():
-        message = f"{name} changed; if that is meant, renew the golden values in this test"
+        message = f"{name} changed; if that is intended, renew the golden values of this test"
         np.testing.assert_allclose(float(metrics[name]), value, rtol=1e-3, err_msg=message)
 
 

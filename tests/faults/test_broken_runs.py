@@ -1,4 +1,4 @@
-"""Faults of real processes: kills, a full disk, damage, a read-only folder."""
+"""Faults of real processes: kills, a full disk, corrupt files, a read-only folder."""
 
 import os
 import random
@@ -20,7 +20,7 @@ from ssl_jax.run.log import read_metrics
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
-STEPS = 240  # twenty kills, each after two checkpoints of five steps at most, come before the end
+STEPS = 240  # enough for twenty kills, each after at most two checkpoints of five steps
 CONFIG = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
@@ -31,8 +31,8 @@ def get_config(variant=""):
     config.checkpoint.every_epochs = 0.25
     return config
 """
-# No batch from the given one on before the file that GO names is there: however slow this machine
-# is to notice, the run is not over by then.
+# Withholds batches from the given one on until the file named by GO exists, so that a run can't end
+# before a slow machine disturbs it.
 GATE = """
 import os, time
 from pathlib import Path
@@ -46,7 +46,7 @@ def gated(self, steps, plain=Source.batches):
 
 Source.batches = gated
 """
-# Where HELD_AT says, the process stays, and makes the file HELD.
+# At the place named by HELD_AT the process creates the file HELD and sleeps.
 HOLD = """
 from ssl_jax.run import checkpoint
 
@@ -63,8 +63,8 @@ if os.environ["HELD_AT"] == "its end":
 if os.environ["HELD_AT"] == "its checksums":
     checkpoint._checksums = held(checkpoint._checksums, lambda folder: True)
 """
-AHEAD = 11  # batches that come before the gate: two checkpoints
-MINUTES = 10  # in which a busy machine starts a run and compiles its step
+AHEAD = 11  # batches before the gate, with two checkpoints
+MINUTES = 10  # for a busy machine to start a run and compile its step
 
 
 def config_file(tmp_path_factory, text):
@@ -80,14 +80,14 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gated(tmp_path_factory):
-    """The same config, whose run waits after some steps."""
+    """The same config; its run waits after `AHEAD` batches."""
     gate = GATE.format(module="arrays", source="ArraySource", batch=AHEAD)
     return config_file(tmp_path_factory, CONFIG + gate)
 
 
 @pytest.fixture(scope="module")
 def holding(tmp_path_factory):
-    """The same, and it may be held while it writes a checkpoint."""
+    """Like `gated`; the run may also be held while it writes a checkpoint."""
     gate = GATE.format(module="arrays", source="ArraySource", batch=AHEAD)
     return config_file(tmp_path_factory, CONFIG + gate + HOLD)
 
@@ -112,7 +112,7 @@ def run(config, workdir, **options):
 
 @pytest.fixture
 def run_here(capsys, monkeypatch):
-    """The same command in the tests' process, to its end: the output of a run that continues."""
+    """Runs the same command in the tests' process to its end; returns its output."""
     share_steps(monkeypatch)
 
     def run_to_its_end(config, workdir, *flags):
@@ -127,7 +127,7 @@ def run_here(capsys, monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
-    """The folder of a run that nothing has happened to."""
+    """The folder of an undisturbed run."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
         share_steps(patch)
@@ -137,7 +137,7 @@ def whole(config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(whole):
-    """The leaves of its state at the end."""
+    """The leaves of its final state."""
     return leaves(restore_state(whole))
 
 
@@ -152,24 +152,26 @@ def steps_in(workdir):
     return sorted(int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit())
 
 
-def wait_until(reached, process, told):
-    """Polls; fails with what the process has said, where it ends before or takes for ever.
+def wait_until(reached, process, output):
+    """Polls; fails with the run's output if it ends early or takes too long.
 
     Args:
-      reached: whether to go on.
-      process: the run.
-      told: what it has said so far.
+      reached: returns whether to stop waiting.
+      process: of the run.
+      output: returns its output so far.
     """
     deadline = time.monotonic() + 60 * MINUTES
     while not reached():
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
-            pytest.fail(f"never came to it, code {process.poll()}: {told()}")
+            pytest.fail(f"not reached, exit code {process.poll()}: {output()}")
         time.sleep(0.005)
 
 
-def test_twenty_kills_change_no_bit(config, holding, undisturbed, run_here, tmp_path):
-    """Of five: two when a checkpoint is there, one each in its end, its checksums, and anywhere."""
+def test_resume_is_bit_exact_after_twenty_sigkills(
+    config, holding, undisturbed, run_here, tmp_path
+):
+    """Of five kills two come after a checkpoint, one in its rename, its checksums, anywhere."""
     workdir, out, rng = tmp_path / "run", tmp_path / "out", random.Random(0)
     steps, took = [0], 0.0
     for kill in range(20):
@@ -181,11 +183,11 @@ def test_twenty_kills_change_no_bit(config, holding, undisturbed, run_here, tmp_
             process = subprocess.Popen(
                 command(holding, workdir), stdout=file, stderr=file, env=environment
             )
-            if kill % 5 == 4:  # while it starts, compiles, takes its first steps or writes
+            if kill % 5 == 4:  # at any point: start, compilation, first steps, writing
                 time.sleep(rng.uniform(0, took))
             elif at:
                 wait_until(held.exists, process, out.read_text)
-            else:  # from a new checkpoint on, so that it gets on; the next may be written
+            else:  # after a new checkpoint, for progress; perhaps while writing the next
                 before = steps[-1]
                 wait_until(
                     lambda before=before: max(steps_in(workdir), default=0) > before,
@@ -210,10 +212,12 @@ def test_twenty_kills_change_no_bit(config, holding, undisturbed, run_here, tmp_
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_loses_no_bit(config, gated, undisturbed, run_here, tmp_path, number):
+def test_resume_is_bit_exact_after_sigterm_and_sigint(
+    config, gated, undisturbed, run_here, tmp_path, number
+):
     workdir, out, go = tmp_path / "run", tmp_path / "out", tmp_path / "go"
     with out.open("w") as file:
-        # Jobs in the background ignore SIGINT; this one doesn't.
+        # Background jobs ignore SIGINT by default.
         line = ["env", "--default-signal=INT", *command(gated, workdir)]
         environment = os.environ | {"GO": str(go)}
         process = subprocess.Popen(line, stdout=file, stderr=file, env=environment)
@@ -222,13 +226,13 @@ def test_a_signal_loses_no_bit(config, gated, undisturbed, run_here, tmp_path, n
         go.touch()
         expected = 0 if number == signal.SIGTERM else 130
         assert process.wait(60 * MINUTES) == expected, out.read_text()
-    assert "the same command continues" in out.read_text()
-    assert "Continuing from step" in run_here(config, workdir)
+    assert "the same command" in out.read_text()  # resumes the run
+    assert "Resuming from step" in run_here(config, workdir)
     assert_same(workdir, undisturbed)
 
 
 @pytest.mark.parametrize("how", ["a flipped bit", "cut short", "halved, without checksums"])
-def test_a_corrupt_newest_checkpoint_gives_way_to_the_one_before(
+def test_resume_skips_a_corrupt_newest_checkpoint(
     config, whole, undisturbed, run_here, tmp_path, how
 ):
     workdir = Path(shutil.copytree(whole, tmp_path / "run"))
@@ -244,25 +248,25 @@ def test_a_corrupt_newest_checkpoint_gives_way_to_the_one_before(
         (newest / "checksums.json").unlink()
     out = run_here(config, workdir)
     assert f"warning: the checkpoint of step {steps[-1]} is corrupt" in out
-    assert f"Continuing from step {steps[-2]} of {STEPS}" in out
+    assert f"Resuming from step {steps[-2]} of {STEPS}" in out
     assert (workdir / "corrupt" / str(steps[-1])).is_dir()
     assert_same(workdir, undisturbed)
 
 
 def in_own_mounts(script):
-    """Runs a script where it may mount; skips where the system doesn't let it."""
+    """Runs a script that may mount file systems; skips where the system forbids it."""
     inside = ["unshare", "--map-root-user", "--mount"]
     probe = "mount -t tmpfs tmpfs /mnt"
     if (
         shutil.which("unshare") is None
         or subprocess.run([*inside, "sh", "-c", probe], capture_output=True).returncode
     ):
-        pytest.skip("this system lets no user mount a file system of their own")
+        pytest.skip("this system does not allow users to mount file systems")
     return subprocess.run([*inside, "sh", "-c", script], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("kilobytes", [300, 420, 560, 700])
-def test_a_full_disk_is_one_sentence_and_loses_nothing_before(
+def test_full_disk_is_one_error_line_and_resume_is_bit_exact(
     config, undisturbed, run_here, tmp_path, kilobytes
 ):
     disk, kept = tmp_path / "disk", tmp_path / "kept"
@@ -276,17 +280,17 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing_before(
     in_own_mounts(script)
     error = (tmp_path / "err").read_text()
     assert (tmp_path / "code").read_text() == "2\n", error
-    # Libraries' threads may add what they see as they end.
-    (told,) = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert "No space left on device" in told and "the same command continues" in told
+    # Threads of libraries may add lines of their own.
+    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert "(No space left on device)" in line and "rerun the same command to resume" in line
     steps = steps_in(kept)
-    out = run_here(config, kept)  # where there is space
+    out = run_here(config, kept)  # on a disk with space
     if steps:
-        assert f"Continuing from step {max(steps)} of" in out
+        assert f"Resuming from step {max(steps)} of" in out
     assert_same(kept, undisturbed)
 
 
-def test_a_read_only_folder_is_one_sentence(config, tmp_path):
+def test_read_only_folder_is_one_error_line(config, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     go = " ".join(command(config, disk / "run"))
@@ -298,11 +302,12 @@ def test_a_read_only_folder_is_one_sentence(config, tmp_path):
     in_own_mounts(script)
     error = (tmp_path / "err").read_text()
     assert (tmp_path / "code").read_text() == "2\n" and error.count("\n") == 1
-    assert "can't be written (Read-only file system): choose another --workdir" in error
+    assert f"Cannot write {disk / 'run'} (Read-only file system). " in error
+    assert "choose another --workdir" in error
 
 
-def test_a_clock_that_goes_back_changes_nothing(config, undisturbed, tmp_path):
-    """Each look at the time is a minute before the last."""
+def test_clock_that_runs_backward_changes_nothing(config, undisturbed, tmp_path):
+    """Each call of time.time() returns a minute less than the last."""
     (tmp_path / "sitecustomize.py").write_text(
         "import itertools, time\n"
         "now, back = time.time(), itertools.count()\n"
@@ -316,7 +321,7 @@ def test_a_clock_that_goes_back_changes_nothing(config, undisturbed, tmp_path):
     assert min(r["images_per_s"] for r in records if "images_per_s" in r) > 0
 
 
-# What happens to images and to the thread that reads them
+# Faults of images and of the thread that reads them
 
 
 IMAGE_STEPS = 60
@@ -335,9 +340,9 @@ def get_config(variant=""):
 
 @pytest.fixture(scope="module")
 def image_runs(tmp_path_factory):
-    """A folder with 64 images and two configs for them, and the end of an undisturbed run.
+    """A folder with 64 images and two configs, and the final state of an undisturbed run.
 
-    With `gated.py` a run waits after 30 steps for the file that GO names.
+    With `gated.py` a run waits after 30 steps for the file named by GO.
     """
     pytest.importorskip("tensorflow", reason="images on disk are read by TensorFlow")
     root = tmp_path_factory.mktemp("images")
@@ -354,7 +359,7 @@ def image_runs(tmp_path_factory):
 
 
 def disturbed(line, tmp_path, workdir, disturb):
-    """Runs a command to step 20, then disturbs it; returns its code, output and errors."""
+    """Runs a command to step 20, then disturbs it; returns exit code, output and errors."""
     out, err, go = (tmp_path / name for name in ("out", "err", "go"))
     with out.open("w") as output, err.open("w") as error:
         environment = os.environ | {"GO": str(go)}
@@ -368,7 +373,7 @@ def disturbed(line, tmp_path, workdir, disturb):
 
 
 @pytest.mark.parametrize("how", ["missing", "cut short"])
-def test_an_image_that_goes_bad_mid_run_is_named_and_nothing_is_lost(
+def test_image_that_breaks_during_a_run_is_named_and_resume_is_bit_exact(
     image_runs, run_here, tmp_path, how
 ):
     root, undisturbed = image_runs
@@ -380,15 +385,15 @@ def test_an_image_that_goes_bad_mid_run_is_named_and_nothing_is_lost(
     spoil = image.unlink if how == "missing" else lambda: image.write_bytes(good[:60])
     code, _, error = disturbed(line, tmp_path, workdir, spoil)
     assert code == 2, error
-    # libjpeg adds what it thinks of such a file.
-    (told,) = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert str(image) in told and "Traceback" not in error
+    # libjpeg adds messages of its own.
+    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert str(image) in line and "Traceback" not in error
     image.write_bytes(good)
-    assert "Continuing from step" in run_here(root / "config.py", workdir, flag)
+    assert "Resuming from step" in run_here(root / "config.py", workdir, flag)
     assert_same(workdir, undisturbed)
 
 
-def test_images_corrupt_mid_run_may_be_replaced_and_are_counted(image_runs, tmp_path):
+def test_images_that_break_during_a_run_may_be_replaced_and_are_counted(image_runs, tmp_path):
     root, _ = image_runs
     folder, workdir = tmp_path / "images", tmp_path / "run"
     shutil.copytree(root / "images", folder)
@@ -401,14 +406,14 @@ def test_images_corrupt_mid_run_may_be_replaced_and_are_counted(image_runs, tmp_
 
     code, out, error = disturbed(line, tmp_path, workdir, spoil)
     assert code == 0, error
-    assert "2 images can't be read and were replaced" in out
+    assert "2 unreadable images were replaced" in out
     assert int(restore_state(workdir).step) == IMAGE_STEPS
 
 
-def test_a_reading_thread_that_raises_ends_the_run_and_loses_nothing(
+def test_error_in_the_reading_thread_ends_the_run_and_resume_is_bit_exact(
     config, undisturbed, run_here, tmp_path
 ):
-    """Something that no one foresaw, and not in the loop's own thread."""
+    """An unexpected error, outside the loop's thread."""
     broken = tmp_path / "broken.py"
     broken.write_text(
         CONFIG
@@ -419,7 +424,7 @@ before = ArraySource.batches
 def batches(self, steps):
     for number, batch in enumerate(before(self, steps)):
         if number == 60:
-            raise RuntimeError("nobody thought of this")
+            raise RuntimeError("an unexpected error")
         yield batch
 
 ArraySource.batches = batches
@@ -427,6 +432,6 @@ ArraySource.batches = batches
     )
     workdir = tmp_path / "run"
     done = run(broken, workdir)
-    assert done.returncode not in (0, 2) and "nobody thought of this" in done.stderr
-    assert "Continuing from step" in run_here(config, workdir)
+    assert done.returncode not in (0, 2) and "an unexpected error" in done.stderr
+    assert "Resuming from step" in run_here(config, workdir)
     assert_same(workdir, undisturbed)

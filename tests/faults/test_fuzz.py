@@ -1,4 +1,4 @@
-"""Thousands of configs and corrupt files: each is valid or one sentence; none ends the process."""
+"""Thousands of configs and corrupt files: each is valid or a one-line error, never a crash."""
 
 import io
 import pickle
@@ -37,9 +37,9 @@ MANY = settings(
 
 
 def assert_clear(error):
-    told = str(error)
-    assert told and "\n" not in told and len(told) < 1000
-    assert told.rstrip()[-1] in ".?)", told
+    message = str(error)
+    assert message and "\n" not in message and len(message) < 1000
+    assert message.rstrip()[-1] in ".?)", message
 
 
 # Configs
@@ -71,13 +71,13 @@ OVERRIDES = st.lists(st.tuples(st.sampled_from(KEYS), VALUES), min_size=1, max_s
 
 @MANY
 @given(OVERRIDES)
-def test_any_override_is_valid_or_one_sentence(pairs):
+def test_any_override_is_valid_or_a_one_line_error(pairs):
     try:
         config = apply_overrides(tiny_config(), [f"{key}={value}" for key, value in pairs])
     except UserError as error:
         assert_clear(error)
         return
-    # Networks that take minutes to trace are none of this test's business.
+    # Avoids networks that take minutes to trace.
     config.model.depth = min(config.model.depth, 18)
     if config.model.width > 4 or max(v.size * v.count for v in config.views.values()) > 300:
         return
@@ -95,7 +95,7 @@ def test_any_override_is_valid_or_one_sentence(pairs):
 
 @MANY
 @given(st.lists(st.text(max_size=12), min_size=1, max_size=3))
-def test_any_argument_is_an_exit_code(arguments):
+def test_any_argument_gives_exit_code_0_or_2(arguments):
     try:
         code = cli.main(["pretrain", *arguments])
     except SystemExit as left:  # argparse's usage
@@ -115,7 +115,7 @@ def encoded(kind, seed):
 
 
 def mutated(data, rng):
-    """With bits flipped, parts cut out, doubled or replaced."""
+    """Flips bits, and deletes, repeats or replaces parts."""
     data = bytearray(data)
     for _ in range(rng.integers(1, 6)):
         at, n = int(rng.integers(0, len(data))), int(rng.integers(1, 40))
@@ -134,7 +134,7 @@ def mutated(data, rng):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_a_thousand_corrupt_images_end_no_process(tmp_path, kind):
+def test_corrupt_images_never_crash_the_process(tmp_path, kind):
     pytest.importorskip("tensorflow")
     from ssl_jax.data.folder import folder_sources
 
@@ -152,7 +152,7 @@ def test_a_thousand_corrupt_images_end_no_process(tmp_path, kind):
     steps = iter([(0, np.arange(1100, dtype=np.int32))])
     (batch,) = source.batches(steps)
     assert all(view.shape[1:] == (8, 8, 3) for view in batch["views"])
-    assert 100 < len(source.bad) < 1000  # some mutations leave a picture
+    assert 100 < len(source.bad) < 1000  # some mutations leave an image
     config.data.on_bad_image = "fatal"
     source, _ = folder_sources(config)
     with pytest.raises(UserError) as caught:
@@ -172,7 +172,7 @@ def run(tmp_path_factory):
 
 
 def haiku(tree):
-    """An encoder's parameters or statistics as BYOL's code names them."""
+    """An encoder's parameters or statistics under the names of BYOL's code."""
     leaves = {"kernel": "w", "scale": "scale", "bias": "offset", "mean": "average"}
     found = {}
     for name, value in flatten_dict(tree, sep="/").items():
@@ -190,7 +190,7 @@ def haiku(tree):
 
 
 def as_pytorch(run, file):
-    """The archive that `torch.save` writes, of an encoder's floats."""
+    """Writes an encoder's floats as `torch.save` does."""
     export_torch(run, file.with_suffix(".safetensors"))
     arrays, _ = read_safetensors(file.with_suffix(".safetensors"))
     floats = {k: v for k, v in arrays.items() if v.dtype == np.float32}
@@ -199,10 +199,10 @@ def as_pytorch(run, file):
     torch_files.torch_file(file, state, {keys[name]: floats[name] for name in floats})
 
 
-@pytest.mark.parametrize("form", ["ours", "torch's names", "pickle", "pytorch"])
-def test_corrupt_weights_are_whole_or_one_sentence(run, tmp_path, form):
+@pytest.mark.parametrize("form", ["ssl_jax", "torch's names", "pickle", "pytorch"])
+def test_corrupt_weights_are_read_or_a_one_line_error(run, tmp_path, form):
     file = tmp_path / {"pickle": "a.pkl", "pytorch": "a.pth"}.get(form, "a.safetensors")
-    if form == "ours":
+    if form == "ssl_jax":
         export_tree(run, file)
     elif form == "torch's names":
         export_torch(run, file)
@@ -224,7 +224,7 @@ def test_corrupt_weights_are_whole_or_one_sentence(run, tmp_path, form):
     assert refused > 100
 
 
-def test_corrupt_checkpoints_are_refused_or_as_they_were(run, tmp_path):
+def test_corrupt_checkpoints_are_refused_or_restored_exactly(run, tmp_path):
     rng, refused, expected = np.random.default_rng(0), 0, leaves(restore_state(run))
     newest = max((run / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
     files = sorted(f.relative_to(run) for f in newest.rglob("*") if f.is_file())
@@ -240,14 +240,14 @@ def test_corrupt_checkpoints_are_refused_or_as_they_were(run, tmp_path):
             assert_clear(error)
             refused += 1
             continue
-        # Orbax's own notes may be corrupt, not the state.
+        # Orbax's metadata may be corrupt, but not the state.
         assert restored.keys() == expected.keys()
         for name in expected:
             np.testing.assert_array_equal(restored[name], expected[name], err_msg=name)
     assert refused > 100
 
 
-def test_a_corrupt_config_is_one_sentence(run, tmp_path):
+def test_corrupt_config_is_read_or_a_one_line_error(run, tmp_path):
     rng = np.random.default_rng(0)
     data = (run / "config.json").read_bytes()
     for _ in range(500):

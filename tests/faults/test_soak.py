@@ -1,4 +1,4 @@
-"""A long run of small steps: nothing grows."""
+"""A long run of small steps: memory, open files and threads do not grow."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ def get_config(variant=""):
 
 
 def measured(pid):
-    """Resident bytes, open files and threads of a process."""
+    """Counts resident bytes, open files and threads of a process."""
     process = Path(f"/proc/{pid}")
     pages = int((process / "statm").read_text().split()[1])
     files, threads = (len(os.listdir(process / name)) for name in ("fd", "task"))
@@ -37,7 +37,7 @@ def measured(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc to measure by")
-def test_ten_thousand_steps_leave_memory_and_files_flat(tmp_path):
+def test_memory_files_and_threads_stay_flat_over_ten_thousand_steps(tmp_path):
     (tmp_path / "config.py").write_text(CONFIG)
     workdir, seen = tmp_path / "run", []
     line = [sys.executable, str(ROOT / "run_pretrain.py"), f"--config={tmp_path / 'config.py'}"]
@@ -49,12 +49,12 @@ def test_ten_thousand_steps_leave_memory_and_files_flat(tmp_path):
             if records and records[-1]["step"] < STEPS:
                 try:
                     seen.append((records[-1]["step"], *measured(process.pid)))
-                except OSError:  # it ends
+                except OSError:  # the process has ended
                     break
             time.sleep(0.1)
         assert process.wait(600) == 0, (tmp_path / "out").read_text()
     steps, memory, files, threads = np.array(seen, np.int64).T
-    # The first evaluations and checkpoints compile and open what is kept.
+    # The first evaluations and checkpoints compile programs and open files that stay.
     early = (steps > 0.2 * STEPS) & (steps < 0.4 * STEPS)
     late = steps > 0.8 * STEPS
     assert early.sum() >= 5 and late.sum() >= 5
@@ -62,7 +62,7 @@ def test_ten_thousand_steps_leave_memory_and_files_flat(tmp_path):
     print(f"memory {np.median(memory[early]) / 2**20:.0f} MiB, growth {growth / 2**20:.1f} MiB")
     # A leak of 4 kB a step would be 24 MB here.
     assert growth < 24e6
-    # While a checkpoint is written there are some more.
+    # Writing a checkpoint opens some more.
     assert np.median(files[late]) <= np.median(files[early]) + 2
     assert files[late].max() <= files[early].max() + 5
     assert threads[late].max() <= threads[early].max() + 5

@@ -23,7 +23,7 @@ def state_of(value):
     return {"step": jnp.int32(value), "w": jnp.full((4,), value, jnp.float32), "method_state": {}}
 
 
-def test_a_state_comes_back_bit_for_bit_with_its_placement(tmp_path):
+def test_restored_state_is_bit_exact_with_its_sharding(tmp_path):
     spmd = make_spmd()
     state = spmd.replicate({"w": np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)})
     checkpoints = Checkpoints(tmp_path / "c")
@@ -39,14 +39,14 @@ def test_a_state_comes_back_bit_for_bit_with_its_placement(tmp_path):
     again.close()
 
 
-def test_the_newest_and_the_best_are_kept(tmp_path):
+def test_newest_and_best_checkpoints_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
     for step, knn in [(1, 0.5), (2, 0.9), (3, 0.6), (4, None), (5, 0.7), (6, 0.1)]:
         checkpoints.save(step, state_of(step), knn)
     checkpoints.wait()
     assert checkpoints.steps == [2, 5, 6]
     checkpoints.close()
-    # The best is known after a restart.
+    # A restart still knows the best one.
     again = Checkpoints(tmp_path / "c", keep=2)
     again.save(7, state_of(7), 0.3)
     again.save(8, state_of(8))
@@ -54,17 +54,17 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert Checkpoints(tmp_path / "c", read_only=True).steps == [2, 7, 8]
 
 
-def test_no_checkpoint_is_no_step(tmp_path):
+def test_empty_directory_has_no_latest_step(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c")
     assert checkpoints.latest_step is None and checkpoints.steps == []
     checkpoints.close()
 
 
-def test_a_checkpoint_of_other_shapes_is_refused_in_one_sentence(tmp_path):
+def test_checkpoint_of_different_shapes_is_refused_in_one_line(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c")
     checkpoints.save(1, state_of(1))
     checkpoints.wait()
-    with pytest.raises(UserError, match="checkpoint of step 1 .* can't be read") as caught:
+    with pytest.raises(UserError, match="Cannot read the checkpoint of step 1") as caught:
         checkpoints.restore(1, {"step": jnp.int32(0), "other": jnp.zeros(3)})
     assert "\n" not in str(caught.value)
     checkpoints.close()
@@ -93,14 +93,14 @@ def flip_a_bit(file):
 
 
 DAMAGE = {
-    "a flipped bit": (flip_a_bit, "other bytes"),
-    "cut short": (lambda file: file.write_bytes(file.read_bytes()[:-7]), "bytes, not those"),
+    "a flipped bit": (flip_a_bit, "different content"),
+    "cut short": (lambda file: file.write_bytes(file.read_bytes()[:-7]), "a different size"),
     "missing": (lambda file: file.unlink(), "No such file"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_corrupt_checkpoint_is_found_and_refused(tmp_path, kind):
+def test_corrupt_checkpoint_is_detected_and_refused(tmp_path, kind):
     damage_it, words = DAMAGE[kind]
     folders = written(tmp_path / "c")
     assert [damage(folder) for folder in folders.values()] == [""] * 3
@@ -108,22 +108,22 @@ def test_a_corrupt_checkpoint_is_found_and_refused(tmp_path, kind):
     assert words in damage(folders[3])
     checkpoints = Checkpoints(tmp_path / "c", read_only=True)
     like = {"w": jnp.zeros((64, 64))}
-    with pytest.raises(UserError, match=r"step 3 .* is corrupt .*: take another .*\[1, 2\]"):
+    with pytest.raises(UserError, match=r"step 3 .* is corrupt .*Use another step: \[1, 2\]"):
         checkpoints.restore(3, like)
     assert float(checkpoints.restore(2, like)["w"][0, 0]) == 2
     checkpoints.close()
 
 
-def test_corrupt_ones_are_set_aside_up_to_one_that_is_whole(tmp_path):
+def test_corrupt_checkpoints_are_quarantined_until_one_is_intact(tmp_path):
     folders = written(tmp_path / "c")
     for step in (1, 2, 3):
         flip_a_bit(largest(folders[step]))
-    (folders[1] / "checksums.json").unlink()  # killed right after it was written
+    (folders[1] / "checksums.json").unlink()  # as if killed right after writing it
     for _ in range(2):  # the same steps, corrupt again
-        said = quarantine_corrupt(tmp_path / "c", tmp_path / "corrupt")
-        assert [line[:39] for line in said] == [
-            "warning: the checkpoint of step 3 is da",
-            "warning: the checkpoint of step 2 is da",
+        warnings = quarantine_corrupt(tmp_path / "c", tmp_path / "corrupt")
+        assert [line.partition(" (")[0] for line in warnings] == [
+            "warning: the checkpoint of step 3 is corrupt",
+            "warning: the checkpoint of step 2 is corrupt",
         ]
         assert quarantine_corrupt(tmp_path / "c", tmp_path / "corrupt") == []
         folders = written(tmp_path / "c", (2, 3))
@@ -133,22 +133,22 @@ def test_corrupt_ones_are_set_aside_up_to_one_that_is_whole(tmp_path):
     assert names == ["2", "2_1", "3", "3_1"]
 
 
-def test_where_none_is_whole_the_run_does_not_start_anew(tmp_path):
+def test_run_is_refused_if_no_checkpoint_is_intact(tmp_path):
     folders = written(tmp_path / "c")
     for folder in folders.values():
         flip_a_bit(largest(folder))
-    with pytest.raises(UserError, match=r"No checkpoint in .* is whole \(step 3: "):
+    with pytest.raises(UserError, match=r"No checkpoint in .* is intact \(step 3: "):
         quarantine_corrupt(tmp_path / "c", tmp_path / "corrupt")
     assert all(folder.exists() for folder in folders.values())
     (folders[3] / "checksums.json").write_text("null")
-    assert damage(folders[3]) == "its checksums.json is none"
+    assert damage(folders[3]) == "its checksums.json is invalid"
 
 
 NOISE = np.random.default_rng(0).normal(size=(300, 300)).astype(np.float32)
 
 
 def killed_before_its_checksums(path, steps=(1, 2)):
-    """Checkpoints of noise, the newest without checksums; a file of it that holds an array."""
+    """Writes checkpoints of noise, the newest without checksums; returns its largest file."""
     checkpoints = Checkpoints(path, keep=5)
     for step in steps:
         checkpoints.save(step, {"w": jnp.asarray(NOISE * step)})
@@ -157,16 +157,16 @@ def killed_before_its_checksums(path, steps=(1, 2)):
     return largest(path / str(steps[-1]))
 
 
-def test_a_checkpoint_without_checksums_gets_them_when_the_run_goes_on(tmp_path):
+def test_restoring_adds_missing_checksums(tmp_path):
     file = killed_before_its_checksums(tmp_path / "c")
     checkpoints = Checkpoints(tmp_path / "c")
-    step, state, said = checkpoints.restore_newest({"w": jnp.zeros((300, 300))}, tmp_path / "d")
+    step, state, warnings = checkpoints.restore_newest({"w": jnp.zeros((300, 300))}, tmp_path / "d")
     checkpoints.close()
-    assert (step, said) == (2, [])
+    assert (step, warnings) == (2, [])
     np.testing.assert_array_equal(state["w"], NOISE * 2)
     assert damage(tmp_path / "c" / "2") == ""
     flip_a_bit(file)
-    assert "other bytes" in damage(tmp_path / "c" / "2")
+    assert "different content" in damage(tmp_path / "c" / "2")
 
 
 def halve(file):
@@ -174,15 +174,16 @@ def halve(file):
 
 
 @pytest.mark.parametrize("damage_it", [halve, Path.unlink])
-def test_one_without_checksums_that_cannot_be_read_gives_way_to_the_one_before(tmp_path, damage_it):
+def test_unreadable_checkpoint_without_checksums_is_replaced_by_the_previous(tmp_path, damage_it):
     damage_it(killed_before_its_checksums(tmp_path / "c", (1, 2, 3)))
-    flip_a_bit(largest(tmp_path / "c" / "2"))  # which has them, and is not whole either
+    flip_a_bit(largest(tmp_path / "c" / "2"))  # with checksums, but corrupt as well
     checkpoints = Checkpoints(tmp_path / "c")
     like = {"w": jnp.zeros((300, 300))}
-    step, state, said = checkpoints.restore_newest(like, tmp_path / "d")
+    step, state, warnings = checkpoints.restore_newest(like, tmp_path / "d")
     np.testing.assert_array_equal(state["w"], NOISE)
     assert step == checkpoints.latest_step == 1
-    assert "step 3 is corrupt (it can't be read)" in said[0] and "step 2 is dam" in said[1]
+    assert "step 3 is corrupt (it can't be read)" in warnings[0]
+    assert "step 2 is corrupt" in warnings[1]
     assert sorted(folder.name for folder in (tmp_path / "d").iterdir()) == ["2", "3"]
     checkpoints.save(2, state)
     checkpoints.close()
@@ -190,17 +191,17 @@ def test_one_without_checksums_that_cannot_be_read_gives_way_to_the_one_before(t
 
 
 @pytest.mark.parametrize("steps", [(1,), (1, 2)])
-def test_where_the_one_before_does_not_do_either_nothing_is_moved(tmp_path, steps):
+def test_nothing_is_moved_if_the_previous_checkpoint_is_unreadable_too(tmp_path, steps):
     halve(killed_before_its_checksums(tmp_path / "c", steps))
     checkpoints = Checkpoints(tmp_path / "c")
     other = {"w": jnp.zeros((7, 7)), "more": jnp.zeros(3)}
-    with pytest.raises(UserError, match="The checkpoint of step 1 .* can't be read"):
+    with pytest.raises(UserError, match="Cannot read the checkpoint of step 1"):
         checkpoints.restore_newest(other, tmp_path / "d")
     checkpoints.close()
     assert checkpoints.steps == list(steps) and not (tmp_path / "d").exists()
 
 
-def test_among_several_processes_nothing_is_moved(tmp_path, monkeypatch):
+def test_nothing_is_moved_among_several_processes(tmp_path, monkeypatch):
     halve(killed_before_its_checksums(tmp_path / "c"))
     checkpoints = Checkpoints(tmp_path / "c")
 
@@ -209,44 +210,44 @@ def test_among_several_processes_nothing_is_moved(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoints._manager, "restore", unreadable)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="step 2 .* can't be read .Error reading chunk.: .*delete"):
+    with pytest.raises(UserError, match="Cannot read .* step 2 .*Error reading chunk.*delete"):
         checkpoints.restore_newest({"w": jnp.zeros((300, 300))}, tmp_path / "d")
     assert not (tmp_path / "d").exists()
     monkeypatch.undo()
     checkpoints.close()
 
 
-def test_checksums_that_cannot_be_written_are_told(tmp_path, monkeypatch, caplog):
+def test_unwritable_checksums_are_a_warning(tmp_path, monkeypatch, caplog):
     def full(file):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("ssl_jax.run.checkpoint.replacing", full)
     written(tmp_path / "c", (1,))
     assert damage(tmp_path / "c" / "1") == ""
-    assert "of step 1 has no checksums, which can't be written (No space left" in caplog.text
+    assert "cannot write the checksums of the checkpoint of step 1 (No space left" in caplog.text
 
 
 @pytest.mark.parametrize("sums", ['{"default/_METADATA": 5}', "{}", "[]", '{"x": "ab"}'])
-def test_checksums_that_are_none_are_named(tmp_path, sums):
+def test_invalid_checksums_are_damage(tmp_path, sums):
     folder = written(tmp_path / "c", (1,))[1]
     (folder / "checksums.json").write_text(sums)
-    assert damage(folder) == "its checksums.json is none"
+    assert damage(folder) == "its checksums.json is invalid"
 
 
-def test_checksums_of_other_lists_are_damage(tmp_path):
+def test_checksums_of_the_wrong_length_are_damage(tmp_path):
     folder = written(tmp_path / "c", (1,))[1]
     (folder / "checksums.json").write_text('{"default/_METADATA": []}')
     assert "default/_METADATA has" in damage(folder)
 
 
-def test_an_empty_folder_is_no_checkpoint(tmp_path):
+def test_empty_folder_is_a_corrupt_checkpoint(tmp_path):
     written(tmp_path / "c", (1,))
     (tmp_path / "c" / "2" / "default").mkdir(parents=True)
-    (said,) = quarantine_corrupt(tmp_path / "c", tmp_path / "d")
-    assert "step 2 is corrupt (it is empty)" in said
+    (warning,) = quarantine_corrupt(tmp_path / "c", tmp_path / "d")
+    assert "step 2 is corrupt (it is empty)" in warning
 
 
-def test_a_write_that_fails_leaves_no_thread_waiting(tmp_path, monkeypatch):
+def test_failed_write_leaves_no_waiting_thread(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path / "c")
     monkeypatch.setattr(checkpoints._manager, "save", lambda *args, **options: None)
     checkpoints.save(1, state_of(1))
@@ -256,8 +257,8 @@ def test_a_write_that_fails_leaves_no_thread_waiting(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["moco", "swav"])
-def test_a_run_goes_on_with_fewer_devices_and_with_more(method, tmp_path):
-    """Two steps on each number of devices, from checkpoint to checkpoint; queues are in use."""
+def test_resume_on_fewer_or_more_devices_matches_an_uninterrupted_run(method, tmp_path):
+    """Two steps per number of devices, from checkpoint to checkpoint, with queues in use."""
     config, source = method_config(method), random_source(256)
     config.model.bn_group_size = 0
     config.optim.update(warmup_epochs=0.0, frozen_steps=0, lr=0.1)
@@ -283,7 +284,7 @@ def test_a_run_goes_on_with_fewer_devices_and_with_more(method, tmp_path):
         return state, losses
 
     spmd, _, like = on(8)
-    first = jax.device_get(like)  # donated twice, and asked for its placement in the end
+    first = jax.device_get(like)  # it is donated twice, and its sharding is used at the end
     whole, expected = steps(8, spmd.replicate(first), range(10))
     state, losses = steps(8, spmd.replicate(first), range(2))
     for number, devices in enumerate((4, 2, 1, 8), start=1):

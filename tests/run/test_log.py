@@ -11,7 +11,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.run.log import Fetcher, MetricsLog, Progress, read_metrics
 
 
-def test_records_are_appended_and_events_written(tmp_path):
+def test_records_and_events_are_appended(tmp_path):
     log = MetricsLog(tmp_path)
     log.write(1, {"loss": 2.5})
     log.write(2, {"loss": 2.0, "knn": 0.5})
@@ -24,7 +24,7 @@ def test_records_are_appended_and_events_written(tmp_path):
 
 
 def events(folder):
-    """As TensorFlow reads them: (step, tag, value) of what was logged, oldest first."""
+    """Events as TensorFlow reads them: (step, tag, value), oldest first."""
     found = []
     for file in sorted(folder.glob("events.out.tfevents*")):
         for event in tf.compat.v1.train.summary_iterator(str(file)):
@@ -34,7 +34,7 @@ def events(folder):
     return found
 
 
-def test_a_picture_is_an_event_and_numbers_of_processes_their_largest(tmp_path):
+def test_events_have_pictures_and_the_largest_number_of_all_processes(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (4, 6, 3)).astype(np.uint8)
     log = MetricsLog(tmp_path)
     log.picture(0, "views", picture)
@@ -48,28 +48,28 @@ def test_a_picture_is_an_event_and_numbers_of_processes_their_largest(tmp_path):
 
 class Recorder:
     def __init__(self):
-        self.verbosity = []
+        self.calls = []
 
     def write(self, step, scalars):
-        self.verbosity.append((step, scalars))
+        self.calls.append((step, scalars))
 
     def picture(self, step, name, image):
-        self.verbosity.append((step, name, image.shape))
+        self.calls.append((step, name, image.shape))
 
     def close(self, failed=False):
-        self.verbosity.append("failed" if failed else "closed")
+        self.calls.append("failed" if failed else "closed")
 
 
-def test_another_writer_is_told_the_same(tmp_path):
+def test_other_writers_receive_the_same_metrics_and_pictures(tmp_path):
     other = Recorder()
     log = MetricsLog(tmp_path, others=[other])
     log.picture(0, "views", np.zeros((4, 6, 3), np.uint8))
     log.write(1, {"loss": 2.5, "wait": [0.25, 0.5]})
     log.close()
-    assert other.told == [(0, "views", (4, 6, 3)), (1, {"loss": 2.5, "wait": 0.5}), "closed"]
+    assert other.calls == [(0, "views", (4, 6, 3)), (1, {"loss": 2.5, "wait": 0.5}), "closed"]
 
 
-def test_what_cannot_be_written_is_a_sentence_and_the_others_are_closed(tmp_path, monkeypatch):
+def test_full_disk_is_a_user_error_and_other_writers_are_closed(tmp_path, monkeypatch):
     other = Recorder()
     log = MetricsLog(tmp_path, others=[other])
 
@@ -77,16 +77,16 @@ def test_what_cannot_be_written_is_a_sentence_and_the_others_are_closed(tmp_path
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(EventsWriter, "write_event", full)
-    with pytest.raises(UserError, match=r"metrics.jsonl or the events .*No space left"):
+    with pytest.raises(UserError, match=r"Cannot write .*\(No space left on device\)"):
         log.picture(0, "views", np.zeros((4, 6, 3), np.uint8))
     close = EventsWriter.close
     monkeypatch.setattr(EventsWriter, "close", lambda self: (close(self), full(self, None)))
     with pytest.raises(UserError, match="No space left"):
         log.close(failed=True)
-    assert other.told == ["failed"]
+    assert other.calls == ["failed"]
 
 
-def test_a_resumed_log_drops_what_will_be_done_again(tmp_path):
+def test_resumed_log_drops_steps_that_will_be_repeated(tmp_path):
     path = tmp_path / "metrics.jsonl"
     records = "".join(json.dumps({"step": s, "loss": 1.0}) + "\n" for s in (1, 2, 3))
     path.write_text(records + '{"step": 4, "lo')
@@ -94,12 +94,12 @@ def test_a_resumed_log_drops_what_will_be_done_again(tmp_path):
     assert [r["step"] for r in read_metrics(path)] == [1, 2]
 
 
-def test_lines_that_are_no_records_are_left_out(tmp_path):
+def test_invalid_lines_are_skipped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n3\n{"loss": 2}\n[]\n{"step": 2}\n{"st')
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
 
 
-def test_a_corrupt_byte_costs_its_line_and_the_log_goes_on(tmp_path):
+def test_corrupt_byte_loses_one_line_only(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2, "lo\xffs": 1.0}\n{"step": 3}\n')
     log = MetricsLog(tmp_path, resume_step=3)
@@ -108,13 +108,13 @@ def test_a_corrupt_byte_costs_its_line_and_the_log_goes_on(tmp_path):
     assert [r["step"] for r in read_metrics(path)] == [1, 3, 4]
 
 
-def test_the_fetcher_counts():
+def test_fetcher_counts():
     fetch = Fetcher()
     assert fetch({"a": jnp.float32(2)}) == {"a": 2.0}
     assert fetch.count == 1
 
 
-def test_rates_are_those_since_the_last_time(monkeypatch):
+def test_rates_are_measured_since_the_last_call(monkeypatch):
     clock = iter([0.0, 10.0, 14.0, 100.0, 103.0, 108.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     progress = Progress(100, batch_size=8, out=io.StringIO())
@@ -130,18 +130,24 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_the_progress_line_tells_all(monkeypatch):
+def test_progress_line_has_loss_speed_eta_and_data_wait(monkeypatch):
     scalars = {"loss": 4.25, "images_per_s": 1280.0, "data_wait": 0.031}
     for out, ending in ((io.StringIO(), "\n"), (Terminal(), "")):
         progress = Progress(700, batch_size=128, out=out)
         progress.show(100, scalars)
-        text = out.getvalue()
-        for part in ("step 100/700", "loss 4.2500", "1,280 images/s", "ETA 0:01:00", "wait 3.1 %"):
-            assert part in text
-        assert text.endswith(ending) and text.count("\n") == len(ending)
+        line = "step 100/700 | loss 4.25 | 1,280 img/s | ETA 1:00 | data wait 3.1%"
+        assert out.getvalue().removeprefix("\r") == line + ending
 
 
-def test_a_note_on_a_terminal_covers_the_line():
+def test_progress_line_names_the_process_that_waits_longest_for_data():
+    out = io.StringIO()
+    scalars = {"loss": 1.0, "images_per_s": 8.0, "data_wait": 0.0}
+    progress = Progress(10, batch_size=8, out=out)
+    progress.show(1, scalars | {"process_data_wait": [0.0, 0.25]})
+    assert out.getvalue().endswith("data wait 0.0% (process 1: 25.0%)\n")
+
+
+def test_note_on_a_terminal_overwrites_the_progress_line():
     out = Terminal()
     progress = Progress(10, batch_size=1, out=out)
     progress.show(1, {"loss": 1.0, "images_per_s": 1.0, "data_wait": 0.0})
@@ -150,22 +156,32 @@ def test_a_note_on_a_terminal_covers_the_line():
     assert out.getvalue().endswith("\r" + "short".ljust(line) + "\n")
 
 
-def test_no_rate_is_told_where_no_step_was_timed():
+def test_progress_line_has_no_rate_if_no_step_was_timed():
     out = io.StringIO()
     progress = Progress(10**7, batch_size=8, out=out)
     progress.start(5, 0.0)
     assert progress.rates(5, 0.0) == {}
     progress.show(5, {"loss": 1.0})
-    assert "images/s" not in out.getvalue() and "ETA" not in out.getvalue()
+    assert "img/s" not in out.getvalue() and "ETA" not in out.getvalue()
 
 
-def test_an_eta_of_days_is_told_in_days():
+@pytest.mark.parametrize(
+    ("steps", "eta"),
+    [
+        (500, "0:05"),
+        (7500, "1:15"),
+        (10**5, "16:40"),
+        (10**6, "2:46:40"),
+        (10**7, "1 day, 3:46:40"),
+    ],
+)
+def test_eta_has_as_many_units_as_it_needs(steps, eta):
     out = io.StringIO()
-    Progress(10**7, 8, out).show(0, {"loss": 1.0, "images_per_s": 800.0, "data_wait": 0.0})
-    assert "ETA 1 day, 3:46:40" in out.getvalue()
+    Progress(steps, 8, out).show(0, {"loss": 1.0, "images_per_s": 800.0, "data_wait": 0.0})
+    assert f"| ETA {eta} |" in out.getvalue()
 
 
-def test_the_line_never_wraps(monkeypatch):
+def test_progress_line_never_wraps(monkeypatch):
     monkeypatch.setenv("COLUMNS", "30")
     out = Terminal()
     progress = Progress(1000, batch_size=8, out=out)
@@ -180,15 +196,15 @@ def test_the_line_never_wraps(monkeypatch):
     assert "several lines, a note" in written[3] and written[3].endswith("\n")
 
 
-def test_how_much_is_told():
-    for told, expected in (
+def test_verbosity_selects_what_is_printed():
+    for verbosity, expected in (
         ("all", "line note result warning "),
         ("line", "line warning "),
         ("quiet", "result warning "),
         ("warnings", "warning "),
     ):
         out = io.StringIO()
-        progress = Progress(10, batch_size=8, out=out, verbosity=told)
+        progress = Progress(10, batch_size=8, out=out, verbosity=verbosity)
         for write, text in (
             (progress.line, "line"),
             (progress.note, "note"),
@@ -199,13 +215,13 @@ def test_how_much_is_told():
         assert out.getvalue().replace("\n", " ") == expected
 
 
-def test_the_line_is_left_at_the_end():
+def test_end_leaves_the_progress_line():
     whole, part = Terminal(), Terminal()
-    for out, told in ((whole, "all"), (part, "line")):
-        progress = Progress(10, batch_size=8, out=out, verbosity=told)
+    for out, verbosity in ((whole, "all"), (part, "line")):
+        progress = Progress(10, batch_size=8, out=out, verbosity=verbosity)
         progress.line("step 10/10")
         progress.end()
         progress.end()
-    # What an error says comes below it; of a run among others nothing stays.
+    # An error prints below the line; one part of a larger command leaves nothing behind.
     assert whole.getvalue().endswith("step 10/10\n")
     assert part.getvalue() == "\rstep 10/10\r" + " " * 10 + "\r"

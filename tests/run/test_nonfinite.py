@@ -1,4 +1,4 @@
-"""A step that is not finite stops the run before anything of it is saved, or changes nothing."""
+"""Non-finite steps stop the run before it saves anything, or are skipped without effect."""
 
 import json
 import warnings
@@ -28,7 +28,7 @@ from ssl_jax.train import pretrain
 
 
 def poisoned(config, ids, step, at):
-    """A prepared batch; at some steps a pixel of one image is NaN."""
+    """Augmented views; at some steps a pixel of one image is NaN."""
     views = ready_views(config, ids)
     if step in at:
         views[0][3, 0, 0] = np.nan
@@ -57,7 +57,7 @@ def without_counts(state):
 
 
 @pytest.mark.parametrize("name", ["moco", "byol"])
-def test_a_skipped_step_changes_nothing_but_its_number(name):
+def test_skipped_step_changes_only_the_step_count(name):
     states, counted = stepped(name, at=(1, 2), max_nonfinite_steps=5)
     assert counted == [(0, 0), (1, 2), (2, 3), (2, 3)]
     assert [int(state.step) for state in states] == [0, 1, 2, 3, 4]
@@ -70,9 +70,9 @@ def test_a_skipped_step_changes_nothing_but_its_number(name):
     assert all(np.isfinite(value).all() for value in without_counts(states[-1]).values())
 
 
-def test_where_none_may_be_skipped_they_are_counted():
+def test_nonfinite_steps_are_counted_if_none_may_be_skipped():
     states, counted = stepped("simclr", at=(1,), max_nonfinite_steps=0)
-    # What comes of it is not finite either; the first is told.
+    # Later steps are not finite either; the first one is reported.
     assert counted == [(0, 0), (1, 2), (1, 2), (1, 2)]
     assert not np.isfinite(
         leaves(states[-1].params)["['encoder']['stem']['conv1']['kernel']"]
@@ -85,64 +85,62 @@ def steps_shared(monkeypatch):
 
 
 def diverging(**changes):
-    """SimCLR at a rate at which weights overflow within a few steps."""
+    """SimCLR at a learning rate at which weights overflow within a few steps."""
     config = with_whole_images(tiny_config(batch_size=160, steps=60, **changes))
     config.optim.update(name="sgd", lr=1e9, warmup_epochs=1.0, weight_decay=1.0)
-    config.checkpoint.every_epochs = 0.13  # of eight steps: each
+    config.checkpoint.every_epochs = 0.13  # every step, as an epoch has eight
     return config
 
 
-def test_a_run_stops_with_the_images_and_keeps_the_checkpoint_before(tmp_path, steps_shared):
+def test_run_stops_before_saving_and_records_the_images(tmp_path, steps_shared):
     config = diverging(log_every=7)
     with warnings.catch_warnings(), pytest.raises(UserError) as caught:
         warnings.simplefilter("ignore", RuntimeWarning)
         pretrain(config, tmp_path)
-    told = json.loads((tmp_path / "nonfinite.json").read_text())
-    at = told["step"]
-    assert f"not finite at step {at}; the checkpoint of step {at - 1} is as it was" in str(
-        caught.value
-    )
+    record = json.loads((tmp_path / "nonfinite.json").read_text())
+    at = record["step"]
+    message = f"not finite at step {at}; the checkpoint of step {at - 1} is unaffected"
+    assert message in str(caught.value)
     expected = Index(1347, 160, 0).local_ids(at - 1, np.arange(160))
-    assert told["ids"] == expected.tolist()
+    assert record["ids"] == expected.tolist()
     state = restore_state(tmp_path)
     assert int(state.step) == at - 1
     assert all(np.isfinite(value).all() for value in leaves(state).values())
     losses = [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r]
     assert np.isfinite(losses).all()
-    # The same command comes to the same step.
+    # Rerunning stops at the same step.
     with pytest.raises(UserError, match=f"not finite at step {at};"):
         pretrain(config, tmp_path)
 
 
-def test_a_bounded_number_is_skipped_and_said(tmp_path, capsys, steps_shared):
+def test_limited_number_of_steps_is_skipped_with_warnings(tmp_path, capsys, steps_shared):
     config = diverging(log_every=1, max_nonfinite_steps=2)
     with pytest.raises(UserError, match="not finite at step"):
         pretrain(config, tmp_path)
-    said = [line for line in capsys.readouterr().out.splitlines() if "changed nothing" in line]
-    assert len(said) == 2 and said[0].endswith(
-        "(1 of at most 2 such steps, config.max_nonfinite_steps)."
-    )
-    told = json.loads((tmp_path / "nonfinite.json").read_text())
+    warned = [line for line in capsys.readouterr().out.splitlines() if "was skipped" in line]
+    assert len(warned) == 2
+    assert warned[0].endswith("(1 of at most 2 such steps, config.max_nonfinite_steps).")
+    record = json.loads((tmp_path / "nonfinite.json").read_text())
     state = restore_state(tmp_path)
-    assert int(state.step) == told["step"] - 1 and int(state.nonfinite[0]) == 2
+    assert int(state.step) == record["step"] - 1 and int(state.nonfinite[0]) == 2
     assert all(np.isfinite(value).all() for value in without_counts(state).values())
 
 
-def test_the_step_is_told_that_was_the_first_however_rarely_it_is_looked(tmp_path, steps_shared):
+def test_first_nonfinite_step_is_reported_however_rarely_metrics_are_logged(tmp_path, steps_shared):
     at = set()
     for log_every in (1, 20):
         config = diverging(log_every=log_every)
         config.checkpoint.every_epochs = 0.0
         config.eval.knn_every_epochs = 0.0
-        with pytest.raises(UserError, match="nothing was saved yet"):
+        with pytest.raises(UserError, match="nothing is saved yet"):
             pretrain(config, tmp_path / str(log_every))
         at.add(json.loads((tmp_path / str(log_every) / "nonfinite.json").read_text())["step"])
     assert len(at) == 1
 
 
-def test_more_may_be_skipped_in_the_same_folder(tmp_path, steps_shared):
+def test_limit_may_be_raised_when_the_run_resumes(tmp_path, steps_shared):
     config = diverging(log_every=1)
-    with pytest.raises(UserError, match="let config.max_nonfinite_steps skip"):
+    with pytest.raises(UserError, match="Skip such steps with config.max_nonfinite_steps"):
         pretrain(config, tmp_path)
     config.max_nonfinite_steps = 2
     with pytest.raises(UserError, match="not finite at step"):

@@ -1,4 +1,4 @@
-"""Runs of several real processes on this machine, two devices each."""
+"""Runs of several real processes on this machine, with two devices each."""
 
 import json
 import signal
@@ -44,10 +44,10 @@ def on_images(config_file, images):
 
 
 def pair_of(arguments, workdir, *more):
-    """A whole run of two processes, the second with slow storage, and more commands after it.
+    """Starts a run of two processes, the second with slow storage, then more commands.
 
     Returns:
-      What `in_turn` does.
+      The results of `in_turn`.
     """
     brief = ["--config.eval.at_end=True", "--config.eval.labels_per_class=()"]
     run = ["pretrain", *arguments, *brief, f"--workdir={workdir}"]
@@ -56,9 +56,9 @@ def pair_of(arguments, workdir, *more):
 
 @pytest.fixture(scope="module")
 def ended(on_images, tmp_path_factory):
-    """Commands of two processes, by name: the first process's result and the second's.
+    """Results of commands of two processes, by name; a result per process.
 
-    They are done in the same processes, for each start takes as long as several of them.
+    The commands share their processes, as starting these takes longer than several commands.
     """
     root = tmp_path_factory.mktemp("ended")
     workdir = root / "run"
@@ -78,7 +78,7 @@ def ended(on_images, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pair(ended):
-    """The whole run's folder, and its results."""
+    """The complete run's folder and results."""
     root, results = ended
     return root / "run", results["whole run"]
 
@@ -87,11 +87,11 @@ def pair(ended):
 def evaluated(finished_run, tmp_path_factory):
     """A run on digits, and the results of kNN and fine-tuning by two processes.
 
-    They are the processes' first commands, which join them.
+    As the first commands of their processes, they have to join them.
     """
     run = copy_run(finished_run, tmp_path_factory.mktemp("evaluated") / "run")
     neighbours = ["knn", f"--from={run}"]
-    # Without a rate the encoder stays the run's.
+    # A learning rate of 0 keeps the run's encoder.
     brief = ["--config.steps=1", "--config.batch_size=32", "--config.optim.lr=0"]
     fine_tuning = ["finetune", f"--from={run}", "--labels=0.5", *brief]
     return run, in_turn(2, [(neighbours, neighbours), (fine_tuning, fine_tuning)])
@@ -108,40 +108,40 @@ def losses_of(workdir):
     return {r["step"]: r["loss"] for r in records if "loss" in r}
 
 
-def test_two_processes_train_as_one_does(pair, images, tmp_path):
+def test_two_processes_match_one_process(pair, images, tmp_path):
     workdir, (first, second) = pair
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     config = without_color(tiny_config())
     config.update_from_flattened_dict(FOLDER | {"data.dir": str(images)})
     config.update(epochs=6.0, data={"test_dir": str(images)})
     config.eval.update(at_end=True, labels_per_class=())
-    pretrain(config, tmp_path / "alone")
-    together, alone = losses_of(workdir), losses_of(tmp_path / "alone")
-    assert sorted(together) == list(range(1, 13)) and together.keys() == alone.keys()
-    np.testing.assert_allclose(list(together.values()), list(alone.values()), rtol=1e-4)
+    pretrain(config, tmp_path / "single")
+    together, single = losses_of(workdir), losses_of(tmp_path / "single")
+    assert sorted(together) == list(range(1, 13)) and together.keys() == single.keys()
+    np.testing.assert_allclose(list(together.values()), list(single.values()), rtol=1e-4)
     measured = [
         [row["knn"] for row in json.loads((path / "evaluation.json").read_text())["rows"]]
-        for path in (workdir, tmp_path / "alone")
+        for path in (workdir, tmp_path / "single")
     ]
     np.testing.assert_allclose(*measured, atol=0.05)
 
 
-def test_each_sample_is_read_by_one_process(pair):
+def test_each_sample_is_read_by_a_single_process(pair):
     workdir, _ = pair
     shares = [
         [[int(id) for id in line.split()] for line in (workdir / f"ids{i}").read_text().split("\n")]
         for i in (0, 1)
     ]
-    assert shares[0].pop(0) == list(range(12))  # for the picture of views
+    assert shares[0].pop(0) == list(range(12))  # for the views picture
     index = Index(64, 32, 0)
     for step in range(12):
         # The first half of a batch lies on the devices of the first process.
         np.testing.assert_array_equal(shares[0][step] + shares[1][step], index.ids(step))
 
 
-def test_one_process_writes_and_speaks(pair):
+def test_only_the_primary_process_writes_and_prints(pair):
     workdir, (first, second) = pair
-    assert "of 2 processes" in first[1] and "step 12/12" in first[1] and "Report:" in first[1]
+    assert "2 processes" in first[1] and "step 12/12" in first[1] and "Report:" in first[1]
     assert second[1] == ""
     logged = [r["step"] for r in read_metrics(workdir / "metrics.jsonl") if "loss" in r]
     assert logged == list(range(1, 13))
@@ -151,7 +151,7 @@ def test_one_process_writes_and_speaks(pair):
     assert int(restore_state(workdir).step) == 12
 
 
-def test_a_slow_disk_on_one_process_is_seen(pair):
+def test_slow_disk_of_one_process_is_reported(pair):
     records = read_metrics(pair[0] / "metrics.jsonl")
     shares = np.array([r["process_data_wait"] for r in records if "process_data_wait" in r])
     seconds = np.array([r["process_step_s"] for r in records if "process_step_s" in r])
@@ -159,11 +159,11 @@ def test_a_slow_disk_on_one_process_is_seen(pair):
     waited = shares * seconds
     slow = waited[:, 1].argmax()
     assert waited[slow, 1] > 3.9 and waited[slow, 1] > 2 * waited[slow, 0]
-    assert "of process 1" in pair[1][0][1]
+    assert "(process 1: " in pair[1][0][1]
 
 
 @pytest.mark.long
-def test_a_lost_process_ends_the_others_and_nothing_is_lost(on_images, tmp_path):
+def test_lost_process_ends_the_others_and_resume_is_bit_exact(on_images, tmp_path):
     undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "run"
     undisturbed.mkdir()
     (whole,) = pair_of(on_images, undisturbed)
@@ -174,15 +174,15 @@ def test_a_lost_process_ends_the_others_and_nothing_is_lost(on_images, tmp_path)
     processes[1].send_signal(signal.SIGKILL)
     began = time.monotonic()
     survivor, killed = finish(processes)
-    # config.heartbeat_timeout_s is 10, on a busy machine more passes; JAX alone waits for 100.
+    # config.heartbeat_timeout_s is 10, but the machine may be busy; JAX's default is 100.
     assert time.monotonic() - began < 60
     assert killed[0] == -signal.SIGKILL and survivor[0] not in (0, None)
-    # Ours says it, or JAX's service where that is the first to notice.
-    words = ("another one may be lost", "distributed service detected fatal error")
+    # Reported by ssl_jax, or by JAX's service if that notices first.
+    words = ("another process may be lost", "distributed service detected fatal error")
     assert any(each in survivor[2] for each in words) and "Traceback" not in survivor[2]
     again = finish(start(2, arguments))
     assert [code for code, *_ in again] == [0, 0], again
-    assert "Continuing from step" in again[0][1]
+    assert "Resuming from step" in again[0][1]
     whole, continued = leaves(restore_state(undisturbed)), leaves(restore_state(workdir))
     assert whole.keys() == continued.keys()
     for name in whole:
@@ -191,21 +191,21 @@ def test_a_lost_process_ends_the_others_and_nothing_is_lost(on_images, tmp_path)
 
 
 @pytest.mark.long
-def test_sigterm_to_any_process_stops_all_and_one_process_goes_on_then_four(config_file, tmp_path):
-    """MoCo with its queue: four processes, one, and four again equal a run of one process."""
-    # Long enough for JAX's service, which looks for signals once a second.
+def test_sigterm_to_any_process_stops_all_and_resume_changes_their_number(config_file, tmp_path):
+    """MoCo with its queue: four processes, one, and four again match a run of one process."""
+    # Long enough for JAX's service, which polls for signals once a second.
     options = {"epochs": 2, "model.bn_group_size": 0, "moco.queue": 128, "data.num_classes": 10}
     options |= {"eval.at_end": True}
     overrides = [f"--config.{key}={value}" for key, value in options.items()]
     arguments = [f"--config={config_file}:moco", *overrides, f"--workdir={tmp_path}"]
     steps = []
-    for count, told in ((4, 2), (1, 0)):
+    for count, signaled in ((4, 2), (1, 0)):
         processes = start(count, arguments)
         wait_for(processes[0], f"step {2 + (steps or [0])[-1]}/")
-        processes[told].send_signal(signal.SIGTERM)
+        processes[signaled].send_signal(signal.SIGTERM)
         ended = finish(processes)
         assert [code for code, *_ in ended] == [0] * count, ended
-        assert "the same command continues the run" in ended[0][1]
+        assert "rerun the same command to resume" in ended[0][1]
         assert [out for _, out, _ in ended[1:]] == [""] * (count - 1)
         steps.append(int(restore_state(tmp_path).step))
         assert f"Stopped by SIGTERM at step {steps[-1]} of 42" in ended[0][1]
@@ -216,35 +216,35 @@ def test_sigterm_to_any_process_stops_all_and_one_process_goes_on_then_four(conf
     assert (tmp_path / "evaluation.json").exists()
     config = without_color(method_config("moco"))
     config.update_from_flattened_dict(options)
-    pretrain(config, tmp_path / "alone")
-    together, alone = losses_of(tmp_path), losses_of(tmp_path / "alone")
-    assert list(together) == list(alone) == list(range(1, 43))
-    np.testing.assert_allclose(list(together.values()), list(alone.values()), rtol=1e-3)
+    pretrain(config, tmp_path / "single")
+    together, single = losses_of(tmp_path), losses_of(tmp_path / "single")
+    assert list(together) == list(single) == list(range(1, 43))
+    np.testing.assert_allclose(list(together.values()), list(single.values()), rtol=1e-3)
 
 
-def test_two_processes_fine_tune_another_run(evaluated):
+def test_two_processes_fine_tune_a_run(evaluated):
     source, (_, (first, second)) = evaluated
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert "fine-tuned on 50 % of the images, step 2, " in first[1] and second[1] == ""
     found = json.loads((source / "evals" / "finetune_0.5.json").read_text())
     assert found["metrics"]["examples"] == 450
-    mine, theirs = restore_state(source / "finetune_0.5"), restore_state(source)
+    tuned, original = restore_state(source / "finetune_0.5"), restore_state(source)
     for a, b in zip(
-        jax.tree.leaves(mine.params["encoder"]),
-        jax.tree.leaves(theirs.params["encoder"]),
+        jax.tree.leaves(tuned.params["encoder"]),
+        jax.tree.leaves(original.params["encoder"]),
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
 
 
-def test_features_of_a_run_are_for_one_process(evaluated):
+def test_evaluating_a_run_in_two_processes_is_refused(evaluated):
     first, second = evaluated[1][0]
     assert (first[0], second[0]) == (2, 2)
     assert "run this command on one host" in first[2].replace("\n", " ")
 
 
-def test_what_is_wrong_on_one_process_is_told_once_and_ends_all(ended):
-    """The last of the commands: the processes end with its code."""
+def test_error_on_one_process_is_printed_once_and_ends_all(ended):
+    """The last command: the processes end with its exit code."""
     root, results = ended
     first, second = results["no images"]
     assert (first[0], second[0]) == (2, 2), first[2] + second[2]
@@ -253,23 +253,23 @@ def test_what_is_wrong_on_one_process_is_told_once_and_ends_all(ended):
     assert not (root / "d" / "checkpoints").exists() and not (root / "d" / "config.json").exists()
 
 
-def test_a_folder_that_is_not_shared_is_refused(ended):
+def test_workdir_that_is_not_shared_is_refused(ended):
     first, second = ended[1]["not shared"]
     assert (first[0], second[0]) == (2, 2), first[2] + second[2]
-    assert "Process 1 sees another workdir than process 0" in first[2]
-    assert "on a file system that they share" in first[2] and second[2] == ""
+    assert "Process 1 sees a different workdir than process 0" in first[2]
+    assert "on a shared file system" in first[2] and second[2] == ""
 
 
-def test_another_config_on_one_process_is_refused(ended):
+def test_different_config_on_one_process_is_refused(ended):
     first, second = ended[1]["another config"]
     assert (first[0], second[0]) == (2, 2), first[2] + second[2]
-    assert "Process 1 sees another config than process 0" in first[2] and second[2] == ""
+    assert "Process 1 sees a different config than process 0" in first[2] and second[2] == ""
 
 
-# Alone
+# A single process
 
 
-def test_a_run_without_a_cluster_joins_nothing(monkeypatch):
+def test_join_without_a_cluster_does_nothing(monkeypatch):
     for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
     called = []
@@ -285,15 +285,17 @@ def test_a_run_without_a_cluster_joins_nothing(monkeypatch):
     processes.join(10)
     assert len(called) == 1
     monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
-    with pytest.raises(UserError, match="JAX_PROCESS_ID and JAX_COORDINATOR_ADDRESS are needed"):
+    with pytest.raises(
+        UserError, match="without a valid JAX_PROCESS_ID and JAX_COORDINATOR_ADDRESS"
+    ):
         processes.join(10)
     monkeypatch.setenv("JAX_PROCESS_ID", "2")
-    with pytest.raises(UserError, match="can't be joined"):
+    with pytest.raises(UserError, match="Cannot join the other processes"):
         processes.join(10)
     assert called[-1] == called[0] | {"num_processes": 4, "process_id": 2}
 
 
-def test_alone_everything_is_immediate():
+def test_collectives_of_a_single_process_return_its_values():
     assert processes.is_primary()
     np.testing.assert_array_equal(processes.gather([1, 2]), [[1, 2]])
     assert processes.from_first({"a": 1.5}) == {"a": 1.5}
@@ -302,7 +304,7 @@ def test_alone_everything_is_immediate():
         raise UserError("as it is")
 
 
-def test_sigterm_is_kept_until_it_is_asked_for_and_raised_where_nothing_is_lost():
+def test_sigterm_waits_for_the_step_and_is_raised_at_once_in_an_evaluation():
     before = signal.getsignal(signal.SIGTERM)
     with processes.Stop() as stop:
         assert not stop.asked(1)
@@ -319,21 +321,21 @@ def test_sigterm_is_kept_until_it_is_asked_for_and_raised_where_nothing_is_lost(
     ("error", "code", "words"),
     [
         (UserError("x.jpg can't be read."), 2, "error: Process 3: x.jpg can't be read."),
-        (jax.errors.JaxRuntimeError("lost\nmore"), 1, "another one may be lost (lost)"),
+        (jax.errors.JaxRuntimeError("lost\nmore"), 1, "another process may be lost (lost)"),
         (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"),
     ],
 )
-def test_what_fails_on_one_process_ends_it_at_once(monkeypatch, error, code, words):
+def test_error_of_one_process_exits_it_at_once(monkeypatch, error, code, words):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     monkeypatch.setattr(jax, "process_index", lambda: 3)
     left = []
     monkeypatch.setattr("os._exit", left.append)
-    told = []
-    with processes.alone_on_failure(told.append):
+    shown = []
+    with processes.alone_on_failure(shown.append):
         raise error
-    assert left == [code] and words in told[0]
+    assert left == [code] and words in shown[0]
     agreed = UserError("known to all")
     agreed.on_all_processes = True
-    with pytest.raises(UserError, match="known to all"), processes.alone_on_failure(told.append):
+    with pytest.raises(UserError, match="known to all"), processes.alone_on_failure(shown.append):
         raise agreed
     assert left == [code]

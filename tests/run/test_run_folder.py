@@ -16,7 +16,7 @@ from ssl_jax.run.folder import (
     git_revision,
     lock_text,
     locked,
-    note_continuation,
+    note_resumption,
     read_config,
     read_record,
     write_config,
@@ -26,7 +26,7 @@ from ssl_jax.step import assemble, init_state
 TREES = Path(__file__).with_name("checkpoint_trees.json")
 
 
-def test_a_second_run_is_refused_and_the_first_named(tmp_path):
+def test_second_run_is_refused_and_the_first_is_named(tmp_path):
     code = (
         "import sys, pathlib\n"
         "from ssl_jax.run.folder import locked\n"
@@ -42,7 +42,7 @@ def test_a_second_run_is_refused_and_the_first_named(tmp_path):
     )
     try:
         assert first.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"going on in .*process {first.pid} on"):
+        with pytest.raises(UserError, match=f"Another run is using .*process {first.pid} on"):
             with locked(tmp_path):
                 pass
     finally:
@@ -53,16 +53,16 @@ def test_a_second_run_is_refused_and_the_first_named(tmp_path):
         assert f"process {os.getpid()}" in (tmp_path / ".lock").read_text()
 
 
-def test_a_lock_that_comes_late_is_waited_for_and_none_is_empty(tmp_path, monkeypatch):
+def test_lock_text_waits_for_a_late_file_and_is_empty_without_one(tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: (tmp_path / ".lock").write_text("process 7"))
     assert lock_text(tmp_path) == "process 7"
     assert lock_text(tmp_path / "none", patience_s=0.0) == ""
 
 
-def test_an_unwritable_workdir_is_named(tmp_path):
+def test_unwritable_workdir_is_named(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(UserError, match="workdir .*file/run can't be written"):
+    with pytest.raises(UserError, match="Cannot write .*file/run .*choose another --workdir"):
         with locked(file / "run"):
             pass
 
@@ -74,31 +74,31 @@ def full_disk(monkeypatch, module, name):
     monkeypatch.setattr(module, name, full)
 
 
-def test_a_full_disk_while_the_lock_is_written_is_a_sentence(tmp_path, monkeypatch):
+def test_full_disk_while_writing_the_lock_is_a_user_error(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         full_disk(patched, os, "write")
-        with pytest.raises(UserError, match=r"\.lock can't be written \(No space left on device\)"):
+        with pytest.raises(UserError, match=r"Cannot write .*\.lock \(No space left on device\)"):
             with locked(tmp_path):
                 pass
     with locked(tmp_path):  # nothing holds it
         pass
 
 
-def test_a_full_disk_while_the_record_is_written_is_a_sentence(tmp_path, monkeypatch):
-    told = r"config.json can't be written \(No space left on device\): see that there is space"
-    with monkeypatch.context() as patched, pytest.raises(UserError, match=told):
+def test_full_disk_while_writing_the_record_is_a_user_error(tmp_path, monkeypatch):
+    message = r"Cannot write .*config.json \(No space left on device\)\. Check free disk space"
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=message):
         full_disk(patched, Path, "write_text")
         write_config(tmp_path, default_config(), "")
     assert list(tmp_path.iterdir()) == []
     write_config(tmp_path, default_config(), "")
     before = (tmp_path / "config.json").read_bytes()
     full_disk(monkeypatch, Path, "write_text")
-    with pytest.raises(UserError, match=told):
-        note_continuation(tmp_path, 3)
+    with pytest.raises(UserError, match=message):
+        note_resumption(tmp_path, 3)
     assert (tmp_path / "config.json").read_bytes() == before
 
 
-def test_the_config_is_recorded_with_what_a_repetition_needs(tmp_path):
+def test_record_has_config_and_environment(tmp_path):
     config = default_config()
     write_config(tmp_path, config, "the command")
     record = read_record(tmp_path)
@@ -111,7 +111,7 @@ def test_the_config_is_recorded_with_what_a_repetition_needs(tmp_path):
     assert to_json(read_config(tmp_path)) == to_json(config)
 
 
-def test_another_config_is_refused_with_the_difference(tmp_path):
+def test_different_config_is_refused_with_the_differences(tmp_path):
     config = default_config()
     write_config(tmp_path, config, "")
     before = (tmp_path / "config.json").read_bytes()
@@ -125,48 +125,50 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
-def test_checkpoints_whose_config_is_gone_are_refused(tmp_path):
+def test_checkpoints_without_config_json_are_refused(tmp_path):
     write_config(tmp_path, default_config(), "")
     (tmp_path / "checkpoints" / "12").mkdir(parents=True)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(UserError, match="has checkpoints but no config.json.*: bring it back"):
+    with pytest.raises(UserError, match="has checkpoints but no config.json.* Restore that file"):
         write_config(tmp_path, default_config(), "")
     assert not (tmp_path / "config.json").exists()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"config": 3}'])
-def test_a_corrupt_record_is_named(tmp_path, text):
+def test_corrupt_record_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match="config.json can't be read"):
+    with pytest.raises(UserError, match="Cannot read .*config.json"):
         read_record(tmp_path)
 
 
 @pytest.mark.parametrize("number", [0, 2, "x", None])
-def test_a_run_of_another_format_is_refused(tmp_path, number):
+def test_run_of_another_format_is_refused(tmp_path, number):
     write_config(tmp_path, default_config(), "")
     record = read_record(tmp_path)
     record["format"], record["versions"]["ssl_jax"] = number, "9.9"
     before = json.dumps(record)
     (tmp_path / "config.json").write_text(before)
-    told = rf"format {number!r}, written by ssl_jax 9\.9, .* reads format 1: use the version that"
+    message = (
+        rf"has format {number!r}, written by ssl_jax 9\.9, .* reads format 1\. Use the version"
+    )
     for use in (read_record, read_config, lambda path: write_config(path, default_config(), "")):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             use(tmp_path)
     assert (tmp_path / "config.json").read_text() == before
 
 
-def test_the_first_runs_name_no_format(tmp_path):
+def test_record_without_format_and_with_missing_keys_is_read(tmp_path):
     write_config(tmp_path, default_config(), "")
     record = read_record(tmp_path)
     assert record.pop("format") == FORMAT
-    del record["config"]["data"]["timeout_s"]  # a key that came later
+    del record["config"]["data"]["timeout_s"]  # a key added in a later version
     (tmp_path / "config.json").write_text(json.dumps(record))
     assert to_json(read_config(tmp_path)) == to_json(default_config())
-    write_config(tmp_path, default_config(), "")  # the run goes on
+    write_config(tmp_path, default_config(), "")  # the run may resume
 
 
-def test_checkpoints_of_this_format_have_this_tree():
-    """A change of the state needs another FORMAT, or runs that go on break: then renew this file.
+def test_checkpoint_tree_changes_only_with_the_format():
+    """Changing the state breaks resumed runs: raise FORMAT and renew the file.
 
     `python tests/run/test_run_folder.py` writes it.
     """
@@ -174,7 +176,7 @@ def test_checkpoints_of_this_format_have_this_tree():
 
 
 def trees():
-    """Of each method's state the leaves with shapes and dtypes, as a checksum."""
+    """A checksum of the leaves, shapes and dtypes of each method's state."""
     found = {}
     for name in METHODS:
         config = with_two_stages(method_config(name))
@@ -186,42 +188,42 @@ def trees():
     return found
 
 
-def test_a_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(UserError, match="no run in"):
+def test_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(UserError, match="contains no run"):
         read_record(tmp_path)
 
 
-def test_the_record_is_plain_json(tmp_path):
+def test_record_is_plain_json(tmp_path):
     write_config(tmp_path, default_config(), "")
     assert json.loads((tmp_path / "config.json").read_text())["config"]["views"]["view1"]["size"]
 
 
-def test_other_data_is_refused(tmp_path):
+def test_different_data_is_refused(tmp_path):
     write_config(tmp_path, default_config(), "", data="64 images, checksum 1")
     write_config(tmp_path, default_config(), "", data="64 images, checksum 1")
     with pytest.raises(UserError, match="training data: 64 images, .* -> 65 images"):
         write_config(tmp_path, default_config(), "", data="65 images, checksum 2")
 
 
-def test_no_git_is_no_revision(monkeypatch):
+def test_revision_is_empty_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert git_revision() == ""
 
 
-def test_a_continuation_elsewhere_is_recorded_and_told(tmp_path, monkeypatch):
+def test_resumption_is_recorded_with_environment_changes(tmp_path, monkeypatch):
     write_config(tmp_path, default_config(), "")
-    assert note_continuation(tmp_path, 3) == []
+    assert note_resumption(tmp_path, 3) == []
     monkeypatch.setenv("XLA_FLAGS", "--other")
-    (changed,) = note_continuation(tmp_path, 5)
+    (changed,) = note_resumption(tmp_path, 5)
     assert changed.startswith("xla_flags: ") and changed.endswith("-> --other")
     assert [c["step"] for c in read_record(tmp_path)["continued"]] == [3, 5]
 
 
-def test_what_judges_a_run_is_recorded_and_no_difference(tmp_path):
+def test_values_that_affect_only_warnings_are_recorded_but_no_difference(tmp_path):
     write_config(tmp_path, default_config(), "", derived={"batchnorm_images": 20})
-    now = {"batchnorm_images": 20, "trivial_loss": 8.0, "patience": 30}  # later versions' keys
-    assert note_continuation(tmp_path, 3, now) == []
-    changed = note_continuation(tmp_path, 5, now | {"batchnorm_images": 40, "patience": 60})
+    now = {"batchnorm_images": 20, "trivial_loss": 8.0, "patience": 30}  # keys of later versions
+    assert note_resumption(tmp_path, 3, now) == []
+    changed = note_resumption(tmp_path, 5, now | {"batchnorm_images": 40, "patience": 60})
     assert changed == ["derived.batchnorm_images: 20 -> 40"]
     assert read_record(tmp_path)["continued"][0]["derived"] == now
 

@@ -1,4 +1,4 @@
-"""Weights & Biases for real, but offline: its files are written and nothing is sent."""
+"""The real Weights & Biases package, offline: it writes its files and sends nothing."""
 
 import contextlib
 import importlib.machinery
@@ -27,7 +27,7 @@ def offline(tmp_path, monkeypatch):
     wandb.teardown()
 
 
-def test_a_resumed_run_continues_the_same_one(offline):
+def test_resumed_run_resumes_the_same_wandb_run(offline):
     offline.mkdir()
     for step in (1, 2):
         writer = WandbWriter("tries", offline, {"optim": {"lr": 0.123}}, pytest.fail)
@@ -35,7 +35,7 @@ def test_a_resumed_run_continues_the_same_one(offline):
         log.write(step, {"loss": 2.5, "of_processes": [1.0, 3.0]})
         log.picture(0, "views", np.zeros((8, 8, 3), np.uint8))
         log.close()
-    wandb.teardown()  # as at the end of a process: what it has been sent is in the files then
+    wandb.teardown()  # as at the end of a process: flushes its files
     identity = (offline / "wandb_id").read_text().strip()
     files = list(offline.glob(f"wandb/offline-run-*/run-{identity}.wandb"))
     assert len(files) == 2
@@ -48,9 +48,9 @@ def test_a_resumed_run_continues_the_same_one(offline):
     assert [json.loads(line)["of_processes"] for line in lines] == [[1.0, 3.0]] * 2
 
 
-# Without the package, a folder that it has left where it ran may be found in its place.
+# Without the package, a folder `wandb/` that it created may be found instead.
 @pytest.mark.parametrize("found", [None, importlib.machinery.ModuleSpec("wandb", None)])
-def test_a_missing_package_is_told_by_the_extra_to_install(monkeypatch, tmp_path, found):
+def test_missing_package_is_refused_with_the_extra_to_install(monkeypatch, tmp_path, found):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
     require_wandb("")
     for call in (lambda: require_wandb("tries"), lambda: WandbWriter("tries", tmp_path, {}, print)):
@@ -67,37 +67,37 @@ def test_a_missing_package_is_told_by_the_extra_to_install(monkeypatch, tmp_path
         (ValueError("bad entity"), "bad entity"),
     ],
 )
-def test_what_wandb_refuses_is_a_sentence(monkeypatch, tmp_path, error, words):
+def test_wandb_errors_at_start_are_user_errors(monkeypatch, tmp_path, error, words):
     def refuse(**settings):
         raise error
 
     monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(UserError, match=rf"project 'tries' \({words}\): see `wandb login`"):
+    with pytest.raises(UserError, match=rf"project 'tries' \({words}\)\. Check `wandb login`"):
         WandbWriter("tries", tmp_path, {}, print)
 
 
 class FakeRun:
-    """Of wandb; what it was asked, and what it raises then."""
+    """A wandb run that records its calls, and raises an error in each."""
 
     def __init__(self, error=None):
-        self.asked, self.error = [], error
+        self.calls, self.error = [], error
 
     def define_metric(self, *args, **options):
         pass
 
     def log(self, values):
-        self.asked.append(values["step"])
+        self.calls.append(values["step"])
         if self.error:
             raise self.error
 
     def finish(self, exit_code):
-        self.asked.append(f"exit {exit_code}")
+        self.calls.append(f"exit {exit_code}")
         if self.error:
             raise self.error
 
 
 @pytest.mark.parametrize("first", ["write", "picture", "close"])
-def test_a_service_that_is_gone_is_one_warning(monkeypatch, tmp_path, first):
+def test_lost_service_warns_once(monkeypatch, tmp_path, first):
     run, warned = FakeRun(ConnectionResetError("Connection lost")), []
     monkeypatch.setattr(wandb, "init", lambda **settings: run)
     writer = WandbWriter("tries", tmp_path, {}, warned.append)
@@ -108,32 +108,32 @@ def test_a_service_that_is_gone_is_one_warning(monkeypatch, tmp_path, first):
     writer.close()
     writer.write(1, {"loss": 1.0})
     writer.picture(1, "views", np.zeros((8, 8, 3), np.uint8))
-    assert run.asked == ([0] if first != "close" else []) + ["exit 0"]
+    assert run.calls == ([0] if first != "close" else []) + ["exit 0"]
     (warning,) = warned
     assert "Weights & Biases has failed (Connection lost)" in warning
 
 
 @pytest.mark.parametrize("place", ["train", "checkpoints", "nowhere"])
-def test_a_run_that_has_failed_is_not_told_as_finished(monkeypatch, tmp_path, place):
+def test_failed_run_is_finished_as_failed(monkeypatch, tmp_path, place):
     run = FakeRun()
     monkeypatch.setattr(wandb, "init", lambda **settings: run)
 
-    def fail(self, *args):
+    def fail(*args):
         raise UserError("No space.")
 
     if place == "checkpoints":
         monkeypatch.setattr("ssl_jax.run.checkpoint.Checkpoints.close", fail)
-    monkeypatch.setattr(loop.Run, "train", fail if place == "train" else lambda self, stop: None)
-    monkeypatch.setattr(loop.Run, "finish", lambda *args: None)
+    monkeypatch.setattr(loop, "train", fail if place == "train" else lambda *args: (None, 2))
+    monkeypatch.setattr(loop, "finish", lambda *args: None)
     share_steps(monkeypatch)
     config = with_whole_images(tiny_config(steps=2, batch_size=320, wandb="tries"))
     with contextlib.nullcontext() if place == "nowhere" else pytest.raises(UserError, match="spac"):
         loop.pretrain(config, tmp_path)
-    assert run.asked[-1] == ("exit 0" if place == "nowhere" else "exit 1")
+    assert run.calls[-1] == ("exit 0" if place == "nowhere" else "exit 1")
 
 
-def test_a_run_tells_it_what_it_measures_and_a_finished_one_nothing_more(offline, monkeypatch):
-    monkeypatch.setattr(loop.Run, "measure", lambda self, step: None)
+def test_run_sends_its_metrics_and_a_finished_run_sends_nothing(offline, monkeypatch):
+    monkeypatch.setattr(loop, "evaluate", lambda *args: None)
     monkeypatch.setattr("ssl_jax.evals.evaluator.Evaluator.finish", lambda *a: None)
     share_steps(monkeypatch)
     config = with_whole_images(tiny_config(steps=2, batch_size=320, wandb="tries"))
@@ -146,7 +146,7 @@ def test_a_run_tells_it_what_it_measures_and_a_finished_one_nothing_more(offline
     assert read_metrics(offline / "metrics.jsonl")[-1]["step"] == 2
 
 
-def test_a_run_may_begin_to_send_when_it_goes_on():
+def test_wandb_may_be_turned_on_when_a_run_resumes():
     old, new = default_config(), default_config()
     new.wandb = "tries"
     assert differences(to_json(old), to_json(new)) == []
