@@ -38,7 +38,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=["ssl_jax", "ssl_jax.*"]),
-    package_data={"ssl_jax": ["report/page.*", "interop/*.txt"]},
+    package_data={"ssl_jax": ["report/templates/*", "interop/*.txt"]},
     python_requires=">=3.11",
     install_requires=[
         "flatbuffers>=24.3",  # of jax.export

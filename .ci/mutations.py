@@ -209,10 +209,10 @@ MUTATIONS = [
         "tests/evals/test_knn.py",
     ),
     Mutation(
-        "the report trusts config keys to be plain text",
-        "ssl_jax/report/single.py",
-        '<th scope="row">{escape(key)}</th>',
-        '<th scope="row">{key}</th>',
+        "the report trusts names to be plain text",
+        "ssl_jax/report/page.py",
+        "autoescape=True",
+        "autoescape=False",
         "tests/report/test_report.py",
     ),
     Mutation(

@@ -83,8 +83,8 @@ def draw_neighbours(page: Page, shown: dict[str, np.ndarray]) -> None:
     _, first = np.unique(shown["query_label"], return_index=True)
     for number, row in enumerate(first[:SHOWN]):
         y = 42 + (SIDE + 8) * number
-        page.scan(left, y, shown["neighbours_query"][row])
-        for place, pixels in enumerate(shown["neighbours"][row]):
+        page.scan(left, y, shown["neighbors_query"][row])
+        for place, pixels in enumerate(shown["neighbors"][row]):
             page.scan(left + 76 + (SIDE + 6) * place, y, pixels)
     page.text(left, 264, "of one run of make quickstart", 11.5, GRAY, anchor="lm")
 

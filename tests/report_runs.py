@@ -39,6 +39,8 @@ class Page(HTMLParser):
         self.stack.pop()
 
     def handle_data(self, data):
+        if data.isspace() and "\n" in data:
+            return  # the layout of the source
         for element in self.stack:
             element["text"] += data
 
@@ -126,11 +128,11 @@ def images() -> dict[str, np.ndarray]:
     return {
         "originals": originals,
         "views": np.stack([originals[:, ::-1], originals[:, :, ::-1]], axis=1),
-        "neighbours_query": pixels[10:12],
-        "neighbours": pixels[20:26].reshape(2, 3, 8, 8, 3),
+        "neighbors_query": pixels[10:12],
+        "neighbors": pixels[20:26].reshape(2, 3, 8, 8, 3),
         "query_label": np.array([0, 1]),
-        "neighbour_label": np.array([[0, 0, 2], [1, 0, 1]]),
-        "neighbour_similarity": np.array([[0.99, 0.9, 0.81], [0.7, 0.6, 0.5]]),
+        "neighbor_label": np.array([[0, 0, 2], [1, 0, 1]]),
+        "neighbor_similarity": np.array([[0.99, 0.9, 0.81], [0.7, 0.6, 0.5]]),
         "class_names": np.array(["cat", "dog", "lynx"]),
     }
 
@@ -141,20 +143,18 @@ def map_and_failures(n: int = 12) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     near = (np.arange(n)[:, None] + np.arange(1, 4)) % n
     return {
-        "map_index": np.arange(n),
         "map_images": pixels[:n],
         "map_positions": rng.normal(size=(n, 2)).astype(np.float32),
-        "map_untrained": rng.normal(size=(n, 2)).astype(np.float32),
-        "map_neighbour": near,
+        "map_neighbor": near,
         "map_similarity": np.tile(np.float32([0.9, 0.8, 0.75]), (n, 1)),
         "map_label": np.arange(n) % 3,
         "failures_count": np.array(2),
-        "failures_asked": np.array(40),
+        "failures_queries": np.array(40),
         "failures_query": pixels[30:32],
-        "failures_neighbours": pixels[40:46].reshape(2, 3, 8, 8, 3),
+        "failures_neighbors": pixels[40:46].reshape(2, 3, 8, 8, 3),
         "failures_similarity": np.array([[0.98, 0.9, 0.8], [0.7, 0.6, 0.5]]),
         "failures_query_label": np.array([0, 1]),
-        "failures_neighbour_label": np.array([[2, 0, 2], [0, 1, 1]]),
+        "failures_neighbor_label": np.array([[2, 0, 2], [0, 1, 1]]),
     }
 
 

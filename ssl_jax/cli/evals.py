@@ -21,6 +21,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.evals.results import result_line, write_result
 from ssl_jax.interop.import_weights import is_weights_file
 from ssl_jax.interop.load import config_at, results_folder, weights_at
+from ssl_jax.models.resnet import resnet_name
 from ssl_jax.report import write_report
 from ssl_jax.run import processes
 

@@ -200,8 +200,9 @@ def require_run(workdir: Path) -> None:
       UserError: The folder has no config.json.
     """
     if not (workdir / "config.json").is_file():
-        raise UserError(f"There is no run in {workdir}: config.json is missing."
-            f"{close_path(workdir)}")
+        raise UserError(
+            f"There is no run in {workdir}: config.json is missing.{close_path(workdir)}"
+        )
 
 
 def require_folder_of(out: Path) -> None:

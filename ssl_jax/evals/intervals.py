@@ -1,43 +1,40 @@
-"""Intervals of means and proportions."""
+"""Confidence intervals of means and proportions."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
-from scipy import special
+from scipy import stats
 
 
 def mean_interval(values: Sequence[float] | Float[np.ndarray, " n"]) -> tuple[float, float]:
-    """The mean of a sample and its 95 % confidence interval, by Student's t.
+    """Computes a sample's mean and its 95 % confidence interval by Student's t.
 
-    For a paired comparison give it the differences.
+    For a paired comparison, pass the differences.
 
     Args:
       values: at least one number.
 
     Returns:
-      The mean and half the width of the interval, which is nan for a single value.
+      The mean and half the width of the interval, NaN for a single value.
     """
     n = len(values)
     if n < 2:
         return float(np.mean(values)), math.nan
-    quantile = float(special.stdtrit(n - 1, 0.975))
+    quantile = float(stats.t.ppf(0.975, n - 1))
     return float(np.mean(values)), quantile * float(np.std(values, ddof=1)) / math.sqrt(n)
 
 
 def proportion_interval(fraction: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion (Wilson 1927; holds at 0 and 1 too).
+    """Computes Wilson's 95 % confidence interval of a proportion (Wilson, 1927).
 
     Args:
-      fraction: the share of successes, in [0, 1].
+      fraction: share of successes, in [0, 1]; `fraction * count` is rounded to a whole number.
       count: trials, at least 1.
 
     Returns:
       The lower and the upper end, in [0, 1].
     """
-    z = float(special.ndtri(0.975))
-    shrink = 1 + z * z / count
-    centre = (fraction + z * z / (2 * count)) / shrink
-    half = z * math.sqrt(fraction * (1 - fraction) / count + (z / (2 * count)) ** 2) / shrink
-    return max(0.0, centre - half), min(1.0, centre + half)
+    interval = stats.binomtest(round(fraction * count), count).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)

@@ -1,24 +1,37 @@
-"""Small pictures of a run's images: thumbnails, sheets of them, and a grid of views."""
+"""Images that a report shows: views, nearest neighbors, retrieval failures, a map."""
 
 import math
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageOps
 
-_SEEN = 64  # pixels to which the small images of a grid are enlarged, about
+from ssl_jax.data.sources import Source
+from ssl_jax.evals.knn import nearest_neighbours
+
+PICTURES = 12  # originals with views, and queries with neighbors
+_NEIGHBORS = 6
+_SIDE = 128  # largest side of failures' images, in pixels
+_MAP_SIDE = 32  # likewise of the map's
+_RETRIEVED = 5000  # held-out images at most whose nearest neighbors are searched for failures
+_FAILURES = 24  # shown at most
+# Images in a map: more would overlap. t-SNE of 1,000 takes 4 s on one core of a Xeon, which grows
+# a little faster than linearly (2,500: 11 s).
+_MAP_IMAGES = 1000
+_MAP_CLASSES = 20  # that a map can show
+_GRID_SIDE = 64  # pixels to which the small images of a grid are enlarged, about
 _GAP = 2
 
 
 def thumbnails(images: UInt8[np.ndarray, "n h w 3"], side: int) -> UInt8[np.ndarray, "n s s 3"]:
-    """Squares cut from the middle of images, made smaller where they are larger than `side`.
+    """Crops images to their central square and shrinks those larger than `side`.
 
     Args:
       images: of one size.
       side: of a thumbnail, at most, in pixels.
 
     Returns:
-      The thumbnails; squares that are small enough are as they were.
+      The thumbnails; squares that are small enough are unchanged.
     """
     height, width = images.shape[1:3]
     side = min(side, height, width)
@@ -28,46 +41,146 @@ def thumbnails(images: UInt8[np.ndarray, "n h w 3"], side: int) -> UInt8[np.ndar
     return np.stack([np.asarray(picture) for picture in small])
 
 
-def contact_sheet(
-    images: UInt8[np.ndarray, "n s s 3"],
-) -> UInt8[np.ndarray, "side side 3"]:
-    """One square picture of many, row by row; what is left of it is black.
-
-    Args:
-      images: squares, at least one.
-
-    Returns:
-      As many columns as rows: the root of n, rounded up.
-    """
-    columns = math.isqrt(len(images) - 1) + 1
-    size = images.shape[1]
-    tiles = np.zeros((columns * columns, size, size, 3), np.uint8)
-    tiles[: len(images)] = images
-    rows = tiles.reshape(columns, columns, size, size, 3).transpose(0, 2, 1, 3, 4)
-    return np.ascontiguousarray(rows.reshape(columns * size, columns * size, 3))
-
-
 def view_grid(
     originals: UInt8[np.ndarray, "n H W 3"], views: UInt8[np.ndarray, "n v h w 3"]
 ) -> UInt8[np.ndarray, "rows columns 3"]:
-    """One picture: a row for each image, the original first, then its views.
+    """Draws a grid with one row per image: the original first, then its views.
 
     Args:
       originals: the images.
-      views: of each, at the size at which they are drawn.
+      views: of each image, at the size at which they are drawn.
 
     Returns:
-      The picture; images smaller than 64 pixels are enlarged by a whole factor.
+      The grid; images smaller than 64 pixels are enlarged by a whole factor.
     """
     height, width = views.shape[2:4]
-    factor = max(1, math.floor(_SEEN / max(height, width)))
+    factor = max(1, math.floor(_GRID_SIDE / max(height, width)))
     fitted = [ImageOps.pad(Image.fromarray(image), (width, height)) for image in originals]
     first = np.stack([np.asarray(picture) for picture in fitted])[:, None]
     tiles = np.concatenate([first, views], axis=1).repeat(factor, axis=2).repeat(factor, axis=3)
-    # A white gap after each tile, and none after the last of a row or column.
+    # A white gap after each tile, except the last of a row or column.
     tiles = np.pad(
         tiles, ((0, 0), (0, 0), (0, _GAP), (0, _GAP), (0, 0)), constant_values=np.uint8(255)
     )
     n, columns, tall, wide, _ = tiles.shape
     grid = tiles.transpose(0, 2, 1, 3, 4).reshape(n * tall, columns * wide, 3)
     return np.ascontiguousarray(grid[:-_GAP, :-_GAP])
+
+
+def retrieval_pictures(
+    train: Source,
+    test: Source,
+    train_features: Float[np.ndarray, "n d"],
+    test_features: Float[np.ndarray, "m d"],
+    labeled: bool,
+) -> dict[str, np.ndarray]:
+    """Collects held-out images with their nearest neighbors, retrieval failures, and a map.
+
+    Args:
+      train: the split with the neighbors.
+      test: the held-out split.
+      train_features: of `train`.
+      test_features: of `test`.
+      labeled: whether both splits have labels; without them there are no failures.
+
+    Returns:
+      Arrays for `report.write_images`, by name.
+    """
+    features = train_features, test_features
+    pictures = _neighbors(train, test, features, labeled) | _map(test, test_features, labeled)
+    return pictures | _failures(train, test, features) if labeled else pictures
+
+
+def _neighbors(
+    train: Source, test: Source, features: tuple[np.ndarray, np.ndarray], labeled: bool
+) -> dict[str, np.ndarray]:
+    """Held-out images, spread over the split, with the most similar training images."""
+    queries = _spread(test, PICTURES)
+    similarity, index = nearest_neighbours(features[0], features[1][queries], k=_NEIGHBORS)
+    images = train.eval_transform(index.reshape(-1))
+    pictures = {
+        "neighbors_query": test.eval_transform(queries),
+        "neighbors": images.reshape(*index.shape, *images.shape[1:]),
+        "neighbor_similarity": similarity,
+    }
+    if labeled:
+        assert train.labels is not None and test.labels is not None
+        pictures["query_label"] = test.labels[queries]
+        pictures["neighbor_label"] = train.labels[index]
+        # A source may name fewer classes than its labels, or the other source's, distinguish.
+        known, count = train.class_names, max(train.num_classes, test.num_classes)
+        pictures["class_names"] = np.array((*known, *map(str, range(len(known), count))))
+    return pictures
+
+
+def _failures(
+    train: Source, test: Source, features: tuple[np.ndarray, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Held-out images whose nearest training image is of a different class, most similar first."""
+    assert train.labels is not None and test.labels is not None
+    queries = _spread(test, _RETRIEVED)
+    similarity, index = nearest_neighbours(features[0], features[1][queries], k=_NEIGHBORS)
+    wrong = np.flatnonzero(train.labels[index[:, 0]] != test.labels[queries])
+    shown = wrong[np.argsort(-similarity[wrong, 0], kind="stable")][:_FAILURES]
+    counts = {"failures_count": np.array(len(wrong)), "failures_queries": np.array(len(queries))}
+    if not len(shown):
+        return counts
+    images = thumbnails(train.eval_transform(index[shown].reshape(-1)), _SIDE)
+    return counts | {
+        "failures_query": thumbnails(test.eval_transform(queries[shown]), _SIDE),
+        "failures_neighbors": images.reshape(*index[shown].shape, *images.shape[1:]),
+        "failures_similarity": similarity[shown],
+        "failures_query_label": test.labels[queries[shown]],
+        "failures_neighbor_label": train.labels[index[shown]],
+    }
+
+
+def _map(test: Source, features: np.ndarray, labeled: bool) -> dict[str, np.ndarray]:
+    """Held-out images for a map, each with its nearest neighbors among them."""
+    labels = test.labels if labeled else None
+    index = choose_images(labels, len(features))
+    # The nearest of all is the image itself.
+    similarity, near = nearest_neighbours(features[index], features[index], k=_NEIGHBORS + 1)
+    others = near != np.arange(len(index))[:, None]
+    others[others.all(axis=1), -1] = False  # duplicates of the image came before it
+    found = {
+        "map_features": features[index],
+        "map_images": thumbnails(test.eval_transform(index), _MAP_SIDE),
+        "map_neighbor": near[others].reshape(len(index), -1),
+        "map_similarity": similarity[others].reshape(len(index), -1),
+    }
+    return found if labels is None else found | {"map_label": labels[index]}
+
+
+def _spread(source: Source, most: int) -> Int[np.ndarray, " n"]:
+    """Ids of at most that number of images, evenly spaced."""
+    count = source.num_examples
+    return np.linspace(0, count - 1, min(most, count)).astype(np.int32)
+
+
+def choose_images(
+    labels: Int[np.ndarray, " n"] | None,
+    count: int,
+    images: int = _MAP_IMAGES,
+    classes: int = _MAP_CLASSES,
+) -> Int[np.ndarray, " m"]:
+    """Samples the images of a split that a map shows.
+
+    Args:
+      labels: of the split, or None.
+      count: images in the split.
+      images: maximum number of images.
+      classes: maximum number of classes, spread evenly over all: with many classes a map would have
+        an image or two of each.
+
+    Returns:
+      Indices in ascending order, sampled with a fixed seed.
+    """
+    kept = np.arange(count)
+    if labels is not None:
+        found = np.unique(labels)
+        if len(found) > classes:
+            shown = found[np.linspace(0, len(found) - 1, classes).astype(int)]
+            kept = kept[np.isin(labels, shown)]
+    sampled = np.random.default_rng(0).permutation(len(kept))[:images]
+    return np.sort(kept[sampled])

@@ -1,22 +1,155 @@
-"""What evaluations found, kept in a run's folder for its report: `evals/NAME.json`."""
+"""Results of evaluations in a run's folder: `evaluation.json`, and `evals/NAME.json` by command."""
 
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ssl_jax.evals.metrics import metrics_line
 from ssl_jax.files import replacing
 
+LAST_FILE = "report_images.npz"  # the last file that the end of a run writes
+BASELINE, UNTRAINED = "raw pixels", "random init"
 
-def write_result(workdir: Path, name: str, what: str, metrics: dict[str, Any], **more: Any) -> Path:
-    """Keeps the result of an evaluation; an earlier one of that name is replaced.
+# What a row holds an accuracy of: a number of labels per class, or a classifier fitted once.
+Measure = int | str
+SINGLE = ("linear", "knn")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One encoder's accuracies, as fractions of 1.
+
+    Attributes:
+      name: the config's name of the method, or that of a baseline.
+      trials: by labels per class, the accuracy of each few-label trial.
+      single: "linear" and "knn", which are fitted once.
+    """
+
+    name: str
+    trials: dict[int, np.ndarray]
+    single: dict[str, float]
+
+    @property
+    def trained(self) -> bool:
+        """Whether this is the run's own row and not a baseline."""
+        return self.name not in (BASELINE, UNTRAINED)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The rows of an `evaluation.json`, and the images and the step they were measured at.
+
+    Attributes:
+      rows: one per encoder.
+      test_examples: number of held-out images.
+      split: describes the split, in words.
+      step: of the run's checkpoint; None in an older file.
+    """
+
+    rows: list[Row]
+    test_examples: int
+    split: str
+    step: int | None = None
+
+    def find(self, name: str) -> Row | None:
+        """Returns the row of that name."""
+        return next((row for row in self.rows if row.name == name), None)
+
+    @property
+    def trained(self) -> Row | None:
+        """The run's own row."""
+        return next((row for row in self.rows if row.trained), None)
+
+    @property
+    def labels(self) -> list[int]:
+        """Numbers of labels per class that any row has, in ascending order."""
+        return sorted({count for row in self.rows for count in row.trials})
+
+    @property
+    def trials(self) -> int:
+        """The number of few-label trials."""
+        return max((len(values) for row in self.rows for values in row.trials.values()), default=0)
+
+
+def write_evaluation(workdir: Path, evaluation: Evaluation) -> None:
+    """Writes `evaluation.json`.
 
     Args:
-      workdir: of the run that was evaluated.
-      name: of the evaluation, a file's.
-      what: was evaluated, in a few words.
-      metrics: of `classification_metrics`.
-      **more: settings worth keeping, JSON types.
+      workdir: the run's folder.
+      evaluation: has at least one row.
+    """
+    rows: list[dict[str, Any]] = []
+    for row in evaluation.rows:
+        few = {
+            f"labels_{count}": {
+                "mean": float(values.mean()),
+                "std": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
+                "trials": values.tolist(),
+            }
+            for count, values in row.trials.items()
+        }
+        rows.append({"name": row.name, **few, **row.single})
+    record = {
+        "rows": rows,
+        "step": evaluation.step,
+        "trials": evaluation.trials,
+        "test_examples": evaluation.test_examples,
+        "split": evaluation.split,
+    }
+    with replacing(workdir / "evaluation.json") as file:
+        file.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Reads an `evaluation.json`.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is corrupt.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        rows = [_parse_row(entry) for entry in data["rows"]]
+        step = data.get("step")
+        evaluation = Evaluation(rows, int(data["test_examples"]), str(data.get("split", "")), step)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not an evaluation") from error
+    for labels in evaluation.labels:
+        if len({len(row.trials[labels]) for row in rows if labels in row.trials}) > 1:
+            raise ValueError("rows with different numbers of trials cannot be paired")
+    values = [
+        v for row in rows for v in (*row.single.values(), *np.hstack([*row.trials.values(), []]))
+    ]
+    if not all(0 <= value <= 1 for value in values):
+        raise ValueError("accuracies are fractions of 1")
+    if not rows or evaluation.test_examples < 1:
+        raise ValueError("an evaluation has rows and test examples")
+    return evaluation
+
+
+def _parse_row(entry: dict[str, Any]) -> Row:
+    trials = {
+        int(match[1]): np.array(value["trials"], np.float64)
+        for key, value in entry.items()
+        if (match := re.fullmatch(r"labels_(\d+)", key)) and value["trials"]
+    }
+    single = {key: float(entry[key]) for key in SINGLE if entry.get(key) is not None}
+    return Row(str(entry["name"]), trials, single)
+
+
+def write_result(workdir: Path, name: str, what: str, metrics: dict[str, Any], **more: Any) -> Path:
+    """Writes the result of an evaluation, replacing an earlier one of the same name.
+
+    Args:
+      workdir: folder of the evaluated run.
+      name: of the evaluation and its file.
+      what: describes the evaluation in a few words.
+      metrics: from `classification_metrics`.
+      **more: settings to record, JSON types.
 
     Returns:
       The file.
@@ -29,7 +162,7 @@ def write_result(workdir: Path, name: str, what: str, metrics: dict[str, Any], *
 
 
 def read_result(workdir: Path, name: str) -> dict[str, Any] | None:
-    """The result of that name; None where there is none that can be read."""
+    """Reads the result of that name; None if it is missing or corrupt."""
     try:
         record: dict[str, Any] = json.loads((workdir / "evals" / f"{name}.json").read_text())
         result_line(record)
@@ -39,9 +172,13 @@ def read_result(workdir: Path, name: str) -> dict[str, Any] | None:
 
 
 def read_results(workdir: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """All results of a run, by name, and the names of files that are none."""
+    """Reads all results of a run, sorted by name.
+
+    Returns:
+      The results, and the names of corrupt files.
+    """
     found, corrupt = [], []
-    # A name with a dot before it is one that a killed process was writing.
+    # A name with a leading dot belongs to a process that was killed while writing.
     for file in sorted((workdir / "evals").glob("[!.]*.json")):
         record = read_result(workdir, file.stem)
         if record is None:
@@ -52,5 +189,5 @@ def read_results(workdir: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def result_line(record: dict[str, Any]) -> str:
-    """A result in a line for people."""
+    """Formats a result as a line of text."""
     return f"{record['what']}: {metrics_line(record['metrics'])}"

@@ -1,10 +1,9 @@
-"""The report that lays several runs beside each other."""
+"""The report that compares several runs."""
 
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -13,43 +12,28 @@ import numpy as np
 
 from ssl_jax.config import flatten
 from ssl_jax.errors import UserError
-from ssl_jax.evals.intervals import mean_interval, proportion_interval
-from ssl_jax.evals.results import read_results
+from ssl_jax.evals.results import BASELINE, Evaluation, Row, read_evaluation, read_results
 from ssl_jax.methods import METHODS
-from ssl_jax.report.charts import figure, overlay_chart
+from ssl_jax.report.charts import overlay_chart
+from ssl_jax.report.evaluation import MISSING, Cell, accuracy, difference, measure_name, measures
 from ssl_jax.report.page import write_page
-from ssl_jax.report.reading import (
-    BASELINE,
-    Evaluation,
-    Metrics,
-    Row,
-    parse_evaluation,
-    parse_metrics,
-    read,
-)
+from ssl_jax.report.reading import Curve, Metrics, parse_metrics, read
 from ssl_jax.report.single import write_report
 from ssl_jax.report.training import CHARTS, as_drawn, chart_options, collapse_verdict
-from ssl_jax.report.words import (
-    absent,
-    labels_text,
-    network,
-    number,
-    percent,
-    points,
-    range_of_points,
-    run_title,
-)
+from ssl_jax.report.words import network, number, percent, run_title
 from ssl_jax.run.folder import read_record
 
-_LETTERS = "ABCDEFGH"  # as many runs as there are colours and dashes
+_LETTERS = "ABCDEFGH"  # one per color and dash pattern
+
+Lines = list[tuple[str, list[Cell]]]
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A run of the comparison, and what could be read of it."""
+    """A run of the comparison, and what could be read from its folder."""
 
     letter: str
-    look: int
+    style: int
     workdir: Path
     name: str
     record: dict[str, Any]
@@ -67,32 +51,32 @@ class _Run:
 
 
 def write_comparison(workdirs: Sequence[Path], out: Path | None = None) -> Path:
-    """Writes a page that compares runs, and each one's own report, to which it links.
+    """Writes a page that compares runs, and each run's own report, linked from it.
 
-    A report that can't be written, in a folder of somebody else's, is linked as it is.
+    An existing report that cannot be rewritten, in a read-only folder, is linked unchanged.
 
     Args:
-      workdirs: of two to eight runs; the first is what the others are compared with.
-      out: the file, default `comparison.html` in the first folder.
+      workdirs: folders of two to eight runs; the others are compared with the first.
+      out: the file, by default `comparison.html` in the first folder.
 
     Returns:
       The path of the page.
 
     Raises:
-      UserError: one of the folders is no run or comes twice, there are too many; or the page can't
+      UserError: a folder contains no run or is given twice, there are too many, or the page cannot
         be written.
     """
     workdirs = [Path(workdir) for workdir in workdirs]
     if not 2 <= len(workdirs) <= len(_LETTERS):
         raise UserError(
-            f"A comparison takes two to {len(_LETTERS)} runs, not {len(workdirs)}: name so many "
-            "folders."
+            f"A comparison takes two to {len(_LETTERS)} runs, not {len(workdirs)}. Pass that "
+            "number of folders."
         )
     resolved = [workdir.resolve() for workdir in workdirs]
     for i, workdir in enumerate(resolved):
         if workdir in resolved[:i]:
-            raise UserError(f"{workdirs[i]} is named twice: name each run once.")
-    # All are read before anything is written.
+            raise UserError(f"{workdirs[i]} is given twice. Pass each run once.")
+    # Read all records before writing anything.
     records = [read_record(workdir) for workdir in workdirs]
     names = [workdir.name for workdir in resolved]
     runs = [
@@ -103,7 +87,7 @@ def write_comparison(workdirs: Sequence[Path], out: Path | None = None) -> Path:
             names[i] if names.count(names[i]) == 1 else str(workdir),
             records[i],
             read(workdir / "metrics.jsonl", parse_metrics)[0],
-            read(workdir / "evaluation.json", parse_evaluation)[0],
+            read(workdir / "evaluation.json", read_evaluation)[0],
         )
         for i, workdir in enumerate(workdirs)
     ]
@@ -111,30 +95,35 @@ def write_comparison(workdirs: Sequence[Path], out: Path | None = None) -> Path:
     reports = [_report(workdir) for workdir in workdirs]
     write_page(
         out,
+        "comparison.html",
         title=" against ".join(run.name for run in runs),
-        kind="Comparison of runs",
         lead=_lead(runs),
-        sections={
-            "runs": ("Runs", _runs_section(runs, reports, out)),
-            "results": ("Results", _results_section(runs)),
-            "differences": ("Differences", _differences_section(runs)),
-            "curves": ("Curves", _curves_section(runs)),
-            "configs": ("Configs", _configs_section(runs)),
-        },
+        runs=runs,
+        facts=_facts(runs),
+        addresses=[_address(report, out) for report in reports],
+        results=[*_accuracies(runs), *_further(runs), *_last_values(runs)],
+        differences=_differences(runs),
+        curves=_curves(runs),
+        configs=_configs(runs),
     )
     return out
 
 
 def _report(workdir: Path) -> Path | None:
-    """A run's own report: a new one, or else what there is."""
+    """Writes a run's own report; returns the existing one, or None, if that fails."""
     try:
         return write_report(workdir)
-    except UserError:  # its record has been read: it can't be written
+    except UserError:  # the record was readable, so the folder cannot be written
         old = workdir / "report.html"
         return old if old.is_file() else None
 
 
-def _lead(runs: Sequence[_Run]) -> str:
+def _address(report: Path | None, out: Path) -> str:
+    """The link from the comparison to a report; empty without one."""
+    return quote(os.path.relpath(report.resolve(), out.resolve().parent)) if report else ""
+
+
+def _lead(runs: Sequence[_Run]) -> dict[str, Any] | str:
     rows = {run.letter: run.row for run in runs}
     common = set.intersection(*(set(row.trials) if row else set() for row in rows.values()))
     if not common:
@@ -144,142 +133,62 @@ def _lead(runs: Sequence[_Run]) -> str:
             return f"{' and '.join(missing)} {have} no evaluation yet."
         return "The runs have no number of labels in common."
     labels = 5 if 5 in common else min(common)
-    told = ", ".join(
-        f'<span class="nowrap">{letter} <strong>{percent(float(row.trials[labels].mean()))} %'
-        "</strong></span>"
-        for letter, row in rows.items()
-        if row
-    )
-    return f"At {labels_text(labels)} per class: {told}."
+    means = {letter: row.trials[labels].mean() for letter, row in rows.items() if row}
+    return {"labels": measure_name(labels), "means": means}
 
 
-def _key(run: _Run) -> str:
-    """The letter of a run in its colour, with its dashes."""
-    return (
-        f'<span class="key"><svg viewBox="0 0 30 12" aria-hidden="true"><g class="run '
-        f'k{run.look}"><line class="line d{run.look}" x1="0" x2="30" y1="6" y2="6"/></g></svg>'
-        f"{run.letter}</span>"
-    )
+def _facts(runs: Sequence[_Run]) -> list[tuple[str, list[Any]]]:
+    facts: dict[str, Callable[[_Run], Any]] = {
+        "What": lambda run: run_title(run.config),
+        "Network": lambda run: network(run.config.get("model", {})),
+        "Batch": lambda run: run.config.get("batch_size", "?"),
+        "Steps reached": lambda run: f"{run.metrics.last_step:,}" if run.metrics else "none",
+        "Seed": lambda run: run.config.get("seed", "?"),
+        "Git revision": lambda run: run.record.get("git") or "not recorded",
+    }
+    return [(name, [Cell(of(run)) for run in runs]) for name, of in facts.items()]
 
 
-def _table(
-    caption: str,
-    runs: Sequence[_Run],
-    lines: Iterable[tuple[str, Sequence[str]]],
-    corner: str = "Figure",
-) -> str:
-    """Figures down, runs across; the cells are HTML."""
-    head = "".join(f'<th scope="col">{_key(run)}</th>' for run in runs)
-    body = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>'
-        f"{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-        for name, cells in lines
-    )
-    label = escape(caption or corner, quote=True)
-    return (
-        f'<div class="wide-table" tabindex="0" role="region" aria-label="{label}"><table>'
-        f"<caption>{escape(caption)}</caption>"
-        f'<thead><tr><th scope="col">{escape(corner)}</th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def _runs_section(runs: Sequence[_Run], reports: Sequence[Path | None], out: Path) -> str:
-    def link(run: _Run, report: Path | None) -> str:
-        if report is None:
-            return f"{escape(run.name)} (no report: the folder can't be written)"
-        # As a page in a browser finds it from where the comparison lies.
-        address = quote(os.path.relpath(report.resolve(), out.resolve().parent))
-        return f'<a href="{address}">{escape(run.name)}</a>'
-
-    def facts(of: Callable[[_Run], Any]) -> list[str]:
-        return [escape(str(of(run))) for run in runs]
-
-    def length(run: _Run) -> str:
-        return f"{run.metrics.last_step:,}" if run.metrics else "none"
-
-    lines = [
-        ("Report", [link(run, report) for run, report in zip(runs, reports, strict=True)]),
-        ("What", facts(lambda run: run_title(run.config))),
-        ("Network", facts(lambda run: network(run.config.get("model", {})))),
-        ("Batch", facts(lambda run: run.config.get("batch_size", "?"))),
-        ("Steps reached", facts(length)),
-        ("Seed", facts(lambda run: run.config.get("seed", "?"))),
-        ("Git revision", facts(lambda run: run.record.get("git") or "not recorded")),
-    ]
-    return _table("", runs, lines, corner="Run")
-
-
-def _results_section(runs: Sequence[_Run]) -> str:
-    lines = [*_accuracies(runs), *_further(runs), *_last_values(runs)]
-    note = (
-        "± and ranges are 95 % intervals: of accuracies with few labels Student's t over the "
-        "trials, of the linear probe and kNN Wilson's, of further evaluations by bootstrap over "
-        "the images. None covers another seed of the training."
-    )
-    return _table("Accuracies in percent, on held-out images.", runs, lines) + absent(note)
-
-
-def _cell(value: str, spread: str = "") -> str:
-    return f'{value}<span class="spread">{spread}</span>' if spread else value
-
-
-def _accuracies(runs: Sequence[_Run]) -> Iterable[tuple[str, list[str]]]:
-    counts = sorted({count for run in runs if run.row for count in run.row.trials})
-
-    def drawn(run: _Run, count: int) -> str:
-        if run.row is None or count not in run.row.trials:
-            return "–"
-        mean, half = mean_interval(run.row.trials[count])
-        return _cell(percent(mean), "" if np.isnan(half) else f"± {percent(half)}")
-
-    def once(run: _Run, key: str) -> str:
-        if run.row is None or run.evaluation is None or key not in run.row.single:
-            return "–"
-        value = run.row.single[key]
-        low, high = proportion_interval(value, run.evaluation.test_examples)
-        return _cell(percent(value), f"{percent(low)}–{percent(high)}")
-
-    for count in counts:
-        yield f"{labels_text(count)} per class", [drawn(run, count) for run in runs]
-    for key, name in (("linear", "Linear probe, all labels"), ("knn", "kNN")):
-        yield name, [once(run, key) for run in runs]
-
-
-def _further(runs: Sequence[_Run]) -> Iterable[tuple[str, list[str]]]:
-    """Top-1 accuracies that commands have added to the folders."""
-    found = [_top1(run) for run in runs]
-    for what in dict.fromkeys(name for results in found for name in results):
-        yield (
-            what,
+def _accuracies(runs: Sequence[_Run]) -> Lines:
+    return [
+        (
+            measure_name(each),
             [
-                _cell(
-                    percent(results[what]["value"]),
-                    f"{percent(results[what]['low'])}–{percent(results[what]['high'])}",
-                )
-                if what in results
-                else "–"
-                for results in found
+                accuracy(run.row, each, run.evaluation.test_examples) if run.evaluation else MISSING
+                for run in runs
             ],
         )
+        for each in measures(run.row for run in runs)
+    ]
 
 
-def _top1(run: _Run) -> dict[str, dict[str, float]]:
-    """By what was evaluated; of several results of one name, the others have a number."""
-    found: dict[str, dict[str, float]] = {}
+def _further(runs: Sequence[_Run]) -> Lines:
+    """Top-1 accuracies that commands have added to the folders."""
+    found = [_top1(run) for run in runs]
+    return [
+        (what, [results.get(what, MISSING) for results in found])
+        for what in dict.fromkeys(name for results in found for name in results)
+    ]
+
+
+def _top1(run: _Run) -> dict[str, Cell]:
+    """By evaluation; a number distinguishes several results of the same name."""
+    found: dict[str, Cell] = {}
     count: Counter[str] = Counter()
     for record in read_results(run.workdir)[0]:
-        # The penalty is chosen for each run, by the same rule.
+        # The same rule chooses the penalty in each run.
         what = str(record["what"]).partition(", penalty ")[0]
         if "top1" in record["metrics"]:
             count[what] += 1
             number = f" ({count[what]})" if count[what] > 1 else ""
-            found[what + number] = record["metrics"]["top1"]
+            top1 = record["metrics"]["top1"]
+            spread = f"{percent(top1['low'])}–{percent(top1['high'])}"
+            found[what + number] = Cell(percent(top1["value"]), spread)
     return found
 
 
-def _last_values(runs: Sequence[_Run]) -> Iterable[tuple[str, list[str]]]:
-    """What was logged last; of the throughput the median."""
+def _last_values(runs: Sequence[_Run]) -> Iterable[tuple[str, list[Cell]]]:
+    """The last logged values; of the throughput, the median."""
     curves = [run.metrics.curves if run.metrics else {} for run in runs]
     for name, (title, _, _, kind) in CHARTS.items():
         if name == "learning_rate" or not any(name in each for each in curves):
@@ -287,31 +196,28 @@ def _last_values(runs: Sequence[_Run]) -> Iterable[tuple[str, list[str]]]:
         whole = name == "images_per_s"
         scale = 100 if kind == "percent" else 1
         values = [
-            number(float(np.median(each[name][1]) if whole else scale * each[name][1][-1]))
+            Cell(number(float(np.median(each[name][1]) if whole else scale * each[name][1][-1])))
             if name in each
-            else "–"
+            else MISSING
             for each in curves
         ]
         unit = ", %" if kind == "percent" else ""
         yield f"{title}, {'median' if whole else 'last'}{unit}", values
-    yield (
-        "Collapse",
-        [
-            escape(collapse_verdict(run.metrics, run.record)) if run.metrics else "not judged"
-            for run in runs
-        ],
-    )
+    verdicts = [
+        collapse_verdict(run.metrics, run.record) if run.metrics else "not judged" for run in runs
+    ]
+    yield "Collapse", [Cell(verdict) for verdict in verdicts]
 
 
 def _paired(first: _Run, other: _Run) -> bool:
-    """Whether both were measured with the same labelled sets, draw by draw."""
+    """Whether both were measured with the same labeled sets, trial by trial."""
     a, b = first.evaluation, other.evaluation
     if a is None or b is None or a.test_examples != b.test_examples:
         return False
     raw = [evaluation.find(BASELINE) for evaluation in (a, b)]
     if raw[0] and raw[1]:
-        # The same pixels give the same accuracies from the same sets, and from others only where
-        # they are as good as can be, in every draw.
+        # The same pixels have the same accuracies from the same sets, and from different sets only
+        # if they are perfect in every trial.
         common = raw[0].trials.keys() & raw[1].trials.keys()
         return bool(common) and all(
             np.array_equal(raw[0].trials[count], raw[1].trials[count]) for count in common
@@ -320,98 +226,55 @@ def _paired(first: _Run, other: _Run) -> bool:
     return bool(data) and data == other.record.get("data") and a.trials == b.trials
 
 
-def _differences_section(runs: Sequence[_Run]) -> str:
+def _differences(runs: Sequence[_Run]) -> dict[str, Any]:
     first, others = runs[0], runs[1:]
-    paired = [run for run in others if _paired(first, run)]
+    paired = [run for run in others if first.row and _paired(first, run)]
+    lines = [
+        (measure_name(each), [difference(run.row, first.row, each) for run in paired])
+        for each in measures([first.row])
+        if isinstance(each, str) or any(run.row and each in run.row.trials for run in paired)
+    ]
     unpaired = [run.letter for run in others if run not in paired]
-    html = ""
-    if paired and first.row:
-        counts = sorted(
-            {c for run in paired if run.row for c in run.row.trials} & set(first.row.trials)
-        )
-        lines = [
-            (f"{labels_text(count)} per class", [_drawn_apart(first, run, count) for run in paired])
-            for count in counts
-        ]
-        lines += [
-            (name, [_once_apart(first, run, key) for run in paired])
-            for key, name in (("linear", "Linear probe, all labels"), ("knn", "kNN"))
-        ]
-        html = _table(
-            f"Difference to {first.letter} in points, paired draw by draw, with 95 % intervals by "
-            "Student's t. The linear probe and kNN are fitted once, and have none.",
-            paired,
-            lines,
-        )
-    if unpaired:
-        html += absent(
-            f"Without differences: {', '.join(unpaired)}, not measured with the labelled sets of "
-            f"{first.letter}, or not at all."
-        )
-    return html
+    return {"runs": paired, "lines": lines, "unpaired": unpaired}
 
 
-def _drawn_apart(first: _Run, run: _Run, count: int) -> str:
-    if first.row is None or run.row is None or count not in run.row.trials:
-        return "–"
-    mean, half = mean_interval(run.row.trials[count] - first.row.trials[count])
-    return _cell(points(mean), range_of_points(mean, half))
-
-
-def _once_apart(first: _Run, run: _Run, key: str) -> str:
-    if (
-        first.row is None
-        or run.row is None
-        or not {key} <= first.row.single.keys() & run.row.single
-    ):
-        return "–"
-    return points(run.row.single[key] - first.row.single[key])
-
-
-def _curves_section(runs: Sequence[_Run]) -> str:
+def _curves(runs: Sequence[_Run]) -> dict[str, Any] | str:
     logged = {run.letter: run.metrics for run in runs if run.metrics}
     last = max((metrics.last_step for metrics in logged.values()), default=0)
     if not last:
-        return absent("Not there: no run has logged a step.")
-    looks = {run.letter: run.look for run in runs}
+        return "Missing: no run has logged a step."
+    styles = {run.letter: run.style for run in runs}
     figures = []
     for name, (title, y_label, _, kind) in CHARTS.items():
-        curves = {
+        curves: dict[str, Curve] = {
             letter: as_drawn(metrics.curves[name], kind)
             for letter, metrics in logged.items()
             if name in metrics.curves
         }
         if curves:
-            chart = overlay_chart(curves, looks, y_label, last, **chart_options(kind))
-            figures.append(figure(title, _told(curves), chart))
-    legend = "".join(f"<li>{_key(run)} {escape(run.name)}</li>" for run in runs)
-    html = f'<ul class="legend runs">{legend}</ul><div class="pairs">{"".join(figures)}</div>'
+            chart = overlay_chart(curves, styles, y_label, last, **chart_options(kind))
+            ends = ", ".join(f"{letter} {number(y[-1])}" for letter, (_, y) in curves.items())
+            figures.append((title, f"Last: {ends}.", chart))
     remarks = []
     if len({run.config.get("method") for run in runs}) > 1:
-        remarks.append("Losses of different methods are different measures.")
+        remarks.append("The losses of different methods are not comparable.")
     if len({run.config.get("batch_size") for run in runs}) > 1:
-        remarks.append("Steps of different batches are of different numbers of images.")
+        remarks.append("Steps of different batch sizes process different numbers of images.")
     silent = [run.letter for run in runs if not run.metrics]
     if silent:
         remarks.append(f"Without metrics: {', '.join(silent)}.")
-    return html + (absent(" ".join(remarks)) if remarks else "")
+    return {"figures": figures, "remarks": " ".join(remarks)}
 
 
-def _told(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> str:
-    return (
-        "Last: " + ", ".join(f"{letter} {number(y[-1])}" for letter, (_, y) in curves.items()) + "."
-    )
-
-
-def _configs_section(runs: Sequence[_Run]) -> str:
-    """The keys in which the runs differ; those of a method are another's business."""
+def _configs(runs: Sequence[_Run]) -> Lines:
+    """The keys whose values differ, without those of methods that no run uses."""
     used = {str(run.config.get("method")) for run in runs}
     flat = [flatten(run.config) for run in runs]
 
-    def value(run: _Run, keys: dict[str, Any], key: str) -> str:
+    def value(run: _Run, keys: dict[str, Any], key: str) -> Cell:
         group = key.partition(".")[0]
         foreign = group in METHODS and group != run.config.get("method")
-        return "–" if foreign or key not in keys else escape(str(keys[key]))
+        return MISSING if foreign or key not in keys else Cell(str(keys[key]))
 
     lines = []
     for key in dict.fromkeys(key for keys in flat for key in keys):
@@ -421,6 +284,4 @@ def _configs_section(runs: Sequence[_Run]) -> str:
         values = [value(run, keys, key) for run, keys in zip(runs, flat, strict=True)]
         if len(set(values)) > 1:
             lines.append((key, values))
-    if not lines:
-        return absent("The runs have the same config.")
-    return _table("Keys with different values.", runs, lines, corner="Key")
+    return lines

@@ -1,20 +1,28 @@
-"""The tables and charts of what a run's encoder is worth."""
+"""Tables and charts of a run's accuracies, for the report, the model card and the terminal."""
 
 import math
-from collections.abc import Callable
-from html import escape
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ssl_jax.evals.intervals import mean_interval, proportion_interval
-from ssl_jax.evals.results import read_results
-from ssl_jax.report.charts import axes, figure, marker, nice_ticks, path, svg, whisker
-from ssl_jax.report.reading import BASELINE, Evaluation, Row
-from ssl_jax.report.words import absent, labels_text, percent, points, range_of_points
+from ssl_jax.evals.results import (
+    BASELINE,
+    SINGLE,
+    Evaluation,
+    Measure,
+    Row,
+    read_evaluation,
+    read_results,
+    result_line,
+)
+from ssl_jax.methods import title
+from ssl_jax.report.charts import Chart, Mark, Series, axes, nice_ticks
+from ssl_jax.report.words import counted, percent, points, range_of_points
 
-_RESULTS = {
+METRICS = {
     "top1": "Top-1",
     "top5": "Top-5",
     "mean_per_class": "Mean per class",
@@ -22,237 +30,211 @@ _RESULTS = {
 }
 
 
-def results_section(workdir: Path) -> str:
-    """The evaluations that commands have added, one a column; nothing where there are none."""
+class Cell(NamedTuple):
+    """A value in a table, with its interval."""
+
+    value: str
+    spread: str = ""
+
+
+MISSING = Cell("–")
+
+
+def measures(rows: Iterable[Row | None]) -> list[Measure]:
+    """The measures that any row has an accuracy of, in the order of a table."""
+    rows = [row for row in rows if row]
+    few = sorted({count for row in rows for count in row.trials})
+    return [*few, *(key for key in SINGLE if any(key in row.single for row in rows))]
+
+
+def measure_name(measure: Measure) -> str:
+    """Names a measure, for tables."""
+    if isinstance(measure, int):
+        return f"{counted(measure, 'label')} per class"
+    return {"linear": "Linear probe", "knn": "kNN"}[measure]
+
+
+def accuracy(row: Row | None, measure: Measure, test_examples: int) -> Cell:
+    """An accuracy in percent, with its 95 % interval."""
+    if row is not None and isinstance(measure, int) and measure in row.trials:
+        mean, half = mean_interval(row.trials[measure])
+        return Cell(percent(mean), "" if math.isnan(half) else f"± {percent(half)}")
+    if row is not None and measure in row.single:
+        low, high = proportion_interval(row.single[str(measure)], test_examples)
+        return Cell(percent(row.single[str(measure)]), f"{percent(low)}–{percent(high)}")
+    return MISSING
+
+
+def difference(row: Row | None, other: Row | None, measure: Measure) -> Cell:
+    """The difference of two accuracies in points, paired by trial, with its 95 % interval."""
+    if row is None or other is None:
+        return MISSING
+    if isinstance(measure, int) and measure in row.trials and measure in other.trials:
+        mean, half = mean_interval(row.trials[measure] - other.trials[measure])
+        return Cell(points(mean), range_of_points(mean, half))
+    if measure in row.single and measure in other.single:
+        return Cell(points(row.single[str(measure)] - other.single[str(measure)]))
+    return MISSING
+
+
+def row_name(row: Row) -> str:
+    """A row's name: a baseline's, or the method's as its paper writes it."""
+    return title(row.name)
+
+
+def evaluation_table(workdir: Path) -> list[str]:
+    """Formats the accuracies in a run's folder as lines of text: a table, and other results."""
+    others = [result_line(record) for record in read_results(workdir)[0]]
+    path = workdir / "evaluation.json"
+    if not path.exists():
+        return others
+    evaluation = read_evaluation(path)
+    columns = measures(evaluation.rows)
+    cells = [["", *map(measure_name, columns)]] + [
+        [row_name(row), *(accuracy(row, each, evaluation.test_examples).value for each in columns)]
+        for row in evaluation.rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in cells
+    ] + others
+
+
+def results_section(workdir: Path) -> dict[str, Any]:
+    """The results that commands have added, and the names of corrupt files."""
     results, corrupt = read_results(workdir)
-    sorry = f"<p>Could not be read: {escape(', '.join(corrupt))}.</p>" if corrupt else ""
-    if not results:
-        return sorry
-
-    def cell(record: dict[str, Any], key: str) -> str:
-        if key not in record["metrics"]:
-            return "<td></td>"
-        found = record["metrics"][key]
-        low, high = 100 * found["low"], 100 * found["high"]
-        return f"<td>{100 * found['value']:.1f} <small>{low:.1f} to {high:.1f}</small></td>"
-
-    head = "".join(f'<th scope="col">{name}</th>' for name in _RESULTS.values())
-    body = "".join(
-        f'<tr><th scope="row">{escape(record["what"])}</th>'
-        f"{''.join(cell(record, key) for key in _RESULTS)}"
-        f"<td>{record['metrics']['examples']:,}</td></tr>"
-        for record in results
-    )
-    return (
-        "<table><caption><h3>Further evaluations</h3>Percent, with 95 % intervals by bootstrap "
-        "over the held-out images.</caption>"
-        f'<thead><tr><th scope="col">Classifier</th>{head}<th scope="col">Images</th></tr></thead>'
-        f"<tbody>{body}</tbody></table>{sorry}"
-    )
+    return {"metrics": METRICS, "results": results, "corrupt": corrupt}
 
 
-def _look(row: Row) -> tuple[str, int]:
-    """A series' class and marker: the trained encoders take the accent."""
+def _style(row: Row) -> tuple[str, str]:
+    """A series' class and marker: trained encoders have the accent color."""
     if row.trained:
-        return "series", 0
-    return ("base", 1) if row.name == BASELINE else ("base dots", 2)
+        return "series", "disc"
+    return ("base", "square") if row.name == BASELINE else ("base dots", "triangle")
 
 
-def _accuracy_chart(evaluation: Evaluation) -> str:
-    """Mean accuracy with its interval over labels per class, one line for each row."""
+def _accuracy_chart(evaluation: Evaluation) -> Chart:
+    """Mean accuracy with its interval by labels per class, one line per row."""
     labels = evaluation.labels
     rows = [row for row in evaluation.rows if row.trials]
     stats = [{k: mean_interval(values) for k, values in row.trials.items()} for row in rows]
-    # An interval from a few trials may go beyond what an accuracy can be.
+    # The interval of a few trials may exceed the range of accuracies.
     ends = [
         float(np.clip(100 * (mean + side * np.nan_to_num(half)), 0, 100))
         for stat in stats
         for mean, half in stat.values()
         for side in (-1, 1)
     ]
-    frame, body = axes(
+    frame, y_ticks = axes(
         (-0.4, len(labels) - 0.6),
-        [(i, str(k)) for i, k in enumerate(labels)],
         [tick for tick in nice_ticks(min(ends), max(ends)) if 0 <= tick <= 100],
-        "labels per class",
-        "test accuracy, %",
     )
-    # The baselines first, so that the trained encoder lies on top.
-    for i, (row, stat) in sorted(enumerate(zip(rows, stats, strict=True)), key=_trained_last):
-        kind, shape = _look(row)
-        at = [(labels.index(k) + 0.06 * (i - (len(rows) - 1) / 2), k) for k in sorted(stat)]
-        xs, ys = [x for x, _ in at], [100 * stat[k][0] for _, k in at]
-        body += f'<g class="{kind}"><polyline class="line" points="{path(frame, xs, ys)}"/>'
-        for x, k in at:
-            mean, half = stat[k]
-            body += "<g>" + _title_of(row.name, mean, half, k)
-            body += whisker(frame, x, 100 * mean, 100 * half)
-            body += marker(shape, frame.x(x), frame.y(100 * mean)) + "</g>"
-        body += "</g>"
+    series = []
+    # The baselines first, so that the trained encoder is on top.
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].trained, i))
+    for i in order:
+        style, shape = _style(rows[i])
+        xs = [labels.index(k) + 0.06 * (i - (len(rows) - 1) / 2) for k in sorted(stats[i])]
+        ys = [100 * stats[i][k][0] for k in sorted(stats[i])]
+        marks = []
+        for x, y, k in zip(xs, ys, sorted(stats[i]), strict=True):
+            mean, half = stats[i][k]
+            spread = "" if math.isnan(half) else f" ± {percent(half)}"
+            title = f"{row_name(rows[i])}, {measure_name(k)}: {percent(mean)}{spread} %"
+            marks.append(Mark(frame.x(x), frame.y(y), shape, title, frame.whisker(y, 100 * half)))
+        series.append(Series(style, line=frame.path(xs, ys), marks=marks))
     words = "; ".join(
-        f"{row.name} " + ", ".join(f"{percent(stat[k][0])} at {k}" for k in sorted(stat))
+        f"{row_name(row)} " + ", ".join(f"{percent(stat[k][0])} at {k}" for k in sorted(stat))
         for row, stat in zip(rows, stats, strict=True)
     )
-    return svg(body, f"Line chart, test accuracy in percent by labels per class: {words}.")
+    return Chart(
+        frame,
+        [(i, str(k)) for i, k in enumerate(labels)],
+        y_ticks,
+        "labels per class",
+        "test accuracy, %",
+        f"Line chart, test accuracy in percent by labels per class: {words}.",
+        series,
+    )
 
 
-def _trained_last(item: tuple[int, tuple[Row, Any]]) -> tuple[bool, int]:
-    index, (row, _) = item
-    return row.trained, index
-
-
-def _title_of(name: str, mean: float, half: float, labels: int) -> str:
-    spread = "" if math.isnan(half) else f" ± {percent(half)}"
-    text = f"{name}, {labels_text(labels)} per class: {percent(mean)}{spread} %"
-    return f"<title>{escape(text)}</title>"
-
-
-def _difference_chart(baseline: Row, trained: Row) -> str:
-    """Every draw's difference to the baseline, and their mean with its interval."""
+def _difference_chart(baseline: Row, trained: Row) -> Chart:
+    """The difference to the baseline in each trial, and the mean with its interval."""
     labels = sorted(trained.trials.keys() & baseline.trials.keys())
     differences = [100 * (trained.trials[k] - baseline.trials[k]) for k in labels]
     every = np.concatenate(differences)
-    frame, body = axes(
-        (-0.5, len(labels) - 0.5),
-        [(i, str(k)) for i, k in enumerate(labels)],
-        nice_ticks(min(0.0, every.min()), max(0.0, every.max())),
-        "labels per class",
-        f"{trained.name} − {baseline.name}, points",
+    frame, y_ticks = axes(
+        (-0.5, len(labels) - 0.5), nice_ticks(min(0.0, every.min()), max(0.0, every.max()))
     )
+    marks = []
     for i, values in enumerate(differences):
         spread = np.linspace(-0.22, 0.22, len(values)) - 0.06 if len(values) > 1 else [-0.06]
-        for draw, (dx, value) in enumerate(zip(spread, values, strict=True)):
-            body += (
-                f'<circle class="draw" cx="{frame.x(i + dx):.1f}" cy="{frame.y(value):.1f}" r="3">'
-                f"<title>draw {draw + 1}: {points(value / 100)} points</title></circle>"
-            )
+        for trial, (dx, value) in enumerate(zip(spread, values, strict=True), start=1):
+            title = f"trial {trial}: {points(value / 100)} points"
+            marks.append(Mark(frame.x(i + dx), frame.y(value), "trial", title))
         mean, half = mean_interval(values)
         interval = range_of_points(mean / 100, half / 100)
-        words = f"mean {points(mean / 100)} points" + (f" ({interval})" if interval else "")
-        body += f"<g><title>{words}</title>"
-        body += whisker(frame, i + 0.28, mean, half)
-        body += marker(0, frame.x(i + 0.28), frame.y(mean)) + "</g>"
+        title = f"mean {points(mean / 100)} points" + (f" ({interval})" if interval else "")
+        whisker = frame.whisker(mean, half)
+        marks.append(Mark(frame.x(i + 0.28), frame.y(mean), "disc", title, whisker))
     words = ", ".join(
         f"{points(values.mean() / 100)} at {k}"
         for k, values in zip(labels, differences, strict=True)
     )
-    return svg(
-        body,
-        f"Dot chart, difference of {trained.name} to {baseline.name} in points for each draw, by "
-        f"labels per class; means {words}.",
+    name = row_name(trained)
+    return Chart(
+        frame,
+        [(i, str(k)) for i, k in enumerate(labels)],
+        y_ticks,
+        "labels per class",
+        f"{name} − {baseline.name}, points",
+        f"Dot chart, difference of {name} to {baseline.name} in points for each trial, by labels "
+        f"per class; means {words}.",
+        [Series(marks=marks)],
     )
 
 
-def evaluation_section(evaluation: Evaluation) -> str:
-    """What `evaluation.json` holds, with intervals and paired differences, as HTML."""
-    baseline = evaluation.find(BASELINE)
-    trained = evaluation.trained
+def evaluation_section(evaluation: Evaluation) -> dict[str, Any]:
+    """The accuracies with intervals, and paired differences to raw pixels."""
+    baseline, trained = evaluation.find(BASELINE), evaluation.trained
     split = f" ({evaluation.split})" if evaluation.split else ""
-    intro = f"Measured on {evaluation.test_examples:,} test images{split}."
+    text = f"Measured on {evaluation.test_examples:,} test images{split}."
     if evaluation.trials:
-        intro += (
-            f" Each draw picks the labelled images anew, the same ones for every row;"
-            f" there are {evaluation.trials} trials."
+        text += (
+            " Each trial samples the labeled images, the same for every row "
+            f"({counted(evaluation.trials, 'trial')})."
         )
-    html = f"<p>{escape(intro)}</p>"
-    charts = []
+    charts: dict[str, Any] = {}
     if evaluation.trials:
-        legend = "".join(
-            f'<li><svg viewBox="0 0 30 12" aria-hidden="true"><g class="{kind}">'
-            f'<line class="line" x1="0" x2="30" y1="6" y2="6"/>{marker(shape, 15, 6)}</g></svg>'
-            f"{escape(row.name)}</li>"
-            for row in evaluation.rows
-            for kind, shape in [_look(row)]
-        )
-        charts.append(
-            figure(
-                "Accuracy with few labels",
-                "Means over the trials, bars their 95 % intervals.",
-                _accuracy_chart(evaluation),
-                f'<ul class="legend">{legend}</ul>',
-            )
-        )
+        charts["accuracy"] = _accuracy_chart(evaluation)
     if baseline and trained and baseline.trials.keys() & trained.trials.keys():
-        charts.append(
-            figure(
-                f"{trained.name} against {baseline.name}",
-                "Pale dots are single trials, the dark one their mean with its 95 % interval.",
-                _difference_chart(baseline, trained),
+        title = f"{row_name(trained)} against {baseline.name}"
+        charts["difference"] = title, _difference_chart(baseline, trained)
+    lines = measures(evaluation.rows)
+    others = [row for row in evaluation.rows if row is not baseline]
+    return {
+        "text": text,
+        "charts": charts,
+        "legend": [(*_style(row), row_name(row)) for row in evaluation.rows],
+        "heads": _heads(evaluation.rows),
+        "accuracies": [
+            (
+                measure_name(each),
+                [accuracy(row, each, evaluation.test_examples) for row in evaluation.rows],
             )
-        )
-    tables = [_accuracy_table(evaluation)]
-    if baseline and len(evaluation.rows) > 1:
-        tables.append(_difference_table(evaluation, baseline))
-    html += f'<div class="pairs">{"".join(charts + tables)}</div>'
-    if not baseline:
-        html += absent("No differences are shown: the evaluation has no row for raw pixels.")
-    return html + absent(
-        "± and ranges are 95 % intervals. Those over trials (Student's t) tell how well the mean "
-        "over labelled sets is known; those of the linear probe and of kNN, each fitted once "
-        "to all labels (Wilson), how well the accuracy is known from so many test images. "
-        "Neither covers another seed of the training."
-    )
+            for each in lines
+        ],
+        "baseline": baseline is not None,
+        "difference_heads": _heads(others),
+        "differences": [
+            (measure_name(each), [difference(row, baseline, each) for row in others])
+            for each in lines
+        ]
+        if baseline
+        else [],
+    }
 
 
-def _accuracy_table(evaluation: Evaluation) -> str:
-    def over_trials(row: Row, labels: int) -> str:
-        if labels not in row.trials:
-            return _cell(row)
-        mean, half = mean_interval(row.trials[labels])
-        return _cell(row, percent(mean), "" if math.isnan(half) else f"± {percent(half)}")
-
-    def once(row: Row, key: str) -> str:
-        if key not in row.single:
-            return _cell(row)
-        low, high = proportion_interval(row.single[key], evaluation.test_examples)
-        return _cell(row, percent(row.single[key]), f"{percent(low)}–{percent(high)}")
-
-    text = "In percent; labels are per class."
-    return _table("Test accuracy", text, evaluation.rows, evaluation.labels, over_trials, once)
-
-
-def _difference_table(evaluation: Evaluation, baseline: Row) -> str:
-    def over_trials(row: Row, labels: int) -> str:
-        if labels not in row.trials or labels not in baseline.trials:
-            return _cell(row)
-        mean, half = mean_interval(row.trials[labels] - baseline.trials[labels])
-        return _cell(row, points(mean), range_of_points(mean, half))
-
-    def once(row: Row, key: str) -> str:
-        if key not in row.single or key not in baseline.single:
-            return _cell(row)
-        return _cell(row, points(row.single[key] - baseline.single[key]))
-
-    rows = [row for row in evaluation.rows if row is not baseline]
-    text = "In points, paired draw by draw; labels are per class."
-    return _table("Difference to raw pixels", text, rows, evaluation.labels, over_trials, once)
-
-
-def _cell(row: Row, value: str = "–", spread: str = "") -> str:
-    own = ' class="own"' if row.trained else ""
-    small = f'<span class="spread">{spread}</span>' if spread else ""
-    return f"<td{own}>{value}{small}</td>"
-
-
-def _table(
-    title: str,
-    text: str,
-    rows: list[Row],
-    labels: list[int],
-    over_trials: Callable[[Row, int], str],
-    once: Callable[[Row, str], str],
-) -> str:
-    """Evaluations down, encoders across; the two functions make the cells."""
-    head = "".join(
-        f'<th scope="col"{" class=own" if row.trained else ""}>{escape(row.name)}</th>'
-        for row in rows
-    )
-    lines = [(labels_text(count), [over_trials(row, count) for row in rows]) for count in labels]
-    for key, name in (("linear", "Linear probe"), ("knn", "kNN")):
-        lines.append((name, [once(row, key) for row in rows]))
-    body = "".join(f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>' for name, cells in lines)
-    return (
-        f"<table><caption><h3>{title}</h3>{text}</caption>"
-        f'<thead><tr><th scope="col">Evaluation</th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table>"
-    )
+def _heads(rows: list[Row]) -> list[tuple[str, bool]]:
+    return [(row_name(row), row.trained) for row in rows]

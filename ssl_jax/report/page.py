@@ -1,46 +1,48 @@
-"""The page around a report's sections: one HTML file with everything inside."""
+"""Renders a report's template into one self-contained HTML file."""
 
 import base64
 import hashlib
-from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
+from typing import Any
+
+import jinja2
 
 from ssl_jax.files import RERUN, replacing, writing
+from ssl_jax.report.charts import BOTTOM, HEIGHT, TOP, WIDTH
+from ssl_jax.report.words import number, percent, points
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("ssl_jax", "report/templates"),
+    autoescape=True,  # names of classes, files and config keys are arbitrary text
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_TEMPLATES.filters |= {
+    "comma": "{:,}".format,
+    "number": number,
+    "percent": percent,
+    "points": points,
+    "px": "{:.1f}".format,
+}
+_TEMPLATES.globals |= {"WIDTH": WIDTH, "HEIGHT": HEIGHT, "TOP": TOP, "BOTTOM": BOTTOM}
+_TEMPLATES.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
 
 
-def write_page(
-    path: Path, *, title: str, kind: str, lead: str, sections: dict[str, tuple[str, str]]
-) -> None:
-    """Writes a page, as a whole: a reader sees the old one or the new one.
+def write_page(path: Path, template: str, **values: Any) -> None:
+    """Writes a page atomically.
 
     Args:
       path: of the file.
-      title: what is reported on, plain text.
-      kind: of page, plain text.
-      lead: the result in a sentence, HTML.
-      sections: by id, the heading and the HTML of each.
+      template: its name in the folder `templates`.
+      **values: of the template's variables; text is escaped.
 
     Raises:
-      UserError: it can't be written.
+      UserError: the file cannot be written.
     """
-    files = resources.files("ssl_jax.report")
-    script = files.joinpath("page.js").read_text(encoding="utf-8")
-    digest = hashlib.sha256(script.encode()).digest()
-    body = "".join(
-        f'<section aria-labelledby="{name}">\n<h2 id="{name}">{escape(heading)}</h2>\n'
-        f'<div class="body">{html}</div>\n</section>\n'
-        for name, (heading, html) in sections.items()
-    )
-    page = Template(files.joinpath("page.html").read_text(encoding="utf-8")).substitute(
-        title=escape(title),
-        kind=escape(kind),
-        lead=lead,
-        sections=body,
-        script=script,
-        digest=base64.b64encode(digest).decode("ascii"),
-    )
+    script = _TEMPLATES.get_template("page.js").render()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    page = _TEMPLATES.get_template(template).render(script=script, digest=digest, **values)
+    # JSON may contain a lone surrogate, which has no UTF-8 encoding.
     with writing(path, RERUN), replacing(path) as file:
-        # A lone surrogate, which JSON can carry, has no UTF-8 form.
         file.write_text(page, encoding="utf-8", errors="replace")

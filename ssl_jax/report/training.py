@@ -1,17 +1,16 @@
-"""What a run logged: its curves, and whether it has collapsed."""
+"""A run's logged curves, and whether it has collapsed."""
 
 import math
 from collections.abc import Callable
-from html import escape
 from typing import Any
 
 import numpy as np
 
 from ssl_jax.diagnostics import CollapseSign, collapse_signs
 from ssl_jax.methods import METHODS
-from ssl_jax.report.charts import figure, line_chart, shows_means
+from ssl_jax.report.charts import line_chart, shows_means
 from ssl_jax.report.reading import Curve, Metrics
-from ssl_jax.report.words import absent, number, percent
+from ssl_jax.report.words import counted, number, percent
 
 
 def _ends(curve: Curve, unit: str = "") -> str:
@@ -26,7 +25,7 @@ def _best(curve: Curve) -> str:
     return f"Last {values[-1]:.1f} %, best {values[best]:.1f} % at step {steps[best]:,}."
 
 
-def _middle(curve: Curve) -> str:
+def _median(curve: Curve) -> str:
     return f"Median {number(float(np.median(curve[1])))} images per second."
 
 
@@ -34,8 +33,8 @@ def _peak(curve: Curve) -> str:
     return f"Peak {curve[1].max():g}."
 
 
-# Title, name of the axis, what is said of the curve, and whether it holds fractions (drawn in
-# percent) or begins at 0; in the order of the page.
+# Title, name of the y axis, caption of a curve, and whether it has fractions (drawn in percent) or
+# begins at 0; in the order of the page.
 CHARTS: dict[str, tuple[str, str, Callable[[Curve], str], str]] = {
     "loss": ("Loss", "loss", _ends, ""),
     "learning_rate": ("Learning rate", "learning rate", _peak, "zero"),
@@ -45,78 +44,75 @@ CHARTS: dict[str, tuple[str, str, Callable[[Curve], str], str]] = {
     "test_accuracy": ("Classifier accuracy, held out", "accuracy, %", _best, "percent"),
     "embedding_std": ("Spread of embeddings", "std, 1 = evenly spread", _ends, "zero"),
     "rankme": ("RankMe", "effective rank of features", _ends, "zero"),
-    "images_per_s": ("Throughput", "images per second", _middle, "zero"),
+    "images_per_s": ("Throughput", "images per second", _median, "zero"),
 }
 
 
 def chart_options(kind: str) -> dict[str, bool]:
-    """The options of a chart of that kind."""
+    """Returns the options of a chart of that kind."""
     return {"from_zero": kind == "zero", "is_percent": kind == "percent"}
 
 
 def as_drawn(curve: Curve, kind: str) -> Curve:
-    """A curve in the units of its chart."""
+    """Converts a curve to the units of its chart."""
     return (curve[0], 100 * curve[1]) if kind == "percent" else curve
 
 
-def training_section(metrics: Metrics, config: dict[str, Any]) -> str:
-    """The curves, as HTML; those that few look at are folded away."""
+def training_section(metrics: Metrics, config: dict[str, Any]) -> dict[str, Any] | str:
+    """The curves, or why there are none; those outside `CHARTS` are collapsed."""
     if not metrics.last_step:
-        return absent("Not there: metrics.jsonl holds no record.")
+        return "Missing: metrics.jsonl contains no record."
     figures = []
-    for name, (title, y_label, told, kind) in CHARTS.items():
+    for name, (title, y_label, caption, kind) in CHARTS.items():
         if name not in metrics.curves:
             continue
         curve = as_drawn(metrics.curves[name], kind)
-        text = told(curve)
+        text = caption(curve)
         if name == "images_per_s" and "data_wait" in metrics.curves:
             wait = float(np.median(metrics.curves["data_wait"][1]))
             text += f" Waiting for data: {percent(wait)} % of the time."
         chart = line_chart(curve, y_label, metrics.last_step, **chart_options(kind))
-        figures.append(figure(title, text, chart))
+        figures.append((title, text, chart))
     others = [
-        figure(name, _ends(curve), line_chart(curve, "value", metrics.last_step))
+        (name, _ends(curve), line_chart(curve, "value", metrics.last_step))
         for name, curve in sorted(metrics.curves.items())
         if name not in CHARTS
     ]
-    html = f'{_warnings(metrics)}<div class="pairs">{"".join(figures)}</div>'
-    html += _remarks(metrics, config)
-    if others:
-        html += (
-            f"<details><summary>Other curves ({len(others)})</summary>"
-            f'<div class="pairs">{"".join(others)}</div></details>'
-        )
-    return html
+    return {
+        "warnings": _warnings(metrics),
+        "figures": figures,
+        "others": others,
+        "remarks": _remarks(metrics, config),
+    }
 
 
-def _warnings(metrics: Metrics) -> str:
-    return "".join(
-        f'<p class="warning">{escape(name)} is not a finite number in {len(steps):,} of '
+def _warnings(metrics: Metrics) -> list[str]:
+    return [
+        f"{name} is not a finite number in {len(steps):,} of "
         f"{len(steps) + len(metrics.curves.get(name, ([],))[0]):,} records, first at step "
-        f"{steps[0]:,}.</p>"
+        f"{steps[0]:,}."
         for name, steps in metrics.not_finite.items()
-    )
+    ]
 
 
 def _remarks(metrics: Metrics, config: dict[str, Any]) -> str:
     remarks = []
     if "knn" not in metrics.curves:
-        remarks.append("No kNN accuracy has been measured during training.")
+        remarks.append("kNN accuracy was not measured during training.")
     if "probe_accuracy" not in metrics.curves:
-        remarks.append("No probe has been trained along.")
-    # What an option of that name is to a method from outside the package isn't known.
+        remarks.append("No online probe was trained.")
+    # An option of that name has an unknown meaning in a method from outside the package.
     if "ema_decay" not in metrics.curves and config.get("method") in METHODS:
         remarks.append(_ema_decay(config))
     if any(shows_means(curve) for curve in metrics.curves.values()):
-        remarks.append("Lines are means of neighbouring records; the band spans them.")
+        remarks.append("Lines are means of adjacent records; the band spans their extremes.")
     if metrics.unreadable:
-        lines = "1 line" if metrics.unreadable == 1 else f"{metrics.unreadable} lines"
-        remarks.append(f"{lines} of metrics.jsonl could not be read.")
-    return absent(" ".join(remarks)) if remarks else ""
+        remarks.append(f"{counted(metrics.unreadable, 'line')} of metrics.jsonl could not be read.")
+    return " ".join(remarks)
 
 
 def _ema_decay(config: dict[str, Any]) -> str:
-    """Why there is no curve of the EMA decay."""
+    """Explains why there is no curve of the EMA decay."""
     options = config.get(config.get("method", ""), {})
     # SimCLR averages its network only for the memory bank.
     if "ema_decay" not in options or options.get("memory_bank") == 0:
@@ -129,16 +125,21 @@ def _ema_decay(config: dict[str, Any]) -> str:
 
 
 def collapse_verdict(metrics: Metrics, run: dict[str, Any]) -> str:
-    """Whether a run, of which this is the record, has collapsed, in a sentence."""
+    """Says in a sentence whether a run has collapsed.
+
+    Args:
+      metrics: of the run.
+      run: its record, `config.json`.
+    """
     return _verdict(_indicators(metrics, run)) if _judged(metrics) else "Not judged."
 
 
-def collapse_section(metrics: Metrics, run: dict[str, Any]) -> str:
-    """The verdict and what it rests on, as HTML."""
+def collapse_section(metrics: Metrics, run: dict[str, Any]) -> dict[str, Any] | str:
+    """The verdict on collapse and its evidence, or why there is no verdict."""
     if not _judged(metrics):
-        return absent("Not judged: metrics.jsonl has neither embedding_std nor rankme.")
+        return "Not judged: metrics.jsonl has neither embedding_std nor rankme."
     evidence = {
-        "embedding_std": "Standard deviation of embeddings, 1 where they are spread evenly",
+        "embedding_std": "Standard deviation of embeddings, 1 if evenly spread",
         "rankme": "RankMe, the effective rank of features",
         "loss": "Loss",
     }
@@ -149,19 +150,17 @@ def collapse_section(metrics: Metrics, run: dict[str, Any]) -> str:
         f"from step {s.since:,} to {s.until:,} {s.what}" for s in indicators if s.until is not None
     ]
     if gone:
-        reasons.append(f"For a time: {'; '.join(gone)}.")
-    kind, mark = ("warning", "✕") if standing else ("good", "✓")
-    items = "".join(
-        f"<div><dt>{what}</dt><dd>{_course(metrics.curves[name])}</dd></div>"
-        for name, what in evidence.items()
-        if name in metrics.curves
-    )
-    told = f"<p>{escape(' '.join(reasons))}</p>" if reasons else ""
-    return (
-        f'<p class="verdict {kind}"><span aria-hidden="true">{mark}</span> '
-        f"{_verdict(indicators)}</p>"
-        f'{told}<dl class="facts">{items}</dl>'
-    )
+        reasons.append(f"Temporarily: {'; '.join(gone)}.")
+    return {
+        "collapsed": bool(standing),
+        "verdict": _verdict(indicators),
+        "reasons": " ".join(reasons),
+        "facts": {
+            what: _course(metrics.curves[name])
+            for name, what in evidence.items()
+            if name in metrics.curves
+        },
+    }
 
 
 def _judged(metrics: Metrics) -> bool:
@@ -171,7 +170,7 @@ def _judged(metrics: Metrics) -> bool:
 
 def _verdict(indicators: list[CollapseSign]) -> str:
     standing = [sign for sign in indicators if sign.until is None]
-    # Half of the spread may be lost to learning, too.
+    # Learning, too, may halve the spread.
     sure = [sign for sign in standing if sign.kind != "halved"]
     if sure:
         return f"Collapsed since step {sure[0].since:,}."
@@ -200,7 +199,7 @@ def _indicators(metrics: Metrics, run: dict[str, Any]) -> list[CollapseSign]:
 
 
 def _watched(run: dict[str, Any]) -> tuple[float | None, int]:
-    """The loss of constant outputs, and for how many steps it may start there."""
+    """The loss of constant outputs, and for how many steps the loss may start there."""
     derived: dict[str, Any] = {}
     for record in (run, *run.get("continued", ())):
         derived |= record.get("derived") or {}

@@ -1,7 +1,7 @@
-"""Numbers and names as the report writes them."""
+"""Numbers and names as reports, model cards and the terminal write them."""
 
 import math
-from html import escape
+from collections.abc import Mapping
 from typing import Any
 
 from ssl_jax.methods import title
@@ -9,55 +9,45 @@ from ssl_jax.models.resnet import resnet_name
 
 
 def percent(fraction: float) -> str:
-    """A fraction in percent, with a decimal."""
+    """Formats a fraction in percent, with one decimal."""
     return f"{100 * fraction:.1f}"
 
 
 def points(difference: float, sign: bool = True) -> str:
-    """A difference of two fractions in percentage points."""
+    """Formats a difference of two fractions in percentage points."""
     text = f"{100 * difference:{'+' if sign else ''}.1f}"
     return text.replace("-", "−")
 
 
 def range_of_points(mean: float, half: float) -> str:
-    """An interval in percentage points; nothing where it has no width."""
+    """Formats an interval in percentage points; empty if it is unknown."""
     return "" if math.isnan(half) else f"{points(mean - half)} to {points(mean + half)}"
 
 
 def number(value: float) -> str:
-    """About four significant digits, thousands separated."""
+    """Formats a number with about four significant digits."""
     text = f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:#.4g}"
     return text.replace("-", "−")
 
 
-def labels_text(count: int) -> str:
-    """So many labels, in words."""
-    return f"{count} label{'' if count == 1 else 's'}"
-
-
-def absent(sentence: str) -> str:
-    """A note that says what is not there, as HTML."""
-    return f'<p class="note">{escape(sentence)}</p>'
-
-
-def method_name(config: dict[str, Any]) -> str:
-    """A method's name as its paper writes it."""
-    return title(str(config.get("method", "unknown method")))
+def counted(count: int, noun: str) -> str:
+    """Formats a count with its noun: 1 label, 5 labels."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def run_title(config: dict[str, Any]) -> str:
-    """What a run is, in a few words."""
+    """Describes a run in a few words."""
     data = config.get("data", {}).get("name", "unknown data")
-    return f"{method_name(config)} on {data}"
+    return f"{title(config.get('method', 'unknown method'))} on {data}"
 
 
-def network(model: dict[str, Any]) -> str:
-    """A run's encoder in a few words."""
+def network(model: Mapping[str, Any]) -> str:
+    """Names an encoder's architecture and its stem."""
     return f"{resnet_name(model)}, {model['stem']} stem" if model else "unknown network"
 
 
 def listing(value: Any) -> str:
-    """A value of JSON in a line of text."""
+    """Formats a JSON value as a line of text."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {listing(item)}" for key, item in value.items()) or "not recorded"
     if isinstance(value, list):

@@ -12,8 +12,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import is_due, to_json
 from ssl_jax.data.pipeline import Prefetcher
-from ssl_jax.evals.evaluator import evaluation_table
-from ssl_jax.report import write_report
+from ssl_jax.report import evaluation_table, write_images, write_report
 from ssl_jax.run import processes
 from ssl_jax.run.folder import lock_text, locked, write_config
 from ssl_jax.run.memory import enough_memory, step_suggestions
@@ -165,7 +164,9 @@ def finish(run: Run, state: TrainState, stop: processes.Stop) -> None:
             run.progress.note(f"Evaluating {what}.")
         # Rows of the table count on from the steps, so that all processes stop before the same row.
         asked = (stop.asked(step) for step in itertools.count(total + 1))
-        run.evaluator.finish(run.workdir, run.untrained, state, lambda: next(asked))
+        images = run.evaluator.finish(run.workdir, run.untrained, state, lambda: next(asked))
+        if images:
+            write_images(run.workdir, images, total)
     if not processes.is_primary():
         return
     seconds = 0.0 if done else time.perf_counter() - run.began

@@ -1,6 +1,5 @@
 import numpy as np
 from PIL import Image
-
 from ssl_jax.evals.projector import write_projector
 
 

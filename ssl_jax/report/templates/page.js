@@ -1,5 +1,5 @@
-// Charts tell the value under the pointer, the finger or the arrow keys, and the map shows images.
-// Without this script a chart's values are tooltips of the browser, and the map stands still.
+// Makes charts show the value at the pointer, touch or arrow keys, and the map show images.
+// Without this script a chart's values are the browser's tooltips, and the map is static.
 "use strict";
 document.documentElement.classList.add("alive");
 
@@ -120,15 +120,15 @@ if (source) {
       add("circle", "chosen", { cx: x, cy: y, r: 9 });
     }
     const hits = data.near[i].map((j, rank) => {
-      const right = sameClass(i, j);
+      const same = sameClass(i, j);
       const text = data.similarity[i][rank].toFixed(2);
       const caption = element("figcaption", "", text);
-      if (!right) caption.append(element("span", "cross", " ✕ " + nameOf(j)));
-      return element("figure", right ? "thumb" : "thumb wrong", thumb(j), caption);
+      if (!same) caption.append(element("span", "cross", " ✕ " + nameOf(j)));
+      return element("figure", same ? "thumb" : "thumb wrong", thumb(j), caption);
     });
     const first = element("figure", "thumb query", thumb(i), element("figcaption", "", nameOf(i)));
-    const told = element("p", "note", "Nearest of those shown, by cosine similarity:");
-    panel.replaceChildren(first, element("div", "", told, element("div", "hits", ...hits)));
+    const caption = element("p", "note", "Nearest images in this map, by cosine similarity:");
+    panel.replaceChildren(first, element("div", "", caption, element("div", "hits", ...hits)));
     panel.hidden = false;
   }
 

@@ -1,4 +1,4 @@
-"""Features as TensorBoard's embedding projector reads them."""
+"""Writes features for TensorBoard's embedding projector."""
 
 import contextlib
 from pathlib import Path
@@ -9,7 +9,7 @@ from PIL import Image
 from tensorboardX import embedding
 
 from ssl_jax.diagnostics import unit_rows
-from ssl_jax.evals.pictures import contact_sheet
+from ssl_jax.report.images import contact_sheet
 
 _FOLDER = "projector"
 
@@ -21,13 +21,13 @@ def write_projector(
     images: UInt8[np.ndarray, "n s s 3"],
     step: int,
 ) -> None:
-    """Writes `projector_config.pbtxt` and what it names; what was there is replaced.
+    """Writes `projector_config.pbtxt` and the files it names, replacing earlier ones.
 
     Args:
-      workdir: of the run, where TensorBoard looks for events too.
+      workdir: the run's folder, where TensorBoard also looks for events.
       features: written as unit vectors, to five decimals.
       names: of the images' classes; empty without labels.
-      images: square ones.
+      images: squares.
       step: of the features.
     """
     folder = workdir / _FOLDER
@@ -36,9 +36,9 @@ def write_projector(
         (workdir / "projector_config.pbtxt").unlink()
     embedding.make_mat(unit_rows(features).round(5), str(folder))
     if names:
-        # A tab or a line break would be another column or row.
+        # A tab or a line break would start another column or row.
         embedding.make_tsv([" ".join(name.split()) or "?" for name in names], str(folder))
     Image.fromarray(contact_sheet(images)).save(folder / "sprite.png")
-    # Last: it says that the others are there. Of the images it wants the size alone.
+    # Last: the config names the other files. Of the images, it needs only the size.
     channels_first = images.transpose(0, 3, 1, 2)
     embedding.append_pbtxt(names or None, channels_first, str(workdir), _FOLDER, step, "features")

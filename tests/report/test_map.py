@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-
 from ssl_jax.evals.embedding_map import choose_images, tsne
 
 
