@@ -235,7 +235,9 @@ class Evaluator:
             if not first:
                 continue  # it has encoded its share
             if name == self.config.method:
-                pictures |= retrieval_pictures(self.train, self.test, *splits, self.has_labels)
+                pictures |= retrieval_pictures(
+                    self.train, self.test, *splits, labeled=self.has_labels
+                )
             if self.has_labels:
                 rows.append(self._row(name, *splits))
             del splits  # before the next are extracted

@@ -72,6 +72,7 @@ def retrieval_pictures(
     test: Source,
     train_features: Float[np.ndarray, "n d"],
     test_features: Float[np.ndarray, "m d"],
+    *,
     labeled: bool,
 ) -> dict[str, np.ndarray]:
     """Collects held-out images with their nearest neighbors, retrieval failures, and a map.

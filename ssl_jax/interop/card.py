@@ -1,24 +1,22 @@
-"""A model card from what a run has written down: data, recipe, results with their baselines."""
+"""A model card from a run's records: data, recipe, results with their baselines."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from ssl_jax.errors import UserError
-from ssl_jax.evals.intervals import mean_interval
 from ssl_jax.evals.metrics import interval_text
-from ssl_jax.evals.results import read_results
+from ssl_jax.evals.results import Evaluation, read_evaluation, read_results
 from ssl_jax.interop.load import results_folder
 from ssl_jax.interop.metadata import is_torchvisions, preprocessing
 from ssl_jax.interop.weights import Weights
 from ssl_jax.methods import METHODS, title
 from ssl_jax.methods.base import make_encoder
 from ssl_jax.models.resnet import resnet_name
+from ssl_jax.report.evaluation import accuracy, measure_name, measures, row_name
 from ssl_jax.run.folder import read_record
 
 _TOP = """---
@@ -34,14 +32,14 @@ tags:
 
 
 def model_card(path: str | Path, weights: Weights) -> str:
-    """The card in Markdown.
+    """Writes a model card in Markdown.
 
     Args:
-      path: of the run, or of the file.
-      weights: that were exported.
+      path: of the run or the exported file.
+      weights: the exported weights.
 
     Returns:
-      The text; what isn't known is left out, and the licence left to be chosen.
+      The text, without facts that are unknown; the license is left to choose.
     """
     config = weights.config
     kind = weights.source.partition(":")[0] or config.method
@@ -52,7 +50,9 @@ def model_card(path: str | Path, weights: Weights) -> str:
         _TOP.format(library="timm" if plain else "ssl_jax", method=kind),
         f"# {resnet_name(config.model)}, {name}",
         "",
-        f"An image encoder: {_size(weights)}. Method: {name}{f' ({paper})' if paper else ''}.",
+        f"An image encoder; {_size(weights)}.",
+        "",
+        f"Method: {name}{f' ({paper})' if paper else ''}.",
         *_origin(weights),
         "",
         "## Use",
@@ -72,7 +72,7 @@ def model_card(path: str | Path, weights: Weights) -> str:
 def _size(weights: Weights) -> str:
     features = make_encoder(weights.config).num_features
     count = sum(leaf.size for leaf in jax.tree.leaves(weights.params["encoder"]))
-    return f"{features:,} features of an image, {count:,} parameters"
+    return f"{features:,} features per image, {count:,} parameters"
 
 
 def _origin(weights: Weights) -> list[str]:
@@ -90,7 +90,7 @@ def _use(config: ConfigDict, plain: bool) -> Iterator[str]:
         yield "```python"
     if not config.model.sk:
         yield "from PIL import Image"
-        yield "from torch_encoder import load, preprocess  # of this folder"
+        yield "from torch_encoder import load, preprocess  # in this folder"
         yield ""
         yield 'net = load("model.safetensors")'
         yield 'features = net(preprocess(Image.open("picture.jpg"), net)[None])'
@@ -106,17 +106,17 @@ def _use(config: ConfigDict, plain: bool) -> Iterator[str]:
 
 def _images(config: ConfigDict) -> str:
     how = preprocessing(config)
-    normalised = (
-        f"normalised by mean {_numbers(how['mean'])} and standard deviation {_numbers(how['std'])}"
+    normalized = (
+        f"normalized by mean {_numbers(how['mean'])} and standard deviation {_numbers(how['std'])}"
         if how["mean"]
-        else "not normalised further"
+        else "not normalized further"
     )
     return (
         f"The central {100 * how['crop_fraction']:g} % of the shorter side, resized to "
         f"{how['size']}×{how['size']} ({how['interpolation']}, "
         f"{'antialiased' if how['antialias'] else 'not antialiased'}), RGB in 0 to 1, "
-        f"{normalised}; images of that size as they are."
-        + ("" if how["antialias"] else " What timm and the hub prepare by themselves is smoother.")
+        f"{normalized}; images of that size are used unchanged."
+        + ("" if how["antialias"] else " The preprocessing of timm and the hub is smoother.")
     )
 
 
@@ -132,22 +132,22 @@ def _training(path: str | Path, weights: Weights) -> Iterator[str]:
     yield ""
     yield f"- Data: {_data(path, config)}; labels were {_labels(config)}."
     length = f"{config.steps:,} steps" if config.steps else f"{config.epochs:g} epochs"
-    yield f"- {length}, batches of {config.batch_size:,}; the weights are of step {weights.step:,}."
+    yield f"- {length}, batch size {config.batch_size:,}; weights of step {weights.step:,}."
     yield from _views(config)
-    # A method from outside the package may have anything under that name.
+    # In a method from outside the package, the option may mean anything.
     temperature = config.get(config.method, {}).get("temperature")
     known = isinstance(temperature, int | float)
     yield f"- {f'Temperature {temperature:g}, seed' if known else 'Seed'} {config.seed}."
     optim = config.optim
     yield (
-        f"- {optim.name}, rate {optim.lr:g} ({optim.lr_scaling} scaling), {optim.schedule}, "
-        f"{optim.warmup_epochs:g} epochs of warmup, weight decay {optim.weight_decay:g}, "
-        f"{config.dtype}."
+        f"- {optim.name}, learning rate {optim.lr:g} ({optim.lr_scaling} scaling), "
+        f"{optim.schedule}, {optim.warmup_epochs:g} epochs of warmup, "
+        f"weight decay {optim.weight_decay:g}, {config.dtype}."
     )
     if config.init_from.path:
-        yield f"- Started from the weights of {Path(config.init_from.path).name}."
+        yield f"- Initial weights: {Path(config.init_from.path).name}."
     if config.method == "distill":
-        yield f"- Taught by {Path(config.distill.teacher).name}, which was trained with labels."
+        yield f"- Teacher: {Path(config.distill.teacher).name}, trained with labels."
     record = _record(path)
     if record:
         versions = record.get("versions", {})
@@ -162,7 +162,7 @@ def _training(path: str | Path, weights: Weights) -> Iterator[str]:
 
 
 def _views(config: ConfigDict) -> Iterator[str]:
-    """The recipe of each kind of view; views of one recipe are named together."""
+    """The recipe of each view; views with the same recipe share a line."""
     recipes: dict[str, list[str]] = {}
     for name in sorted(config.views):
         view = config.views[name]
@@ -173,7 +173,7 @@ def _views(config: ConfigDict) -> Iterator[str]:
 
 
 def _view(view: ConfigDict) -> str:
-    """What makes a view of an image, in its order; numbers behind a name are probabilities."""
+    """The operations that make a view, in order; a number after a name is a probability."""
     crop, jitter = view.crop, view.jitter
     low, high = (100 * share for share in crop.area)
     parts = [
@@ -188,8 +188,8 @@ def _view(view: ConfigDict) -> str:
     strengths = ("brightness", "contrast", "saturation", "hue")
     details = {
         "flip": (view.flip, ""),
-        "colour": (jitter.prob, ", ".join(f"{name} {jitter[name]:g}" for name in strengths)),
-        "grey": (view.gray, ""),
+        "color": (jitter.prob, ", ".join(f"{name} {jitter[name]:g}" for name in strengths)),
+        "gray": (view.gray, ""),
         "blur": (view.blur.prob, "sigma {:g} to {:g}".format(*view.blur.sigma)),
         "solarize": (view.solarize.prob, f"from {view.solarize.threshold:g}"),
     }
@@ -209,7 +209,7 @@ def _record(path: str | Path) -> dict[str, Any]:
 
 
 def _data(path: str | Path, config: ConfigDict) -> str:
-    """The data set's name and size; no path of the machine."""
+    """The data set's name and size, without paths."""
     data = config.data
     named = data.dataset if data.name == "tfds" else data.name
     size = str(_record(path).get("data", "")).partition(",")[0]
@@ -222,7 +222,7 @@ def _labels(config: ConfigDict) -> str:
 
 
 def _results(path: str | Path, step: int) -> Iterator[str]:
-    """What was measured on this checkpoint."""
+    """The results that were measured on this checkpoint."""
     folder = results_folder(path)
     found = [r for r in read_results(folder)[0] if r.get("step", step) == step]
     evaluation = _evaluation(folder, step)
@@ -231,7 +231,7 @@ def _results(path: str | Path, step: int) -> Iterator[str]:
     yield "## Results"
     yield ""
     if evaluation:
-        yield from _frozen(evaluation["rows"], int(evaluation["test_examples"]))
+        yield from _frozen(evaluation)
     if found:
         yield "| evaluation | top-1 | mean per class | images |"
         yield "| --- | --- | --- | --- |"
@@ -246,34 +246,28 @@ def _results(path: str | Path, step: int) -> Iterator[str]:
         yield "Percent, with 95 % intervals by bootstrap over the held-out images."
 
 
-def _frozen(rows: list[dict[str, Any]], images: int) -> Iterator[str]:
-    yield f"Percent of {images:,} held-out images, with 95 % intervals, by the frozen encoder, and"
-    yield "by raw pixels and the untrained network:"
+def _frozen(evaluation: Evaluation) -> Iterator[str]:
+    images = evaluation.test_examples
+    yield f"Accuracy of the frozen encoder and of two baselines on {images:,} held-out images, in"
+    yield "percent, with 95 % intervals:"
     yield ""
-    counts = [key for key in rows[0] if key.startswith("labels_")]
-    head = ["", *(f"{key.removeprefix('labels_')} labels a class" for key in counts)]
-    yield "| " + " | ".join([*head, "all labels, linear", "kNN"]) + " |"
-    yield "|" + " --- |" * (len(head) + 2)
-    for row in rows:
-        few = []
-        for key in counts:
-            mean, half = mean_interval(100 * np.array(row[key]["trials"]))
-            few.append(f"{mean:.1f} ± {half:.1f}")
-        rest = []
-        for key in ("linear", "knn"):
-            half = 196 * (row[key] * (1 - row[key]) / images) ** 0.5
-            rest.append(f"{100 * row[key]:.1f} ± {half:.1f}")
-        yield "| " + " | ".join([row["name"], *few, *rest]) + " |"
+    columns = measures(evaluation.rows)
+    yield "| " + " | ".join(["", *map(measure_name, columns)]) + " |"
+    yield "|" + " --- |" * (len(columns) + 1)
+    for row in evaluation.rows:
+        found = [accuracy(row, each, images) for each in columns]
+        cells = [f"{value} ({spread})" if spread else value for value, spread in found]
+        yield "| " + " | ".join([row_name(row), *cells]) + " |"
     yield ""
-    yield "Few labels: over draws of the labelled images; the others: over the held-out images."
+    yield "Intervals with few labels are over trials of the labeled images (Student's t), the"
+    yield "others over the held-out images (Wilson)."
     yield ""
 
 
-def _evaluation(folder: Path, step: int) -> dict[str, Any]:
-    """The run's last evaluation, if it is of this checkpoint and whole."""
+def _evaluation(folder: Path, step: int) -> Evaluation | None:
+    """The run's last evaluation, if it is readable and of this checkpoint."""
     try:
-        found: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
-        list(_frozen(found["rows"], int(found["test_examples"])))
-        return found if found["step"] == step else {}
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return {}
+        found = read_evaluation(folder / "evaluation.json")
+    except (OSError, ValueError):
+        return None
+    return found if found.step == step else None

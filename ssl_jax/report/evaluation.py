@@ -42,9 +42,9 @@ MISSING = Cell("–")
 
 def measures(rows: Iterable[Row | None]) -> list[Measure]:
     """The measures that any row has an accuracy of, in the order of a table."""
-    rows = [row for row in rows if row]
-    few = sorted({count for row in rows for count in row.trials})
-    return [*few, *(key for key in SINGLE if any(key in row.single for row in rows))]
+    found = [row for row in rows if row]
+    few = sorted({count for row in found for count in row.trials})
+    return [*few, *(key for key in SINGLE if any(key in row.single for row in found))]
 
 
 def measure_name(measure: Measure) -> str:

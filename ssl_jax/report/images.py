@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +111,7 @@ def neighbors_section(images: dict[str, np.ndarray]) -> dict[str, Any] | str:
         correct = labels[1] == labels[0][:, None]
         text += f" {correct.sum()} of {correct.size} are of the test image's class"
         text += "." if correct.all() else "; the others have a dashed frame, a ✕ and their class."
-    return {"text": text, **_queries(*arrays, labels, images.get("class_names"))}
+    return {"text": text, **_queries(arrays, labels, images.get("class_names"))}
 
 
 def failures_section(images: dict[str, np.ndarray]) -> dict[str, Any] | str:
@@ -134,7 +135,7 @@ def failures_section(images: dict[str, np.ndarray]) -> dict[str, Any] | str:
         images[f"failures_{name}"][:_MAX_GROUPS] for name in ("query", "neighbors", "similarity")
     )
     labels = images["failures_query_label"], images["failures_neighbor_label"]
-    found = _queries(*arrays, labels, images.get("class_names"))
+    found = _queries(arrays, labels, images.get("class_names"))
     shown = len(found["queries"])
     text = "They are" if shown == count else f"{shown} of them are"
     text += " shown with their nearest neighbors, in descending order of similarity."
@@ -142,13 +143,18 @@ def failures_section(images: dict[str, np.ndarray]) -> dict[str, Any] | str:
 
 
 def _queries(
-    query: UInt8[np.ndarray, "n h w 3"],
-    neighbors: UInt8[np.ndarray, "n k H W 3"],
-    similarity: np.ndarray,
+    arrays: Iterable[np.ndarray],
     labels: tuple[np.ndarray, np.ndarray] | None,
     class_names: np.ndarray | None,
 ) -> dict[str, Any]:
-    """Queries with their neighbors; `labels` are the queries' and the neighbors'."""
+    """Queries with their neighbors.
+
+    Args:
+      arrays: images [n, h, w, 3], their neighbors [n, k, H, W, 3], similarities [n, k].
+      labels: of the images and of the neighbors.
+      class_names: by label.
+    """
+    query, neighbors, similarity = arrays
     # Without labels no neighbor is wrong, and none has a name.
     correct = np.ones(neighbors.shape[:2], bool)
     own, other = np.full(len(query), ""), np.full(correct.shape, "")

@@ -1,4 +1,4 @@
-"""What the end of a run leaves for its report and for TensorBoard."""
+"""The evaluation at the end of a run, with the images for its report and for TensorBoard."""
 
 import json
 
@@ -11,13 +11,13 @@ from ssl_jax.config import run_schedule
 from ssl_jax.data.arrays import ArraySource
 from ssl_jax.errors import UserError
 from ssl_jax.evals.evaluator import Evaluator, evaluated_variables
-from ssl_jax.report import write_report
+from ssl_jax.report import write_images, write_report
 from ssl_jax.spmd import make_spmd
 from ssl_jax.step import Program
 
 
-def finished(folder, train, test):
-    """Evaluates an encoder as it was drawn, without training; its features of both splits."""
+def evaluate(folder, train, test):
+    """Evaluates an untrained encoder and writes its images; returns its features of both splits."""
     config = tiny_config(batch_size=32)
     config.data.num_classes = train.num_classes
     config.eval.at_end = True
@@ -26,19 +26,19 @@ def finished(folder, train, test):
     initial = jax.device_get(evaluated_variables(state))
     state = spmd.replicate(state)
     evaluator = Evaluator(config, spmd, train, test)
-    evaluator.finish(folder, initial, state)
+    write_images(folder, evaluator.finish(folder, initial, state), step=0)
     variables = evaluated_variables(state)
     return [evaluator.features(variables, split) for split in (train, test)]
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("labelled")
+def labeled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("labeled")
     splits = random_source(96), random_source(40, seed=1)
-    return folder, splits, finished(folder, *splits)
+    return folder, splits, evaluate(folder, *splits)
 
 
-def held(folder):
+def saved_images(folder):
     with np.load(folder / "report_images.npz") as archive:
         return {name: archive[name] for name in archive.files}
 
@@ -48,78 +48,81 @@ def cosines(a, b):
     return unit[0] @ unit[1].T
 
 
-def test_failures_are_all_images_whose_nearest_is_of_another_class(labelled):
-    folder, (train, test), (known, asked) = labelled
-    found = held(folder)
-    similarity = cosines(asked, known)
+def test_failures_are_all_images_whose_nearest_neighbor_has_a_different_class(labeled):
+    folder, (train, test), (train_features, test_features) = labeled
+    found = saved_images(folder)
+    similarity = cosines(test_features, train_features)
     wrong = np.flatnonzero(train.labels[similarity.argmax(axis=1)] != test.labels)
     assert 0 < len(wrong) < 40
-    assert (found["failures_count"], found["failures_asked"]) == (len(wrong), 40)
+    assert (found["failures_count"], found["failures_queries"]) == (len(wrong), 40)
     order = wrong[np.argsort(-similarity[wrong].max(axis=1))][:24]
     np.testing.assert_array_equal(found["failures_query"], test.images[order])
     np.testing.assert_array_equal(found["failures_query_label"], test.labels[order])
     near = np.argsort(-similarity[order], axis=1)[:, :6]
-    np.testing.assert_array_equal(found["failures_neighbour_label"][:, 0], train.labels[near[:, 0]])
+    np.testing.assert_array_equal(found["failures_neighbor_label"][:, 0], train.labels[near[:, 0]])
     np.testing.assert_allclose(
         found["failures_similarity"], np.take_along_axis(similarity[order], near, 1), atol=1e-5
     )
-    assert found["failures_neighbours"].shape == (len(order), 6, 8, 8, 3)
+    assert found["failures_neighbors"].shape == (len(order), 6, 8, 8, 3)
 
 
-def test_a_map_has_every_held_out_image_and_its_nearest_without_itself(labelled):
-    folder, (_, test), (_, asked) = labelled
-    found = held(folder)
+def test_map_has_every_held_out_image_with_its_neighbors_excluding_itself(labeled):
+    folder, (_, test), (_, test_features) = labeled
+    found = saved_images(folder)
     np.testing.assert_array_equal(found["map_images"], test.images)
     np.testing.assert_array_equal(found["map_label"], test.labels)
-    similarity = cosines(asked, asked) - 9 * np.eye(40)
+    similarity = cosines(test_features, test_features) - 9 * np.eye(40)
     best = np.sort(similarity, axis=1)[:, ::-1][:, :6]
     np.testing.assert_allclose(found["map_similarity"], best, atol=1e-5)
-    reached = np.take_along_axis(similarity, found["map_neighbour"], axis=1)
+    reached = np.take_along_axis(similarity, found["map_neighbor"], axis=1)
     np.testing.assert_allclose(reached, best, atol=1e-5)
-    assert found["map_positions"].shape == found["map_untrained"].shape == (40, 2)
-    # The encoder is the untrained one, and both are laid out alike.
-    np.testing.assert_array_equal(found["map_positions"], found["map_untrained"])
+    assert found["map_positions"].shape == (40, 2) and np.isfinite(found["map_positions"]).all()
 
 
-def test_the_projector_has_the_images_of_the_map(labelled):
-    folder, (_, test), (_, asked) = labelled
-    unit = asked / np.linalg.norm(asked, axis=1, keepdims=True)
+def test_projector_has_the_images_of_the_map(labeled):
+    folder, (_, test), (_, test_features) = labeled
+    unit = test_features / np.linalg.norm(test_features, axis=1, keepdims=True)
     written = np.loadtxt(folder / "projector" / "tensors.tsv")
     np.testing.assert_allclose(written, unit, atol=1e-5)
     names = (folder / "projector" / "metadata.tsv").read_text().split()
     assert names == [str(label) for label in test.labels]
 
 
-def test_classes_without_a_name_are_numbered(tmp_path):
-    """The names of a packed file may be fewer than its labels, and the test split may have more."""
+def test_classes_without_a_name_are_named_by_number(tmp_path):
+    """A packed file may name fewer classes than it has labels; the test split may have more."""
     train, test = random_source(64), random_source(32, seed=1)
     train.class_names = ("a", "b")
     test.labels, test.num_classes = test.labels + 1, test.num_classes + 1
-    finished(tmp_path, train, test)
-    assert held(tmp_path)["class_names"].tolist() == ["a", "b", "2", "3", "4"]
+    evaluate(tmp_path, train, test)
+    assert saved_images(tmp_path)["class_names"].tolist() == ["a", "b", "2", "3", "4"]
 
 
-def test_without_labels_there_is_a_map_of_one_colour_and_no_failure(tmp_path):
+def test_without_labels_map_has_one_color_and_no_failures_are_kept(tmp_path):
     splits = (ArraySource(random_source(n, seed=n).images) for n in (96, 40))
-    finished(tmp_path, *splits)
-    found = held(tmp_path)
+    evaluate(tmp_path, *splits)
+    found = saved_images(tmp_path)
     assert not [name for name in found if name.startswith("failures") or "label" in name]
-    assert found["map_positions"].shape == (40, 2) and "map_untrained" not in found
+    assert found["map_positions"].shape == (40, 2)
     assert not (tmp_path / "projector" / "metadata.tsv").exists()
     config = {"config": {"method": "simclr", "data": {"name": "arrays"}}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     page = write_report(tmp_path).read_text()
-    for words in ("without labels no neighbour is wrong", "no labels to colour them by"):
+    for words in ("without labels no neighbor is wrong", "no labels to color them by"):
         assert words in page
 
 
 @pytest.mark.parametrize(
-    "writes", ["numpy.savez_compressed", "ssl_jax.evals.evaluator.write_projector"]
+    "writes",
+    [
+        "numpy.savez_compressed",
+        "ssl_jax.evals.evaluator.write_evaluation",
+        "ssl_jax.report.map.write_projector",
+    ],
 )
-def test_a_full_disk_at_the_end_is_a_sentence(tmp_path, monkeypatch, writes):
+def test_full_disk_at_the_end_raises_user_error(tmp_path, monkeypatch, writes):
     def full(*args, **arrays):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writes, full)
     with pytest.raises(UserError, match=r"Cannot write .*\(No space left"):
-        finished(tmp_path, random_source(40), random_source(24, seed=1))
+        evaluate(tmp_path, random_source(40), random_source(24, seed=1))

@@ -1,6 +1,7 @@
 import numpy as np
 from PIL import Image
-from ssl_jax.evals.projector import write_projector
+
+from ssl_jax.report.projector import write_projector
 
 
 def write(folder, names, seed=0):
@@ -12,11 +13,11 @@ def write(folder, names, seed=0):
 
 
 def config(folder):
-    """The lines of the config; TensorBoard finds what they name beside it."""
+    """The lines of the config, which names files relative to itself."""
     return [line.strip() for line in (folder / "projector_config.pbtxt").read_text().splitlines()]
 
 
-def test_tensors_labels_and_images_are_where_the_config_says(tmp_path):
+def test_projector_files_are_named_by_its_config(tmp_path):
     features, images = write(tmp_path, ["a", "b\tc", "", "d\ne", "f"])
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     folder = tmp_path / "projector"
@@ -38,7 +39,7 @@ def test_tensors_labels_and_images_are_where_the_config_says(tmp_path):
     ]
 
 
-def test_written_again_it_is_one_set_of_embeddings(tmp_path):
+def test_projector_written_twice_has_one_set_of_embeddings(tmp_path):
     write(tmp_path, list("abcde"))
     write(tmp_path, [], seed=1)
     lines = config(tmp_path)
