@@ -1,4 +1,4 @@
-"""Folders of runs as reports find them, and the pages as a parser sees them."""
+"""Folders of runs for reports, and a parser of their pages."""
 
 import json
 from html.parser import HTMLParser
@@ -63,16 +63,16 @@ def trials(seed: int, mean: float) -> np.ndarray:
     return np.random.default_rng(seed).normal(mean, 0.02, 20).clip(0, 1)
 
 
-DRAWS = {
+TRIALS = {
     name: {labels: trials(10 * i + labels, 0.5 + 0.03 * labels + 0.05 * i) for labels in (1, 5, 10)}
     for i, name in enumerate(("raw pixels", "random init", "SimCLR"))
 }
 
 
-def evaluation(table=DRAWS) -> dict:
+def evaluation(table=TRIALS) -> dict:
     rows = []
     for i, (name, by_labels) in enumerate(table.items()):
-        # Baselines are named in words, the trained row by the config's name of the method.
+        # Baselines have names, the trained row has the config's key of the method.
         row = {
             "name": {"SimCLR": "simclr"}.get(name, name),
             "linear": 0.953 + 0.01 * i,
@@ -138,7 +138,7 @@ def images() -> dict[str, np.ndarray]:
 
 
 def map_and_failures(n: int = 12) -> dict[str, np.ndarray]:
-    """A map of digits, image i of class i mod 3 and nearest to its successors; two failures."""
+    """A map of digits, image i of class i mod 3 with its successors as neighbors; two failures."""
     pixels = (load_digits().images / 16 * 255).astype(np.uint8)[..., None].repeat(3, axis=-1)
     rng = np.random.default_rng(0)
     near = (np.arange(n)[:, None] + np.arange(1, 4)) % n
@@ -159,7 +159,7 @@ def map_and_failures(n: int = 12) -> dict[str, np.ndarray]:
 
 
 def write_run(folder: Path, **changes) -> Path:
-    """Everything that a run leaves for its report."""
+    """Writes all files that a report reads."""
     folder.mkdir(exist_ok=True)
     write_config(folder, **changes)
     write_metrics(folder, records())

@@ -123,7 +123,7 @@ def _lead(metrics: Metrics | None, evaluation: Evaluation | None) -> dict[str, A
         "gain": points(abs(gain), sign=False),
         "side": "above" if gain >= 0 else "below",
         "interval": interval,
-        "clear": math.isnan(half) or abs(gain) > half,
+        "significant": math.isnan(half) or abs(gain) > half,
     }
 
 

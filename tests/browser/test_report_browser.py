@@ -1,4 +1,4 @@
-"""Reports in a real browser: headless Chromium, at a phone's and a desk's width, light and dark."""
+"""Reports in headless Chromium, at the widths of a phone and a desktop, light and dark."""
 
 import shutil
 import urllib.parse
@@ -15,7 +15,7 @@ CHROMIUM = next(
 )
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is on PATH")
 
-PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 800}
+PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 800}
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +36,16 @@ def pages(tmp_path_factory):
 
 
 class Visit:
-    """A page that is open, and what went wrong on it."""
+    """An open page, its errors and its requests."""
 
     def __init__(self, browser, path, **options):
         self.context = browser.new_context(**options)
         self.page = self.context.new_page()
-        self.wrong, self.asked = [], []
-        self.page.on("console", lambda message: self.wrong.append(message.text))
-        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        self.page.on("requestfailed", lambda request: self.wrong.append(request.url))
-        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.errors, self.requests = [], []
+        self.page.on("console", lambda message: self.errors.append(message.text))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("requestfailed", lambda request: self.errors.append(request.url))
+        self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(path.as_uri())
 
     def __enter__(self):
@@ -63,9 +63,9 @@ class Visit:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("viewport", [PHONE, DESK], ids=["phone", "desk"])
+@pytest.mark.parametrize("viewport", [PHONE, DESKTOP], ids=["phone", "desktop"])
 @pytest.mark.parametrize("name", ["report", "comparison"])
-def test_nothing_is_broken(browser, pages, name, viewport, scheme):
+def test_page_has_no_errors_overflow_or_requests(browser, pages, name, viewport, scheme):
     with Visit(browser, pages[name], viewport=viewport, color_scheme=scheme) as visit:
         page = visit.page
         for details in page.locator("summary").all():
@@ -74,11 +74,11 @@ def test_nothing_is_broken(browser, pages, name, viewport, scheme):
         assert width <= viewport["width"]
         broken = "[...document.images].filter(i => !i.complete || !i.naturalWidth).length"
         assert page.evaluate(broken) == 0
-        # A chart that something squeezes or hides has no place.
+        # A squeezed or hidden chart has no bounding box.
         for figure in page.locator("svg[role=img]").all():
             box = figure.bounding_box()
             assert box and box["width"] > 250 and box["height"] > 100
-        # No word lies beyond the edge of the page, tables that scroll by themselves aside.
+        # No text is beyond the edge of the page, except in tables that scroll.
         beyond = page.evaluate(
             "[...document.querySelectorAll('h1, h2, h3, p, dd, td, th, figcaption')]"
             ".filter(e => !e.closest('.wide-table'))"
@@ -86,20 +86,20 @@ def test_nothing_is_broken(browser, pages, name, viewport, scheme):
             ".map(e => e.textContent)"
         )
         assert beyond == []
-        assert [url for url in visit.asked if not url.startswith(("file:", "data:"))] == []
+        assert [url for url in visit.requests if not url.startswith(("file:", "data:"))] == []
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         red = int(background.removeprefix("rgb(").split(",")[0])
         assert (red > 200) == (scheme == "light")
-        assert visit.wrong == []
+        assert visit.errors == []
 
 
-def test_the_image_of_a_point_is_shown_with_those_nearest_to_it(browser, pages):
-    with Visit(browser, pages["report"], viewport=DESK) as visit:
+def test_pointing_at_the_map_shows_the_image_and_its_neighbors(browser, pages):
+    with Visit(browser, pages["report"], viewport=DESKTOP) as visit:
         assert visit.panel().is_hidden()
         visit.page.locator("svg.map").first.scroll_into_view_if_needed()
         visit.page.mouse.move(*visit.middle("svg.map .pt", 4))
         assert visit.panel().is_visible()
-        # Of class 4 mod 3; its neighbours 5, 6, 7 are of the classes 2, 0, 1.
+        # Class 4 mod 3; its neighbors 5, 6, 7 have the classes 2, 0, 1.
         captions = visit.panel().locator("figcaption").all_inner_texts()
         assert captions == ["dog", "0.90 ✕ lynx", "0.80 ✕ cat", "0.75"]
         drawn = (
@@ -121,11 +121,11 @@ def test_the_image_of_a_point_is_shown_with_those_nearest_to_it(browser, pages):
         )
         shown = np.array(drawn).reshape(8, 8, 4)[..., :3]
         np.testing.assert_array_equal(shown, map_and_failures()["map_images"][4])
-        assert visit.page.locator("svg.map .chosen").count() == 2  # in either map
-        assert visit.wrong == []
+        assert visit.page.locator("svg.map .chosen").count() == 1
+        assert visit.errors == []
 
 
-def test_a_finger_on_the_map_and_on_a_chart(browser, pages):
+def test_touch_works_on_the_map_and_on_charts(browser, pages):
     phone = {"viewport": PHONE, "has_touch": True, "is_mobile": True}
     with Visit(browser, pages["report"], **phone) as visit:
         visit.page.locator("svg.map").first.scroll_into_view_if_needed()
@@ -139,11 +139,11 @@ def test_a_finger_on_the_map_and_on_a_chart(browser, pages):
         box = chart.bounding_box()
         visit.page.touchscreen.tap(box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"])
         assert visit.page.locator(".tip").inner_text() in ("step 90: 4.100", "step 100: 4.000")
-        assert visit.wrong == []
+        assert visit.errors == []
 
 
-def test_the_keyboard_reaches_charts_and_the_map(browser, pages):
-    with Visit(browser, pages["report"], viewport=DESK) as visit:
+def test_keyboard_reaches_charts_and_the_map(browser, pages):
+    with Visit(browser, pages["report"], viewport=DESKTOP) as visit:
         page = visit.page
         chart = page.locator("section[aria-labelledby=training] svg.figure").first
         chart.focus()
@@ -153,7 +153,7 @@ def test_the_keyboard_reaches_charts_and_the_map(browser, pages):
         assert page.locator(".tip").inner_text() == "step 20: 4.800"
         page.keyboard.press("Escape")
         assert page.locator(".tip").is_hidden()
-        # By the tabulator alone, from the top to the map.
+        # By the Tab key only, from the top to the map.
         page.locator("h1").click()
         for _ in range(60):
             page.keyboard.press("Tab")
@@ -165,19 +165,19 @@ def test_the_keyboard_reaches_charts_and_the_map(browser, pages):
         for key in ("ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp"):
             page.keyboard.press(key)
             seen.add(visit.page.locator(".panel .sprite").first.get_attribute("style"))
-        assert len(seen) > 1 and visit.wrong == []
+        assert len(seen) > 1 and visit.errors == []
 
 
-def test_without_scripts_all_is_there_to_read(browser, pages):
-    options = {"viewport": DESK, "java_script_enabled": False}
+def test_page_is_readable_without_scripts(browser, pages):
+    options = {"viewport": DESKTOP, "java_script_enabled": False}
     with Visit(browser, pages["report"], **options) as visit:
         assert visit.page.locator("svg.map").first.is_visible()
         assert visit.panel().is_hidden() and visit.page.locator(".scripted").is_hidden()
-        assert visit.wrong == []
+        assert visit.errors == []
 
 
-def test_a_comparison_leads_to_the_single_reports(browser, pages):
-    with Visit(browser, pages["comparison"], viewport=DESK) as visit:
+def test_comparison_links_to_the_single_reports(browser, pages):
+    with Visit(browser, pages["comparison"], viewport=DESKTOP) as visit:
         links = visit.page.locator("section[aria-labelledby=runs] a")
         assert links.all_inner_texts() == ["first run", "second"]
         for i, name in enumerate(("first run", "second")):
@@ -185,13 +185,13 @@ def test_a_comparison_leads_to_the_single_reports(browser, pages):
             assert urllib.parse.unquote(address).endswith(f"/{name}/report.html")
         links.first.click()
         assert visit.page.locator("h1").inner_text() == "SimCLR on digits"
-        assert visit.wrong == []
+        assert visit.errors == []
 
 
 @pytest.mark.parametrize("deficiency", ["protanopia", "deuteranopia", "tritanopia"])
-def test_classes_differ_by_their_marks_where_colours_don_t(browser, pages, deficiency):
-    """No two marks of the legend may look alike, nor have the same shape."""
-    with Visit(browser, pages["report"], viewport=DESK) as visit:
+def test_classes_differ_by_marks_for_color_blind_readers(browser, pages, deficiency):
+    """No two marks of the legend look the same or have the same shape."""
+    with Visit(browser, pages["report"], viewport=DESKTOP) as visit:
         session = visit.context.new_cdp_session(visit.page)
         session.send("Emulation.setEmulatedVisionDeficiency", {"type": deficiency})
         marks = visit.page.locator(".legend.marks svg")

@@ -35,7 +35,7 @@ def test_tsne_of_features_that_are_not_finite_is_nan():
         np.ones((50, 8)),  # collapsed
         np.zeros((50, 8)),
         np.repeat(np.eye(2), 25, axis=0),  # a single direction
-        np.random.default_rng(0).normal(size=(5, 8)),  # too few for neighbourhoods
+        np.random.default_rng(0).normal(size=(5, 8)),  # too few for neighborhoods
         np.random.default_rng(0).normal(size=(1, 8)),
         np.random.default_rng(0).normal(size=(30, 1)),
     ],

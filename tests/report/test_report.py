@@ -1,4 +1,4 @@
-"""The report of a run: what it shows, and what it says when something is missing."""
+"""The report of a run: its content, and what it reports as missing."""
 
 import base64
 import hashlib
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from report_runs import (
-    DRAWS,
+    TRIALS,
     Page,
     evaluation,
     images,
@@ -27,7 +27,7 @@ from ssl_jax import config as config_lib
 from ssl_jax.errors import UserError
 from ssl_jax.evals.intervals import mean_interval, proportion_interval
 from ssl_jax.report import nice_ticks, write_report
-from ssl_jax.report.charts import Frame, whisker
+from ssl_jax.report.charts import BOTTOM, TOP, Frame
 
 NASTY = "<script>alert('x')</script>&\"quoted\""
 # Student's t at 97.5 %, from the printed tables.
@@ -43,7 +43,7 @@ def workdir(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_is_one_wellformed_page_that_needs_nothing_else(workdir):
+def test_report_is_one_wellformed_self_contained_page(workdir):
     path = write_report(workdir)
     assert path == workdir / "report.html"
     page = Page(path)
@@ -70,7 +70,7 @@ def test_is_one_wellformed_page_that_needs_nothing_else(workdir):
     assert {e["attrs"]["aria-labelledby"] for e in page.all("section")} == set(ids)
 
 
-def test_images_are_exact_and_described(workdir):
+def test_images_are_lossless_and_have_alt_text(workdir):
     page = Page(write_report(workdir))
     found = []
     for image in page.all("img"):
@@ -78,17 +78,17 @@ def test_images_are_exact_and_described(workdir):
         head, data = image["attrs"]["src"].split(",")
         assert head == "data:image/png;base64"
         found.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))))
-        assert int(image["attrs"]["width"]) % 8 == 0  # whole factors keep the pixels even
+        assert int(image["attrs"]["width"]) % 8 == 0  # a whole factor keeps the pixels square
     given = images()
     expected = []
     for original, views in zip(given["originals"], given["views"], strict=True):
         expected += [original, *views]
-    for query, neighbours in zip(given["neighbours_query"], given["neighbours"], strict=True):
-        expected += [query, *neighbours]
+    for query, neighbors in zip(given["neighbors_query"], given["neighbors"], strict=True):
+        expected += [query, *neighbors]
     np.testing.assert_array_equal(np.stack(found), np.stack(expected))
 
 
-def test_images_of_other_sizes_keep_their_shape(workdir):
+def test_images_of_other_sizes_keep_their_aspect_ratio(workdir):
     given = images()
     given["originals"] = np.zeros((3, 300, 400, 3), np.uint8)
     given["views"] = np.zeros((3, 2, 24, 24, 3), np.uint8)
@@ -100,7 +100,7 @@ def test_images_of_other_sizes_keep_their_shape(workdir):
     assert (image["attrs"]["width"], image["attrs"]["height"]) == ("64", "48")
 
 
-def test_charts_and_tables_are_described(workdir):
+def test_charts_and_tables_are_accessible(workdir):
     page = Page(write_report(workdir))
     charts = [e for e in page.all("svg") if e["attrs"].get("role") == "img"]
     assert (
@@ -111,12 +111,12 @@ def test_charts_and_tables_are_described(workdir):
     assert len(page.all("caption")) == 2
 
 
-def test_the_lead_is_the_result_at_five_labels(workdir):
-    difference = DRAWS["SimCLR"][5] - DRAWS["raw pixels"][5]
+def test_lead_is_the_result_at_five_labels(workdir):
+    difference = TRIALS["SimCLR"][5] - TRIALS["raw pixels"][5]
     half = T[19] * difference.std(ddof=1) / math.sqrt(20)
     mean = difference.mean()
     assert Page(write_report(workdir)).lead() == (
-        f"SimCLR reaches {100 * DRAWS['SimCLR'][5].mean():.1f} % at 5 labels per class, "
+        f"SimCLR reaches {100 * TRIALS['SimCLR'][5].mean():.1f} % at 5 labels per class, "
         f"{100 * mean:.1f} points above raw pixels (95 % interval {100 * (mean - half):+.1f} to "
         f"{100 * (mean + half):+.1f}, paired over 20 trials)."
     )
@@ -129,19 +129,19 @@ def test_the_lead_is_the_result_at_five_labels(workdir):
         (0.0, "not clearly different from raw pixels"),
     ],
 )
-def test_the_lead_does_not_flatter(workdir, gain, words):
-    raw = DRAWS["raw pixels"][5]
+def test_lead_states_losses_and_unclear_differences(workdir, gain, words):
+    raw = TRIALS["raw pixels"][5]
     noise = np.tile([0.01, -0.01], 10)
     table = {"raw pixels": {5: raw}, "SimCLR": {5: raw + gain + noise}}
     (workdir / "evaluation.json").write_text(json.dumps(evaluation(table)))
     assert words in Page(write_report(workdir)).lead()
 
 
-def test_tables_hold_means_intervals_and_paired_differences(workdir):
+def test_tables_have_means_intervals_and_paired_differences(workdir):
     page = Page(write_report(workdir))
     text = page.section("evaluation")
-    raw = DRAWS["raw pixels"]
-    for name, by_labels in DRAWS.items():
+    raw = TRIALS["raw pixels"]
+    for name, by_labels in TRIALS.items():
         for labels, values in by_labels.items():
             half = T[19] * values.std(ddof=1) / math.sqrt(20)
             assert f"{100 * values.mean():.1f}± {100 * half:.1f}" in text
@@ -152,21 +152,21 @@ def test_tables_hold_means_intervals_and_paired_differences(workdir):
             mean = difference.mean()
             shown = f"{100 * mean:+.1f}{100 * (mean - half):+.1f} to {100 * (mean + half):+.1f}"
             assert shown.replace("-", "−") in text
-    low, high = wilson_by_bisection(0.973, 450)
+    low, high = wilson_by_bisection(438 / 450, 450)
     assert f"97.3{100 * low:.1f}–{100 * high:.1f}" in text  # the linear probe
     assert "450 test images" in text and "a quarter held out" in text
     assert "+2.0" in text  # the linear probe's difference
 
 
 @pytest.mark.parametrize("value", [97.3, -0.1, math.nan])
-def test_accuracies_are_fractions(workdir, value):
+def test_accuracies_that_are_not_fractions_are_corrupt(workdir, value):
     bad = evaluation()
     bad["rows"][0]["linear"] = value
     (workdir / "evaluation.json").write_text(json.dumps(bad))
     assert "evaluation.json is corrupt or" in Page(write_report(workdir)).section("evaluation")
 
 
-def test_intervals_beyond_all_accuracies_leave_the_axis_its_ticks(workdir):
+def test_intervals_beyond_the_range_of_accuracies_keep_the_axis_ticks(workdir):
     # 52.5 ± 12.7 * 22.5: Student's of two trials.
     table = {"SimCLR": {5: np.array([0.3, 0.75])}}
     (workdir / "evaluation.json").write_text(json.dumps(evaluation(table)))
@@ -177,16 +177,16 @@ def test_intervals_beyond_all_accuracies_leave_the_axis_its_ticks(workdir):
     assert chart["text"].startswith("test accuracy, %020406080100")
 
 
-def test_one_draw_has_no_interval(workdir):
+def test_one_trial_has_no_interval(workdir):
     table = {"raw pixels": {5: np.array([0.5])}, "SimCLR": {5: np.array([0.625])}}
     (workdir / "evaluation.json").write_text(json.dumps(evaluation(table)))
     page = Page(write_report(workdir))
-    assert "12.5 points above raw pixels, in one draw." in page.lead()
+    assert "12.5 points above raw pixels, in one trial." in page.lead()
     assert "nan" not in page.section("evaluation")
 
 
-def test_rows_without_raw_pixels_are_shown_alone(workdir):
-    table = {"SimCLR": DRAWS["SimCLR"]}
+def test_rows_without_raw_pixels_are_shown_without_differences(workdir):
+    table = {"SimCLR": TRIALS["SimCLR"]}
     (workdir / "evaluation.json").write_text(json.dumps(evaluation(table)))
     page = Page(write_report(workdir))
     assert page.lead().endswith("% at 5 labels per class.")
@@ -194,7 +194,7 @@ def test_rows_without_raw_pixels_are_shown_alone(workdir):
     assert len(page.all("caption")) == 1
 
 
-def test_what_was_run_and_how_to_run_it_again(workdir):
+def test_report_shows_the_config_and_the_command(workdir):
     page = Page(write_report(workdir))
     run = page.section("run")
     for words in ("SimCLR", "digits", "ResNet-50, imagenet stem", "256 images, 2 views of each"):
@@ -208,7 +208,7 @@ def test_what_was_run_and_how_to_run_it_again(workdir):
         assert key in again
 
 
-def test_curves_lie_where_the_numbers_say(workdir):
+def test_curves_are_at_the_logged_values(workdir):
     page = Page(write_report(workdir))
     line = page.all("polyline", "line")[3]  # the first three are the evaluation's
     points = np.array([p.split(",") for p in line["attrs"]["points"].split()], float)
@@ -226,14 +226,14 @@ def test_curves_lie_where_the_numbers_say(workdir):
     assert "step 50: 4.500" in titles and "step 100: 85.00 %" in titles
 
 
-def test_no_accuracy_axis_goes_beyond_a_hundred_percent(workdir):
+def test_accuracy_axis_ends_at_a_hundred_percent(workdir):
     write_metrics(workdir, [{"step": 100, "knn": 0.998}])
     (workdir / "evaluation.json").unlink()
     labels = [e["text"] for e in Page(write_report(workdir)).all("text")]
     assert "100" in labels and "110" not in labels and "120" not in labels
 
 
-def test_long_runs_are_thinned_without_losing_their_extremes(workdir):
+def test_long_curves_are_thinned_and_keep_their_extremes(workdir):
     many = [{"step": step, "loss": 1.0} for step in range(1, 5001)]
     many[2500]["loss"] = 9.0
     write_metrics(workdir, many)
@@ -247,7 +247,7 @@ def test_long_runs_are_thinned_without_losing_their_extremes(workdir):
     assert path.stat().st_size < 300_000
 
 
-def test_a_broken_line_is_left_out_and_the_last_record_of_a_step_counts(workdir):
+def test_partial_lines_are_skipped_and_the_last_record_of_a_step_counts(workdir):
     again = [{"step": 190, "loss": 7.0}, {"step": 200, "loss": 6.5}]
     broken = '{"step": 210, "lo'
     both = broken + json.dumps(again[0]) + "\n" + json.dumps(again[1]) + "\n" + broken
@@ -259,7 +259,7 @@ def test_a_broken_line_is_left_out_and_the_last_record_of_a_step_counts(workdir)
     assert "best 90.0 % at step 200" in text  # a step's other metrics stay
 
 
-def test_a_loss_that_is_not_finite_is_said(workdir):
+def test_nonfinite_loss_is_reported(workdir):
     (workdir / "evaluation.json").unlink()
     write_metrics(workdir, [*records(), {"step": 210, "loss": math.nan}])
     page = Page(write_report(workdir))
@@ -271,7 +271,7 @@ def test_a_loss_that_is_not_finite_is_said(workdir):
     assert "in 1 of 1 records" in Page(write_report(workdir)).section("training")
 
 
-def test_neighbours_of_another_class_are_marked_by_more_than_colour(workdir):
+def test_neighbors_of_a_different_class_are_marked_by_more_than_color(workdir):
     page = Page(write_report(workdir))
     wrong = page.all("figure", "wrong")
     assert [figure["text"].split() for figure in wrong] == [
@@ -279,39 +279,39 @@ def test_neighbours_of_another_class_are_marked_by_more_than_colour(workdir):
         ["0.60", "✕cat"],
     ]
     alts = [image["attrs"]["alt"] for image in page.all("img")]
-    assert sum("another class" in alt for alt in alts) == 2
+    assert sum("different class" in alt for alt in alts) == 2
     assert sum("same class" in alt for alt in alts) == 4
-    assert "4 of 6 are of the test image's class" in page.section("neighbours")
+    assert "4 of 6 are of the test image's class" in page.section("neighbors")
 
 
 @pytest.mark.parametrize(
     "name",
-    ["query_label", "neighbour_label", "map_label"]
-    + ["failures_query_label", "failures_neighbour_label"],
+    ["query_label", "neighbor_label", "map_label"]
+    + ["failures_query_label", "failures_neighbor_label"],
 )
-def test_labels_beyond_the_names_are_damage(tmp_path, name):
+def test_labels_beyond_the_class_names_are_corrupt(tmp_path, name):
     write_run(tmp_path)
     given = images() | map_and_failures()
     np.savez(tmp_path / "report_images.npz", **given | {name: given[name] + 3})
     assert "report_images.npz is corrupt" in Page(write_report(tmp_path)).section("failures")
 
 
-def test_classes_of_one_name_are_still_two_classes(workdir):
+def test_classes_with_the_same_name_are_distinct(workdir):
     np.savez(workdir / "report_images.npz", **images() | {"class_names": np.array(["crane"] * 3)})
     assert len(Page(write_report(workdir)).all("figure", "wrong")) == 2
 
 
-def test_neighbours_without_labels_are_shown_unjudged(workdir):
+def test_neighbors_without_labels_are_not_marked(workdir):
     given = images()
-    for name in ("query_label", "neighbour_label", "class_names"):
+    for name in ("query_label", "neighbor_label", "class_names"):
         del given[name]
     np.savez(workdir / "report_images.npz", **given)
     page = Page(write_report(workdir))
     assert not page.all("figure", "wrong")
-    assert "class" not in page.section("neighbours")
+    assert "class" not in page.section("neighbors")
     alts = [image["attrs"]["alt"] for image in page.all("img")]
     assert alts[-4:] == ["Test image 2"] + [
-        f"Neighbour {rank}, similarity {value}"
+        f"Neighbor {rank}, similarity {value}"
         for rank, value in enumerate(("0.70", "0.60", "0.50"), 1)
     ]
 
@@ -322,14 +322,14 @@ def test_neighbours_without_labels_are_shown_unjudged(workdir):
         ("metrics.jsonl", "training"),
         ("evaluation.json", "evaluation"),
         ("report_images.npz", "views"),
-        ("report_images.npz", "neighbours"),
+        ("report_images.npz", "neighbors"),
         ("report_images.npz", "embeddings"),
         ("report_images.npz", "failures"),
         ("metrics.jsonl", "collapse"),
     ],
 )
 @pytest.mark.parametrize("damage", ["absent", "cut", "other"])
-def test_says_what_is_not_there(workdir, file, section, damage):
+def test_missing_and_corrupt_files_are_named(workdir, file, section, damage):
     path = workdir / file
     content = path.read_bytes()
     path.unlink()
@@ -342,16 +342,16 @@ def test_says_what_is_not_there(workdir, file, section, damage):
         words = f"{file} is corrupt"
     elif damage == "other" and file == "report_images.npz":
         np.savez(path, class_names=np.array(["a"]))
-        words = "holds no"
+        words = "contains no"
     elif damage != "absent":
         path.write_text("")
-        words = "Not judged" if section == "collapse" else f"{file} holds no record"
+        words = "Not judged" if section == "collapse" else f"{file} contains no record"
     page = Page(write_report(workdir))
     assert words in page.section(section)
     assert page.all("section") and page.lead().endswith(".")
 
 
-def test_a_run_that_has_only_begun(tmp_path):
+def test_report_of_a_run_that_has_just_started(tmp_path):
     write_config(tmp_path, git="", command=None, xla_flags="--xla_dump_to=there")
     page = Page(write_report(tmp_path))
     assert page.lead() == "The run has not logged a step yet."
@@ -383,14 +383,14 @@ def test_text_from_files_is_escaped(workdir):
     assert len(page.all("script")) == 2 and "<script>alert" not in page.source
     assert page.all("h1")[0]["text"] == f"{NASTY} on {NASTY}"
     for name in (
-        *("run", "evaluation", "training", "neighbours", "embeddings", "failures", "reproduce"),
+        *("run", "evaluation", "training", "neighbors", "embeddings", "failures", "reproduce"),
     ):
         assert NASTY in page.section(name)
     assert any(NASTY in image["attrs"]["alt"] for image in page.all("img"))
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"config": 3}'])
-def test_needs_the_config_of_a_run(tmp_path, content):
+def test_folder_without_readable_config_raises_user_error(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"config\.json") as caught:
@@ -399,13 +399,13 @@ def test_needs_the_config_of_a_run(tmp_path, content):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_needs_a_folder(tmp_path):
+def test_missing_folder_raises_user_error(tmp_path):
     with pytest.raises(UserError, match="There is no run in .*nowhere"):
         write_report(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("n", [2, 5, 20])
-def test_mean_interval_is_students(n):
+def test_mean_interval_is_students_t(n):
     values = np.random.default_rng(n).normal(0.7, 0.1, n)
     mean, half = mean_interval(values)
     spread = math.sqrt(((values - values.sum() / n) ** 2).sum() / (n - 1))
@@ -413,7 +413,7 @@ def test_mean_interval_is_students(n):
     np.testing.assert_allclose(half, T[n - 1] * spread / math.sqrt(n), rtol=1e-5)
 
 
-def test_mean_interval_of_one_value_has_no_width():
+def test_mean_interval_of_one_value_is_nan():
     mean, half = mean_interval(np.array([0.25]))
     assert mean == 0.25 and math.isnan(half)
 
@@ -434,7 +434,7 @@ def wilson_by_bisection(fraction: float, count: int) -> tuple[float, float]:
     return ends[0], ends[1]
 
 
-@pytest.mark.parametrize(("fraction", "count"), [(0.0, 10), (1.0, 450), (0.5, 1), (0.913, 10000)])
+@pytest.mark.parametrize(("fraction", "count"), [(0.0, 10), (1.0, 450), (0.5, 2), (0.913, 10000)])
 def test_proportion_interval_is_wilsons(fraction, count):
     found = proportion_interval(fraction, count)
     np.testing.assert_allclose(found, wilson_by_bisection(fraction, count), atol=1e-8)
@@ -444,7 +444,7 @@ def test_proportion_interval_is_wilsons(fraction, count):
     ("low", "high"),
     [(0, 1), (2.8, 5.3), (-3.1, 7.7), (0.0, 3e-5), (5e4, 4.1e6), (99.2, 99.3), (3, 3), (0, 0)],
 )
-def test_ticks_are_round_few_and_enclose(low, high):
+def test_ticks_are_few_round_numbers_that_enclose_the_range(low, high):
     ticks = nice_ticks(low, high)
     steps = np.diff(ticks)
     tolerance = 1e-6 * steps[0]
@@ -455,34 +455,38 @@ def test_ticks_are_round_few_and_enclose(low, high):
     assert min(abs(leading - m) for m in (1, 2, 5)) < 1e-6
 
 
-def luminance(colour: str) -> float:
+def luminance(color: str) -> float:
     """The relative luminance of `#rrggbb`, as WCAG 2 defines it."""
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_colours_have_contrast_in_both_themes(workdir):
+def test_colors_have_contrast_in_both_themes(workdir):
     source = write_report(workdir).read_text(encoding="utf-8")
     themes = re.findall(r"--page:.*?\}", source, flags=re.S)
     assert len(themes) == 2
     for theme in themes:
-        colours = {k: luminance(v) for k, v in re.findall(r"--(\w+): (#\w{6})", theme)}
+        colors = {k: luminance(v) for k, v in re.findall(r"--(\w+): (#\w{6})", theme)}
         needed = {"ink": 7, "soft": 4.5, "accent": 4.5, "warn": 4.5, "base": 3}
         for name, ratio in needed.items():
             for ground in ("page", "wash"):
-                bright, dark = sorted((colours[name], colours[ground]), reverse=True)
+                bright, dark = sorted((colors[name], colors[ground]), reverse=True)
                 assert (bright + 0.05) / (dark + 0.05) >= ratio, (name, ground)
 
 
-def test_whiskers_stay_inside_their_chart(tmp_path):
-    # Two trials far apart: Student's interval is then wider than all accuracies there are.
+def test_whiskers_are_clipped_to_their_chart(tmp_path):
+    # Student's interval of two distant trials is wider than the range of accuracies.
     frame = Frame(40, (0.0, 1.0), (0.0, 100.0))
-    inside = whisker(frame, 0.5, 50.0, 10.0)
-    wide = whisker(frame, 0.5, 50.0, 500.0)
-    ends = [float(y) for y in re.findall(r"M[\d.]+ ([-\d.]+)V([-\d.]+)", wide)[0]]
-    assert ends == [round(frame.y(0.0), 1), round(frame.y(100.0), 1)]
-    assert inside != wide
+    assert frame.whisker(50.0, 500.0) == (frame.y(0.0), frame.y(100.0))
+    assert frame.whisker(50.0, 10.0) == (frame.y(40.0), frame.y(60.0))
+    assert frame.whisker(50.0, math.nan) is None
+    table = {"SimCLR": {5: np.array([0.3, 0.75])}}
+    write_run(tmp_path)
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation(table)))
+    (path,) = Page(write_report(tmp_path)).all("path", "whisker")
+    ends = [float(y) for y in re.findall(r"M[\d.]+ ([-\d.]+)V([-\d.]+)", path["attrs"]["d"])[0]]
+    assert ends == [BOTTOM, TOP]
 
 
 def write_run_with(folder, **logged):
@@ -504,7 +508,7 @@ def verdict(page):
     return found["text"].split(maxsplit=1)
 
 
-def test_a_healthy_run_shows_what_its_verdict_rests_on(tmp_path):
+def test_verdict_of_a_healthy_run_shows_its_evidence(tmp_path):
     page = write_run_with(tmp_path, embedding_std=[0.7, 0.6, 0.65], rankme=[3, 20, 40], loss=[5, 4])
     assert verdict(page) == ["✓", "No sign of collapse."]
     text = page.section("collapse")
@@ -512,18 +516,18 @@ def test_a_healthy_run_shows_what_its_verdict_rests_on(tmp_path):
     assert "40.00 at the end" in text and "4.000 at the end" in text
 
 
-def test_a_collapsed_run_says_since_when(tmp_path):
+def test_verdict_of_a_collapsed_run_has_the_step(tmp_path):
     page = write_run_with(tmp_path, embedding_std=[0.7, 0.01, 0.005, 0.001], loss=[5.0] * 4)
     assert verdict(page) == ["✕", "Collapsed since step 20."]
     assert "0.0010 of 1/√d" in page.section("collapse")
 
 
-def test_a_spread_that_is_halved_is_a_sign_and_one_that_comes_back_is_told(tmp_path):
+def test_halved_spread_is_a_sign_and_recovery_is_noted(tmp_path):
     page = write_run_with(tmp_path, embedding_std=[0.8, 0.3, 0.3, 0.3])
     assert verdict(page) == ["✕", "A sign of collapse since step 20."]
     page = write_run_with(tmp_path, embedding_std=[0.8, 0.3, 0.3, 0.7])
     assert verdict(page) == ["✓", "No sign of collapse at the end."]
-    assert "For a time: from step 20 to 40 the spread" in page.section("collapse")
+    assert "Temporarily: from step 20 to 40 the spread" in page.section("collapse")
 
 
 @pytest.mark.parametrize(
@@ -536,9 +540,7 @@ def test_a_spread_that_is_halved_is_a_sign_and_one_that_comes_back_is_told(tmp_p
     ],
 )
 @pytest.mark.parametrize("continued", [False, True])
-def test_a_loss_has_the_time_of_the_warmup_to_leave_that_of_constant_outputs(
-    tmp_path, derived, last, words, continued
-):
+def test_loss_may_stay_at_the_trivial_loss_during_warmup(tmp_path, derived, last, words, continued):
     # A folder from before these were derived has them from when it went on.
     recorded = {"continued": [{"derived": derived}]} if continued else {"derived": derived}
     config = config_lib.to_json(config_lib.default_config()) | {"method": "own"}
@@ -548,7 +550,7 @@ def test_a_loss_has_the_time_of_the_warmup_to_leave_that_of_constant_outputs(
     assert verdict(Page(write_report(tmp_path)))[1] == words
 
 
-def test_a_swav_run_from_before_that_was_recorded_is_judged_by_its_prototypes(tmp_path):
+def test_swav_run_without_recorded_trivial_loss_is_judged_by_its_prototypes(tmp_path):
     config = config_lib.to_json(config_lib.default_config()) | {"method": "swav"}
     config["swav"]["prototypes"] = 3000
     stuck = {"loss": 8.0064, "embedding_std": 0.7}  # ln 3000
@@ -561,7 +563,7 @@ def test_a_swav_run_from_before_that_was_recorded_is_judged_by_its_prototypes(tm
         assert verdict(Page(write_report(tmp_path)))[1] == words
 
 
-def test_a_run_without_diagnostics_is_not_judged(tmp_path):
+def test_run_without_diagnostics_is_not_judged(tmp_path):
     page = write_run_with(tmp_path, loss=[5.0, 4.0])
     assert not page.all("p", "verdict")
     assert "neither embedding_std nor rankme" in page.section("collapse")
@@ -575,20 +577,20 @@ def test_a_run_without_diagnostics_is_not_judged(tmp_path):
         ("byol", "a cosine from 0.996 to 1"),
     ],
 )
-def test_a_momentum_that_is_not_logged_is_told(tmp_path, method, words):
+def test_ema_decay_that_is_not_logged_is_described(tmp_path, method, words):
     config = config_lib.to_json(config_lib.default_config()) | {"method": method}
     write_run(tmp_path, config=config)
     assert words in Page(write_report(tmp_path)).section("training")
 
 
 @pytest.mark.parametrize("decay", ["cosine", (0.9, 1.0), 0.5])
-def test_an_option_of_a_method_of_ones_own_is_not_taken_for_the_emas(tmp_path, decay):
+def test_options_of_registered_methods_are_not_read_as_ema_decay(tmp_path, decay):
     config = config_lib.to_json(config_lib.default_config())
     write_run(tmp_path, config=config | {"method": "own", "own": {"ema_decay": decay}})
     assert "EMA" not in Page(write_report(tmp_path)).section("training")
 
 
-def test_every_scalar_that_was_logged_has_a_curve(tmp_path):
+def test_every_logged_scalar_has_a_curve(tmp_path):
     names = ("loss", "learning_rate", "ema_decay", "knn", "probe_accuracy", "embedding_std")
     names += ("rankme", "images_per_s", "alignment")
     page = write_run_with(tmp_path, **{name: [0.25, 0.5] for name in names})
@@ -604,17 +606,17 @@ def map_data(page):
     return json.loads(found["text"])
 
 
-def test_the_map_has_every_image_once_with_its_class_as_colour_and_mark(tmp_path):
+def test_map_has_every_image_with_its_class_as_color_and_mark(tmp_path):
     page = Page(write_report(write_run(tmp_path)))
     points = [e for e in page.all("path", "pt") if "transform" in e["attrs"]]
-    assert len(points) == 2 * 12  # of the trained encoder and of the untrained one
-    looks = {}
+    assert len(points) == 12
+    styles = {}
     for i, point in enumerate(points):
-        looks.setdefault(i % 12 % 3, set()).add((point["attrs"]["class"], point["attrs"]["d"]))
-        assert point["text"] == ["cat", "dog", "lynx"][i % 12 % 3]
-    assert all(len(found) == 1 for found in looks.values())
-    colours, marks = zip(*(found.pop() for found in looks.values()), strict=True)
-    assert len(set(colours)) == len(set(marks)) == 3
+        styles.setdefault(i % 3, set()).add((point["attrs"]["class"], point["attrs"]["d"]))
+        assert point["text"] == ["cat", "dog", "lynx"][i % 3]
+    assert all(len(found) == 1 for found in styles.values())
+    colors, marks = zip(*(found.pop() for found in styles.values()), strict=True)
+    assert len(set(colors)) == len(set(marks)) == 3
     given = map_and_failures()["map_positions"]
     placed = np.array(
         [re.findall(r"[-.\d]+", p["attrs"]["transform"]) for p in points[:12]], np.float64
@@ -627,9 +629,9 @@ def test_the_map_has_every_image_once_with_its_class_as_colour_and_mark(tmp_path
     assert legend == "catdoglynx"
 
 
-def test_the_maps_script_has_the_images_and_who_is_near_whom(tmp_path):
+def test_map_data_has_the_images_and_their_neighbors(tmp_path):
     data, given = map_data(Page(write_report(write_run(tmp_path)))), map_and_failures()
-    assert data["near"] == given["map_neighbour"].tolist() and data["labels"] == [0, 1, 2] * 4
+    assert data["near"] == given["map_neighbor"].tolist() and data["labels"] == [0, 1, 2] * 4
     assert data["similarity"][0] == [0.9, 0.8, 0.75] and data["names"] == ["cat", "dog", "lynx"]
     assert data["pixelated"] and data["columns"] == 4
     sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(data["sheet"].split(",")[1]))))
@@ -638,11 +640,10 @@ def test_the_maps_script_has_the_images_and_who_is_near_whom(tmp_path):
         np.testing.assert_array_equal(sheet[8 * row :, 8 * column :][:8, :8], image)
 
 
-def test_a_map_without_labels_has_one_colour(tmp_path):
+def test_map_without_labels_has_one_color(tmp_path):
     write_run(tmp_path)
     drawn = map_and_failures()
-    for name in ("map_label", "map_untrained"):
-        del drawn[name]
+    del drawn["map_label"]
     np.savez(tmp_path / "report_images.npz", **images(), **drawn)
     page = Page(write_report(tmp_path))
     assert "no labels" in page.section("embeddings") and not page.all("ul", "marks")
@@ -650,53 +651,53 @@ def test_a_map_without_labels_has_one_colour(tmp_path):
     assert map_data(page)["labels"] == []
 
 
-def test_a_map_of_features_that_are_not_finite_is_left_out(tmp_path):
+def test_map_of_nonfinite_features_is_omitted(tmp_path):
     write_run(tmp_path)
     lost = np.full((12, 2), np.nan, np.float32)
-    for name, words, maps in (
-        ("map_positions", "not all finite", 0),
-        ("map_untrained", "placed by t-SNE", 1),
-    ):
-        np.savez(tmp_path / "report_images.npz", **images(), **map_and_failures() | {name: lost})
-        page = Page(write_report(tmp_path))
-        assert words in page.section("embeddings") and len(page.all("svg", "map")) == maps
-        assert "nan" not in page.section("embeddings")
+    drawn = map_and_failures() | {"map_positions": lost}
+    np.savez(tmp_path / "report_images.npz", **images(), **drawn)
+    page = Page(write_report(tmp_path))
+    assert "not all features are finite" in page.section("embeddings")
+    assert not page.all("svg", "map") and "nan" not in page.section("embeddings")
 
 
 def test_retrieval_failures_are_counted_and_marked(tmp_path):
     page = Page(write_report(write_run(tmp_path)))
     text = page.section("failures")
-    assert "Of 40 held-out images, 2 have a nearest training image of another class (5.0 %)" in text
+    assert (
+        "For 2 of 40 held-out images, the nearest training image is of a different class (5.0 %)"
+        in text
+    )
     wrong = [figure["text"].split() for figure in page.all("figure", "wrong")]
     assert wrong[-3:] == [["0.98", "✕lynx"], ["0.80", "✕lynx"], ["0.70", "✕cat"]]
 
 
-def test_a_run_that_retrieves_all_and_one_of_before_say_so(tmp_path):
+def test_no_failures_and_missing_failures_are_reported(tmp_path):
     write_run(tmp_path)
-    none = {"failures_count": np.array(0), "failures_asked": np.array(40)}
+    none = {"failures_count": np.array(0), "failures_queries": np.array(40)}
     np.savez(tmp_path / "report_images.npz", **images(), **none)
-    assert "Of 40 held-out images, 0 have" in Page(write_report(tmp_path)).section("failures")
+    assert "For 0 of 40 held-out images" in Page(write_report(tmp_path)).section("failures")
     np.savez(tmp_path / "report_images.npz", **images())
     page = Page(write_report(tmp_path))
-    assert "before ssl_jax kept them" in page.section("failures")
-    assert "holds no map" in page.section("embeddings")
+    assert "contains no retrieval failures" in page.section("failures")
+    assert "contains no map" in page.section("embeddings")
 
 
-def test_photographs_keep_the_page_small(tmp_path):
+def test_photographs_are_jpegs_and_keep_the_page_small(tmp_path):
     write_run(tmp_path)
     rng = np.random.default_rng(0)
     smooth = rng.integers(0, 256, (300, 4, 4, 3)).astype(np.uint8).repeat(8, 1).repeat(8, 2)
     drawn = map_and_failures(300) | {"map_images": smooth}
     large = rng.integers(0, 256, (24, 6, 8, 8, 3)).astype(np.uint8).repeat(16, 2).repeat(16, 3)
-    drawn |= {"failures_query": large[:, 0], "failures_neighbours": large}
+    drawn |= {"failures_query": large[:, 0], "failures_neighbors": large}
     drawn |= {"failures_similarity": np.ones((24, 6)), "failures_query_label": np.zeros(24, int)}
-    drawn |= {"failures_neighbour_label": np.ones((24, 6), int), "failures_count": np.array(24)}
+    drawn |= {"failures_neighbor_label": np.ones((24, 6), int), "failures_count": np.array(24)}
     np.savez(tmp_path / "report_images.npz", **images(), **drawn)
     path = write_report(tmp_path)
     assert "data:image/jpeg" in path.read_text() and path.stat().st_size < 1_500_000
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+def test_folder_that_cannot_be_written_raises_user_error(tmp_path, monkeypatch):
     write_run(tmp_path)
 
     def full(*args, **options):

@@ -1,4 +1,4 @@
-"""The page that lays runs beside each other."""
+"""The page that compares runs."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from report_runs import DRAWS, Page, evaluation, records, write_config, write_metrics, write_run
+from report_runs import TRIALS, Page, evaluation, records, write_config, write_metrics, write_run
 
 from ssl_jax import config as config_lib
 from ssl_jax.cli import main as cli
@@ -26,11 +26,11 @@ def byol_config():
 
 @pytest.fixture
 def runs(tmp_path):
-    """A run of SimCLR, and one of BYOL that is worse by 0.1 ± a little, draw by draw."""
+    """A run of SimCLR, and one of BYOL that is worse by 0.1 plus noise in each trial."""
     first = write_run(tmp_path / "a")
     second = write_run(tmp_path / "b<", config=byol_config())
     noise = np.random.default_rng(0).normal(0, 0.01, 20)
-    other = DRAWS | {"SimCLR": {k: v - 0.1 + noise for k, v in DRAWS["SimCLR"].items()}}
+    other = TRIALS | {"SimCLR": {k: v - 0.1 + noise for k, v in TRIALS["SimCLR"].items()}}
     (second / "evaluation.json").write_text(json.dumps(evaluation(other)))
     logged = [{"step": s, "loss": 2 - s / 1000, "ema_decay": 0.99} for s in range(10, 101, 10)]
     write_metrics(second, logged)
@@ -38,9 +38,9 @@ def runs(tmp_path):
 
 
 def rows(page, section):
-    """The cells of a section's table by the head of their line."""
+    """The cells of a section's table by the row's heading."""
     text = page.source.split(f'aria-labelledby="{section}"')[1].split("</section>")[0]
-    found = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', text)
+    found = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', text, re.S)
     clean = re.compile(r"<[^>]+>")
     return {
         name: [clean.sub(" ", cell).strip() for cell in re.findall(r"<td>(.*?)</td>", cells)]
@@ -48,7 +48,7 @@ def rows(page, section):
     }
 
 
-def test_is_one_page_beside_the_first_run_with_links_to_both_reports(runs):
+def test_comparison_is_one_page_in_the_first_folder_with_links_to_both_reports(runs):
     path = write_comparison(runs)
     assert path == runs[0] / "comparison.html"
     page = Page(path)
@@ -59,7 +59,7 @@ def test_is_one_page_beside_the_first_run_with_links_to_both_reports(runs):
     assert "$" not in page.source and len(page.all("script")) == 1
 
 
-def test_links_are_from_where_the_page_lies(runs, tmp_path):
+def test_links_are_relative_to_the_page(runs, tmp_path):
     (tmp_path / "out").mkdir()
     page = Page(write_comparison(runs, tmp_path / "out" / "c.html"))
     assert [e["attrs"]["href"] for e in page.all("a")] == [
@@ -69,15 +69,13 @@ def test_links_are_from_where_the_page_lies(runs, tmp_path):
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_a_report_that_cannot_be_written_is_linked_as_it_is_or_not_at_all(
-    runs, tmp_path, monkeypatch, there
-):
+def test_report_that_cannot_be_written_is_linked_if_it_exists(runs, tmp_path, monkeypatch, there):
     write_page = single.write_page
 
-    def refuse(path, **content):
+    def refuse(path, template, **values):
         if path.parent == runs[1]:
-            raise UserError("can't be written")
-        write_page(path, **content)
+            raise UserError("Cannot write")
+        write_page(path, template, **values)
 
     monkeypatch.setattr(single, "write_page", refuse)
     if there:
@@ -85,10 +83,10 @@ def test_a_report_that_cannot_be_written_is_linked_as_it_is_or_not_at_all(
     page = Page(write_comparison(runs, tmp_path / "c.html"))
     addresses = [e["attrs"]["href"] for e in page.all("a")]
     assert addresses == ["a/report.html"] + ["b%3C/report.html"] * there
-    assert ("no report: the folder can't be written" in page.section("runs")) == (not there)
+    assert ("no report: the folder cannot be written" in page.section("runs")) == (not there)
 
 
-def test_further_results_without_top1_or_of_one_name_are_all_right(runs):
+def test_further_results_may_lack_top1_or_share_a_name(runs):
     (runs[0] / "evals").mkdir()
     interval = {"value": 0.5, "low": 0.4, "high": 0.6}
     for name, metrics in (
@@ -96,18 +94,18 @@ def test_further_results_without_top1_or_of_one_name_are_all_right(runs):
         ("b", {"top1": interval | {"value": 0.55}}),
         ("c", {"mean_per_class": interval}),
     ):
-        record = {"what": "by 5 neighbours", "metrics": metrics | {"examples": 9}}
+        record = {"what": "by 5 neighbors", "metrics": metrics | {"examples": 9}}
         (runs[0] / "evals" / f"{name}.json").write_text(json.dumps(record))
     found = rows(Page(write_comparison(runs)), "results")
-    assert found["by 5 neighbours"] == ["50.0 40.0–60.0", "–"]
-    assert found["by 5 neighbours (2)"] == ["55.0 40.0–60.0", "–"]
-    assert "by 5 neighbours (3)" not in found
+    assert found["by 5 neighbors"] == ["50.0 40.0–60.0", "–"]
+    assert found["by 5 neighbors (2)"] == ["55.0 40.0–60.0", "–"]
+    assert "by 5 neighbors (3)" not in found
 
 
-def test_results_have_their_intervals(runs):
+def test_results_have_intervals(runs):
     page = Page(write_comparison(runs))
     found = rows(page, "results")
-    values = DRAWS["SimCLR"][5]
+    values = TRIALS["SimCLR"][5]
     half = T * values.std(ddof=1) / math.sqrt(20)
     assert found["5 labels per class"][0] == f"{100 * values.mean():.1f} ± {100 * half:.1f}"
     assert found["Loss, last"] == ["3.000", "1.900"]
@@ -117,7 +115,7 @@ def test_results_have_their_intervals(runs):
     assert page.lead().startswith(f"At 5 labels per class: A {100 * values.mean():.1f} %, B ")
 
 
-def test_differences_are_paired_draw_by_draw(runs):
+def test_differences_are_paired_by_trial(runs):
     found = rows(Page(write_comparison(runs)), "differences")
     noise = np.random.default_rng(0).normal(0, 0.01, 20) - 0.1
     half = T * noise.std(ddof=1) / math.sqrt(20)
@@ -127,18 +125,18 @@ def test_differences_are_paired_draw_by_draw(runs):
     assert found["kNN"] == ["+0.0"]
 
 
-def test_draws_of_other_labelled_sets_are_not_subtracted(runs):
-    raw = {k: v[::-1] for k, v in DRAWS["raw pixels"].items()}
-    (runs[1] / "evaluation.json").write_text(json.dumps(evaluation(DRAWS | {"raw pixels": raw})))
+def test_trials_of_different_labeled_sets_are_not_subtracted(runs):
+    raw = {k: v[::-1] for k, v in TRIALS["raw pixels"].items()}
+    (runs[1] / "evaluation.json").write_text(json.dumps(evaluation(TRIALS | {"raw pixels": raw})))
     page = Page(write_comparison(runs))
-    assert "Without differences: B, not measured with the labelled sets of A" in page.section(
+    assert "Without differences: B, not measured with the labeled sets of A" in page.section(
         "differences"
     )
 
 
 @pytest.mark.parametrize(("data", "paired"), [("60 images", True), ("61 images", False)])
-def test_without_raw_pixels_the_data_tell_whether_draws_are_paired(runs, data, paired):
-    own = evaluation({"SimCLR": DRAWS["SimCLR"]})
+def test_without_raw_pixels_the_data_decide_whether_trials_are_paired(runs, data, paired):
+    own = evaluation({"SimCLR": TRIALS["SimCLR"]})
     for run, fingerprint in zip(runs, ("60 images", data), strict=True):
         (run / "evaluation.json").write_text(json.dumps(own))
         record = json.loads((run / "config.json").read_text())
@@ -147,7 +145,7 @@ def test_without_raw_pixels_the_data_tell_whether_draws_are_paired(runs, data, p
     assert ("Without differences" in text) == (not paired)
 
 
-def test_configs_differ_in_what_the_methods_use(runs):
+def test_config_differences_omit_keys_of_unused_methods(runs):
     found = rows(Page(write_comparison(runs)), "configs")
     assert found["method"] == ["simclr", "byol"] and found["batch_size"] == ["256", "512"]
     assert found["byol.ema_decay"] == ["–", "0.97"]
@@ -155,14 +153,14 @@ def test_configs_differ_in_what_the_methods_use(runs):
     assert not any(key.startswith(("moco", "optim")) for key in found)
 
 
-def test_runs_of_one_config_say_so(tmp_path):
+def test_equal_configs_are_reported(tmp_path):
     page = Page(write_comparison([write_run(tmp_path / "a"), write_run(tmp_path / "b")]))
     assert "The runs have the same config." in page.section("configs")
 
 
-def test_curves_lie_over_each_other_with_letters_dashes_and_one_scale(runs):
+def test_curves_share_one_scale_and_have_letters_and_dashes(runs):
     page = Page(write_comparison(runs))
-    # Of the legend's and the tables' keys there are more; a chart's lines have points.
+    # The keys of the legend and of tables are lines without points.
     lines = [e["attrs"] for e in page.all("polyline", "line")][:2]
     assert [line["class"] for line in lines] == ["line d0", "line d1"]
     own, other = (np.array([p.split(",") for p in line["points"].split()], float) for line in lines)
@@ -173,10 +171,10 @@ def test_curves_lie_over_each_other_with_letters_dashes_and_one_scale(runs):
         assert np.abs(slope * other_wanted[:, axis] + offset - other[:, axis]).max() < 0.1
     assert {e["text"] for e in page.all("text", "letter")} == {"A", "B"}
     assert "step 100: A 4.000, B 1.900" in [e["text"] for e in page.all("title")]
-    assert "Losses of different methods" in page.section("curves")
+    assert "losses of different methods" in page.section("curves")
 
 
-def test_letters_of_lines_that_end_together_do_not_lie_on_each_other(tmp_path):
+def test_letters_of_lines_that_end_together_do_not_overlap(tmp_path):
     page = Page(write_comparison([write_run(tmp_path / name) for name in "abc"]))
     places = [(e["attrs"]["x"], float(e["attrs"]["y"])) for e in page.all("text", "letter")[:3]]
     assert len({x for x, _ in places}) == 1
@@ -184,7 +182,7 @@ def test_letters_of_lines_that_end_together_do_not_lie_on_each_other(tmp_path):
     assert min(np.diff(heights)) >= 11.9
 
 
-def test_runs_that_have_only_begun_are_compared_too(tmp_path):
+def test_runs_that_have_just_started_are_compared(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         write_config(tmp_path / name)
@@ -194,20 +192,20 @@ def test_runs_that_have_only_begun_are_compared_too(tmp_path):
     assert "or not at all" in page.section("differences")
 
 
-def test_folders_that_are_no_runs_are_refused_before_anything_is_written(tmp_path):
+def test_invalid_folders_raise_user_error_before_anything_is_written(tmp_path):
     run = write_run(tmp_path / "a")
     (tmp_path / "empty").mkdir()
     for other, words in (("empty", "no run in .*empty"), ("none", "no run in .*none")):
         with pytest.raises(UserError, match=words):
             write_comparison([run, tmp_path / other])
-    with pytest.raises(UserError, match="named twice"):
+    with pytest.raises(UserError, match="given twice"):
         write_comparison([run, tmp_path / "a" / ".." / "a"])
     with pytest.raises(UserError, match="two to 8 runs, not 9"):
         write_comparison([run] * 9)
     assert not (run / "report.html").exists() and not (run / "comparison.html").exists()
 
 
-def test_the_command_prints_where_the_page_is(runs, tmp_path, capsys):
+def test_command_prints_the_path_of_the_page(runs, tmp_path, capsys):
     names = list(map(str, runs))
     assert cli.main(["report", *names]) == 0
     assert capsys.readouterr().out.strip() == str(runs[0] / "comparison.html")
@@ -220,9 +218,7 @@ def test_the_command_prints_where_the_page_is(runs, tmp_path, capsys):
     ("others", "words"),
     [(["nowhere"], "nowhere"), (["--out=c.html"], "--out is the file of a comparison")],
 )
-def test_what_cannot_be_compared_is_one_sentence(
-    runs, tmp_path, monkeypatch, capsys, others, words
-):
+def test_invalid_arguments_print_one_line(runs, tmp_path, monkeypatch, capsys, others, words):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["report", str(runs[0]), *others]) == 2
     error = capsys.readouterr().err
