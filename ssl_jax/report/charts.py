@@ -287,7 +287,23 @@ def overlay_chart(
         for letter, (x, y) in lines.items()
     ]
     unit = " %" if is_percent else ""
-    # At logged steps; a line that lacks one is interpolated.
+    words = ", ".join(f"{letter} {number(y[-1])}{unit}" for letter, (_, y) in lines.items())
+    return Chart(
+        frame,
+        _step_ticks(last),
+        y_ticks,
+        "step",
+        y_label,
+        f"Line chart of {len(lines)} runs, {y_label} over steps; last: {words}.",
+        series,
+        strips=_overlay_strips(frame, lines, unit),
+    )
+
+
+def _overlay_strips(
+    frame: Frame, lines: dict[str, tuple[np.ndarray, np.ndarray]], unit: str
+) -> list[Strip]:
+    """Strips at logged steps; a line that lacks one is interpolated."""
     logged = np.unique(np.concatenate([x for x, _ in lines.values()]))
     places = logged[np.linspace(0, len(logged) - 1, min(_STRIPS, len(logged))).astype(int)]
     titles = [
@@ -299,17 +315,7 @@ def overlay_chart(
         )
         for place in places
     ]
-    words = ", ".join(f"{letter} {number(y[-1])}{unit}" for letter, (_, y) in lines.items())
-    return Chart(
-        frame,
-        _step_ticks(last),
-        y_ticks,
-        "step",
-        y_label,
-        f"Line chart of {len(lines)} runs, {y_label} over steps; last: {words}.",
-        series,
-        strips=_strips(frame, places, titles),
-    )
+    return _strips(frame, places, titles)
 
 
 def _apart(ends: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:

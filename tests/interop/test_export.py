@@ -144,10 +144,10 @@ def test_folder_export_has_a_card_with_the_runs_recipe_and_results(run, tmp_path
         "raw pixels",
         "random init",
         "5 nearest",
-        f"8 features of an image, {count:,} parameters",
+        f"8 features per image, {count:,} parameters",
         "- view1: a crop of 50 to 100 % of the area (torchvision's sampler) at 8 pixels "
         "(bilinear).",
-        "(bilinear), grey 0.25.",
+        "(bilinear), gray 0.25.",
         "- Temperature 0.2, seed 7.",
     ):
         assert what in card, what
@@ -189,7 +189,7 @@ def test_card_describes_each_views_augmentation():
     config.views = {"a": one, "b": plain, "c": plain}
     assert list(_views(config)) == [
         "- a (6 times): a crop of 8 to 100 % of the area (tf's sampler) at 96 pixels (bicubic), "
-        "flip 0.5, colour 0.8 (brightness 0.4, contrast 0.3, saturation 0.2, hue 0.1), grey 0.2, "
+        "flip 0.5, color 0.8 (brightness 0.4, contrast 0.3, saturation 0.2, hue 0.1), gray 0.2, "
         "blur 0.5 (sigma 0.1 to 2), solarize 0.2 (from 0.5).",
         "- b, c: the whole image at 8 pixels (bicubic), affine (degrees 15), noise 0.05.",
     ]

@@ -153,7 +153,7 @@ def test_finished_run_is_evaluated_and_reported(finished):
     assert "BatchNorm over 320 images" in out
     # Patience is one epoch: 1347 images in batches of 320.
     assert record["derived"] == {"batchnorm_images": 320, "trivial_loss": None, "patience": 4}
-    for part in ("raw pixels", "random init", "simclr", "full linear", "kNN", "report.html"):
+    for part in ("raw pixels", "random init", "SimCLR", "Linear probe", "kNN", "report.html"):
         assert part in out
     evaluation = json.loads((workdir / "evaluation.json").read_text())
     assert [row["name"] for row in evaluation["rows"]] == ["raw pixels", "random init", "simclr"]
