@@ -15,8 +15,8 @@ _SIDE = 128  # largest side of failures' images, in pixels
 _MAP_SIDE = 32  # likewise of the map's
 _RETRIEVED = 5000  # held-out images at most whose nearest neighbors are searched for failures
 _FAILURES = 24  # shown at most
-# Images in a map: more would overlap. t-SNE of 1,000 takes 1.7 s of CPU time on a Xeon (5 s while two
-# other processes share the core), of 2,500 6 s (20 s).
+# Images in a map: more would overlap. t-SNE of 1,000 takes 1.7 s of CPU time on a Xeon (5 s on a
+# busy one), of 2,500 6 s (20 s).
 _MAP_IMAGES = 1000
 _MAP_CLASSES = 20  # that a map can show
 _GRID_SIDE = 64  # pixels to which the small images of a grid are enlarged, about
