@@ -24,7 +24,7 @@ def random_features(images: np.ndarray, width: int) -> np.ndarray:
 
 def ours(x: np.ndarray, y: np.ndarray, penalty: float) -> Callable[[np.ndarray], np.ndarray]:
     """Fits, and gives the prediction."""
-    from ssl_jax.evals.logistic import fit_linear
+    from ssl_jax.evals.linear import fit_linear
 
     return fit_linear(x, y, num_classes=int(y.max()) + 1, penalties=[penalty]).predict
 

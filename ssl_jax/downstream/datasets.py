@@ -20,7 +20,7 @@ from ssl_jax.data.sources import held_out_ids, make_sources
 from ssl_jax.downstream.frozen import SEEN, linear_metrics, run_features
 from ssl_jax.downstream.runs import train_classifier, transfer_config
 from ssl_jax.errors import UserError
-from ssl_jax.evals.logistic import METRICS
+from ssl_jax.evals.linear import METRICS
 from ssl_jax.evals.metrics import interval_text
 from ssl_jax.evals.results import read_result, write_result
 from ssl_jax.interop.load import newest_step, results_folder

@@ -14,7 +14,7 @@ from ssl_jax.data.sources import make_sources
 from ssl_jax.errors import UserError
 from ssl_jax.evals.evaluator import Evaluator
 from ssl_jax.evals.knn import knn_votes
-from ssl_jax.evals.logistic import PENALTIES, fit_linear
+from ssl_jax.evals.linear import PENALTIES, fit_linear
 from ssl_jax.evals.metrics import classification_metrics
 from ssl_jax.files import asked_for
 from ssl_jax.interop.load import config_at, load

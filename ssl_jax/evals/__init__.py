@@ -1,9 +1,8 @@
 """Evaluation of a frozen encoder: features, nearest neighbors, linear classifiers."""
 
 from ssl_jax.evals.features import extract_features
-from ssl_jax.evals.knn import knn_classify, knn_votes, nearest_neighbours
-from ssl_jax.evals.linear import few_label_accuracies, linear_probe
-from ssl_jax.evals.logistic import LinearClassifier, fit_linear
+from ssl_jax.evals.knn import knn_classify, knn_votes, nearest_neighbors
+from ssl_jax.evals.linear import LinearClassifier, few_label_accuracies, fit_linear, linear_probe
 from ssl_jax.evals.metrics import classification_metrics
 
 __all__ = [
@@ -15,5 +14,5 @@ __all__ = [
     "knn_classify",
     "knn_votes",
     "linear_probe",
-    "nearest_neighbours",
+    "nearest_neighbors",
 ]

@@ -63,7 +63,7 @@ def knn_votes(
     """The share of each class in the vote of `knn_classify`, which describes the arguments."""
     if len(train_labels) != len(train_features):
         raise UserError(f"{len(train_features)} features have {len(train_labels)} labels.")
-    similarity, neighbour = nearest_neighbours(train_features, test_features, k=k)
+    similarity, neighbour = nearest_neighbors(train_features, test_features, k=k)
     # Divided by the largest weight of the row, which changes no vote and can't overflow.
     weight = np.ones_like(similarity)
     if temperature is not None:
@@ -75,7 +75,7 @@ def knn_votes(
     return shares
 
 
-def nearest_neighbours(
+def nearest_neighbors(
     keys: Float[np.ndarray, "n d"], queries: Float[np.ndarray, "m d"], *, k: int
 ) -> tuple[Float[np.ndarray, "m k"], Int[np.ndarray, "m k"]]:
     """The k keys most similar to each query, by cosine, nearest first.

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageOps
 
 from ssl_jax.data.sources import Source
-from ssl_jax.evals.knn import nearest_neighbours
+from ssl_jax.evals.knn import nearest_neighbors
 
 PICTURES = 12  # originals with views, and queries with neighbors
 _NEIGHBORS = 6
@@ -97,7 +97,7 @@ def _neighbors(
 ) -> dict[str, np.ndarray]:
     """Held-out images, spread over the split, with the most similar training images."""
     queries = _spread(test, PICTURES)
-    similarity, index = nearest_neighbours(features[0], features[1][queries], k=_NEIGHBORS)
+    similarity, index = nearest_neighbors(features[0], features[1][queries], k=_NEIGHBORS)
     images = train.eval_transform(index.reshape(-1))
     pictures = {
         "neighbors_query": test.eval_transform(queries),
@@ -120,7 +120,7 @@ def _failures(
     """Held-out images whose nearest training image is of a different class, most similar first."""
     assert train.labels is not None and test.labels is not None
     queries = _spread(test, _RETRIEVED)
-    similarity, index = nearest_neighbours(features[0], features[1][queries], k=_NEIGHBORS)
+    similarity, index = nearest_neighbors(features[0], features[1][queries], k=_NEIGHBORS)
     wrong = np.flatnonzero(train.labels[index[:, 0]] != test.labels[queries])
     shown = wrong[np.argsort(-similarity[wrong, 0], kind="stable")][:_FAILURES]
     counts = {"failures_count": np.array(len(wrong)), "failures_queries": np.array(len(queries))}
@@ -141,7 +141,7 @@ def _map(test: Source, features: np.ndarray, labeled: bool) -> dict[str, np.ndar
     labels = test.labels if labeled else None
     index = choose_images(labels, len(features))
     # The nearest of all is the image itself.
-    similarity, near = nearest_neighbours(features[index], features[index], k=_NEIGHBORS + 1)
+    similarity, near = nearest_neighbors(features[index], features[index], k=_NEIGHBORS + 1)
     others = near != np.arange(len(index))[:, None]
     others[others.all(axis=1), -1] = False  # duplicates of the image came before it
     found = {

@@ -5,7 +5,7 @@ from sklearn.neighbors import NearestNeighbors
 from ssl_jax.downstream.frozen import Features, knn_metrics
 from ssl_jax.errors import UserError
 from ssl_jax.evals import knn as knn_module
-from ssl_jax.evals import knn_classify, knn_votes, nearest_neighbours
+from ssl_jax.evals import knn_classify, knn_votes, nearest_neighbors
 from ssl_jax.spmd import Spmd
 
 
@@ -45,7 +45,7 @@ def test_neighbours_are_scikit_learns(monkeypatch):
     monkeypatch.setattr(knn_module, "_QUERIES", 16)
     monkeypatch.setattr(knn_module, "_KEYS", 7)
     train, _, test = data()
-    similarity, index = nearest_neighbours(train, test, k=5)
+    similarity, index = nearest_neighbors(train, test, k=5)
     theirs = NearestNeighbors(n_neighbors=5, metric="cosine").fit(train)
     distance, expected = theirs.kneighbors(test)
     np.testing.assert_array_equal(index, expected)
@@ -54,7 +54,7 @@ def test_neighbours_are_scikit_learns(monkeypatch):
 
 def test_keys_are_sent_once_for_several_chunks_of_queries(monkeypatch):
     train, _, test = data(m=230)
-    whole = nearest_neighbours(train, test, k=5)
+    whole = nearest_neighbors(train, test, k=5)
     sent, replicate = [], Spmd.replicate
 
     def counted(self, tree):
@@ -64,11 +64,11 @@ def test_keys_are_sent_once_for_several_chunks_of_queries(monkeypatch):
     monkeypatch.setattr(Spmd, "replicate", counted)
     monkeypatch.setattr(knn_module, "_KEYS", 100)
     monkeypatch.setattr(knn_module, "_QUERIES", 5)  # 40 on eight devices, so there are six chunks
-    parts = nearest_neighbours(train, test, k=5)
+    parts = nearest_neighbors(train, test, k=5)
     assert sent == [100, 100, 100]
     sent.clear()
     monkeypatch.setattr(knn_module, "_CHUNKS", 4)
-    blocks = nearest_neighbours(train, test, k=5)
+    blocks = nearest_neighbors(train, test, k=5)
     assert sent == 2 * [100, 100, 100]
     for found in (parts, blocks):
         np.testing.assert_array_equal(found[1], whole[1])
@@ -100,7 +100,7 @@ def test_bad_shapes_are_told():
     with pytest.raises(UserError, match="300 features have 299 labels"):
         knn_classify(train, labels[1:], test, num_classes=3)
     with pytest.raises(UserError, match="width 5 can't be compared with width 6"):
-        nearest_neighbours(train, test[:, :5], k=1)
+        nearest_neighbors(train, test[:, :5], k=1)
 
 
 def test_a_majority_counts_neighbours_alike():
@@ -118,7 +118,7 @@ def test_a_majority_counts_neighbours_alike():
 def test_queries_are_spread_over_the_devices_whatever_their_number(queries):
     rng = np.random.default_rng(0)
     keys, asked = rng.normal(size=(50, 4)), rng.normal(size=(queries, 4))
-    similarity, index = nearest_neighbours(keys, asked, k=3)
+    similarity, index = nearest_neighbors(keys, asked, k=3)
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (asked, keys)]
     expected = np.sort(unit[0] @ unit[1].T, axis=1)[:, ::-1][:, :3]
     np.testing.assert_allclose(similarity, expected, rtol=1e-5, atol=1e-6)

@@ -1,34 +1,92 @@
 import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
 
-from ssl_jax.evals import few_label_accuracies, linear_probe
+from ssl_jax.errors import UserError
+from ssl_jax.evals import few_label_accuracies, fit_linear, linear_probe
 
 
-def data(seed=0, n=200, d=5):
+def blobs(seed=0, n=200, d=5):
+    """Overlapping classes around four centers, which are the same for each seed."""
     rng = np.random.default_rng(seed)
-    centres = 2 * np.random.default_rng(9).normal(size=(4, d))
+    centers = 2 * np.random.default_rng(9).normal(size=(4, d))
     labels = np.arange(n) % 4
-    return (centres[labels] + 2 * rng.normal(size=(n, d))).astype(np.float32), labels
+    return (centers[labels] + 2 * rng.normal(size=(n, d))).astype(np.float32), labels
 
 
-def test_a_probe_separates_what_is_separable():
-    train, labels = data(0)
-    test, test_labels = data(1)
+@pytest.fixture(scope="module")
+def digits():
+    """1,200 digits to fit, 597 to test."""
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(y))
+    x, y = x[order], y[order]
+    return x[:1200], y[:1200], x[1200:], y[1200:]
+
+
+def scaled_like(x, *others):
+    """Arrays centered and divided by one scale, those of `x`, as `fit_linear` does it."""
+    center = x.mean(axis=0)
+    scale = (x - center).std()
+    return [(array - center) / scale for array in (x, *others)]
+
+
+def objective(x, y, weights, bias, penalty):
+    """In float64, from the definition."""
+    logits = x @ weights + bias
+    logits -= logits.max(axis=1, keepdims=True)
+    chosen = logits[np.arange(len(y)), y]
+    cross_entropy = np.log(np.exp(logits).sum(axis=1)) - chosen
+    return cross_entropy.mean() + penalty / 2 * np.square(weights).sum()
+
+
+# linear_probe and few_label_accuracies
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+@pytest.mark.parametrize("count", [10, 50, 1200])
+def test_linear_probe_predicts_what_scikit_learn_predicts(digits, count, classes):
+    x, y, test, _ = digits
+    few = np.flatnonzero(y < classes)[:count]
+    x, y = x[few], 3 * y[few] + 1  # labels needn't be 0, 1, …
+    scaled, tested = scaled_like(x, test)
+    reference = LogisticRegression(C=0.1, tol=1e-8, max_iter=5000).fit(scaled, y)
+    assert np.mean(linear_probe(x, y, test) == reference.predict(tested)) > 0.996
+
+
+def test_few_label_accuracies_are_those_of_scikit_learn(digits):
+    x, y, test, test_labels = digits
+    expected, generator = [], np.random.default_rng([0, 5])
+    for _ in range(4):
+        seen = np.concatenate(
+            [generator.choice(np.flatnonzero(y == c), 5, replace=False) for c in range(10)]
+        )
+        scaled, tested = scaled_like(x[seen], test)
+        reference = LogisticRegression(C=0.1, tol=1e-8, max_iter=5000).fit(scaled, y[seen])
+        expected.append(reference.score(tested, test_labels))
+    found = few_label_accuracies(x, y, test, test_labels, labels_per_class=5, trials=4)
+    np.testing.assert_allclose(found, expected, atol=2.1 / len(test_labels))
+
+
+def test_linear_probe_learns_separable_classes_and_nothing_from_shuffled_labels():
+    train, labels = blobs(0)
+    test, test_labels = blobs(1)
     accuracy = np.mean(linear_probe(train, labels, test) == test_labels)
     assert 0.6 < accuracy <= 1
     shuffled = np.random.default_rng(0).permutation(labels)
     assert np.mean(linear_probe(train, shuffled, test) == test_labels) < 0.5
 
 
-def test_the_scale_of_the_features_does_not_matter():
-    train, labels = data(0)
-    test, _ = data(1)
+def test_linear_probe_is_invariant_to_scale_and_offset_of_the_features():
+    train, labels = blobs(0)
+    test, _ = blobs(1)
     moved = linear_probe(100 * train + 7, labels, 100 * test + 7)
     assert (linear_probe(train, labels, test) == moved).mean() > 0.99
 
 
-def test_draws_are_paired_and_class_balanced():
-    train, labels = data(0)
-    test, test_labels = data(1)
+def test_few_label_trials_are_reproducible_and_improve_with_features_and_labels():
+    train, labels = blobs(0)
+    test, test_labels = blobs(1)
     arguments = dict(labels_per_class=3, trials=6)
     first = few_label_accuracies(train, labels, test, test_labels, **arguments)
     again = few_label_accuracies(train, labels, test, test_labels, **arguments)
@@ -39,3 +97,92 @@ def test_draws_are_paired_and_class_balanced():
     assert worse.mean() < first.mean() - 0.1
     more = few_label_accuracies(train, labels, test, test_labels, labels_per_class=25, trials=6)
     assert more.mean() > first.mean()
+
+
+# fit_linear
+
+
+@pytest.mark.parametrize("penalty", [1e-1, 1e-3])
+def test_fit_linear_finds_scikit_learns_solution(digits, penalty):
+    x, y, test, _ = digits
+    fitted = fit_linear(x, y, num_classes=10, penalties=[penalty])
+    scaled, tested = scaled_like(x, test)
+    center, scale = x.mean(axis=0), (x - x.mean(axis=0)).std()
+    reference = LogisticRegression(C=1 / (len(y) * penalty), tol=1e-8, max_iter=5000)
+    reference.fit(scaled, y)
+    found = objective(
+        scaled, y, fitted.weights * scale, fitted.bias + center @ fitted.weights, penalty
+    )
+    expected = objective(scaled, y, reference.coef_.T, reference.intercept_, penalty)
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert (fitted.predict(test) == reference.predict(tested)).mean() > 0.995
+    assert fitted.penalty == penalty and fitted.validation == {}
+
+
+def test_penalty_is_chosen_on_held_out_examples(digits):
+    x, y, test, test_labels = digits
+    rng = np.random.default_rng(0)
+    few, noise = rng.permutation(1200)[:400], rng.normal(size=(1200, 300)) * 8
+    noisy = np.concatenate([x, noise], axis=1)
+    tested = np.concatenate([test, rng.normal(size=(597, 300)) * 8], axis=1)
+    chosen = fit_linear(noisy[few], y[few], num_classes=10)
+    assert set(chosen.validation) == {1e-1, 1e-2, 1e-3, 1e-4, 1e-5}
+    assert chosen.validation[chosen.penalty] == max(chosen.validation.values())
+    accuracy = {
+        penalty: np.mean(
+            fit_linear(noisy[few], y[few], num_classes=10, penalties=[penalty]).predict(tested)
+            == test_labels
+        )
+        for penalty in (1e-5, 1e-1)
+    }
+    found = np.mean(chosen.predict(tested) == test_labels)
+    assert found >= max(accuracy.values()) - 0.05 and found > 0.5
+
+
+def test_absent_classes_are_never_predicted_and_scores_are_logits(digits):
+    x, y, test, _ = digits
+    fitted = fit_linear(x, y, num_classes=12, penalties=[1e-2])
+    assert fitted.scores(test).shape == (597, 12)
+    assert set(fitted.predict(test)) <= set(range(10))
+    np.testing.assert_array_equal(fitted.predict(test), fitted.scores(test).argmax(1))
+
+
+@pytest.mark.usefixtures("unchecked_arrays")
+@pytest.mark.parametrize(
+    ("features", "labels", "options", "message"),
+    [
+        (np.zeros((3, 2)), [0, 1], {}, r"Features \[3, 2\] and 2 labels don't match"),
+        (np.zeros((3, 2)), [0, 1, 5], {}, "Labels range from 0 to 5, but there are 3 classes"),
+        (np.full((3, 2), np.nan), [0, 1, 2], {}, "not finite"),
+        (np.zeros((3, 2)), [0, 1, 2], {}, "validation split of 0.1 of 3 examples is empty"),
+        (np.zeros((3, 2)), [0, 1, 2], {"penalties": []}, "at least one"),
+        (np.zeros((3, 2)), [0, 1, 2], {"metric": "top2"}, "is 'top2'. Did you mean 'top1'"),
+    ],
+)
+def test_fit_linear_refuses_bad_input(features, labels, options, message):
+    with pytest.raises(UserError, match=message):
+        fit_linear(features, np.array(labels), num_classes=3, **options)
+
+
+def test_the_metric_decides_which_penalty_is_chosen():
+    """A strong penalty hides the rare class, and gives the best accuracy on the frequent one."""
+    rng = np.random.default_rng(0)
+    y = (np.arange(600) % 10 == 0).astype(int)
+    informative = 2 * y[:, None] + rng.normal(size=(600, 1))
+    x = np.concatenate([informative, rng.normal(size=(600, 150))], axis=1)
+    chosen = {m: fit_linear(x, y, num_classes=2, metric=m) for m in ("top1", "mean_per_class")}
+    assert chosen["top1"].penalty > chosen["mean_per_class"].penalty
+    assert chosen["top1"].validation != chosen["mean_per_class"].validation
+    with pytest.raises(UserError, match="metric is 'mean'"):
+        fit_linear(x, y, num_classes=2, metric="mean")
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1e-7, 1e-3])
+@pytest.mark.parametrize("count", [60, 300])
+def test_fit_linear_converges_on_features_of_low_rank(count, penalty):
+    """With fewer examples than features, and with more."""
+    rng = np.random.default_rng(0)
+    y = np.arange(count) % 3
+    x = (y[:, None] == np.arange(3)) @ rng.normal(size=(3, 200))  # rank 3 of 200
+    model = fit_linear(x, y, num_classes=3, penalties=[penalty], max_iterations=100)
+    assert (model.predict(x) == y).all()
