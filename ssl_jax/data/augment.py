@@ -1,13 +1,20 @@
-"""Colour augmentation on the device: pure functions from float images to float images.
+"""Augmentation on the device: pure functions from float images to float images.
 
 Images are float32 in [0, 1], [n, height, width, 3]; factors, deltas and sigmas are one number for
-all images or one per image, [n]. The `adjust_*` functions do not clip: `apply_colour` clips after
-each of them, as the official codes do. `colour` is all that happens to a view after its geometry:
-it draws every image's parameters from that image's own key, so that an image looks the same
-wherever it stands in a batch, and applies them to the whole batch at once.
+all images or one per image, [n]. The `adjust_*` functions do not clip; the jitter clips after each
+of them, as the official codes do.
+
+`AUGMENTATIONS` is the table of everything that happens to a view after its geometry, and `color`
+applies it: each image's parameters are sampled from that image's own key, so its pixels don't
+depend on its position in the batch, and are applied to the whole batch at once.
 """
 
+import dataclasses
 import functools
+import operator
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,28 +33,26 @@ _Planes = tuple[Array, Array, Array]
 _GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
 _STYLES = ("tf", "torchvision")
 _BRIGHTNESS_MODES = ("multiply", "add")
-# Keeps the colours' draws apart from device_crop's, which may be given the same key.
-_COLOUR = 1
-# One uniform number per name; the order is part of what a seed means.
-_UNIFORMS = (
-    *("flip", "jitter", "brightness", "contrast", "saturation", "hue"),
-    *("gray", "blur", "sigma", "solarize"),
-)
+_JITTERS = ("brightness", "contrast", "saturation", "hue")  # as "order" numbers them
+# Separates the colors' random numbers from device_crop's, which may be given the same key.
+_COLOR = 1
+# One uniform number per name; the order is part of what a seed means. Other names have a key each.
+_UNIFORMS = ("flip", "jitter", *_JITTERS, "gray", "blur", "sigma", "solarize")
 
 
 def to_float(images: UInt8[Array, "n height width 3"] | Images) -> Images:
-    """Images as float32: uint8 is divided by 255, floats are taken to be in [0, 1] already."""
+    """Converts images to float32: divides uint8 by 255; floats must be in [0, 1] already."""
     if images.dtype == jnp.uint8:
         return images.astype(jnp.float32) / 255.0
     return images.astype(jnp.float32)
 
 
 def adjust_brightness(x: Images, factor: PerImage, mode: str = "multiply") -> Images:
-    """Scales every pixel, or shifts it.
+    """Scales or shifts every pixel.
 
     Args:
       x: images.
-      factor: what to multiply by, or to add.
+      factor: multiplied by, or added to, every pixel.
       mode: "multiply" (SimCLR's released code, torchvision) or "add" (`tf.image.adjust_brightness`,
         BYOL, the variant of SimCLR v1's paper).
 
@@ -61,13 +66,13 @@ def adjust_brightness(x: Images, factor: PerImage, mode: str = "multiply") -> Im
 
 
 def adjust_contrast(x: Images, factor: PerImage, style: str = "tf") -> Images:
-    """Moves every pixel away from the image's mean (factor above 1) or towards it.
+    """Moves every pixel away from the image's mean (factor above 1) or toward it.
 
     Args:
       x: images.
       factor: 1 changes nothing, 0 leaves the mean.
-      style: "tf" takes each channel's own mean (`tf.image.adjust_contrast`), "torchvision" the mean
-        of the gray image for all three channels.
+      style: "tf" uses each channel's own mean (`tf.image.adjust_contrast`), "torchvision" the mean
+        of the grayscale image for all three channels.
 
     Returns:
       Images, not clipped.
@@ -79,14 +84,14 @@ def adjust_contrast(x: Images, factor: PerImage, style: str = "tf") -> Images:
 
 
 def adjust_saturation(x: Images, factor: PerImage, style: str = "tf") -> Images:
-    """Makes colours more vivid (factor above 1) or less.
+    """Makes colors more vivid (factor above 1) or less.
 
     Args:
       x: images.
-      factor: 0 or more; 1 changes nothing, 0 leaves no colour.
-      style: "tf" scales the S of HSV, at most to 1, and keeps H and V
-        (`tf.image.adjust_saturation`); "torchvision" moves every pixel away from its own gray or
-        towards it.
+      factor: 0 or more; 1 changes nothing, 0 leaves no color.
+      style: "tf" scales the S of HSV, up to 1, and keeps H and V
+        (`tf.image.adjust_saturation`); "torchvision" moves every pixel away from or toward its own
+        gray.
 
     Returns:
       Images, not clipped.
@@ -98,50 +103,50 @@ def adjust_saturation(x: Images, factor: PerImage, style: str = "tf") -> Images:
 
 
 def adjust_hue(x: Images, delta: PerImage) -> Images:
-    """Turns the H of HSV, as `tf.image.adjust_hue` and torchvision both do.
+    """Rotates the H of HSV, as `tf.image.adjust_hue` and torchvision do.
 
     Args:
       x: images.
-      delta: of the turn, as a fraction of the full circle.
+      delta: rotation, as a fraction of the full circle.
 
     Returns:
-      Images; gray pixels stay as they are.
+      Images; gray pixels are unchanged.
     """
     return _join(_hue(_split(x), delta))
 
 
 def to_grayscale(x: Images) -> Images:
-    """The luma .2989 R + .587 G + .114 B (TensorFlow's and torchvision's) in all 3 channels."""
+    """Sets all channels to the luma .2989 R + .587 G + .114 B (TensorFlow's and torchvision's)."""
     gray = _gray(_split(x))
     return _join((gray, gray, gray))
 
 
 def gaussian_blur(x: Images, sigma: PerImage, kernel_size: int, style: str = "tf") -> Images:
-    """Convolves with a Gaussian of `kernel_size` taps, normalised over them.
+    """Convolves with a Gaussian of `kernel_size` taps that sum to 1.
 
-    PIL's GaussianBlur, which MoCo, SwAV and SimSiam use, approximates a Gaussian without a cut-off
-    by three box filters; for those methods this is the Gaussian they mean.
+    PIL's GaussianBlur, which MoCo, SwAV and SimSiam use, approximates an untruncated Gaussian by
+    three box filters; this is the Gaussian that it approximates, truncated.
 
     Args:
       x: images.
       sigma: standard deviation in pixels, above 0.
       kernel_size: taps along each axis; an even number gives one more, as in SimCLR's code.
-      style: what lies beyond the border. "tf" has zeros there, so borders darken (the SAME padding
-        of SimCLR and BYOL); "torchvision" has the image mirrored about its outermost pixels.
+      style: padding. "tf" pads with zeros, so borders darken (the SAME padding of SimCLR and
+        BYOL); "torchvision" mirrors the image about its outermost pixels.
 
     Returns:
       Images.
 
     Raises:
-      UserError: unknown style, or a kernel without taps.
+      UserError: unknown style, or kernel_size below 1.
     """
     _check("style", style, _STYLES)
     if kernel_size < 1:
-        raise UserError(f"kernel_size is {kernel_size}: a blur needs 1 tap or more.")
+        raise UserError(f"kernel_size is {kernel_size}: set it to 1 or more.")
     radius = kernel_size // 2
     sigmas = jnp.reshape(jnp.asarray(sigma, jnp.float32), (-1, 1))
     deviations = jnp.arange(radius + 1)[None, :] / sigmas
-    half = jnp.exp(-0.5 * deviations**2)  # [n, radius + 1], from the centre outwards
+    half = jnp.exp(-0.5 * deviations**2)  # [n, radius + 1], from the center outward
     taps = half / (2.0 * half.sum(axis=1, keepdims=True) - 1.0)
     for axis in (1, 2):
         x = _convolve(x, taps, axis, "constant" if style == "tf" else "reflect")
@@ -149,116 +154,87 @@ def gaussian_blur(x: Images, sigma: PerImage, kernel_size: int, style: str = "tf
 
 
 def solarize(x: Images, threshold: PerImage = 0.5) -> Images:
-    """Inverts the pixels at or above the threshold to 1 - x, as BYOL does."""
+    """Replaces each x at or above the threshold by 1 - x, as BYOL does."""
     return jnp.where(x >= _per_image(threshold, 4), 1.0 - x, x)
 
 
-def draw_parameters(key: Key[Array, ""], view: ConfigDict) -> Parameters:
-    """Draws what is to happen to one image's colours; `jax.vmap` it for a batch.
+class RandomNumbers:
+    """The random numbers of one image in one view; each name has a stream of its own."""
 
-    Args:
-      key: of this image in this view.
-      view: config of the view.
+    def __init__(self, key: Key[Array, ""]) -> None:
+        """Derives the streams.
 
-    Returns:
-      By name: whether to "flip", "jitter", "gray", "blur", "solarize"; "order" [4], the sequence
-      of the jitter (0 brightness, 1 contrast, 2 saturation, 3 hue); the factors and deltas
-      "brightness", "contrast", "saturation", "hue"; "sigma" in pixels; and, where the view has
-      noise, "noise_key".
+        Args:
+          key: of the image in the view.
+        """
+        self._key = key
+        uniform_key, order_key, noise_key = jax.random.split(jax.random.fold_in(key, _COLOR), 3)
+        self._keys = {"order": order_key, "noise": noise_key}
+        uniforms = jax.random.uniform(uniform_key, (len(_UNIFORMS),))
+        self._uniforms = dict(zip(_UNIFORMS, uniforms, strict=True))
+
+    def key(self, name: str) -> Key[Array, ""]:
+        """Returns the key of a name."""
+        if name in self._keys:
+            return self._keys[name]
+        return jax.random.fold_in(self._key, zlib.crc32(name.encode()))
+
+    def uniform(self, name: str, low: float = 0.0, high: float = 1.0) -> Float[Array, ""]:
+        """Returns the name's uniform number in [low, high), the same one at each call."""
+        u = self._uniforms[name] if name in self._uniforms else jax.random.uniform(self.key(name))
+        return low + u * (high - low)
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """One entry of `AUGMENTATIONS`.
+
+    Attributes:
+      name: also the parameter that says which images are changed.
+      key: of the view's config, its probability; at 0 the augmentation is not compiled.
+      apply: (images, parameters, view) -> all images changed, [n, height, width, 3].
+      describe: (one image's parameters, view) -> the text below its view in `ssl-jax views`.
+      sample: (random numbers, view) -> one image's further parameters.
+      legend: what the text's numbers mean; "" if it has none.
+      by_chance: False if all images are changed and `key` is a strength.
     """
-    uniform_key, order_key, noise_key = jax.random.split(jax.random.fold_in(key, _COLOUR), 3)
-    uniforms = jax.random.uniform(uniform_key, (len(_UNIFORMS),))
-    u = dict(zip(_UNIFORMS, uniforms, strict=True))
+
+    name: str
+    key: str
+    apply: Callable[[Images, Parameters, ConfigDict], Images]
+    describe: Callable[[Mapping[str, Any], ConfigDict], str]
+    sample: Callable[[RandomNumbers, ConfigDict], Parameters] = lambda random, view: {}
+    legend: str = ""
+    by_chance: bool = True
+
+    def probability(self, view: ConfigDict) -> float:
+        """Returns the value of `key` in a view's config."""
+        value: float = operator.attrgetter(self.key)(view)
+        return value
+
+
+def _is_shift(name: str, jitter: ConfigDict) -> bool:
+    """Whether an adjustment adds a number around 0; the others multiply by one around 1."""
+    return name == "hue" or (name == "brightness" and jitter.brightness_mode == "add")
+
+
+def _sample_jitter(random: RandomNumbers, view: ConfigDict) -> Parameters:
     jitter = view.jitter
-    brightness = _symmetric if jitter.brightness_mode == "add" else _around_one
-    order = jax.random.permutation(order_key, 4) if jitter.random_order else jnp.arange(4)
-    parameters = {
-        "flip": u["flip"] < view.flip,
-        "jitter": u["jitter"] < jitter.prob,
-        "order": order,
-        "brightness": brightness(u["brightness"], jitter.brightness),
-        "contrast": _around_one(u["contrast"], jitter.contrast),
-        "saturation": _around_one(u["saturation"], jitter.saturation),
-        "hue": _symmetric(u["hue"], jitter.hue),
-        "gray": u["gray"] < view.gray,
-        "blur": u["blur"] < view.blur.prob,
-        "sigma": _between(u["sigma"], *view.blur.sigma),
-        "solarize": u["solarize"] < view.solarize.prob,
-    }
-    return {**parameters, "noise_key": noise_key} if view.noise > 0 else parameters
+    parameters = {}
+    for name in _JITTERS:
+        strength = jitter[name]
+        low = -strength if _is_shift(name, jitter) else max(0.0, 1.0 - strength)
+        high = strength if _is_shift(name, jitter) else 1.0 + strength
+        parameters[name] = random.uniform(name, low, high)
+    order = jnp.arange(4)
+    if jitter.random_order:
+        order = jax.random.permutation(random.key("order"), order)
+    return {**parameters, "order": order}
 
 
-def apply_colour(
-    images: UInt8[Array, "n size size 3"] | Float[Array, "n size size 3"],
-    parameters: Parameters,
-    view: ConfigDict,
-) -> Float[Array, "n size size 3"]:
-    """Applies drawn parameters: flip, jitter, gray, blur, solarize, noise, clip, normalise.
-
-    What the view gives probability 0 is not in the compiled program. `view.jitter.style` is also
-    the style of the blur.
-
-    Args:
-      images: crops, uint8 or floats in [0, 1].
-      parameters: of `draw_parameters`, the images on axis 0.
-      view: config of the view, static.
-
-    Returns:
-      float32 images; in [0, 1] unless the view has a mean and std.
-
-    Raises:
-      UserError: unknown style or brightness mode in the view.
-    """
-    x = to_float(images)
-    if view.flip > 0:
-        x = _where(parameters["flip"], x[:, :, ::-1], x)
-    if view.gray > 0 and view.gray_first:
-        x = _where(parameters["gray"], to_grayscale(x), x)
-    if view.jitter.prob > 0:
-        x = _where(parameters["jitter"], _jitter(x, parameters, view.jitter), x)
-    if view.gray > 0 and not view.gray_first:
-        x = _where(parameters["gray"], to_grayscale(x), x)
-    if view.blur.prob > 0:
-        taps = view.blur.kernel_size or max(x.shape[1] // 10, 1)
-        blurred = gaussian_blur(x, parameters["sigma"], taps, view.jitter.style)
-        x = _where(parameters["blur"], blurred, x)
-    if view.solarize.prob > 0:
-        x = _where(parameters["solarize"], solarize(x, view.solarize.threshold), x)
-    if view.noise > 0:
-        draw = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))
-        x = x + view.noise * draw(parameters["noise_key"])
-    x = jnp.clip(x, 0.0, 1.0)
-    if view.mean:
-        mean, std = (jnp.array(each)[None, None, None, :] for each in (view.mean, view.std))
-        x = (x - mean) / std
-    return x
-
-
-def colour(
-    images: UInt8[Array, "n size size 3"] | Float[Array, "n size size 3"],
-    keys: Key[Array, " n"],
-    view: ConfigDict,
-) -> Float[Array, "n size size 3"]:
-    """The device's half of a view after its geometry; an image's pixels depend on its key alone.
-
-    Args:
-      images: crops, uint8 or floats in [0, 1].
-      keys: one per image; they may be those that drew the crops.
-      view: config of the view, static: close over it under `jax.jit`.
-
-    Returns:
-      float32 images; in [0, 1] unless the view has a mean and std.
-
-    Raises:
-      UserError: unknown style or brightness mode in the view.
-    """
-    parameters = jax.vmap(lambda key: draw_parameters(key, view))(keys)
-    return apply_colour(images, parameters, view)
-
-
-def _jitter(x: Images, parameters: Parameters, jitter: ConfigDict) -> Images:
+def _apply_jitter(x: Images, parameters: Parameters, view: ConfigDict) -> Images:
     """The four adjustments in each image's own order, clipped to [0, 1] after each."""
-    order = jnp.asarray(parameters["order"])
+    jitter, order = view.jitter, jnp.asarray(parameters["order"])
 
     def adjust(which: int, planes: _Planes) -> _Planes:
         if which == 0 and jitter.brightness > 0:
@@ -271,9 +247,9 @@ def _jitter(x: Images, parameters: Parameters, jitter: ConfigDict) -> Images:
             return _hue(planes, parameters["hue"])
         return planes
 
-    def adjust_as_ordered(position: Array, planes: _Planes) -> _Planes:
-        # Every image gets all four and keeps one: three quarters of the arithmetic is thrown away,
-        # but a switch per image would run the images of a batch one after the other.
+    def adjust_in_order(position: Array, planes: _Planes) -> _Planes:
+        # Every image gets all four and keeps one: three quarters of the arithmetic is discarded,
+        # but a switch per image would process the images of a batch one after the other.
         chosen = _per_image(order[:, position], 3)
         result = planes
         for which in range(4):
@@ -283,10 +259,179 @@ def _jitter(x: Images, parameters: Parameters, jitter: ConfigDict) -> Images:
     planes = _split(x)
     if jitter.random_order:
         # Unrolled, the compiler would compute each position again inside the next one's means.
-        return _join(jax.lax.fori_loop(0, 4, adjust_as_ordered, planes))
+        return _join(jax.lax.fori_loop(0, 4, adjust_in_order, planes))
     for which in range(4):
         planes = _clip(adjust(which, planes))
     return _join(planes)
+
+
+def _describe_jitter(parameters: Mapping[str, Any], view: ConfigDict) -> str:
+    """The factors in the image's order, without those whose strength is 0."""
+    jitter = view.jitter
+    factors = [
+        f"{name[0]}{parameters[name]:{'+z' if _is_shift(name, jitter) else ''}.2f}"
+        for name in (_JITTERS[which] for which in parameters["order"])
+        if jitter[name] > 0
+    ]
+    return " ".join(["jitter", *factors]) if factors else ""
+
+
+def _apply_blur(x: Images, parameters: Parameters, view: ConfigDict) -> Images:
+    taps = view.blur.kernel_size or max(x.shape[1] // 10, 1)
+    return gaussian_blur(x, parameters["sigma"], taps, view.jitter.style)
+
+
+def _add_noise(x: Images, parameters: Parameters, view: ConfigDict) -> Images:
+    sample = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))
+    return x + view.noise * sample(parameters["noise_key"])
+
+
+# In the order in which they are applied.
+AUGMENTATIONS = (
+    Augmentation(
+        "flip",
+        key="flip",
+        apply=lambda x, parameters, view: x[:, :, ::-1],
+        describe=lambda parameters, view: "flip",
+    ),
+    Augmentation(
+        "jitter",
+        key="jitter.prob",
+        sample=_sample_jitter,
+        apply=_apply_jitter,
+        describe=_describe_jitter,
+        legend="jitter in the order applied: b brightness, c contrast, s saturation, h hue",
+    ),
+    Augmentation(
+        "gray",
+        key="gray",
+        apply=lambda x, parameters, view: to_grayscale(x),
+        describe=lambda parameters, view: "gray",
+    ),
+    Augmentation(
+        "blur",
+        key="blur.prob",
+        sample=lambda random, view: {"sigma": random.uniform("sigma", *view.blur.sigma)},
+        apply=_apply_blur,
+        describe=lambda parameters, view: f"blur {parameters['sigma']:.2f}",
+        legend="blur sigma in pixels of the view",
+    ),
+    Augmentation(
+        "solarize",
+        key="solarize.prob",
+        apply=lambda x, parameters, view: solarize(x, view.solarize.threshold),
+        describe=lambda parameters, view: f"solarize {view.solarize.threshold:g}",
+        legend="solarize threshold",
+    ),
+    Augmentation(
+        "noise",
+        key="noise",
+        sample=lambda random, view: {"noise_key": random.key("noise")},
+        apply=_add_noise,
+        describe=lambda parameters, view: f"noise {view.noise:g}",
+        legend="noise standard deviation",
+        by_chance=False,
+    ),
+)
+
+
+def augmentations(view: ConfigDict) -> list[Augmentation]:
+    """Returns the augmentations that a view's config turns on, in the order applied."""
+    entries = list(AUGMENTATIONS)
+    if view.gray_first:
+        names = [entry.name for entry in entries]
+        entries.insert(names.index("jitter"), entries.pop(names.index("gray")))
+    return [entry for entry in entries if entry.probability(view) > 0]
+
+
+def sample_parameters(key: Key[Array, ""], view: ConfigDict) -> Parameters:
+    """Samples one image's parameters; `jax.vmap` it for a batch.
+
+    Args:
+      key: of this image in this view.
+      view: config of the view.
+
+    Returns:
+      The parameters of the augmentations that the view has. By an augmentation's name, whether the
+      image is changed; "order" [4], the sequence of the jitter (0 brightness, 1 contrast,
+      2 saturation, 3 hue); its factors and deltas "brightness", "contrast", "saturation", "hue";
+      the blur's "sigma" in pixels; "noise_key".
+    """
+    random = RandomNumbers(key)
+    parameters: Parameters = {}
+    for entry in augmentations(view):
+        if entry.by_chance:
+            parameters[entry.name] = random.uniform(entry.name) < entry.probability(view)
+        parameters |= entry.sample(random, view)
+    return parameters
+
+
+def apply_parameters(
+    images: UInt8[Array, "n size size 3"] | Float[Array, "n size size 3"],
+    parameters: Parameters,
+    view: ConfigDict,
+) -> Float[Array, "n size size 3"]:
+    """Applies sampled parameters, clips, and normalizes.
+
+    Augmentations of probability 0 are not in the compiled program. `view.jitter.style` is also the
+    style of the blur.
+
+    Args:
+      images: crops, uint8 or floats in [0, 1].
+      parameters: of `sample_parameters`, with the images on axis 0.
+      view: config of the view, static.
+
+    Returns:
+      float32 images; in [0, 1] unless the view has a mean and std.
+
+    Raises:
+      UserError: unknown style or brightness mode in the view.
+    """
+    x = to_float(images)
+    for entry in augmentations(view):
+        changed = entry.apply(x, parameters, view)
+        x = _where(parameters[entry.name], changed, x) if entry.by_chance else changed
+    x = jnp.clip(x, 0.0, 1.0)
+    if view.mean:
+        mean, std = (jnp.array(each)[None, None, None, :] for each in (view.mean, view.std))
+        x = (x - mean) / std
+    return x
+
+
+def describe(parameters: Mapping[str, Any], view: ConfigDict) -> list[str]:
+    """Describes what was done to one image, in the order applied.
+
+    Args:
+      parameters: of this image, from `sample_parameters`.
+      view: config of the view.
+
+    Returns:
+      A short text per augmentation that changed the image.
+    """
+    applied = [e for e in augmentations(view) if not e.by_chance or parameters[e.name]]
+    return [text for entry in applied if (text := entry.describe(parameters, view))]
+
+
+def color(
+    images: UInt8[Array, "n size size 3"] | Float[Array, "n size size 3"],
+    keys: Key[Array, " n"],
+    view: ConfigDict,
+) -> Float[Array, "n size size 3"]:
+    """Applies the device's augmentations to crops; an image's pixels depend only on its key.
+
+    Args:
+      images: crops, uint8 or floats in [0, 1].
+      keys: one per image; may be the keys that sampled the crops.
+      view: config of the view, static: close over it under `jax.jit`.
+
+    Returns:
+      float32 images; in [0, 1] unless the view has a mean and std.
+
+    Raises:
+      UserError: unknown style or brightness mode in the view.
+    """
+    parameters = jax.vmap(lambda key: sample_parameters(key, view))(keys)
+    return apply_parameters(images, parameters, view)
 
 
 def _brightness(planes: _Planes, factor: PerImage, mode: str) -> _Planes:
@@ -322,7 +467,7 @@ def _saturation(planes: _Planes, factor: PerImage, style: str) -> _Planes:
 def _hue(planes: _Planes, delta: PerImage) -> _Planes:
     r, g, b = planes
     value, spread = _value_and_spread(planes)
-    per_sixth = 1.0 / jnp.where(spread > 0, spread, 1.0)  # a gray pixel's hue does not matter
+    per_sixth = 1.0 / jnp.where(spread > 0, spread, 1.0)  # a gray pixel's hue is irrelevant
     green_or_blue = jnp.where(g == value, 2.0 + (b - r) * per_sixth, 4.0 + (r - g) * per_sixth)
     sixths = jnp.where(r == value, (g - b) * per_sixth, green_or_blue) + 6.0 * _per_image(delta, 3)
     sixths = sixths - 6.0 * jnp.floor(sixths / 6.0)
@@ -335,7 +480,7 @@ def _hue(planes: _Planes, delta: PerImage) -> _Planes:
 
 
 def _value_and_spread(planes: _Planes) -> tuple[Array, Array]:
-    """The V of HSV, and how far below it the least channel is: S is their quotient."""
+    """Returns the V of HSV and its distance from the smallest channel; S is their quotient."""
     r, g, b = planes
     value = jnp.maximum(jnp.maximum(r, g), b)
     return value, value - jnp.minimum(jnp.minimum(r, g), b)
@@ -352,9 +497,9 @@ def _blend(base: _Planes, planes: _Planes, factor: Array) -> _Planes:
 
 
 def _convolve(x: Images, taps: Float[Array, "_n half"], axis: int, border: str) -> Images:
-    """A symmetric filter along one axis; `taps` go from the centre outwards."""
-    # A convolution with a filter per image has a group per image, 30 times as slow on a CPU. There
-    # shifts and sums are fastest; where matrices are multiplied by the way, a matrix per image is.
+    """Applies a symmetric filter along one axis; `taps` go from the center outward."""
+    # A convolution with a filter per image has a group per image, 30 times slower on a CPU. There
+    # shifts and sums are fastest; on hardware for matrix products, a banded matrix per image is.
     cpu, others = (
         functools.partial(how, axis=axis, border=border) for how in (_by_shifts, _by_matrices)
     )
@@ -365,7 +510,7 @@ def _convolve(x: Images, taps: Float[Array, "_n half"], axis: int, border: str) 
 def _by_shifts(x: Images, taps: Float[Array, "_n half"], axis: int, border: str) -> Images:
     radius = taps.shape[1] - 1
     width = [(radius, radius) if i == axis else (0, 0) for i in range(4)]
-    # Without the barrier the compiler fuses what made x into every shift, and makes it per tap.
+    # Without the barrier the compiler fuses x's producer into every shift, recomputed per tap.
     padded = jax.lax.optimization_barrier(jnp.pad(x, width, mode=border))
 
     def shifted(by: int) -> Images:
@@ -379,10 +524,10 @@ def _by_shifts(x: Images, taps: Float[Array, "_n half"], axis: int, border: str)
 
 
 def _by_matrices(x: Images, taps: Float[Array, "_n half"], axis: int, border: str) -> Images:
-    """Each image's rows or columns times a banded matrix, in TF32 or better: to 1/1000 of white."""
+    """Multiplies by a banded matrix per image, in TF32 or better: exact to 1/1000 of white."""
     radius, size = taps.shape[1] - 1, x.shape[axis]
     by = jnp.arange(-radius, radius + 1)
-    source = jnp.arange(size)[:, None] + by[None, :]  # which pixel a tap takes
+    source = jnp.arange(size)[:, None] + by[None, :]  # the pixel that a tap reads
     if border == "reflect":
         source = jnp.abs(source)
         source = jnp.where(source < size, source, 2 * (size - 1) - source)
@@ -393,7 +538,7 @@ def _by_matrices(x: Images, taps: Float[Array, "_n half"], axis: int, border: st
 
 
 def _per_image(value: PerImage | Array, dimensions: int) -> Array:
-    """A number, or one per image, shaped to multiply arrays with the images on axis 0."""
+    """Reshapes a number, or one per image, to multiply arrays with the images on axis 0."""
     return jnp.reshape(jnp.asarray(value), (-1,) + (1,) * (dimensions - 1))
 
 
@@ -419,18 +564,6 @@ def _clip(planes: _Planes) -> _Planes:
     return r, g, b
 
 
-def _between(u: Array, low: float, high: float) -> Array:
-    return low + u * (high - low)
-
-
-def _around_one(u: Array, strength: float) -> Array:
-    return _between(u, max(0.0, 1.0 - strength), 1.0 + strength)
-
-
-def _symmetric(u: Array, strength: float) -> Array:
-    return _between(u, -strength, strength)
-
-
 def _check(what: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise UserError(f"The {what} is '{value}': it may be {' or '.join(known)}.")
+        raise UserError(f"The {what} is '{value}': set it to {' or '.join(known)}.")

@@ -1,11 +1,12 @@
-"""Geometry on the device, for data sets held there whole: random crops, resizing, rotation.
+"""Geometry on the device, for data sets held there: random crops, resizing, rotation.
 
-Boxes are drawn as the official codes draw them and resampled by two small matrix products per
-image, one along its rows and one along its columns. Nothing is gathered, which suits TPUs; the cost
-grows with the sides of the source images, small for a data set that fits on a device.
+Boxes are sampled as in the official codes and resampled by two small matrix products per image, one
+along its rows and one along its columns. There is no gather, which suits TPUs; the cost grows with
+the sides of the source images, which are small in a data set that fits on a device.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,14 @@ from ssl_jax.errors import UserError
 Geometry = dict[str, Shaped[Array, "..."]]
 Sources = UInt8[Array, "n height width 3"] | Float[Array, "n height width 3"]
 
-# Keeps the draws of geometry apart from the colours', which may be given the same key.
+# What the host's crops, `ssl_jax.data.views`, use too.
+TORCHVISION_ATTEMPTS = 10
+TF_ATTEMPTS = 100
+TF_MIN_COVERED = 0.1  # of the image
+SAMPLERS = ("torchvision", "tf", "byol", "none")
+
+# Separates the geometry's random numbers from the colors', which may be given the same key.
 _GEOMETRY = 0
-_TORCHVISION_TRIES = 10
-_TF_TRIES = 100
-_TF_MIN_COVERED = 0.1
 # By default TPUs multiply in bfloat16 and GPUs in TF32, which is coarser than the pixels' 8 bits.
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -30,11 +34,11 @@ _EXACT = jax.lax.Precision.HIGHEST
 def crop_views(
     images: Sources, keys: Key[Array, " n"], view: ConfigDict
 ) -> Float[Array, "n size size 3"]:
-    """A random crop of every image, resized to the view's size.
+    """Crops every image at random and resizes the crop to the view's size.
 
     Args:
       images: uint8, or floats in [0, 1].
-      keys: one per image, on which alone its crop depends; `augment.colour` may take the same.
+      keys: one per image; its crop depends on nothing else. `augment.color` may take the same keys.
       view: config of the view, static: close over it under `jax.jit`.
 
     Returns:
@@ -44,40 +48,37 @@ def crop_views(
       UserError: unknown sampler or interpolation, or bicubic interpolation of an affine view.
     """
     height, width = images.shape[1:3]
-    geometry = jax.vmap(lambda key: draw_geometry(key, height, width, view))(keys)
+    geometry = jax.vmap(lambda key: sample_geometry(key, height, width, view))(keys)
     return apply_geometry(images, geometry, view)
 
 
-def draw_geometry(key: Key[Array, ""], height: int, width: int, view: ConfigDict) -> Geometry:
-    """Draws where one image is cropped and how it is turned; `jax.vmap` it for a batch.
+def sample_geometry(key: Key[Array, ""], height: int, width: int, view: ConfigDict) -> Geometry:
+    """Samples one image's crop box and affine transform; `jax.vmap` it for a batch.
 
     Args:
       key: of this image in this view.
       height: of the image, pixels.
       width: of the image, pixels.
-      view: config of the view. Its `crop.sampler` is "torchvision" (RandomResizedCrop: ten tries of
-        a uniform area and log-uniform aspect, else the centre), "tf"
+      view: config of the view. Its `crop.sampler` is "torchvision" (RandomResizedCrop: ten attempts
+        with uniform area and log-uniform aspect, else the center), "tf"
         (`tf.image.sample_distorted_bounding_box` with SimCLR's arguments, else the whole image),
-        "byol" (one draw of a uniform area and log-uniform aspect, its sides cut to the image's), or
+        "byol" (one sample of uniform area and log-uniform aspect, sides clipped to the image's), or
         "none" (the whole image).
 
     Returns:
-      The box by "top", "left", "height", "width", int32 pixels; for an affine view also "degrees",
-      "shear" (degrees too), "shift_y" and "shift_x" (pixels).
+      The box as "top", "left", "height", "width", int32 pixels; for an affine view also "degrees",
+      "shear" (in degrees), "shift_y" and "shift_x" (pixels).
 
     Raises:
       UserError: unknown sampler.
     """
+    check_sampler(view)
     samplers = {
         "torchvision": _torchvision_box,
         "tf": _tf_box,
         "byol": _byol_box,
         "none": _whole_box,
     }
-    if view.crop.sampler not in samplers:
-        raise UserError(
-            f"crop.sampler is '{view.crop.sampler}': it may be one of {', '.join(samplers)}."
-        )
     box_key, affine_key = jax.random.split(jax.random.fold_in(key, _GEOMETRY))
     geometry = samplers[view.crop.sampler](box_key, height, width, view.crop)
     if _is_affine(view):
@@ -94,18 +95,18 @@ def draw_geometry(key: Key[Array, ""], height: int, width: int, view: ConfigDict
 def apply_geometry(
     images: Sources, geometry: Geometry, view: ConfigDict
 ) -> Float[Array, "n size size 3"]:
-    """Crops and resizes by drawn boxes.
+    """Crops and resizes by sampled boxes.
 
-    The box is cut out before it is resized, so pixels outside it never count. Where it is larger
-    than the view, it is averaged or sampled as `antialiased` says.
+    The box is cut out before it is resized, so pixels outside it have no influence. A box larger
+    than the view is averaged or sampled, see `antialiased`.
 
-    An affine view is turned, sheared (x by y) and shifted about its centre before it is cropped,
-    all in one bilinear sampling whose taps may reach out of the box; outside the image is black.
-    It holds size² · width numbers per image at once, which suits images of up to about 32 × 32.
+    An affine view is rotated, sheared (x by y) and shifted about its center before it is cropped,
+    all in one bilinear resampling whose taps may reach outside the box; outside the image is black.
+    It needs size² · width numbers per image at once, which suits images up to about 32 × 32.
 
     Args:
       images: uint8, or floats in [0, 1].
-      geometry: of `draw_geometry`, the images on axis 0.
+      geometry: of `sample_geometry`, with the images on axis 0.
       view: config of the view, static.
 
     Returns:
@@ -117,51 +118,81 @@ def apply_geometry(
     if _is_affine(view):
         if view.crop.interpolation != "bilinear":
             raise UserError(
-                f"crop.interpolation is '{view.crop.interpolation}' but a view with affine set is "
-                "sampled bilinearly: set crop.interpolation to 'bilinear'."
+                f"crop.interpolation is '{view.crop.interpolation}', but affine views are always "
+                "bilinear: set crop.interpolation to 'bilinear'."
             )
         return _sample(images, *_source_coordinates(images, geometry, view.size))
     return _resize(images, geometry, view.size, view.crop.interpolation, antialiased(view))
 
 
-def antialiased(view: ConfigDict) -> bool:
-    """Whether a larger image is averaged over what an output pixel covers, or only sampled.
+def check_sampler(view: ConfigDict) -> None:
+    """Checks the name of a view's crop sampler.
 
-    PIL averages, and so the methods that crop by torchvision do; `tf.image.resize` samples, and so
-    SimCLR and BYOL do. What is evaluated is made smaller in the same way.
+    Args:
+      view: config of the view.
+
+    Raises:
+      UserError: unknown sampler.
+    """
+    if view.crop.sampler not in SAMPLERS:
+        raise UserError(
+            f"crop.sampler is '{view.crop.sampler}': set it to one of {', '.join(SAMPLERS)}."
+        )
+
+
+def center_box(height: int, width: int, aspect: Sequence[float]) -> tuple[int, int, int, int]:
+    """Returns the largest central box whose aspect, width / height, is in a range.
+
+    Args:
+      height: of the image, pixels.
+      width: of the image, pixels.
+      aspect: the range.
+
+    Returns:
+      Top, left, height, width.
+    """
+    tall, wide = min(height, round(width / aspect[0])), min(width, round(height * aspect[1]))
+    return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+
+def antialiased(view: ConfigDict) -> bool:
+    """Returns whether downsizing averages over the area of an output pixel or only samples it.
+
+    PIL averages, as do the methods that crop with torchvision; `tf.image.resize` samples, as do
+    SimCLR and BYOL. Evaluated images are downsized in the same way.
     """
     return view.crop.sampler in ("torchvision", "none")
 
 
 def view_corners(geometry: Geometry, height: int, width: int) -> Float[Array, "n 4 2"]:
-    """Where in the source the corners of views lie: what of an image they show.
+    """Returns the source coordinates of the views' corners.
 
     Args:
-      geometry: of `draw_geometry`, the images on axis 0.
+      geometry: of `sample_geometry`, with the images on axis 0.
       height: of the images, pixels.
       width: of the images, pixels.
 
     Returns:
       (y, x) of a view's top left, top right, bottom right and bottom left corner, in pixels from
-      the image's top left corner; those of affine views may lie outside of the image.
+      the image's top left corner; corners of affine views may lie outside the image.
     """
     still = jnp.zeros(geometry["top"].shape)
     unmoved = dict.fromkeys(("degrees", "shear", "shift_y", "shift_x"), still)
     y, x = _trace({**unmoved, **geometry}, jnp.array([0.0, 1.0]), height, width)
-    corners = jnp.stack([y, x], axis=-1) + 0.5  # from pixels' centres to their borders
+    corners = jnp.stack([y, x], axis=-1) + 0.5  # from pixel centers to pixel edges
     return jnp.stack([corners[:, i, j] for i, j in ((0, 0), (0, 1), (1, 1), (1, 0))], axis=1)
 
 
 def resize_images(
     images: Sources, size: int, interpolation: str = "bicubic", antialias: bool = True
 ) -> Float[Array, "n size size 3"]:
-    """Whole images resized to a square, as for evaluation.
+    """Resizes whole images to a square, as for evaluation.
 
     Args:
       images: uint8, or floats in [0, 1].
-      size: of the result, pixels.
-      interpolation: "bicubic" (Keys, a = -0.5) or "bilinear", pixel centres at halves.
-      antialias: average over what an output pixel covers (PIL), or not (`tf.image.resize`).
+      size: side of the result, pixels.
+      interpolation: "bicubic" (Keys, a = -0.5) or "bilinear", with half-pixel centers.
+      antialias: average over the area of an output pixel (PIL), or not (`tf.image.resize`).
 
     Returns:
       float32 in [0, 1].
@@ -178,9 +209,9 @@ def _resize(
     images: Sources, box: Geometry, size: int, interpolation: str, antialias: bool
 ) -> Float[Array, "n size size 3"]:
     height, width = images.shape[1:3]
-    how = (size, interpolation, antialias)
-    rows = _resize_weights(box["top"], box["height"], height, *how)
-    columns = _resize_weights(box["left"], box["width"], width, *how)
+    spec = (size, interpolation, antialias)
+    rows = _resize_weights(box["top"], box["height"], height, *spec)
+    columns = _resize_weights(box["left"], box["width"], width, *spec)
     x = jnp.einsum("nph,nhwc->npwc", rows, to_float(images), precision=_EXACT)
     x = jnp.einsum("nqw,npwc->npqc", columns, x, precision=_EXACT)
     return jnp.clip(x, 0.0, 1.0)
@@ -194,11 +225,11 @@ def _resize_weights(
     interpolation: str,
     antialias: bool,
 ) -> Float[Array, "n size source"]:
-    """What each of `source` pixels in a row adds to each of `size` pixels across its crop."""
+    """Returns the weight of each of `source` pixels in a row in each of `size` output pixels."""
     scale = (length / size)[:, None, None]
-    centre = start[:, None, None] + (jnp.arange(size)[None, :, None] + 0.5) * scale - 0.5
+    center = start[:, None, None] + (jnp.arange(size)[None, :, None] + 0.5) * scale - 0.5
     pixel = jnp.arange(source)[None, None, :]
-    distance = jnp.abs(pixel - centre) / (jnp.maximum(scale, 1.0) if antialias else 1.0)
+    distance = jnp.abs(pixel - center) / (jnp.maximum(scale, 1.0) if antialias else 1.0)
     inside = (pixel >= start[:, None, None]) & (pixel < (start + length)[:, None, None])
     weights = jnp.where(inside, _kernel(distance, interpolation), 0.0)
     return weights / weights.sum(axis=-1, keepdims=True)
@@ -211,20 +242,20 @@ def _kernel(distance: Float[Array, "..."], interpolation: str) -> Float[Array, "
         near = (1.5 * distance - 2.5) * distance**2 + 1.0
         far = ((2.5 - 0.5 * distance) * distance - 4.0) * distance + 2.0
         return jnp.where(distance < 1.0, near, jnp.where(distance < 2.0, far, 0.0))
-    raise UserError(f"crop.interpolation is '{interpolation}': it may be bicubic or bilinear.")
+    raise UserError(f"crop.interpolation is '{interpolation}': set it to bicubic or bilinear.")
 
 
 def _source_coordinates(
     images: Sources, geometry: Geometry, size: int
 ) -> tuple[Float[Array, "n size size"], Float[Array, "n size size"]]:
-    """Where in the source every pixel of an affine view comes from: its row and its column."""
+    """Returns the source row and column of every pixel of an affine view."""
     return _trace(geometry, (jnp.arange(size) + 0.5) / size, *images.shape[1:3])
 
 
 def _trace(
     geometry: Geometry, steps: Float[Array, " s"], height: int, width: int
 ) -> tuple[Float[Array, "n s s"], Float[Array, "n s s"]]:
-    """Where in the source a grid of points, `steps` down and across an affine view, comes from."""
+    """Returns the source coordinates of a grid of points, `steps` down and across affine views."""
     g = {name: value[:, None, None] for name, value in geometry.items()}
     middle_y, middle_x = ((side - 1) / 2 for side in (height, width))
     y = g["top"] + steps[None, :, None] * g["height"] - 0.5 - middle_y - g["shift_y"]
@@ -238,7 +269,7 @@ def _trace(
 def _sample(
     images: Sources, y: Float[Array, "n size size"], x: Float[Array, "n size size"]
 ) -> Float[Array, "n size size 3"]:
-    """Bilinear sampling at any coordinates, zero outside, without a gather."""
+    """Samples bilinearly at any coordinates, zero outside the image, without a gather."""
     n, height, width, _ = images.shape
     rows = _kernel(jnp.abs(y.reshape(n, -1, 1) - jnp.arange(height)[None, None, :]), "bilinear")
     columns = _kernel(jnp.abs(x.reshape(n, -1, 1) - jnp.arange(width)[None, None, :]), "bilinear")
@@ -252,17 +283,15 @@ def _sample(
 
 def _torchvision_box(key: Array, height: int, width: int, crop: ConfigDict) -> Geometry:
     size_key, place_key = jax.random.split(key)
-    tall, wide = _draw_sides(size_key, _TORCHVISION_TRIES, height, width, crop)
+    tall, wide = _sample_sides(size_key, TORCHVISION_ATTEMPTS, height, width, crop)
     fits = (0 < tall) & (tall <= height) & (0 < wide) & (wide <= width)
-    low, high = crop.aspect
-    centred_tall = min(height, round(width / low))
-    centred_wide = min(width, round(height * high))
-    tall = _first(fits, tall, centred_tall)
-    wide = _first(fits, wide, centred_wide)
-    drawn = _place(place_key, height - tall, width - wide)
+    center_top, center_left, center_tall, center_wide = center_box(height, width, crop.aspect)
+    tall = _first(fits, tall, center_tall)
+    wide = _first(fits, wide, center_wide)
+    place = _place(place_key, height - tall, width - wide)
     return {
-        "top": jnp.where(fits.any(), drawn["top"], (height - centred_tall) // 2),
-        "left": jnp.where(fits.any(), drawn["left"], (width - centred_wide) // 2),
+        "top": jnp.where(fits.any(), place["top"], center_top),
+        "left": jnp.where(fits.any(), place["left"], center_left),
         "height": tall,
         "width": wide,
     }
@@ -270,7 +299,7 @@ def _torchvision_box(key: Array, height: int, width: int, crop: ConfigDict) -> G
 
 def _byol_box(key: Array, height: int, width: int, crop: ConfigDict) -> Geometry:
     size_key, place_key = jax.random.split(key)
-    tall, wide = _draw_sides(size_key, 1, height, width, crop)
+    tall, wide = _sample_sides(size_key, 1, height, width, crop)
     tall, wide = jnp.clip(tall[0], 1, height), jnp.clip(wide[0], 1, width)
     return {**_place(place_key, height - tall, width - wide), "height": tall, "width": wide}
 
@@ -284,15 +313,15 @@ def _whole(height: int, width: int) -> dict[str, int]:
 
 
 def _tf_box(key: Array, height: int, width: int, crop: ConfigDict) -> Geometry:
-    """The algorithm of TensorFlow's kernel, its tries side by side instead of in a loop.
+    """Runs the algorithm of TensorFlow's kernel, all attempts at once instead of in a loop.
 
-    A try draws the aspect uniformly, then the height uniformly among the integers whose boxes have
-    an area in the range and fit; so sides, not areas, are uniform.
+    An attempt samples the aspect uniformly, then the height uniformly among the integers whose
+    boxes fit and have an area in the range; so sides, not areas, are uniform.
     """
     aspect_key, height_key, place_key = jax.random.split(key, 3)
     smallest, largest = (height * width * area for area in crop.area)
     aspect = jax.random.uniform(
-        aspect_key, (_TF_TRIES,), minval=crop.aspect[0], maxval=crop.aspect[1]
+        aspect_key, (TF_ATTEMPTS,), minval=crop.aspect[0], maxval=crop.aspect[1]
     )
     highest = jnp.round(jnp.sqrt(largest / aspect))
     widest = jnp.floor((width + 0.5) / aspect)  # the height at which a box is as wide as the image
@@ -300,37 +329,37 @@ def _tf_box(key: Array, height: int, width: int, crop: ConfigDict) -> Geometry:
     highest = jnp.minimum(highest, height)
     lowest = jnp.minimum(jnp.round(jnp.sqrt(smallest / aspect)), highest)
     tall = lowest + jnp.floor(
-        jax.random.uniform(height_key, (_TF_TRIES,)) * (highest - lowest + 1.0)
+        jax.random.uniform(height_key, (TF_ATTEMPTS,)) * (highest - lowest + 1.0)
     )
-    # Rounding may have left the range of areas: one pixel more, or less, is tried before giving up.
+    # Rounding may leave the range of areas: the kernel then tries one pixel more or less.
     tall = tall + (tall * jnp.round(tall * aspect) < smallest)
     tall = tall - (tall * jnp.round(tall * aspect) > largest)
     wide = jnp.round(tall * aspect)
     area = tall * wide
     fits = (tall > 0) & (tall <= height) & (wide > 0) & (wide <= width)
-    fits &= (smallest <= area) & (area <= largest) & (area >= _TF_MIN_COVERED * height * width)
+    fits &= (smallest <= area) & (area <= largest) & (area >= TF_MIN_COVERED * height * width)
     tall = _first(fits, tall.astype(jnp.int32), height)
     wide = _first(fits, wide.astype(jnp.int32), width)
-    # The kernel leaves out the last position, where a box would touch the far border.
+    # The kernel never takes the last position, where a box would touch the far border.
     place = _place(place_key, height - tall - 1, width - wide - 1)
     return {**place, "height": tall, "width": wide}
 
 
-def _draw_sides(
-    key: Array, tries: int, height: int, width: int, crop: ConfigDict
-) -> tuple[Int[Array, " tries"], Int[Array, " tries"]]:
-    """Heights and widths of boxes with a uniform area and a log-uniform aspect, width / height."""
+def _sample_sides(
+    key: Array, attempts: int, height: int, width: int, crop: ConfigDict
+) -> tuple[Int[Array, " attempts"], Int[Array, " attempts"]]:
+    """Samples heights and widths with a uniform area and a log-uniform aspect, width / height."""
     area_key, aspect_key = jax.random.split(key)
     low, high = (height * width * area for area in crop.area)
-    area = jax.random.uniform(area_key, (tries,), minval=low, maxval=high)
+    area = jax.random.uniform(area_key, (attempts,), minval=low, maxval=high)
     low, high = (math.log(aspect) for aspect in crop.aspect)
-    aspect = jnp.exp(jax.random.uniform(aspect_key, (tries,), minval=low, maxval=high))
+    aspect = jnp.exp(jax.random.uniform(aspect_key, (attempts,), minval=low, maxval=high))
     tall, wide = jnp.round(jnp.sqrt(area / aspect)), jnp.round(jnp.sqrt(area * aspect))
     return tall.astype(jnp.int32), wide.astype(jnp.int32)
 
 
 def _place(key: Array, bottom: Array, right: Array) -> Geometry:
-    """A top in 0 … bottom and a left in 0 … right, uniform; 0 where there is no room."""
+    """Samples a uniform top in 0 … bottom and left in 0 … right; 0 where there is no room."""
     top_key, left_key = jax.random.split(key)
     return {
         "top": jax.random.randint(top_key, (), 0, jnp.maximum(bottom, 0) + 1),
@@ -338,8 +367,8 @@ def _place(key: Array, bottom: Array, right: Array) -> Geometry:
     }
 
 
-def _first(fits: Bool[Array, " tries"], values: Array, otherwise: int) -> Array:
-    """The value of the first try that fits."""
+def _first(fits: Bool[Array, " attempts"], values: Array, otherwise: int) -> Array:
+    """Returns the value of the first attempt that fits, else `otherwise`."""
     first = fits & (jnp.cumsum(fits) == 1)
     return jnp.where(fits.any(), jnp.sum(jnp.where(first, values, 0)), otherwise)
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from ssl_jax.config import flat_views
-from ssl_jax.data.augment import colour
+from ssl_jax.data.augment import color
 from ssl_jax.data.device_crop import antialiased, crop_views, resize_images
 from ssl_jax.data.index import Index, view_keys
 from ssl_jax.data.sources import Source
@@ -48,7 +48,7 @@ def make_augment_fn(
                 cropped = raw["views"][number]
             else:
                 cropped = crop_views(device_data["image"][raw["id"]], keys, view)
-            made.append(colour(cropped, keys, view))
+            made.append(color(cropped, keys, view))
         return {**batch, "views": tuple(made)}
 
     return augment_fn

@@ -19,7 +19,14 @@ import PIL.Image
 from jaxtyping import Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from ssl_jax.data.device_crop import antialiased
+from ssl_jax.data.device_crop import (
+    TF_ATTEMPTS,
+    TF_MIN_COVERED,
+    TORCHVISION_ATTEMPTS,
+    antialiased,
+    center_box,
+    check_sampler,
+)
 from ssl_jax.data.tensorflow import tf
 from ssl_jax.errors import UserError
 
@@ -29,11 +36,6 @@ Seed: TypeAlias = 'Int[tf.Tensor, "2"]'
 Image: TypeAlias = 'UInt8[tf.Tensor, "height width 3"]'
 View: TypeAlias = 'UInt8[tf.Tensor, "size size 3"]'
 Scalar: TypeAlias = 'Int[tf.Tensor, ""]'
-
-_TORCHVISION_TRIES = 10
-_TF_TRIES = 100
-_TF_MIN_COVERED = 0.1
-_SAMPLERS = ("torchvision", "tf", "byol", "none")
 
 
 def decode(contents: tf.Tensor) -> Image:
@@ -133,10 +135,7 @@ def draw_boxes(size: Int[tf.Tensor, "2"], seed: Seed, views: Sequence[ConfigDict
       UserError: unknown sampler.
     """
     for view in views:
-        if view.crop.sampler not in _SAMPLERS:
-            raise UserError(
-                f"crop.sampler is '{view.crop.sampler}': it may be one of {', '.join(_SAMPLERS)}."
-            )
+        check_sampler(view)
     by_tensorflow = [i for i, view in enumerate(views) if view.crop.sampler == "tf"]
     boxes: dict[int, tf.Tensor] = {}
     if len(by_tensorflow) < len(views):
@@ -181,10 +180,10 @@ def _tf_box(seed: Seed, size: Int[tf.Tensor, "2"], crop: ConfigDict) -> Int[tf.T
         tf.concat([size, [3]], axis=0),
         bounding_boxes=tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
         seed=seed,
-        min_object_covered=_TF_MIN_COVERED,
+        min_object_covered=TF_MIN_COVERED,
         aspect_ratio_range=crop.aspect,
         area_range=crop.area,
-        max_attempts=_TF_TRIES,
+        max_attempts=TF_ATTEMPTS,
     )
     return tf.concat([begin[:2], sides[:2]], axis=0)
 
@@ -208,7 +207,7 @@ class _NumpyBoxes:
     ) -> Int[np.ndarray, "views 4"]:
         height, width = int(size[0]), int(size[1])
         rng = np.random.Generator(np.random.Philox(key=seed.astype(np.uint64)))
-        uniforms = rng.random((len(self._samplers), 2 + 2 * _TORCHVISION_TRIES))
+        uniforms = rng.random((len(self._samplers), 2 + 2 * TORCHVISION_ATTEMPTS))
         talls, wides = self._sides(uniforms[:, 2:], height * width)
         fit = (0 < talls) & (talls <= height) & (0 < wides) & (wides <= width)
         # The first try that fits, else the first try.
@@ -228,7 +227,7 @@ class _NumpyBoxes:
             if sampler == "none":
                 boxes[row] = 0, 0, height, width
             elif sampler == "torchvision" and not fit[row].any():
-                boxes[row] = _central_box(height, width, self._aspects[row])
+                boxes[row] = center_box(height, width, self._aspects[row])
         return boxes
 
     def _sides(
@@ -240,12 +239,6 @@ class _NumpyBoxes:
         area = pixels * (low + (high - low) * for_area)
         aspect = np.exp(log_low + (log_high - log_low) * for_aspect)
         return np.round(np.sqrt(area / aspect)), np.round(np.sqrt(area * aspect))
-
-
-def _central_box(height: int, width: int, aspect: tuple[float, float]) -> tuple[int, int, int, int]:
-    """The largest central box whose aspect, width / height, is in the range."""
-    tall, wide = min(height, round(width / aspect[0])), min(width, round(height * aspect[1]))
-    return (height - tall) // 2, (width - wide) // 2, tall, wide
 
 
 def _how(view: ConfigDict) -> tuple[int, str]:

@@ -39,8 +39,8 @@ def keys(n, seed=0):
     return jax.random.split(jax.random.key(seed), n)
 
 
-def colour(images, keys, view):
-    return jax.jit(lambda x, k: augment.colour(x, k, view))(images, keys)
+def color(images, keys, view):
+    return jax.jit(lambda x, k: augment.color(x, k, view))(images, keys)
 
 
 # The definitions, image by image, in float64.
@@ -91,7 +91,7 @@ def oracle_blur(image, sigma, taps, style):
     return image
 
 
-def oracle_colour(image, p, view):
+def oracle_color(image, p, view):
     """One image through the whole chain with the parameters p drawn for it."""
     image = image.astype(np.float64)
     jitter = view.jitter
@@ -101,19 +101,19 @@ def oracle_colour(image, p, view):
         lambda x: oracle_saturation(x, p["saturation"], jitter.style),
         lambda x: oracle_hue(x, p["hue"]),
     )
-    if p["flip"]:
+    if p.get("flip"):
         image = image[:, ::-1]
-    if p["gray"] and view.gray_first:
+    if p.get("gray") and view.gray_first:
         image = oracle_gray(image)
-    if p["jitter"]:
+    if p.get("jitter"):
         for which in p["order"]:
             image = np.clip(steps[which](image), 0, 1)
-    if p["gray"] and not view.gray_first:
+    if p.get("gray") and not view.gray_first:
         image = oracle_gray(image)
-    if p["blur"]:
+    if p.get("blur"):
         taps = view.blur.kernel_size or 2 * (image.shape[0] // 20) + 1
         image = oracle_blur(image, p["sigma"], taps, jitter.style)
-    if p["solarize"]:
+    if p.get("solarize"):
         image = np.where(image >= view.solarize.threshold, 1 - image, image)
     image = np.clip(image, 0, 1)
     return (image - view.mean) / view.std if view.mean else image
@@ -259,14 +259,14 @@ def test_colour_is_the_chain_of_definitions(name):
     images = random_images(n, size=20, seed=2)
 
     @jax.jit
-    def draw_and_colour(images, keys):
-        drawn = jax.vmap(lambda key: augment.draw_parameters(key, view))(keys)
-        return drawn, augment.colour(images, keys, view)
+    def sample_and_color(images, keys):
+        drawn = jax.vmap(lambda key: augment.sample_parameters(key, view))(keys)
+        return drawn, augment.color(images, keys, view)
 
-    drawn, got = jax.device_get(draw_and_colour(images, keys(n, 5)))
+    drawn, got = jax.device_get(sample_and_color(images, keys(n, 5)))
     expected = np.stack(
         [
-            oracle_colour(image, {name: v[i] for name, v in drawn.items()}, view)
+            oracle_color(image, {name: v[i] for name, v in drawn.items()}, view)
             for i, image in enumerate(images)
         ]
     )
@@ -283,16 +283,15 @@ def test_order_of_the_jitter_matters_and_is_obeyed():
     p = dict(brightness=1.5, contrast=0.4, saturation=1.6, hue=0.15, jitter=True)
     n = len(orders)
     batched = {name: jnp.full(n, value) for name, value in p.items()} | {"order": orders}
-    apply = jax.jit(lambda x, p: augment.apply_colour(x, p, view))
+    apply = jax.jit(lambda x, p: augment.apply_parameters(x, p, view))
     got = apply(np.repeat(image, n, axis=0), batched)
-    off = dict(flip=False, gray=False, blur=False, solarize=False)
-    expected = [oracle_colour(image[0], {**p, **off, "order": order}, view) for order in orders]
+    expected = [oracle_color(image[0], {**p, "order": order}, view) for order in orders]
     np.testing.assert_allclose(got, expected, atol=5e-6)
     assert np.abs(expected[0] - expected[1]).mean() > 0.02
 
 
 def draw_many(view, n=20_000, seed=1):
-    draw = jax.jit(jax.vmap(lambda key: augment.draw_parameters(key, view)))
+    draw = jax.jit(jax.vmap(lambda key: augment.sample_parameters(key, view)))
     return {name: np.asarray(value) for name, value in draw(keys(n, seed)).items()}
 
 
@@ -308,7 +307,7 @@ def test_drawn_numbers_are_uniform_in_their_ranges_and_independent():
     for name, (low, high) in ranges.items():
         assert scipy.stats.kstest(drawn[name], "uniform", (low, high - low)).pvalue > 1e-3, name
     del drawn["order"]
-    correlations = np.corrcoef(np.stack(list(drawn.values())[:-1]).astype(float))
+    correlations = np.corrcoef(np.stack(list(drawn.values())).astype(float))
     off_diagonal = correlations[~np.eye(len(correlations), dtype=bool)]
     assert np.abs(off_diagonal).max() < 5 / np.sqrt(20_000)
     added = draw_many(config.view(jitter=dict(brightness_mode="add", brightness=0.4)))
@@ -325,7 +324,7 @@ def test_probabilities():
         tail = scipy.stats.binomtest(int(drawn[name].sum()), len(drawn[name]), p).pvalue
         assert tail > 1e-3, name
     always = draw_many(config.view(flip=1.0, jitter=dict(prob=1.0), gray=0.0))
-    assert always["flip"].all() and always["jitter"].all() and not always["gray"].any()
+    assert always["flip"].all() and always["jitter"].all() and "gray" not in always
 
 
 def test_all_24_orders_are_equally_likely():
@@ -341,7 +340,7 @@ def test_all_24_orders_are_equally_likely():
 def test_pixels_depend_on_the_key_alone():
     view = config.view(noise=0.05, solarize=dict(prob=0.3))
     images, k = random_images(16, size=32), keys(16)
-    run = jax.jit(lambda x, k: augment.colour(x, k, view))
+    run = jax.jit(lambda x, k: augment.color(x, k, view))
     whole = np.asarray(run(images, k))
     shuffled = np.random.default_rng(0).permutation(16)
     np.testing.assert_array_equal(run(images[shuffled], k[shuffled]), whole[shuffled])
@@ -352,31 +351,31 @@ def test_pixels_depend_on_the_key_alone():
 def test_bytes_and_floats_give_the_same():
     x = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
     view = config.view()
-    got = colour(jnp.asarray(x), keys(4), view)
-    same = colour(jnp.asarray(x / 255.0, jnp.float32), keys(4), view)
+    got = color(jnp.asarray(x), keys(4), view)
+    same = color(jnp.asarray(x / 255.0, jnp.float32), keys(4), view)
     np.testing.assert_allclose(got, same, atol=1e-6)
-    untouched = colour(jnp.asarray(x), keys(4), config.view(**OFF))
+    untouched = color(jnp.asarray(x), keys(4), config.view(**OFF))
     np.testing.assert_allclose(untouched, x / 255.0, atol=1e-7)
 
 
 def test_flip_mirrors_the_columns():
     x = random_images(3)
-    got = colour(x, keys(3), config.view(**{**OFF, "flip": 1.0}))
+    got = color(x, keys(3), config.view(**{**OFF, "flip": 1.0}))
     np.testing.assert_array_equal(got, x[:, :, ::-1])
 
 
 def test_noise_has_its_deviation_and_is_clipped():
     view = config.view(**OFF, noise=0.1)
-    got = np.asarray(colour(jnp.full((8, 32, 32, 3), 0.5), keys(8), view))
+    got = np.asarray(color(jnp.full((8, 32, 32, 3), 0.5), keys(8), view))
     noise = (got - 0.5).reshape(8, -1)
     assert scipy.stats.kstest(noise.ravel() / 0.1, "norm").pvalue > 1e-3
     assert np.abs(np.corrcoef(noise) - np.eye(8)).max() < 0.1
-    white = np.asarray(colour(jnp.ones((2, 8, 8, 3)), keys(2), view))
+    white = np.asarray(color(jnp.ones((2, 8, 8, 3)), keys(2), view))
     assert white.max() == 1.0 and white.min() > 0.3
 
 
 def program(view):
-    return str(jax.make_jaxpr(lambda x, k: augment.colour(x, k, view))(random_images(), keys(N)))
+    return str(jax.make_jaxpr(lambda x, k: augment.color(x, k, view))(random_images(), keys(N)))
 
 
 def test_what_has_probability_zero_is_not_computed():
@@ -389,7 +388,7 @@ def test_what_has_probability_zero_is_not_computed():
 @pytest.mark.parametrize("style", STYLES)
 def test_nothing_is_gathered(style):
     view = config.view(jitter=dict(style=style))
-    lowered = jax.jit(lambda x, k: augment.colour(x, k, view)).lower(random_images(), keys(N))
+    lowered = jax.jit(lambda x, k: augment.color(x, k, view)).lower(random_images(), keys(N))
     assert "stablehlo.select" in lowered.as_text()
     assert "gather" not in lowered.as_text()
 

@@ -36,7 +36,7 @@ def apply_boxes(images, boxes, view):
 
 
 def draw_boxes(view, height, width, n=4_000, seed=0):
-    draw = jax.vmap(lambda key: device_crop.draw_geometry(key, height, width, view))
+    draw = jax.vmap(lambda key: device_crop.sample_geometry(key, height, width, view))
     g = jax.jit(draw)(keys(n, seed))
     return np.stack([g[name] for name in ("top", "left", "height", "width")], axis=1)
 
@@ -254,8 +254,8 @@ def test_the_same_key_may_draw_crop_and_colours():
     view = config.view(crop=WHOLE, affine=dict(degrees=1.0, shear=1.0, translate=1.0))
 
     def draw(key):
-        geometry = device_crop.draw_geometry(key, 32, 32, view)
-        drawn = geometry | augment.draw_parameters(key, view)
+        geometry = device_crop.sample_geometry(key, 32, 32, view)
+        drawn = geometry | augment.sample_parameters(key, view)
         return [drawn[name] for name in ("degrees", "shift_x", "flip", "hue", "sigma", "contrast")]
 
     drawn = np.stack(jax.jit(jax.vmap(draw))(keys(4000))).astype(float)
@@ -309,7 +309,7 @@ def test_affine_view_is_bilinear_sampling_with_black_outside():
         affine=dict(degrees=30.0, shear=20.0, translate=0.2),
     )
     images = random_images(8, 20, 24)
-    draw = jax.jit(jax.vmap(lambda key: device_crop.draw_geometry(key, 20, 24, view)))
+    draw = jax.jit(jax.vmap(lambda key: device_crop.sample_geometry(key, 20, 24, view)))
     g = {name: np.asarray(value) for name, value in draw(keys(8)).items()}
     expected = [
         affine_oracle(
@@ -331,7 +331,7 @@ def test_corners_are_those_of_what_a_view_shows(affine):
     image = np.stack([column / 24, row / 20, 0 * row], axis=-1).astype(np.float32)
     shown = crop_views(np.repeat(image[None], 8, axis=0), keys(8), view)
     shown_x, shown_y = shown[..., 0] * 24, shown[..., 1] * 20
-    draw = jax.jit(jax.vmap(lambda key: device_crop.draw_geometry(key, 20, 24, view)))
+    draw = jax.jit(jax.vmap(lambda key: device_crop.sample_geometry(key, 20, 24, view)))
     corners = np.asarray(device_crop.view_corners(draw(keys(8)), 20, 24))
     first, right, _, down = (corners[:, i, None, None] for i in range(4))
     steps = (np.arange(14) + 0.5) / 14
@@ -373,7 +373,7 @@ def test_affine_special_cases():
 
 def test_affine_numbers_are_uniform_in_their_ranges():
     view = config.view(crop=WHOLE, affine=dict(degrees=15.0, shear=5.0, translate=0.1))
-    g = jax.jit(jax.vmap(lambda key: device_crop.draw_geometry(key, 20, 30, view)))(keys(4000))
+    g = jax.jit(jax.vmap(lambda key: device_crop.sample_geometry(key, 20, 30, view)))(keys(4000))
     for name, bound in dict(degrees=15.0, shear=5.0, shift_y=2.0, shift_x=3.0).items():
         assert scipy.stats.kstest(g[name], "uniform", (-bound, 2 * bound)).pvalue > 1e-3, name
     drawn = np.corrcoef([g[name] for name in ("degrees", "shear", "shift_y", "shift_x")])

@@ -83,7 +83,7 @@ def test_crop_boxes_have_the_distribution_of_random_resized_crop(size, area):
     """Compares height, width and position by Kolmogorov-Smirnov tests."""
     draws = 4000
     config = view(size=32, crop={"sampler": "torchvision", "area": area})
-    drawn = jax.vmap(lambda key: device_crop.draw_geometry(key, *size, config))(
+    drawn = jax.vmap(lambda key: device_crop.sample_geometry(key, *size, config))(
         jax.random.split(jax.random.key(0), draws)
     )
     torch.manual_seed(0)

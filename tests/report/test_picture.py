@@ -1,3 +1,4 @@
+import sys
 import zlib
 
 import jax
@@ -20,7 +21,7 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.2, 0.3)
 
 
 def plain_view(**changes):
-    """A view that changes nothing, but for the changes."""
+    """A view that changes nothing apart from the given keys."""
     nothing = {
         **{"size": 8, "flip": 0.0, "gray": 0.0},
         "crop": {"sampler": "none", "interpolation": "bilinear"},
@@ -31,7 +32,7 @@ def plain_view(**changes):
 
 
 def expected_views(config, images, step):
-    """What a train step's own functions make of the first images of its batch."""
+    """The views that the train step's own functions make of its batch's first images."""
     source, _ = make_sources(config)
     ids = Index(source.num_examples, config.batch_size, config.seed).ids(step)[:images]
     key = jax.random.key(config.seed)
@@ -41,7 +42,7 @@ def expected_views(config, images, step):
     return ids, jax.jit(make_augment_fn(config))(raw, source.device_data(), key)["views"]
 
 
-def normalised(config):
+def normalized(config):
     config = ConfigDict(config.to_dict())
     for name in config.views:
         config.views[name].update(mean=MEAN, std=STD)
@@ -56,7 +57,7 @@ def folder_config(root):
 
 
 def collect_from(source, monkeypatch, one_view, **changes):
-    """16 images of a source with one view."""
+    """Collects 16 images of a source with one view."""
     monkeypatch.setattr(views_picture, "make_sources", lambda config: (source, None))
     config = tiny_config(**changes)
     config.views = {"only": one_view}
@@ -64,9 +65,9 @@ def collect_from(source, monkeypatch, one_view, **changes):
     return samples, samples.views[0]
 
 
-def assert_of_the_step(config, step):
-    """Holds what is collected to what training sees; returns the former."""
-    samples = views_picture.collect(normalised(config), 5, step)
+def assert_views_are_the_steps(config, step):
+    """Compares collected views with those that training sees; returns the former."""
+    samples = views_picture.collect(normalized(config), 5, step)
     ids, views = expected_views(config, 5, step)
     np.testing.assert_array_equal(samples.ids, ids)
     assert len(samples.views) == len(views)
@@ -75,31 +76,33 @@ def assert_of_the_step(config, step):
     return samples
 
 
-def test_views_of_a_folder_are_those_of_the_step(tmp_path):
-    assert_of_the_step(folder_config(tmp_path), 2)
+def test_views_of_a_folder_equal_the_train_steps(tmp_path):
+    assert_views_are_the_steps(folder_config(tmp_path), 2)
 
 
-def test_views_of_arrays_are_those_of_the_step_and_so_is_multi_crop():
+def test_multi_crop_views_of_arrays_equal_the_train_steps():
     config = method_config("swav", seed=3)
     config.views.a_large.noise = 0.1
-    samples = assert_of_the_step(config, 7)
+    samples = assert_views_are_the_steps(config, 7)
     titles = ["a_large", "b_large", "c_small 1", "c_small 2"]
     assert [view.title for view in samples.views] == titles
     drawn = views_picture.draw(samples, "title")
-    # Originals and large views of 8 pixels are shown 20, small ones of 6 pixels 27 times as large.
-    assert drawn.width == 2 * 36 + 3 * 162 + 2 * 164 + 4 * 20
+    # Originals and large views of 8 pixels are enlarged 20 times, small ones of 6 pixels 27 times.
+    shown = [image for image in framed_images(drawn) if image.shape[0] > 100]
+    assert sorted({image.shape[:2] for image in shown}) == [(160, 160), (162, 162)]
+    assert drawn.width == 2 * 36 + 5 * 176 + 4 * 24
 
 
-def test_a_batch_larger_than_the_data_is_drawn_all_the_same(monkeypatch):
+def test_batch_larger_than_the_data_set_shows_every_image_once(monkeypatch):
     one = plain_view(flip=0.5)
     samples, _ = collect_from(random_source(16), monkeypatch, one, batch_size=64)
     assert sorted(samples.ids) == list(range(16))
 
 
-# What is written below a view
+# Notes below a view
 
 
-def test_flip_is_noted_where_the_view_is_flipped(monkeypatch):
+def test_flip_is_noted_exactly_on_flipped_views(monkeypatch):
     source = random_source()
     samples, only = collect_from(source, monkeypatch, plain_view(flip=0.5))
     assert set(only.notes) == {("flip",), ()}
@@ -111,7 +114,7 @@ def test_flip_is_noted_where_the_view_is_flipped(monkeypatch):
         assert label == str(source.labels[id])
 
 
-def test_factors_are_those_that_were_applied(monkeypatch):
+def test_noted_jitter_factors_are_the_applied_ones(monkeypatch):
     source = random_source()
     jitter = {"prob": 0.5, "brightness": 0.8, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
     for mode in ("multiply", "add"):
@@ -127,7 +130,7 @@ def test_factors_are_those_that_were_applied(monkeypatch):
             np.testing.assert_allclose(pixels, np.clip(image, 0, 1), atol=0.006)
 
 
-def test_gray_and_solarize_are_noted_where_they_are_seen(monkeypatch):
+def test_gray_and_solarize_are_noted_exactly_where_applied(monkeypatch):
     source = random_source()
     source.images[..., 0] = 255
     one = plain_view(gray=0.5, solarize={"prob": 0.5, "threshold": 0.9})
@@ -139,7 +142,7 @@ def test_gray_and_solarize_are_noted_where_they_are_seen(monkeypatch):
     assert len(set(only.notes)) == 4
 
 
-def test_notes_follow_the_order_of_what_was_done():
+def test_notes_are_in_the_order_applied():
     one = view(
         affine={"degrees": 9.0, "shear": 9.0, "translate": 0.1},
         jitter={"brightness_mode": "add", "saturation": 0.0},
@@ -148,17 +151,17 @@ def test_notes_follow_the_order_of_what_was_done():
     )
     crop = {"top": 30, "left": 12, "height": 140, "width": 180}
     turn = {"degrees": -0.2, "shear": 4.4, "shift_y": -0.01, "shift_x": 1.26}
-    colours = {"brightness": 0.123, "contrast": 1.5, "saturation": 0.7, "hue": -0.05, "sigma": 1.3}
-    done = dict.fromkeys(("flip", "jitter", "gray", "blur", "solarize"), True)
-    drawn = {**crop, **turn, **colours, **done, "order": np.array([3, 2, 0, 1])}
-    geometry = ["crop 12,30 180x140", "turn 0°", "shear 4°", "shift 1.3,0.0", "flip"]
+    colors = {"brightness": 0.123, "contrast": 1.5, "saturation": 0.7, "hue": -0.05, "sigma": 1.3}
+    applied = dict.fromkeys(("flip", "jitter", "gray", "blur", "solarize"), True)
+    sampled = {**crop, **turn, **colors, **applied, "order": np.array([3, 2, 0, 1])}
+    geometry = ["crop 12,30 180x140", "rotate 0°", "shear 4°", "shift 1.3,0.0", "flip"]
     jitter, blur = "jitter h-0.05 b+0.12 c1.50", ["blur 1.30", "solarize 0.5", "noise 0.05"]
-    assert list(views_picture.describe(drawn, one)) == [*geometry, jitter, "gray", *blur]
+    assert list(views_picture.describe(sampled, one)) == [*geometry, jitter, "gray", *blur]
     one.gray_first = True
-    assert list(views_picture.describe(drawn, one)) == [*geometry, "gray", jitter, *blur]
+    assert list(views_picture.describe(sampled, one)) == [*geometry, "gray", jitter, *blur]
 
 
-def test_boxes_of_a_host_are_where_its_views_come_from(tmp_path):
+def test_noted_and_outlined_crops_of_a_folder_are_its_views_sources(tmp_path):
     config = folder_config(tmp_path)
     crop = {"sampler": "torchvision", "area": (0.2, 0.6), "interpolation": "bilinear"}
     config.views = {"only": plain_view(size=16, crop=crop)}
@@ -181,7 +184,7 @@ def test_boxes_of_a_host_are_where_its_views_come_from(tmp_path):
         assert np.abs(only.pixels[row] - np.asarray(expected) / 255).mean() < 0.01
 
 
-def test_small_originals_on_disk_are_shown_as_they_are(tmp_path):
+def test_small_originals_on_disk_are_shown_unchanged(tmp_path):
     pytest.importorskip("tensorflow")
     made = [picture(number, COLOURS["cat"], (12, 12)) for number in range(4)]
     for number, image in enumerate(made):
@@ -198,31 +201,85 @@ def test_small_originals_on_disk_are_shown_as_they_are(tmp_path):
 # The picture
 
 
-def test_pixels_are_drawn_enlarged_and_nothing_else(monkeypatch):
+FRAME = (214, 217, 222)
+
+
+def framed_images(drawn):
+    """The pixels within each gray frame of a picture, found by the frames' corners."""
+    pixels = np.asarray(drawn)
+    frame = (pixels == FRAME).all(axis=-1)
+    above, left = np.pad(frame, 1)[:-2, 1:-1], np.pad(frame, 1)[1:-1, :-2]
+    for top, start in np.argwhere(frame & ~above & ~left):
+        width = np.argmin(np.append(frame[top, start:], False))
+        height = np.argmin(np.append(frame[top:, start], False))
+        if min(width, height) > 4 and frame[top + height - 1, start : start + width].all():
+            yield pixels[top + 2 : top + height - 2, start + 2 : start + width - 2]
+
+
+def test_views_are_enlarged_by_whole_factors_without_resampling(monkeypatch):
     samples, only = collect_from(random_source(), monkeypatch, plain_view(flip=0.5))
-    drawn = np.asarray(views_picture.draw(samples, "title", "command"))
-    left = 36 + 162 + 20 + 1  # margin, original, gap, frame
-    for pixels in only.pixels[:3]:
+    drawn = views_picture.draw(samples, "title", "command")
+    shown = list(framed_images(drawn))
+    assert len(shown) == 16  # outlines of whole images cover the originals' frames
+    for pixels in only.pixels:
         large = np.round(255 * pixels).astype(np.uint8).repeat(20, axis=0).repeat(20, axis=1)
-        places = range(len(drawn) - 160)
-        column = drawn[:, left : left + 160]
-        assert sum(np.array_equal(column[top : top + 160], large) for top in places) == 1
+        assert sum(np.array_equal(image, large) for image in shown) == 1
+    drawn = np.asarray(drawn)
     assert (drawn[:36] == 255).all() and (drawn[:, -36:] == 255).all()
+    assert (drawn[-36:] == 255).all() and (drawn[:, :36] == 255).all()
 
 
-def test_text_is_broken_between_items_if_it_can_be():
-    font = views_picture.ImageFont.load_default(12)
-    wrapped = views_picture._wrapped(["one two", "three", "four five six"], font, 60, " · ")
-    assert wrapped == ["one two", "three", "four five", "six"]
-    long = views_picture._wrapped(["one", "n02085782_Japanese_spaniel aaaaaaaa"], font, 60, " · ")
-    assert long[0] == "one" and "".join(long[1:]) == "n02085782_Japanese_spanielaaaaaaaa"
-    assert all(font.getlength(line) <= 60 for line in long)
-    assert views_picture._wrapped([], font, 60, " · ") == []
-    assert views_picture._printable("Émeu 鳥") == "Emeu ?"
+def test_outlines_enclose_the_views_sources(monkeypatch):
+    samples, only = collect_from(random_source(), monkeypatch, plain_view())
+    quarter = np.array([[0.25, 0.25], [0.25, 0.75], [0.75, 0.75], [0.75, 0.25]])
+    only.corners[:] = quarter
+    original, _, *_ = framed_images(views_picture.draw(samples, "title"))
+    blue = (original == (0, 114, 178)).all(axis=-1)
+    rows, columns = np.nonzero(blue)
+    assert {rows.min(), columns.min()} <= {38, 39, 40} and {rows.max(), columns.max()} <= {119, 120}
+    assert not blue[45:115, 45:115].any()
+
+
+def test_pictures_are_deterministic(monkeypatch):
+    samples, _ = collect_from(random_source(), monkeypatch, plain_view(flip=0.5))
+    first, second = (views_picture.draw(samples, "title").tobytes() for _ in range(2))
+    assert first == second
+
+
+def test_long_text_is_broken_and_missing_letters_are_replaced():
+    def lines(*items):
+        return [text for text, _ in views_picture._lines(items, views_picture._NOTE, 100)]
+
+    assert lines("one two", "three", "four five six") == ["one two", "three", "four five six"]
+    long = lines("one", "n02085782_Japanese_spaniel aaaaaaaa")
+    broken = "".join(long[1:]).replace(" ", "")
+    assert long[0] == "one" and broken == "n02085782_Japanese_spanielaaaaaaaa"
+    assert all(len(line) <= 14 for line in long)
+    assert lines() == lines("") == []
+    assert lines("Émeu 鳥") == ["Émeu ?"]
+
+
+def test_text_is_drawn_literally_and_fits_the_picture(monkeypatch):
+    source = random_source()
+    source.class_names = ("$Japanese_spaniel$" * 3, "鳥") * 5
+    samples, _ = collect_from(source, monkeypatch, plain_view(flip=0.5))
+    drawn = np.asarray(views_picture.draw(samples, "Views of data " * 20, "--config=W.py " * 40))
+    assert (drawn[:, -36:] == 255).all()
+
+
+def test_missing_matplotlib_is_an_error_that_names_the_extra(tmp_path, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "ssl_jax.report.picture")
+    code = cli.main(["views", "--config=configs/simclr_digits.py", f"--out={tmp_path / 'a.png'}"])
+    assert code == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.startswith("error: ") and error.count("\n") == 1
+    assert "matplotlib, which is not installed" in error and "'.[pictures]'" in error
 
 
 @pytest.mark.parametrize("data", ["digits", "folder"])
-def test_the_command_writes_a_picture(tmp_path, capsys, data):
+def test_views_command_writes_a_png(tmp_path, capsys, data):
     file, out = tmp_path / "experiment.py", tmp_path / "views.png"
     file.write_text(
         "from ssl_jax import config\n"
@@ -243,25 +300,25 @@ def test_the_command_writes_a_picture(tmp_path, capsys, data):
     with Image.open(out) as image:
         assert image.format == "PNG" and image.mode == "RGB"
         if data == "digits":
-            assert image.width == 2 * 36 + 2 * 162 + 20
+            assert image.width == 2 * 36 + 2 * 176 + 24
         assert image.width > 2 * 162 and image.height > 2 * 162
 
 
-def test_what_cannot_be_drawn_is_told_in_a_sentence(tmp_path, capsys, monkeypatch):
-    def told(*arguments):
+def test_bad_arguments_are_one_line_errors(tmp_path, capsys, monkeypatch):
+    def error_of(*arguments):
         config = "--config=configs/simclr_digits.py"
         assert cli.main(["views", config, *(str(argument) for argument in arguments)]) == 2
         out, error = capsys.readouterr()
         assert out == "" and error.startswith("error: ") and error.count("\n") == 1
         return error
 
-    assert "ends in .png" in told(f"--out={tmp_path / 'views.jpg'}")
-    assert "no folder" in told(f"--out={tmp_path / 'nowhere' / 'views.png'}")
+    assert "ends in .png" in error_of(f"--out={tmp_path / 'views.jpg'}")
+    assert "no folder" in error_of(f"--out={tmp_path / 'nowhere' / 'views.png'}")
     out = f"--out={tmp_path / 'views.png'}"
-    assert "--images is 0" in told(out, "--images=0")
-    assert "--step is -1" in told(out, "--step=-1")
-    assert "flop" in told(out, "--config.views.view1.flop=0.0")
-    assert "no config file" in told(out, "--config=nowhere.py")
+    assert "--images is 0" in error_of(out, "--images=0")
+    assert "--step is -1" in error_of(out, "--step=-1")
+    assert "flop" in error_of(out, "--config.views.view1.flop=0.0")
+    assert "no config file" in error_of(out, "--config=nowhere.py")
     monkeypatch.setattr(views_picture, "make_sources", lambda config: (random_source(), None))
     (tmp_path / "views.png").mkdir()
     config = tiny_config()
