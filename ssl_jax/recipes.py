@@ -1,7 +1,7 @@
-"""The augmentation of each method's official code as data, and the setting of the digits runs.
+"""The views of each method's official code, and the settings that experiments share.
 
 Sources: google-research/simclr, facebookresearch/moco, /simsiam and /swav,
-deepmind/deepmind-research/byol. A config takes what it needs and changes what it must.
+deepmind/deepmind-research/byol. A config file starts from these and changes keys.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from ssl_jax.config import default_config, view
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.247, 0.2435, 0.2616)}
-# SwAV's file has .228 for red.
+# SwAV's code has .228 for red.
 IMAGENET_SWAV = {"mean": (0.485, 0.456, 0.406), "std": (0.228, 0.224, 0.225)}
 
 
@@ -32,7 +32,7 @@ def simclr_views(size: int = 224, strength: float = 1.0, blur: bool = True) -> d
 
 
 def moco_v1_views(size: int = 224) -> dict[str, Any]:
-    """MoCo v1: grayscale first, then jitter always; no blur."""
+    """MoCo v1: grayscale before the jitter, which every image gets; no blur."""
     one = view(
         size=size,
         crop=_torchvision((0.2, 1.0)),
@@ -45,7 +45,7 @@ def moco_v1_views(size: int = 224) -> dict[str, Any]:
 
 
 def moco_v2_views(size: int = 224, blur: bool = True) -> dict[str, Any]:
-    """MoCo v2 and SimSiam."""
+    """MoCo v2 and SimSiam: weaker jitter of the hue, blur."""
     one = view(
         size=size,
         crop=_torchvision((0.2, 1.0)),
@@ -57,7 +57,7 @@ def moco_v2_views(size: int = 224, blur: bool = True) -> dict[str, Any]:
 
 
 def swav_views(large: int = 224, small: int = 96, small_crops: int = 6) -> dict[str, Any]:
-    """SwAV: two large crops and cheap small ones; without small ones the area starts at .08."""
+    """SwAV: two large crops and cheap small ones; without small crops the area starts at .08."""
 
     def crops(size: int, count: int, area: tuple[float, float]) -> ConfigDict:
         return view(
@@ -77,7 +77,7 @@ def swav_views(large: int = 224, small: int = 96, small_crops: int = 6) -> dict[
 
 
 def byol_views(size: int = 224) -> dict[str, Any]:
-    """BYOL: additive brightness; the views differ in blur and solarisation."""
+    """BYOL: additive brightness; the views differ in blur and solarization."""
     both = {
         "size": size,
         "crop": {"sampler": "byol", "area": (0.08, 1.0)},
@@ -94,15 +94,15 @@ def byol_views(size: int = 224) -> dict[str, Any]:
 
 
 def imagenet_config(interpolation: str = "bicubic") -> ConfigDict:
-    """What all methods share on ImageNet: TFDS's `imagenet2012`, ResNet-50, bfloat16.
+    """Common settings on ImageNet: TFDS's `imagenet2012`, ResNet-50, bfloat16.
 
-    `tfds build imagenet2012` makes the data set once; --config.data.dir=PATH is its data_dir.
-    Folders take --config.data.name=folder --config.data.dir=PATH/train
-    --config.data.test_dir=PATH/val; sharded records of `ssl-jax data convert` the same with
+    `tfds build imagenet2012` prepares the data set once; --config.data.dir=PATH is its data_dir.
+    For folders of images, set --config.data.name=folder --config.data.dir=PATH/train
+    --config.data.test_dir=PATH/val; for sharded records of `ssl-jax data convert`, the same with
     --config.data.name=records.
 
     Args:
-      interpolation: of the evaluated image's central square.
+      interpolation: used to resize the central square of evaluated images.
     """
     config = default_config()
     config.data.update(name="tfds", dataset="imagenet2012", test_split="validation")
@@ -113,10 +113,10 @@ def imagenet_config(interpolation: str = "bicubic") -> ConfigDict:
 
 
 def cifar10_config() -> ConfigDict:
-    """What all methods share on CIFAR-10: packed images held on the devices, ResNet-18, no crop.
+    """Common settings on CIFAR-10: packed images on the devices, ResNet-18, no evaluation crop.
 
-    `ssl-jax data pack` makes the files of --config.data.dir and --config.data.test_dir from folders
-    of images; --config.data.name=folder reads the folders themselves, which needs TensorFlow.
+    `ssl-jax data pack` writes the files for --config.data.dir and --config.data.test_dir from
+    folders of images; --config.data.name=folder reads the folders directly (needs TensorFlow).
     """
     config = default_config()
     config.data.update(name="packed", num_classes=10)
@@ -128,11 +128,12 @@ def cifar10_config() -> ConfigDict:
 
 
 def lightly_cifar10_config() -> ConfigDict:
-    """The setting of lightly's CIFAR-10 benchmark: batch 512, 200 epochs, SGD .06·B/128.
+    """Settings of lightly's CIFAR-10 benchmark: batch 512, 200 epochs, SGD .06·B/128.
 
-    Its other two are --config.batch_size=128 (with --config.moco.queue=4096) and
-    --config.epochs=800. The cosine is per epoch, without warmup. Deviations: PyTorch's initialisers
-    in the encoder alone, heads start as each method's official code has them; bfloat16.
+    Its variants are --config.batch_size=128 (with --config.moco.queue=4096) and
+    --config.epochs=800. The cosine schedule moves once per epoch, without warmup. Differences:
+    PyTorch's initializers only in the encoder, heads initialized as in each method's official
+    code; bfloat16.
     """
     config = cifar10_config()
     config.batch_size = 512
@@ -153,10 +154,10 @@ def lightly_cifar10_config() -> ConfigDict:
 
 
 def solo_cifar10_config(jitter: tuple[float, float, float, float]) -> ConfigDict:
-    """The setting of solo-learn's CIFAR-10 scripts: batch 256, 1,000 epochs, warmup 10, cosine.
+    """Settings of solo-learn's CIFAR-10 scripts: batch 256, 1,000 epochs, warmup 10, cosine.
 
-    Its stem pads two pixels and goes on with 34×34 maps. Deviations: heads start as each method's
-    official code has them; bfloat16.
+    Its stem pads two pixels, giving 34×34 maps. Differences: heads initialized as in each method's
+    official code; bfloat16.
 
     Args:
       jitter: strengths of brightness, contrast, saturation and hue.
@@ -168,7 +169,7 @@ def solo_cifar10_config(jitter: tuple[float, float, float, float]) -> ConfigDict
         size=32,
         crop={**_torchvision((0.08, 1.0)), "interpolation": "bicubic"},
         jitter=_jitter(*jitter),
-        # Pillow's blur reaches as far as sigma asks, whatever the size of the image.
+        # The reach of Pillow's blur depends on sigma only, not on the size of the image.
         blur={"prob": 0.5, "kernel_size": 13},
         **CIFAR10,
     )
@@ -179,11 +180,11 @@ def solo_cifar10_config(jitter: tuple[float, float, float, float]) -> ConfigDict
 
 
 def cpu_cifar10_config() -> ConfigDict:
-    """What the `cpu` variants share: a look at CIFAR-10 in minutes on two cores, not a result.
+    """Common settings of the `cpu` variants: a try of CIFAR-10 in minutes on two cores, no result.
 
-    A ResNet-18 a quarter as wide with the stem for large images, 20 times as fast as a whole one;
+    A quarter-width ResNet-18 with the stem for large images, 20 times faster than full width;
     4 epochs, batch 256, SimCLR's CIFAR views (no blur) for every method, float32. The last
-    BatchNorm of a block starts at γ = 1, as with `digits_config`.
+    BatchNorm of a block starts at γ = 1, as in `digits_config`.
     """
     config = cifar10_config()
     config.batch_size = 256
@@ -198,12 +199,12 @@ def cpu_cifar10_config() -> ConfigDict:
 
 
 def digits_config() -> ConfigDict:
-    """What all methods share on scikit-learn's digits: data, views, network, length.
+    """Common settings on scikit-learn's digits: data, views, network, length.
 
-    1,797 scans of 8×8. There is no colour to distort, so the views are affine crops with
-    brightness, contrast and noise; no flip, for digits are not symmetric. The last BatchNorm of a
-    block starts at γ = 1: with γ = 0 an untrained network of this size sees one corner of the image
-    only and would make a poor baseline of random features.
+    1,797 scans of 8×8 pixels. They have no color to distort, so the views are affine crops with
+    brightness, contrast and noise; no flip, because digits are not symmetric. The last BatchNorm of
+    a block starts at γ = 1: with γ = 0 an untrained network of this size sees only one corner of
+    the image and would be a poor baseline of random features.
     """
     config = default_config()
     config.batch_size = 256
@@ -221,7 +222,7 @@ def digits_config() -> ConfigDict:
 
 
 def digits_view(**changes: Any) -> ConfigDict:
-    """A view of an 8×8 scan."""
+    """A view of an 8×8 scan; `changes` are keys of `config.view`."""
     options: dict[str, Any] = {
         "size": 8,
         "crop": {"sampler": "torchvision", "area": (0.4, 1.0), "interpolation": "bilinear"},

@@ -542,18 +542,18 @@ POSTERIZED = """
 import sys
 import jax, numpy as np
 from ssl_jax.cli import main as cli
-from ssl_jax.config import view
-from ssl_jax.data.augment import colour, posterize
+from ssl_jax.config import default_config, from_json, to_json, view
+from ssl_jax.data.augment import color, posterize
 from ssl_jax.interop.card import _view
 
 images = np.random.default_rng(0).random((64, 6, 6, 3), np.float32)
 keys = jax.random.split(jax.random.key(0), 64)
 off = dict(flip=0.0, gray=0.0, jitter=dict(prob=0.0), blur=dict(prob=0.0))
-always = colour(images, keys, view(**off, posterize=dict(prob=1.0, levels=4)))
+always = color(images, keys, view(**off, posterize=dict(prob=1.0, levels=4)))
 thirds = np.array([0, 1, 2, 3]) / 3
 expected = thirds[np.abs(images[..., None] - thirds).argmin(-1)]
 np.testing.assert_allclose(always, expected, atol=1e-6)
-half = np.asarray(colour(images, keys, view(**off, posterize=dict(prob=0.5, levels=4))))
+half = np.asarray(color(images, keys, view(**off, posterize=dict(prob=0.5, levels=4))))
 changed = np.array([np.allclose(a, b, atol=1e-6) for a, b in zip(half, expected)])
 assert 16 < changed.sum() < 48
 np.testing.assert_array_equal(half[~changed], images[~changed])
@@ -565,18 +565,18 @@ sys.path.append("docs")
 from config_keys import rows
 assert not [key for key, _, meaning in rows() if not meaning]
 import pytest
-tests = ["tests/data/test_augment.py", "-k", "chain and posterize"]
+tests = ["tests/data/test_augment.py", "-k", "test_color_matches and posterize"]
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *tests]))
 """
-ANEW = (
-    "The diffs of docs/new_augmentation.md no longer apply. Make their change by hand in a copy of "
-    "what is there, and put the hunks of its `git diff` into the page."
+STALE = (
+    "The diffs in docs/new_augmentation.md no longer apply. Make their changes by hand in a copy "
+    "of the package and paste the hunks of its `git diff` into the page."
 )
 
 
 def apply_patch(patch, folder):
-    """By plain `git apply`, or, where other lines were added at the same spot, by those above."""
-    # Without a repository above it git takes the folder as it is.
+    """Runs `git apply`; if the context below has changed, with only the context above."""
+    # Without a repository above it, git takes the folder as it is.
     environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
     above = re.sub(r"^(\+.*\n)(?: .*\n|\n)+(?=@@|\Z)", r"\1", patch, flags=re.M)
     for text, options in ((patch, []), (above, ["--recount", "--unidiff-zero"])):
@@ -591,21 +591,20 @@ def apply_patch(patch, folder):
         if done.returncode == 0:
             return
         assert "corrupt" not in done.stderr, f"{done.stderr}A hunk's counts are wrong."
-    raise AssertionError(f"{done.stderr}{ANEW}")
+    raise AssertionError(f"{done.stderr}{STALE}")
 
 
-@pytest.mark.parametrize("beside", ["", "bands"])
-def test_an_augmentation_is_added_by_the_pages_patches(beside, tmp_path):
-    """To the package as it is, and to one that has got another augmentation at the same spots."""
+@pytest.mark.parametrize("other", ["", "bands"])
+def test_diffs_of_new_augmentation_page_add_a_working_augmentation(other, tmp_path):
+    """Applies them to the package, and to one with another augmentation in the same places."""
     for name in ("ssl_jax", "tests/data"):
         unwanted = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=unwanted)
     for name in ("configs", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     patches = blocks("docs/new_augmentation.md", "diff")
-    for patch in patches if beside else []:
-        other = patch.replace("_POSTERIZE = 2", "_POSTERIZE = 3").replace("posterize", beside)
-        apply_patch(other.replace("POSTERIZE", beside.upper()), tmp_path)
+    for patch in patches if other else []:
+        apply_patch(patch.replace("posterize", other), tmp_path)
     for patch in patches:
         apply_patch(patch, tmp_path)
     done = subprocess.run(

@@ -18,7 +18,7 @@ OFF = dict(flip=0.0, jitter=dict(prob=0.0), gray=0.0, blur=dict(prob=0.0))
 
 
 def random_images(n=N, size=12, seed=0):
-    """Random pixels, with gray, black, white and pure ones among them: HSV's special cases."""
+    """Returns random pixels, including HSV's special cases: gray, black, white, pure colors."""
     rng = np.random.default_rng(seed)
     x = rng.random((n, size, size, 3))
     x[:, 0, :8] = [
@@ -43,7 +43,7 @@ def color(images, keys, view):
     return jax.jit(lambda x, k: augment.color(x, k, view))(images, keys)
 
 
-# The definitions, image by image, in float64.
+# The definitions, image by image, in float64
 
 
 def by_pixel(function, image):
@@ -92,7 +92,7 @@ def oracle_blur(image, sigma, taps, style):
 
 
 def oracle_color(image, p, view):
-    """One image through the whole chain with the parameters p drawn for it."""
+    """Applies the whole chain to one image with the parameters p sampled for it."""
     image = image.astype(np.float64)
     jitter = view.jitter
     steps = (
@@ -120,12 +120,12 @@ def oracle_color(image, p, view):
 
 
 FACTORS = np.array([0.0, 0.3, 0.9, 1.0, 1.2, 1.8, 2.5])
-TURNS = np.array([-1.0, -0.5, -0.2, 0.0, 0.1, 0.37, 1.0])
+ROTATIONS = np.array([-1.0, -0.5, -0.2, 0.0, 0.1, 0.37, 1.0])
 SIGMAS = np.array([0.1, 0.5, 0.8, 1.0, 1.5, 2.0, 5.0])
 
 
 def by_option(name, function, oracle, values, *options):
-    """Entries of `ADJUSTMENTS`, one for each tuple of further arguments."""
+    """Returns entries of `ADJUSTMENTS`, one per tuple of further arguments."""
 
     def adjustment(option):
         return (lambda x, v: function(x, v, *option)), (lambda x, v: oracle(x, v, *option))
@@ -133,7 +133,7 @@ def by_option(name, function, oracle, values, *options):
     return {f"{name} {option}": (*adjustment(option), values, 2e-6) for option in options}
 
 
-# By name: the function, its definition, a value for each image, and the tolerance.
+# By name: the function, its definition, a value per image, and the tolerance.
 ADJUSTMENTS = {
     **by_option(
         "brightness", augment.adjust_brightness, oracle_brightness, FACTORS, ("multiply",), ("add",)
@@ -144,7 +144,7 @@ ADJUSTMENTS = {
     **by_option(
         "saturation", augment.adjust_saturation, oracle_saturation, FACTORS, *((s,) for s in STYLES)
     ),
-    "hue": (augment.adjust_hue, oracle_hue, TURNS, 4e-6),
+    "hue": (augment.adjust_hue, oracle_hue, ROTATIONS, 4e-6),
     **by_option(
         "blur",
         augment.gaussian_blur,
@@ -157,7 +157,7 @@ ADJUSTMENTS = {
 
 @pytest.fixture(scope="module")
 def adjusted():
-    """Each adjustment with a value per image and with one for all; one program, to compile once."""
+    """Runs each adjustment with a value per image and with one for all, in one compiled program."""
 
     @jax.jit
     def adjust_all(x, values):
@@ -171,18 +171,18 @@ def adjusted():
 
 
 @pytest.mark.parametrize("name", ADJUSTMENTS)
-def test_adjustments_are_their_definitions(name, adjusted):
+def test_adjustments_match_their_definitions(name, adjusted):
     _, oracle, values, atol = ADJUSTMENTS[name]
-    each, all_alike = adjusted[name]
+    each, same = adjusted[name]
     x = random_images()
     expected = np.stack([oracle(image, value) for image, value in zip(x, values, strict=True)])
     np.testing.assert_allclose(each, expected, atol=atol)
     assert each.dtype == jnp.float32
     expected = np.stack([oracle(image, values[1]) for image in x])
-    np.testing.assert_allclose(all_alike, expected, atol=atol)
+    np.testing.assert_allclose(same, expected, atol=atol)
 
 
-def test_gray():
+def test_grayscale_matches_its_definition():
     x = random_images()
     got = augment.to_grayscale(x)
     np.testing.assert_allclose(got, [oracle_gray(image) for image in x], atol=1e-6)
@@ -197,16 +197,16 @@ def test_solarize_inverts_at_and_above_the_threshold():
     np.testing.assert_allclose(two[:, 0, 0, 0], [0.6, 0.4], atol=1e-7)
 
 
-def test_adjustments_are_tensorflows():
+def test_adjustments_match_tensorflow():
     tf = pytest.importorskip("tensorflow")
     x = random_images(seed=1)
     for factor in (0.0, 0.4, 1.7):
-        for ours, theirs in (
+        for function, tf_function in (
             (augment.adjust_contrast, tf.image.adjust_contrast),
             (augment.adjust_saturation, tf.image.adjust_saturation),
             (lambda x, f: augment.adjust_brightness(x, f, "add"), tf.image.adjust_brightness),
         ):
-            np.testing.assert_allclose(ours(x, factor), theirs(x, factor), atol=3e-6)
+            np.testing.assert_allclose(function(x, factor), tf_function(x, factor), atol=3e-6)
     for delta in (-0.2, 0.07, 0.5):
         np.testing.assert_allclose(
             augment.adjust_hue(x, delta), tf.image.adjust_hue(x, delta), atol=4e-6
@@ -222,7 +222,7 @@ def test_gray_pixels_have_no_hue_or_saturation(value):
     np.testing.assert_array_equal(augment.adjust_saturation(x, 3.0), x)
 
 
-def test_nothing_is_clipped_by_an_adjustment():
+def test_adjustments_do_not_clip():
     x = random_images()
     assert augment.adjust_brightness(x, 1.5).max() > 1.2
     assert augment.adjust_contrast(x, 2.5).min() < -0.2
@@ -253,20 +253,20 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("name", VIEWS)
-def test_colour_is_the_chain_of_definitions(name):
+def test_color_matches_the_chain_of_definitions(name):
     view = VIEWS[name]
     n = 40
     images = random_images(n, size=20, seed=2)
 
     @jax.jit
     def sample_and_color(images, keys):
-        drawn = jax.vmap(lambda key: augment.sample_parameters(key, view))(keys)
-        return drawn, augment.color(images, keys, view)
+        sampled = jax.vmap(lambda key: augment.sample_parameters(key, view))(keys)
+        return sampled, augment.color(images, keys, view)
 
-    drawn, got = jax.device_get(sample_and_color(images, keys(n, 5)))
+    sampled, got = jax.device_get(sample_and_color(images, keys(n, 5)))
     expected = np.stack(
         [
-            oracle_color(image, {name: v[i] for name, v in drawn.items()}, view)
+            oracle_color(image, {name: v[i] for name, v in sampled.items()}, view)
             for i, image in enumerate(images)
         ]
     )
@@ -276,7 +276,7 @@ def test_colour_is_the_chain_of_definitions(name):
     assert np.abs(expected - images).mean() > 0.01
 
 
-def test_order_of_the_jitter_matters_and_is_obeyed():
+def test_jitter_is_applied_in_the_sampled_order():
     view = config.view(**{**OFF, "jitter": dict(prob=1.0)})
     image = random_images(1, seed=3)
     orders = np.array([[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]])
@@ -290,13 +290,13 @@ def test_order_of_the_jitter_matters_and_is_obeyed():
     assert np.abs(expected[0] - expected[1]).mean() > 0.02
 
 
-def draw_many(view, n=20_000, seed=1):
-    draw = jax.jit(jax.vmap(lambda key: augment.sample_parameters(key, view)))
-    return {name: np.asarray(value) for name, value in draw(keys(n, seed)).items()}
+def sample_many(view, n=20_000, seed=1):
+    sample = jax.jit(jax.vmap(lambda key: augment.sample_parameters(key, view)))
+    return {name: np.asarray(value) for name, value in sample(keys(n, seed)).items()}
 
 
-def test_drawn_numbers_are_uniform_in_their_ranges_and_independent():
-    drawn = draw_many(config.view(jitter=dict(brightness=0.8, contrast=1.5, saturation=0.3)))
+def test_sampled_numbers_are_uniform_in_their_ranges_and_independent():
+    sampled = sample_many(config.view(jitter=dict(brightness=0.8, contrast=1.5, saturation=0.3)))
     ranges = dict(
         brightness=(0.2, 1.8),
         contrast=(0.0, 2.5),
@@ -305,39 +305,39 @@ def test_drawn_numbers_are_uniform_in_their_ranges_and_independent():
         sigma=(0.1, 2.0),
     )
     for name, (low, high) in ranges.items():
-        assert scipy.stats.kstest(drawn[name], "uniform", (low, high - low)).pvalue > 1e-3, name
-    del drawn["order"]
-    correlations = np.corrcoef(np.stack(list(drawn.values())).astype(float))
+        assert scipy.stats.kstest(sampled[name], "uniform", (low, high - low)).pvalue > 1e-3, name
+    del sampled["order"]
+    correlations = np.corrcoef(np.stack(list(sampled.values())).astype(float))
     off_diagonal = correlations[~np.eye(len(correlations), dtype=bool)]
     assert np.abs(off_diagonal).max() < 5 / np.sqrt(20_000)
-    added = draw_many(config.view(jitter=dict(brightness_mode="add", brightness=0.4)))
+    added = sample_many(config.view(jitter=dict(brightness_mode="add", brightness=0.4)))
     assert scipy.stats.kstest(added["brightness"], "uniform", (-0.4, 0.8)).pvalue > 1e-3
 
 
-def test_probabilities():
+def test_augmentations_are_sampled_with_their_probabilities():
     probabilities = dict(flip=0.5, jitter=0.8, gray=0.2, blur=0.1, solarize=0.3)
     view = config.view(
         flip=0.5, jitter=dict(prob=0.8), gray=0.2, blur=dict(prob=0.1), solarize=dict(prob=0.3)
     )
-    drawn = draw_many(view)
+    sampled = sample_many(view)
     for name, p in probabilities.items():
-        tail = scipy.stats.binomtest(int(drawn[name].sum()), len(drawn[name]), p).pvalue
+        tail = scipy.stats.binomtest(int(sampled[name].sum()), len(sampled[name]), p).pvalue
         assert tail > 1e-3, name
-    always = draw_many(config.view(flip=1.0, jitter=dict(prob=1.0), gray=0.0))
+    always = sample_many(config.view(flip=1.0, jitter=dict(prob=1.0), gray=0.0))
     assert always["flip"].all() and always["jitter"].all() and "gray" not in always
 
 
 def test_all_24_orders_are_equally_likely():
-    orders = draw_many(config.view(), n=24_000)["order"]
+    orders = sample_many(config.view(), n=24_000)["order"]
     codes, counts = np.unique(orders @ [64, 16, 4, 1], return_counts=True)
     assert len(codes) == 24
     assert np.all(np.sort(orders, axis=1) == np.arange(4))
     assert scipy.stats.chisquare(counts).pvalue > 1e-3
-    fixed = draw_many(config.view(jitter=dict(random_order=False)), n=10)["order"]
+    fixed = sample_many(config.view(jitter=dict(random_order=False)), n=10)["order"]
     assert np.all(fixed == np.arange(4))
 
 
-def test_pixels_depend_on_the_key_alone():
+def test_pixels_depend_only_on_the_image_and_its_key():
     view = config.view(noise=0.05, solarize=dict(prob=0.3))
     images, k = random_images(16, size=32), keys(16)
     run = jax.jit(lambda x, k: augment.color(x, k, view))
@@ -348,7 +348,7 @@ def test_pixels_depend_on_the_key_alone():
     assert np.abs(run(images, keys(16, seed=9)) - whole).mean() > 0.01
 
 
-def test_bytes_and_floats_give_the_same():
+def test_uint8_and_float_images_give_the_same_pixels():
     x = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
     view = config.view()
     got = color(jnp.asarray(x), keys(4), view)
@@ -364,7 +364,7 @@ def test_flip_mirrors_the_columns():
     np.testing.assert_array_equal(got, x[:, :, ::-1])
 
 
-def test_noise_has_its_deviation_and_is_clipped():
+def test_noise_has_its_standard_deviation_and_is_clipped():
     view = config.view(**OFF, noise=0.1)
     got = np.asarray(color(jnp.full((8, 32, 32, 3), 0.5), keys(8), view))
     noise = (got - 0.5).reshape(8, -1)
@@ -378,7 +378,7 @@ def program(view):
     return str(jax.make_jaxpr(lambda x, k: augment.color(x, k, view))(random_images(), keys(N)))
 
 
-def test_what_has_probability_zero_is_not_computed():
+def test_augmentations_of_probability_zero_are_not_compiled():
     assert " exp " in program(config.view()) and " floor " in program(config.view())
     off = program(config.view(**OFF))
     assert " exp " not in off and " floor " not in off and " rev" not in off
@@ -386,7 +386,7 @@ def test_what_has_probability_zero_is_not_computed():
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_nothing_is_gathered(style):
+def test_colors_compile_without_gathers(style):
     view = config.view(jitter=dict(style=style))
     lowered = jax.jit(lambda x, k: augment.color(x, k, view)).lower(random_images(), keys(N))
     assert "stablehlo.select" in lowered.as_text()
@@ -402,19 +402,19 @@ def test_nothing_is_gathered(style):
         lambda x: augment.adjust_brightness(x, 1.0, "pil"),
     ],
 )
-def test_unknown_styles_are_refused(call):
+def test_unknown_styles_are_errors(call):
     with pytest.raises(UserError, match="'pil'"):
         call(random_images())
 
 
-def test_a_blur_without_taps_is_refused():
+def test_blur_without_taps_is_an_error():
     with pytest.raises(UserError, match="kernel_size is 0"):
         augment.gaussian_blur(random_images(), 1.0, 0)
 
 
 @pytest.mark.parametrize("border", ["constant", "reflect"])
 @pytest.mark.parametrize("axis", [1, 2])
-def test_blurring_by_matrices_is_blurring_by_shifts(border, axis):
+def test_blur_by_matrices_matches_blur_by_shifts(border, axis):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.random((3, 12, 9, 3)), jnp.float32)
     taps = jnp.asarray(rng.random((3, 4)), jnp.float32)

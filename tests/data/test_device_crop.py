@@ -29,15 +29,15 @@ def crop_views(images, keys, view):
 
 
 def apply_boxes(images, boxes, view):
-    """Crops by given rows of top, left, height, width."""
+    """Crops by boxes given as rows of top, left, height, width."""
     names = ("top", "left", "height", "width")
     geometry = dict(zip(names, jnp.asarray(boxes, jnp.int32).T, strict=True))
     return jax.jit(lambda x, g: device_crop.apply_geometry(x, g, view))(images, geometry)
 
 
-def draw_boxes(view, height, width, n=4_000, seed=0):
-    draw = jax.vmap(lambda key: device_crop.sample_geometry(key, height, width, view))
-    g = jax.jit(draw)(keys(n, seed))
+def sample_boxes(view, height, width, n=4_000, seed=0):
+    sample = jax.vmap(lambda key: device_crop.sample_geometry(key, height, width, view))
+    g = jax.jit(sample)(keys(n, seed))
     return np.stack([g[name] for name in ("top", "left", "height", "width")], axis=1)
 
 
@@ -59,7 +59,7 @@ def cut(image, box):
 
 
 def pil_resize(image, size, method):
-    """PIL on 32-bit floats, which it neither rounds nor clips."""
+    """Resizes by PIL in 32-bit floats, which it neither rounds nor clips."""
     planes = [
         np.asarray(Image.fromarray(np.float32(plane)).resize((size, size), method))
         for plane in np.moveaxis(image, -1, 0)
@@ -68,7 +68,7 @@ def pil_resize(image, size, method):
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_torchvision_resampling_is_pils(interpolation):
+def test_torchvision_resampling_matches_pil(interpolation):
     view = config.view(size=16, crop=dict(sampler="torchvision", interpolation=interpolation))
     images = random_images(len(BOXES), 40, 48)
     method = getattr(Image.Resampling, interpolation.upper())
@@ -79,7 +79,7 @@ def test_torchvision_resampling_is_pils(interpolation):
 
 
 @pytest.mark.parametrize("sampler, interpolation", [("tf", "bicubic"), ("byol", "bilinear")])
-def test_tf_resampling_is_tensorflows(sampler, interpolation):
+def test_tf_resampling_matches_tensorflow(sampler, interpolation):
     tf = pytest.importorskip("tensorflow")
     view = config.view(size=16, crop=dict(sampler=sampler, interpolation=interpolation))
     images = random_images(len(BOXES), 40, 48)
@@ -87,7 +87,7 @@ def test_tf_resampling_is_tensorflows(sampler, interpolation):
     def resized(image):
         return np.clip(tf.image.resize(image, (16, 16), interpolation) / 255, 0, 1)
 
-    # TensorFlow looks the cubic kernel up in a table of 1024 steps a pixel.
+    # TensorFlow reads the cubic kernel from a table of 1024 steps per pixel.
     atol = 2e-3 if interpolation == "bicubic" else 2e-6
     expected = [resized(cut(x, box)) for x, box in zip(images, BOXES, strict=True)]
     np.testing.assert_allclose(apply_boxes(images, BOXES, view), expected, atol=atol)
@@ -108,7 +108,7 @@ def test_whole_image_at_its_size_is_unchanged(sampler, interpolation):
     np.testing.assert_allclose(apply_boxes(images, box, view), images / 255, atol=1e-7)
 
 
-def test_a_view_without_crop_is_the_resized_image():
+def test_view_without_crop_is_the_resized_image():
     images = random_images(height=20, width=30)
     view = config.view(size=12, crop=dict(sampler="none"))
     got = crop_views(images, keys(6), view)
@@ -178,19 +178,17 @@ SETTINGS = [
 
 @pytest.mark.parametrize("height, width, area, aspect", SETTINGS)
 @pytest.mark.parametrize("sampler", ["torchvision", "byol", "tf"])
-def test_boxes_are_distributed_as_the_official_code_draws_them(
-    sampler, height, width, area, aspect
-):
+def test_boxes_have_the_official_codes_distribution(sampler, height, width, area, aspect):
     view = config.view(crop=dict(sampler=sampler, area=area, aspect=aspect))
-    ours = draw_boxes(view, height, width)
-    n = len(ours)
+    actual = sample_boxes(view, height, width)
+    n = len(actual)
     if sampler == "tf":
-        theirs = tf_boxes(height, width, area, aspect, n)
+        expected = tf_boxes(height, width, area, aspect, n)
     else:
         rng = np.random.default_rng(0)
         box = torchvision_box if sampler == "torchvision" else byol_box
-        theirs = np.array([box(rng, height, width, area, aspect) for _ in range(n)])
-    for boxes in (ours, theirs):
+        expected = np.array([box(rng, height, width, area, aspect) for _ in range(n)])
+    for boxes in (actual, expected):
         assert np.all(boxes[:, 0] + boxes[:, 2] <= height) and np.all(boxes >= 0)
         assert np.all(boxes[:, 1] + boxes[:, 3] <= width) and np.all(boxes[:, 2:] >= 1)
     of = {
@@ -202,34 +200,34 @@ def test_boxes_are_distributed_as_the_official_code_draws_them(
         "right": lambda b: width - b[:, 1] - b[:, 3],
     }
     for name, value in of.items():
-        assert scipy.stats.ks_2samp(value(ours), value(theirs)).pvalue > 1e-3, name
-        assert value(ours).min() == pytest.approx(value(theirs).min(), abs=0.05, rel=0.05), name
-    top_left = [np.corrcoef(b[:, 0], b[:, 1])[0, 1] for b in (ours, theirs)]
+        assert scipy.stats.ks_2samp(value(actual), value(expected)).pvalue > 1e-3, name
+        assert value(actual).min() == pytest.approx(value(expected).min(), abs=0.05, rel=0.05), name
+    top_left = [np.corrcoef(b[:, 0], b[:, 1])[0, 1] for b in (actual, expected)]
     assert top_left[0] == pytest.approx(top_left[1], abs=0.1)
 
 
-def test_torchvision_falls_back_to_the_centre():
-    # Nearly the whole of a long image cannot be nearly square: every try fails.
+def test_torchvision_falls_back_to_the_center():
+    # Nearly the whole of a long image cannot be nearly square: every attempt fails.
     for height, width, box in ((20, 64, [0, 18, 20, 27]), (64, 20, [18, 0, 27, 20])):
         view = config.view(crop=dict(sampler="torchvision", area=(0.9, 1.0)))
-        np.testing.assert_array_equal(draw_boxes(view, height, width, n=20), [box] * 20)
+        np.testing.assert_array_equal(sample_boxes(view, height, width, n=20), [box] * 20)
 
 
 def test_tf_falls_back_to_the_whole_image():
     view = config.view(crop=dict(sampler="tf", area=(0.9, 1.0)))
-    np.testing.assert_array_equal(draw_boxes(view, 20, 64, n=20), [[0, 0, 20, 64]] * 20)
+    np.testing.assert_array_equal(sample_boxes(view, 20, 64, n=20), [[0, 0, 20, 64]] * 20)
 
 
-def test_tf_covers_a_tenth_and_never_reaches_the_far_border():
-    boxes = draw_boxes(config.view(crop=dict(sampler="tf")), 50, 50)
+def test_tf_boxes_cover_a_tenth_and_never_reach_the_far_border():
+    boxes = sample_boxes(config.view(crop=dict(sampler="tf")), 50, 50)
     top, left, height, width = boxes.T
     assert (height * width).min() >= 0.1 * 50 * 50
     assert np.all((top + height < 50) | (height == 50))
     assert np.all((left + width < 50) | (width == 50))
 
 
-def test_byol_uses_whole_side_where_it_is_cut():
-    boxes = draw_boxes(config.view(crop=dict(sampler="byol", area=(0.9, 1.0))), 20, 64, n=100)
+def test_byol_sides_are_clipped_to_the_image():
+    boxes = sample_boxes(config.view(crop=dict(sampler="byol", area=(0.9, 1.0))), 20, 64, n=100)
     assert np.all(boxes[:, 2] == 20) and np.all(boxes[:, 3] < 64)
 
 
@@ -237,7 +235,7 @@ def test_byol_uses_whole_side_where_it_is_cut():
 
 
 @pytest.mark.parametrize("affine", [{}, dict(degrees=20.0, translate=0.1)])
-def test_a_crop_depends_on_its_key_alone(affine):
+def test_crops_depend_only_on_the_image_and_its_key(affine):
     view = config.view(size=16, crop=dict(interpolation="bilinear"), affine=affine)
     images = random_images(12)
     run = jax.jit(lambda x, k: device_crop.crop_views(x, k, view))
@@ -250,20 +248,22 @@ def test_a_crop_depends_on_its_key_alone(affine):
     assert np.abs(same - same[:1])[1:].mean(axis=(1, 2, 3)).min() > 0.01
 
 
-def test_the_same_key_may_draw_crop_and_colours():
+def test_crop_and_colors_of_one_key_are_independent():
     view = config.view(crop=WHOLE, affine=dict(degrees=1.0, shear=1.0, translate=1.0))
 
-    def draw(key):
+    def sample(key):
         geometry = device_crop.sample_geometry(key, 32, 32, view)
-        drawn = geometry | augment.sample_parameters(key, view)
-        return [drawn[name] for name in ("degrees", "shift_x", "flip", "hue", "sigma", "contrast")]
+        sampled = geometry | augment.sample_parameters(key, view)
+        return [
+            sampled[name] for name in ("degrees", "shift_x", "flip", "hue", "sigma", "contrast")
+        ]
 
-    drawn = np.stack(jax.jit(jax.vmap(draw))(keys(4000))).astype(float)
-    assert np.abs(np.corrcoef(drawn) - np.eye(len(drawn))).max() < 5 / math.sqrt(4000)
+    sampled = np.stack(jax.jit(jax.vmap(sample))(keys(4000))).astype(float)
+    assert np.abs(np.corrcoef(sampled) - np.eye(len(sampled))).max() < 5 / math.sqrt(4000)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_nothing_is_gathered(sampler):
+def test_crops_compile_without_gathers(sampler):
     for affine in (dict(degrees=0.0), dict(degrees=10.0)):
         view = config.view(
             size=8, crop=dict(sampler=sampler, interpolation="bilinear"), affine=affine
@@ -277,24 +277,24 @@ def test_nothing_is_gathered(sampler):
 
 
 def affine_oracle(image, size, box, degrees, shear, shift_y, shift_x):
-    """Homogeneous matrices: image -> centred -> sheared -> turned -> shifted -> crop -> view."""
+    """Samples by matrices: image -> centered -> sheared -> rotated -> shifted -> crop -> view."""
 
     def shifted(x, y):
         return np.array([[1, 0, x], [0, 1, y], [0, 0, 1.0]])
 
     height, width = image.shape[:2]
-    centre = shifted(width / 2, height / 2)
+    center = shifted(width / 2, height / 2)
     angle = math.radians(degrees)
     turn = np.array(
         [[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0], [0, 0, 1]]
     )
     slant = np.array([[1, math.tan(math.radians(shear)), 0], [0, 1, 0], [0, 0, 1]])
-    turned = centre @ shifted(shift_x, shift_y) @ turn @ slant @ np.linalg.inv(centre)
+    moved = center @ shifted(shift_x, shift_y) @ turn @ slant @ np.linalg.inv(center)
     top, left, tall, wide = box
     to_view = np.diag([size / wide, size / tall, 1.0]) @ shifted(-left, -top)
     column, row = np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5)
     points = np.stack([column.ravel(), row.ravel(), np.ones(size * size)])
-    x, y, _ = np.linalg.inv(to_view @ turned) @ points - 0.5
+    x, y, _ = np.linalg.inv(to_view @ moved) @ points - 0.5
     planes = [
         scipy.ndimage.map_coordinates(plane / 255, [y, x], order=1, mode="grid-constant")
         for plane in np.moveaxis(image.astype(np.float64), -1, 0)
@@ -309,8 +309,8 @@ def test_affine_view_is_bilinear_sampling_with_black_outside():
         affine=dict(degrees=30.0, shear=20.0, translate=0.2),
     )
     images = random_images(8, 20, 24)
-    draw = jax.jit(jax.vmap(lambda key: device_crop.sample_geometry(key, 20, 24, view)))
-    g = {name: np.asarray(value) for name, value in draw(keys(8)).items()}
+    sample = jax.jit(jax.vmap(lambda key: device_crop.sample_geometry(key, 20, 24, view)))
+    g = {name: np.asarray(value) for name, value in sample(keys(8)).items()}
     expected = [
         affine_oracle(
             image,
@@ -324,21 +324,21 @@ def test_affine_view_is_bilinear_sampling_with_black_outside():
 
 
 @pytest.mark.parametrize("affine", [{}, dict(degrees=30.0, shear=20.0, translate=0.2)])
-def test_corners_are_those_of_what_a_view_shows(affine):
+def test_view_corners_match_the_pixels_of_the_view(affine):
     view = config.view(size=14, crop=dict(area=(0.3, 0.6), interpolation="bilinear"), affine=affine)
-    # The pixels tell their own places, in red from the left and in green from the top.
+    # Pixels encode their own position: red from the left, green from the top.
     column, row = np.meshgrid(np.arange(24) + 0.5, np.arange(20) + 0.5)
     image = np.stack([column / 24, row / 20, 0 * row], axis=-1).astype(np.float32)
     shown = crop_views(np.repeat(image[None], 8, axis=0), keys(8), view)
     shown_x, shown_y = shown[..., 0] * 24, shown[..., 1] * 20
-    draw = jax.jit(jax.vmap(lambda key: device_crop.sample_geometry(key, 20, 24, view)))
-    corners = np.asarray(device_crop.view_corners(draw(keys(8)), 20, 24))
+    sample = jax.jit(jax.vmap(lambda key: device_crop.sample_geometry(key, 20, 24, view)))
+    corners = np.asarray(device_crop.view_corners(sample(keys(8)), 20, 24))
     first, right, _, down = (corners[:, i, None, None] for i in range(4))
     steps = (np.arange(14) + 0.5) / 14
     across, below = np.meshgrid(steps, steps)
     place = first + across[..., None] * (right - first) + below[..., None] * (down - first)
     y, x = place[..., 0], place[..., 1]
-    # Outside is black, and at a crop's border its last pixel is repeated.
+    # Outside the image is black, and at a crop's border its last pixel is repeated.
     seen = (y > 0.5) & (y < 19.5) & (x > 0.5) & (x < 23.5)
     if not affine:
         seen[:, [0, 1, -2, -1]] = seen[:, :, [0, 1, -2, -1]] = False
@@ -358,7 +358,7 @@ def affine_of_whole(images, **changes):
     return np.asarray(device_crop.apply_geometry(images, geometry, view))
 
 
-def test_affine_special_cases():
+def test_affine_identity_rotation_and_shifts_are_exact():
     images = random_images(2, 16, 16)
     x = np.float32(images) / 255
     np.testing.assert_allclose(affine_of_whole(images), x, atol=1e-6)
@@ -371,19 +371,19 @@ def test_affine_special_cases():
     np.testing.assert_allclose(right[:, :, 2:], x[:, :, :-2], atol=1e-6)
 
 
-def test_affine_numbers_are_uniform_in_their_ranges():
+def test_affine_parameters_are_uniform_in_their_ranges():
     view = config.view(crop=WHOLE, affine=dict(degrees=15.0, shear=5.0, translate=0.1))
     g = jax.jit(jax.vmap(lambda key: device_crop.sample_geometry(key, 20, 30, view)))(keys(4000))
     for name, bound in dict(degrees=15.0, shear=5.0, shift_y=2.0, shift_x=3.0).items():
         assert scipy.stats.kstest(g[name], "uniform", (-bound, 2 * bound)).pvalue > 1e-3, name
-    drawn = np.corrcoef([g[name] for name in ("degrees", "shear", "shift_y", "shift_x")])
-    assert np.abs(drawn - np.eye(4)).max() < 5 / math.sqrt(4000)
+    correlations = np.corrcoef([g[name] for name in ("degrees", "shear", "shift_y", "shift_x")])
+    assert np.abs(correlations - np.eye(4)).max() < 5 / math.sqrt(4000)
 
 
 # Bad input
 
 
-def test_bad_crops_are_refused():
+def test_bad_crops_are_errors():
     images, k = random_images(2), keys(2)
     for changes, message in (
         (dict(crop=dict(sampler="random")), "crop.sampler is 'random'"),
