@@ -162,11 +162,6 @@ class RandomNumbers:
     """The random numbers of one image in one view; each name has a stream of its own."""
 
     def __init__(self, key: Key[Array, ""]) -> None:
-        """Derives the streams.
-
-        Args:
-          key: of the image in the view.
-        """
         self._key = key
         uniform_key, order_key, noise_key = jax.random.split(jax.random.fold_in(key, _COLOR), 3)
         self._keys = {"order": order_key, "noise": noise_key}
@@ -174,7 +169,7 @@ class RandomNumbers:
         self._uniforms = dict(zip(_UNIFORMS, uniforms, strict=True))
 
     def key(self, name: str) -> Key[Array, ""]:
-        """Returns the key of a name."""
+        """Returns the name's key."""
         if name in self._keys:
             return self._keys[name]
         return jax.random.fold_in(self._key, zlib.crc32(name.encode()))
@@ -190,25 +185,26 @@ class Augmentation:
     """One entry of `AUGMENTATIONS`.
 
     Attributes:
-      name: also the parameter that says which images are changed.
+      name: also the parameter that holds which images are changed.
       key: of the view's config, its probability; at 0 the augmentation is not compiled.
       apply: (images, parameters, view) -> all images changed, [n, height, width, 3].
-      describe: (one image's parameters, view) -> the text below its view in `ssl-jax views`.
       sample: (random numbers, view) -> one image's further parameters.
-      legend: what the text's numbers mean; "" if it has none.
+      describe: (one image's parameters, view) -> the text below the view in `ssl-jax views`; None
+        for the name.
+      legend: explains the text's numbers.
       by_chance: False if all images are changed and `key` is a strength.
     """
 
     name: str
     key: str
     apply: Callable[[Images, Parameters, ConfigDict], Images]
-    describe: Callable[[Mapping[str, Any], ConfigDict], str]
     sample: Callable[[RandomNumbers, ConfigDict], Parameters] = lambda random, view: {}
+    describe: Callable[[Mapping[str, Any], ConfigDict], str] | None = None
     legend: str = ""
     by_chance: bool = True
 
     def probability(self, view: ConfigDict) -> float:
-        """Returns the value of `key` in a view's config."""
+        """Returns the value of `key`."""
         value: float = operator.attrgetter(self.key)(view)
         return value
 
@@ -286,49 +282,39 @@ def _add_noise(x: Images, parameters: Parameters, view: ConfigDict) -> Images:
     return x + view.noise * sample(parameters["noise_key"])
 
 
-# In the order in which they are applied.
+# In the order applied.
 AUGMENTATIONS = (
-    Augmentation(
-        "flip",
-        key="flip",
-        apply=lambda x, parameters, view: x[:, :, ::-1],
-        describe=lambda parameters, view: "flip",
-    ),
+    Augmentation("flip", "flip", lambda x, p, view: x[:, :, ::-1]),
     Augmentation(
         "jitter",
         key="jitter.prob",
-        sample=_sample_jitter,
         apply=_apply_jitter,
+        sample=_sample_jitter,
         describe=_describe_jitter,
         legend="jitter in the order applied: b brightness, c contrast, s saturation, h hue",
     ),
-    Augmentation(
-        "gray",
-        key="gray",
-        apply=lambda x, parameters, view: to_grayscale(x),
-        describe=lambda parameters, view: "gray",
-    ),
+    Augmentation("gray", "gray", lambda x, p, view: to_grayscale(x)),
     Augmentation(
         "blur",
         key="blur.prob",
-        sample=lambda random, view: {"sigma": random.uniform("sigma", *view.blur.sigma)},
         apply=_apply_blur,
-        describe=lambda parameters, view: f"blur {parameters['sigma']:.2f}",
+        sample=lambda random, view: {"sigma": random.uniform("sigma", *view.blur.sigma)},
+        describe=lambda p, view: f"blur {p['sigma']:.2f}",
         legend="blur sigma in pixels of the view",
     ),
     Augmentation(
         "solarize",
         key="solarize.prob",
-        apply=lambda x, parameters, view: solarize(x, view.solarize.threshold),
-        describe=lambda parameters, view: f"solarize {view.solarize.threshold:g}",
+        apply=lambda x, p, view: solarize(x, view.solarize.threshold),
+        describe=lambda p, view: f"solarize {view.solarize.threshold:g}",
         legend="solarize threshold",
     ),
     Augmentation(
         "noise",
         key="noise",
-        sample=lambda random, view: {"noise_key": random.key("noise")},
         apply=_add_noise,
-        describe=lambda parameters, view: f"noise {view.noise:g}",
+        sample=lambda random, view: {"noise_key": random.key("noise")},
+        describe=lambda p, view: f"noise {view.noise:g}",
         legend="noise standard deviation",
         by_chance=False,
     ),
@@ -409,7 +395,8 @@ def describe(parameters: Mapping[str, Any], view: ConfigDict) -> list[str]:
       A short text per augmentation that changed the image.
     """
     applied = [e for e in augmentations(view) if not e.by_chance or parameters[e.name]]
-    return [text for entry in applied if (text := entry.describe(parameters, view))]
+    texts = [e.describe(parameters, view) if e.describe else e.name for e in applied]
+    return [text for text in texts if text]
 
 
 def color(
