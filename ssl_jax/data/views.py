@@ -28,7 +28,6 @@ from ssl_jax.data.device_crop import (
     check_sampler,
 )
 from ssl_jax.data.tensorflow import tf
-from ssl_jax.errors import UserError
 
 # Top, left, height and width, in whole pixels. Strings, so that importing this needs no TensorFlow.
 Boxes: TypeAlias = 'Int[tf.Tensor, "views 4"]'
