@@ -9,6 +9,7 @@ from jax.extend import core
 
 from ssl_jax.errors import UserError
 from ssl_jax.models import ResNet
+from ssl_jax.models.resnet import resnet_name
 from ssl_jax.spmd import AXIS, device_groups, make_spmd
 
 TINY = 1 / 32  # two channels in the stem
@@ -52,6 +53,12 @@ def count(tree):
 )
 def test_parameter_counts_equal_torchvision(depth, parameters):
     assert count(shapes(ResNet(depth))["params"]) == parameters
+
+
+def test_name_includes_width_and_selective_kernels_unless_standard():
+    assert resnet_name({"depth": 50, "width": 1.0, "sk": False}) == "ResNet-50"
+    wide = {"depth": 152, "width": 3.0, "sk": True}
+    assert resnet_name(wide) == "ResNet-152 ×3 with selective kernels"
 
 
 def test_cifar_stem_is_3x3():
