@@ -1,4 +1,4 @@
-"""Small image files, and what tests of the sources that read them share."""
+"""Small image files and helpers shared by the tests of host sources."""
 
 import numpy as np
 from PIL import Image
@@ -8,10 +8,10 @@ from ssl_jax import config
 COLOURS = {"cat": (200, 30, 30), "dog": (30, 200, 30), "emu": (30, 30, 200)}
 
 
-def picture(number, colour, size=(40, 30)):
-    """Noise around a colour, different for every number."""
+def picture(number, color, size=(40, 30)):
+    """Noise around a color, different for each number."""
     rng = np.random.default_rng(number)
-    pixels = np.array(colour) + rng.integers(-30, 30, (size[1], size[0], 1))
+    pixels = np.array(color) + rng.integers(-30, 30, (size[1], size[0], 1))
     pixels[: size[1] // 2] += rng.integers(-25, 25, 3)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
@@ -45,7 +45,7 @@ def config_of(root, sampler="torchvision", **data):
 
 
 def read(source, steps):
-    """Batches of (step, ids) pairs, as lists."""
+    """Batches of (step, ids) pairs, as a list."""
     pairs = ((step, np.array(ids, np.int32)) for step, ids in steps)
     return list(source.batches(pairs))
 

@@ -1,4 +1,4 @@
-"""Data sets that TFDS prepares out of small image files."""
+"""Prepares small TFDS data sets from image files."""
 
 import tensorflow_datasets as tfds
 from images import COLOURS
@@ -13,7 +13,7 @@ def build(
     splits=("train", "test"),
     classes=3,
 ):
-    """Prepares a data set of the PNG files under `images`, in several shards."""
+    """Prepares a data set from the PNG files under `images`, in several shards."""
     files = sorted(images.glob("*/*.png"))
     names = [*COLOURS, *(f"class {i}" for i in range(3, classes))]
 

@@ -1,1 +1,1 @@
-"""Images and labels: sources, the order they are seen in, their views and augmentation."""
+"""Images and labels: sources, sampling order, views and augmentation."""

@@ -1,4 +1,4 @@
-"""Images in memory as a source, which needs neither a host pipeline nor TensorFlow."""
+"""A source of in-memory images; it needs neither a host pipeline nor TensorFlow."""
 
 import zlib
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from ssl_jax.errors import UserError
 
 
 class ArraySource:
-    """Images in memory, held on the devices whole; crops happen there too."""
+    """In-memory images, copied whole to the devices and cropped there."""
 
     def __init__(
         self,
@@ -21,11 +21,14 @@ class ArraySource:
     ) -> None:
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
             raise UserError(
-                f"An array source takes uint8 images [n, H, W, 3], not {images.dtype} "
-                f"{list(images.shape)}: convert them first."
+                f"ArraySource got images of dtype {images.dtype} and shape {list(images.shape)}. "
+                "Convert them to uint8 [n, H, W, 3]."
             )
         if labels is not None and len(labels) != len(images):
-            raise UserError(f"There are {len(images)} images but {len(labels)} labels.")
+            raise UserError(
+                f"ArraySource got {len(images)} images but {len(labels)} labels. "
+                "Pass one label per image."
+            )
         self.images = images
         self.num_examples = len(images)
         self.labels = None if labels is None else np.asarray(labels, np.int32)
@@ -37,11 +40,11 @@ class ArraySource:
         self.fingerprint = f"{self.num_examples} images, checksum {checksum:08x}"
 
     def device_data(self) -> dict[str, np.ndarray]:
-        """All images: a step only needs ids."""
+        """All images; a step then needs only ids."""
         return {"image": self.images}
 
     def batches(self, steps: Iterator[tuple[int, np.ndarray]]) -> Iterator[dict[str, Any]]:
-        """Ids and labels; the images are on the devices already."""
+        """Ids and labels; the images are already on the devices."""
         for _, ids in steps:
             batch = {"id": ids}
             if self.labels is not None:
@@ -49,5 +52,5 @@ class ArraySource:
             yield batch
 
     def eval_transform(self, ids: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "n h w 3"]:
-        """The images as they are; they are resized on the device."""
+        """The unchanged images; the device resizes them."""
         return self.images[np.asarray(ids)]

@@ -17,49 +17,48 @@ from ssl_jax.errors import UserError
 
 
 def folder_sources(config: ConfigDict) -> tuple[FolderSource, FolderSource | None]:
-    """The images under `config.data.dir` and `config.data.test_dir`.
+    """Lists the images under `config.data.dir` and `config.data.test_dir`.
 
     Args:
-      config: of the run.
+      config: the run's config.
 
     Returns:
-      The training source and the held-out one, None where `config.data.test_dir` is empty.
+      The training source, and the held-out one or None if `config.data.test_dir` is empty.
 
     Raises:
-      UserError: a missing folder, one without images, class folders that differ between the two, or
-        a view that can't be made on the host.
+      UserError: a folder is missing or has no images, the two have different class folders, or a
+        view can't be made on the host.
     """
     train = FolderSource(config, "dir")
     if not config.data.test_dir:
         return train, None
     test = FolderSource(config, "test_dir")
     differing = sorted(set(train.class_names) ^ set(test.class_names))
-    # Images without labels may be measured on others that have them.
+    # An encoder trained without labels may be evaluated on labeled images.
     if differing and train.num_classes:
         raise UserError(
-            f"config.data.dir ({config.data.dir}) and config.data.test_dir "
-            f"({config.data.test_dir}) must have the same class folders, but only one of them has "
-            f"{some(differing)}: add or remove it."
+            f"Only one of config.data.dir ({config.data.dir}) and config.data.test_dir "
+            f"({config.data.test_dir}) contains {some(differing)}. "
+            "Give both the same class folders."
         )
     return train, test
 
 
 class FolderSource(HostSource):
-    """The JPEG and PNG files of a folder: by class in its sub-folders, or without labels in itself.
+    """The JPEG and PNG files of a folder: one subfolder per class, or flat without labels.
 
-    Ids follow the sorted names of the classes and, in each, the sorted paths of the files.
+    Ids follow the sorted class names and, within a class, the sorted file paths.
     """
 
     def __init__(self, config: ConfigDict, key: str = "dir") -> None:
-        """Lists the folder; no file is opened.
+        """Lists the folder without opening any file.
 
         Args:
-          config: of the run.
-          key: which of `config.data` names the folder: "dir" or "test_dir".
+          config: the run's config.
+          key: the key of `config.data` that names the folder, "dir" or "test_dir".
 
         Raises:
-          UserError: no such folder, no images in it or in one of its sub-folders, images beside
-            class folders, or a view that can't be made on the host.
+          UserError: as `list_images`, or a view can't be made on the host.
         """
         folder = config.data[key]
         files, labels, self.class_names = list_images(folder, f"config.data.{key}")
@@ -72,7 +71,7 @@ class FolderSource(HostSource):
             self._labels[:] = labels
 
     def handles(self, ids: Int[np.ndarray, " n"]) -> tuple[Sequence[bytes], Int[np.ndarray, " n"]]:
-        """The files' paths."""
+        """The paths and labels of the files."""
         return self._files[ids], self._labels[ids]
 
     def contents(self, handle: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -84,10 +83,11 @@ class FolderSource(HostSource):
         return os.fsdecode(self._files[id])
 
     def read(self, id: int) -> bytes:
-        """A file's bytes."""
+        """Reads a file's bytes."""
         try:
             return Path(self.name(id)).read_bytes()
         except OSError as error:
             raise UserError(
-                f"{self.name(id)} can't be read ({error.strerror}): see that it stays there."
+                f"Cannot read {self.name(id)} ({error.strerror}). Restore the file, then rerun the "
+                "same command to resume."
             ) from error

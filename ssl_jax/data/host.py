@@ -1,7 +1,7 @@
-"""Sources whose images are decoded and cropped on the host, by tf.data.
+"""Sources that decode and crop image files on the host with tf.data.
 
-What differs between them is where an image's file is: `HostSource` does the rest. Every image can
-be asked for by its id, so a run that goes on at step s reads what step s needs, and nothing before.
+Subclasses of `HostSource` differ only in where an image's file is. Images are read by id, so a run
+that resumes at step s reads nothing of the earlier steps.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from ssl_jax.data.tensorflow import load_tensorflow, tf
 from ssl_jax.errors import UserError
 
 Step: TypeAlias = tuple[int, Int[np.ndarray, " n"]]
-# Of a file's contents, the step and the id: what to make of an image.
+# (file contents, step, id) -> the tensors to return for an image.
 PerImage: TypeAlias = "Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, ...]]"
 
 _log = logging.getLogger("ssl_jax.data")
-# Of glibc's mallopt, bytes: what is free at the top of a heap stays up to this (M_TRIM_THRESHOLD);
-# heaps grow by this, and a thread's emptied heaps stay (M_TOP_PAD, not below their size of 64 MiB);
-# no smaller block is mapped by itself (M_MMAP_THRESHOLD, the largest that it takes).
+# Options of glibc's mallopt, in bytes. M_TRIM_THRESHOLD (-1): free memory to keep at the top of a
+# heap. M_TOP_PAD (-2): how much heaps grow by; from their size of 64 MiB on, a thread's empty heaps
+# are kept too. M_MMAP_THRESHOLD (-3): smaller blocks get no mapping of their own; the maximum.
 _MALLOC = {-1: 2**30, -2: 2**26, -3: 2**25}
 
 
 class HostSource:
-    """Images in files, decoded and cropped on the host. A subclass says where they are.
+    """Image files decoded and cropped on the host. A subclass locates them.
 
-    With `config.data.on_bad_image` "skip", the id of an image that can't be decoded stands for that
-    of the next id whose image can (after the last id comes the first), with its label; which ones
-    they are depends on the files alone, not on what was read before.
+    With `config.data.on_bad_image` "skip", an image that can't be decoded is replaced, label
+    included, by the image of the next decodable id (the first id follows the last). Replacements
+    depend only on the files, not on what was read before.
 
     Attributes:
-      num_examples: N.
-      num_classes: how many classes the labels tell apart; 0 without labels.
-      class_names: of the labels.
-      bad: the images found so far that can't be decoded.
-      fingerprint: changes when the images' order, number or labels do.
+      num_examples: number of images, N.
+      num_classes: number of classes; 0 without labels.
+      class_names: names of the classes, in the order of the labels.
+      bad: names of the undecodable images found so far.
+      fingerprint: changes with the order, number or labels of the images.
     """
 
     class_names: tuple[str, ...] = ()
@@ -59,15 +59,15 @@ class HostSource:
         """Opens nothing.
 
         Args:
-          config: of the run.
-          where: the config's keys and values that tell where the images are, for messages.
-          num_examples: N.
-          names: what the images are called, for the fingerprint.
+          config: the run's config.
+          where: the config keys and values that locate the images, for messages.
+          num_examples: number of images, N.
+          names: the images' names, for the fingerprint.
 
         Raises:
-          UserError: a view that can't be made on the host.
+          UserError: TensorFlow isn't installed, or a view can't be made on the host.
         """
-        load_tensorflow()  # fails here if it is not installed, not in a thread later
+        load_tensorflow()  # if it is not installed, fails here and not later in a thread
         _refuse_affine(config)
         keep_freed_memory()
         self._config, self._where = config, where
@@ -75,36 +75,36 @@ class HostSource:
         self.num_examples = num_examples
         self.bad: list[str] = []
         self.fingerprint = f"{num_examples} images, checksum of names {zlib.crc32(names):08x}"
-        # The id whose image stands for each.
+        # For each id, the id whose image is used.
         self._source_id = np.arange(num_examples, dtype=np.int32)
         self._lock = threading.Lock()
         self._threads = config.data.threads or len(os.sched_getaffinity(0))
 
     def handles(self, ids: Int[np.ndarray, " n"]) -> tuple[Sequence[bytes], Int[np.ndarray, " n"]]:
-        """What `contents` needs to know of each image, and its label, -1 for none or not known yet.
+        """Arguments of `contents` per image: a handle, and a label or -1 if none or unknown yet.
 
-        It is called in one thread, ahead of what is decoded.
+        Called in one thread, ahead of decoding.
         """
         raise NotImplementedError
 
     def contents(self, handle: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """The image's file, a scalar string, and its label, as TensorFlow ops."""
+        """The image file's bytes, a scalar string, and its label, as TensorFlow ops."""
         raise NotImplementedError
 
     def name(self, id: int) -> str:
-        """Where to find an image, for messages."""
+        """An image's location, for messages."""
         raise NotImplementedError
 
     @property
     def labels(self) -> Int[np.ndarray, " N"] | None:
-        """Class of each id, int32 [N]; None where there are none."""
+        """Class of each id, int32 [N]; None without labels."""
         return self._labels[self._source_id] if self.num_classes else None
 
     @functools.cached_property
     def _labels(self) -> Int[np.ndarray, " N"]:
-        """Class of each image; a subclass that knows them beforehand sets it.
+        """Class of each image; set by a subclass that knows it beforehand.
 
-        Else they come from the images' records when they are first asked for; nothing is decoded.
+        By default read from the images' records on first use, without decoding them.
         """
         nothing: PerImage = lambda contents, step, id: ()  # noqa: E731
         parts = np.array_split(np.arange(self.num_examples), -(-self.num_examples // 1024))
@@ -112,7 +112,7 @@ class HostSource:
         return np.concatenate([labels for _, labels, _ in self._read(steps, nothing)])
 
     def device_data(self) -> dict[str, np.ndarray]:
-        """Nothing: images come with the batches."""
+        """Empty: images come with the batches."""
         return {}
 
     def batches(self, steps: Iterator[Step]) -> Iterator[dict[str, Any]]:
@@ -122,11 +122,11 @@ class HostSource:
           steps: pairs of a step and the ids, int32 [n], that this process needs for it.
 
         Yields:
-          {"id": int32 [n]}, "label" int32 [n] where there are labels, and "views": a tuple of uint8
+          "id" int32 [n], "label" int32 [n] if there are labels, and "views", a tuple of uint8
           [n, size, size, 3] in the order of `config.flat_views`.
 
         Raises:
-          UserError: a file that can't be read; or decoded, unless those are skipped.
+          UserError: a file can't be read, or can't be decoded and isn't skipped.
         """
         seed, flat = self._config.seed, self._views
 
@@ -140,22 +140,22 @@ class HostSource:
             yield batch
 
     def eval_transform(self, ids: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "n size size 3"]:
-        """Images as they are evaluated: the central square, as large as the first view.
+        """Images for evaluation: the central square, resized to the first view's size.
 
         Args:
-          ids: which ones, at least one.
+          ids: at least one id.
 
         Returns:
           uint8 [n, size, size, 3].
 
         Raises:
-          UserError: a file that can't be read; or decoded, unless those are skipped.
+          UserError: a file can't be read, or can't be decoded and isn't skipped.
         """
-        view, how = self._views[0], self._config.eval
+        view, options = self._views[0], self._config.eval
 
         def prepare(contents: tf.Tensor, step: tf.Tensor, id: tf.Tensor) -> tuple[tf.Tensor, ...]:
             image = views.decode(contents)
-            return (views.center_crop(image, view, how.crop_fraction, how.interpolation),)
+            return (views.center_crop(image, view, options.crop_fraction, options.interpolation),)
 
         _, _, (images,) = next(self._read(iter([(0, np.asarray(ids))]), prepare))
         return images
@@ -163,15 +163,15 @@ class HostSource:
     def boxes(
         self, step: int, ids: Sequence[int] | np.ndarray
     ) -> tuple[Int[np.ndarray, "n views 4"], Int[np.ndarray, "n 2"]]:
-        """Where the views of a step are cut out of their images.
+        """Crop boxes of the views at a step.
 
         Args:
           step: counted from 0 over the whole run.
-          ids: which images, at least one.
+          ids: at least one id.
 
         Returns:
-          Boxes (top, left, height, width), int32 [n, V, 4], and (height, width) of the images,
-          int32 [n, 2], all in pixels.
+          Boxes (top, left, height, width), int32 [n, V, 4], and image sizes (height, width), int32
+          [n, 2], all in pixels.
         """
         seed, flat = self._config.seed, self._views
 
@@ -185,10 +185,10 @@ class HostSource:
     def _read(
         self, steps: Iterator[Step], make: PerImage
     ) -> Iterator[tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], tuple[np.ndarray, ...]]]:
-        """The ids of each step, their labels, and what was made of their images.
+        """Yields for each step its ids, their labels and the results of `make`.
 
-        An image that can't be decoded ends the pipeline with an error; once its substitute is
-        known, a new pipeline goes on with the step that failed.
+        An undecodable image ends the tf.data pipeline with an error. Once its replacement is known,
+        a new pipeline resumes at the step that failed.
         """
         feed = _Feed(steps)
         while (size := feed.next_size()) is not None:
@@ -208,7 +208,7 @@ class HostSource:
                 handles, labels = self.handles(self._source_id[ids])
                 yield np.full(len(ids), step, np.int64), ids.astype(np.int64), handles, labels
 
-        @tf.autograph.experimental.do_not_convert  # nothing to convert, and it takes a while
+        @tf.autograph.experimental.do_not_convert  # slow, and there is nothing to convert
         def image(
             step: tf.Tensor, id: tf.Tensor, handle: tf.Tensor, label: tf.Tensor
         ) -> tuple[tf.Tensor, ...]:
@@ -216,11 +216,11 @@ class HostSource:
             return label, *make(contents, step, id)
 
         options = tf.data.Options()
-        # Images are what is parallel, not the ops of an image.
+        # Parallel over images, not within one.
         options.threading.max_intra_op_parallelism = 1
         options.threading.private_threadpool_size = self._threads
-        kinds = (tf.int64, tf.int64, tf.string, tf.int32)
-        spec = tuple(tf.TensorSpec([size], kind) for kind in kinds)
+        dtypes = (tf.int64, tf.int64, tf.string, tf.int32)
+        spec = tuple(tf.TensorSpec([size], dtype) for dtype in dtypes)
         return (
             tf.data.Dataset.from_generator(arrays, output_signature=spec)
             .unbatch()
@@ -231,37 +231,35 @@ class HostSource:
         )
 
     def _replace_undecodable(self, ids: Int[np.ndarray, " n"]) -> None:
-        """Finds the bad images among some ids' and replaces them, or refuses to go on."""
+        """Finds and replaces the undecodable images of some ids, or raises a UserError."""
         with self._lock:  # training and evaluation may both be reading
             with ThreadPoolExecutor(self._threads) as pool:
                 ids = np.unique(ids)
                 bad = ids[list(pool.map(self._is_undecodable, ids))]
             if len(bad) and self._config.data.on_bad_image == "fatal":
-                more = f" (nor can {len(bad) - 1} more in the same step)" if len(bad) > 1 else ""
+                more = f" (and {len(bad) - 1} more in the same step)" if len(bad) > 1 else ""
                 raise UserError(
-                    f"{self.name(bad[0])} can't be decoded as a JPEG or PNG image"
-                    f"{more}: repair or remove it, or set config.data.on_bad_image to 'skip'."
+                    f"Cannot decode {self.name(bad[0])}{more} as a JPEG or PNG image. "
+                    "Repair or remove it, or set config.data.on_bad_image to 'skip'."
                 )
             for id in bad:
-                if self._is_undecodable(id):  # else it went with the one before
+                if self._is_undecodable(id):  # else replaced with the previous one
                     self._replace(id)
 
     def _replace(self, id: int) -> None:
-        """Lets the next good id stand for a bad one and for the bad ones right after it."""
+        """Replaces a bad id, and the bad ones right after it, by the next good id."""
         run, good = [id], (id + 1) % self.num_examples
         while self._is_undecodable(good):
             if good == id:
                 raise UserError(
-                    f"No image under {self._where} can be decoded: give JPEG or PNG files."
+                    f"Cannot decode any image of {self._where}. Set it to JPEG or PNG files."
                 )
             run.append(good)
             good = (good + 1) % self.num_examples
         good = self._source_id[good]
         for bad in run:
             self.bad.append(self.name(bad))
-            _log.warning(
-                "%s can't be decoded: %s is used in its place.", self.bad[-1], self.name(good)
-            )
+            _log.warning("Cannot decode %s; using %s instead.", self.bad[-1], self.name(good))
             self._source_id[bad] = good
 
     def _is_undecodable(self, id: int) -> bool:
@@ -272,10 +270,10 @@ class HostSource:
         return False
 
     def read(self, id: int) -> bytes:
-        """An image's file.
+        """Reads an image's file.
 
         Raises:
-          UserError: it can't be read.
+          UserError: the file can't be read.
         """
         (handle,), (label,) = self.handles(np.array([id]))
         contents, _ = self.contents(tf.constant(handle), tf.constant(label))
@@ -284,15 +282,15 @@ class HostSource:
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Lets this process keep the memory of images for the next ones, where the C library is glibc.
+    """Makes glibc keep freed memory for the next images instead of returning it to the system.
 
-    An image and its views are some megabytes that are freed as soon as they are used. By default
-    glibc gives them back to the system, which then hands out the same pages anew, cleared: a third
-    of the time of an image. What is kept is some tens of megabytes per thread.
+    An image and its views are several megabytes, freed right after use. By default glibc returns
+    them to the system, which hands out the same pages again, cleared; that is a third of the time
+    per image. The memory kept is some tens of megabytes per thread.
 
     Returns:
-      Whether it was done; False where a variable `MALLOC_...` or `GLIBC_TUNABLES` says that the
-      user has decided, and without glibc.
+      Whether the options were set. False without glibc, and if the user has set an environment
+      variable `MALLOC_...` or `GLIBC_TUNABLES`.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return False
@@ -304,10 +302,10 @@ def keep_freed_memory() -> bool:
 
 
 class _Feed:
-    """Steps on their way through tf.data, kept until they are out of it.
+    """Feeds steps to tf.data and keeps them until their batches come out.
 
     Attributes:
-      pending: steps drawn but not done, the oldest first.
+      pending: steps fed but not done, oldest first.
     """
 
     def __init__(self, steps: Iterator[Step]) -> None:
@@ -318,11 +316,11 @@ class _Feed:
         self._lock = threading.Lock()
 
     def next_size(self) -> int | None:
-        """How many ids the next step has; None at the end. Raises what drawing a step raised."""
+        """Number of ids in the next step; None at the end. Raises errors of the steps' iterator."""
         with self._lock:
             self._reader = None
             if not self.pending:
-                self._draw()
+                self._fetch()
             if self.pending:
                 return len(self.pending[0][1])
             if self._error is not None:
@@ -330,10 +328,9 @@ class _Feed:
             return None
 
     def items(self) -> Iterator[Step]:
-        """Pending steps, then new ones, as long as they have the size of the first.
+        """Yields pending steps, then new ones, while they have the size of the first.
 
-        tf.data calls this in a thread of its own; what an earlier pipeline still asks for after
-        it has failed gets nothing.
+        tf.data calls this in its own thread. A failed pipeline that still iterates gets nothing.
         """
         with self._lock:
             reader = self._reader = object()
@@ -342,7 +339,7 @@ class _Feed:
         while True:
             if not waiting:
                 with self._lock:
-                    if self._reader is not reader or not self._draw():
+                    if self._reader is not reader or not self._fetch():
                         return
                     waiting.append(self.pending[-1])
             step = waiting.popleft()
@@ -351,17 +348,17 @@ class _Feed:
             yield step
 
     def done(self) -> Step:
-        """The oldest step, which is out."""
+        """Removes and returns the oldest step."""
         return self.pending.popleft()
 
-    def _draw(self) -> bool:
+    def _fetch(self) -> bool:
         if self._error is not None:
             return False
         try:
             self.pending.append(next(self._steps))
         except StopIteration:
             return False
-        except Exception as error:  # raised where the steps are consumed, after those before it
+        except Exception as error:  # raised by next_size, after the earlier steps
             self._error = error
             return False
         return True
@@ -372,7 +369,6 @@ def _refuse_affine(config: ConfigDict) -> None:
         for key, value in config.views[name].affine.items():
             if value:
                 raise UserError(
-                    f"config.views.{name}.affine.{key} is {value}, but these images are "
-                    "cropped on the host, where they can't be turned, sheared or shifted: set it "
-                    "to 0."
+                    f"config.views.{name}.affine.{key} is {value}, but crops on the host don't "
+                    "support affine transforms. Set it to 0, or use packed images."
                 )

@@ -1,7 +1,7 @@
-"""Which samples a step sees, and the random keys of what happens to them.
+"""The sample ids of each step, and the random keys of their augmentation.
 
-Both are functions of (seed, step) alone, so a resumed run, another number of devices and another
-number of processes all see the same images, and nothing has to be restored or sought.
+Both are pure functions of (seed, step). A resumed run, or one on a different number of devices or
+processes, sees the same images, and there is no iterator state to restore.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ from jaxtyping import Array, Int, Key
 class Index:
     """The order of a training set: each epoch a permutation, cut into whole batches.
 
-    The N mod B samples at the end of an epoch's permutation are left out of that epoch (others in
-    each epoch): a batch that joined two epochs could hold one image twice, as its own negative.
+    The last N mod B samples of each epoch's permutation are dropped, different ones each epoch: a
+    batch across two epochs could hold the same image twice, as its own negative.
 
     Attributes:
-      num_examples: images in the training set, N.
-      batch_size: images in a step over all processes, B.
-      seed: of the permutations.
+      num_examples: number of images in the training set, N.
+      batch_size: number of images per step over all processes, B.
+      seed: seed of the permutations.
     """
 
     num_examples: int
@@ -32,7 +32,7 @@ class Index:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in an epoch."""
+        """Number of whole batches in an epoch."""
         return self.num_examples // self.batch_size
 
     def ids(self, step: int) -> Int[np.ndarray, " batch"]:
@@ -42,7 +42,7 @@ class Index:
           step: counted from 0 over the whole run.
 
         Returns:
-          Distinct ids of the global batch, int32 [B], in the order of the devices.
+          Distinct ids of the global batch, int32 [B], in device order.
         """
         return self.local_ids(step, np.arange(self.batch_size, dtype=np.int32))
 
@@ -51,10 +51,10 @@ class Index:
 
         Args:
           step: counted from 0 over the whole run.
-          indices: of the global batch that its devices hold, `Spmd.local_indices`.
+          indices: positions in the global batch that its devices hold, `Spmd.local_indices`.
 
         Returns:
-          `ids(step)[indices]`. No more of an epoch's order is kept than these indices of its steps.
+          `ids(step)[indices]`. Only these indices of an epoch's order are cached.
         """
         epoch, position = divmod(step, self.steps_per_epoch)
         return _indices_of_epoch(self, epoch, indices.astype(np.int32).tobytes())[position]
@@ -62,7 +62,7 @@ class Index:
 
 @functools.lru_cache(maxsize=2)
 def _indices_of_epoch(index: Index, epoch: int, indices: bytes) -> Int[np.ndarray, "steps local"]:
-    """The ids of some indices of every batch of an epoch."""
+    """The ids at some indices of every batch of an epoch."""
     order = permutation(index.seed, epoch, index.num_examples)
     whole = index.steps_per_epoch * index.batch_size
     held = np.frombuffer(indices, np.int32)
@@ -74,13 +74,13 @@ def _indices_of_epoch(index: Index, epoch: int, indices: bytes) -> Int[np.ndarra
 def permutation(seed: int, epoch: int, num_examples: int) -> Int[np.ndarray, " n"]:
     """The order of an epoch: the stable argsort of counter-based random bits.
 
-    Philox is a fixed function of its key, so the order is the same on every machine and in every
-    version of NumPy and JAX.
+    Philox is a fixed function of its key, so the order doesn't depend on the machine or on the
+    versions of NumPy and JAX.
 
     Args:
-      seed: of the run.
+      seed: the run's seed.
       epoch: counted from 0.
-      num_examples: how many ids to permute.
+      num_examples: number of ids to permute.
 
     Returns:
       A permutation of range(num_examples), int32.
@@ -91,22 +91,22 @@ def permutation(seed: int, epoch: int, num_examples: int) -> Int[np.ndarray, " n
 
 
 def stream_key(key: Key[Array, ""], name: str, step: int | Array) -> Key[Array, ""]:
-    """The key of a named stream of randomness at a step; the same on every device."""
+    """The key of a named random stream at a step; the same on every device."""
     return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(name.encode())), step)
 
 
 def views_stream(key: Key[Array, ""], step: int | Array) -> Key[Array, ""]:
-    """The key of all views of a step, from the run's key."""
+    """The key of all views at a step, from the run's key."""
     return stream_key(key, "views", step)
 
 
 def view_keys(key: Key[Array, ""], ids: Int[Array, " n"], number: int) -> Key[Array, " n"]:
-    """The keys on which a view of some examples depends, and on nothing else.
+    """The keys that determine one view of some examples.
 
     Args:
-      key: of `views_stream`.
-      ids: of the examples.
-      number: of the view, in the order of `config.flat_views`.
+      key: from `views_stream`.
+      ids: the examples' ids.
+      number: position of the view in `config.flat_views`.
 
     Returns:
       One key per example.
@@ -115,5 +115,5 @@ def view_keys(key: Key[Array, ""], ids: Int[Array, " n"], number: int) -> Key[Ar
 
 
 def example_keys(key: Key[Array, ""], ids: Int[Array, " n"]) -> Key[Array, " n"]:
-    """One key per example from its global id, wherever in the batch or on the mesh it is."""
+    """One key per example from its global id, independent of its place in the batch or mesh."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, ids)

@@ -1,4 +1,4 @@
-"""Which image files a folder holds, and of which classes."""
+"""Lists the image files and classes of a folder."""
 
 import logging
 import os
@@ -12,41 +12,42 @@ _log = logging.getLogger("ssl_jax.data")
 
 
 def list_images(folder: str, key: str) -> tuple[list[str], list[int] | None, tuple[str, ...]]:
-    """The images of a folder, by class in its sub-folders or without labels in itself.
+    """Lists the images of a folder: one subfolder per class, or flat without labels.
 
     Args:
-      folder: to look in; hidden entries are passed over.
-      key: of the config or the command line, for messages.
+      folder: the folder to search; hidden entries are skipped.
+      key: name of the setting that gave the folder, for messages.
 
     Returns:
-      Paths of the files, sorted by class and path, their labels (None where there are no classes)
-      and the names of the classes.
+      File paths, sorted by class and path; their labels, None for a flat folder; class names.
 
     Raises:
-      UserError: no such folder, no images in it or in one of its sub-folders, or images beside
+      UserError: the folder is missing, it or a subfolder has no images, or it has both images and
         class folders.
     """
     if not folder:
-        raise UserError(f"{key} is empty: give the folder of the images by --{key}=FOLDER.")
+        raise UserError(f"{key} is empty. Set it to a folder of images with --{key}=FOLDER.")
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise UserError(f"{key} is {folder}, which is not a folder: give one with images in it.")
+        raise UserError(f"{key} is {folder}, which is not a folder. Set it to a folder of images.")
     flat, folders = _scan(root)
     by_class = {name: _walk(root / name) for name in folders}
     if not flat and not any(by_class.values()):
-        raise UserError(f"{key} is {folder}, which has no images: put .jpg, .jpeg or .png there.")
+        raise UserError(
+            f"{key} is {folder}, which contains no images. Add .jpg, .jpeg or .png files."
+        )
     if flat and not any(by_class.values()):
         return [str(root / name) for name in flat], None, ()
     if flat:
         raise UserError(
-            f"{key} is {folder}, which has both images ({some(flat)}) and folders of images "
-            f"({some(folders)}): move the images into class folders."
+            f"{key} is {folder}, which contains both images ({some(flat)}) and folders of images "
+            f"({some(folders)}). Move the images into class folders."
         )
     empty = [name for name, files in by_class.items() if not files]
     if empty:
         raise UserError(
-            f"{key} is {folder}, where {some(empty)} has no .jpg, .jpeg or .png images: "
-            "remove what is not a class folder."
+            f"{key} is {folder}, where {some(empty)} contains no .jpg, .jpeg or .png images. "
+            "Remove folders that are not classes."
         )
     files = [file for name in folders for file in by_class[name]]
     labels = [label for label, name in enumerate(folders) for _ in by_class[name]]
@@ -54,24 +55,24 @@ def list_images(folder: str, key: str) -> tuple[list[str], list[int] | None, tup
 
 
 def _scan(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the images and of the folders right in a folder, sorted, without hidden ones."""
+    """Sorted names of the images and folders directly in a folder, without hidden ones."""
     with os.scandir(folder) as entries:
         seen = [(entry.name, entry.is_dir()) for entry in entries if entry.name[0] != "."]
     files = sorted(name for name, is_dir in seen if not is_dir)
     images = [name for name in files if name.lower().endswith(_SUFFIXES)]
     if len(images) < len(files):
         others = [name for name in files if not name.lower().endswith(_SUFFIXES)]
-        _log.warning("%s: left out %s, not .jpg, .jpeg or .png.", folder, some(others))
+        _log.warning("%s: skipped %s, not .jpg, .jpeg or .png.", folder, some(others))
     return images, sorted(name for name, is_dir in seen if is_dir)
 
 
 def _walk(folder: Path) -> list[str]:
-    """Paths of the images in a folder and below, sorted."""
+    """Sorted paths of the images in a folder and its subfolders."""
     images, folders = _scan(folder)
     below = [file for name in folders for file in _walk(folder / name)]
     return sorted([str(folder / name) for name in images] + below)
 
 
 def some(names: Sequence[str]) -> str:
-    """The first of some names and how many more there are."""
+    """The first name, and the number of further ones."""
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

@@ -1,4 +1,4 @@
-"""A folder of small images as one file of pixels: held on the devices whole, without TensorFlow."""
+"""Small images packed into one file of pixels, held on the devices; needs no TensorFlow."""
 
 from pathlib import Path
 
@@ -15,23 +15,23 @@ _KEYS = {"images", "labels", "class_names"}
 
 
 def pack(folder: str | Path, out: str | Path) -> int:
-    """Writes the images of a folder into one file for `config.data.name = "packed"`.
+    """Packs the images of a folder into one file for `config.data.name = "packed"`.
 
     Args:
-      folder: with one sub-folder per class, or flat; all images of one size, such as CIFAR's.
+      folder: one subfolder per class, or flat; all images have the same size, such as CIFAR's.
       out: the file to write, an uncompressed `.npz` with "images" uint8 [N, H, W, 3], "labels"
-        int32 [N] (empty where there are no classes) and "class_names".
+        int32 [N] (empty without classes) and "class_names".
 
     Returns:
-      N.
+      The number of images, N.
 
     Raises:
-      UserError: what `list_images` refuses, an image that can't be decoded or is of another size,
-        or a file that can't be written; no file is left then.
+      UserError: as `list_images`, an image can't be decoded or has a different size, or the file
+        can't be written. No file is left behind.
     """
     out = Path(out)
     if out.suffix != ".npz":
-        raise UserError(f"The packed file is to be {out}: give it a name that ends in .npz.")
+        raise UserError(f"The output file is {out}. Give it a name that ends in .npz.")
     files, labels, class_names = list_images(str(folder), "the folder to pack")
     first = _decode(files[0])
     images = np.empty((len(files), *first.shape), np.uint8)
@@ -40,8 +40,8 @@ def pack(folder: str | Path, out: str | Path) -> int:
         if image.shape != first.shape:
             raise UserError(
                 f"{file} has {image.shape[1]}×{image.shape[0]} pixels and {files[0]} has "
-                f"{first.shape[1]}×{first.shape[0]}: only images of one size can be packed; use "
-                "config.data.name 'folder' for others."
+                f"{first.shape[1]}×{first.shape[0]}, but packed images must have the same size. "
+                "Resize them, or set config.data.name to 'folder'."
             )
         row[...] = image
     with asked_for(out) as temporary, temporary.open("wb") as handle:
@@ -55,26 +55,26 @@ def pack(folder: str | Path, out: str | Path) -> int:
 
 
 def packed_sources(config: ConfigDict) -> tuple[ArraySource, ArraySource | None]:
-    """The packed files `config.data.dir` and `config.data.test_dir`.
+    """Loads the packed files `config.data.dir` and `config.data.test_dir`.
 
     Args:
-      config: of the run.
+      config: the run's config.
 
     Returns:
-      The training source and the held-out one, None where `config.data.test_dir` is empty.
+      The training source, and the held-out one or None if `config.data.test_dir` is empty.
 
     Raises:
-      UserError: a file that is missing or not one of `pack`, or classes that differ.
+      UserError: a file is missing or wasn't written by `pack`, or the two have different classes.
     """
     train = _load(config.data.dir, "config.data.dir")
     if not config.data.test_dir:
         return train, None
     test = _load(config.data.test_dir, "config.data.test_dir")
-    # Images without labels may be measured on others that have them.
+    # An encoder trained without labels may be evaluated on labeled images.
     if train.num_classes and train.class_names != test.class_names:
         raise UserError(
             f"config.data.dir ({config.data.dir}) and config.data.test_dir "
-            f"({config.data.test_dir}) have other classes: pack two splits of one data set."
+            f"({config.data.test_dir}) have different classes. Pack two splits of one data set."
         )
     return train, test
 
@@ -82,21 +82,22 @@ def packed_sources(config: ConfigDict) -> tuple[ArraySource, ArraySource | None]
 def _load(path: str, key: str) -> ArraySource:
     if not path:
         raise UserError(
-            f"{key} is empty: give the file that `ssl-jax data pack FOLDER FILE.npz` has made."
+            f"{key} is empty. Set it to a file written by `ssl-jax data pack FOLDER FILE.npz`."
         )
     try:
         with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as arrays:
             if set(arrays.files) != _KEYS:
-                raise ValueError("other arrays")
+                raise ValueError("unexpected arrays")
             images, labels, names = (arrays[k] for k in ("images", "labels", "class_names"))
     except FileNotFoundError as error:
         raise UserError(
-            f"{key} is {path}, where there is no file: `ssl-jax data pack FOLDER {path}` makes it."
+            f"{key} is {path}, which doesn't exist. "
+            f"Write it with `ssl-jax data pack FOLDER {path}`."
         ) from error
     except Exception as error:  # a corrupt file fails in many ways
         raise UserError(
-            f"{key} is {path}, which is no packed file, or a corrupt one: "
-            "`ssl-jax data pack FOLDER FILE.npz` makes one of a folder of images."
+            f"{key} is {path}, which is corrupt or not a packed file. Write it with `ssl-jax data "
+            f"pack FOLDER {path}`."
         ) from error
     return ArraySource(images, labels if len(labels) else None, [str(name) for name in names])
 
@@ -105,5 +106,5 @@ def _decode(file: str) -> np.ndarray:
     try:
         with Image.open(file) as image:
             return np.asarray(image.convert("RGB"))
-    except Exception as error:  # Pillow's decoders raise what they like
-        raise UserError(f"{file} can't be decoded: remove or replace it.") from error
+    except Exception as error:  # Pillow's decoders raise many types
+        raise UserError(f"Cannot decode {file}. Remove or replace it.") from error

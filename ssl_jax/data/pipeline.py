@@ -1,4 +1,4 @@
-"""From a source to batches on the devices, ahead of the step that needs them."""
+"""Prefetches batches onto the devices, and augments them there."""
 
 import queue
 import threading
@@ -19,21 +19,21 @@ from ssl_jax.data.index import Index, view_keys
 from ssl_jax.data.sources import Source
 from ssl_jax.errors import UserError
 
-_DEPTH = 1  # batches that wait on the devices, beside the one in use and the one being placed
+_DEPTH = 1  # batches waiting on the devices, besides the one in use and the one being placed
 
 
 def make_augment_fn(
     config: ConfigDict,
 ) -> Callable[[dict[str, Any], dict[str, Array], Array], dict[str, Any]]:
-    """The device's half of the input: crops of device_data images, then colour.
+    """Makes the device half of the input: crops of device_data images, then color.
 
     Args:
-      config: of the run; its views are the augmentation.
+      config: the run's config, whose views define the augmentation.
 
     Returns:
       A function (batch from the source, device data, the step's `views_stream`) -> the batch with
       "views", a tuple of float32 [n, H, W, 3]. An example's pixels depend only on the key and its
-      id, not on its position in the batch or on the mesh.
+      id, not on its position in the batch or mesh.
     """
     views = flat_views(config)
 
@@ -55,7 +55,7 @@ def make_augment_fn(
 
 
 def unnormalised(config: ConfigDict) -> ConfigDict:
-    """A copy of a config whose views stay in [0, 1], to be looked at."""
+    """A copy of a config whose views stay in [0, 1], for display."""
     plain = ConfigDict(config.to_dict())
     for name in plain.views:
         plain.views[name].mean = plain.views[name].std = ()
@@ -63,16 +63,16 @@ def unnormalised(config: ConfigDict) -> ConfigDict:
 
 
 def prepare_clean(images: Array, config: ConfigDict) -> Float[Array, "n size size 3"]:
-    """Images for evaluation, in [0, 1], normalised as in training.
+    """Prepares images for evaluation: center crop, resize, normalize as in training.
 
-    Images that are not of the first view's size are cropped to the central square of
-    `config.eval.crop_fraction` of the shorter side and resized; those of that size are taken as
-    they are (host sources make them so; small images such as CIFAR's are not cropped). Larger
-    ones are averaged or sampled as in training, see `device_crop.antialiased`.
+    Images of a size other than the first view's are cropped to a central square, whose side is
+    `config.eval.crop_fraction` of their shorter side, and resized. Images of that size stay as they
+    are: host sources have cropped them already, and small images such as CIFAR's are not cropped.
+    Downsizing uses antialiasing if training does, see `device_crop.antialiased`.
 
     Args:
       images: uint8, or floats in [0, 1], [n, H, W, 3].
-      config: of the run.
+      config: the run's config.
 
     Returns:
       float32 [n, size, size, 3].
@@ -82,7 +82,7 @@ def prepare_clean(images: Array, config: ConfigDict) -> Float[Array, "n size siz
     x = images
     if (height, width) != (view.size, view.size):
         side = max(1, round(config.eval.crop_fraction * min(height, width)))
-        # As `views.center_crop` cuts it out of an image file.
+        # The box of `views.center_crop`.
         top, left = (height - side + 1) // 2, (width - side + 1) // 2
         x = x[:, top : top + side, left : left + side]
     x = resize_images(x, view.size, config.eval.interpolation, antialiased(view))
@@ -93,17 +93,17 @@ def prepare_clean(images: Array, config: ConfigDict) -> Float[Array, "n size siz
 
 
 class Prefetcher:
-    """Draws batches in a thread of its own and places them on the devices ahead of time.
+    """Reads batches in a background thread and places them on the devices ahead of time.
 
     Attributes:
-      wait_seconds: how long the consumer has waited for data so far.
+      wait_seconds: total time that `next` has waited for data.
     """
 
     def __init__(
         self,
         source: Source,
         index: Index,
-        rows: Int[np.ndarray, " local"],
+        indices: Int[np.ndarray, " local"],
         place: Callable[[Any], Any],
         first_step: int,
         last_step: int,
@@ -112,15 +112,15 @@ class Prefetcher:
         """Starts reading.
 
         Args:
-          source: of the images.
-          index: which ids a step needs.
-          rows: of the global batch that this process's devices hold.
+          source: the source of the images.
+          index: the sample ids of each step.
+          indices: positions in the global batch that this process's devices hold.
           place: puts a host batch on the devices.
-          first_step: to read, counted over the whole run.
-          last_step: where to stop, not read itself.
-          timeout_s: seconds that `next` waits at most; 0: for ever.
+          first_step: first step to read, counted over the whole run.
+          last_step: the step after the last one to read.
+          timeout_s: maximum time that `next` waits, in seconds; 0 for no limit.
         """
-        steps = ((step, index.local_ids(step, rows)) for step in range(first_step, last_step))
+        steps = ((step, index.local_ids(step, indices)) for step in range(first_step, last_step))
         self.wait_seconds, self._timeout_s = 0.0, timeout_s
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=_DEPTH)
         self._stopped = threading.Event()
@@ -135,7 +135,7 @@ class Prefetcher:
                 if not self._put(place(batch)):
                     return
             self._put(RuntimeError("the source ended before the last step"))
-        except BaseException as error:  # the consumer raises it, in the main thread
+        except BaseException as error:  # `next` raises it in the main thread
             self._put(error)
 
     def _put(self, item: Any) -> bool:
@@ -148,19 +148,19 @@ class Prefetcher:
         return False
 
     def next(self) -> Any:
-        """The next batch, on the devices; raises what the reading raised.
+        """Returns the next batch, on the devices; raises errors of the background thread.
 
         Raises:
-          UserError: none has come for `timeout_s` seconds.
+          UserError: no batch within `timeout_s` seconds.
         """
         start = time.perf_counter()
         try:
             item = self._queue.get(timeout=self._timeout_s or None)
         except queue.Empty:
             raise UserError(
-                f"No images have come for {self._timeout_s:g} seconds (config.data.timeout_s): see "
-                "whether the file system that holds them answers; the same command continues from "
-                "the newest checkpoint."
+                f"Data loader timed out: no batch for {self._timeout_s:g} s "
+                "(config.data.timeout_s). Check the file system, then rerun the same command to "
+                "resume."
             ) from None
         self.wait_seconds += time.perf_counter() - start
         if isinstance(item, BaseException):

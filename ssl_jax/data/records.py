@@ -196,7 +196,7 @@ def _read_index(folder: str, key: str) -> dict[str, Any]:
                     raise ValueError("unexpected arrays")
                 return dict(arrays)
     except Exception as error:  # a corrupt file fails in many ways
-        raise UserError(f"{path} is corrupt: convert the images anew.") from error
+        raise UserError(f"{path} is corrupt. Convert the images again.") from error
 
 
 def _default_shards(files: Sequence[str]) -> int:
@@ -219,13 +219,11 @@ def _read_file(path: str) -> bytes:
         with open(path, "rb") as handle:
             return handle.read()
     except OSError as error:
-        raise UserError(
-            f"{path} can't be read ({error.strerror}): remove or replace it."
-        ) from error
+        raise UserError(f"Cannot read {path} ({error.strerror}). Remove or replace it.") from error
 
 
 def _write_arrays(path: str, **arrays: np.ndarray) -> None:
-    """Writes an uncompressed `.npz`, whole or not at all."""
+    """Writes an uncompressed `.npz` atomically."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     temporary = path + ".tmp"

@@ -1,8 +1,8 @@
-"""Where images and labels come from.
+"""Sources of images and labels.
 
-Every source answers by sample id, so the order of a run is the index's business alone. An array
-source is held on the devices whole and needs neither a host pipeline nor TensorFlow; a host source
-decodes and crops, and hands over uint8 views.
+Every source is read by sample id; only `data.index` determines a run's order. An array source is
+held whole on the devices and needs neither a host pipeline nor TensorFlow; a host source decodes
+and crops image files and yields uint8 views.
 """
 
 import queue
@@ -26,17 +26,16 @@ from ssl_jax.errors import UserError
 
 
 class Source(Protocol):
-    """A split of a data set, ids 0 … N-1.
+    """A split of a data set with ids 0 … N-1.
 
     Attributes:
-      num_examples: N.
-      num_classes: how many classes the labels tell apart; 0 without labels.
-      labels: class of each id, int32 [N]; None where there are none. Those of records on disk are
-        read when they are first asked for.
-      class_names: of the labels.
-      bad: names of the images that could not be read so far and were replaced.
-      fingerprint: changes when the images' order, number or labels do; a run continues on the
-        same data only.
+      num_examples: number of images, N.
+      num_classes: number of classes; 0 without labels.
+      labels: class of each id, int32 [N]; None without labels. TFDS labels are read on first use.
+      class_names: names of the classes, in the order of the labels.
+      bad: names of the undecodable images found so far and replaced.
+      fingerprint: changes with the order, number or labels of the images; a run resumes only with
+        the same fingerprint.
     """
 
     num_examples: int
@@ -51,7 +50,7 @@ class Source(Protocol):
         ...
 
     def device_data(self) -> dict[str, np.ndarray]:
-        """Arrays to place whole on every device: {"image": uint8 [N, H, W, 3]}, or {}."""
+        """Arrays to copy whole to every device: {"image": uint8 [N, H, W, 3]}, or {}."""
         ...
 
     def batches(self, steps: Iterator[tuple[int, np.ndarray]]) -> Iterator[dict[str, Any]]:
@@ -61,18 +60,18 @@ class Source(Protocol):
           steps: pairs of a step and the ids, int32 [n], that this process needs for it.
 
         Yields:
-          {"id": int32 [n]}, with "label" int32 [n] where there are labels and, from a host source,
-          "views": a tuple of uint8 [n, H, W, 3] in the order of `config.flat_views`.
+          "id" int32 [n]; "label" int32 [n] if there are labels; from a host source also "views", a
+          tuple of uint8 [n, H, W, 3] in the order of `config.flat_views`.
         """
         ...
 
     def eval_transform(self, ids: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "n h w 3"]:
-        """The images of some ids without augmentation, prepared as for evaluation."""
+        """Unaugmented images for evaluation."""
         ...
 
 
 class Subset:
-    """Some of a source's images, under ids of their own, 0 … n-1."""
+    """A subset of a source's images, renumbered 0 … n-1."""
 
     def __init__(self, source: Source, ids: Int[np.ndarray, " n"]) -> None:
         self._source, self._ids = source, np.asarray(ids, np.int32)
@@ -80,44 +79,44 @@ class Subset:
         self.num_classes, self.class_names = source.num_classes, source.class_names
         self.bad = source.bad
         checksum = zlib.crc32(self._ids.tobytes())
-        self.fingerprint = f"{source.fingerprint}; {len(ids)} of them, checksum {checksum:08x}"
+        self.fingerprint = f"{source.fingerprint}; subset of {len(ids)}, checksum {checksum:08x}"
 
     @property
     def labels(self) -> np.ndarray | None:
-        """Of these images."""
+        """Class of each image of the subset; None without labels."""
         labels = self._source.labels
         return None if labels is None else labels[self._ids]
 
     def device_data(self) -> dict[str, np.ndarray]:
-        """The images alone, where the source holds its images on the devices."""
+        """The subset's images, if the source keeps its images on the devices."""
         return {name: array[self._ids] for name, array in self._source.device_data().items()}
 
     def batches(self, steps: Iterator[tuple[int, np.ndarray]]) -> Iterator[dict[str, Any]]:
-        """The source's batches of these images, renumbered."""
-        asked: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+        """The source's batches of these images, with the subset's ids."""
+        pending: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
 
         def in_source() -> Iterator[tuple[int, np.ndarray]]:
             for step, ids in steps:
-                asked.put(ids)
+                pending.put(ids)
                 yield step, self._ids[ids]
 
         for batch in self._source.batches(in_source()):
-            yield {**batch, "id": asked.get()}
+            yield {**batch, "id": pending.get()}
 
     def eval_transform(self, ids: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "n h w 3"]:
-        """As the source's."""
+        """Unaugmented images for evaluation, as the source's."""
         return self._source.eval_transform(self._ids[np.asarray(ids)])
 
 
 def stratified_subset(
     labels: Int[np.ndarray, " n"], share: float, seed: int = 0
 ) -> Int[np.ndarray, " kept"]:
-    """A share of the images with as many of each class, at least one.
+    """Samples a share of the images, with the same number of each class and at least one.
 
     Args:
-      labels: of all images.
-      share: of them, above 0 and at most 1; of a class that has too few, all.
-      seed: of the draw. A larger share of the same seed holds the smaller.
+      labels: class of each image.
+      share: share of all images, above 0 and at most 1; classes with too few images are used whole.
+      seed: sampling seed. With the same seed, a larger share contains the smaller one.
 
     Returns:
       Ids, ascending.
@@ -125,40 +124,40 @@ def stratified_subset(
     classes = np.unique(labels)
     each = max(1, round(share * len(labels) / len(classes)))
     generators = (np.random.default_rng([seed, int(c)]) for c in classes)
-    drawn = [
+    ids = [
         generator.permutation(np.flatnonzero(labels == c))[:each]
         for c, generator in zip(classes, generators, strict=True)
     ]
-    return np.sort(np.concatenate(drawn)).astype(np.int32)
+    return np.sort(np.concatenate(ids)).astype(np.int32)
 
 
 def held_out_ids(
     labels: Int[np.ndarray, " n"] | None, count: int, share: float
 ) -> Int[np.ndarray, " held"]:
-    """A share of each class's images, always the same ones; no class is held out whole.
+    """Samples a fixed share of each class, but never a whole class.
 
     Args:
-      labels: of all images, None where there are none: all count as one class.
-      count: of the images.
-      share: of them.
+      labels: class of each image; None counts as a single class.
+      count: number of images.
+      share: share of each class to hold out.
 
     Returns:
       Ids, ascending.
     """
     classes = np.zeros(count, np.int32) if labels is None else labels
-    drawn = []
+    ids = []
     for label in np.unique(classes):
         members = np.flatnonzero(classes == label)
         held = min(round(share * len(members)), len(members) - 1)
-        drawn.append(np.random.default_rng([0, abs(int(label))]).permutation(members)[:held])
-    return np.sort(np.concatenate(drawn)).astype(np.int32)
+        ids.append(np.random.default_rng([0, abs(int(label))]).permutation(members)[:held])
+    return np.sort(np.concatenate(ids)).astype(np.int32)
 
 
 def digits(config: ConfigDict) -> tuple[Source, Source]:
-    """scikit-learn's 1,797 scans of handwritten digits, 8×8, split by class with a fixed seed.
+    """scikit-learn's 1,797 scans of handwritten digits, 8×8, in a fixed stratified split.
 
-    The split does not depend on `config.seed`, so that runs with different seeds are compared on
-    the same held-out images.
+    The split doesn't depend on `config.seed`: runs with different seeds are compared on the same
+    held-out images.
     """
     data = load_digits()
     gray = np.round(data.images * (255 / 16)).astype(np.uint8)
@@ -177,17 +176,17 @@ def digits(config: ConfigDict) -> tuple[Source, Source]:
 
 
 def make_sources(config: ConfigDict) -> tuple[Source, Source | None]:
-    """The training and the held-out split that a config names.
+    """Opens the training and held-out splits of a config.
 
     Args:
-      config: of the run.
+      config: the run's config.
 
     Returns:
-      The training source (of `config.data.subset`, that share of it), and the one to evaluate on,
-      None where there is none.
+      The training source, reduced to the share `config.data.subset`, and the source to evaluate on
+      or None.
 
     Raises:
-      UserError: an unknown name, a missing or empty folder or file.
+      UserError: an unknown name, or a missing or empty folder or file.
     """
     train, test = _named_sources(config)
     share = config.data.validation
@@ -196,8 +195,8 @@ def make_sources(config: ConfigDict) -> tuple[Source, Source | None]:
         rest = np.setdiff1d(np.arange(train.num_examples), held)
         if not len(held):
             raise UserError(
-                f"config.data.validation={share:g} of {train.num_examples} training images holds "
-                "none out: take a larger share."
+                f"config.data.validation={share:g} holds out none of {train.num_examples} training "
+                "images. Increase it."
             )
         train, test = Subset(train, rest), Subset(train, held)
     share, seed = config.data.subset, config.data.subset_seed

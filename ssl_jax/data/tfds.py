@@ -1,4 +1,4 @@
-"""Data sets that TensorFlow Datasets has prepared, as ArrayRecord or TFRecord, read by id."""
+"""Data sets prepared by TensorFlow Datasets as ArrayRecord or TFRecord files, read by id."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _READERS = 16  # parallel reads, which hide the latency of a disk or a bucket
 
 
 def tfds_sources(config: ConfigDict) -> tuple[TfdsSource, TfdsSource | None]:
-    """The splits `config.data.split` and `config.data.test_split` of `config.data.dataset`.
+    """Opens the splits `config.data.split` and `config.data.test_split` of `config.data.dataset`.
 
     Args:
-      config: of the run.
+      config: the run's config.
 
     Returns:
-      The training source and the held-out one, None where `config.data.test_split` is empty.
+      The training source, and the held-out one or None if `config.data.test_split` is empty.
 
     Raises:
-      UserError: a data set that is unknown or not prepared, a split or feature that it hasn't, or a
-        view that can't be made on the host.
+      UserError: an unknown or unprepared data set, an unknown split or feature, or a view that
+        can't be made on the host.
     """
     builder = _builder(config)
     train = TfdsSource(config, builder, "split")
@@ -42,41 +42,41 @@ def tfds_sources(config: ConfigDict) -> tuple[TfdsSource, TfdsSource | None]:
 
 
 class TfdsSource(HostSource):
-    """A split, ids in the order of its files.
+    """A split of a data set; ids follow the order of its files.
 
-    Of ArrayRecord files the number of a record is enough to read it; of TFRecord files the records'
-    places are read first, which touches their headers alone.
+    ArrayRecord files are read by record number. TFRecord files have no index, so the headers of all
+    records are read first, without their contents.
     """
 
     def __init__(self, config: ConfigDict, builder: tfds.core.DatasetBuilder, key: str) -> None:
-        """Opens the files; no image is read.
+        """Locates the records; reads no image.
 
         Args:
-          config: of the run.
-          builder: of the data set.
-          key: which of `config.data` names the split: "split" or "test_split".
+          config: the run's config.
+          builder: the data set's builder.
+          key: the key of `config.data` that names the split, "split" or "test_split".
 
         Raises:
-          UserError: no such split or feature, missing files, or a view that can't be made on the
+          UserError: an unknown split or feature, missing files, or a view that can't be made on the
             host.
         """
         name, split = config.data.dataset, config.data[key]
         self._features, label = _features(builder, config)
         instructions = _instructions(builder, split, f"config.data.{key}")
         self._examples = _open(builder, instructions)
-        described = f"{builder.info.full_name} {split}".encode()
+        full_name = f"{builder.info.full_name} {split}".encode()
         where = f"config.data.dataset ({name}, split {split})"
-        super().__init__(config, where, len(self._examples), described)
+        super().__init__(config, where, len(self._examples), full_name)
         self._image, self._label = config.data.image_key, config.data.label_key if label else ""
         self.num_classes = label.num_classes if label else 0
         self.class_names = tuple(label.names) if label else ()
 
     def handles(self, ids: Int[np.ndarray, " n"]) -> tuple[Sequence[bytes], Int[np.ndarray, " n"]]:
-        """The serialised examples; their labels are in them."""
+        """Serialized examples; the labels are inside them and not yet known."""
         return self._examples[ids], np.full(len(ids), -1, np.int32)
 
     def contents(self, handle: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """The image's file and its label out of a serialised example."""
+        """Parses a serialized example into the image's file and its label."""
         decoders = {self._image: tfds.decode.SkipDecoding()}
         example = self._features.deserialize_example(handle, decoders=decoders)
         if self._label:
@@ -84,7 +84,7 @@ class TfdsSource(HostSource):
         return example[self._image], label
 
     def name(self, id: int) -> str:
-        """The number of the example in the split."""
+        """The example's number and split."""
         return f"Example {id} of {self._where}"
 
 
@@ -95,7 +95,7 @@ class _TFRecords:
         """Reads the header of each record, to find out where it starts.
 
         Args:
-          instructions: of TFDS: the files and the range of their records to use.
+          instructions: TFDS's file instructions: files, and ranges of their records.
         """
         self._paths = [os.fspath(instruction.filename) for instruction in instructions]
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="tfrecord")
@@ -125,7 +125,7 @@ def _places(instruction: Any) -> Int[np.ndarray, "records 2"]:
 
 
 def _read_range(path: str, offset: int, length: int) -> bytes:
-    """Some bytes of a local file or of one in a bucket; thread-safe.
+    """Reads a range of bytes from a local file or a bucket; thread-safe.
 
     Raises:
       UserError: the file can't be read or is too short.
@@ -157,25 +157,27 @@ def _read_range(path: str, offset: int, length: int) -> bytes:
 def _builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
     name, folder = config.data.dataset, config.data.dir or None
     if not name:
-        raise UserError("config.data.dataset is empty: name one of TFDS, such as imagenet2012.")
-    if re.match(r"[^:]*:[^\d*]", name):  # what follows a colon otherwise is a version
         raise UserError(
-            f"config.data.dataset is '{name}', one of a community's, which TFDS would fetch by "
-            "itself: give the name of one that is prepared here, and set config.data.dir to the "
-            "folder that holds it."
+            "config.data.dataset is empty. Set it to a TFDS data set, such as imagenet2012."
+        )
+    if re.match(r"[^:]*:[^\d*]", name):  # a colon before a digit or * starts a version
+        raise UserError(
+            f"config.data.dataset is '{name}', a community data set, which TFDS would download. "
+            "Set it to a data set that is already prepared, and config.data.dir to the folder that "
+            "contains it."
         )
     try:
         builder = tfds.builder(name, data_dir=folder, try_gcs=False)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise UserError(
-            f"config.data.dataset is '{name}', which TFDS doesn't know"
-            + (f" and {folder} doesn't hold" if folder else "")
+            f"config.data.dataset is '{name}', which is not in TFDS"
+            + (f" or {folder}" if folder else "")
             + f".{did_you_mean(name, tfds.list_builders(with_community_datasets=False))}"
         ) from error
     if not builder.is_prepared():
         raise UserError(
-            f"{builder.info.full_name} is not prepared in {builder.data_dir}: run `tfds build "
-            f"{name}` once, or set config.data.dir to the folder that holds it."
+            f"{builder.info.full_name} is not prepared in {builder.data_dir}. Run `tfds build "
+            f"{name}` once, or set config.data.dir to the folder that contains it."
         )
     return builder
 
@@ -183,32 +185,32 @@ def _builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
 def _features(
     builder: tfds.core.DatasetBuilder, config: ConfigDict
 ) -> tuple[tfds.features.FeaturesDict, tfds.features.ClassLabel | None]:
-    """The features that are read, and that of the label, None where there is none."""
+    """The features to read, and the label's feature or None."""
     have, image, label = builder.info.features, config.data.image_key, config.data.label_key
     if image not in have or not isinstance(have[image], tfds.features.Image):
         images = [key for key, value in have.items() if isinstance(value, tfds.features.Image)]
         raise UserError(
-            f"config.data.image_key is '{image}', which is no image feature of {builder.name}."
-            + (did_you_mean(image, images) if images else " It has none.")
+            f"config.data.image_key is '{image}', which is not an image feature of {builder.name}."
+            + (did_you_mean(image, images) if images else " It has no image features.")
         )
     if not label:
         return tfds.features.FeaturesDict({image: have[image]}), None
     if label not in have or not isinstance(have[label], tfds.features.ClassLabel):
         labels = [k for k, value in have.items() if isinstance(value, tfds.features.ClassLabel)]
         raise UserError(
-            f"config.data.label_key is '{label}', which is no class label of {builder.name}."
-            + (did_you_mean(label, labels) if labels else " Set it to '', for there is none.")
+            f"config.data.label_key is '{label}', which is not a class label of {builder.name}."
+            + (did_you_mean(label, labels) if labels else " It has no class labels; set it to ''.")
         )
     return tfds.features.FeaturesDict({key: have[key] for key in (image, label)}), have[label]
 
 
 def _instructions(builder: tfds.core.DatasetBuilder, split: str, key: str) -> Sequence[Any]:
-    """Which records of which files a split is; slices such as train[:10%] included."""
+    """The files and record ranges of a split, or of a slice such as train[:10%]."""
     try:
         return builder.info.splits[split].file_instructions
     except (KeyError, ValueError) as error:
         raise UserError(
-            f"{key} is '{split}', which {builder.name} doesn't have."
+            f"{key} is '{split}', which is not a split of {builder.name}."
             f"{did_you_mean(split, builder.info.splits)}"
         ) from error
 

@@ -1,11 +1,11 @@
-"""Geometry on the host: decoding, random crops and resizing of single images, as TensorFlow ops.
+"""Geometry on the host: decodes, crops and resizes single images, as TensorFlow ops.
 
-A crop is a function of (seed, step, sample id, number of the view) and of the file alone, so that
-threads, processes, the split of a batch and a resumed run change no pixel. Colours are the device's
-business, and so is the flip, see `ssl_jax.data.augment`.
+A crop depends only on the file and on (seed, step, sample id, view number): threads, processes,
+batch splits and resuming change no pixel. Color and flip are applied on the device, see
+`ssl_jax.data.augment`.
 
-An image is decoded whole, once for all its views: the views of an image cover most of it between
-them, and a file cut short has to show whatever the crops are.
+An image is decoded whole, once for all its views: together they cover most of it, and a truncated
+file must be detected whatever the crops are.
 """
 
 from __future__ import annotations
@@ -38,40 +38,40 @@ Scalar: TypeAlias = 'Int[tf.Tensor, ""]'
 
 
 def decode(contents: tf.Tensor) -> Image:
-    """An image file's pixels as RGB.
+    """Decodes an image file to RGB.
 
-    Gray becomes three equal channels; palettes and CMYK are converted; alpha is dropped, as PIL's
-    `convert("RGB")` drops it; of 16 bits the upper 8 are kept. The orientation that cameras write
-    into EXIF is ignored, as it is by the official codes.
+    Grayscale becomes three equal channels; palettes and CMYK are converted; alpha is dropped, as by
+    PIL's `convert("RGB")`; 16-bit values keep their upper 8 bits. The EXIF orientation is ignored,
+    as in the official codebases.
 
     Args:
-      contents: of a JPEG or PNG file, a scalar string; its first bytes tell which.
+      contents: bytes of a JPEG or PNG file, a scalar string.
 
     Returns:
       uint8 [height, width, 3].
 
     Raises:
-      tf.errors.InvalidArgumentError: not a whole image, such as a file cut short by one byte.
+      tf.errors.InvalidArgumentError: not a complete image, even if only the last byte is missing.
     """
-    # The op reads PNG too. This is the DCT of PIL; the default is another one on some machines.
+    # The op reads PNG too. This is PIL's DCT; the default depends on the machine.
     image = tf.io.decode_jpeg(contents, channels=3, dct_method="INTEGER_ACCURATE")
-    # And it gives some other formats, in a file of a wrong name, one dimension more.
+    # It also reads other formats, such as WebP, with one more dimension.
     return tf.ensure_shape(image, [None, None, 3])
 
 
 def image_seed(seed: int, step: Scalar, id: Scalar) -> Seed:
-    """The seed of an image's geometry at a step, another one for each (seed, step, id).
+    """The seed of an image's geometry, unique per (seed, step, id).
 
-    Philox scrambles what it is given, so the numbers themselves do: folding them in one after the
-    other takes TensorFlow longer than cutting out and resizing a view.
+    Philox scrambles its key, so the packed numbers suffice: folding them in one by one takes
+    TensorFlow longer than cropping and resizing a view.
 
     Args:
-      seed: of the run, below 2**33.
+      seed: the run's seed, below 2**33.
       step: counted from 0 over the whole run, below 2**31.
-      id: of the sample, below 2**31.
+      id: sample id, below 2**31.
 
     Returns:
-      int64 [2]: seed and step, id; the lower 16 bits of the second are zero, for `draw_boxes`.
+      int64 [2]: seed and step; id, shifted left by 16 bits that `draw_boxes` uses.
     """
     high = (seed << 31) % 2**64
     run = tf.constant(high - 2**64 if high >= 2**63 else high, tf.int64)
@@ -80,15 +80,15 @@ def image_seed(seed: int, step: Scalar, id: Scalar) -> Seed:
 
 
 def make_views(image: Image, seed: Seed, views: Sequence[ConfigDict]) -> tuple[View, ...]:
-    """The geometry of all views of one image: random crops, resized to the views' sizes.
+    """Makes all views of one image: random crops, resized to the views' sizes.
 
-    A box is cut out before it is resized, so pixels outside it never count. Values are rounded to
-    the nearest of 0 … 255, where a bicubic overshoot is clipped.
+    Boxes are cropped before resizing, so pixels outside never contribute. Values are rounded to
+    0 … 255; bicubic overshoot is clipped.
 
     Args:
-      image: uint8.
-      seed: of `image_seed`.
-      views: configs of the views, as `config.flat_views` gives them.
+      image: uint8 [height, width, 3].
+      seed: from `image_seed`.
+      views: the views' configs, from `config.flat_views`.
 
     Returns:
       One uint8 [size, size, 3] per view.
@@ -99,11 +99,11 @@ def make_views(image: Image, seed: Seed, views: Sequence[ConfigDict]) -> tuple[V
     smooth = {i: view for i, view in enumerate(views) if antialiased(view)}
     made: dict[int, View] = {}
     if smooth:
-        draw, resize_specs = _NumpyBoxes(views), [_how(view) for view in smooth.values()]
+        sample, resize_specs = _NumpyBoxes(views), [_resize_spec(v) for v in smooth.values()]
 
-        # Boxes and all: what such a call costs is a good part of a view.
+        # Draws the boxes too: each call of a NumPy function takes a good part of a view's time.
         def crop(image: np.ndarray, seed: np.ndarray) -> list[np.ndarray]:
-            boxes = draw(np.array(image.shape[:2]), seed)
+            boxes = sample(np.array(image.shape[:2]), seed)
             return _by_pillow(image, boxes[list(smooth)], resize_specs)
 
         made.update(zip(smooth, _call(crop, [image, seed], resize_specs), strict=True))
@@ -116,16 +116,16 @@ def make_views(image: Image, seed: Seed, views: Sequence[ConfigDict]) -> tuple[V
 
 
 def draw_boxes(size: Int[tf.Tensor, "2"], seed: Seed, views: Sequence[ConfigDict]) -> Boxes:
-    """Draws where the views of one image are cut out of it.
+    """Samples the crop boxes of one image's views.
 
     Args:
-      size: height and width of the image, pixels.
-      seed: of `image_seed`.
-      views: configs of the views. The sampler of a crop is "torchvision" (RandomResizedCrop: ten
-        tries of a uniform area and log-uniform aspect, else the centre), "tf"
+      size: image height and width in pixels.
+      seed: from `image_seed`.
+      views: the views' configs. The sampler of a crop is "torchvision" (RandomResizedCrop: ten
+        tries of a uniform area and log-uniform aspect ratio, else a center crop), "tf"
         (`tf.image.sample_distorted_bounding_box` with SimCLR's arguments, else the whole image),
-        "byol" (one draw of a uniform area and log-uniform aspect, its sides cut to the image's), or
-        "none" (the whole image).
+        "byol" (one sample of a uniform area and log-uniform aspect ratio, clipped to the image's
+        sides), or "none" (the whole image).
 
     Returns:
       int32 [V, 4]: top, left, height, width.
@@ -138,7 +138,7 @@ def draw_boxes(size: Int[tf.Tensor, "2"], seed: Seed, views: Sequence[ConfigDict
     by_tensorflow = [i for i, view in enumerate(views) if view.crop.sampler == "tf"]
     boxes: dict[int, tf.Tensor] = {}
     if len(by_tensorflow) < len(views):
-        # NumPy draws all of them in the time of a few of TensorFlow's ops.
+        # NumPy samples all of them in the time of a few TensorFlow ops.
         drawn = tf.numpy_function(_NumpyBoxes(views), [size, seed], tf.int32, stateful=False)
         drawn = tf.ensure_shape(drawn, [len(views), 4])
         if not by_tensorflow:
@@ -150,14 +150,14 @@ def draw_boxes(size: Int[tf.Tensor, "2"], seed: Seed, views: Sequence[ConfigDict
 
 
 def center_crop(image: Image, view: ConfigDict, crop_fraction: float, interpolation: str) -> View:
-    """An image as it is evaluated: its central square, resized.
+    """Crops an image for evaluation: its central square, resized.
 
-    This is SimCLR's and BYOL's evaluation; torchvision's "resize 256, crop 224" is a fraction of
-    .875 too, apart from the pixels at the border.
+    This is SimCLR's and BYOL's evaluation. torchvision's "resize 256, crop 224" is also a fraction
+    of 0.875 and differs only at the border pixels.
 
     Args:
-      image: uint8.
-      view: config of the view whose size, and way to make images smaller, are taken.
+      image: uint8 [height, width, 3].
+      view: config of the view that sets the size and whether to antialias.
       crop_fraction: side of the square as a fraction of the image's shorter side.
       interpolation: "bilinear" or "bicubic".
 
@@ -170,8 +170,8 @@ def center_crop(image: Image, view: ConfigDict, crop_fraction: float, interpolat
     box = tf.stack([(height - side + 1) // 2, (width - side + 1) // 2, side, side])
     if not antialiased(view):
         return _by_tensorflow(image, box, view.size, interpolation)
-    how = (view.size, interpolation)
-    return _call(functools.partial(_by_pillow, resize_specs=[how]), [image, box[None]], [how])[0]
+    spec = (view.size, interpolation)
+    return _call(functools.partial(_by_pillow, resize_specs=[spec]), [image, box[None]], [spec])[0]
 
 
 def _tf_box(seed: Seed, size: Int[tf.Tensor, "2"], crop: ConfigDict) -> Int[tf.Tensor, "4"]:
@@ -188,13 +188,13 @@ def _tf_box(seed: Seed, size: Int[tf.Tensor, "2"], crop: ConfigDict) -> Int[tf.T
 
 
 class _NumpyBoxes:
-    """Draws boxes of all samplers but "tf", whose rows are left zero.
+    """Samples boxes for all samplers but "tf"; rows of "tf" views are arbitrary.
 
-    A view's numbers depend on its own place among the views alone.
+    A view's random numbers depend only on its position among the views.
     """
 
     def __init__(self, views: Sequence[ConfigDict]) -> None:
-        # Out of the ConfigDicts, which are slow to read.
+        # Copied, because ConfigDicts are slow to read.
         crops = [view.crop for view in views]
         self._samplers = [crop.sampler for crop in crops]
         self._areas = np.array([crop.area for crop in crops]).T[..., None]
@@ -232,7 +232,7 @@ class _NumpyBoxes:
     def _sides(
         self, uniforms: Float[np.ndarray, "views 2*tries"], pixels: int
     ) -> tuple[Float[np.ndarray, "views tries"], Float[np.ndarray, "views tries"]]:
-        """Heights and widths of boxes with a uniform area and a log-uniform aspect, w / h."""
+        """Heights and widths of boxes with uniform area and log-uniform aspect ratio, w / h."""
         for_area, for_aspect = np.split(uniforms, 2, axis=1)
         (low, high), (log_low, log_high) = self._areas, self._log_aspects
         area = pixels * (low + (high - low) * for_area)
@@ -240,12 +240,12 @@ class _NumpyBoxes:
         return np.round(np.sqrt(area / aspect)), np.round(np.sqrt(area * aspect))
 
 
-def _how(view: ConfigDict) -> tuple[int, str]:
+def _resize_spec(view: ConfigDict) -> tuple[int, str]:
     return view.size, view.crop.interpolation
 
 
 def _by_tensorflow(image: Image, box: Int[tf.Tensor, "4"], size: int, interpolation: str) -> View:
-    """Cuts a box out and samples it, without averaging over what an output pixel covers."""
+    """Crops a box and resizes it without antialiasing."""
     cut = tf.slice(image, tf.concat([box[:2], [0]], axis=0), tf.concat([box[2:], [3]], axis=0))
     resized = tf.image.resize(cut, (size, size), interpolation)
     return tf.saturate_cast(tf.round(resized), tf.uint8)
@@ -256,9 +256,9 @@ def _by_pillow(
     boxes: Int[np.ndarray, "n 4"],
     resize_specs: Sequence[tuple[int, str]],
 ) -> list[UInt8[np.ndarray, "size size 3"]]:
-    """Cuts boxes out and resizes them with antialiasing.
+    """Crops boxes and resizes them with antialiasing.
 
-    It is what torchvision runs, and takes a third of the time of TensorFlow's own op.
+    This is the code torchvision runs; it takes a third of the time of TensorFlow's op.
     """
     whole = PIL.Image.fromarray(image)
     views = []
@@ -274,9 +274,10 @@ def _call(
     arguments: Sequence[tf.Tensor],
     resize_specs: Sequence[tuple[int, str]],
 ) -> list[View]:
-    """Views that a function of arrays makes, as an op."""
+    """Wraps a NumPy function that makes views as a TensorFlow op."""
     made = tf.numpy_function(function, arguments, [tf.uint8] * len(resize_specs), stateful=False)
-    views = tf.nest.flatten(made)  # one may come bare
+    views = tf.nest.flatten(made)  # a single output isn't in a list
     return [
-        tf.ensure_shape(v, [how[0], how[0], 3]) for v, how in zip(views, resize_specs, strict=True)
+        tf.ensure_shape(view, [size, size, 3])
+        for view, (size, _) in zip(views, resize_specs, strict=True)
     ]

@@ -1,6 +1,6 @@
-"""SimCLR's TensorFlow checkpoints, of its first and its second code, as arrays in order.
+"""Reads TensorFlow checkpoints of SimCLR's v1 and v2 codebases into ssl_jax's parameter trees.
 
-Only the tensors are read; no graph is loaded or run.
+Only tensors are read; no graph is loaded or run.
 """
 
 import re
@@ -20,14 +20,14 @@ Arrays = Mapping[str, np.ndarray]
 
 _GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 _BATCH_NORM = ("gamma", "beta", "moving_mean", "moving_variance")
-# Of the second code's blocks, in the order in which the first code made them.
+# Parts of v2 blocks, in the order in which v1 creates their variables.
 _PARTS = (
     *("initial_conv_relu_max_pool", "block_groups", "projection_layers", "shortcut_layers"),
     *("conv2d_bn_layers", "conv_relu_dropblock_layers"),
-    # Of a selective kernel.
+    # Selective kernels.
     *("conv2d_fixed_padding", "batch_norm_relu", "conv2d_0", "batch_norm_relu_1", "conv2d_1"),
 )
-# All names on the way to a weight of the second code.
+# All attribute names on the path to a v2 weight.
 _ATTRIBUTES = {
     *("model", "resnet_model", "layers", "conv2d", "bn", "kernel", "bias", *_BATCH_NORM, *_PARTS),
     *("_projection_head", "linear_layers", "dense", "bn_relu", "supervised_head", "linear_layer"),
@@ -35,10 +35,10 @@ _ATTRIBUTES = {
 
 
 def checkpoint_prefix(path: Path) -> Path | None:
-    """The common beginning of a checkpoint's files; None if there is no checkpoint.
+    """The common prefix of a checkpoint's files, or None if there is no checkpoint.
 
     Args:
-      path: that beginning, one of the files, or the folder of a saved model.
+      path: the prefix, its .index file, or the folder of a saved model.
     """
     candidates = [path, path.with_suffix("") if path.suffix == ".index" else path]
     candidates += [path / "variables" / "variables", path / "saved_model/variables/variables"]
@@ -46,7 +46,7 @@ def checkpoint_prefix(path: Path) -> Path | None:
 
 
 def read_checkpoint(prefix: Path) -> dict[str, np.ndarray]:
-    """The variables of a checkpoint by name, without optimiser's slots.
+    """Reads the variables of a checkpoint by name, without optimizer slots.
 
     Raises:
       UserError: TensorFlow isn't installed, or the files can't be read.
@@ -61,16 +61,16 @@ def read_checkpoint(prefix: Path) -> dict[str, np.ndarray]:
             names = {name: name for name in shapes if not name.endswith("Momentum")}
         found = {name: np.asarray(reader.get_tensor(key)) for name, key in names.items()}
         return {name: value for name, value in found.items() if value.dtype.kind not in "OS"}
-    except Exception as error:  # TensorFlow's, protobuf's, and of a corrupt graph of objects
-        told = first_line(error)[:200]
-        raise UserError(f"{prefix} can't be read ({told}): fetch its files anew.") from error
+    except Exception as error:  # TensorFlow's, protobuf's, and those of a corrupt object graph
+        reason = first_line(error)[:200]
+        raise UserError(f"Cannot read {prefix} ({reason}). Download its files again.") from error
 
 
 def _paths(serialized: bytes) -> dict[str, str]:
-    """Of an object-based checkpoint the variables' keys, by their places in the network.
+    """Keys of an object-based checkpoint's variables, by their paths in the network.
 
-    A variable's key is the shortest way to it, which may be a list of all variables; its place is
-    found by following the attributes that the official code's modules have.
+    A variable's key is the shortest path to it, which may lead through a list of all variables. Its
+    path in the network is found by following the attributes of the official modules.
     """
     graph = trackable_object_graph_pb2.TrackableObjectGraph.FromString(serialized)
     found: dict[str, str] = {}
@@ -90,14 +90,14 @@ def _paths(serialized: bytes) -> dict[str, str]:
 
 
 def _in_order(names: Iterable[str], prefix: str) -> tuple[list[str], list[str]]:
-    """Convolutions' kernels and the BatchNorms below a prefix, in the order of the network.
+    """Convolution kernels and BatchNorms below a prefix, in network order.
 
     Args:
-      names: of all variables.
-      prefix: of the network's.
+      names: names of all variables.
+      prefix: prefix of the network's variables.
 
     Returns:
-      Names of kernels; names of BatchNorms, without the variable.
+      Names of kernels; names of BatchNorms without the variable.
     """
     below = [name for name in names if name.startswith(prefix)]
     kernels = sorted((n for n in below if n.endswith("/kernel")), key=_order)
@@ -106,7 +106,7 @@ def _in_order(names: Iterable[str], prefix: str) -> tuple[list[str], list[str]]:
 
 
 def _order(name: str) -> list[Any]:
-    """Of the first code by the numbers of layers, of the second by the structure of blocks."""
+    """Sort key of a variable: its layer number in v1, its place in the blocks in v2."""
     if "/block_groups/" not in name and "/initial_conv" not in name:
         found = re.search(r"_(\d+)(?:/\w+)?$", name)
         return [int(found[1]) if found else 0]
@@ -120,23 +120,23 @@ def _order(name: str) -> list[Any]:
 
 
 def read_simclr(variables: Arrays, path: Path) -> Found:
-    """The networks of SimCLR's first code, whose layers are numbered, or its second's, by modules.
+    """Builds the encoder and projector from variables of SimCLR v1 (numbered) or v2 (by module).
 
     Args:
-      variables: of `read_checkpoint`.
-      path: told in errors.
+      variables: from `read_checkpoint`.
+      path: the checkpoint's path, for messages.
 
     Raises:
-      UserError: they are no ResNet that is known here.
+      UserError: the variables don't match a supported ResNet.
     """
-    second = any(name.startswith("model/resnet_model/") for name in variables)
-    base = "model/resnet_model/" if second else "base_model/"
+    is_v2 = any(name.startswith("model/resnet_model/") for name in variables)
+    base = "model/resnet_model/" if is_v2 else "base_model/"
     kernels, norms = _in_order(variables, base)
     shape = _simclr_shape(len(kernels), variables[kernels[0]].shape if kernels else ())
     if shape is None:
         raise UserError(
-            f"{path} has {len(kernels)} convolutions in {base}, which no ResNet of SimCLR's has "
-            "that is known here."
+            f"{path} has {len(kernels)} convolutions in {base}, which matches no ResNet of SimCLR. "
+            "Give a checkpoint of the official code."
         )
     params: dict[str, np.ndarray] = {}
     stats: dict[str, np.ndarray] = {}
@@ -144,7 +144,10 @@ def read_simclr(variables: Arrays, path: Path) -> Found:
     for place, name in zip(convs, kernels, strict=True):
         params[f"{place}/kernel"] = np.asarray(variables[name], np.float32)
     if len(norms) != len(batch_norms):
-        raise UserError(f"{path} has {len(norms)} BatchNorms in {base}, not {len(batch_norms)}.")
+        raise UserError(
+            f"{path} has {len(norms)} BatchNorms in {base} instead of {len(batch_norms)}. Give a "
+            "checkpoint of the official code."
+        )
     for place, name in zip(batch_norms, norms, strict=True):
         _batch_norm(variables, name, place, params, stats)
     found = Found(
@@ -152,7 +155,7 @@ def read_simclr(variables: Arrays, path: Path) -> Found:
         {"encoder": unflatten_dict(params, sep="/")},
         {"encoder": unflatten_dict(stats, sep="/")},
     )
-    head = "model/_projection_head/linear_layers/" if second else "head_contrastive/nl_"
+    head = "model/_projection_head/linear_layers/" if is_v2 else "head_contrastive/nl_"
     layers: dict[str, np.ndarray] = {}
     layer_stats: dict[str, np.ndarray] = {}
     for number in range(1, 9):
@@ -178,15 +181,15 @@ def _batch_norm(
     params: dict[str, np.ndarray],
     stats: dict[str, np.ndarray],
 ) -> None:
-    ours = {"gamma": (params, "scale"), "beta": (params, "bias")}
-    ours |= {"moving_mean": (stats, "mean"), "moving_variance": (stats, "var")}
-    for theirs, (tree, leaf) in ours.items():
-        if f"{name}/{theirs}" in variables:
-            tree[f"{place}/{leaf}"] = np.asarray(variables[f"{name}/{theirs}"], np.float32)
+    leaves = {"gamma": (params, "scale"), "beta": (params, "bias")}
+    leaves |= {"moving_mean": (stats, "mean"), "moving_variance": (stats, "var")}
+    for variable, (tree, leaf) in leaves.items():
+        if f"{name}/{variable}" in variables:
+            tree[f"{place}/{leaf}"] = np.asarray(variables[f"{name}/{variable}"], np.float32)
 
 
 def _simclr_shape(count: int, first: tuple[int, ...]) -> tuple[int, bool, str] | None:
-    """Depth, selective kernels and stem, by the number of convolutions and the first kernel."""
+    """Depth, selective kernels and stem, from the number of convolutions and the first kernel."""
     for depth in STAGES:
         for sk in (False, True):
             for stem in ("imagenet", "cifar"):
@@ -198,7 +201,7 @@ def _simclr_shape(count: int, first: tuple[int, ...]) -> tuple[int, bool, str] |
 
 
 def _places(depth: int, sk: bool, stem: str) -> tuple[list[str], list[str]]:
-    """Convolutions and BatchNorms in the order in which SimCLR's code makes them."""
+    """ssl_jax's convolutions and BatchNorms in the order in which SimCLR's code creates them."""
     count = 3 if sk and stem == "imagenet" else 1
     convs = [f"stem/conv{i}" for i in range(1, count + 1)]
     norms = [f"stem/bn{i}" for i in range(1, count + 1)]

@@ -59,14 +59,14 @@ def test_a_flat_folder_has_no_labels(tmp_path):
     assert "label" not in read(source, [(0, [2, 0])])[0]
 
 
-def test_files_that_are_left_out_are_told(tmp_path, caplog):
+def test_files_of_other_types_are_skipped_with_a_warning(tmp_path, caplog):
     fill(tmp_path, per_class=1)
     (tmp_path / "cat" / "a.webp").write_bytes(b"")
     (tmp_path / "cat" / "b.txt").write_text("")
     with caplog.at_level(logging.WARNING, "ssl_jax.data"):
         source_of(tmp_path)
     assert caplog.messages == [
-        f"{tmp_path / 'cat'}: left out a.webp and 1 more, not .jpg, .jpeg or .png."
+        f"{tmp_path / 'cat'}: skipped a.webp and 1 more, not .jpg, .jpeg or .png."
     ]
 
 
@@ -95,13 +95,16 @@ def a_file(root):
     [
         (lambda root: root.rmdir(), "config.data.dir is {}, which is not a folder"),
         (a_file, "config.data.dir is {}, which is not a folder"),
-        (lambda root: None, "config.data.dir is {}, which has no images"),
-        (no_images, "config.data.dir is {}, which has no images"),
-        (images_beside_classes, "config.data.dir is {}, which has both images (stray.png) and"),
-        (empty_class, "config.data.dir is {}, where ant has no .jpg, .jpeg or .png images"),
+        (lambda root: None, "config.data.dir is {}, which contains no images"),
+        (no_images, "config.data.dir is {}, which contains no images"),
+        (
+            images_beside_classes,
+            "config.data.dir is {}, which contains both images (stray.png) and",
+        ),
+        (empty_class, "config.data.dir is {}, where ant contains no .jpg, .jpeg or .png images"),
     ],
 )
-def test_bad_folders_are_refused(tmp_path, make, message):
+def test_bad_folders_raise_single_line_user_errors(tmp_path, make, message):
     root = tmp_path / "images"
     root.mkdir()
     make(root)
@@ -111,12 +114,12 @@ def test_bad_folders_are_refused(tmp_path, make, message):
     assert str(caught.value).count("\n") == 0
 
 
-def test_no_folder_at_all_is_refused():
+def test_empty_data_dir_raises_user_error():
     with pytest.raises(UserError, match="config.data.dir is empty"):
         make_sources(config_of(""))
 
 
-def test_held_out_folder(tmp_path):
+def test_test_dir_is_the_held_out_source(tmp_path):
     fill(tmp_path / "train")
     fill(tmp_path / "test", per_class=1)
     c = config_of(tmp_path / "train", test_dir=str(tmp_path / "test"))
@@ -129,22 +132,22 @@ def test_held_out_folder(tmp_path):
         make_sources(c)
 
 
-def test_classes_of_both_folders_must_agree(tmp_path):
+def test_different_class_folders_in_dir_and_test_dir_raise_user_error(tmp_path):
     fill(tmp_path / "train")
     fill(tmp_path / "test", classes=("cat", "dog"))
-    with pytest.raises(UserError, match="must have the same class folders.*has emu: add or remove"):
+    with pytest.raises(UserError, match="Only one of .* contains emu. Give both the same class"):
         make_sources(config_of(tmp_path / "train", test_dir=str(tmp_path / "test")))
     flat = tmp_path / "flat"
     flat.mkdir()
     picture(0, (0, 0, 0)).save(flat / "0.png")
-    with pytest.raises(UserError, match="has cat and 2 more: add or remove"):
+    with pytest.raises(UserError, match="Only one of .* contains cat and 2 more. Give both"):
         make_sources(config_of(tmp_path / "train", test_dir=str(flat)))
 
 
-def test_affine_views_are_refused(tmp_path):
+def test_affine_views_raise_user_error(tmp_path):
     c = config_of(fill(tmp_path))
     c.views.a.affine.shear = 5.0
-    with pytest.raises(UserError, match="config.views.a.affine.shear is 5.0, .* set it to 0"):
+    with pytest.raises(UserError, match="config.views.a.affine.shear is 5.0, .* Set it to 0"):
         make_sources(c)
 
 
@@ -168,7 +171,7 @@ def test_batches_hold_ids_labels_and_views_in_order(tmp_path):
             np.testing.assert_allclose(view.mean(axis=(1, 2)), expected, atol=30)
 
 
-def test_pixels_do_not_depend_on_threads_split_order_or_resume(tmp_path):
+def test_pixels_are_independent_of_threads_splits_order_and_resume(tmp_path):
     fill(tmp_path)
     index = Index(num_examples=12, batch_size=6, seed=1)
     steps = [(step, index.ids(step)) for step in range(5)]
@@ -188,7 +191,7 @@ def test_pixels_do_not_depend_on_threads_split_order_or_resume(tmp_path):
     assert again.items() <= whole.items() and len(again) == 2 * 6 * 3
 
 
-def test_a_view_is_that_of_the_files_pixels(tmp_path):
+def test_views_equal_make_views_of_the_files_pixels(tmp_path):
     from ssl_jax.data import views
 
     fill(tmp_path)
@@ -201,7 +204,7 @@ def test_a_view_is_that_of_the_files_pixels(tmp_path):
         np.testing.assert_array_equal(got[0], one)
 
 
-def test_steps_may_differ_in_size(tmp_path):
+def test_steps_of_different_sizes_are_read(tmp_path):
     source = source_of(fill(tmp_path))
     steps = [(0, [1, 2]), (1, [3, 4]), (2, [5]), (3, [6, 7, 8]), (4, [9, 10, 11])]
     batches = read(source, steps)
@@ -209,7 +212,7 @@ def test_steps_may_differ_in_size(tmp_path):
     assert read(source, []) == []
 
 
-def test_an_error_of_the_steps_is_raised_after_those_before_it(tmp_path):
+def test_error_in_the_steps_iterator_is_raised_after_the_earlier_batches(tmp_path):
     def steps():
         yield 0, np.array([0, 1])
         yield 1, np.array([2, 3])
@@ -222,7 +225,7 @@ def test_an_error_of_the_steps_is_raised_after_those_before_it(tmp_path):
         next(batches)
 
 
-def test_steps_are_read_little_ahead_and_reading_can_be_left(tmp_path):
+def test_few_steps_are_read_ahead_and_closing_stops_reading(tmp_path):
     drawn = []
 
     def steps():
@@ -243,8 +246,8 @@ def test_steps_are_read_little_ahead_and_reading_can_be_left(tmp_path):
     assert len(drawn) == left_at
 
 
-def test_four_processes_read_each_image_once_with_the_same_pixels(tmp_path):
-    """Each reads its share of the steps, in a process of its own."""
+def test_four_processes_read_disjoint_shares_with_the_pixels_of_one(tmp_path):
+    """Each process reads its share of the steps."""
     images = fill(tmp_path / "images")
     code = """
 import sys, numpy as np
@@ -278,7 +281,7 @@ np.savez(f"{sys.argv[3]}/{process}.npz", id=[batch["id"] for batch in read],
 # Evaluation
 
 
-def test_clean_images_do_not_depend_on_company(tmp_path):
+def test_eval_transform_is_independent_of_the_other_ids(tmp_path):
     from ssl_jax.data import views
 
     fill(tmp_path)
@@ -308,32 +311,32 @@ def spoil(file, how):
 
 
 @pytest.mark.parametrize("how", ["text", "empty", "truncated"])
-def test_fatal_names_the_file(tmp_path, how):
+def test_undecodable_image_is_fatal_and_named(tmp_path, how):
     fill(tmp_path)
     spoil(tmp_path / "dog" / "1.png", how)
     source = source_of(tmp_path)
     batches = source.batches(iter([(0, np.array([0, 4])), (1, np.array([6, 5]))]))
     assert next(batches)["id"].tolist() == [0, 4]
-    with pytest.raises(UserError, match="dog/1.png can't be decoded .* config.data.on_bad_image"):
+    with pytest.raises(UserError, match="Cannot decode .*dog/1.png .* config.data.on_bad_image"):
         next(batches)
-    with pytest.raises(UserError, match="dog/1.png can't be decoded"):
+    with pytest.raises(UserError, match="Cannot decode .*dog/1.png as a JPEG or PNG"):
         source.eval_transform([4, 5])
     assert source.bad == []
 
 
-def test_fatal_counts_the_others(tmp_path):
+def test_fatal_error_counts_other_bad_images_of_the_step(tmp_path):
     fill(tmp_path)
     for name in ("dog/3.png", "dog/1.png", "emu/0.png"):
         spoil(tmp_path / name, "text")
-    with pytest.raises(UserError, match=r"dog/1.png can't .* \(nor can 2 more in the same step\)"):
+    with pytest.raises(UserError, match=r"decode .*dog/1.png \(and 2 more in the same step\) as"):
         read(source_of(tmp_path), [(0, range(12))])
 
 
-def test_skip_puts_the_next_good_image_in_its_place(tmp_path, caplog):
+def test_skip_replaces_a_bad_image_by_the_next_good_one(tmp_path, caplog):
     fill(tmp_path)
-    spoil(tmp_path / "cat" / "3.png", "truncated")  # the next one is of another class
+    spoil(tmp_path / "cat" / "3.png", "truncated")  # the next one has a different label
     spoil(tmp_path / "emu" / "2.png", "empty")
-    spoil(tmp_path / "emu" / "3.png", "text")  # after the last id comes the first
+    spoil(tmp_path / "emu" / "3.png", "text")  # the first id follows the last
     source = source_of(tmp_path, on_bad_image="skip")
     steps = [(0, [0, 1]), (1, [2, 3]), (2, [10, 4]), (3, [11, 3]), (4, [10, 11])]
     with caplog.at_level(logging.WARNING, "ssl_jax.data"):
@@ -345,16 +348,16 @@ def test_skip_puts_the_next_good_image_in_its_place(tmp_path, caplog):
     assert source.bad == bad
     good = [str(tmp_path / name) for name in ("dog/0.png", "cat/0.png", "cat/0.png")]
     assert caplog.messages == [
-        f"{a} can't be decoded: {b} is used in its place." for a, b in zip(bad, good, strict=True)
+        f"Cannot decode {a}; using {b} instead." for a, b in zip(bad, good, strict=True)
     ]
     clean = source.eval_transform(np.arange(12))
     np.testing.assert_array_equal(clean[[3, 10, 11]], clean[[4, 0, 0]])
     np.testing.assert_array_equal(source.labels, [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 0, 0])
-    # The place in the order, and with it the crop, stays its own.
+    # The id stays, and with it the crop.
     assert batches[4]["views"][0][0].tobytes() != batches[4]["views"][0][1].tobytes()
 
 
-def test_skip_does_not_depend_on_what_was_read_before(tmp_path):
+def test_replacements_are_independent_of_earlier_reads(tmp_path):
     fill(tmp_path)
     for name in ("cat/3.png", "dog/0.png", "emu/3.png"):
         spoil(tmp_path / name, "text")
@@ -369,36 +372,36 @@ def test_skip_does_not_depend_on_what_was_read_before(tmp_path):
     assert resumed.items() <= whole.items()
 
 
-def test_a_bad_image_may_be_found_by_another_reader(tmp_path):
+def test_bad_image_found_by_a_concurrent_reader_is_listed_once(tmp_path):
     fill(tmp_path)
     spoil(tmp_path / "cat" / "2.png", "text")
     source = source_of(tmp_path, on_bad_image="skip")
     batches = source.batches(iter([(0, np.array([0, 1])), (1, np.array([2, 3]))]))
     next(batches)
-    time.sleep(0.3)  # the second step is on its way
+    time.sleep(0.3)  # the second step is being read
     source.eval_transform([2])
     assert next(batches)["id"].tolist() == [2, 3]
     assert source.bad == [str(tmp_path / "cat" / "2.png")]
 
 
-def test_nothing_but_bad_images_is_refused(tmp_path):
+def test_only_undecodable_images_raise_user_error(tmp_path):
     fill(tmp_path, per_class=1)
     for file in tmp_path.glob("*/*.png"):
         file.write_bytes(b"")
-    with pytest.raises(UserError, match="No image under config.data.dir .* can be decoded"):
+    with pytest.raises(UserError, match="Cannot decode any image of config.data.dir"):
         source_of(tmp_path, on_bad_image="skip").eval_transform([1])
 
 
 @pytest.mark.parametrize("on_bad_image", ["fatal", "skip"])
-def test_a_file_that_went_away_is_never_skipped(tmp_path, on_bad_image):
+def test_missing_file_raises_user_error_and_is_never_skipped(tmp_path, on_bad_image):
     fill(tmp_path)
     source = source_of(tmp_path, on_bad_image=on_bad_image)
     (tmp_path / "dog" / "2.png").unlink()
-    with pytest.raises(UserError, match="dog/2.png can't be read .*No such file"):
+    with pytest.raises(UserError, match="Cannot read .*dog/2.png .*No such file"):
         read(source, [(0, [5, 6])])
 
 
-def test_other_errors_are_not_taken_for_a_bad_image(tmp_path, monkeypatch):
+def test_other_tensorflow_errors_are_not_taken_for_bad_images(tmp_path, monkeypatch):
     def broken(image, seed, views):
         return (tf.reshape(image, [7]),)
 
@@ -412,7 +415,7 @@ def test_other_errors_are_not_taken_for_a_bad_image(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"there are no photographs in {PHOTOS}")
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_photographs_look_as_pil_crops_them(interpolation):
+def test_crops_of_photographs_equal_pils(interpolation):
     c = config_of(PHOTOS)
     crop = dict(sampler="torchvision", interpolation=interpolation)
     c.views = {"a": config.view(count=2, crop=crop)}
@@ -432,7 +435,7 @@ def test_photographs_look_as_pil_crops_them(interpolation):
             np.testing.assert_array_equal(view[i], cropped.resize((224, 224), method))
 
 
-# TensorFlow stays where it is needed
+# TensorFlow is loaded only where it is needed
 
 
 def python(code, **environment):
@@ -458,11 +461,11 @@ def test_imports_and_array_sources_load_no_tensorflow_and_set_no_variables():
     assert done.returncode == 0, done.stderr
 
 
-def test_tensorflow_is_quiet_and_keeps_off_the_gpu(tmp_path):
+def test_tensorflow_logs_nothing_and_uses_no_gpu(tmp_path):
     fill(tmp_path)
     spoil(tmp_path / "cat" / "0.png", "truncated")
     code = (
-        "import jax\n"  # which comes first in a run, and sets the level of TensorFlow's log
+        "import jax\n"  # imported first in a run; sets TensorFlow's log level
         "from ssl_jax.config import default_config\n"
         "from ssl_jax.data.sources import make_sources\n"
         "c = default_config()\n"
@@ -475,12 +478,12 @@ def test_tensorflow_is_quiet_and_keeps_off_the_gpu(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
-        f"{tmp_path}/cat/0.png can't be decoded: {tmp_path}/cat/1.png is used in its place."
+        f"Cannot decode {tmp_path}/cat/0.png; using {tmp_path}/cat/1.png instead."
     ]
 
 
-def test_missing_tensorflow_says_what_to_install(tmp_path, monkeypatch):
+def test_missing_tensorflow_error_names_the_extra_to_install(tmp_path, monkeypatch):
     load_tensorflow.cache_clear()
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(UserError, match=r"pip install .* '\.\[data\]'"):
-        make_sources(config_of(tmp_path))
+        make_sources(config_of(fill(tmp_path)))

@@ -1,4 +1,4 @@
-"""What all sources on disk share; what they read is tested with each of them."""
+"""Memory settings of host sources; their reading is tested per source."""
 
 import ctypes
 import platform
@@ -20,12 +20,12 @@ def undecided(monkeypatch):
             monkeypatch.delenv(name)
 
 
-@pytest.mark.skipif(not GLIBC, reason="it is glibc's allocator that is told")
-def test_memory_that_is_freed_is_used_again(undecided):
+@pytest.mark.skipif(not GLIBC, reason="the options are glibc's")
+def test_freed_memory_is_reused_without_page_faults(undecided):
     assert keep_freed_memory()
 
     def faults():
-        """Pages that the system has to hand out for some megabytes, ten times over."""
+        """Page faults while allocating 30 MiB ten times."""
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(10):
             [np.ones(5 * 2**20, np.uint8) for _ in range(6)]
@@ -36,11 +36,11 @@ def test_memory_that_is_freed_is_used_again(undecided):
     assert faults() < pages / 10
 
 
-def test_the_users_decision_stands(undecided, monkeypatch):
+def test_users_malloc_variables_are_respected(undecided, monkeypatch):
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
     assert not keep_freed_memory()
 
 
-def test_other_c_libraries_are_left_alone(undecided, monkeypatch):
+def test_other_c_libraries_are_left_unchanged(undecided, monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     assert not keep_freed_memory()

@@ -1,4 +1,4 @@
-"""The thread that reads ahead: what it raises is raised, and a silence is told."""
+"""The prefetcher: errors of its thread are raised, and timeouts are reported."""
 
 import threading
 
@@ -12,7 +12,7 @@ from ssl_jax.errors import UserError
 
 
 class Stalled:
-    """A source whose storage no longer answers after some batches, until it is told to."""
+    """A source that stops responding, or raises, after some batches."""
 
     def __init__(self, after, error=None):
         self.source, self.after, self.error = random_source(), after, error
@@ -33,17 +33,17 @@ def reading(source, timeout_s):
     )
 
 
-def test_a_storage_that_no_longer_answers_stops_the_run_in_one_sentence():
+def test_stalled_source_raises_user_error_after_the_timeout():
     source = Stalled(2)
     with reading(source, timeout_s=300) as batches:
         batches.next(), batches.next()
-        batches._timeout_s = 0.3  # a busy machine may take longer for those that do come
-        with pytest.raises(UserError, match=r"No images have come for 0.3 seconds .*timeout_s"):
+        batches._timeout_s = 0.3  # a busy machine may need longer for the first ones
+        with pytest.raises(UserError, match=r"timed out: no batch for 0.3 s .*timeout_s"):
             batches.next()
         source.answers.set()
 
 
-def test_without_a_limit_it_is_waited_for(monkeypatch):
+def test_zero_timeout_waits_for_a_stalled_source(monkeypatch):
     source = Stalled(2)
     with reading(source, timeout_s=0) as batches:
         batches.next(), batches.next()
@@ -58,7 +58,7 @@ def test_without_a_limit_it_is_waited_for(monkeypatch):
     assert batches.wait_seconds - waited > 0.29
 
 
-def test_what_the_reading_raises_is_raised_where_batches_are_taken():
+def test_errors_of_the_reading_thread_are_raised_by_next():
     with reading(Stalled(1, OSError(5, "Input/output error")), timeout_s=10) as batches:
         batches.next()
         with pytest.raises(OSError, match="Input/output error"):

@@ -7,19 +7,19 @@ from ssl_jax.data.sources import Subset, held_out_ids, make_sources, stratified_
 from ssl_jax.errors import UserError
 
 
-def test_a_share_has_as_many_of_each_class_and_depends_on_the_seed_alone():
+def test_stratified_subset_is_balanced_and_depends_only_on_the_seed():
     labels = np.random.default_rng(0).choice(4, size=400, p=[0.4, 0.3, 0.2, 0.1])
     ids = stratified_subset(labels, 0.1)
     assert (np.bincount(labels[ids]) == 10).all()
     assert (ids == stratified_subset(labels, 0.1)).all() and (np.diff(ids) > 0).all()
     assert set(ids) <= set(stratified_subset(labels, 0.2))
     assert set(ids) != set(stratified_subset(labels, 0.1, seed=1))
-    # Of a class with too few all are there, and of each at least one.
+    # Too small classes are used whole, and every class has at least one image.
     assert np.bincount(labels[stratified_subset(labels, 0.6)]).min() == np.bincount(labels).min()
     assert (np.bincount(labels[stratified_subset(labels, 1e-6)]) == 1).all()
 
 
-def test_what_is_held_out_is_a_share_of_each_class_and_never_all_of_one():
+def test_held_out_ids_are_a_share_of_each_class_and_never_a_whole_class():
     labels = np.repeat([0, 1, 2, -1], [100, 21, 1, 10])
     ids = held_out_ids(labels, len(labels), 0.1)
     assert np.bincount(labels[ids] + 1).tolist() == [1, 10, 2]
@@ -27,7 +27,7 @@ def test_what_is_held_out_is_a_share_of_each_class_and_never_all_of_one():
     assert len(held_out_ids(None, 50, 0.1)) == 5
 
 
-def test_settings_are_chosen_on_training_images_that_no_subset_holds():
+def test_validation_images_are_disjoint_from_every_training_subset():
     config = default_config()
     config.data.validation = 0.2
     train, held = make_sources(config)
@@ -39,11 +39,11 @@ def test_settings_are_chosen_on_training_images_that_no_subset_holds():
     few, same = make_sources(config)
     assert same.fingerprint == held.fingerprint and few.num_examples == 110
     config.data.validation = 1e-9
-    with pytest.raises(UserError, match="config.data.validation=1e-09 of 1347 .* holds none out"):
+    with pytest.raises(UserError, match="config.data.validation=1e-09 holds out none of 1347"):
         make_sources(config)
 
 
-def test_a_subset_is_a_source_of_its_own():
+def test_subset_renumbers_the_images_of_its_source():
     source = random_source()
     subset = Subset(source, np.array([5, 9, 40]))
     assert subset.num_examples == 3 and subset.num_classes == source.num_classes
@@ -55,7 +55,7 @@ def test_a_subset_is_a_source_of_its_own():
     assert subset.fingerprint != Subset(source, np.array([5, 9, 41])).fingerprint
 
 
-def test_files_of_a_subset_are_read_by_their_own_ids(tmp_path):
+def test_subset_of_a_folder_reads_its_own_files(tmp_path):
     from images import fill
 
     fill(tmp_path / "images", per_class=8)
@@ -76,7 +76,7 @@ def test_files_of_a_subset_are_read_by_their_own_ids(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.0, 1.5])
-def test_a_share_that_is_none_is_refused(share):
+def test_subset_share_out_of_range_raises_user_error(share):
     config = tiny_config()
     config.data.subset = share
     with pytest.raises(UserError, match="config.data.subset is .* above 0 and at most 1"):

@@ -1,4 +1,4 @@
-"""Real TFDS builds, made by the tests, as the data sets that users have prepared."""
+"""Real TFDS builds, made by the tests, as users prepare them."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ FORMATS = ["array_record", "tfrecord"]
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """The images, and by format the folder of a build of them."""
+    """A folder of images, and of one TFDS build of them per file format."""
     root = tmp_path_factory.mktemp("tfds")
     images = fill(root / "images")
     for file_format in FORMATS:
@@ -30,14 +30,14 @@ def config_for(folder, **data):
 
 
 def matched(source, images):
-    """For each id, the id in the folder of the same file; TFDS shuffles the examples."""
+    """Maps each id to the folder's id of the same file; TFDS shuffles the examples."""
     files = sorted(images.glob("*/*.png"))
     contents = {file.read_bytes(): i for i, file in enumerate(files)}
     return np.array([contents[source.read(i)] for i in range(source.num_examples)])
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_every_example_is_there_once_with_its_label(prepared, file_format):
+def test_every_example_is_read_once_with_its_label(prepared, file_format):
     config = config_for(prepared / file_format, test_split="test[:5]")
     train, test = make_sources(config)
     assert train.num_examples == 12 and test.num_examples == 5
@@ -51,7 +51,7 @@ def test_every_example_is_there_once_with_its_label(prepared, file_format):
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_steps_resume_anywhere_with_the_same_pixels(prepared, file_format):
+def test_resume_at_any_step_gives_the_same_pixels(prepared, file_format):
     index = Index(12, 4, seed=3)
     steps = [(step, index.ids(step)) for step in range(7)]
     source = make_sources(config_for(prepared / file_format))[0]
@@ -63,14 +63,14 @@ def test_steps_resume_anywhere_with_the_same_pixels(prepared, file_format):
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_slices_are_the_same_examples(prepared, file_format):
+def test_split_slices_hold_the_same_examples(prepared, file_format):
     whole = make_sources(config_for(prepared / file_format))[0]
     part = make_sources(config_for(prepared / file_format, split="train[3:10]"))[0]
     assert [part.read(i) for i in range(7)] == [whole.read(i) for i in range(3, 10)]
 
 
-def test_resuming_reads_nothing_of_what_was_consumed(prepared, monkeypatch):
-    """TFRecord: the headers' 8 bytes of each record, and of images only those of the step."""
+def test_resuming_reads_no_consumed_examples(prepared, monkeypatch):
+    """TFRecord: reads 8 header bytes per record, and only the step's images."""
     from ssl_jax.data import tfds as module
 
     seen = []
@@ -87,12 +87,12 @@ def test_resuming_reads_nothing_of_what_was_consumed(prepared, monkeypatch):
     assert len(seen) == 12 + 4 and min(seen[12:]) > 8
 
 
-def test_labels_can_be_left_out(prepared):
+def test_empty_label_key_gives_no_labels(prepared):
     source = make_sources(config_for(prepared / "array_record", label_key=""))[0]
     assert source.labels is None and "label" not in read(source, [(0, [1, 2])])[0]
 
 
-def test_an_undecodable_example_is_named_or_skipped(tmp_path):
+def test_undecodable_example_is_named_or_replaced(tmp_path):
     images = fill(tmp_path / "images")
     file = images / "dog" / "2.png"
     picture(7, COLOURS["dog"]).save(file)
@@ -101,7 +101,7 @@ def test_an_undecodable_example_is_named_or_skipped(tmp_path):
     config = config_for(tmp_path / "set")
     ids = matched(make_sources(config)[0], images)
     (bad,) = np.flatnonzero(ids == 6)
-    with pytest.raises(UserError, match=f"Example {bad} of .*pictures, split train.* decoded"):
+    with pytest.raises(UserError, match=f"Cannot decode Example {bad} of .*pictures, split train"):
         make_sources(config)[0].eval_transform([bad])
     config.data.on_bad_image = "skip"
     source = make_sources(config)[0]
@@ -109,7 +109,7 @@ def test_an_undecodable_example_is_named_or_skipped(tmp_path):
     assert batch["label"].tolist() == [ids[(bad + 1) % 12] // 4] * 2
 
 
-def test_gray_images_become_rgb(tmp_path):
+def test_grayscale_images_become_rgb(tmp_path):
     images = fill(tmp_path / "images", per_class=1)
     for file in images.glob("*/*.png"):
         Image.open(file).convert("L").save(file)
@@ -121,24 +121,27 @@ def test_gray_images_become_rgb(tmp_path):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({"dataset": ""}, "config.data.dataset is empty: name one"),
-        ({"dataset": "imagenet2021"}, "which TFDS doesn't know .* Did you mean 'imagenet2012'"),
-        ({"dataset": "my set"}, "'my set', which TFDS doesn't know"),
-        ({"dataset": "kubric:movi_a"}, "'kubric:movi_a', one of a community's, .*: give the name"),
+        ({"dataset": ""}, "config.data.dataset is empty. Set it to a TFDS"),
+        ({"dataset": "imagenet2021"}, "which is not in TFDS .* Did you mean 'imagenet2012'"),
+        ({"dataset": "my set"}, "'my set', which is not in TFDS or "),
+        ({"dataset": "kubric:movi_a"}, "'kubric:movi_a', a community data set, .* Set it to"),
         ({"dataset": "cifar10:3.0.2"}, "cifar10/3.0.2 is not prepared in"),
-        ({"dataset": "cifar10"}, "cifar10/3.0.2 is not prepared in .*: run `tfds build cifar10`"),
-        ({"split": "trian"}, "config.data.split is 'trian', which .* Did you mean 'train'"),
+        ({"dataset": "cifar10"}, "cifar10/3.0.2 is not prepared in .* Run `tfds build cifar10`"),
+        (
+            {"split": "trian"},
+            "data.split is 'trian', which is not a split .* Did you mean 'train'",
+        ),
         ({"test_split": "train[:x]"}, "config.data.test_split is 'train"),
-        ({"image_key": "img"}, "image_key is 'img', which is no image .* Did you mean 'image'"),
-        ({"label_key": "file"}, "label_key is 'file', which is no class label .*: label"),
+        ({"image_key": "img"}, "image_key is 'img', which is not an image .* Did you mean 'image'"),
+        ({"label_key": "file"}, "label_key is 'file', which is not a class label .*: label"),
     ],
 )
-def test_what_is_not_there_is_one_sentence(prepared, data, words):
+def test_unknown_names_raise_user_errors_with_the_fix(prepared, data, words):
     with pytest.raises(UserError, match=words):
         make_sources(config_for(prepared / "array_record", **data))
 
 
-def test_a_name_that_is_not_known_is_looked_up_here_alone(prepared, monkeypatch):
+def test_suggestions_for_unknown_names_are_looked_up_offline(prepared, monkeypatch):
     from ssl_jax.data import tfds as module
 
     plain, asked = module.tfds.list_builders, []

@@ -89,7 +89,7 @@ def test_decodes_to_rgb(name):
 
 
 def huge_jpeg():
-    """A JPEG that says that it has 60,000 × 60,000 pixels, 10 GiB."""
+    """A JPEG whose header claims 60,000 × 60,000 pixels, 10 GiB."""
     contents = bytearray(encoded(RGB))
     frame = contents.index(b"\xff\xc0")
     contents[frame + 5 : frame + 9] = (60_000).to_bytes(2) * 2
@@ -111,7 +111,7 @@ UNDECODABLE = {
 
 
 @pytest.mark.parametrize("what", UNDECODABLE)
-def test_refuses_what_is_no_whole_image(what):
+def test_incomplete_or_other_files_raise_invalid_argument_error(what):
     with pytest.raises(tf.errors.InvalidArgumentError):
         views.decode(UNDECODABLE[what])
 
@@ -128,13 +128,13 @@ def kernel(x, interpolation):
 
 
 def resized(image, size, interpolation, antialias):
-    """float64, by the definitions: PIL's with antialias, TensorFlow's without."""
+    """The definition in float64: PIL's with antialias, TensorFlow's without."""
     for axis in (0, 1):
         source = image.shape[axis]
         scale = source / size
-        centre = (np.arange(size)[:, None] + 0.5) * scale - 0.5
+        center = (np.arange(size)[:, None] + 0.5) * scale - 0.5
         wide = max(scale, 1) if antialias else 1
-        weights = kernel((np.arange(source) - centre) / wide, interpolation)
+        weights = kernel((np.arange(source) - center) / wide, interpolation)
         weights /= weights.sum(axis=1, keepdims=True)
         image = np.moveaxis(np.tensordot(weights, image.astype(float), (1, axis)), 0, axis)
     return np.clip(image, 0, 255)
@@ -145,7 +145,7 @@ SHAPES = [(150, 200), (64, 33), (20, 25), (300, 40)]
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_crop_is_the_definitions(sampler, interpolation):
+def test_crop_equals_its_definition(sampler, interpolation):
     view = view_of(sampler, interpolation)
     for number, (height, width) in enumerate(SHAPES):
         image = random_image(height, width, number)
@@ -156,7 +156,7 @@ def test_crop_is_the_definitions(sampler, interpolation):
         got = crop(image, seed_of(number), view).numpy()
         assert got.dtype == np.uint8 and got.shape == (32, 32, 3)
         if sampler in ("torchvision", "none"):
-            # After its first axis, Pillow rounds to whole levels and clips an overshoot.
+            # Pillow rounds to integers and clips overshoot after the first axis.
             assert np.quantile(np.abs(got - expected), 0.95) <= 1.01
             method = getattr(Image.Resampling, interpolation.upper())
             pil = Image.fromarray(image).crop((left, top, left + wide, top + tall))
@@ -166,7 +166,7 @@ def test_crop_is_the_definitions(sampler, interpolation):
             np.testing.assert_allclose(got, expected, atol=1.01)
 
 
-def test_the_image_at_its_size_is_unchanged():
+def test_whole_image_at_its_own_size_is_unchanged():
     image = random_image(32, 32)
     for interpolation in ("bilinear", "bicubic"):
         got = crop(image, seed_of(0), view_of("none", interpolation))
@@ -184,7 +184,7 @@ def test_bicubic_overshoot_is_clipped():
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 400), (400, 1), (2, 3)])
-def test_tiny_and_thin_images(sampler, shape):
+def test_tiny_and_thin_images_are_resized(sampler, shape):
     image = np.full((*shape, 3), 77, np.uint8)
     for number in range(3):
         got = crop(image, seed_of(number), view_of(sampler, "bicubic"))
@@ -205,7 +205,7 @@ def test_tiny_and_thin_images(sampler, shape):
         (1, 5, 0.2, (0, 2, 1, 1)),
     ],
 )
-def test_evaluation_takes_the_central_square(sampler, interpolation, height, width, fraction, box):
+def test_center_crop_is_the_central_square(sampler, interpolation, height, width, fraction, box):
     image = random_image(height, width)
     top, left, side, _ = box
     cut = image[top : top + side, left : left + side]
@@ -216,8 +216,8 @@ def test_evaluation_takes_the_central_square(sampler, interpolation, height, wid
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_an_image_in_memory_is_prepared_like_one_of_a_file(sampler, interpolation):
-    """What `ssl_jax.load(...).apply` makes of pixels, and what kNN and the others see."""
+def test_device_center_crop_equals_the_hosts(sampler, interpolation):
+    """`ssl_jax.load(...).apply` and the evaluations of image files prepare images alike."""
     c = config.default_config()
     c.views = {"view1": view_of(sampler)}
     c.eval.interpolation = interpolation
@@ -225,14 +225,14 @@ def test_an_image_in_memory_is_prepared_like_one_of_a_file(sampler, interpolatio
         image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
         got = 255 * np.asarray(prepare_clean(image[None], c))[0]
         expected = views.center_crop(image, c.views.view1, 0.875, interpolation).numpy()
-        # Pillow rounds after its first axis, and clips an overshoot there.
+        # Pillow rounds to integers and clips overshoot after the first axis.
         assert np.quantile(np.abs(got - expected), 0.95) <= 1.01
 
 
 # Boxes
 
 
-def draw(view, height, width, n=3000):
+def sample_boxes(view, height, width, n=3000):
     def box(number):
         return box_of(views.image_seed(3, 0, number), height, width, view)
 
@@ -280,9 +280,9 @@ def byol_box(rng, height, width, area, aspect):
 )
 @pytest.mark.parametrize("sampler, box", [("torchvision", torchvision_box), ("byol", byol_box)])
 def test_boxes_are_distributed_as_defined(sampler, box, height, width, area, aspect):
-    ours = draw(view_of(sampler, area=area, aspect=aspect), height, width)
+    actual = sample_boxes(view_of(sampler, area=area, aspect=aspect), height, width)
     rng = np.random.default_rng(0)
-    theirs = np.array([box(rng, height, width, area, aspect) for _ in range(len(ours))])
+    expected = np.array([box(rng, height, width, area, aspect) for _ in range(len(actual))])
     of = {
         "top": lambda b: b[:, 0],
         "left": lambda b: b[:, 1],
@@ -292,31 +292,31 @@ def test_boxes_are_distributed_as_defined(sampler, box, height, width, area, asp
         "right": lambda b: width - b[:, 1] - b[:, 3],
     }
     for name, value in of.items():
-        compared = scipy.stats.ks_2samp(value(ours), value(theirs), method="asymp")
+        compared = scipy.stats.ks_2samp(value(actual), value(expected), method="asymp")
         assert compared.pvalue > 1e-3, name
-        assert value(ours).min() >= 0
-    top_left = [np.corrcoef(b[:, 0], b[:, 1])[0, 1] for b in (ours, theirs)]
+        assert value(actual).min() >= 0
+    top_left = [np.corrcoef(b[:, 0], b[:, 1])[0, 1] for b in (actual, expected)]
     assert top_left[0] == pytest.approx(top_left[1], abs=0.1)
 
 
 def test_tf_sampler_has_simclrs_arguments():
-    top, left, tall, wide = draw(view_of("tf"), 50, 60).T
+    top, left, tall, wide = sample_boxes(view_of("tf"), 50, 60).T
     assert np.all(top + tall <= 50) and np.all(left + wide <= 60)
     covered = tall * wide / (50 * 60)
     assert 0.1 <= covered.min() < 0.12 and covered.max() > 0.9  # not .08: at least .1 is covered
     assert 0.7 < (wide / tall).min() < 0.8 and 1.25 < (wide / tall).max() < 1.4
     # No nearly square box can cover nearly all of a long image.
-    whole = draw(view_of("tf", area=(0.9, 1.0)), 20, 64, n=20)
+    whole = sample_boxes(view_of("tf", area=(0.9, 1.0)), 20, 64, n=20)
     np.testing.assert_array_equal(whole, [[0, 0, 20, 64]] * 20)
 
 
-def test_torchvision_falls_back_to_the_centre():
+def test_torchvision_sampler_falls_back_to_a_center_crop():
     view = view_of("torchvision", area=(0.9, 1.0))
     for height, width, box in ((20, 64, [0, 18, 20, 27]), (64, 20, [18, 0, 27, 20])):
-        np.testing.assert_array_equal(draw(view, height, width, n=20), [box] * 20)
+        np.testing.assert_array_equal(sample_boxes(view, height, width, n=20), [box] * 20)
 
 
-def test_a_box_depends_on_seed_step_id_and_view():
+def test_boxes_depend_on_seed_step_id_and_view():
     image = random_image(300, 300)
     view = view_of("torchvision", size=8)
 
@@ -324,16 +324,16 @@ def test_a_box_depends_on_seed_step_id_and_view():
         made = views.make_views(image, views.image_seed(seed, step, id), (view, view))
         return [v.numpy().tobytes() for v in made]
 
-    drawn = [pixels(*where) for where in itertools.product((0, 1), (0, 1), (0, 1))]
-    assert len(set(itertools.chain(*drawn))) == 16
-    assert pixels(1, 0, 1) == drawn[5]
-    # Swapped numbers, and numbers beyond 32 bits.
+    sampled = [pixels(*where) for where in itertools.product((0, 1), (0, 1), (0, 1))]
+    assert len(set(itertools.chain(*sampled))) == 16
+    assert pixels(1, 0, 1) == sampled[5]
+    # Permuted numbers, and numbers above 32 bits.
     apart = [pixels(2, 3, 4), pixels(2, 4, 3), pixels(3, 2, 4), pixels(2**32 + 2, 3, 4)]
     assert len(set(itertools.chain(*apart))) == 8
 
 
-def test_what_a_seed_means_does_not_change():
-    # A run continued by a later version of the package or of TensorFlow sees the same crops.
+def test_boxes_of_a_seed_equal_recorded_ones():
+    # A run resumed with a later version of ssl_jax or TensorFlow must see the same crops.
     seed = views.image_seed(7, 1000, 123456)
     boxes = {s: box_of(seed, 375, 500, view_of(s)).numpy().tolist() for s in SAMPLERS}
     assert boxes == {
@@ -344,6 +344,6 @@ def test_what_a_seed_means_does_not_change():
     }
 
 
-def test_an_unknown_sampler_is_refused():
+def test_unknown_sampler_raises_user_error():
     with pytest.raises(UserError, match="crop.sampler is 'random'"):
         crop(random_image(8, 8), seed_of(0), view_of("random"))
