@@ -8,7 +8,7 @@ __all__ = ["__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    # Importing JAX takes seconds, which `ssl-jax --help` should not.
+    # Importing JAX takes seconds, and `ssl-jax --help` should not wait for it.
     if name == "load":
         from ssl_jax.interop.load import load
 

@@ -272,7 +272,7 @@ def test_programs_of_examples_end_by_what_they_have_found(typed, here):
         r"runs/example: encoder of step 2; ",
         r"runs/quickstart: step 2",
         r"kNN +top-1 \d+\.\d\d \[.*\] % of 450 images",
-        r"5 labels a class: \d+\.\d % ± \d+\.\d",
+        r"5 labels per class: \d+\.\d % ± \d+\.\d",
     ):
         assert re.search(line, told), line
     for name in ("encoder.safetensors", "encoder.bin"):
