@@ -355,7 +355,7 @@ def _prepare_export(args: argparse.Namespace) -> None:
     require_encoder(args.run)
     require_folder_of(args.out)
     if args.projector_layer and args.format != "program":
-        raise UserError("--projector-layer is only for --format=program. Remove it.")
+        raise UserError("--projector-layer is for --format=program only. Remove it.")
 
 
 def _add_import(parser: Parser) -> None:

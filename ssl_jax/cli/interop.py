@@ -32,7 +32,7 @@ def _export(args: argparse.Namespace) -> None:
             args.run, args.out, step=args.step, projector_layer=args.projector_layer
         )
         print(
-            f"{args.out}: uint8 images [n, {shape['size']}, {shape['size']}, 3] -> features "
+            f"{args.out}: uint8 images [n, {shape['size']}, {shape['size']}, 3] to features "
             f"[n, {shape['features']}]; load with jax.export.deserialize"
         )
     else:

@@ -212,4 +212,4 @@ def require_folder_of(out: Path) -> None:
       UserError: Names the folder.
     """
     if not out.parent.is_dir():
-        raise UserError(f"Folder {out.parent} (--out) does not exist. Create it first.")
+        raise UserError(f"There is no folder {out.parent} (--out). Create it first.")

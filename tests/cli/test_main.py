@@ -179,9 +179,9 @@ def test_wrong_path_is_reported_with_a_similar_one(capsys, tmp_path):
         (["knn", f"--from={tmp_path}/empty"], "empty: config.json is missing."),
         (["report", f"{tmp_path}/runn"], f"Did you mean '{tmp_path}/run'?"),
         (["transfer", a_run, "--sets=no.json"], "no dataset list at no.json"),
-        (["features", a_run, "--out=nowhere/f.npz"], "nowhere (--out) does not exist"),
-        (["export", a_run, "--format=jax", "--out=nowhere/f"], "nowhere (--out) does not exist"),
-        (["views", "--config=c.py", "--out=nowhere/v.png"], "nowhere (--out) does not exist"),
+        (["features", a_run, "--out=nowhere/f.npz"], "no folder nowhere (--out)"),
+        (["export", a_run, "--format=jax", "--out=nowhere/f"], "no folder nowhere (--out)"),
+        (["views", "--config=c.py", "--out=nowhere/v.png"], "no folder nowhere (--out)"),
         (["import", f"{tmp_path}/moco.pth", "--out=a"], "moco.pth."),
         (["data", "convert", f"{tmp_path}/emty", "out"], f"Did you mean '{tmp_path}/empty'?"),
     ):

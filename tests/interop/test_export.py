@@ -233,7 +233,7 @@ def test_selective_kernels_are_not_exported_for_torch(selective, tmp_path, capsy
     ("flags", "sentence"),
     [
         (("--format=torch", "--out=a.bin"), "use a name that ends in .safetensors"),
-        (("--format=jax", "--out=/nowhere/a.safetensors"), "/nowhere (--out) does not exist"),
+        (("--format=jax", "--out=/nowhere/a.safetensors"), "no folder /nowhere (--out)"),
         (("--format=jax", "--out=a.safetensors", "--step=9"), "no checkpoint of step 9"),
         (("--format=jax", "--out=a.safetensors", "--projector-layer=1"), "is for --format=program"),
         (("--format=program", "--out=a.bin", "--projector-layer=7"), "hidden layers 1 to 2"),
