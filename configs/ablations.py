@@ -1,10 +1,10 @@
-"""Ablations: what each part of a method is worth; `ablations.py:NAME`, the names are in ABLATIONS.
+"""Ablations of the methods' parts: `ablations.py:NAME`, with a name from ABLATIONS.
 
 Papers: SimCLR sections 3 to 5 (arXiv:2002.05709), MoCo section 3.3 (1911.05722), BYOL section 5
-(2006.07733), SimSiam section 4 (2011.10566), on scikit-learn's digits; crops and color on
-CIFAR-10. Results: docs/ablations.md. Cost: a minute or two on two CPU cores for a run on digits
-(80 epochs), 4 for one on CIFAR-10 (2 epochs), whose files --config.data.dir=PATH and
---config.data.test_dir=PATH name. The variants `*-bn-per-device` are for 8 devices.
+(2006.07733), SimSiam section 4 (2011.10566), on scikit-learn's digits; crops and colors on
+CIFAR-10. Results: docs/ablations.md. Cost: one to two minutes on two CPU cores for a run on digits
+(80 epochs), 4 for a run on CIFAR-10 (2 epochs), which needs --config.data.dir=PATH and
+--config.data.test_dir=PATH. The variants `*-bn-per-device` are for 8 devices.
 """
 
 from pathlib import Path
@@ -63,7 +63,7 @@ ABLATIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
 
 
 def get_config(variant: str = "head-mlp2") -> ConfigDict:
-    """Returns the config of one ablation."""
+    """Returns the config."""
     base, changes = {k: v for group in ABLATIONS.values() for k, v in group.items()}[variant]
     file, _, setting = base.partition(":")
     config = load_config(f"{_HERE / file}.py" + (f":{setting}" if setting else ""))

@@ -2,9 +2,9 @@
 
 Paper: Grill et al., 2020, arXiv:2006.07733; the official code has no CIFAR command. Published: kNN
 86.8 % (lightly, 200 epochs), 92.6 % online linear (solo-learn). Cost: 4.4 GFLOP per view. Data:
-`recipes.cifar10_config`. Deviations: the target is initialised on its own, theirs is a copy;
-their heads' last layer has a bias, here none; lightly's loss is a quarter of BYOL's (`loss_scale`);
-computed in bfloat16.
+`recipes.cifar10_config`. Deviations: the target is initialized independently, in lightly and
+solo-learn as a copy; the heads' last layer has no bias, theirs has one; lightly's loss is a quarter
+of BYOL's (`loss_scale`); computed in bfloat16.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +21,7 @@ def lightly() -> ConfigDict:
 
 
 def solo() -> ConfigDict:
-    """solo-learn's script; the second view may be solarised."""
+    """solo-learn's script; solarizes the second view with probability 0.2."""
     config = solo_cifar10_config(jitter=(0.4, 0.4, 0.2, 0.1))
     config.method = "byol"
     for view in config.views.values():
@@ -34,7 +34,7 @@ def solo() -> ConfigDict:
 
 
 def cpu() -> ConfigDict:
-    """Minutes on a CPU."""
+    """A smaller setting: minutes on a CPU."""
     config = cpu_cifar10_config()
     config.method = "byol"
     config.byol.update(hidden=512, out=64, ema_decay=0.98)
@@ -43,5 +43,5 @@ def cpu() -> ConfigDict:
 
 
 def get_config(variant: str = "lightly") -> ConfigDict:
-    """The run."""
+    """Returns the config."""
     return {"lightly": lightly, "solo": solo, "cpu": cpu}[variant]()

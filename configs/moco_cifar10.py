@@ -1,10 +1,10 @@
 """MoCo v2 on CIFAR-10; the variant is the setting: `lightly` or `solo` (MoCo v2+).
 
-Paper: Chen et al., 2020, arXiv:2003.04297; the official code has no CIFAR command. Both ask in both
-directions. Published: kNN 84.7 % (lightly, 200 epochs), 92.9 % online linear (solo-learn). Cost:
-4.4 GFLOP per view. Data: `recipes.cifar10_config`. Deviations: lightly's BatchNorm is that of
-eighths of the batch, here that of each device, which eight devices make the same; it has one queue
-for both directions, here each has its own; computed in bfloat16.
+Paper: Chen et al., 2020, arXiv:2003.04297; the official code has no CIFAR command. The loss is
+symmetric in both. Published: kNN 84.7 % (lightly, 200 epochs), 92.9 % online linear (solo-learn).
+Cost: 4.4 GFLOP per view. Data: `recipes.cifar10_config`. Deviations: BatchNorm statistics are per
+device, in lightly per eighth of the batch (the same on eight devices); each direction of the loss
+has its own queue, lightly has one for both; computed in bfloat16.
 """
 
 from ml_collections import ConfigDict
@@ -33,7 +33,7 @@ def solo() -> ConfigDict:
 
 
 def cpu() -> ConfigDict:
-    """Minutes on a CPU."""
+    """A smaller setting: minutes on a CPU."""
     config = cpu_cifar10_config()
     config.method = "moco"
     config.moco.update(queue=4096, ema_decay=0.99, ema_decay_end=0.99, symmetric=True)
@@ -42,5 +42,5 @@ def cpu() -> ConfigDict:
 
 
 def get_config(variant: str = "lightly") -> ConfigDict:
-    """The run."""
+    """Returns the config."""
     return {"lightly": lightly, "solo": solo, "cpu": cpu}[variant]()

@@ -1,9 +1,10 @@
 """MoCo on ImageNet, the official recipe; the variant is `v1` or `v2`.
 
 Papers: He et al., 2019, arXiv:1911.05722; Chen et al., 2020, arXiv:2003.04297; code
-facebookresearch/moco. ResNet-50, 200 epochs, batch 256 on 8 devices with BatchNorm of their own,
-SGD 0.03. Published: 60.6 % (v1), 67.5 % (v2) linear. Cost: 33 GFLOP per image. Data:
-`recipes.imagenet_config`. Deviation: blur is an exact Gaussian, Pillow's an approximation by boxes.
+facebookresearch/moco. ResNet-50, 200 epochs, batch 256 on 8 devices with per-device BatchNorm, SGD
+0.03. Published: 60.6 % (v1), 67.5 % (v2) linear. Cost: 33 GFLOP per image. Data:
+`recipes.imagenet_config`. Deviation: the blur is an exact Gaussian; Pillow approximates it by box
+filters.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +13,7 @@ from ssl_jax.recipes import imagenet_config, moco_v1_views, moco_v2_views
 
 
 def get_config(variant: str = "v2") -> ConfigDict:
-    """The run."""
+    """Returns the config."""
     config = imagenet_config("bilinear")
     config.method = "moco"
     config.epochs = 200.0

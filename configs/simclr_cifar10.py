@@ -3,9 +3,8 @@
 Paper: Chen et al., 2020, arXiv:2002.05709, appendix B.9; google-research/simclr's CIFAR command:
 ResNet-18, batch 512, LARS 1.0·B/256, the three-layer projector, 1,000 epochs. Published: about 91 %
 linear (official), kNN 84.8 % (lightly, 200 epochs), 90.7 % online linear (solo-learn). Cost: 3.3
-GFLOP per view. Data: `recipes.cifar10_config`. Deviations: computed in bfloat16; lightly's and
-solo-learn's codes encode the views one after the other, here together; solo-learn's projector has
-no BatchNorm.
+GFLOP per view. Data: `recipes.cifar10_config`. Deviations: computed in bfloat16; views are encoded
+together, in lightly and solo-learn one after the other; solo-learn's projector has no BatchNorm.
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +19,7 @@ from ssl_jax.recipes import (
 
 
 def official() -> ConfigDict:
-    """The released code's."""
+    """The official code's CIFAR command."""
     config = cifar10_config()
     config.batch_size = 512
     config.epochs = 1000.0
@@ -47,12 +46,12 @@ def solo() -> ConfigDict:
 
 
 def cpu() -> ConfigDict:
-    """Minutes on a CPU."""
+    """A smaller setting: minutes on a CPU."""
     config = cpu_cifar10_config()
     config.simclr.temperature = 0.2
     return config
 
 
 def get_config(variant: str = "official") -> ConfigDict:
-    """The run."""
+    """Returns the config."""
     return {"official": official, "lightly": lightly, "solo": solo, "cpu": cpu}[variant]()

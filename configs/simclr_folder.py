@@ -1,9 +1,9 @@
-"""SimCLR v1 on a folder of your own images: --config.data.dir=PATH, --config.data.test_dir=PATH.
+"""SimCLR v1 on your own image folder: --config.data.dir=PATH, --config.data.test_dir=PATH.
 
 Paper: Chen et al., 2020, arXiv:2002.05709; ResNet-50 at 224 pixels, batch 256, 100 epochs, global
-BatchNorm, square-root scaling of the learning rate as the paper recommends for small batches
-(appendix B.1). Views as in the official code (crop 0.08-1, full colour distortion, blur). Without
-a test folder the run is not evaluated. Cost: 49 GFLOP per image; meant for an accelerator.
+BatchNorm, and square-root scaling of the learning rate, as the paper recommends for small batches
+(appendix B.1). Views as in the official code (crop area 0.08 to 1, full color distortion, blur).
+Without a test folder, the run is not evaluated. Cost: 49 GFLOP per image; needs an accelerator.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from ssl_jax.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """The run."""
+    """Returns the config."""
     config = default_config()
     config.data.name = "folder"
     config.dtype = "bfloat16"

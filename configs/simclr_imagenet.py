@@ -2,9 +2,9 @@
 
 Paper: Chen et al., 2020, arXiv:2002.05709; google-research/simclr. ResNet-50, 1,000 epochs, batch
 4096, LARS 0.3·B/256, weight decay 1e-6. Published: 69.1 % linear. Cost: 49 GFLOP per image, 1.3e9
-images; an accelerator pod. Data: TFDS, folders or records, see `recipes.imagenet_config`. As the
-official code does, it trains on twice the paper's loss.
-Deviation: blur draws its sigma per image, not per replica batch.
+images; an accelerator pod. Data: TFDS, folders or records, see `recipes.imagenet_config`. The loss
+is twice the paper's, as in the official code. Deviation: the blur's sigma is sampled per image, not
+per replica batch.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ from ssl_jax.recipes import imagenet_config, simclr_views
 
 
 def get_config(variant: str = "4096") -> ConfigDict:
-    """The run."""
+    """Returns the config."""
     config = imagenet_config()
     config.batch_size = int(variant)
     config.epochs = 1000.0

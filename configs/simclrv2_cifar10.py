@@ -1,9 +1,9 @@
-"""SimCLR v2 on CIFAR-10, with the paper's memory.
+"""SimCLR v2 on CIFAR-10, with the paper's memory bank.
 
 Paper: Chen et al., 2020, arXiv:2006.10029, section 2. The official CIFAR command is that of
-`simclr_cifar10.py`, with v2's projector of three layers; here a memory of 8,192 projections of an
-averaged network is added, for which nothing was published on CIFAR-10. Cost: 4.4 GFLOP per view.
-Data: `recipes.cifar10_config`. Deviation: computed in bfloat16.
+`simclr_cifar10.py`, with v2's three-layer projector; this config adds a memory bank of 8,192
+projections by an EMA network. No published result on CIFAR-10. Cost: 4.4 GFLOP per view. Data:
+`recipes.cifar10_config`. Deviation: computed in bfloat16.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from ssl_jax.recipes import cifar10_config, cpu_cifar10_config, simclr_views
 
 
 def full() -> ConfigDict:
-    """The whole network."""
+    """The full-size network."""
     config = cifar10_config()
     config.batch_size = 512
     config.epochs = 1000.0
@@ -24,7 +24,7 @@ def full() -> ConfigDict:
 
 
 def cpu() -> ConfigDict:
-    """Minutes on a CPU."""
+    """A smaller setting: minutes on a CPU."""
     config = cpu_cifar10_config()
     config.simclr.update(temperature=0.2, layers=3, memory_bank=1024, ema_decay=0.99)
     config.optim.lr = 0.5
@@ -32,5 +32,5 @@ def cpu() -> ConfigDict:
 
 
 def get_config(variant: str = "full") -> ConfigDict:
-    """The run."""
+    """Returns the config."""
     return {"full": full, "cpu": cpu}[variant]()

@@ -1,8 +1,8 @@
 """SimCLR v2 on ImageNet; the variant is the network: `r50`, `r50sk`, `r152w3sk`.
 
 Paper: Chen et al., 2020, arXiv:2006.10029; google-research/simclr. 800 epochs, batch 4096, LARS
-0.1·√B, warmup 5 %, a projector of three layers. Published: R50 71.7 %, R152-3×+SK 79.8 % linear.
-Cost: 49 GFLOP per image for R50. Data: `recipes.imagenet_config`.
+0.1·√B, warmup 5 %, a three-layer projector. Published: R50 71.7 %, R152-3×+SK 79.8 % linear. Cost:
+49 GFLOP per image for R50. Data: `recipes.imagenet_config`.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ NETWORKS = {
 
 
 def get_config(variant: str = "r50") -> ConfigDict:
-    """The run."""
+    """Returns the config."""
     config = imagenet_config()
     config.batch_size = 4096
     config.epochs = 800.0

@@ -1,10 +1,10 @@
 """SimSiam on CIFAR-10; the variant is the setting: `paper`, `lightly` or `solo`.
 
 Paper: Chen & He, 2020, arXiv:2011.10566, appendix D (the released code has no CIFAR command):
-ResNet-18, batch 512, SGD .03·B/256, 800 epochs, a projector of two layers. Published: 91.8 % linear
+ResNet-18, batch 512, SGD .03·B/256, 800 epochs, a two-layer projector. Published: 91.8 % linear
 (paper), kNN 76.4 % (lightly, 200 epochs), 90.5 % online linear (solo-learn). Cost: 3.3 GFLOP per
-view. Data: `recipes.cifar10_config`. Deviations: lightly's projector ends in a BatchNorm with scale
-and shift, here without; computed in bfloat16.
+view. Data: `recipes.cifar10_config`. Deviations: the projector's last BatchNorm has no scale and
+shift, lightly's has; computed in bfloat16.
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +19,7 @@ from ssl_jax.recipes import (
 
 
 def paper() -> ConfigDict:
-    """Appendix D's."""
+    """The paper's appendix D."""
     config = cifar10_config()
     config.method = "simsiam"
     config.batch_size = 512
@@ -33,7 +33,7 @@ def paper() -> ConfigDict:
 
 
 def lightly() -> ConfigDict:
-    """Lightly's benchmark: the rate is not scaled by the batch, and the predictor's decays."""
+    """Lightly's benchmark: no scaling of the learning rate, and the predictor's decays, too."""
     config = lightly_cifar10_config()
     config.method = "simsiam"
     config.simsiam.update(layers=2, hidden=2048, predictor_constant_lr=False)
@@ -51,7 +51,7 @@ def solo() -> ConfigDict:
 
 
 def cpu() -> ConfigDict:
-    """Minutes on a CPU."""
+    """A smaller setting: minutes on a CPU."""
     config = cpu_cifar10_config()
     config.method = "simsiam"
     config.batch_size = 64
@@ -61,5 +61,5 @@ def cpu() -> ConfigDict:
 
 
 def get_config(variant: str = "paper") -> ConfigDict:
-    """The run."""
+    """Returns the config."""
     return {"paper": paper, "lightly": lightly, "solo": solo, "cpu": cpu}[variant]()

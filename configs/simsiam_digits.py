@@ -1,8 +1,8 @@
 """SimSiam on scikit-learn's digits, minutes on a CPU.
 
-Paper: Chen & He, 2020, arXiv:2011.10566. Result: 81.5 % at 5 labels per class (raw pixels
-86.0, random init 66.3); full linear 94.4 %. Cost: 4 minutes on two cores.
-Deviations: `recipes.digits_config`; batch 64 and 200 epochs for more steps, LARS, smaller heads.
+Paper: Chen & He, 2020, arXiv:2011.10566. Result: 81.5 % at 5 labels per class (raw pixels 86.0,
+random init 66.3); full linear 94.4 %. Cost: 4 minutes on two cores. Deviations:
+`recipes.digits_config`; batch 64 and 200 epochs for more steps, LARS, smaller heads.
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +11,7 @@ from ssl_jax.recipes import digits_config
 
 
 def get_config() -> ConfigDict:
-    """The run."""
+    """Returns the config."""
     config = digits_config()
     config.method = "simsiam"
     config.batch_size = 64

@@ -1,9 +1,9 @@
 """SimSiam on ImageNet, the official recipe.
 
 Paper: Chen & He, 2020, arXiv:2011.10566; facebookresearch/simsiam. ResNet-50, 100 epochs, batch
-512, SGD 0.05·B/256, the predictor's rate constant. Published: 68.1 % linear (68.3 at batch 256).
-Cost: 49 GFLOP per image. Data: `recipes.imagenet_config`. Deviation: computed in bfloat16; blur
-is an exact Gaussian.
+512, SGD 0.05·B/256, a constant learning rate for the predictor. Published: 68.1 % linear (68.3 at
+batch 256). Cost: 49 GFLOP per image. Data: `recipes.imagenet_config`. Deviations: computed in
+bfloat16; the blur is an exact Gaussian.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from ssl_jax.recipes import imagenet_config, moco_v2_views
 
 
 def get_config() -> ConfigDict:
-    """The run."""
+    """Returns the config."""
     config = imagenet_config("bilinear")
     config.method = "simsiam"
     config.batch_size = 512

@@ -1,8 +1,8 @@
 """Supervised cross-entropy on CIFAR-10: the baseline with all labels.
 
-ResNet-18 with the CIFAR stem on SimSiam's views, 200 epochs, batch 256, SGD .1 with a cosine: what
-labels give on the same pipeline. No published setting; not measured yet. Cost: 3.3 GFLOP per view.
-Data: `recipes.cifar10_config`.
+ResNet-18 with the CIFAR stem on SimSiam's views, 200 epochs, batch 256, SGD 0.1 with a cosine
+schedule: what labels achieve on the same pipeline. No published setting; not measured yet. Cost:
+3.3 GFLOP per view. Data: `recipes.cifar10_config`.
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +11,7 @@ from ssl_jax.recipes import cifar10_config, cpu_cifar10_config, moco_v2_views
 
 
 def full() -> ConfigDict:
-    """The whole network."""
+    """The full-size network."""
     config = cifar10_config()
     config.method = "supervised"
     config.epochs = 200.0
@@ -23,7 +23,7 @@ def full() -> ConfigDict:
 
 
 def cpu() -> ConfigDict:
-    """Minutes on a CPU."""
+    """A smaller setting: minutes on a CPU."""
     config = cpu_cifar10_config()
     config.method = "supervised"
     config.optim.update(name="sgd", lr=0.1, weight_decay=5e-4, decay_norm_bias=True)
@@ -31,5 +31,5 @@ def cpu() -> ConfigDict:
 
 
 def get_config(variant: str = "full") -> ConfigDict:
-    """The run."""
+    """Returns the config."""
     return {"full": full, "cpu": cpu}[variant]()

@@ -1,6 +1,6 @@
 """Supervised cross-entropy on scikit-learn's digits with all labels, minutes on a CPU.
 
-The same pipeline, views and network as the self-supervised runs: what labels for all would give.
+The baseline with all labels, on the same pipeline, views and network as the self-supervised runs.
 Result: 98.8 % with a probe of 5 labels per class on its features; full linear 99.3 %. Cost: 2
 minutes on two cores.
 """
@@ -11,7 +11,7 @@ from ssl_jax.recipes import digits_config
 
 
 def get_config() -> ConfigDict:
-    """The run."""
+    """Returns the config."""
     config = digits_config()
     config.method = "supervised"
     config.epochs = 60.0

@@ -1,9 +1,9 @@
 """Supervised cross-entropy on ImageNet: the baseline with all labels.
 
-ResNet-50, 90 epochs, batch 1024, SGD .1·B/256, five warmup epochs (Goyal et al., 2017,
-arXiv:1706.02677). Published: 76 % top-1. Cost: 24.5 GFLOP per view. Paper's views are a crop of
-.08-1 and a flip, and so they are here, one per image. Data:
-`recipes.imagenet_config`. Deviations: a cosine for the paper's steps; computed in bfloat16.
+Paper: Goyal et al., 2017, arXiv:1706.02677. ResNet-50, 90 epochs, batch 1024, SGD 0.1·B/256, five
+warmup epochs. Published: 76 % top-1. Cost: 24.5 GFLOP per view. One view per image, a crop (area
+0.08 to 1) and a flip, as in the paper. Data: `recipes.imagenet_config`. Deviations: a cosine
+instead of the paper's step schedule; computed in bfloat16.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ from ssl_jax.recipes import IMAGENET, imagenet_config
 
 
 def get_config() -> ConfigDict:
-    """The run."""
+    """Returns the config."""
     config = imagenet_config("bilinear")
     config.method = "supervised"
     config.batch_size = 1024

@@ -1,10 +1,10 @@
 """SwAV on CIFAR-10; the variant is the setting: `lightly` or `solo`.
 
 Paper: Caron et al., 2020, arXiv:2006.09882; the official code has no CIFAR command. Two crops of
-32×32, no small ones. Published: kNN 84.2 % (lightly, 200 epochs), 89.2 % online linear
-(solo-learn). Cost: 3.3 GFLOP per view. Data: `recipes.cifar10_config`. Deviations: lightly's Adam
-adds its decay of 1e-6 to the gradient, AdamW to the step; both encode the crops one after the
-other, here together; computed in bfloat16.
+32×32, no small crops. Published: kNN 84.2 % (lightly, 200 epochs), 89.2 % online linear
+(solo-learn). Cost: 3.3 GFLOP per view. Data: `recipes.cifar10_config`. Deviations: AdamW, where
+lightly's Adam adds weight decay of 1e-6 to the gradient; crops are encoded together, in lightly and
+solo-learn one after the other; computed in bfloat16.
 """
 
 from ml_collections import ConfigDict
@@ -35,7 +35,7 @@ def solo() -> ConfigDict:
 
 
 def cpu() -> ConfigDict:
-    """Minutes on a CPU."""
+    """A smaller setting: minutes on a CPU."""
     config = cpu_cifar10_config()
     config.method = "swav"
     config.swav.update(prototypes=512, hidden=512, epsilon=0.03)
@@ -44,5 +44,5 @@ def cpu() -> ConfigDict:
 
 
 def get_config(variant: str = "lightly") -> ConfigDict:
-    """The run."""
+    """Returns the config."""
     return {"lightly": lightly, "solo": solo, "cpu": cpu}[variant]()

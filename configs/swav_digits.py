@@ -1,11 +1,11 @@
 """SwAV on scikit-learn's digits, minutes on a CPU.
 
-Paper: Caron et al., 2020, arXiv:2006.09882. Result: 95.0 % at 5 labels per class (raw pixels
-86.0, random init 62.3); full linear 98.2 %. Cost: 5 minutes on two cores.
-Deviations: `recipes.digits_config`; batch 64 for more steps; two crops of 8×8 and two of 6×6 that
-show at least 40 % of the scan; LARS for LARC; 128 prototypes in 16 dimensions and epsilon .03, for
-with as many dimensions as prototypes embeddings find a direction equally far from all of them, and
-with assignments hardly sharper than predictions the way back out is slow.
+Paper: Caron et al., 2020, arXiv:2006.09882. Result: 95.0 % at 5 labels per class (raw pixels 86.0,
+random init 62.3); full linear 98.2 %. Cost: 5 minutes on two cores. Deviations:
+`recipes.digits_config`; batch 64 for more steps; two crops of 8×8 and two of 6×6 that show at least
+40 % of the scan; LARS instead of LARC; 128 prototypes in 16 dimensions and epsilon 0.03. With as
+many dimensions as prototypes, embeddings collapse to a direction equally far from all prototypes;
+with assignments hardly sharper than the predictions, they escape from it slowly.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from ssl_jax.recipes import digits_config, digits_view
 
 
 def get_config() -> ConfigDict:
-    """The run."""
+    """Returns the config."""
     config = digits_config()
     config.method = "swav"
     config.batch_size = 64

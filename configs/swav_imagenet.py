@@ -2,10 +2,10 @@
 
 Paper: Caron et al., 2020, arXiv:2006.09882; facebookresearch/swav. ResNet-50, 2×224 + 6×96 crops,
 3,000 prototypes, SGD with LARC. 4096: 800 epochs; 256: 200 epochs with a queue of 3,840 from epoch
-15. Published: 75.3 % linear (4096). Cost: 76 GFLOP per image. Data:
-`recipes.imagenet_config`. 4096's BatchNorm is over groups of 8 devices, 512 images on the official
-64; elsewhere choose --config.model.bn_group_size by the same number of images. Deviation:
-computed in bfloat16; blur is an exact Gaussian.
+15. Published: 75.3 % linear (4096). Cost: 76 GFLOP per image. Data: `recipes.imagenet_config`. With
+batch 4096, BatchNorm is over groups of 8 devices: 512 images on the official 64 devices. On other
+numbers, choose --config.model.bn_group_size for the same number of images. Deviations: computed in
+bfloat16; the blur is an exact Gaussian.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from ssl_jax.recipes import imagenet_config, swav_views
 
 
 def get_config(variant: str = "4096") -> ConfigDict:
-    """The run."""
+    """Returns the config."""
     config = imagenet_config("bilinear")
     config.method = "swav"
     config.batch_size = int(variant)
