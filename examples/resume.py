@@ -1,6 +1,6 @@
-"""Goes on with a run that was stopped: python examples/resume.py RUN.
+"""Resumes a stopped run: python examples/resume.py RUN.
 
-The run's own config.json says all that is needed; a run that is done is left as it is.
+The run's config.json is all it needs; a finished run is left unchanged.
 """
 
 import sys
