@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 
-from ssl_jax.downstream.frozen import knn_metrics, linear_metrics, run_features
+from ssl_jax.downstream.features import knn_metrics, linear_metrics, run_features
 from ssl_jax.evals import few_label_accuracies
 from ssl_jax.evals.metrics import metrics_line
 
@@ -16,7 +16,7 @@ features = run_features(sys.argv[1])
 print("kNN   ", metrics_line(knn_metrics(features, k=20)))
 metrics, penalty = linear_metrics(features)
 print("linear", metrics_line(metrics), f"(penalty {penalty:g})")
-train, train_labels, test, test_labels, _ = features.labelled()
+train, train_labels, test, test_labels, _ = features.labeled()
 for count in (1, 5):
     trials = few_label_accuracies(
         train, train_labels, test, test_labels, labels_per_class=count, trials=5

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 import ssl_jax
 from ssl_jax.cli import main as cli
 from ssl_jax.config import default_config, flatten, load_config
-from ssl_jax.downstream.datasets import read_sets
+from ssl_jax.downstream.transfer_learning import read_sets
 from ssl_jax.plan.chips import parse_topology
 from ssl_jax.run import processes
 

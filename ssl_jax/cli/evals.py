@@ -15,8 +15,12 @@ import numpy as np
 from ssl_jax.cli.commands import FAST, resumes
 from ssl_jax.cli.failures import failure_printer
 from ssl_jax.config import apply_overrides, differences, flatten, to_json
-from ssl_jax.downstream import datasets, runs
-from ssl_jax.downstream.frozen import knn_metrics, linear_metrics, run_features
+from ssl_jax.downstream import transfer_learning
+from ssl_jax.downstream.classifier import train_classifier
+from ssl_jax.downstream.distillation import distill_config
+from ssl_jax.downstream.features import knn_metrics, linear_metrics, run_features
+from ssl_jax.downstream.finetuning import finetune_config
+from ssl_jax.downstream.linear_recipes import linear_config
 from ssl_jax.errors import UserError
 from ssl_jax.evals.results import result_line, write_result
 from ssl_jax.interop.import_weights import is_weights_file
@@ -105,27 +109,27 @@ def _save(args: argparse.Namespace, features: Any) -> None:
 
 
 def _transfer(args: argparse.Namespace) -> None:
-    rows = datasets.transfer(
+    rows = transfer_learning.transfer(
         args.run,
-        datasets.read_sets(args.sets),
+        transfer_learning.read_sets(args.sets),
         args.workdir,
         step=args.step,
-        rates=(args.rates or datasets.RATES) if args.finetune else (),
-        decays=args.decays or datasets.DECAYS,
+        rates=(args.rates or transfer_learning.RATES) if args.finetune else (),
+        decays=args.decays or transfer_learning.DECAYS,
         overrides=args.overrides,
         command=args.command_line,
         log=lambda text: None if args.quiet else print(text, file=sys.stderr),
         verbosity="warnings" if args.quiet else "line",
     )
-    _print(args, {"rows": rows}, "\n".join(datasets.table(rows)))
+    _print(args, {"rows": [row.to_json() for row in rows]}, "\n".join(transfer_learning.table(rows)))
 
 
 def _train(args: argparse.Namespace) -> None:
     """Runs `finetune`, `distill`, and `linear` with a recipe that trains."""
     overrides = args.overrides
     if args.command == "linear":
-        base = runs.linear_config(args.run, args.recipe)
-        config = runs.linear_config(args.run, args.recipe, overrides)
+        base = linear_config(args.run, args.recipe)
+        config = linear_config(args.run, args.recipe, overrides)
         if args.projector_layer is not None:
             config.supervised.projector_layer = args.projector_layer
         if args.step is not None:
@@ -134,12 +138,12 @@ def _train(args: argparse.Namespace) -> None:
     elif args.command == "finetune":
         # What the result's name mentions is not listed as a change.
         named = [o for o in overrides if o.startswith(("data.dataset=", "data.subset="))]
-        base = runs.finetune_config(args.run, args.labels, overrides=named)
-        config = runs.finetune_config(args.run, args.labels, args.projector_layer, overrides)
+        base = finetune_config(args.run, args.labels, overrides=named)
+        config = finetune_config(args.run, args.labels, args.projector_layer, overrides)
         folder, what = _finetuned(config, config_at(args.run).data.dataset)
     else:
-        base = runs.distill_config(args.run)
-        config = runs.distill_config(args.run, overrides)
+        base = distill_config(args.run)
+        config = distill_config(args.run, overrides)
         folder, what = "distill", f"student, {resnet_name(config.model)}"
     step = config.distill.step if args.command == "distill" else config.init_from.step
     changes = _changes(base, config)  # before training fills in keys
@@ -147,7 +151,7 @@ def _train(args: argparse.Namespace) -> None:
     workdir = args.workdir or results_folder(args.run) / folder
     # With --json, stdout is for the result only.
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-        state, metrics = runs.train_classifier(
+        state, metrics = train_classifier(
             config, workdir, args.command_line, "quiet" if args.quiet else "all"
         )
     if metrics is None:

@@ -1,6 +1,7 @@
-"""What trains again, or measures a run by its path: linear recipes, fine-tuning, distillation."""
+"""Downstream use of a trained encoder: fine-tuning, distillation, transfer, linear evaluation."""
 
-from ssl_jax.downstream.datasets import transfer
-from ssl_jax.downstream.runs import distill, finetune
+from ssl_jax.downstream.distillation import distill
+from ssl_jax.downstream.finetuning import finetune
+from ssl_jax.downstream.transfer_learning import transfer
 
 __all__ = ["distill", "finetune", "transfer"]

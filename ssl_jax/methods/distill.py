@@ -1,7 +1,8 @@
-"""Distillation of a classifier into another (SimCLR v2: Chen et al., 2020, arXiv:2006.10029).
+"""Distillation of a classifier into a student (SimCLR v2: Chen et al., 2020, arXiv:2006.10029).
 
-The last of its three steps: a teacher that was fine-tuned on few labels gives its opinion of images
-without labels, and a student, small or of the same size, learns it (section 2, equations 2 and 3).
+The last of its three steps: a teacher, fine-tuned on few labels, predicts the classes of unlabeled
+images, and a student, smaller or of the same size, learns its predictions (section 2, equations 2
+and 3).
 """
 
 from typing import Any
@@ -12,10 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ssl_jax.errors import UserError
-from ssl_jax.methods.base import Batch, Method, Pytree, apply_networks, init_networks
+from ssl_jax.methods.base import Batch, Pytree, apply_networks, init_networks
 from ssl_jax.methods.supervised import (
     Classifier,
-    classifier_group,
+    ClassifierMethod,
     classifying_networks,
     cross_entropy,
     evaluate_networks,
@@ -23,23 +24,21 @@ from ssl_jax.methods.supervised import (
 from ssl_jax.models.resnet import ResNet, architecture
 
 
-class Distill(Method):
-    """A student, and in `state` the teacher, which stays as it is and runs in evaluation mode."""
-
-    classifies = True
+class Distill(ClassifierMethod):
+    """A student, and in `state` its teacher, which is constant and runs in evaluation mode."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         options, classes = self.config.distill, self.config.data.num_classes
         if not options.depth:
             raise UserError(
-                "config.distill.teacher is empty: give the workdir of a supervised or fine-tuned "
-                "run, whose opinion is to be learnt."
+                "config.distill.teacher is empty. Set it to the workdir of a supervised or "
+                "fine-tuned run."
             )
         if options.labels and classes < 2:
             raise UserError(
                 f"config.distill.labels is {options.labels}, but the training images have no "
-                "labels: use 0."
+                "labels. Set it to 0."
             )
         self.needs_labels = options.labels > 0
         teacher = ResNet(**architecture(options), dtype=self.config.dtype)
@@ -50,52 +49,44 @@ class Distill(Method):
         }
 
     def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
-        """The teacher is drawn too, until its run's weights take the place."""
+        """Initial student, and a random teacher that its run's weights replace."""
         keys = jax.random.split(rng)
         params, stats = init_networks(self.networks, keys[0], batch["views"][0])
         teacher, teacher_stats = init_networks(self.teacher, keys[1], batch["views"][0])
-        opinion = {"params": teacher, "batch_stats": teacher_stats}
-        return params, {"batch_stats": stats, "teacher": opinion}
+        variables = {"params": teacher, "batch_stats": teacher_stats}
+        return params, {"batch_stats": stats, "teacher": variables}
 
     def forward(
         self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
-        """Each view on its own, to both: `logits` and `teacher` [n, V, classes]."""
-        stats, features, logits, teacher_logits_per_view = state["batch_stats"], [], [], []
+        """Runs both on the views one at a time: `logits` and `teacher` [n, V, classes]."""
+        stats, features, logits, teacher_logits = state["batch_stats"], [], [], []
         weights = state["teacher"]["params"], state["teacher"]["batch_stats"]
         for view in batch["views"]:
             (h, out), stats = apply_networks(self.networks, params, stats, view)
             features.append(h)
             logits.append(out)
-            opinion = evaluate_networks(self.teacher, *weights, view, self.teacher)[-1]
-            teacher_logits_per_view.append(jax.lax.stop_gradient(opinion))
+            taught = evaluate_networks(self.teacher, *weights, view, self.teacher)[-1]
+            teacher_logits.append(jax.lax.stop_gradient(taught))
         return {
             "embedding": features[0],
             "logits": jnp.stack(logits, axis=1),
-            "teacher": jnp.stack(teacher_logits_per_view, axis=1),
+            "teacher": jnp.stack(teacher_logits, axis=1),
         }, stats
 
     def loss(
         self, params: Pytree, outputs: dict[str, Array], state: Pytree, batch: Batch, step: Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """Cross-entropy with the teacher's softened opinion, and, of its share, with the labels."""
+        """Cross-entropy with the teacher's softened predictions, mixed with that of the labels."""
         options = self.config.distill
         t = options.temperature
-        opinion = jax.nn.softmax(outputs["teacher"].astype(jnp.float32) / t)
+        targets = jax.nn.softmax(outputs["teacher"].astype(jnp.float32) / t)
         log_p = jax.nn.log_softmax(outputs["logits"].astype(jnp.float32) / t)
-        distilled = -jnp.mean(jnp.sum(opinion * log_p, axis=-1)) * t * t
+        distilled = -jnp.mean(jnp.sum(targets * log_p, axis=-1)) * t * t
         agree = outputs["teacher"].argmax(-1) == outputs["logits"].argmax(-1)
         logs = {"distillation": self.mean(distilled), "agreement": self.mean(jnp.mean(agree))}
         if not options.labels:
             return self.mean(distilled), logs
-        labelled, correct = cross_entropy(outputs["logits"], batch["label"])
-        loss = (1 - options.labels) * distilled + options.labels * labelled
+        labeled, correct = cross_entropy(outputs["logits"], batch["label"])
+        loss = (1 - options.labels) * distilled + options.labels * labeled
         return self.mean(loss), {**logs, "train_accuracy": self.mean(correct)}
-
-    def param_groups(self, params: Pytree) -> Pytree:
-        """As for a supervised classifier."""
-        return {**super().param_groups(params), **classifier_group(self.config, params)}
-
-    def classify(self, params: Pytree, stats: Pytree, images: Array) -> Float[Array, "n classes"]:
-        """The student's logits of images, in evaluation mode."""
-        return evaluate_networks(self.networks, params, stats, images, self.networks)[-1]

@@ -66,10 +66,10 @@ def test_help_of_every_option_states_its_default(typed):
 
 
 def test_defaults_written_out_in_the_help_match_the_code():
-    from ssl_jax.downstream import datasets
+    from ssl_jax.downstream import transfer_learning
 
     parser = parsers()["transfer"]
-    for name, values in (("rates", datasets.RATES), ("decays", datasets.DECAYS)):
+    for name, values in (("rates", transfer_learning.RATES), ("decays", transfer_learning.DECAYS)):
         (action,) = (a for a in parser._actions if a.dest == name)
         assert f"(default: {','.join(f'{value:g}' for value in values)})" in action.help
 

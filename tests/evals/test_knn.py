@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
-from ssl_jax.downstream.frozen import Features, knn_metrics
+from ssl_jax.downstream.features import Features, knn_metrics
 from ssl_jax.errors import UserError
 from ssl_jax.evals import knn as knn_module
 from ssl_jax.evals import knn_classify, knn_votes, nearest_neighbors

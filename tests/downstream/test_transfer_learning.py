@@ -1,4 +1,4 @@
-"""Transfer of a tiny run to two data sets: chosen on held-out images, one table, resumable."""
+"""Transfer of a tiny run to two data sets: settings chosen on held-out images, resumable."""
 
 import json
 import re
@@ -10,11 +10,12 @@ from encoders import copy_run, random_encoder
 from tiny import method_config, random_source, without_color
 
 from ssl_jax.cli import main as cli
-from ssl_jax.downstream import datasets
+from ssl_jax.downstream import transfer_learning
 from ssl_jax.errors import UserError
+from ssl_jax.evals.linear import METRICS
 from ssl_jax.interop.weights import Weights, write_weights
 
-WHOLE = "--config.views.view.crop.sampler=none"  # images, which compile faster than crops
+WHOLE = "--config.views.view.crop.sampler=none"  # whole images, which compile faster than crops
 BRIEF = ("--config.steps=4", "--config.batch_size=16", "--config.log_every=100", WHOLE)
 
 
@@ -25,7 +26,7 @@ def run(finished_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """Digits, and three classes of blobs of which the second is rare, as packed files."""
+    """Digits, and packed files of three classes of blobs, of which the second is rare."""
     folder = tmp_path_factory.mktemp("sets")
     for split, n in (("train", 120), ("test", 60)):
         source = random_source(n=n, seed=n, classes=3)
@@ -46,7 +47,7 @@ def sets(tmp_path_factory):
     return file
 
 
-def test_settings_are_chosen_on_held_out_images_and_measured_once_on_the_test(run, sets, capsys):
+def test_transfer_chooses_on_held_out_images_reports_the_test_split_and_resumes(run, sets, capsys):
     line = ["transfer", f"--from={run}", f"--sets={sets}", "--rates=0.1,1e-9", "--decays=0"]
     assert cli.main([*line, *BRIEF]) == 0
     out, err = capsys.readouterr()
@@ -72,7 +73,7 @@ def test_settings_are_chosen_on_held_out_images_and_measured_once_on_the_test(ru
     assert record["metrics"]["examples"] == tests and record["rate"] == best
     assert f"{100 * record['metrics']['mean_per_class']['value']:.1f} [" in rows[2][3]
     assert "blobs: fine-tuned, rate" in (run / "report.html").read_text()
-    # The same again trains nothing and finds the same.
+    # The same command again trains nothing and prints the same.
     sizes = {f: f.stat().st_size for f in run.rglob("transfer/*/*/metrics.jsonl")}
     assert len(sizes) == 6
     assert cli.main([*line, *BRIEF]) == 0
@@ -80,31 +81,31 @@ def test_settings_are_chosen_on_held_out_images_and_measured_once_on_the_test(ru
     assert {f: f.stat().st_size for f in sizes} == sizes
 
 
-def test_each_data_set_is_fine_tuned_as_its_own_metric_chooses(run, sets, tmp_path, monkeypatch):
-    """The higher rate is best by top-1, the lower one by the mean of the classes."""
+def test_fine_tuning_is_chosen_by_the_metric_of_the_data_set(run, sets, tmp_path, monkeypatch):
+    """The higher rate is best by top-1, the lower one by the mean per class."""
     trained = []
 
-    def train(config, workdir, command, told):
+    def train(config, workdir, command, verbosity):
         trained.append((str(workdir.relative_to(tmp_path)), config.optim.weight_decay))
         top1, of_class = (0.9, 0.2) if config.optim.lr == 0.1 else (0.4, 0.6)
         found = {"top1": top1, "mean_per_class": of_class}
         return None, {name: {"value": x, "low": x, "high": x} for name, x in found.items()}
 
-    monkeypatch.setattr(datasets, "train_classifier", train)
+    monkeypatch.setattr(transfer_learning, "train_classifier", train)
     grid = {"rates": (0.1, 0.01), "decays": (0.5,), "overrides": ("batch_size=16",)}
-    rows = datasets.transfer(run, datasets.read_sets(sets), tmp_path, **grid)
+    rows = transfer_learning.transfer(run, transfer_learning.read_sets(sets), tmp_path, **grid)
     assert trained == [
         (f"{name}/{trial}_decay_0.5", 0.5)
         for name, best in (("blobs", "0.01"), ("digits", "0.1"))
         for trial in ("rate_0.1", "rate_0.01", f"chosen_rate_{best}")
     ]
-    blobs, digits = [line.split(" | ") for line in datasets.table(rows)[2:]]
+    blobs, digits = [line.split(" | ") for line in transfer_learning.table(rows)[2:]]
     assert [blobs[i] for i in (0, 1, 4)] == ["| blobs", "mean per class", "0.01, 0.5 |"]
     assert [digits[i] for i in (0, 1, 4)] == ["| digits", "top1", "0.1, 0.5 |"]
     assert (blobs[3], digits[3]) == ("60.0 [60.0, 60.0]", "90.0 [90.0, 90.0]")
 
 
-def test_linear_alone_trains_nothing(run, sets, capsys):
+def test_transfer_without_fine_tuning_starts_no_run(run, sets, capsys):
     before = set((run / "transfer").glob("*/*"))
     line = ["transfer", f"--from={run}", f"--sets={sets}", "--no-finetune", "--json"]
     assert cli.main(line) == 0
@@ -116,30 +117,30 @@ def test_linear_alone_trains_nothing(run, sets, capsys):
 
 
 @pytest.mark.parametrize(
-    ("listed", "sentence"),
+    ("listed", "message"),
     [
-        ("[", "can't be read"),
-        ("{}", "can't be read: write"),
+        ("[", "Cannot read the list"),
+        ("{}", "(write "),
         ('{"a": 1}', 'a needs a group "data"'),
-        ('{"a/b": {"data": {}}}', "'a/b' can't name a folder"),
+        ('{"a/b": {"data": {}}}', "'a/b' can't be the name of a folder"),
         ('{"a": {"data": {"nam": "x"}}}', "config.data.nam. Did you mean 'name'"),
-        ('{"a": {"data": {"threads": "x"}}}', "config.data.threads is 'x': it takes such as 0"),
+        ('{"a": {"data": {"threads": "x"}}}', "config.data.threads is 'x'. Give a value like 0"),
         ('{"a": {"data": {}, "metric": "top2"}}', "metric is 'top2'. Did you mean 'top1'"),
         ('{"a": {"data": {}, "metric": 5}}', "metric is '5'. Use one of"),
-        ('{"a": {"data": {"dir": 5}}}', "config.data.dir is 5: it takes such as ''"),
+        ('{"a": {"data": {"dir": 5}}}', "config.data.dir is 5. Give a value like ''"),
         ('{"a": {"data": {"subset": 2}}}', "a: config.data.subset is 2.0: it is a share"),
         ('{"a": {"data": {"validation": 0.1}}}', "a: config.data.validation."),
-        ('{"a": {"data": {}, "metrics": "x"}}', "a has no key 'metrics'"),
+        ('{"a": {"data": {}, "metrics": "x"}}', "a has no key 'metrics'. Did you mean 'metric'"),
     ],
 )
-def test_a_bad_list_is_one_sentence(tmp_path, listed, sentence):
+def test_read_sets_refuses_bad_lists(tmp_path, listed, message):
     file = tmp_path / "sets.json"
     file.write_text(listed)
-    with pytest.raises(UserError, match=re.escape(sentence)):
-        datasets.read_sets(file)
+    with pytest.raises(UserError, match=re.escape(message)):
+        transfer_learning.read_sets(file)
 
 
-def test_what_can_not_be_run_is_refused_before_anything_is(run, tmp_path, capsys):
+def test_missing_data_is_refused_before_any_training(run, tmp_path, capsys):
     file = tmp_path / "sets.json"
     packed = {"name": "packed", "dir": "/nowhere.npz"}
     file.write_text(json.dumps({"digits": {"data": {}}, "b": {"data": packed}}))
@@ -150,30 +151,38 @@ def test_what_can_not_be_run_is_refused_before_anything_is(run, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("flags", "message"),
     [
-        (("--config.optim.lr=1",), "config.optim.lr is what transfer sets: give --rates"),
-        (("--config.init_from.step=1",), "config.init_from.step is what transfer sets"),
+        (("--config.optim.lr=1",), "config.optim.lr is set by transfer. Use --rates"),
+        (("--config.init_from.step=1",), "config.init_from.step is set by transfer"),
         (("--rates=0.1,-0.1",), "digits: config.optim.lr is -0.1: it must be"),
         (("--config.batch_size=5000",), "digits: config.batch_size is 5000 but the training set"),
         (("--step=77",), "no checkpoint of step 77"),
         (("--no-finetune", "--rates=0.1"), "--rates is for fine-tuning"),
-        (("--no-finetune", "--config.optim.momentum=0.5"), "config.optim.momentum is for fine-t"),
-        (("--no-finetune", "--config.batch_size=16"), "config.batch_size is for fine-tuning"),
+        (
+            ("--no-finetune", "--config.optim.momentum=0.5"),
+            "config.optim.momentum applies only to fine-t",
+        ),
+        (
+            ("--no-finetune", "--config.batch_size=16"),
+            "config.batch_size applies only to fine-tuning",
+        ),
     ],
 )
-def test_what_is_set_elsewhere_or_can_not_end_is_refused(run, tmp_path, capsys, flags, sentence):
+def test_bad_settings_are_refused_before_any_training(run, tmp_path, capsys, flags, message):
     file = tmp_path / "sets.json"
     file.write_text(json.dumps({"digits": {"data": {}}}))
     line = ["transfer", f"--from={run}", f"--sets={file}"]
     if "--no-finetune" not in flags:
         line.append(f"--workdir={tmp_path / 'w'}")
     assert cli.main([*line, *flags]) == 2
-    assert sentence in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "w").exists()
 
 
-def test_classes_of_few_images_are_only_fine_tuned_on_with_one_setting(run, sets, tmp_path, capsys):
+def test_classes_too_small_to_hold_images_out_are_refused_with_several_settings(
+    run, sets, tmp_path, capsys
+):
     file, few = tmp_path / "sets.json", tmp_path / "few.npz"
     with np.load(sets.with_name("train.npz")) as train:
         ids = np.concatenate([np.flatnonzero(train["labels"] == c)[:4] for c in range(3)])
@@ -183,15 +192,15 @@ def test_classes_of_few_images_are_only_fine_tuned_on_with_one_setting(run, sets
     file.write_text(json.dumps({"few": {"data": data}}))
     line = ["transfer", f"--from={run}", f"--sets={file}", f"--workdir={tmp_path / 'w'}"]
     assert cli.main([*line, "--config.batch_size=4"]) == 2
-    assert "few: Its classes are too small for a tenth to be held out" in capsys.readouterr().err
+    assert "few: The classes are too small to hold a tenth out" in capsys.readouterr().err
 
 
-def test_what_changes_fine_tuning_is_no_business_of_the_evaluated_run(tmp_path, capsys):
-    config = without_color(method_config("moco"))  # whose queue other batches don't fill
+def test_fine_tuning_overrides_need_not_fit_the_evaluated_run(tmp_path, capsys):
+    config = without_color(method_config("moco"))  # whose queue is no multiple of the new batch
     config.steps = 1
     config.data.num_classes = 0
-    drawn = random_encoder(config)
-    networks = ({"encoder": drawn[kind]} for kind in ("params", "batch_stats"))
+    encoder = random_encoder(config)
+    networks = ({"encoder": encoder[kind]} for kind in ("params", "batch_stats"))
     moco, file = tmp_path / "moco.safetensors", tmp_path / "sets.json"
     write_weights(Weights(config, *networks), moco)
     file.write_text(json.dumps({"digits": {"data": {}}}))
@@ -200,10 +209,10 @@ def test_what_changes_fine_tuning_is_no_business_of_the_evaluated_run(tmp_path, 
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert row["rate"] == 0.1 and row["finetune"]["examples"] == 450
     (trained,) = tmp_path.glob("moco.safetensors_evals/transfer/digits/*/config.json")
-    assert json.loads(trained.read_text())["config"]["steps"] == 0  # epochs were asked for
+    assert json.loads(trained.read_text())["config"]["steps"] == 0  # replaced by epochs
 
 
-def test_the_list_in_the_repository_is_read():
-    listed = datasets.read_sets(Path(__file__).parents[2] / "configs" / "transfer.json")
-    assert {data_set.metric for data_set in listed} == set(datasets.METRICS)
+def test_read_sets_reads_the_list_in_configs():
+    listed = transfer_learning.read_sets(Path(__file__).parents[2] / "configs" / "transfer.json")
+    assert {data_set.metric for data_set in listed} == set(METRICS)
     assert len(listed) == 9

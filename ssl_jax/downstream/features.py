@@ -1,4 +1,4 @@
-"""A run's frozen encoder over its data, or others: what kNN and linear probes start from."""
+"""Features of a run's frozen encoder, and kNN and linear accuracy on them."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -20,7 +20,12 @@ from ssl_jax.files import asked_for
 from ssl_jax.interop.load import config_at, load
 from ssl_jax.spmd import make_spmd
 
-# How the keys begin that change a frozen encoder's features, and which of its first view's do.
+NO_TEST_LABELS = (
+    "The data has no held-out split with labels to evaluate on. Name one, such as "
+    "--config.data.test_dir=DIR."
+)
+# Prefixes of the config keys that change a frozen encoder's features, and the keys of its first
+# view that do.
 _IMAGES = ("batch_size", "crop_fraction", "interpolation", "projector_layer")
 SEEN = ("data.", "dtype", *(f"eval.{key}" for key in _IMAGES))
 _SEEN_OF_VIEW = ("size", "mean", "std", "crop.sampler")
@@ -28,12 +33,12 @@ _SEEN_OF_VIEW = ("size", "mean", "std", "crop.sampler")
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Of the two splits of a data set; no held-out ones where there is no such split.
+    """Features of the two splits of a data set.
 
     Attributes:
-      train, test: float32 [n, d] and [m, d].
+      train, test: float32 [n, d] and [m, d]; `test` is None without a held-out split.
       train_labels, test_labels: int32 [n] and [m]; None without labels.
-      class_names: of the labels.
+      class_names: by label.
       step: of the checkpoint.
     """
 
@@ -44,26 +49,23 @@ class Features:
     class_names: tuple[str, ...]
     step: int
 
-    def labelled(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
+    def labeled(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
         """Features and labels of both splits, and the number of classes.
 
         Raises:
-          UserError: there is no held-out split, or no labels.
+          UserError: a held-out split or labels are missing.
         """
         train, test = self.train_labels, self.test_labels
         if self.test is None or train is None or test is None:
-            raise UserError(
-                "The data has no held-out split with labels to be measured on: name one, such as "
-                "--config.data.test_dir=DIR."
-            )
+            raise UserError(NO_TEST_LABELS)
         classes = max(len(self.class_names), int(train.max()) + 1, int(test.max()) + 1)
         return self.train, train, self.test, test, classes
 
     def save(self, file: Path) -> None:
-        """Writes an `.npz` of what is there, by the attributes' names.
+        """Writes an `.npz` of the attributes that are not None, by their names.
 
         Raises:
-          UserError: it can't be written.
+          UserError: the file can't be written.
         """
         arrays: dict[str, Any] = {
             name: value
@@ -81,20 +83,20 @@ def run_features(
     projector_layer: int | None = None,
     overrides: Iterable[str] = (),
 ) -> Features:
-    """The features that a run's encoder has of its data.
+    """Extracts the features of a data set with a run's encoder.
 
     Args:
       path: the run's workdir.
-      step: of the checkpoint, default the newest.
+      step: of the checkpoint; default the newest.
       projector_layer: see `ssl_jax.load`.
-      overrides: strings `a.b=VALUE` that change the run's config: `data.…` names other data, and
-        `data.subset` takes a share of it, `eval.…` how images are prepared.
+      overrides: strings `a.b=VALUE` that change the run's config: `data.…` names other data,
+        `data.subset` a share of it, and `eval.…` sets how images are prepared.
 
     Returns:
       The features, in the order of the sources.
 
     Raises:
-      UserError: no run or no data there, or an override that is bad or changes no features.
+      UserError: the run or the data is missing, or an override is bad or doesn't change features.
     """
     overrides = tuple(overrides)
     config = apply_overrides(config_at(path), overrides)
@@ -117,29 +119,29 @@ def run_features(
 
 
 def _require_seen(config: ConfigDict, overrides: Iterable[str]) -> None:
-    """Refuses what would do nothing, or make another network than the one that was trained."""
+    """Refuses keys that have no effect or would change the trained network."""
     first = sorted(config.views)[0]
     seen = (*SEEN, *(f"views.{first}.{key}" for key in _SEEN_OF_VIEW))
     for override in overrides:
         key = override.partition("=")[0]
         if not key.startswith(seen):
             raise UserError(
-                f"config.{key} is not for a frozen encoder's features, which "
-                f"{', '.join(seen).replace('data.', 'data.…')} may change: leave it out."
+                f"config.{key} doesn't apply to a frozen encoder's features. Leave it out, or set "
+                f"one of {', '.join(seen).replace('data.', 'data.…')}."
             )
 
 
 def knn_metrics(
     features: Features, *, k: int = 200, temperature: float | None = 0.1
 ) -> dict[str, Any]:
-    """`classification_metrics` of the vote of nearest neighbours; see `knn_classify`.
+    """`classification_metrics` of a vote of nearest neighbors; see `knn_classify`.
 
     Raises:
-      UserError: there are no labels to vote with or to be measured on.
+      UserError: a held-out split or labels are missing.
     """
-    train, labels, test, test_labels, classes = features.labelled()
+    train, labels, test, test_labels, classes = features.labeled()
     votes = knn_votes(train, labels, test, num_classes=classes, k=k, temperature=temperature)
-    # Their logarithms are scores whose softmax is the vote.
+    # The softmax of their logarithms is the vote.
     return classification_metrics(np.log(np.maximum(votes, 1e-12)), test_labels)
 
 
@@ -150,12 +152,12 @@ def linear_metrics(
     seed: int = 0,
     metric: str = "top1",
 ) -> tuple[dict[str, Any], float]:
-    """`classification_metrics` of a linear classifier, and its penalty; see `fit_linear`.
+    """`classification_metrics` of a linear classifier and its penalty; see `fit_linear`.
 
     Raises:
-      UserError: there are no labels to fit or to be measured on.
+      UserError: a held-out split or labels are missing.
     """
-    train, labels, test, test_labels, classes = features.labelled()
+    train, labels, test, test_labels, classes = features.labeled()
     model = fit_linear(
         train, labels, num_classes=classes, penalties=tuple(penalties), seed=seed, metric=metric
     )

@@ -1,0 +1,113 @@
+"""Runs that train a classifier on top of another run's encoder.
+
+Linear evaluation by recipe, fine-tuning, transfer and distillation are runs like any other, with a
+config derived from that of the evaluated run: they use the same loop, resume, plan, distribute and
+report the same way.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ssl_jax.config import default_config, flat_views, from_json, to_json, view
+from ssl_jax.data.sources import make_sources
+from ssl_jax.downstream.features import NO_TEST_LABELS
+from ssl_jax.errors import UserError
+from ssl_jax.evals.evaluator import LAST_FILE
+from ssl_jax.interop.load import config_at, newest_step
+from ssl_jax.run import processes
+from ssl_jax.train import pretrain
+
+# Other keys of the optimizer keep the schema's defaults: momentum 0.9, cosine, linear scaling.
+PLAIN_SGD = {"name": "sgd", "decay_norm_bias": True, "per_epoch": True}
+PLAIN_SGD |= {"warmup_epochs": 0.0, "weight_decay": 0.0}
+
+
+def derived_config(
+    path: str | Path, recipe: Mapping[str, Any], step: int | None = None
+) -> ConfigDict:
+    """The config of supervised training that starts from a run's encoder, on the run's data.
+
+    Images are cropped and flipped. Size, normalization, flips, rotations and shifts are those of
+    the run's first view.
+
+    Args:
+      path: the run's workdir.
+      recipe: values by key of the config, one level of groups deep.
+      step: of the run's checkpoint; default the newest.
+
+    Returns:
+      The config, not validated yet.
+
+    Raises:
+      UserError: there is no run with a checkpoint at `path`.
+    """
+    source = config_at(path)
+    config = from_json(to_json(source))
+    plain = {"microbatch": 0, "steps": 0, "remat": False, "count_steps": "epochs", "wandb": ""}
+    config.update({**plain, "method": "supervised"})
+    # The run's own optimizer, classifier and BatchNorm groups don't apply here.
+    defaults = default_config()
+    for group in ("optim", "supervised", "distill"):
+        config[group].update(defaults[group].to_dict())
+    config.model.bn_group_size = 0
+    # Fixed now, because a run in progress will have newer checkpoints.
+    step = newest_step(path) if step is None else step
+    config.init_from.update(path=str(Path(path).expanduser().resolve()), step=step, heads=False)
+    config.eval.projector_layer = 0
+    first = flat_views(source)[0]
+    kept = {"size": first.size, "flip": first.flip, "mean": first.mean, "std": first.std}
+    area = tuple(first.crop.area) if first.size < 64 else (0.08, 1.0)
+    crop = {**first.crop.to_dict(), "area": area}
+    off = {"jitter": {"prob": 0.0}, "gray": 0.0, "blur": {"prob": 0.0}, "solarize": {"prob": 0.0}}
+    with config.unlocked():
+        config.views = {"view": view(**kept, **off, crop=crop, affine=first.affine.to_dict())}
+    for key, value in recipe.items():
+        if isinstance(value, Mapping):
+            config[key].update(value)
+        else:
+            config[key] = value
+    return config
+
+
+def is_overridden(overrides: Iterable[str], key: str) -> bool:
+    """Whether one of the strings `a.b=VALUE` sets the key."""
+    return any(override.partition("=")[0] == key for override in overrides)
+
+
+def train_classifier(
+    config: ConfigDict, workdir: str | Path, command: str = "", verbosity: str = "all"
+) -> tuple[Any, dict[str, Any] | None]:
+    """Trains, or resumes, a run with a classifier and evaluates it.
+
+    Args:
+      config: from `linear_config`, `finetune_config`, `transfer_config` or `distill_config`.
+      workdir: of the run.
+      command: recorded there.
+      verbosity: how much is printed, as for `pretrain`.
+
+    Returns:
+      The state, and `classification_metrics` of the held-out images on the primary process; None on
+      other processes, and if SIGTERM stopped the run.
+
+    Raises:
+      UserError: bad input, or no labels to train or evaluate on; raised before training.
+    """
+    train, test = make_sources(config)
+    if test is None or test.labels is None:
+        raise UserError(NO_TEST_LABELS)
+    if train.labels is None and (config.method != "distill" or config.distill.labels > 0):
+        raise UserError(
+            "The training images have no labels to train on. Use a folder with one subfolder per "
+            "class, or distill with config.distill.labels=0."
+        )
+    state = pretrain(config, workdir, command, verbosity=verbosity)
+    file = Path(workdir) / "evals" / "classifier.json"
+    # A run that was stopped during its evaluation lacks the last file.
+    done = (Path(workdir) / LAST_FILE).exists() and file.exists()
+    if not processes.is_primary() or not done:
+        return state, None
+    return state, json.loads(file.read_text())["metrics"]

@@ -1,0 +1,364 @@
+"""Transfer: one encoder on a list of other data sets, linear and fine-tuned, in one table.
+
+As in SimCLR's appendix B.8 (arXiv:2002.05709; after Kornblith et al., 2019, arXiv:1805.08974):
+settings are chosen on held-out training images, then the classifier is trained on all of them and
+evaluated once on the test split, by the data set's own metric.
+"""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ssl_jax.config import apply_overrides, default_config, did_you_mean, run_schedule
+from ssl_jax.data.sources import held_out_ids, make_sources
+from ssl_jax.downstream.classifier import (
+    PLAIN_SGD,
+    derived_config,
+    is_overridden,
+    train_classifier,
+)
+from ssl_jax.downstream.features import SEEN, linear_metrics, run_features
+from ssl_jax.errors import UserError
+from ssl_jax.evals.linear import METRICS
+from ssl_jax.evals.metrics import interval_text
+from ssl_jax.evals.results import read_result, write_result
+from ssl_jax.interop.load import newest_step, results_folder
+from ssl_jax.run.nonfinite import NonFiniteError
+
+RATES = (0.1, 0.01, 0.001)
+DECAYS = (0.0, 1e-4)
+# SimCLR's appendix B.8; learning rate and weight decay are chosen for each data set.
+_RECIPE: dict[str, Any] = {
+    "batch_size": 256,
+    "steps": 20_000,
+    "optim": {**PLAIN_SGD, "nesterov": True, "per_epoch": False},
+    # Of these runs only the classifier's accuracy is used.
+    "eval": {"at_end": False, "knn_every_epochs": 0.0, "probe": False},
+    "checkpoint": {"keep": 1},
+}
+_CHOSEN = ("optim.lr", "optim.weight_decay", "data.validation")
+_HELD_OUT = 0.1  # share of the training images on which settings are chosen
+_SAVE_STEPS = 1000  # between checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """An entry of the list of data sets.
+
+    Attributes:
+      name: in the table and of its folder.
+      metric: "top1" or "mean_per_class".
+      overrides: strings `data.KEY=VALUE`, for every key of `config.data`.
+    """
+
+    name: str
+    metric: str
+    overrides: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An encoder's results on one data set.
+
+    Attributes:
+      dataset: its name.
+      metric: of the data set.
+      linear: `classification_metrics` of a linear classifier on features.
+      finetune: the same of the fine-tuned network; None without fine-tuning, like the next two.
+      rate: chosen learning rate.
+      decay: chosen weight decay.
+    """
+
+    dataset: str
+    metric: str
+    linear: dict[str, Any]
+    finetune: dict[str, Any] | None = None
+    rate: float | None = None
+    decay: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The attributes that are not None."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+
+def read_sets(path: str | Path) -> list[DataSet]:
+    """Reads a list of data sets, JSON: {NAME: {"metric": "top1", "data": {KEY: VALUE}}}.
+
+    Args:
+      path: the file; keys are those of `config.data`, with their defaults.
+
+    Raises:
+      UserError: the file can't be read or is not such a list.
+    """
+    try:
+        listed = json.loads(Path(path).read_text())
+        if not isinstance(listed, dict) or not listed:
+            raise ValueError('write {"NAME": {"metric": "top1", "data": {"name": "tfds"}}}')
+    except (OSError, ValueError) as error:
+        raise UserError(f"Cannot read the list of data sets {path} ({error}).") from error
+    return [_data_set(str(path), name, entry) for name, entry in listed.items()]
+
+
+def _data_set(path: str, name: str, entry: Any) -> DataSet:
+    if not isinstance(entry, dict) or not isinstance(entry.get("data"), dict):
+        raise UserError(f'{path}: {name} needs a group "data" with keys of config.data.')
+    if not name or Path(name).name != name or name.startswith("."):
+        raise UserError(f"{path}: '{name}' can't be the name of a folder. Rename the data set.")
+    for key in entry:
+        if key not in ("data", "metric"):
+            hint = did_you_mean(key, ("data", "metric"))
+            raise UserError(f"{path}: {name} has no key '{key}'.{hint}")
+    metric = entry.get("metric", "top1")
+    if metric not in METRICS:
+        hint = did_you_mean(str(metric), METRICS)
+        raise UserError(f"{path}: {name}'s metric is '{metric}'.{hint}")
+    data = default_config().data.to_dict()
+    del data["validation"]  # set by `transfer`
+    for key, value in entry["data"].items():
+        if key not in data:
+            raise UserError(f"{path}: {name}: config.data.{key}.{did_you_mean(key, data)}")
+        default = data[key]
+        is_whole_float = isinstance(default, float) and type(value) is int
+        if type(value) is not type(default) and not is_whole_float:
+            raise UserError(
+                f"{path}: {name}: config.data.{key} is {value!r}. Give a value like {default!r}."
+            )
+        data[key] = value
+    overrides = tuple(f"data.{key}={value}" for key, value in data.items())
+    try:
+        apply_overrides(default_config(), overrides)
+    except UserError as error:
+        raise UserError(f"{path}: {name}: {error}") from error
+    return DataSet(name, metric, overrides)
+
+
+def transfer_config(
+    path: str | Path, overrides: Iterable[str] = (), step: int | None = None
+) -> ConfigDict:
+    """The config of fine-tuning a run's whole encoder with a classifier on another data set.
+
+    Args:
+      path: the run's workdir.
+      overrides: strings `a.b=VALUE`; `data.…` names the data, `optim.…` sets rate and decay.
+      step: of the run's checkpoint; default the newest.
+
+    Returns:
+      The config, for `train_classifier`.
+
+    Raises:
+      UserError: no run at `path`, or a bad override.
+    """
+    overrides = list(overrides)
+    config = derived_config(path, _RECIPE, step)
+    config.data.update(default_config().data.to_dict())
+    if is_overridden(overrides, "epochs"):
+        config.steps = 0
+    return apply_overrides(config, overrides)
+
+
+def transfer(
+    path: str | Path,
+    sets: Iterable[DataSet],
+    workdir: str | Path | None = None,
+    *,
+    step: int | None = None,
+    rates: Sequence[float] = RATES,
+    decays: Sequence[float] = DECAYS,
+    overrides: Iterable[str] = (),
+    command: str = "",
+    log: Callable[[str], None] = lambda text: None,
+    verbosity: str = "warnings",
+) -> list[Row]:
+    """Evaluates a run's encoder on other data sets, linear and fine-tuned, or resumes.
+
+    Args:
+      path: the run's workdir; results are kept in its `evals/`.
+      sets: from `read_sets`.
+      workdir: of the fine-tuning runs; default `transfer` in the run's.
+      step: of the checkpoint; default the newest.
+      rates: learning rates of fine-tuning at a batch of 256, each tried with each of `decays`;
+        empty: no fine-tuning.
+      decays: weight decays.
+      overrides: strings `a.b=VALUE` that change the fine-tuning config for every data set; `data`,
+        `dtype` and the keys of `eval` that prepare images apply to the linear classifier, too.
+      command: recorded with the results.
+      log: receives a line per result.
+      verbosity: how much the fine-tuning runs print, as for `pretrain`.
+
+    Returns:
+      A row per data set; fewer if SIGTERM stopped a run.
+
+    Raises:
+      UserError: bad input; raised before training.
+    """
+    path, overrides = Path(path), tuple(overrides)
+    _check_overrides(overrides, bool(rates))
+    if rates and not decays:
+        raise UserError("There is no weight decay to fine-tune with. Give at least one.")
+    grid = [(rate, decay) for rate in rates for decay in decays]
+    folder = Path(workdir) if workdir else results_folder(path) / "transfer"
+    step = newest_step(path) if step is None else step
+    jobs = [
+        _Job(path, each, step, folder / each.name, overrides, command, verbosity, log)
+        for each in sets
+    ]
+    for job in jobs:
+        job.check(grid)
+    rows: list[Row] = []
+    for job in jobs:
+        row = Row(job.data_set.name, job.data_set.metric, job.linear())
+        log(f"{row.dataset}: linear {100 * row.linear[row.metric]['value']:.2f} %")
+        if grid:
+            tuned = job.finetuned(grid)
+            if tuned is None:
+                return rows
+            row = dataclasses.replace(row, **tuned)
+        rows.append(row)
+    return rows
+
+
+def _check_overrides(overrides: Iterable[str], finetunes: bool) -> None:
+    """Refuses keys that `transfer` sets, and without fine-tuning those that apply only to it."""
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key in _CHOSEN or key.startswith("init_from."):
+            raise UserError(f"config.{key} is set by transfer. Use --rates, --decays or --step.")
+        if not finetunes and not key.startswith(SEEN):
+            raise UserError(
+                f"config.{key} applies only to fine-tuning. Leave it out, or drop --no-finetune."
+            )
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Formats rows as lines of a Markdown table, in percent with 95 % intervals."""
+    head = ["data set", "metric", "linear", "fine-tuned", "rate, weight decay"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        results = [interval_text(each[row.metric]) for each in (row.linear, row.finetune) if each]
+        chosen = [] if row.finetune is None else [f"{row.rate:g}, {row.decay:g}"]
+        cells = [row.dataset, row.metric.replace("_", " "), *results, *chosen]
+        lines.append(cells + [""] * (len(head) - len(cells)))
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+@dataclasses.dataclass
+class _Job:
+    """Transfer of a run's encoder to one data set."""
+
+    path: Path
+    data_set: DataSet
+    step: int
+    folder: Path
+    overrides: tuple[str, ...]
+    command: str
+    verbosity: str
+    log: Callable[[str], None]
+    fingerprints: tuple[str, ...] = ()
+    every_epochs: float = 0.0
+
+    def config(self, rate: float, decay: float, validation: float = 0.0) -> ConfigDict:
+        """The config of fine-tuning."""
+        settings = dict(zip(_CHOSEN, (rate, decay, validation), strict=True))
+        settings["checkpoint.every_epochs"] = self.every_epochs
+        chosen = tuple(f"{key}={value}" for key, value in settings.items())
+        return transfer_config(
+            self.path, (*self.data_set.overrides, *chosen, *self.overrides), self.step
+        )
+
+    def check(self, grid: Sequence[tuple[float, float]]) -> None:
+        """Opens the data, and refuses what could not be trained and evaluated."""
+        try:
+            configs = [self.config(*pair, _HELD_OUT) for pair in grid] or [self.config(0.0, 0.0)]
+            config = configs[0]
+            config.data.validation = 0.0
+            train, test = make_sources(config)
+            self.fingerprints = (train.fingerprint, test.fingerprint if test else "")
+            if test is None or not train.num_classes or not test.num_classes:
+                raise UserError("There is no test split with labels. Set test_split or test_dir.")
+            if not grid:
+                return
+            held_out = 0
+            if len(grid) > 1:
+                held_out = len(held_out_ids(train.labels, train.num_examples, _HELD_OUT))
+                if not held_out:
+                    raise UserError(
+                        "The classes are too small to hold a tenth out. Fine-tune with one rate "
+                        "and one decay, so that there is nothing to choose."
+                    )
+            schedule = run_schedule(config, train.num_examples - held_out)
+        except UserError as error:
+            raise UserError(f"{self.data_set.name}: {error}") from error
+        self.every_epochs = _SAVE_STEPS / schedule.steps_per_epoch
+
+    def linear(self) -> dict[str, Any]:
+        """Metrics of a linear classifier on features; kept, and reused for the same settings."""
+        own = tuple(override for override in self.overrides if override.startswith(SEEN))
+        changes = (*self.data_set.overrides, "data.validation=0.0", *own)
+        settings: dict[str, Any] = {"step": self.step, "metric": self.data_set.metric}
+        settings |= {"overrides": list(changes), "data": list(self.fingerprints)}
+        name = f"transfer_{self.data_set.name}_linear"
+        known = read_result(results_folder(self.path), name)
+        if known is not None and known.get("settings") == settings:
+            metrics: dict[str, Any] = known["metrics"]
+            return metrics
+        features = run_features(self.path, step=self.step, overrides=changes)
+        metrics, penalty = linear_metrics(features, metric=self.data_set.metric)
+        what = f"{self.data_set.name}: linear classifier on features, penalty {penalty:g}"
+        what += self.suffix(own)
+        write_result(
+            results_folder(self.path), name, what, metrics, settings=settings, command=self.command
+        )
+        return metrics
+
+    def finetuned(self, grid: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
+        """Chooses a setting of the grid and fine-tunes with it on all training images.
+
+        Returns:
+          "finetune", "rate" and "decay" of a `Row`; None if a run was stopped.
+        """
+        name, metric = self.data_set.name, self.data_set.metric
+        best = (-1.0, grid[0])
+        for rate, decay in grid if len(grid) > 1 else []:
+            trial = f"rate_{rate:g}_decay_{decay:g}"
+            try:
+                metrics = self.trained(trial, rate, decay, _HELD_OUT)
+            except NonFiniteError:
+                self.log(f"{name}: rate {rate:g}, decay {decay:g}: diverged")
+                continue
+            if metrics is None:
+                return None
+            value = metrics[metric]["value"]
+            self.log(f"{name}: rate {rate:g}, decay {decay:g}: {100 * value:.2f} % held out")
+            best = max(best, (value, (rate, decay)), key=lambda pair: pair[0])
+        if len(grid) > 1 and best[0] < 0:
+            raise UserError(f"{name}: fine-tuning diverges at all rates. Lower --rates.")
+        rate, decay = best[1]
+        metrics = self.trained(f"chosen_rate_{rate:g}_decay_{decay:g}", rate, decay, 0.0)
+        if metrics is None:
+            return None
+        self.log(f"{name}: fine-tuned {100 * metrics[metric]['value']:.2f} %")
+        what = f"{name}: fine-tuned, rate {rate:g}, weight decay {decay:g}"
+        what += self.suffix(self.overrides)
+        more = {"step": self.step, "rate": rate, "decay": decay, "command": self.command}
+        write_result(results_folder(self.path), f"transfer_{name}_finetune", what, metrics, **more)
+        return {"finetune": metrics, "rate": rate, "decay": decay}
+
+    def suffix(self, overrides: Sequence[str]) -> str:
+        """Step and overrides, for the description of a result."""
+        steps = [f"step {self.step}"] if self.step else []  # a file of weights has none
+        return "".join(f", {each}" for each in (*steps, *overrides))
+
+    def trained(
+        self, name: str, rate: float, decay: float, validation: float
+    ) -> dict[str, Any] | None:
+        """Metrics of a fine-tuning run; None if it was stopped."""
+        config = self.config(rate, decay, validation)
+        # Standard output is for the table.
+        with contextlib.redirect_stdout(sys.stderr):
+            return train_classifier(config, self.folder / name, self.command, self.verbosity)[1]

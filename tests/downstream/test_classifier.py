@@ -1,0 +1,95 @@
+"""Configs derived from a run, their initial weights, and data that can't be evaluated."""
+
+import json
+import shutil
+
+import pytest
+from classifier_runs import first_state
+from encoders import same
+from images import fill
+
+from ssl_jax.config import default_config
+from ssl_jax.downstream import classifier, finetune
+from ssl_jax.downstream.distillation import distill_config
+from ssl_jax.downstream.finetuning import finetune_config
+from ssl_jax.downstream.linear_recipes import linear_config
+from ssl_jax.errors import UserError
+from ssl_jax.interop.load import restore_state
+from ssl_jax.interop.weights import portable_config
+from ssl_jax.run.folder import read_config
+
+
+@pytest.mark.parametrize("source", ["moco", "swav"])
+def test_derived_configs_keep_nothing_of_the_runs_optimizer_and_classifier(run, tmp_path, source):
+    other = tmp_path / source
+    shutil.copytree(run, other)
+    record = json.loads((other / "config.json").read_text())
+    optim = record["config"]["optim"]
+    optim |= {"schedule": "step", "step_epochs": [1.0], "final_lr": 0.1, "warmup_start": 0.3}
+    optim |= {"trust_coefficient": 0.02, "frozen_steps": 9}
+    record["config"]["model"]["bn_group_size"] = 1
+    record["config"]["init_from"]["heads"] = True
+    record["config"]["supervised"]["classifier_init"] = 0.5
+    record["config"]["distill"] |= {"temperature": 3.0, "labels": 0.5, "teacher": "/nowhere"}
+    (other / "config.json").write_text(json.dumps(record))
+    made = [linear_config(run, "byol"), linear_config(other, "byol")]
+    made += [finetune_config(run), finetune_config(other)]
+    for expected, found in zip(made[::2], made[1::2], strict=True):
+        assert expected.optim.to_dict() == found.optim.to_dict()
+        assert found.model.bn_group_size == 0 and found.optim.final_lr == 0
+        assert expected.supervised.to_dict() == found.supervised.to_dict()
+        assert found.distill.to_dict() == default_config().distill.to_dict()
+        assert not found.init_from.heads
+    assert distill_config(other).distill.labels == 0
+
+
+def test_derived_configs_and_exports_drop_the_wandb_project(run, tmp_path, monkeypatch):
+    config = read_config(run)
+    config.wandb = "project"
+    monkeypatch.setattr(classifier, "config_at", lambda path: config)
+    made = [finetune_config(run), linear_config(run, "moco")]
+    assert [each.wandb for each in made] == ["", ""]
+    assert portable_config(config)["wandb"] == ""
+
+
+def test_pretraining_from_a_run_initializes_encoder_and_target(run):
+    config = finetune_config(run)
+    config.method = "moco"
+    config.batch_size = 64
+    config.moco.update(queue=64, out=8)
+    with config.unlocked():
+        config.views = {"a": config.views["view"], "b": config.views["view"]}
+    source, state = restore_state(run), first_state(config)
+    assert same(state.params["encoder"], source.params["encoder"])
+    assert same(state.method_state["target"]["encoder"], source.params["encoder"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"depth": 18}}, r"config.model.depth is 18, but the encoder in .* has 4"),
+        ({"supervised": {"projector_layer": 3}}, "has 2 hidden layers: use 0 to 2"),
+        ({"init_from": {"path": "/nowhere"}}, "/nowhere"),
+        ({"init_from": {"step": 7}}, "no checkpoint of step 7"),
+    ],
+)
+def test_initial_weights_that_do_not_fit_the_config_are_refused(run, changes, message):
+    config = finetune_config(run)
+    for group, values in changes.items():
+        config[group].update(values)
+    with pytest.raises(UserError, match=message):
+        first_state(config)
+
+
+def test_fine_tuning_on_unlabeled_images_is_refused_before_training(run, unlabeled, tmp_path):
+    with pytest.raises(UserError, match="training images have no labels to train on"):
+        finetune(run, tmp_path / "other", overrides=unlabeled)
+    assert not (tmp_path / "other").exists()
+
+
+def test_fine_tuning_without_a_labeled_test_split_is_refused_before_training(run, tmp_path):
+    fill(tmp_path / "images", per_class=30)
+    data = (f"data.dir={tmp_path / 'images'}", "data.name=folder", "data.test_dir=")
+    with pytest.raises(UserError, match="no held-out split with labels to evaluate on"):
+        finetune(run, tmp_path / "other", overrides=data)
+    assert not (tmp_path / "other").exists()

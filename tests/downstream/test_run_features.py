@@ -1,0 +1,92 @@
+"""Commands on the features of a tiny run, and the results that they keep."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from classifier_runs import command
+from images import fill
+
+from ssl_jax.cli import main as cli
+from ssl_jax.evals.results import read_results, write_result
+from ssl_jax.interop.load import newest_step
+
+
+def test_commands_on_features_print_and_keep_their_results(run, capsys, tmp_path):
+    out = command(capsys, "knn", f"--from={run}", "--k=5", "--majority")
+    step = newest_step(run)
+    assert f"5 nearest neighbors, majority, step {step}: top-1 " in out and "Report: " in out
+    found = json.loads(command(capsys, "linear", f"--from={run}", "--json"))
+    assert found["metrics"]["examples"] == 450 and found["penalty"] > 0
+    assert 0.1 < found["metrics"]["top1"]["low"] < found["metrics"]["top1"]["high"] < 1
+    file = tmp_path / "features.npz"
+    told = json.loads(command(capsys, "features", f"--from={run}", f"--out={file}", "--json"))
+    with np.load(file, allow_pickle=False) as arrays:
+        assert arrays["train"].shape == (told["train"], told["width"])
+        assert arrays["test_labels"].shape == (450,) and len(arrays["class_names"]) == 10
+    layer = json.loads(
+        command(
+            capsys, "features", f"--from={run}", f"--out={file}", "--json", "--projector-layer=2"
+        )
+    )
+    assert (told["width"], layer["width"]) == (8, 24)
+    subset = ["--config.data.subset=0.1", "--projector-layer=1", "--json"]
+    few = json.loads(command(capsys, "knn", f"--from={run}", *subset))
+    assert few["k"] == 200 and few["metrics"]["examples"] == 450
+    told = f"130 nearest neighbors, temperature 0.1, step {step}, projector layer 1"
+    assert few["what"] == f"{told}, data.subset=0.1"
+    command(capsys, "knn", f"--from={run}", "--k=200", "--config.eval.batch_size=32")
+    # Other settings get a file of their own; the batch size of the encoder is not one of them.
+    files = {file.name for file in (run / "evals").glob("knn*.json")}
+    assert len(files) == 3 and "knn.json" in files
+    assert (run / "evals" / "linear_lbfgs.json").exists()
+    page = (run / "report.html").read_text()
+    assert few["what"] in page and f"5 nearest neighbors, majority, step {step}" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("knn", "--config.data.names=x"), "config.data has no key 'names'"),
+        (("linear", "--recipe=mocco"), "--recipe=mocco. Did you mean 'moco'"),
+        (("features", "--out=/nowhere/f.npz"), "no folder /nowhere"),
+        (("knn", "--step=7"), "no checkpoint of step 7"),
+        (("knn", "--majority", "--temperature=0.1"), "--majority has no temperature"),
+        (("knn", "--majority", "--config.eval.knn_temperature=1"), "--majority has no temperature"),
+        (
+            ("knn", "--config.model.padding=same"),
+            "config.model.padding doesn't apply to a frozen enc",
+        ),
+        (("knn", "--config.eval.trials=3"), "config.eval.trials doesn't apply to a frozen"),
+        (("knn", "--config.views.view2.size=9"), r"view2.size doesn't apply .* views.view1.size"),
+        (("linear", "--config.epochs=5"), "config.epochs doesn't apply to a frozen"),
+        (("linear", "--config.eval.knn_k=5"), "config.eval.knn_k doesn't apply to a frozen"),
+        (("features", "--out=f.npz", "--config.seed=1"), "config.seed doesn't apply to a frozen"),
+    ],
+)
+def test_evaluation_commands_refuse_bad_input(run, capsys, arguments, message):
+    name, *rest = arguments
+    assert cli.main([name, f"--from={run}", *rest]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_knn_without_a_held_out_split_is_refused_and_features_are_written(run, tmp_path, capsys):
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    fill(tmp_path / "images", per_class=4)
+    flags = ("--config.data.name=folder", f"--config.data.dir={tmp_path / 'images'}")
+    assert cli.main(["features", f"--from={other}", *flags, f"--out={tmp_path / 'f.npz'}"]) == 0
+    with np.load(tmp_path / "f.npz") as arrays:
+        assert "test" not in arrays.files
+    assert cli.main(["knn", f"--from={other}", *flags]) == 2
+    assert "no held-out split with labels" in capsys.readouterr().err
+
+
+def test_read_results_skips_temporary_files_and_reports_corrupt_ones(tmp_path):
+    file = write_result(tmp_path, "knn", "kNN", {"examples": 4})
+    (file.parent / ".knn.123.json").write_text("{")
+    (file.parent / "lin.json").write_text("{")
+    found, corrupt = read_results(tmp_path)
+    assert [record["what"] for record in found] + corrupt == ["kNN", "lin.json"]
