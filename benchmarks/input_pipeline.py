@@ -1,14 +1,14 @@
-"""The input pipeline beside lightly's and torchvision's: images per second from image files.
+"""Compares the input pipeline with lightly's and torchvision's: images per second from files.
 
-An image counts once, with all of its views. Pipelines take turns, so that a busy machine slows all
-alike; medians are printed, how many times lightly's rate each has, and which share of the rate at
-which TensorFlow only decodes the files. Files are read again and again: they are in the page cache.
+An image counts once, with all its views. Pipelines take turns, so a busy machine slows all of them
+alike. Prints medians, the ratio to lightly's rate, and the share of the rate at which TensorFlow
+only decodes the files. Files are read repeatedly and come from the page cache.
 
     python benchmarks/input_pipeline.py --images=DIR [--peer-python=PATH] [--rounds=5] [--seconds=6]
         [--batch=32] [--only=decode,simclr,lightly_simclr] [--json=FILE]
-    python benchmarks/input_pipeline.py --images=DIR --profile   where the host's time goes
+    python benchmarks/input_pipeline.py --images=DIR --profile   host time per stage
     python benchmarks/input_pipeline.py --device                 time and FLOPs of the device half
-    python benchmarks/input_pipeline.py --images=DIR --wait      how long a consumer waits for data
+    python benchmarks/input_pipeline.py --images=DIR --wait      time a consumer waits for data
     python benchmarks/input_pipeline.py --images=DIR --memory    resident memory over 2,000 steps
 
 The peer's environment: torch, lightly, lightly-utils, torchvision, NumPy and Pillow.
@@ -43,7 +43,7 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A pipeline of the table; `beside` is the row of lightly with the same views."""
+    """A pipeline in the table; `beside` is lightly's row with the same views."""
 
     pipeline: str
     views: str
@@ -55,39 +55,39 @@ TWO, MULTICROP = "2×224", "2×224 + 6×96"
 ROWS = {
     "decode": Row("limit: decode only", "none"),
     "decode_fast": Row("limit: decode only, fast DCT, plain upscaling", "none"),
-    "simclr": Row("ours, host half (SimCLR: tf crops, bicubic)", TWO, "lightly_simclr"),
-    "moco": Row("ours, host half (MoCo: antialiased bilinear)", TWO, "lightly_simclr"),
-    "simclr_device": Row("ours, host and device half (SimCLR)", TWO, "lightly_simclr"),
-    "moco_device": Row("ours, host and device half (MoCo)", TWO, "lightly_simclr"),
+    "simclr": Row("ssl_jax, host half (SimCLR: tf crops, bicubic)", TWO, "lightly_simclr"),
+    "moco": Row("ssl_jax, host half (MoCo: antialiased bilinear)", TWO, "lightly_simclr"),
+    "simclr_device": Row("ssl_jax, host and device half (SimCLR)", TWO, "lightly_simclr"),
+    "moco_device": Row("ssl_jax, host and device half (MoCo)", TWO, "lightly_simclr"),
     "lightly_simclr": Row("lightly SimCLRTransform, DataLoader", TWO, "lightly_simclr", True),
     "torchvision": Row("torchvision v2, DataLoader", TWO, "lightly_simclr", True),
-    "swav": Row("ours, host half (SwAV)", MULTICROP, "lightly_swav"),
-    "swav_device": Row("ours, host and device half (SwAV)", MULTICROP, "lightly_swav"),
+    "swav": Row("ssl_jax, host half (SwAV)", MULTICROP, "lightly_swav"),
+    "swav_device": Row("ssl_jax, host and device half (SwAV)", MULTICROP, "lightly_swav"),
     "lightly_swav": Row("lightly SwaVTransform, DataLoader", MULTICROP, "lightly_swav", True),
 }
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """Number of cores available to this process."""
     return len(os.sched_getaffinity(0))
 
 
 def image_files(folder: Path) -> list[str]:
     """All image files under a folder, sorted."""
     files = sorted(str(f) for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
-    return files or sys.exit(f"There are no .jpg, .jpeg or .png files under {folder}.")
+    return files or sys.exit(f"{folder} contains no .jpg, .jpeg or .png files.")
 
 
 def rate(
     batches: Iterator[int], seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Images per second of what yields numbers of images, once it runs steadily.
+    """Measures the steady rate of a pipeline, in images per second.
 
     Args:
-      batches: of a pipeline just opened; never ends.
-      seconds: to count for, after the first batch and a quarter of this time for buffers to fill
-        and tuning to settle.
-      clock: by which the rate is taken, such as the processors' time; the turn's length is real.
+      batches: batch sizes, from a newly opened endless pipeline.
+      seconds: measuring time; before it come the first batch and a warmup of a quarter of this time,
+        in which buffers fill and autotuning settles.
+      clock: clock of the rate, such as CPU time; the measuring time is always wall time.
     """
     next(batches)
     opened, images = time.perf_counter(), 0
@@ -99,14 +99,14 @@ def rate(
         images += size
         if time.perf_counter() - start >= seconds:
             return images / (clock() - started)
-    raise RuntimeError("the pipeline ended")
+    raise RuntimeError("The pipeline ended.")
 
 
 # In the peer's process: no JAX, no TensorFlow.
 
 
 def tolerate_missing_lightning() -> None:
-    """Lets lightly be imported without lightning-utilities, which asks for a version once."""
+    """Lets lightly be imported without lightning-utilities, of which it uses one version check."""
     with contextlib.suppress(ImportError):
         import lightning_utilities.core.imports  # noqa: F401
 
@@ -119,17 +119,17 @@ def tolerate_missing_lightning() -> None:
 
 
 class Photos:
-    """Files as a torch data set without end, read by PIL as torchvision's ImageFolder does."""
+    """Files as an endless torch data set, read with PIL as by torchvision's ImageFolder."""
 
     def __init__(self, files: Sequence[str], transform: Callable[[Any], list[Any]]) -> None:
         self.files, self.transform = files, transform
 
     def __len__(self) -> int:
-        """More than any turn reads."""
+        """More than is read in any turn."""
         return 10**9
 
     def __getitem__(self, number: int) -> list[Any]:
-        """All views of an image; the files come round and round."""
+        """All views of an image; files repeat."""
         from PIL import Image
 
         with open(self.files[number % len(self.files)], "rb") as file:
@@ -137,7 +137,7 @@ class Photos:
 
 
 class Twice:
-    """Two views by one transform."""
+    """Makes two views with one transform."""
 
     def __init__(self, transform: Callable[[Any], Any]) -> None:
         self.transform = transform
@@ -148,7 +148,7 @@ class Twice:
 
 
 def peer_transform(name: str) -> Callable[[Any], list[Any]]:
-    """What a row of the peer's makes of an image."""
+    """The transform of a peer's row."""
     import torch
     from lightly.transforms import SimCLRTransform, SwaVTransform
     from torchvision.transforms import v2
@@ -171,7 +171,7 @@ def peer_transform(name: str) -> Callable[[Any], list[Any]]:
 
 
 def peer_batches(name: str, files: Sequence[str], batch: int) -> Iterator[int]:
-    """Sizes of batches as a DataLoader with a worker per core makes them."""
+    """Batch sizes from a DataLoader with one worker per core."""
     from torch.utils.data import DataLoader
 
     photos = Photos(files, peer_transform(name))
@@ -180,7 +180,7 @@ def peer_batches(name: str, files: Sequence[str], batch: int) -> Iterator[int]:
 
 
 def serve() -> None:
-    """Answers each line "name seconds" with images per second; the first line is what to read."""
+    """Serves measurements: "name seconds" in, images per second out; the first line lists files."""
     from loss import tolerate_missing_operators
 
     tolerate_missing_operators()
@@ -191,12 +191,12 @@ def serve() -> None:
         with contextlib.closing(peer_batches(name, files, batch)) as batches:
             measured = rate(batches, float(seconds))
         gc.collect()
-        # Not before the workers have ended: they would slow down whose turn is next.
+        # After the workers have ended, which would slow down the next turn.
         print(measured, flush=True)
 
 
 class Peer:
-    """A process of another interpreter that measures the peers' pipelines on demand."""
+    """A process of another interpreter that measures the peers' pipelines."""
 
     def __init__(self, python: str, files: Sequence[str], batch: int) -> None:
         self.process = subprocess.Popen(
@@ -208,7 +208,7 @@ class Peer:
         """Images per second of a row."""
         print(name, seconds, file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
-        return float(answer) if answer else sys.exit("The peer's process ended; see above.")
+        return float(answer) if answer else sys.exit("The peer's process failed; see above.")
 
     def close(self) -> None:
         """Ends the process."""
@@ -218,7 +218,7 @@ class Peer:
 # In this process: TensorFlow and JAX.
 
 
-def our_config(method: str, images: Path, *changes: str) -> Any:
+def make_config(method: str, images: Path, *changes: str) -> Any:
     """The method's config for ImageNet, reading a folder."""
     from ssl_jax.config import load_config
 
@@ -227,33 +227,34 @@ def our_config(method: str, images: Path, *changes: str) -> Any:
 
 
 def round_robin(num_examples: int, batch: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Steps without end, their ids in order, over and over: a folder may hold less than a batch."""
+    """Endless steps with ids in order, repeated: a folder may have fewer images than a batch."""
     for step in itertools.count():
         ids = np.arange(step * batch, (step + 1) * batch) % num_examples
         yield step, ids.astype(np.int32)
 
 
 def host_batches(source: Any, batch: int) -> Iterator[int]:
-    """Sizes of the batches of uint8 views that a source yields."""
+    """Batch sizes of a source's uint8 views."""
     for made in source.batches(round_robin(source.num_examples, batch)):
         yield len(made["id"])
 
 
-def device_batches(source: Any, prepare: Callable[..., Any], batch: int) -> Iterator[int]:
-    """The same, then the device half, which works on a batch while the host makes the next."""
+def device_batches(source: Any, augment_fn: Callable[..., Any], batch: int) -> Iterator[int]:
+    """Batch sizes after the device half, which runs while the host makes the next batch."""
     import jax
 
     key, pending = jax.random.key(0), None
     for made in source.batches(round_robin(source.num_examples, batch)):
-        current = prepare(jax.device_put(made), {}, key)
+        current = augment_fn(jax.device_put(made), {}, key)
         if pending is not None:
             yield len(jax.block_until_ready(pending)["id"])
         pending = current
 
 
 def decode_batches(files: Sequence[str], fast: bool, batch: int) -> Iterator[int]:
-    """Sizes of batches of one byte per decoded image, a thread for each core."""
-    from ssl_jax.data.views import decode, tf
+    """Batch sizes when images are only decoded, with one thread per core."""
+    from ssl_jax.data.tensorflow import tf
+    from ssl_jax.data.views import decode
 
     @tf.autograph.experimental.do_not_convert
     def byte(file: Any) -> Any:
@@ -272,10 +273,10 @@ def decode_batches(files: Sequence[str], fast: bool, batch: int) -> Iterator[int
     yield from map(len, dataset.as_numpy_iterator())
 
 
-def our_pipelines(
+def open_pipelines(
     names: Sequence[str], images: Path, batch: int
 ) -> dict[str, Callable[[], Iterator[int]]]:
-    """What opens each of the rows that are not a peer's."""
+    """Functions that open the pipelines of ssl_jax's rows."""
     import jax
 
     from ssl_jax.data.pipeline import make_augment_fn
@@ -286,12 +287,12 @@ def our_pipelines(
     def opener(name: str) -> Callable[[], Iterator[int]]:
         if name in ("decode", "decode_fast"):
             return lambda: decode_batches(files, name == "decode_fast", batch)
-        config = our_config(name.removesuffix("_device"), images)
+        config = make_config(name.removesuffix("_device"), images)
         source, _ = make_sources(config)
         if not name.endswith("_device"):
             return lambda: host_batches(source, batch)
-        prepare = jax.jit(make_augment_fn(config))
-        return lambda: device_batches(source, prepare, batch)
+        augment_fn = jax.jit(make_augment_fn(config))
+        return lambda: device_batches(source, augment_fn, batch)
 
     return {name: opener(name) for name in names}
 
@@ -299,15 +300,15 @@ def our_pipelines(
 def measure(
     names: Sequence[str], images: Path, batch: int, rounds: int, seconds: float, peer_python: str
 ) -> dict[str, list[float]]:
-    """Images per second of each row in each round; a peer's rows only with its interpreter."""
-    ours = our_pipelines([name for name in names if not ROWS[name].of_peer], images, batch)
-    names = [name for name in names if peer_python or name in ours]
-    peer = Peer(peer_python, image_files(images), batch) if len(names) > len(ours) else None
+    """Images per second of each row in each round; peers' rows only with `peer_python`."""
+    own = open_pipelines([name for name in names if not ROWS[name].of_peer], images, batch)
+    names = [name for name in names if peer_python or name in own]
+    peer = Peer(peer_python, image_files(images), batch) if len(names) > len(own) else None
     rates: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
-            if name in ours:
-                with contextlib.closing(ours[name]()) as batches:
+            if name in own:
+                with contextlib.closing(own[name]()) as batches:
                     rates[name].append(rate(batches, seconds))
             else:
                 rates[name].append(peer.rate(name, seconds))
@@ -318,7 +319,7 @@ def measure(
 
 
 def rate_table(rates: dict[str, list[float]]) -> list[list[str]]:
-    """The rows' cells, from medians over the rounds."""
+    """Table cells from medians over the rounds."""
     medians = {name: statistics.median(values) for name, values in rates.items()}
 
     def ratio(name: str, other: str, form: str) -> str:
@@ -334,13 +335,14 @@ def rate_table(rates: dict[str, list[float]]) -> list[list[str]]:
 
 
 def stages(views: Sequence[Any], seed: int) -> dict[str, Callable[[Any, Any], Any]]:
-    """The host's work on an image, cut off after each stage, as functions of step and (id, file).
+    """The host's work per image, truncated after each stage, as functions of step and (id, file).
 
-    Every stage but the last gives one number that depends on all it did, so that nothing is left
-    out and nothing large is stacked. Once boxes are drawn, they are for all views: those of views
-    that a stage does not cut yet are drawn apart.
+    Every stage but the last returns one number that depends on all its results, so nothing is
+    optimized away and nothing large is stacked. Boxes are always sampled for all views: those of
+    views that a stage doesn't crop yet are sampled separately.
     """
-    from ssl_jax.data.views import decode, draw_boxes, image_seed, make_views, tf
+    from ssl_jax.data.tensorflow import tf
+    from ssl_jax.data.views import decode, draw_boxes, image_seed, make_views
 
     def sizes(file: Any) -> Any:
         return tf.strings.length(tf.io.read_file(file))
@@ -370,7 +372,7 @@ def stages(views: Sequence[Any], seed: int) -> dict[str, Callable[[Any, Any], An
         "feeding ids and names": lambda step, example: example[0],
         "read": lambda step, example: sizes(example[1]),
         "decode": lambda step, example: some(decode(tf.io.read_file(example[1]))),
-        "draw seeds and boxes": cropped(0),
+        "sample seeds and boxes": cropped(0),
     }
     done = 0
     for size, group in itertools.groupby(view.size for view in views):
@@ -381,8 +383,8 @@ def stages(views: Sequence[Any], seed: int) -> dict[str, Callable[[Any, Any], An
 
 
 def stage_batches(files: Sequence[str], stage: Callable[..., Any], batch: int) -> Iterator[int]:
-    """Sizes of batches from a pipeline in one thread that ends with a stage."""
-    from ssl_jax.data.views import tf
+    """Batch sizes of a single-threaded pipeline that ends with a stage."""
+    from ssl_jax.data.tensorflow import tf
 
     options = tf.data.Options()
     options.threading.max_intra_op_parallelism = 1
@@ -398,16 +400,16 @@ def stage_batches(files: Sequence[str], stage: Callable[..., Any], batch: int) -
 def profile(
     method: str, images: Path, batch: int, rounds: int, seconds: float
 ) -> dict[str, tuple[float, float]]:
-    """Microseconds of a processor that an image takes: by stage, of it and of all up to it.
+    """CPU microseconds per image: for each stage, its own time and that of all stages so far.
 
-    This is the time of all threads of this process, and the least of all rounds: other jobs on the
-    machine only add to it. The last stage is what the source's own pipeline, held to one thread,
-    needs beside the others.
+    CPU time of all threads of this process; the minimum over the rounds, because other jobs on the
+    machine only add to it. The last stage is the overhead of the source's own pipeline, limited to
+    one thread.
     """
     from ssl_jax.config import flat_views
     from ssl_jax.data.sources import make_sources
 
-    config = our_config(method, images, "data.threads=1")
+    config = make_config(method, images, "data.threads=1")
     source, _ = make_sources(config)
     files = image_files(images)
 
@@ -431,7 +433,7 @@ def profile(
 
 
 def profile_table(stages: dict[str, tuple[float, float]]) -> list[list[str]]:
-    """The rows' cells; shares are of the last row's total."""
+    """Table cells; shares are relative to the last row's total."""
     whole = list(stages.values())[-1][1]
     return [
         [name, f"{own:,.0f}", f"{total:,.0f}", f"{own / whole:.0%}"]
@@ -439,11 +441,11 @@ def profile_table(stages: dict[str, tuple[float, float]]) -> list[list[str]]:
     ]
 
 
-def prepare_flops(config: Any) -> tuple[float, float]:
-    """FLOPs of the device half of a batch: as compiled, and with the jitter's loop run in full.
+def augment_flops(config: Any) -> tuple[float, float]:
+    """FLOPs of the device half of a batch: as compiled, and with all iterations of the jitter loop.
 
-    XLA counts a loop's body once. That of the jitter in random order runs four times; what it
-    amounts to is what the program without jitter lacks.
+    XLA counts the body of a loop once, but the loop of the jitter in random order runs four times.
+    Its FLOPs are the difference to the program without jitter.
     """
     import jax
 
@@ -465,7 +467,7 @@ def prepare_flops(config: Any) -> tuple[float, float]:
 
 
 def step_flops(config: Any) -> float:
-    """FLOPs of the whole train step, device half included, as compiled; it is not run."""
+    """FLOPs of the whole train step, device half included, from its compilation."""
     from large_batch import build, shapes_of
 
     program = build(config)
@@ -473,12 +475,12 @@ def step_flops(config: Any) -> float:
 
 
 def device_rows(config: Any, images: int, rounds: int) -> list[list[str]]:
-    """Time of the device half of `images` images, and its share of a step by compiled FLOPs.
+    """Time of the device half for `images` images, and its share of a step in compiled FLOPs.
 
     Args:
-      config: of the run; its batch size is that of the FLOPs.
-      images: in the batch that is timed.
-      rounds: how often it is timed.
+      config: the run's config; its batch size is used for the FLOPs.
+      images: size of the timed batch.
+      rounds: number of timings.
     """
     import jax
 
@@ -492,17 +494,17 @@ def device_rows(config: Any, images: int, rounds: int) -> list[list[str]]:
     )
     barrier = jax.lax.optimization_barrier
     versions = {}
-    for name, replaced in (("", barrier), (", blur fused with what made the image", lambda x: x)):
+    for name, replaced in (("", barrier), (", blur fused with its input", lambda x: x)):
         jax.lax.optimization_barrier = replaced
         versions[name] = jax.jit(make_augment_fn(config)).lower(raw, {}, key).compile()
     jax.lax.optimization_barrier = barrier
     seconds: dict[str, list[float]] = {name: [] for name in versions}
     for _ in range(rounds + 1):
-        for name, prepare in versions.items():
+        for name, augment_fn in versions.items():
             start = time.perf_counter()
-            jax.block_until_ready(prepare(raw, {}, key))
+            jax.block_until_ready(augment_fn(raw, {}, key))
             seconds[name].append(time.perf_counter() - start)
-    counted, whole = prepare_flops(config)
+    counted, whole = augment_flops(config)
     step = step_flops(config) + whole - counted
     views, n = len(raw["views"]), config.batch_size
     return [
@@ -518,7 +520,7 @@ def device_rows(config: Any, images: int, rounds: int) -> list[list[str]]:
 
 @contextlib.contextmanager
 def prefetching(images: Path, batch: int, last_step: int) -> Iterator[Any]:
-    """The loop's own prefetcher on SimCLR's views of a folder, placing on the first device."""
+    """The train loop's prefetcher on SimCLR's views of a folder, for the first device."""
     import jax
 
     from ssl_jax.data.index import Index
@@ -526,10 +528,10 @@ def prefetching(images: Path, batch: int, last_step: int) -> Iterator[Any]:
     from ssl_jax.data.sources import make_sources
     from ssl_jax.spmd import make_spmd
 
-    config = our_config("simclr", images, f"batch_size={batch}")
+    config = make_config("simclr", images, f"batch_size={batch}")
     source, _ = make_sources(config)
     if source.num_examples < batch:
-        sys.exit(f"This takes {batch} images or more, and {images} has {source.num_examples}.")
+        sys.exit(f"{images} has {source.num_examples} images. Give at least {batch}.")
     place = make_spmd(devices=jax.devices()[:1]).place_batch
     index = Index(source.num_examples, batch, config.seed)
     with Prefetcher(source, index, np.arange(index.batch_size), place, 0, last_step) as batches:
@@ -537,7 +539,7 @@ def prefetching(images: Path, batch: int, last_step: int) -> Iterator[Any]:
 
 
 def wait_share(images: Path, batch: int, busy: float, warmup: int, steps: int) -> float:
-    """The share of time a consumer waits for data that is busy for some seconds at each step."""
+    """The share of its time that a consumer, busy for some seconds per step, waits for data."""
     with prefetching(images, batch, warmup + steps) as batches:
         for step in range(warmup + steps):
             if step == warmup:
@@ -548,7 +550,7 @@ def wait_share(images: Path, batch: int, busy: float, warmup: int, steps: int) -
 
 
 def resident_mib(images: Path, batch: int, marks: Sequence[int]) -> dict[int, float]:
-    """This process's resident memory after so many steps of reading."""
+    """This process's resident memory in MiB after some numbers of steps."""
     page = os.sysconf("SC_PAGE_SIZE")
     resident = {}
     with prefetching(images, batch, max(marks)) as batches:
@@ -561,14 +563,14 @@ def resident_mib(images: Path, batch: int, marks: Sequence[int]) -> dict[int, fl
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """As Markdown."""
+    """Prints a Markdown table."""
     for row in [header, ["---"] * len(header), *rows]:
         print("| " + " | ".join(row) + " |", flush=True)
     print()
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Measures the rows asked for and prints their table."""
+    """Measures the requested rows and prints their table."""
     rates = measure(
         *(args.only or list(ROWS), args.images, args.batch),
         *(args.rounds, args.seconds, args.peer_python),
@@ -576,45 +578,51 @@ def compare(args: argparse.Namespace) -> None:
     print_table(COLUMNS, rate_table(rates))
     print(
         f"{cores()} cores, load {os.getloadavg()[0]:.1f}, batches of {args.batch}, {args.rounds} "
-        f"rounds of {args.seconds:g} s. On a CPU the device half shares the cores with the host's."
+        f"rounds of {args.seconds:g} s. On a CPU both halves share the cores."
     )
     if args.json:
         args.json.write_text(json.dumps(rates, indent=1))
 
 
 def names(text: str) -> list[str]:
-    """Rows of the table, as written on the command line."""
+    """Parses the names of rows from the command line."""
     unknown = set(text.split(",")) - set(ROWS)
     if unknown:
-        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: not among {list(ROWS)}")
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} not in {list(ROWS)}")
     return text.split(",")
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path, help="folder of image files")
-    parser.add_argument("--peer-python", default="", help="interpreter of the peers' environment")
+    parser.add_argument(
+        "--peer-python", default="", help="Python interpreter of the peers' environment"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=6, help="of each pipeline in each round")
+    parser.add_argument(
+        "--seconds", type=float, default=6, help="measuring time per pipeline and round"
+    )
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--only", type=names, help=f"rows, of {','.join(ROWS)}")
-    parser.add_argument("--json", type=Path, help="writes the rates of all rounds to this file")
-    parser.add_argument("--profile", action="store_true", help="of simclr, moco, swav, or --only")
+    parser.add_argument("--only", type=names, help=f"rows to measure: {','.join(ROWS)}")
+    parser.add_argument("--json", type=Path, help="write the rates of all rounds to this file")
+    parser.add_argument(
+        "--profile", action="store_true", help="profile simclr, moco and swav, or --only"
+    )
     parser.add_argument("--device", action="store_true")
     parser.add_argument("--wait", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not args.peer_python and any(ROWS[name].of_peer for name in args.only or ()):
-        parser.error("--peer-python is missing: give the interpreter of the peers' environment")
+        parser.error("--peer-python is missing. Give the interpreter of the peers' environment.")
     if args.images is None and not (args.device or args.serve):
-        parser.error("--images is missing: give a folder of image files")
+        parser.error("--images is missing. Give a folder of image files.")
     return args
 
 
 def main() -> None:
-    """Measures what was asked for; the table of rates where nothing else was."""
+    """Runs the requested measurements, by default the table of rates."""
     args = parse_arguments()
     if args.serve:
         serve()
@@ -626,14 +634,14 @@ def main() -> None:
         for method in ("simclr", "moco", "swav"):
             if not args.only or method in args.only:
                 stages = profile(method, args.images, args.batch, args.rounds, args.seconds)
-                header = (f"{method}, one thread", "CPU µs per image", "up to here", "share")
+                header = (f"{method}, one thread", "CPU µs per image", "cumulative", "share")
                 print_table(header, profile_table(stages))
     if args.device:
-        config = our_config("simclr", Path(), "batch_size=8", "dtype=float32")
+        config = make_config("simclr", Path(), "batch_size=8", "dtype=float32")
         print_table(("SimCLR, ResNet-50, 224", ""), device_rows(config, 256, args.rounds))
     if args.wait:
         share = wait_share(args.images, 16, busy=0.1, warmup=5, steps=50)
-        print(f"A consumer of 16 images every 100 ms waits {share:.1%} of its time.")
+        print(f"A consumer of 16 images per 100 ms waits {share:.1%} of its time.")
     if args.memory:
         resident = resident_mib(args.images, 8, (200, 500, 1000, 1500, 2000))
         rows = [[f"{step:,}", f"{mib:,.0f}"] for step, mib in resident.items()]

@@ -2,7 +2,7 @@
 
 IMAGES is a folder of image files, flat or one subfolder per class (needs the extra `data`); RUN is
 the folder to write. KEY=VALUE changes the config, such as batch_size=64 epochs=20 method=byol.
-Started again, it goes on.
+Run the same command again to resume.
 """
 
 import sys
@@ -16,7 +16,7 @@ images, run, *changes = sys.argv[1:]
 config = default_config()  # SimCLR, ResNet-50, two views of 224 pixels
 config.data.update(name="folder", dir=images)
 config.dtype = "bfloat16"
-# The paper's advice for small batches; all as in configs/simclr_folder.py.
+# As recommended by the paper for small batches; the same as configs/simclr_folder.py.
 config.optim.update(lr=0.075, lr_scaling="sqrt", weight_decay=1e-4)
 pretrain(apply_overrides(config, changes), run)
 encoder = ssl_jax.load(run)

@@ -1,4 +1,4 @@
-"""The benchmark of the input pipeline measures ours, here at toy size and without the peers."""
+"""The input pipeline benchmark, at toy size and without the peers."""
 
 import importlib.util
 import itertools
@@ -30,9 +30,9 @@ def photos(tmp_path):
 def benchmark(monkeypatch):
     spec = importlib.util.spec_from_file_location("input_pipeline", BENCHMARK)
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look
+    monkeypatch.setitem(sys.modules, spec.name, module)  # needed by dataclasses
     spec.loader.exec_module(module)
-    real = module.our_config
+    real = module.make_config
 
     def small(method, images, *changes):
         config = real(method, images, *changes)
@@ -41,7 +41,7 @@ def benchmark(monkeypatch):
             view.blur.kernel_size = 3
         return config
 
-    monkeypatch.setattr(module, "our_config", small)
+    monkeypatch.setattr(module, "make_config", small)
     return module
 
 
@@ -50,24 +50,24 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_our_rows_are_measured_and_compared_with_decoding_alone(benchmark, photos):
-    asked = ["decode", "decode_fast", "simclr", "moco_device", "lightly_simclr"]
-    rates = benchmark.measure(asked, photos, BATCH, 1, 0.1, "")
-    assert list(rates) == asked[:-1]
+def test_own_rows_are_measured_relative_to_decoding(benchmark, photos):
+    requested = ["decode", "decode_fast", "simclr", "moco_device", "lightly_simclr"]
+    rates = benchmark.measure(requested, photos, BATCH, 1, 0.1, "")
+    assert list(rates) == requested[:-1]
     assert all(value > 0 for values in rates.values() for value in values)
     rows = benchmark.rate_table(rates)
     assert {len(row) for row in rows} == {len(benchmark.COLUMNS)}
     assert rows[0][-1] == "100%"
 
 
-def test_rows_of_peers_are_what_others_are_relative_to(benchmark):
+def test_rates_are_relative_to_lightlys_row(benchmark):
     rates = {"decode": [100.0], "swav": [30.0, 20.0, 70.0], "lightly_swav": [15.0]}
-    _, ours, lightly = benchmark.rate_table(rates)
-    assert ours[1:] == ["2×224 + 6×96", "30", "2.00", "30%"]
+    _, own, lightly = benchmark.rate_table(rates)
+    assert own[1:] == ["2×224 + 6×96", "30", "2.00", "30%"]
     assert lightly[1:] == ["2×224 + 6×96", "15", "1.00", "15%"]
 
 
-def test_a_rate_counts_images_by_its_clock(benchmark, monkeypatch):
+def test_rate_uses_the_given_clock(benchmark, monkeypatch):
     now = 0.0
 
     def batches():
@@ -85,13 +85,13 @@ def test_a_rate_counts_images_by_its_clock(benchmark, monkeypatch):
     assert benchmark.rate(batches(), 0.1, lambda: next(ticks)) in (30, 33)  # in one tick
 
 
-def test_the_profile_goes_stage_by_stage(benchmark, photos):
+def test_profile_has_all_stages_and_their_times_add_up(benchmark, photos):
     stages = benchmark.profile("simclr", photos, BATCH, 1, 0.05)
     assert list(stages) == [
         "feeding ids and names",
         "read",
         "decode",
-        "draw seeds and boxes",
+        "sample seeds and boxes",
         "cut and resize 2×16",
         "stack into batches",
         "the source's own pipeline",
@@ -101,24 +101,24 @@ def test_the_profile_goes_stage_by_stage(benchmark, photos):
     assert len(benchmark.profile_table(stages)) == len(stages)
 
 
-def test_the_device_half_is_told_as_a_share_of_the_step(benchmark, monkeypatch):
-    # A network takes longest to compile; the benchmark of large batches builds the same step.
+def test_device_rows_report_the_share_of_the_step(benchmark, monkeypatch):
+    # The network takes longest to compile; the large-batch benchmark builds the same step.
     monkeypatch.setattr(benchmark, "step_flops", lambda config: 0.0)
-    config = benchmark.our_config("simclr", Path(), "batch_size=4", "dtype=float32")
+    config = benchmark.make_config("simclr", Path(), "batch_size=4", "dtype=float32")
     rows = benchmark.device_rows(config, 4, 1)
     assert [name for name, _ in rows] == [
         "ms for 8 views",
-        "ms for 8 views, blur fused with what made the image",
+        "ms for 8 views, blur fused with its input",
         "GFLOP of the device half, 4 images",
         "GFLOP of the train step, 4 images",
         "share of the step",
     ]
     half, step = float(rows[2][1]), float(rows[3][1])
-    # What is added to the step: three turns of the loop of the jitter, which is most of the half.
+    # The step gains three iterations of the jitter loop, which is most of the device half.
     assert 0 < half / 2 < step < half
 
 
-def test_waiting_and_memory_are_of_the_prefetcher(benchmark, photos):
+def test_wait_share_and_memory_are_measured_with_the_prefetcher(benchmark, photos):
     assert 0 <= benchmark.wait_share(photos, BATCH, busy=0.01, warmup=1, steps=3) < 1
     device_data = benchmark.resident_mib(photos, BATCH, (1, 3))
     assert list(device_data) == [1, 3] and all(mib > 10 for mib in device_data.values())
@@ -128,6 +128,6 @@ def test_waiting_and_memory_are_of_the_prefetcher(benchmark, photos):
     ("arguments", "missing"),
     [((), "--images"), (("--images=.", "--only=torchvision"), "--peer-python")],
 )
-def test_the_command_says_what_is_missing(arguments, missing):
+def test_missing_arguments_are_usage_errors(arguments, missing):
     done = run(*arguments)
     assert done.returncode == 2 and missing in done.stderr
