@@ -121,7 +121,9 @@ def _transfer(args: argparse.Namespace) -> None:
         log=lambda text: None if args.quiet else print(text, file=sys.stderr),
         verbosity="warnings" if args.quiet else "line",
     )
-    _print(args, {"rows": [row.to_json() for row in rows]}, "\n".join(transfer_learning.table(rows)))
+    _print(
+        args, {"rows": [row.to_json() for row in rows]}, "\n".join(transfer_learning.table(rows))
+    )
 
 
 def _train(args: argparse.Namespace) -> None:
