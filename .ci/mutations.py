@@ -98,8 +98,8 @@ MUTATIONS = [
     Mutation(
         "MoCo's keys come back in the wrong order",
         "ssl_jax/methods/moco.py",
-        "lambda x: exchange(x)[jnp.argsort(order)]",
-        "lambda x: exchange(x)[order]",
+        "lambda x: all_to_all(x)[jnp.argsort(order)]",
+        "lambda x: all_to_all(x)[order]",
         "tests/methods/test_moco.py",
     ),
     Mutation(

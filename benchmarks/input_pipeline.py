@@ -85,7 +85,7 @@ def rate(
 
     Args:
       batches: batch sizes, from a newly opened endless pipeline.
-      seconds: measuring time; before it come the first batch and a warmup of a quarter of this time,
+      seconds: measuring time, after the first batch and a warmup of a quarter of this time,
         in which buffers fill and autotuning settles.
       clock: clock of the rate, such as CPU time; the measuring time is always wall time.
     """
