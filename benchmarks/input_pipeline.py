@@ -85,8 +85,8 @@ def rate(
 
     Args:
       batches: batch sizes, from a newly opened endless pipeline.
-      seconds: measuring time, after the first batch and a warmup of a quarter of this time,
-        in which buffers fill and autotuning settles.
+      seconds: measuring time, after a warmup of the first batch and a quarter of this time, in
+        which buffers fill and autotuning settles.
       clock: clock of the rate, such as CPU time; the measuring time is always wall time.
     """
     next(batches)
