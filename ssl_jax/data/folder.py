@@ -11,37 +11,9 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from ssl_jax.data.host import HostSource
-from ssl_jax.data.listing import list_images, some
+from ssl_jax.data.listing import list_images
 from ssl_jax.data.tensorflow import tf
 from ssl_jax.errors import UserError
-
-
-def folder_sources(config: ConfigDict) -> tuple[FolderSource, FolderSource | None]:
-    """Lists the images under `config.data.dir` and `config.data.test_dir`.
-
-    Args:
-      config: the run's config.
-
-    Returns:
-      The training source, and the held-out one or None if `config.data.test_dir` is empty.
-
-    Raises:
-      UserError: a folder is missing or has no images, the two have different class folders, or a
-        view can't be made on the host.
-    """
-    train = FolderSource(config, "dir")
-    if not config.data.test_dir:
-        return train, None
-    test = FolderSource(config, "test_dir")
-    differing = sorted(set(train.class_names) ^ set(test.class_names))
-    # An encoder trained without labels may be evaluated on labeled images.
-    if differing and train.num_classes:
-        raise UserError(
-            f"Only one of config.data.dir ({config.data.dir}) and config.data.test_dir "
-            f"({config.data.test_dir}) contains {some(differing)}. "
-            "Give both the same class folders."
-        )
-    return train, test
 
 
 class FolderSource(HostSource):

@@ -54,32 +54,17 @@ def pack(folder: str | Path, out: str | Path) -> int:
     return len(files)
 
 
-def packed_sources(config: ConfigDict) -> tuple[ArraySource, ArraySource | None]:
-    """Loads the packed files `config.data.dir` and `config.data.test_dir`.
+def packed_source(config: ConfigDict, key: str) -> ArraySource:
+    """Loads a packed file.
 
     Args:
       config: the run's config.
-
-    Returns:
-      The training source, and the held-out one or None if `config.data.test_dir` is empty.
+      key: the key of `config.data` that names the file, "dir" or "test_dir".
 
     Raises:
-      UserError: a file is missing or wasn't written by `pack`, or the two have different classes.
+      UserError: the file is missing, corrupt or wasn't written by `pack`.
     """
-    train = _load(config.data.dir, "config.data.dir")
-    if not config.data.test_dir:
-        return train, None
-    test = _load(config.data.test_dir, "config.data.test_dir")
-    # An encoder trained without labels may be evaluated on labeled images.
-    if train.num_classes and train.class_names != test.class_names:
-        raise UserError(
-            f"config.data.dir ({config.data.dir}) and config.data.test_dir "
-            f"({config.data.test_dir}) have different classes. Pack two splits of one data set."
-        )
-    return train, test
-
-
-def _load(path: str, key: str) -> ArraySource:
+    path, key = config.data[key], f"config.data.{key}"
     if not path:
         raise UserError(
             f"{key} is empty. Set it to a file written by `ssl-jax data pack FOLDER FILE.npz`."

@@ -74,31 +74,6 @@ def convert(folder: str, out: str, num_shards: int = 0) -> int:
     return len(files)
 
 
-def records_sources(config: ConfigDict) -> tuple[RecordsSource, RecordsSource | None]:
-    """Opens the records in `config.data.dir` and `config.data.test_dir`.
-
-    Args:
-      config: the run's config.
-
-    Returns:
-      The training source, and the held-out one or None if `config.data.test_dir` is empty.
-
-    Raises:
-      UserError: a folder without records, different classes in the two folders, or a view that
-        can't be made on the host.
-    """
-    train = RecordsSource(config, "dir")
-    if not config.data.test_dir:
-        return train, None
-    test = RecordsSource(config, "test_dir")
-    if train.class_names != test.class_names:
-        raise UserError(
-            f"config.data.dir ({config.data.dir}) and config.data.test_dir "
-            f"({config.data.test_dir}) have different classes. Convert two splits of one data set."
-        )
-    return train, test
-
-
 class RecordsSource(HostSource):
     """Records written by `convert`; ids follow the order of the converted folder."""
 

@@ -7,7 +7,7 @@ and crops image files and yields uint8 views.
 
 import queue
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,9 +18,10 @@ from sklearn.model_selection import train_test_split
 
 from ssl_jax.config import did_you_mean
 from ssl_jax.data.arrays import ArraySource
-from ssl_jax.data.folder import folder_sources
-from ssl_jax.data.packed import packed_sources
-from ssl_jax.data.records import records_sources
+from ssl_jax.data.folder import FolderSource
+from ssl_jax.data.listing import some
+from ssl_jax.data.packed import packed_source
+from ssl_jax.data.records import RecordsSource
 from ssl_jax.data.tfds import tfds_sources
 from ssl_jax.errors import UserError
 
@@ -210,14 +211,34 @@ def make_sources(config: ConfigDict) -> tuple[Source, Source | None]:
 
 
 def _named_sources(config: ConfigDict) -> tuple[Source, Source | None]:
-    makers = {
-        "digits": digits,
-        "folder": folder_sources,
-        "packed": packed_sources,
-        "records": records_sources,
-        "tfds": tfds_sources,
+    openers: dict[str, Callable[[ConfigDict, str], Source]] = {
+        "folder": FolderSource,
+        "packed": packed_source,
+        "records": RecordsSource,
     }
+    makers = {"digits": digits, "tfds": tfds_sources}
     name = config.data.name
-    if name not in makers:
-        raise UserError(f"config.data.name is '{name}'.{did_you_mean(name, makers)}")
-    return makers[name](config)
+    if name in openers:
+        return _dir_sources(config, openers[name])
+    if name in makers:
+        return makers[name](config)
+    raise UserError(f"config.data.name is '{name}'.{did_you_mean(name, [*openers, *makers])}")
+
+
+def _dir_sources(
+    config: ConfigDict, open_source: Callable[[ConfigDict, str], Source]
+) -> tuple[Source, Source | None]:
+    """The sources in `config.data.dir` and `config.data.test_dir`; None if the latter is empty."""
+    train = open_source(config, "dir")
+    if not config.data.test_dir:
+        return train, None
+    test = open_source(config, "test_dir")
+    differing = sorted(set(train.class_names) ^ set(test.class_names))
+    # An encoder trained without labels may be evaluated on labeled images.
+    if differing and train.num_classes:
+        raise UserError(
+            f"Only one of config.data.dir ({config.data.dir}) and config.data.test_dir "
+            f"({config.data.test_dir}) has the class {some(differing)}. Use two splits of one data "
+            "set."
+        )
+    return train, test

@@ -11,7 +11,7 @@ from images import COLOURS, by_id, config_of, fill, picture, read
 from PIL import Image
 
 from ssl_jax import config
-from ssl_jax.data import folder
+from ssl_jax.data.folder import FolderSource
 from ssl_jax.data.index import Index
 from ssl_jax.data.sources import make_sources
 from ssl_jax.data.tensorflow import load_tensorflow, tf
@@ -24,7 +24,7 @@ PHOTOS = ROOT.parent / "shared/data/photos"
 
 
 def source_of(root, **data):
-    return folder.folder_sources(config_of(root, **data))[0]
+    return FolderSource(config_of(root, **data))
 
 
 # What is in a folder
@@ -135,12 +135,12 @@ def test_test_dir_is_the_held_out_source(tmp_path):
 def test_different_class_folders_in_dir_and_test_dir_raise_user_error(tmp_path):
     fill(tmp_path / "train")
     fill(tmp_path / "test", classes=("cat", "dog"))
-    with pytest.raises(UserError, match="Only one of .* contains emu. Give both the same class"):
+    with pytest.raises(UserError, match="Only one of .* has the class emu. Use two splits of one"):
         make_sources(config_of(tmp_path / "train", test_dir=str(tmp_path / "test")))
     flat = tmp_path / "flat"
     flat.mkdir()
     picture(0, (0, 0, 0)).save(flat / "0.png")
-    with pytest.raises(UserError, match="Only one of .* contains cat and 2 more. Give both"):
+    with pytest.raises(UserError, match="Only one of .* has the class cat and 2 more. Use two"):
         make_sources(config_of(tmp_path / "train", test_dir=str(flat)))
 
 
@@ -197,7 +197,7 @@ def test_views_equal_make_views_of_the_files_pixels(tmp_path):
     fill(tmp_path)
     c = config_of(tmp_path, sampler="tf")
     c.seed = 5
-    (batch,) = read(folder.folder_sources(c)[0], [(9, [6, 1])])
+    (batch,) = read(FolderSource(c), [(9, [6, 1])])
     image = np.asarray(Image.open(tmp_path / "dog" / "2.png"))
     expected = views.make_views(image, views.image_seed(5, 9, 6), config.flat_views(c))
     for got, one in zip(batch["views"], expected, strict=True):
@@ -253,10 +253,10 @@ def test_four_processes_read_disjoint_shares_with_the_pixels_of_one(tmp_path):
 import sys, numpy as np
 sys.path.insert(0, sys.argv[1])
 from images import config_of
-from ssl_jax.data.folder import folder_sources
+from ssl_jax.data.folder import FolderSource
 from ssl_jax.data.index import Index
 process, index = int(sys.argv[4]), Index(12, 8, seed=1)
-source = folder_sources(config_of(sys.argv[2]))[0]
+source = FolderSource(config_of(sys.argv[2]))
 rows = 2 * process + np.arange(2)
 steps = ((step, index.local_ids(step, rows)) for step in range(3))
 read = list(source.batches(steps))
@@ -287,7 +287,7 @@ def test_eval_transform_is_independent_of_the_other_ids(tmp_path):
     fill(tmp_path)
     c = config_of(tmp_path)
     c.eval.update(crop_fraction=0.5, interpolation="bilinear")
-    source = folder.folder_sources(c)[0]
+    source = FolderSource(c)
     images = source.eval_transform(np.arange(12))
     assert images.shape == (12, 16, 16, 3) and images.dtype == np.uint8
     np.testing.assert_array_equal(source.eval_transform([7, 7, 2]), images[[7, 7, 2]])
@@ -419,7 +419,7 @@ def test_crops_of_photographs_equal_pils(interpolation):
     c = config_of(PHOTOS)
     crop = dict(sampler="torchvision", interpolation=interpolation)
     c.views = {"a": config.view(count=2, crop=crop)}
-    source = folder.folder_sources(c)[0]
+    source = FolderSource(c)
     assert source.num_examples == 100 and source.labels is None
     ids = np.arange(3, 100, 12)
     (batch,) = read(source, [(2, ids)])
