@@ -43,11 +43,11 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A pipeline in the table; `beside` is lightly's row with the same views."""
+    """A pipeline in the table; `lightly_row` is lightly's row with the same views."""
 
     pipeline: str
     views: str
-    beside: str = ""
+    lightly_row: str = ""
     of_peer: bool = False
 
 
@@ -328,7 +328,7 @@ def rate_table(rates: dict[str, list[float]]) -> list[list[str]]:
     return [
         [
             *(ROWS[name].pipeline, ROWS[name].views, f"{median:,.0f}"),
-            *(ratio(name, ROWS[name].beside, ".2f"), ratio(name, "decode", ".0%")),
+            *(ratio(name, ROWS[name].lightly_row, ".2f"), ratio(name, "decode", ".0%")),
         ]
         for name, median in medians.items()
     ]

@@ -75,7 +75,7 @@ def no_images(root):
     (root / "cat" / "notes.txt").write_text("")
 
 
-def images_beside_classes(root):
+def images_and_class_folders(root):
     fill(root)
     picture(0, (0, 0, 0)).save(root / "stray.png")
 
@@ -98,7 +98,7 @@ def a_file(root):
         (lambda root: None, "config.data.dir is {}, which contains no images"),
         (no_images, "config.data.dir is {}, which contains no images"),
         (
-            images_beside_classes,
+            images_and_class_folders,
             "config.data.dir is {}, which contains both images (stray.png) and",
         ),
         (empty_class, "config.data.dir is {}, where ant contains no .jpg, .jpeg or .png images"),

@@ -81,9 +81,9 @@ def test_keys_differ_by_stream_step_and_id():
 
 def test_example_key_is_independent_of_the_position_in_the_batch():
     key = jax.random.key(1)
-    alone = example_keys(key, np.array([7]))[0]
-    among = example_keys(key, np.array([3, 9, 7]))[2]
-    assert np.array_equal(jax.random.key_data(alone), jax.random.key_data(among))
+    single = example_keys(key, np.array([7]))[0]
+    in_batch = example_keys(key, np.array([3, 9, 7]))[2]
+    assert np.array_equal(jax.random.key_data(single), jax.random.key_data(in_batch))
 
 
 def test_view_key_is_folded_from_stream_step_id_and_number():
