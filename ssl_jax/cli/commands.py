@@ -74,6 +74,10 @@ def resumes(args: argparse.Namespace) -> bool:
     return args.command in ("pretrain", "finetune", "distill")
 
 
+def _add_path(parser: Parser, name: str, what: str, **settings: Any) -> None:
+    parser.add_argument(name, type=Path, help=what, **settings)
+
+
 def _add_config(parser: Parser) -> None:
     parser.add_argument(
         "--config", required=True, metavar="FILE.py[:VARIANT]", help="experiment file, see configs/"
@@ -92,7 +96,7 @@ def _prepare_experiment(args: argparse.Namespace) -> None:
 def add_pretrain(parser: Parser) -> None:
     """Adds the arguments of `pretrain`, which are also those of `run_pretrain.py`."""
     _add_config(parser)
-    parser.add_argument("--workdir", required=True, type=Path, help="folder of the run")
+    _add_path(parser, "--workdir", "folder of the run", required=True)
     parser.set_defaults(module="pretrain", prepare=_prepare_experiment)
 
 
@@ -105,16 +109,10 @@ def _add_config_keys(parser: Parser) -> None:
 
 
 def _add_report(parser: Parser) -> None:
-    parser.add_argument("workdir", type=Path, help="folder of the run")
-    parser.add_argument(
-        "others", nargs="*", type=Path, metavar="OTHER", help="folders of runs to compare with"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE.html",
-        help="comparison to write (default: comparison.html in the first folder)",
-    )
+    _add_path(parser, "workdir", "folder of the run")
+    _add_path(parser, "others", "folders of runs to compare with", nargs="*", metavar="OTHER")
+    comparison = "comparison to write (default: comparison.html in the first folder)"
+    _add_path(parser, "--out", comparison, metavar="FILE.html")
 
 
 def _prepare_report(args: argparse.Namespace) -> None:
@@ -126,9 +124,7 @@ def _prepare_report(args: argparse.Namespace) -> None:
 
 def _add_views(parser: Parser) -> None:
     _add_config(parser)
-    parser.add_argument(
-        "--out", required=True, type=Path, metavar="FILE.png", help="image file to write"
-    )
+    _add_path(parser, "--out", "image file to write", required=True, metavar="FILE.png")
     parser.add_argument("--images", type=int, default=8, help="number of images in the plot")
     parser.add_argument("--step", type=int, default=0, help="training step, counted from 0")
 
@@ -189,10 +185,7 @@ _EVALUATIONS = {
         "fine-tune encoder and classifier on labeled images",
         "--labels=0.1 --config.batch_size=64",
     ),
-    "distill": (
-        "distill a run with a classifier into a student",
-        "--config.model.depth=18",
-    ),
+    "distill": ("distill a run with a classifier into a student", "--config.model.depth=18"),
     "transfer": ("evaluate on other datasets, linear and fine-tuned", "--sets=sets.json"),
 }
 
@@ -212,9 +205,7 @@ def _add_evaluation(name: str, parser: Parser) -> None:
         parser.add_argument("--projector-layer", type=int, metavar="LAYER", help=depth)
     add_keys(parser, "set a config key, e.g. --config.batch_size=64 (default: the run's values)")
     if name == "features":
-        parser.add_argument(
-            "--out", required=True, type=Path, metavar="FILE.npz", help="file to write"
-        )
+        _add_path(parser, "--out", "file to write", required=True, metavar="FILE.npz")
     elif name == "knn":
         _add_knn(parser)
     elif name == "linear":
@@ -223,9 +214,7 @@ def _add_evaluation(name: str, parser: Parser) -> None:
         _add_transfer(parser)
     else:
         folder = "finetune_LABELS" if name == "finetune" else "distill"
-        parser.add_argument(
-            "--workdir", type=Path, help=f"folder of the new run (default: RUN/{folder})"
-        )
+        _add_path(parser, "--workdir", f"folder of the new run (default: RUN/{folder})")
     if name == "finetune":
         parser.add_argument(
             "--labels", type=float, default=1.0, help="fraction of the training labels to use"
@@ -257,22 +246,13 @@ def _add_linear(parser: Parser) -> None:
         f"random crops and flips (default: {FAST}, fitted on features, with the penalty chosen on "
         "held-out training images)",
     )
-    parser.add_argument(
-        "--workdir", type=Path, help="folder of a recipe's run (default: RUN/linear_RECIPE)"
-    )
+    _add_path(parser, "--workdir", "folder of a recipe's run (default: RUN/linear_RECIPE)")
 
 
 def _add_transfer(parser: Parser) -> None:
-    parser.add_argument(
-        "--sets",
-        required=True,
-        type=Path,
-        metavar="FILE.json",
-        help="list of datasets, see docs/evaluate.md",
-    )
-    parser.add_argument(
-        "--workdir", type=Path, help="folder of the fine-tuned runs (default: RUN/transfer)"
-    )
+    datasets = "list of datasets, see docs/evaluate.md"
+    _add_path(parser, "--sets", datasets, required=True, metavar="FILE.json")
+    _add_path(parser, "--workdir", "folder of the fine-tuned runs (default: RUN/transfer)")
     parser.add_argument(
         "--rates",
         type=_numbers,
@@ -285,12 +265,8 @@ def _add_transfer(parser: Parser) -> None:
         metavar="X,Y",
         help="candidate weight decays for fine-tuning (default: 0,0.0001)",
     )
-    parser.add_argument(
-        "--no-finetune",
-        dest="finetune",
-        action="store_false",
-        help="fit linear classifiers only",
-    )
+    only = "fit linear classifiers only"
+    parser.add_argument("--no-finetune", dest="finetune", action="store_false", help=only)
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -332,7 +308,7 @@ def _add_export(parser: Parser) -> None:
     add_from(parser)
     formats = "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
     parser.add_argument("--format", required=True, type=_format, metavar="FORMAT", help=formats)
-    parser.add_argument("--out", required=True, type=Path, help="file or folder to write")
+    _add_path(parser, "--out", "file or folder to write", required=True)
     _add_step(parser)
     parser.add_argument(
         "--projector-layer",
@@ -359,10 +335,8 @@ def _prepare_export(args: argparse.Namespace) -> None:
 
 
 def _add_import(parser: Parser) -> None:
-    parser.add_argument("file", type=Path, help="weights file, or a checkpoint's prefix")
-    parser.add_argument(
-        "--out", required=True, type=Path, metavar="FILE.safetensors", help="file to write"
-    )
+    _add_path(parser, "file", "weights file, or a checkpoint's prefix")
+    _add_path(parser, "--out", "file to write", required=True, metavar="FILE.safetensors")
     parser.add_argument(
         "--kind",
         default="",
@@ -387,8 +361,8 @@ def _add_data(parser: Parser) -> None:
         _prepare_data,
     )
     images = "image folder, one subfolder per class or flat"
-    pack.add_argument("folder", type=Path, help=images)
-    pack.add_argument("out", type=Path, metavar="FILE.npz", help="file to write")
+    _add_path(pack, "folder", images)
+    _add_path(pack, "out", "file to write", metavar="FILE.npz")
     convert = parser.add_command(
         actions,
         "convert",
