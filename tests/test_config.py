@@ -36,7 +36,7 @@ def config_file(tmp_path):
     return write
 
 
-def test_defaults_are_valid_and_survive_json():
+def test_defaults_are_valid_and_survive_a_json_round_trip():
     config = default_config()
     validate(config)
     again = from_json(json.loads(json.dumps(to_json(config))))
@@ -44,7 +44,7 @@ def test_defaults_are_valid_and_survive_json():
     assert again.optim.step_epochs == ()
 
 
-def test_named_views_survive_json():
+def test_named_views_survive_a_json_round_trip():
     config = default_config()
     config.views = {"a": view(size=96, count=2, crop={"area": (0.05, 0.14)}), "b": view()}
     again = from_json(to_json(config))
@@ -52,7 +52,7 @@ def test_named_views_survive_json():
     assert again.views.a.crop.area == (0.05, 0.14)
 
 
-def test_overrides_are_typed(config_file):
+def test_overrides_take_the_type_of_their_key(config_file):
     path = config_file("config.epochs = 3.0")
     overrides = ["optim.lr=1", "views.view1.size=96", "eval.labels_per_class=(1, 2)"]
     config = load_config(path, [*overrides, "model.sk=true", "data.dir=1/2"])
@@ -62,7 +62,7 @@ def test_overrides_are_typed(config_file):
     assert config.data.dir == "1/2"
 
 
-def test_a_variant_reaches_get_config(tmp_path):
+def test_variant_is_passed_to_get_config(tmp_path):
     path = tmp_path / "experiment.py"
     path.write_text(
         "from ssl_jax.config import default_config\n"
@@ -110,7 +110,7 @@ def test_a_variant_reaches_get_config(tmp_path):
         ("views.view1.count=0", ["config.views.view1.count", "at least 1"]),
     ],
 )
-def test_a_bad_override_is_one_sentence_with_its_key(config_file, override, words):
+def test_invalid_override_error_is_one_line_and_names_the_key(config_file, override, words):
     with pytest.raises(UserError) as caught:
         load_config(config_file("pass"), [override])
     message = str(caught.value)
@@ -132,7 +132,7 @@ def test_a_bad_override_is_one_sentence_with_its_key(config_file, override, word
         ("config.epochs = unknown", ["unknown"]),
     ],
 )
-def test_a_bad_config_file_is_one_sentence_with_its_key(config_file, body, words):
+def test_invalid_config_file_error_is_one_line_and_names_the_cause(config_file, body, words):
     with pytest.raises(UserError) as caught:
         load_config(config_file(body))
     message = str(caught.value)
@@ -141,19 +141,19 @@ def test_a_bad_config_file_is_one_sentence_with_its_key(config_file, body, words
         assert word in message
 
 
-def test_a_missing_config_file_is_named():
+def test_missing_config_file_is_refused_by_name():
     with pytest.raises(UserError, match="no config file nowhere.py"):
         load_config("nowhere.py")
 
 
-def test_a_file_without_get_config_is_named(tmp_path):
+def test_config_file_without_get_config_is_refused(tmp_path):
     path = tmp_path / "empty.py"
     path.write_text("")
     with pytest.raises(UserError, match="does not define get_config"):
         load_config(str(path))
 
 
-def test_steps_from_epochs():
+def test_total_steps_follow_from_epochs_images_or_steps():
     config = default_config()
     config.batch_size, config.epochs = 256, 10.0
     assert run_schedule(config, 1000).steps_per_epoch == 3
@@ -164,7 +164,7 @@ def test_steps_from_epochs():
     assert run_schedule(config, 1000).total_steps == 7
 
 
-def test_a_batch_larger_than_the_data_is_refused():
+def test_batch_larger_than_the_training_set_is_refused():
     config = default_config()
     with pytest.raises(UserError, match="config.batch_size is 256 .* only 100 images"):
         run_schedule(config, 100)
@@ -173,7 +173,7 @@ def test_a_batch_larger_than_the_data_is_refused():
 @pytest.mark.parametrize(
     ("step", "every", "due"), [(0, 5, False), (5, 5, True), (6, 5, False), (5, 0, False)]
 )
-def test_is_due(step, every, due):
+def test_is_due_at_positive_multiples(step, every, due):
     assert is_due(step, every) is due
 
 
@@ -233,7 +233,7 @@ def test_differences_name_both_values_and_skip_keys_that_may_change():
     assert differences(to_json(old), to_json(new)) == ["optim.lr: 0.3 -> 0.5"]
 
 
-def test_a_config_of_another_version_is_refused():
+def test_saved_config_with_unknown_or_missing_keys_is_refused():
     saved = to_json(default_config())
     saved["optim"]["gone"] = 1
     with pytest.raises(UserError, match="another version of ssl_jax .*optim.gone"):
@@ -253,7 +253,7 @@ def test_a_config_of_another_version_is_refused():
         ("batchsize=3", "Did you mean 'batch_size'"),
     ],
 )
-def test_a_key_of_another_group_is_told(typed, meant):
+def test_unknown_key_suggests_the_same_name_in_another_group(typed, meant):
     with pytest.raises(UserError, match=meant):
         apply_overrides(default_config(), [typed])
 
@@ -268,7 +268,7 @@ def test_missing_keys_of_views_are_refused_by_name():
         from_json(saved)
 
 
-def test_one_view_given_twice_is_two_views(config_file):
+def test_view_used_under_two_names_becomes_two_views(config_file):
     path = config_file("one = view(size=32)\nconfig.views = {'a': one, 'b': one}")
     config = load_config(path, ["views.a.flip=0.0"])
     assert (config.views.a.flip, config.views.b.flip) == (0.0, 0.5)
@@ -279,7 +279,7 @@ def test_one_view_given_twice_is_two_views(config_file):
     ["moco.queue=0", "swav.queue=-256", "simclr.memory_bank=-512", "swav.prototypes=0"]
     + ["swav.iterations=0", "simclr.block_size=-3", "microbatch=-1", "eval.projector_layer=-1"],
 )
-def test_sizes_that_cannot_be_are_refused(override, tmp_path):
+def test_out_of_range_sizes_are_refused(override, tmp_path):
     file = tmp_path / "config.py"
     file.write_text("from ssl_jax.config import default_config as get_config")
     with pytest.raises(UserError, match=f"config.{override.split('=')[0]} is .*at least"):

@@ -1,4 +1,4 @@
-"""Every config file loads, is valid, builds its method and says what it costs."""
+"""Every config file loads, is valid, builds its method, and documents its cost."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny  # noqa: F401 - it knows a ResNet of depth 4
+import tiny  # noqa: F401 - adds a ResNet of depth 4
 from images import fill
 
 from ssl_jax.config import Schedule, flat_views, load_config
@@ -36,13 +36,13 @@ ALL = [(file, v) for file in FILES for v in ["", *VARIANTS.get(file.stem, [])]]
 
 
 @pytest.mark.parametrize(("file", "variant"), ALL, ids=lambda x: getattr(x, "stem", x))
-def test_it_builds(file, variant):
+def test_config_builds_its_method_and_optimizer(file, variant):
     config = load_config(f"{file}:{variant}" if variant else str(file))
     config.data.num_classes = 10
     method, optimizer, rate = assemble(config, Schedule(5004, 5004 * 10))
     params, state = jax.eval_shape(method.init, jax.random.key(0), example_batch(config))
     jax.eval_shape(optimizer.init, params)
-    if not variant:  # variants change the network's size at most
+    if not variant:  # variants change at most the network's size
         outputs, _ = jax.eval_shape(
             method.forward, params, state, example_batch(config), jax.random.key(0)
         )
@@ -51,7 +51,7 @@ def test_it_builds(file, variant):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_its_docstring_tells_what_it_is(file):
+def test_docstring_names_paper_published_result_and_cost(file):
     docstring = ast.get_docstring(ast.parse(file.read_text()))
     assert len(docstring.splitlines()) >= 3
     if file.stem.endswith("_imagenet"):
@@ -61,7 +61,7 @@ def test_its_docstring_tells_what_it_is(file):
         assert "Cost" in docstring and "ublished" in docstring
 
 
-def test_every_method_has_a_config_of_each_size():
+def test_every_method_has_a_config_per_dataset():
     for data in ("digits", "cifar10", "imagenet"):
         names = {file.stem.removesuffix(f"_{data}") for file in FILES if data in file.stem}
         assert names >= {"simclr", "simclrv2", "moco", "swav", "byol", "simsiam", "supervised"}
@@ -77,7 +77,7 @@ def test_choices_are_those_that_are_implemented():
     assert optim["lr_scaling"].choices == LR_SCALINGS
 
 
-def test_multi_crop_is_the_papers():
+def test_swav_imagenet_uses_the_papers_multi_crop():
     config = load_config(str(ROOT / "configs/swav_imagenet.py"))
     assert [view.size for view in flat_views(config)] == [224] * 2 + [96] * 6
 
@@ -99,7 +99,7 @@ def test_multi_crop_is_the_papers():
         ("simsiam_cifar10:lightly", 0.06),
     ],
 )
-def test_the_peak_learning_rate_is_the_published_one(name, peak):
+def test_peak_learning_rate_is_the_published_one(name, peak):
     file, _, variant = name.partition(":")
     config = load_config(f"{ROOT}/configs/{file}.py" + (f":{variant}" if variant else ""))
     rate = learning_rate_schedule(config.optim, config.batch_size, 312 * 1000, 312)
@@ -107,7 +107,7 @@ def test_the_peak_learning_rate_is_the_published_one(name, peak):
     assert float(rate(warmup)) == pytest.approx(peak, rel=1e-5)
 
 
-def test_an_unknown_variant_is_told():
+def test_unknown_variant_is_refused():
     with pytest.raises(UserError, match="moco_cifar10.py has no variant 'sol'"):
         load_config(str(ROOT / "configs/moco_cifar10.py:sol"))
     with pytest.raises(UserError, match="simclr_digits.py has no variants, so no 'foo'. Use"):
@@ -116,7 +116,7 @@ def test_an_unknown_variant_is_told():
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Where TFDS finds an imagenet2012 and a cifar10 of 72 images each."""
+    """A TFDS data_dir with an imagenet2012 and a cifar10 of 72 images each."""
     builds = pytest.importorskip("tfds_builds")
     root = tmp_path_factory.mktemp("tfds")
     images = fill(root / "images", per_class=24)
@@ -130,7 +130,7 @@ def prepared(tmp_path_factory):
 
 
 def shrink(config):
-    """A network, views and a batch that compile and run in seconds."""
+    """Shrinks network, views and batch so that a step compiles and runs in seconds."""
     config.batch_size, config.dtype = 64, "float32"
     config.model.update(depth=4, width=1 / 8, sk=False)
     for view in config.views.values():
@@ -146,7 +146,7 @@ def shrink(config):
     [f for f in FILES if "_imagenet" in f.stem or "_cifar10" in f.stem],
     ids=lambda f: f.stem,
 )
-def test_a_toy_step_from_a_tfds_build(file, prepared):
+def test_one_tiny_training_step_from_tfds_data(file, prepared):
     config = load_config(str(file))
     config.data.dir = prepared
     if file.stem.endswith("_cifar10"):
