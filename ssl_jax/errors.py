@@ -53,5 +53,6 @@ def require_choice(name: str, value: object, choices: Iterable[object]) -> None:
     """
     choices = list(choices)
     if value not in choices:
-        hint = did_you_mean(str(value), map(str, choices))
-        raise UserError(f"{name} is {value!r}.{hint}")
+        # A number close to another as text is no better guess than the rest.
+        word = value if isinstance(value, str) else ""
+        raise UserError(f"{name} is {value!r}.{did_you_mean(word, map(str, choices))}")
