@@ -1,4 +1,4 @@
-"""The one place where a frozen encoder is run over images."""
+"""Feature extraction: a frozen encoder applied to all images of a source."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,23 +23,22 @@ def extract_features(
     first: int | None = None,
     keep: bool = True,
 ) -> Float[np.ndarray, "n d"]:
-    """The features of every image of a source, in the order of the ids.
+    """Extracts the features of every image of a source, in the order of the ids.
 
     Args:
-      encode: compiled function of (variables, uint8 images [batch_size, H, W, 3]) giving features
-        [batch_size, d], the encoder in evaluation mode; whole on every process.
+      encode: compiled function of (variables, uint8 images [batch_size, H, W, 3]) that returns the
+        encoder's features [batch_size, d] in evaluation mode, replicated on all processes.
       variables: of the encoder.
       source: of the images.
-      batch_size: images at a time; the last batch is filled up and the surplus cut off, so that no
+      batch_size: images at a time; the last batch is padded and the padding cut off, so that no
         image is dropped and only one shape is compiled.
-      rows: of a batch that this process reads.
-      place: puts its images on its devices.
-      first: only so many images, those of the lowest ids.
-
-      keep: whether to keep them; a process that only lends its devices doesn't.
+      rows: indices within a batch of the images that this process reads.
+      place: puts this process's images on its devices.
+      first: number of images, starting at id 0; default all.
+      keep: whether this process collects the features, or only computes its share.
 
     Returns:
-      float32 [N, d], or [first, d]; of no images where they are not kept.
+      float32 [N, d], or [first, d]; [0, d] unless `keep`.
     """
     count = min(first or source.num_examples, source.num_examples)
     kept_features = np.empty((0, 0), np.float32)
@@ -56,14 +55,14 @@ def extract_features(
 
 
 def padded_batches(num_examples: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Ids in batches of one size, the last filled up with its last id.
+    """Yields ids in batches of one size, the last padded with the last id.
 
     Args:
       num_examples: N.
       batch_size: of every batch.
 
     Yields:
-      int32 ids [batch_size] and how many of them are new.
+      int32 ids [batch_size], and the number of them that is not padding.
     """
     for start in range(0, num_examples, batch_size):
         ids = np.arange(start, start + batch_size, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""Nearest neighbours of frozen features: the cheapest honest measure of a representation."""
+"""k-nearest-neighbor classification of frozen features."""
 
 import functools
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 from ssl_jax.errors import UserError
 from ssl_jax.spmd import Layout, Spmd, make_spmd
 
-_QUERIES, _KEYS = 1024, 16_384  # similarities held at a time: 64 MiB in float32
-_CHUNKS = 64  # of queries that stay on a device while all keys pass
+_QUERIES, _KEYS = 1024, 16_384  # per chunk: 64 MiB of similarities in float32
+_CHUNKS = 64  # of queries that stay on a device while all keys are sent
 
 
 def knn_classify(
@@ -24,21 +24,22 @@ def knn_classify(
     k: int = 200,
     temperature: float | None = 0.1,
 ) -> Int[np.ndarray, " m"]:
-    """Classifies by a vote of the nearest neighbours (Wu et al., 2018, section 3.4).
+    """Classifies by a vote of the nearest neighbors (Wu et al., 2018, section 3.4).
 
     Args:
-      train_features: [n, d]; compared by cosine similarity, so their length does not matter.
+      train_features: [n, d]; compared by cosine similarity, so their norm does not matter.
       train_labels: [n], in 0 … num_classes-1.
       test_features: [m, d].
-      num_classes: of the labels.
-      k: neighbours that vote, at most n of them.
-      temperature: a neighbour's vote weighs exp(similarity / temperature); None: all weigh alike.
+      num_classes: number of classes.
+      k: number of neighbors that vote, at most n.
+      temperature: a neighbor's vote has weight exp(similarity / temperature); None: equal weights.
 
     Returns:
       Predicted labels, int32 [m].
 
     Raises:
-      UserError: features of different width, or as many labels as there are not.
+      UserError: train and test features differ in dimension, or the number of labels doesn't match
+        the number of features.
     """
     votes = knn_votes(
         train_features,
@@ -60,17 +61,20 @@ def knn_votes(
     k: int = 200,
     temperature: float | None = 0.1,
 ) -> Float[np.ndarray, "m c"]:
-    """The share of each class in the vote of `knn_classify`, which describes the arguments."""
+    """Share of each class in the vote; arguments as for `knn_classify`."""
     if len(train_labels) != len(train_features):
-        raise UserError(f"{len(train_features)} features have {len(train_labels)} labels.")
-    similarity, neighbour = nearest_neighbors(train_features, test_features, k=k)
-    # Divided by the largest weight of the row, which changes no vote and can't overflow.
+        raise UserError(
+            f"The numbers of training features ({len(train_features)}) and labels "
+            f"({len(train_labels)}) differ. Give one label per feature."
+        )
+    similarity, neighbor = nearest_neighbors(train_features, test_features, k=k)
+    # Divided by the row's largest weight, so that exp can't overflow; shares don't change.
     weight = np.ones_like(similarity)
     if temperature is not None:
         weight = np.exp((similarity - similarity[:, :1]) / temperature)
     votes = np.zeros((len(test_features), num_classes))
     rows = np.arange(len(test_features))[:, None]
-    np.add.at(votes, (rows, np.asarray(train_labels)[neighbour]), weight)
+    np.add.at(votes, (rows, np.asarray(train_labels)[neighbor]), weight)
     shares: np.ndarray = votes / votes.sum(axis=1, keepdims=True)
     return shares
 
@@ -78,43 +82,43 @@ def knn_votes(
 def nearest_neighbors(
     keys: Float[np.ndarray, "n d"], queries: Float[np.ndarray, "m d"], *, k: int
 ) -> tuple[Float[np.ndarray, "m k"], Int[np.ndarray, "m k"]]:
-    """The k keys most similar to each query, by cosine, nearest first.
+    """Finds the k keys with the highest cosine similarity to each query, nearest first.
 
-    Chunked over both, so that memory does not grow with n·m; the queries are spread over this
-    process's devices, each of which compares its share with all keys. These are sent once for each
+    Both are processed in chunks, so memory does not grow with n·m. Queries are sharded over this
+    process's devices, and each device compares its share with all keys, which are sent once per
     65,536 queries of a device.
 
     Args:
       keys: [n, d].
       queries: [m, d].
-      k: how many; n if there are fewer.
+      k: number of neighbors, at most n.
 
     Returns:
       Cosine similarities float32 [m, k], and indices of keys int32 [m, k].
 
     Raises:
-      UserError: keys and queries differ in width.
+      UserError: keys and queries differ in dimension.
     """
     if keys.shape[1] != queries.shape[1]:
         raise UserError(
-            f"Features of width {queries.shape[1]} can't be compared with width {keys.shape[1]}: "
-            "extract both with one encoder."
+            f"Cannot compare features of dimension {queries.shape[1]} with features of dimension "
+            f"{keys.shape[1]}. Extract both with the same encoder."
         )
     k = min(k, len(keys))
     spmd = make_spmd(devices=jax.local_devices())
-    merge = _merging(spmd, k)
+    merge = _mapped_merge(spmd, k)
     similarity, index = [], []
     rows = min(_QUERIES, -(-len(queries) // spmd.size)) * spmd.size  # of a chunk
     starts = range(0, len(queries), rows)
     for at in range(0, len(starts), _CHUNKS):
-        chunks = [_filled(queries[start : start + rows], rows) for start in starts[at:][:_CHUNKS]]
+        chunks = [_padded(queries[start : start + rows], rows) for start in starts[at:][:_CHUNKS]]
         placed = [spmd.place_batch(chunk) for chunk in chunks]
-        best = [spmd.place_batch(_nothing_yet(rows, k)) for _ in chunks]
+        best = [spmd.place_batch(_no_neighbors(rows, k)) for _ in chunks]
         for first in range(0, len(keys), _KEYS):
             key = spmd.replicate(
                 (np.asarray(keys[first : first + _KEYS], np.float32), np.int32(first))
             )
-            jax.block_until_ready(best)  # two chunks of keys are on the devices, no more
+            jax.block_until_ready(best)  # at most two chunks of keys are on the devices
             best = [merge(b, query, *key) for b, query in zip(best, placed, strict=True)]
         similarity += [np.asarray(b[0]) for b in best]
         index += [np.asarray(b[1]) for b in best]
@@ -122,19 +126,19 @@ def nearest_neighbors(
     return np.concatenate(similarity)[:count], np.concatenate(index)[:count]
 
 
-def _filled(queries: np.ndarray, rows: int) -> np.ndarray:
-    filled = np.zeros((rows, queries.shape[1]), np.float32)
-    filled[: len(queries)] = queries
-    return filled
+def _padded(queries: np.ndarray, rows: int) -> np.ndarray:
+    padded = np.zeros((rows, queries.shape[1]), np.float32)
+    padded[: len(queries)] = queries
+    return padded
 
 
-def _nothing_yet(rows: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _no_neighbors(rows: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     return np.full((rows, k), -np.inf, np.float32), np.zeros((rows, k), np.int32)
 
 
 @functools.cache
-def _merging(spmd: Spmd, k: int) -> Callable[..., tuple[Array, Array]]:
-    """The merging of `_merge`, each device for its own queries."""
+def _mapped_merge(spmd: Spmd, k: int) -> Callable[..., tuple[Array, Array]]:
+    """`_merge` mapped over devices, each with its own queries."""
     layouts: tuple[Layout, ...] = ("sharded", "sharded", "replicated", "replicated")
     return spmd.map(functools.partial(_merge, k=k), layouts, "sharded")
 
@@ -142,7 +146,7 @@ def _merging(spmd: Spmd, k: int) -> Callable[..., tuple[Array, Array]]:
 def _merge(
     best: tuple[Array, Array], query: Array, key: Array, first: Array, k: int
 ) -> tuple[Array, Array]:
-    """The k best of those found so far and of another chunk of keys."""
+    """The k nearest of the best so far and a new chunk of keys."""
     scores = jnp.matmul(_unit(query), _unit(key).T, precision="highest")
     index = jnp.broadcast_to(first + jnp.arange(key.shape[0], dtype=jnp.int32), scores.shape)
     all_scores = jnp.concatenate([best[0], scores], axis=1)

@@ -1,4 +1,4 @@
-"""What a classifier's scores are worth: accuracies with intervals, confusion, calibration."""
+"""Metrics of a classifier: accuracies with intervals, confusion, calibration."""
 
 from typing import Any
 
@@ -18,35 +18,35 @@ def classification_metrics(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Top-1, top-5, mean per class, calibration and confusion, with bootstrap intervals.
+    """Computes accuracies, calibration error and confusion, with bootstrap intervals.
 
-    An image counts in top-k if fewer than k classes come before its own, by score and, where scores
-    are equal, by number, as argmax has them; with scores that are not finite it counts as wrong.
-    The calibration error is the mean, over bins of confidence, of the distance between accuracy and
-    confidence (Guo et al., 2017, arXiv:1706.04599, section 2).
+    An image counts in top-k if fewer than k classes rank before its own, by score and, for equal
+    scores, by class number, as in argmax; it counts as wrong if its scores are not finite. The
+    calibration error is the mean over bins of confidence of |accuracy - confidence| (Guo et al.,
+    2017, arXiv:1706.04599, section 2).
 
     Args:
-      scores: logits of the classes.
-      labels: in 0 … c-1.
-      resamples: of the test images with replacement; 0: no intervals.
+      scores: logits [n, c].
+      labels: [n], in 0 … c-1.
+      resamples: number of bootstrap resamples of the images; 0: no intervals.
       seed: of the resamples.
 
     Returns:
-      "top1", "top5" (of more than five classes), "mean_per_class" over the classes that
-      occur, "calibration_error", each {"value", "low", "high"} in [0, 1] with 95 % intervals that
-      hold the value: percentiles, and of the calibration error, which noise makes larger, these
-      reflected in the value; "examples"; "confusion", counts [c, c] by true class and predicted
-      one, without images whose scores are not finite.
+      "top1", "top5" (with more than five classes), "mean_per_class" over the classes that occur and
+      "calibration_error", each {"value", "low", "high"} in [0, 1] with a 95 % interval that
+      contains the value: percentiles; those of the calibration error, which resampling biases
+      upward, are reflected at the value. "examples" is n. "confusion" has counts [c, c] by true and
+      predicted class, without images whose scores are not finite.
 
     Raises:
-      UserError: nothing to measure, or labels that the scores don't have.
+      UserError: there are no images, or labels don't match the scores.
     """
     scores, labels = np.asarray(scores), np.asarray(labels)
-    # Not less precise than they are: rounding would make scores equal.
+    # At their own precision: rounding would create ties.
     scores = scores.astype(np.result_type(scores, np.float32))
     _check(scores, labels)
     classes = scores.shape[1]
-    # Those of a diverged classifier put its own class behind all others.
+    # Non-finite scores, of a diverged classifier, rank an image's own class last.
     finite = np.isfinite(scores).all(axis=1)
     scores = np.where(finite[:, None], scores, 0)
     ahead = np.where(finite, _ahead(scores, labels), classes)
@@ -56,7 +56,7 @@ def classification_metrics(
     if classes > 5:
         each["top5"] = ahead < 5
     bins = np.minimum((confident * _BINS).astype(int), _BINS - 1)
-    # By image: in how many resamples it is; the rest is sums.
+    # A resample is a weight per image, so every metric is a weighted sum.
     rng = np.random.default_rng(seed)
     uniform = np.full(len(labels), 1 / len(labels))
     counts = rng.multinomial(len(labels), uniform, size=resamples)
@@ -76,19 +76,19 @@ def classification_metrics(
 def _check(scores: np.ndarray, labels: np.ndarray) -> None:
     if scores.ndim != 2 or len(scores) != len(labels) or not len(labels):
         raise UserError(
-            f"Scores of shape {list(scores.shape)} don't belong to {len(labels)} labels: give "
-            "[n, classes] and [n], of one image or more."
+            f"Scores of shape {list(scores.shape)} don't match {len(labels)} labels. Give "
+            "[n, classes] and [n], with n at least 1."
         )
     classes = scores.shape[1]
     if labels.min() < 0 or labels.max() >= classes:
         raise UserError(
-            f"Labels go from {labels.min()} to {labels.max()}, but there are scores of {classes} "
-            f"classes: labels are 0 to {classes - 1}."
+            f"Labels range from {labels.min()} to {labels.max()}, but scores have {classes} "
+            f"classes. Use labels from 0 to {classes - 1}."
         )
 
 
 def _ahead(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many classes come before an image's own."""
+    """Number of classes that rank before each image's own."""
     own = scores[np.arange(len(labels)), labels][:, None]
     earlier = np.arange(scores.shape[1]) < labels[:, None]
     count: np.ndarray = np.sum((scores > own) | ((scores == own) & earlier), axis=1)
@@ -98,11 +98,11 @@ def _ahead(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def _mean_per_class(
     weights: np.ndarray, correct: np.ndarray, labels: np.ndarray, classes: int
 ) -> np.ndarray:
-    """Of each draw, over the classes that occur in it."""
+    """Mean accuracy per resample over the classes that occur in it."""
     of_class = np.eye(classes)[labels]
-    there, rights = weights @ of_class, (weights * correct) @ of_class
-    shares = np.divide(rights, there, out=np.zeros_like(rights), where=there > 0)
-    mean: np.ndarray = shares.sum(axis=1) / (there > 0).sum(axis=1)
+    total, hits = weights @ of_class, (weights * correct) @ of_class
+    shares = np.divide(hits, total, out=np.zeros_like(hits), where=total > 0)
+    mean: np.ndarray = shares.sum(axis=1) / (total > 0).sum(axis=1)
     return mean
 
 
@@ -116,20 +116,20 @@ def _calibration(
 
 
 def _interval(values: np.ndarray, reflected: bool) -> dict[str, float]:
-    value, drawn = float(values[0]), values[1:]
-    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (value, value)
+    value, resampled = float(values[0]), values[1:]
+    low, high = np.percentile(resampled, [2.5, 97.5]) if len(resampled) else (value, value)
     if reflected:
         low, high = max(2 * value - high, 0.0), 2 * value - low
     return {"value": value, "low": min(float(low), value), "high": max(float(high), value)}
 
 
 def interval_text(found: dict[str, float]) -> str:
-    """One of those numbers with its interval, for tables, in percent."""
+    """Formats a metric with its interval, in percent."""
     return f"{100 * found['value']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
 
 
 def metrics_line(metrics: dict[str, Any]) -> str:
-    """The numbers of `classification_metrics` in a line for people, in percent."""
+    """Formats the result of `classification_metrics` as one line, in percent."""
     names = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
     names["calibration_error"] = "calibration error"
     parts = [

@@ -1,7 +1,7 @@
-"""A linear classifier that is trained along with the encoder, and doesn't touch it.
+"""The online probe: a linear classifier trained during pretraining on stopped-gradient features.
 
-It sees the features that each step has anyway, with their gradient stopped, and has an optimiser of
-its own; its accuracy follows the representation while it is learnt, without an evaluation.
+It reuses the features of each train step and has its own optimizer, so its accuracy tracks the
+representation without an extra forward pass, and the encoder is not affected.
 """
 
 from typing import Any
@@ -14,16 +14,16 @@ from jaxtyping import Array, Float, Int
 Pytree = Any
 
 _RATE = 1e-2
-# Adam: features of different methods differ in scale by orders of magnitude.
+# Adam, because the scale of features differs by orders of magnitude between methods.
 _OPTIMIZER = optax.adam(_RATE)
 
 
 def init(features: int, classes: int) -> Pytree:
-    """The probe before the first step.
+    """The initial probe.
 
     Args:
-      features: D.
-      classes: of the labels.
+      features: dimension of the features.
+      classes: number of classes.
 
     Returns:
       "params" (zeros) and "opt_state".
@@ -40,13 +40,13 @@ def scores(params: Pytree, features: Float[Array, "n d"]) -> Float[Array, "n cla
 def loss(
     params: Pytree, features: Float[Array, "n d"], label: Int[Array, " n"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The local mean of the cross-entropy, and the share that is right; float32."""
+    """Mean cross-entropy and accuracy on this device's examples; float32."""
     logits = scores(params, jax.lax.stop_gradient(features).astype(jnp.float32))
     each = optax.softmax_cross_entropy_with_integer_labels(logits, label)
     return jnp.mean(each), jnp.mean(jnp.argmax(logits, axis=1) == label)
 
 
 def update(probe: Pytree, gradients: Pytree) -> Pytree:
-    """The probe after a step with the global gradient of its loss."""
+    """The probe after an optimizer step with the global gradient of its loss."""
     updates, opt_state = _OPTIMIZER.update(gradients, probe["opt_state"])
     return {"params": optax.apply_updates(probe["params"], updates), "opt_state": opt_state}

@@ -14,7 +14,7 @@ def data(n=300, classes=7, seed=0):
 
 
 def by_hand(scores, labels):
-    """Each number of a few lines of plain Python, in float64."""
+    """The metrics in plain Python, in float64."""
     n, classes = scores.shape
     top1, top5, of_class, bins = 0, 0, {c: [] for c in range(classes)}, {}
     for row, label in zip(scores.astype(np.float64), labels, strict=True):
@@ -25,12 +25,12 @@ def by_hand(scores, labels):
         p = np.exp(row - row.max())
         confidence = (p / p.sum()).max()
         bins.setdefault(int(confidence * 15), []).append((order[0] == label, confidence))
-    gaps = [abs(np.sum([right - c for right, c in b])) for b in bins.values()]
+    gaps = [abs(np.sum([correct - c for correct, c in b])) for b in bins.values()]
     per_class = np.mean([np.mean(c) for c in of_class.values() if c])
     return top1 / n, top5 / n, per_class, sum(gaps) / n
 
 
-def test_numbers_are_those_by_hand():
+def test_metrics_are_those_computed_in_plain_python():
     scores, labels = data()
     found = classification_metrics(scores, labels, resamples=0)
     names = ("top1", "top5", "mean_per_class", "calibration_error")
@@ -43,7 +43,7 @@ def test_numbers_are_those_by_hand():
     assert (confusion.sum(axis=1) == np.bincount(labels)).all()
 
 
-def test_intervals_are_those_of_a_proportion():
+def test_top1_interval_is_that_of_a_proportion_and_reproducible():
     scores, labels = data(n=2000)
     found = classification_metrics(scores, labels)["top1"]
     half = 1.96 * np.sqrt(found["value"] * (1 - found["value"]) / 2000)
@@ -53,14 +53,14 @@ def test_intervals_are_those_of_a_proportion():
     assert again == found
 
 
-def test_classes_that_do_not_occur():
+def test_mean_per_class_ignores_absent_classes():
     scores = np.eye(3)[[0, 0, 1, 0]]
     found = classification_metrics(scores, np.array([0, 0, 1, 1]), resamples=5)
     assert found["mean_per_class"]["value"] == 0.75
     assert "top5" not in found
 
 
-def test_equal_scores_are_ranked_by_the_number_of_the_class():
+def test_equal_scores_are_ranked_by_class_number():
     labels = np.random.default_rng(0).integers(0, 7, 300)
     scores = np.random.default_rng(1).integers(0, 3, (300, 7))
     found = classification_metrics(scores, labels, resamples=0)
@@ -70,24 +70,24 @@ def test_equal_scores_are_ranked_by_the_number_of_the_class():
     assert found["top1"]["value"] == np.trace(found["confusion"]) / 300
 
 
-def test_scores_are_not_rounded():
+def test_float64_scores_are_compared_unrounded():
     found = classification_metrics(np.array([[1.0, 1.0 + 1e-12]]), np.array([1]), resamples=0)
     assert found["top1"]["value"] == 1
 
 
 @pytest.mark.parametrize("n", [20, 300, 3000])
-def test_the_calibration_errors_interval_holds_it(n):
-    """Of a classifier that is calibrated, drawing again makes the error larger, never smaller."""
+def test_calibration_interval_contains_the_error(n):
+    """For a calibrated classifier, resampling only increases the error."""
     rng = np.random.default_rng(0)
-    right = rng.uniform(0.5, 1, n)
-    scores = np.log(np.stack([right, 1 - right], axis=1))
-    found = classification_metrics(scores, (rng.random(n) > right).astype(int))
+    confidence = rng.uniform(0.5, 1, n)
+    scores = np.log(np.stack([confidence, 1 - confidence], axis=1))
+    found = classification_metrics(scores, (rng.random(n) > confidence).astype(int))
     error = found["calibration_error"]
     assert 0 <= error["low"] <= error["value"] <= error["high"]
     assert error["low"] < error["high"]
 
 
-def test_scores_that_are_not_finite_are_wrong():
+def test_images_with_nonfinite_scores_count_as_wrong():
     scores = np.array([[np.nan, 0, 0], [np.inf, 0, 0], [1, 0, 0]])
     found = classification_metrics(scores, np.zeros(3, int), resamples=5)
     assert found["top1"]["value"] == pytest.approx(1 / 3)
@@ -97,14 +97,14 @@ def test_scores_that_are_not_finite_are_wrong():
 
 
 @pytest.mark.usefixtures("unchecked_arrays")
-def test_what_cannot_be_measured_is_refused():
-    with pytest.raises(UserError, match="don't belong to 3 labels"):
+def test_labels_that_do_not_match_the_scores_are_refused():
+    with pytest.raises(UserError, match="don't match 3 labels"):
         classification_metrics(np.zeros((2, 3)), np.zeros(3, int))
-    with pytest.raises(UserError, match="Labels go from 0 to 3, but there are scores of 3 classes"):
+    with pytest.raises(UserError, match="Labels range from 0 to 3, but scores have 3 classes"):
         classification_metrics(np.zeros((2, 3)), np.array([0, 3]))
 
 
-def test_the_line_is_in_percent():
+def test_metrics_line_is_in_percent():
     scores, labels = data()
     line = metrics_line(classification_metrics(scores, labels))
     assert line.startswith("top-1 ") and "top-5" in line and line.endswith("% of 300 images")

@@ -6,7 +6,7 @@ from ssl_jax.data.arrays import ArraySource
 from ssl_jax.evals.features import extract_features, padded_batches
 
 
-def test_every_image_is_seen_once_and_the_last_batch_is_not_dropped():
+def test_every_image_is_encoded_once_in_batches_of_one_shape():
     source = random_source(n=10)
     shapes = set()
 
@@ -21,19 +21,19 @@ def test_every_image_is_seen_once_and_the_last_batch_is_not_dropped():
     np.testing.assert_array_equal(features, source.images.reshape(10, -1) * 2.0)
 
 
-def test_padding_repeats_the_last_id():
+def test_padded_batches_repeat_the_last_id():
     batches = [(ids.tolist(), kept) for ids, kept in padded_batches(5, 3)]
     assert batches == [([0, 1, 2], 3), ([3, 4, 4], 2)]
 
 
-def test_a_process_that_lends_its_devices_keeps_nothing():
+def test_keep_false_encodes_all_batches_and_returns_no_features():
     source = ArraySource(np.zeros((10, 8, 8, 3), np.uint8))
-    asked = []
+    sizes = []
 
     def encode(variables, images):
-        asked.append(len(images))
+        sizes.append(len(images))
         return images.reshape(len(images), -1)
 
     options = {"batch_size": 4, "rows": np.arange(2), "place": jnp.asarray, "keep": False}
     assert extract_features(encode, None, source, **options).shape == (0, 192)
-    assert asked == [2, 2, 2]
+    assert sizes == [2, 2, 2]

@@ -12,9 +12,9 @@ from ssl_jax.spmd import Spmd
 def data(n=300, m=40, d=6, seed=0):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 3, n)
-    centres = rng.normal(size=(3, d))
-    train = centres[labels] + rng.normal(size=(n, d))
-    test = centres[rng.integers(0, 3, m)] + rng.normal(size=(m, d))
+    centers = rng.normal(size=(3, d))
+    train = centers[labels] + rng.normal(size=(n, d))
+    test = centers[rng.integers(0, 3, m)] + rng.normal(size=(m, d))
     return train.astype(np.float32), labels, test.astype(np.float32)
 
 
@@ -35,24 +35,24 @@ def oracle(train, labels, test, k, temperature, classes):
 
 
 @pytest.mark.parametrize("k", [1, 20, 200, 1000])
-def test_votes_are_the_papers(k):
+def test_predictions_are_those_of_the_paper_in_float64(k):
     train, labels, test = data()
-    ours = knn_classify(train, labels, test, num_classes=3, k=k, temperature=0.1)
-    assert ours.tolist() == oracle(train, labels, test, k, 0.1, 3)
+    found = knn_classify(train, labels, test, num_classes=3, k=k, temperature=0.1)
+    assert found.tolist() == oracle(train, labels, test, k, 0.1, 3)
 
 
-def test_neighbours_are_scikit_learns(monkeypatch):
+def test_neighbors_are_those_of_scikit_learn_across_chunks(monkeypatch):
     monkeypatch.setattr(knn_module, "_QUERIES", 16)
     monkeypatch.setattr(knn_module, "_KEYS", 7)
     train, _, test = data()
     similarity, index = nearest_neighbors(train, test, k=5)
-    theirs = NearestNeighbors(n_neighbors=5, metric="cosine").fit(train)
-    distance, expected = theirs.kneighbors(test)
+    reference = NearestNeighbors(n_neighbors=5, metric="cosine").fit(train)
+    distance, expected = reference.kneighbors(test)
     np.testing.assert_array_equal(index, expected)
     np.testing.assert_allclose(similarity, 1 - distance, atol=1e-5)
 
 
-def test_keys_are_sent_once_for_several_chunks_of_queries(monkeypatch):
+def test_keys_are_sent_once_per_group_of_query_chunks(monkeypatch):
     train, _, test = data(m=230)
     whole = nearest_neighbors(train, test, k=5)
     sent, replicate = [], Spmd.replicate
@@ -76,14 +76,14 @@ def test_keys_are_sent_once_for_several_chunks_of_queries(monkeypatch):
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(4, None), (7, None), (7, 0.1)])
-def test_metrics_are_those_of_the_classes_that_are_told(k, temperature):
-    """Of a majority of few, many votes are ties."""
+def test_knn_metrics_agree_with_knn_classify_on_ties(k, temperature):
+    """With few neighbors of equal weight, many votes are ties."""
     train, labels, test = data()
     truth = np.random.default_rng(1).integers(0, 3, len(test))
     features = Features(train, labels, test, truth, ("a", "b", "c"), step=1)
     found = knn_metrics(features, k=k, temperature=temperature)
-    told = knn_classify(train, labels, test, num_classes=3, k=k, temperature=temperature)
-    assert found["top1"]["value"] == pytest.approx(np.mean(told == truth))
+    predicted = knn_classify(train, labels, test, num_classes=3, k=k, temperature=temperature)
+    assert found["top1"]["value"] == pytest.approx(np.mean(predicted == truth))
     assert found["top1"]["value"] == pytest.approx(np.trace(found["confusion"]) / len(test))
 
 
@@ -95,15 +95,15 @@ def test_a_tiny_temperature_does_not_overflow():
 
 
 @pytest.mark.usefixtures("unchecked_arrays")
-def test_bad_shapes_are_told():
+def test_mismatched_shapes_are_refused():
     train, labels, test = data()
-    with pytest.raises(UserError, match="300 features have 299 labels"):
+    with pytest.raises(UserError, match=r"features \(300\) and labels \(299\) differ"):
         knn_classify(train, labels[1:], test, num_classes=3)
-    with pytest.raises(UserError, match="width 5 can't be compared with width 6"):
+    with pytest.raises(UserError, match="dimension 5 with features of dimension 6"):
         nearest_neighbors(train, test[:, :5], k=1)
 
 
-def test_a_majority_counts_neighbours_alike():
+def test_temperature_none_gives_neighbors_equal_votes():
     train = np.array([[1, 0], [1, 0.5], [1, 0.6]], np.float32)
     labels = np.array([0, 1, 1], np.int32)
     query = np.array([[1, 0]], np.float32)
@@ -115,7 +115,7 @@ def test_a_majority_counts_neighbours_alike():
 
 
 @pytest.mark.parametrize("queries", [1, 7, 8, 9])
-def test_queries_are_spread_over_the_devices_whatever_their_number(queries):
+def test_any_number_of_queries_is_sharded_over_the_devices(queries):
     rng = np.random.default_rng(0)
     keys, asked = rng.normal(size=(50, 4)), rng.normal(size=(queries, 4))
     similarity, index = nearest_neighbors(keys, asked, k=3)

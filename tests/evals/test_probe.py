@@ -1,4 +1,4 @@
-"""The probe that is trained along: its gradient, and that nothing else notices it."""
+"""The online probe: its loss and gradient, and that training is the same without it."""
 
 import jax
 import jax.numpy as jnp
@@ -25,39 +25,39 @@ def trained(steps=3, devices=None, **changes):
     return state, metrics
 
 
-def test_the_loss_is_cross_entropy_and_its_features_get_no_gradient():
+def test_loss_is_cross_entropy_and_features_get_no_gradient():
     rng = np.random.default_rng(0)
     x, label = rng.normal(size=(6, 5)), rng.integers(0, 3, 6)
     params = {"kernel": rng.normal(size=(5, 3)), "bias": rng.normal(size=3)}
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
     logits = x @ np.asarray(params["kernel"], np.float64) + np.asarray(params["bias"], np.float64)
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    value, right = probe.loss(params, jnp.asarray(x, jnp.float32), jnp.asarray(label))
+    value, accuracy = probe.loss(params, jnp.asarray(x, jnp.float32), jnp.asarray(label))
     assert value == pytest.approx(-log_p[np.arange(6), label].mean(), rel=1e-5)
-    assert right == pytest.approx(np.mean(logits.argmax(axis=1) == label))
+    assert accuracy == pytest.approx(np.mean(logits.argmax(axis=1) == label))
     gradient = jax.grad(lambda x: probe.loss(params, x, jnp.asarray(label))[0])
     assert not gradient(jnp.asarray(x, jnp.float32)).any()
 
 
-def test_it_learns_and_changes_nothing_else():
-    with_it, metrics = trained(steps=40)
-    without, others = trained(steps=40, probe=False)
-    assert without.probe == {} and "probe_loss" not in others
+def test_probe_learns_and_leaves_the_rest_of_the_state_unchanged():
+    probed, metrics = trained(steps=40)
+    plain, plain_metrics = trained(steps=40, probe=False)
+    assert plain.probe == {} and "probe_loss" not in plain_metrics
     assert float(metrics["probe_loss"]) < np.log(4) - 0.005
     for name in ("params", "method_state", "opt_state"):
-        mine, theirs = leaves(getattr(with_it, name)), leaves(getattr(without, name))
-        for key in theirs:
-            np.testing.assert_allclose(mine[key], theirs[key], rtol=1e-5, atol=1e-6, err_msg=key)
+        found = leaves(getattr(probed, name))
+        for key, expected in leaves(getattr(plain, name)).items():
+            np.testing.assert_allclose(found[key], expected, rtol=1e-5, atol=1e-6, err_msg=key)
 
 
-def test_one_and_eight_devices_agree():
+def test_probe_is_equal_on_one_and_eight_devices():
     eight, one = trained()[0].probe, trained(devices=ONE)[0].probe
     assert_replicated(eight)
     for key, expected in leaves(one["params"]).items():
         np.testing.assert_allclose(leaves(eight["params"])[key], expected, rtol=2e-2, atol=1e-4)
 
 
-def test_the_first_step_goes_where_the_gradient_points():
+def test_update_steps_against_the_gradient():
     before = probe.init(2, 2)
     gradients = {"kernel": jnp.array([[1.0, -1.0], [0.0, 0.0]]), "bias": jnp.array([2.0, -2.0])}
     after = probe.update(before, gradients)["params"]
