@@ -1,14 +1,13 @@
-"""The ablations of `configs/ablations.py`, each group as a table beside what it changes.
+"""The ablations of `configs/ablations.py`, a table per group with the unchanged run.
 
-Each is a run of its own under --out, continued if it was broken off and not repeated if it is
-done, so the command may be given again until the tables are complete. `--config.KEY=VALUE` changes
-all of them.
+Each ablation is a run in --out. Interrupted runs are resumed and finished ones kept, so rerun the
+command until the tables are complete. `--config.KEY=VALUE` applies to all of them.
 
     python benchmarks/ablations.py [--groups=head,temperature] [--out=runs/ablations]
     python benchmarks/ablations.py --groups=augmentation --train=train.npz --test=test.npz
 
-The augmentations are compared on CIFAR-10, in two files that `ssl-jax data pack` has made;
-BatchNorm per device is that of 8 simulated CPU devices.
+Augmentations are compared on CIFAR-10, in two files written by `ssl-jax data pack`; BatchNorm per
+device runs on 8 simulated CPU devices.
 """
 
 import argparse
@@ -26,14 +25,14 @@ from ssl_jax.run.log import read_metrics
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "configs" / "ablations.py"
 ABLATIONS = runpy.run_path(str(FILE))["ABLATIONS"]
-# What a group of SimCLR's changes of one key is beside, and its key's value there.
+# For groups that change one key of SimCLR: the unchanged run, and its name in the table.
 UNCHANGED = {"temperature": ("head-mlp2", "temperature-0.2"), "batch": ("head-mlp2", "batch-256")}
 DEVICES = "--xla_force_host_platform_device_count=8"
 COLUMNS = ("", "kNN", "5 labels", "full linear", "contrastive", "std·√d", "RankMe", "collapse")
 
 
 def run(name: str, group: str, args: argparse.Namespace) -> None:
-    """Trains and evaluates one, or continues."""
+    """Trains and evaluates one ablation, or resumes."""
     command = [sys.executable, str(ROOT / "run_pretrain.py"), f"--config={FILE}:{name}"]
     command += [f"--workdir={args.out / name}", *args.changes]
     environment = dict(os.environ)
@@ -44,34 +43,36 @@ def run(name: str, group: str, args: argparse.Namespace) -> None:
         environment["JAX_PLATFORMS"] = "cpu"
     print("$", *command, flush=True)
     if subprocess.run(command, env=environment).returncode:
-        sys.exit(f"{name} failed; what it said is above.")
+        sys.exit(f"{name} failed. See the output above.")
 
 
 def cells(name: str, workdir: Path) -> list[str]:
-    """A finished run's row."""
+    """Formats a finished run as a row."""
     records = read_metrics(workdir / "metrics.jsonl")
     last = {key: value for record in records for key, value in record.items()}
     file = workdir / "evaluation.json"
     if file.exists():
         trained = json.loads(file.read_text())["rows"][-1]
-    else:  # the classifier that was trained along
+    else:  # the online probe
         trained = {"knn": last["knn"], "linear": last["probe_accuracy"]}
-    watch = CollapseDetector()
-    warnings = [w for record in records for w in watch.check(int(record["step"]), record)]
+    detector = CollapseDetector()
+    warnings = [w for record in records for w in detector.check(int(record["step"]), record)]
     few = ""
     if "labels_5" in trained:
-        mean, half = mean_interval([100 * draw for draw in trained["labels_5"]["trials"]])
+        mean, half = mean_interval([100 * trial for trial in trained["labels_5"]["trials"]])
         few = f"{mean:.1f} ± {half:.1f}"
-    told = f"{100 * last['contrastive_accuracy']:.0f}" if "contrastive_accuracy" in last else ""
+    contrastive = (
+        f"{100 * last['contrastive_accuracy']:.0f}" if "contrastive_accuracy" in last else ""
+    )
     return [
-        *(name, f"{100 * trained['knn']:.1f}", few, f"{100 * trained['linear']:.1f}", told),
+        *(name, f"{100 * trained['knn']:.1f}", few, f"{100 * trained['linear']:.1f}", contrastive),
         *(f"{last['embedding_std']:.2f}", f"{last['rankme']:.1f}"),
         warnings[0].removeprefix("warning: collapse ").partition(":")[0] if warnings else "no",
     ]
 
 
 def table(group: str, out: Path) -> str:
-    """The finished runs of a group as a Markdown table."""
+    """Formats the finished runs of a group as a Markdown table."""
     runs = {name: out / name for name in ABLATIONS[group]}
     if group in UNCHANGED:
         folder, name = UNCHANGED[group]
@@ -84,7 +85,7 @@ def table(group: str, out: Path) -> str:
 
 
 def _order(name: str) -> float:
-    """By the number at a name's end; else as listed, for sorting is stable."""
+    """The number at the end of a name, to sort by; 0 without one, which keeps the order."""
     try:
         return float(name.rpartition("-")[2])
     except ValueError:
@@ -92,7 +93,7 @@ def _order(name: str) -> float:
 
 
 def main() -> None:
-    """Runs what is not done yet, then prints the tables."""
+    """Runs missing ablations, then prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--groups", default=",".join(g for g in ABLATIONS if g != "augmentation"))
     parser.add_argument("--train", help="CIFAR-10: the packed training images")
@@ -102,7 +103,7 @@ def main() -> None:
     groups = args.groups.split(",")
     for group in groups:
         if group not in ABLATIONS:
-            parser.error(f"there is no group {group}: {', '.join(ABLATIONS)}")
+            parser.error(f"--groups: no group {group}. Choose from {', '.join(ABLATIONS)}.")
     if "augmentation" in groups and not (args.train and args.test):
         parser.error("the group augmentation needs --train and --test")
     for group in groups:

@@ -1,13 +1,13 @@
-"""SimCLR v2's three steps on digits: pretrain big, fine-tune on few labels, distil to small.
+"""SimCLR v2's three steps on digits: pretrain big, fine-tune on few labels, distill to small.
 
-For each seed a big and a small network are pretrained on all images without labels and fine-tuned
+For each seed, a big and a small network are pretrained on all images without labels and fine-tuned
 on the same few labels; the big one then teaches a student of the small one's size on all images
-without labels. The small network is fine-tuned with each of three rates, and its best counts, by
-the held-out images: what the student is compared with is flattered.
+without labels. The small network is fine-tuned at three rates and the best one on the held-out
+images is reported, which favors it in the comparison with the student.
 
     python benchmarks/distillation.py [--seeds=5] [--labels=0.05] [--out=runs/distillation]
 
-Every part is a run in --out, so the command may be given again until the table is complete.
+Every part is a run in --out: rerun the command until the table is complete.
 """
 
 import argparse
@@ -19,12 +19,12 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 BIG, SMALL = 0.25, 0.0625  # widths of a ResNet-18
-RATES = (0.005, 0.01, 0.05)  # of the small network's fine-tuning; the big one has the middle one
+RATES = (0.005, 0.01, 0.05)  # to fine-tune the small network; the big one uses the middle rate
 BRIEF = ("eval.knn_every_epochs=0", "eval.trials=2", "checkpoint.every_epochs=0", "log_every=1000")
 
 
 def pretrained(width: float, seed: int, epochs: float, out: Path) -> Path:
-    """SimCLR v2 without a memory, on digits; where it is."""
+    """Pretrains SimCLR v2 without memory bank on digits; returns the workdir."""
     from ssl_jax.config import load_config
     from ssl_jax.train import pretrain
 
@@ -42,7 +42,7 @@ def pretrained(width: float, seed: int, epochs: float, out: Path) -> Path:
 
 
 def accuracy(workdir: Path, train: Any) -> float:
-    """Top-1 of a run with a classifier; `train` makes it."""
+    """Top-1 accuracy of a run with a classifier; `train` trains it if it is missing."""
     if not (workdir / "evaluation.json").exists():
         train()
     result = json.loads((workdir / "evals" / "classifier.json").read_text())
@@ -50,7 +50,7 @@ def accuracy(workdir: Path, train: Any) -> float:
 
 
 def finetuned(run: Path, seed: int, rate: float, args: argparse.Namespace) -> tuple[Path, float]:
-    """Fine-tuned on few labels, the same of each network; where it is, and its accuracy."""
+    """Fine-tunes on few labels, the same for all networks; returns workdir and accuracy."""
     from ssl_jax.downstream import finetune
 
     workdir = run.with_name(f"{run.name}_finetune_{rate:g}")
@@ -63,7 +63,7 @@ def finetuned(run: Path, seed: int, rate: float, args: argparse.Namespace) -> tu
 
 
 def student(teacher: Path, seed: int, args: argparse.Namespace) -> float:
-    """Of the small network, taught on all images without their labels."""
+    """Distills into the small network on all images without labels; returns its accuracy."""
     from ssl_jax.downstream import distill
 
     workdir = args.out / f"student_{seed}"
@@ -75,7 +75,7 @@ def student(teacher: Path, seed: int, args: argparse.Namespace) -> float:
 
 
 def main() -> None:
-    """Runs what is missing and prints the table."""
+    """Runs missing parts and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--labels", type=float, default=0.05)
@@ -92,9 +92,9 @@ def main() -> None:
     rows = []
     for seed in range(args.seeds):
         big, small = (pretrained(w, seed, args.epochs, args.out) for w in (BIG, SMALL))
-        teacher, of_teacher = finetuned(big, seed, RATES[1], args)
+        teacher, teacher_accuracy = finetuned(big, seed, RATES[1], args)
         direct = max(finetuned(small, seed, rate, args)[1] for rate in RATES)
-        rows.append((of_teacher, direct, student(teacher, seed, args)))
+        rows.append((teacher_accuracy, direct, student(teacher, seed, args)))
     teachers, direct, students = 100 * np.array(rows).T
     columns = {
         "big, fine-tuned": teachers,

@@ -1,7 +1,7 @@
-"""Linear probes and kNN on frozen features: ours in JAX beside scikit-learn's, in turns.
+"""Linear classifiers and kNN on frozen features: ssl_jax and scikit-learn, in alternation.
 
-Features are random ones (ReLU of random projections) of packed images, 512 of each, which ask for
-as many iterations as an encoder's.
+Features are ReLUs of 512 random projections of packed images, on which L-BFGS needs about as many
+iterations as on an encoder's features.
 
     python benchmarks/linear.py --train=train.npz --test=test.npz [--rounds=3]
 """
@@ -22,37 +22,37 @@ def random_features(images: np.ndarray, width: int) -> np.ndarray:
     return np.maximum(flat @ weights.astype(np.float32), 0)
 
 
-def ours(x: np.ndarray, y: np.ndarray, penalty: float) -> Callable[[np.ndarray], np.ndarray]:
-    """Fits, and gives the prediction."""
+def fit_ssl_jax(x: np.ndarray, y: np.ndarray, penalty: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Fits `fit_linear`; returns its prediction function."""
     from ssl_jax.evals.linear import fit_linear
 
     return fit_linear(x, y, num_classes=int(y.max()) + 1, penalties=[penalty]).predict
 
 
-def scikit_learn(x: np.ndarray, y: np.ndarray, penalty: float) -> Callable:
-    """Fits the same objective, with its default tolerance."""
+def fit_scikit_learn(x: np.ndarray, y: np.ndarray, penalty: float) -> Callable:
+    """Fits the same objective at scikit-learn's default tolerance; returns the prediction."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    centre = x.mean(axis=0)
-    scale = (x - centre).std()
+    center = x.mean(axis=0)
+    scale = (x - center).std()
     model = LogisticRegression(C=1 / (len(y) * penalty), max_iter=1000)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit((x - centre) / scale, y)
-    return lambda test: model.predict((test - centre) / scale)
+        model.fit((x - center) / scale, y)
+    return lambda test: model.predict((test - center) / scale)
 
 
-def our_vote(x: np.ndarray, y: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """A majority of 200 neighbours by cosine."""
+def vote_ssl_jax(x: np.ndarray, y: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """Majority vote of the 200 nearest neighbors by cosine similarity."""
     from ssl_jax.evals.knn import knn_classify
 
     classes = int(y.max()) + 1
     return knn_classify(x, y, test, num_classes=classes, k=200, temperature=None)
 
 
-def their_vote(x: np.ndarray, y: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """The same; it keeps all similarities of a chunk in memory."""
+def vote_scikit_learn(x: np.ndarray, y: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """The same by scikit-learn, which holds all similarities of a chunk in memory."""
     from sklearn.neighbors import KNeighborsClassifier
 
     return KNeighborsClassifier(200, algorithm="brute", metric="cosine").fit(x, y).predict(test)
@@ -61,11 +61,11 @@ def their_vote(x: np.ndarray, y: np.ndarray, test: np.ndarray) -> np.ndarray:
 def knn_table(
     x: np.ndarray, y: np.ndarray, test: np.ndarray, test_labels: np.ndarray, rounds: int
 ) -> None:
-    """Prints it."""
-    print(f"\n{len(test):,} of {x.shape[1]} features against {len(x):,}\n")
-    print("| kNN, majority of 200 | accuracy % | seconds (median) | times ours |")
+    """Prints the table of kNN as Markdown."""
+    print(f"\n{len(test):,} queries, {len(x):,} keys of dimension {x.shape[1]}\n")
+    print("| kNN, majority of 200 | accuracy % | seconds (median) | times ssl_jax |")
     print("| --- | --- | --- | --- |")
-    votes = {"ours": our_vote, "scikit-learn": their_vote}
+    votes = {"ssl_jax": vote_ssl_jax, "scikit-learn": vote_scikit_learn}
     seconds: dict[str, list[float]] = {name: [] for name in votes}
     accuracy = {}
     for _ in range(rounds):
@@ -76,15 +76,15 @@ def knn_table(
             accuracy[name] = 100 * np.mean(predicted == test_labels)
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     for name, median in medians.items():
-        ratio = median / medians["ours"]
+        ratio = median / medians["ssl_jax"]
         print(f"| {name} | {accuracy[name]:.2f} | {median:.1f} | {ratio:.2f} |", flush=True)
 
 
 def main() -> None:
-    """Prints a table as Markdown."""
+    """Prints the tables as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train", required=True, help="packed images, FILE.npz")
-    parser.add_argument("--test", required=True, help="the same, to be measured on")
+    parser.add_argument("--test", required=True, help="packed images to evaluate on, FILE.npz")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--penalties", default="1e-3,1e-4,1e-5")
     parser.add_argument("--rounds", type=int, default=3)
@@ -96,13 +96,13 @@ def main() -> None:
             splits.append((random_features(images, args.width), packed["labels"]))
     (x, y), (test, test_labels) = splits
     print(f"{x.shape[0]:,} × {x.shape[1]} features\n")
-    print("| penalty | implementation | accuracy % | seconds (median) | times ours |")
+    print("| penalty | implementation | accuracy % | seconds (median) | times ssl_jax |")
     print("| --- | --- | --- | --- | --- |")
     for penalty in map(float, args.penalties.split(",")):
-        seconds: dict[str, list[float]] = {"ours": [], "scikit-learn": []}
+        seconds: dict[str, list[float]] = {"ssl_jax": [], "scikit-learn": []}
         accuracy = {}
         for _ in range(args.rounds):
-            for name, fit in (("ours", ours), ("scikit-learn", scikit_learn)):
+            for name, fit in (("ssl_jax", fit_ssl_jax), ("scikit-learn", fit_scikit_learn)):
                 start = time.perf_counter()
                 predict = fit(x, y, penalty)
                 seconds[name].append(time.perf_counter() - start)
@@ -110,7 +110,9 @@ def main() -> None:
         medians = {name: statistics.median(taken) for name, taken in seconds.items()}
         for name, median in medians.items():
             cells = [f"{penalty:g}", name, f"{accuracy[name]:.2f}", f"{median:.1f}"]
-            print("| " + " | ".join([*cells, f"{median / medians['ours']:.2f}"]) + " |", flush=True)
+            print(
+                "| " + " | ".join([*cells, f"{median / medians['ssl_jax']:.2f}"]) + " |", flush=True
+            )
     knn_table(x, y, test, test_labels, args.rounds)
 
 

@@ -1,12 +1,12 @@
-"""Every method on one data set with one network: a table beside raw pixels and random features.
+"""All methods on one data set with one network, in a table with raw pixels and random features.
 
-Each method is a run of its own under --workdir, continued if it was broken off and not repeated if
-it is done, so the command may be given again until the table is complete.
+Each method is a run in --workdir. Interrupted runs are resumed and finished ones kept, so rerun the
+command until the table is complete.
 
     python benchmarks/methods.py [--data=digits] [--workdir=runs/methods] [--methods=simclr,moco]
     python benchmarks/methods.py --data=cifar10 --train=train.npz --test=test.npz
 
-CIFAR-10, in two files that `ssl-jax data pack` has made, runs the `cpu` variants of its configs.
+For CIFAR-10, two files written by `ssl-jax data pack`, the `cpu` variants of the configs are used.
 """
 
 import argparse
@@ -39,7 +39,7 @@ COLUMNS = (
 
 
 def run(method: str, args: argparse.Namespace, workdir: Path) -> None:
-    """Trains and evaluates one method, or continues."""
+    """Trains and evaluates one method, or resumes."""
     config = f"{ROOT / 'configs' / f'{method}_{args.data}.py'}"
     command = [sys.executable, str(ROOT / "run_pretrain.py"), f"--workdir={workdir}"]
     if args.data == "cifar10":
@@ -48,11 +48,11 @@ def run(method: str, args: argparse.Namespace, workdir: Path) -> None:
     command.append(f"--config={config}")
     print("$", *command, flush=True)
     if subprocess.run(command).returncode:
-        sys.exit(f"{method} failed; what it said is above.")
+        sys.exit(f"{method} failed. See the output above.")
 
 
 def accuracies(row: dict, baselines: list[dict]) -> list[str]:
-    """The cells of an evaluation row, in percent; differences are on the same trials."""
+    """Formats an evaluation row in percent; differences are paired over trials."""
     return [
         f"{100 * row['labels_5']['mean']:.1f}",
         *(difference(row, baseline) for baseline in baselines),
@@ -61,7 +61,7 @@ def accuracies(row: dict, baselines: list[dict]) -> list[str]:
 
 
 def difference(row: dict, baseline: dict) -> str:
-    """Points over a baseline at 5 labels, with the 95 % interval over the paired trials."""
+    """Percentage points over a baseline at 5 labels, with the 95 % interval over paired trials."""
     if row["name"] == baseline["name"]:
         return ""
     trials = zip(row["labels_5"]["trials"], baseline["labels_5"]["trials"], strict=True)
@@ -71,9 +71,9 @@ def difference(row: dict, baseline: dict) -> str:
 
 
 def table(workdirs: dict[str, Path]) -> str:
-    """The finished runs as a Markdown table; rows of baselines are of the first run.
+    """Formats the finished runs as a Markdown table, with the first run's baselines as rows.
 
-    Differences are to the run's own baselines: the untrained network is that of its method.
+    Differences are relative to each run's own baselines, such as its own untrained network.
     """
     lines: list[list[str]] = []
     for method, workdir in workdirs.items():
@@ -96,7 +96,7 @@ def table(workdirs: dict[str, Path]) -> str:
 
 
 def main() -> None:
-    """Runs what is not done yet, then prints the table and writes it to the workdir."""
+    """Runs missing methods, then prints the table and writes it to the workdir."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="digits", choices=["digits", "cifar10"])
     parser.add_argument("--train", help="CIFAR-10: the packed training images")

@@ -1,4 +1,4 @@
-"""The ablations are configs that change what they say, and their table shows what came of them."""
+"""The ablations: their configs and the table of results."""
 
 import importlib
 import json
@@ -10,7 +10,7 @@ from ssl_jax.config import flat_views, load_config
 FILE = Path(__file__).parents[2] / "configs" / "ablations.py"
 
 
-def test_a_collapse_is_said_and_the_unchanged_run_stands_in_its_place(tmp_path, monkeypatch):
+def test_table_reports_collapse_and_sorts_the_unchanged_run_by_its_value(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(FILE.parents[1] / "benchmarks"))
     table = importlib.import_module("ablations").table
     for name, std in (("temperature-0.1", 0.5), ("temperature-1", 0.001), ("head-mlp2", 0.6)):
@@ -31,20 +31,20 @@ def test_a_collapse_is_said_and_the_unchanged_run_stands_in_its_place(tmp_path, 
     assert rows[2].endswith("| 0.00 | 9.0 | since step 10 |")
 
 
-def test_every_variant_is_a_config_that_changes_what_it_says():
+def test_every_ablation_is_a_config_that_changes_what_its_name_states():
     groups = runpy.run_path(str(FILE))["ABLATIONS"]
-    made = {n: load_config(f"{FILE}:{n}") for names in groups.values() for n in names}
-    assert len(made) == sum(map(len, groups.values()))
-    assert made["head-none"].simclr.layers == 0 and made["head-mlp3"].simclr.layers == 3
-    assert made["ema-decay-1"].byol.ema_decay == made["momentum-1"].byol.ema_decay_end == 1
-    assert not made["no-shuffle-and-bn-per-device"].moco.shuffle
-    assert made["no-shuffle-and-bn-per-device"].model.bn_group_size == 1
+    configs = {n: load_config(f"{FILE}:{n}") for names in groups.values() for n in names}
+    assert len(configs) == sum(map(len, groups.values()))
+    assert configs["head-none"].simclr.layers == 0 and configs["head-mlp3"].simclr.layers == 3
+    assert configs["ema-decay-1"].byol.ema_decay == configs["ema-decay-1"].byol.ema_decay_end == 1
+    assert not configs["no-shuffle-and-bn-per-device"].moco.shuffle
+    assert configs["no-shuffle-and-bn-per-device"].model.bn_group_size == 1
     for name, crops, colors in (
         ("crop-and-color", True, True),
         ("crop", True, False),
         ("color", False, True),
         ("flip-only", False, False),
     ):
-        for view in flat_views(made[name]):
+        for view in flat_views(configs[name]):
             assert (view.crop.sampler != "none") == crops
             assert (view.jitter.prob > 0) == (view.gray > 0) == colors

@@ -1,4 +1,4 @@
-"""The table of methods shows finished runs, with differences paired over the draws."""
+"""The table of methods: finished runs, with differences paired over trials."""
 
 import importlib.util
 import json
@@ -14,12 +14,12 @@ def load():
     return module
 
 
-def row(name, draws):
-    few = {"mean": sum(draws) / len(draws), "trials": draws}
+def row(name, trials):
+    few = {"mean": sum(trials) / len(trials), "trials": trials}
     return {"name": name, "labels_5": few, "labels_10": few, "linear": 0.9, "knn": 0.8}
 
 
-def test_it_compares_a_run_with_its_own_baselines(tmp_path):
+def test_table_compares_each_run_with_its_own_baselines(tmp_path):
     rows = [
         row("raw pixels", [0.80, 0.90]),
         row("random init", [0.60, 0.62]),
@@ -35,6 +35,6 @@ def test_it_compares_a_run_with_its_own_baselines(tmp_path):
     table = load().table({"byol": tmp_path, "moco": tmp_path / "not_run"}).splitlines()
     assert [line.count("|") for line in table] == [11] * 5
     assert "| random init | 61.0 | -24.0 ± 50.8 |  |" in table[3]
-    # The differences are 3 points on both draws.
+    # The differences are 3 points in both trials.
     assert "| BYOL | 88.0 | +3.0 ± 0.0 | +27.0 ±" in table[4]
     assert "| 0.60 | 12.3 | 20 |" in table[4]
