@@ -131,8 +131,6 @@ def write_views(
     out = Path(out)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out is {out}, not a .png file: give it a name that ends in .png.")
-    if not out.parent.is_dir():  # before seconds of work
-        raise UserError(f"Cannot write {out} (no folder {out.parent}): make the folder first.")
     if images < 1:
         raise UserError(f"--images is {images}: set it to at least 1.")
     if step < 0:
@@ -284,6 +282,10 @@ class _Cell:
     outlines: Sequence[Float[np.ndarray, "4 2"]] = ()
 
     @property
+    def width(self) -> int:
+        return 0 if self.image is None else self.image.shape[1] + 2 * _EDGE
+
+    @property
     def height(self) -> int:
         text = sum(map(_line_height, self.lines))
         return text if self.image is None else text + len(self.image) + 2 * _EDGE + 8
@@ -328,7 +330,7 @@ def draw(samples: Samples, title: str, command: str = "") -> Image.Image:
     """
     columns = [_original_column(samples)]
     columns += [_view_column(view, _color(i)) for i, view in enumerate(samples.views)]
-    widths = [max(_width(cell) for cell in column) for column in columns]
+    widths = [column[0].width for column in columns]
     table = sum(widths) + _GAP * (len(widths) - 1)
     shown = {note.split()[0] for view in samples.views for notes in view.notes for note in notes}
     legend = [text for word, text in _LEGEND.items() if word in shown]
@@ -366,7 +368,7 @@ def _original_column(samples: Samples) -> list[_Cell]:
         lines = _lines([samples.labels[row]], _HEAD, width)
         lines += _lines([f"image {samples.ids[row]}, {wide}x{tall}"], _GRAY, width)
         cells.append(_Cell(lines, np.asarray(image), outlines=tuple(outlines)))
-    width = max(map(_width, cells))
+    width = max(_COLUMN, *(cell.width for cell in cells))
     return [_heading("original", "outlines of its views", _NOTE.color, width), *cells]
 
 
@@ -386,10 +388,6 @@ def _heading(title: str, about: str, color: str, width: int) -> _Cell:
     bar = Image.new("RGB", (width - 2 * _EDGE, 1), color)
     lines = [*_lines([title], _HEAD, width), *_lines([about], _GRAY, width)]
     return _Cell(lines, np.asarray(bar), frame=color)
-
-
-def _width(cell: _Cell) -> int:
-    return max(_COLUMN, 0 if cell.image is None else cell.image.shape[1] + 2 * _EDGE)
 
 
 def _zoom(size: int) -> int:
