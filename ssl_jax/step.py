@@ -191,9 +191,8 @@ def cached_loss_and_gradients(
     respect to the outputs are computed once. Then each microbatch is encoded again, from the same
     pixels, and the encoder's gradient is accumulated. The result is exactly the large batch's
     gradient, except that BatchNorm sees one microbatch at a time. Outputs that don't depend on the
-    parameters (keys, targets) are computed once.
-
-    A microbatch has every `microbatches`-th example, the same set on any number of devices.
+    parameters (keys, targets) are computed once. A microbatch has every `microbatches`-th example,
+    the same set on any number of devices.
 
     Args:
       method: with the axis name under which this function is mapped.
@@ -207,24 +206,23 @@ def cached_loss_and_gradients(
     """
     rng = stream_key(jax.random.wrap_key_data(state.key), "forward", state.step)
 
-    def forward(params: Pytree, microbatch: Array) -> tuple[dict[str, Array], Pytree]:
+    def forward(params: Pytree, index: Array) -> tuple[dict[str, Array], Pytree]:
         with jax.named_scope("forward"):
-            return method.forward(
-                params, state.method_state, augment_fn(_take(raw, microbatch, microbatches)), rng
-            )
+            microbatch = augment_fn(_take(raw, index, microbatches))
+            return method.forward(params, state.method_state, microbatch, rng)
 
-    def encode(total: Pytree, microbatch: Array) -> tuple[Pytree, dict[str, Array]]:
-        outputs, stats = forward(state.params, microbatch)
+    def encode(total: Pytree, index: Array) -> tuple[Pytree, dict[str, Array]]:
+        outputs, stats = forward(state.params, index)
         return jax.tree.map(jnp.add, total, stats), outputs
 
-    def pull_back(total: Pytree, microbatch: Array) -> tuple[Pytree, None]:
-        _, pull = jax.vjp(lambda params: forward(params, microbatch)[0], state.params)
-        (gradients,) = pull(_take(cotangents, microbatch, microbatches))
+    def pull_back(total: Pytree, index: Array) -> tuple[Pytree, None]:
+        _, pull = jax.vjp(lambda params: forward(params, index)[0], state.params)
+        (gradients,) = pull(_take(cotangents, index, microbatches))
         return jax.tree.map(jnp.add, total, gradients), None
 
-    numbers = jnp.arange(microbatches)
+    indices = jnp.arange(microbatches)
     zeros = jax.tree.map(jnp.zeros_like, state.method_state["batch_stats"])
-    stats, outputs = jax.lax.scan(encode, zeros, numbers)
+    stats, outputs = jax.lax.scan(encode, zeros, indices)
     stats = jax.tree.map(lambda total: total / microbatches, stats)
     outputs = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)
     kept: Batch = {name: raw[name] for name in ("id", "label") if name in raw}
@@ -236,7 +234,7 @@ def cached_loss_and_gradients(
     (loss, logs), (gradients, cotangents) = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(
         state.params, outputs
     )
-    gradients, _ = jax.lax.scan(pull_back, gradients, numbers)
+    gradients, _ = jax.lax.scan(pull_back, gradients, indices)
     gradients, stats = _averaged(method, state, gradients, stats)
     return LossAndGradients(loss, gradients, outputs, stats, logs)
 
@@ -253,12 +251,12 @@ def _averaged(
     }
 
 
-def _take(tree: Pytree, microbatch: Array, microbatches: int) -> Pytree:
-    """Every `microbatches`-th example, from `microbatch` on."""
+def _take(tree: Pytree, index: Array, microbatches: int) -> Pytree:
+    """Takes every `microbatches`-th example, from `index` on."""
 
     def take(x: Array) -> Array:
         rows = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:])
-        return jax.lax.dynamic_index_in_dim(rows, microbatch, axis=1, keepdims=False)
+        return jax.lax.dynamic_index_in_dim(rows, index, axis=1, keepdims=False)
 
     return jax.tree.map(take, tree)
 
@@ -284,8 +282,6 @@ def make_train_step(
     learning_rate: optax.Schedule,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Builds the train step as a per-device function, to be mapped by `Spmd.map`.
-
-    With `config.microbatch` it uses `cached_loss_and_gradients`.
 
     Args:
       method: with the axis name of the mesh.
@@ -333,9 +329,8 @@ def make_train_step(
         new_state = state.replace(
             params=params, method_state=method_state, opt_state=opt_state, probe=probe_state
         )
-        new_state = _counted(
-            state, new_state, [loss, metrics["gradient_norm"]], config.max_nonfinite_steps
-        )
+        sizes = [loss, metrics["gradient_norm"]]
+        new_state = _counted(state, new_state, sizes, config.max_nonfinite_steps)
         metrics |= {COUNT: new_state.nonfinite[0], STEP: new_state.nonfinite[1]}
         return new_state, {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
 

@@ -136,7 +136,7 @@ def mutated(data, rng):
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_corrupt_images_never_crash_the_process(tmp_path, kind):
     pytest.importorskip("tensorflow")
-    from ssl_jax.data.folder import folder_sources
+    from ssl_jax.data.sources import make_sources
 
     rng, good = np.random.default_rng(0), encoded(kind, 0)
     folder = tmp_path / "a"
@@ -148,13 +148,13 @@ def test_corrupt_images_never_crash_the_process(tmp_path, kind):
         (folder / f"{number:04}.{suffix}").write_bytes(good)
     config = tiny_config()
     config.data.update(name="folder", dir=str(folder), on_bad_image="skip")
-    source, _ = folder_sources(config)
+    source, _ = make_sources(config)
     steps = iter([(0, np.arange(1100, dtype=np.int32))])
     (batch,) = source.batches(steps)
     assert all(view.shape[1:] == (8, 8, 3) for view in batch["views"])
     assert 100 < len(source.bad) < 1000  # some mutations leave an image
     config.data.on_bad_image = "fatal"
-    source, _ = folder_sources(config)
+    source, _ = make_sources(config)
     with pytest.raises(UserError) as caught:
         list(source.batches(iter([(0, np.arange(1100, dtype=np.int32))])))
     assert_clear(caught.value)
