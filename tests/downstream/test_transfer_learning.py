@@ -128,7 +128,7 @@ def test_transfer_without_fine_tuning_starts_no_run(run, sets, capsys):
         ('{"a": {"data": {}, "metric": "top2"}}', "metric is 'top2'. Did you mean 'top1'"),
         ('{"a": {"data": {}, "metric": 5}}', "metric is '5'. Use one of"),
         ('{"a": {"data": {"dir": 5}}}', "config.data.dir is 5. Give a value like ''"),
-        ('{"a": {"data": {"subset": 2}}}', "a: config.data.subset is 2.0: it is a share"),
+        ('{"a": {"data": {"subset": 2}}}', "a: config.data.subset is 2.0: it must be above 0"),
         ('{"a": {"data": {"validation": 0.1}}}', "a: config.data.validation."),
         ('{"a": {"data": {}, "metrics": "x"}}', "a has no key 'metrics'. Did you mean 'metric'"),
     ],
