@@ -191,8 +191,10 @@ def cached_loss_and_gradients(
     respect to the outputs are computed once. Then each microbatch is encoded again, from the same
     pixels, and the encoder's gradient is accumulated. The result is exactly the large batch's
     gradient, except that BatchNorm sees one microbatch at a time. Outputs that don't depend on the
-    parameters (keys, targets) are computed once. A microbatch has every `microbatches`-th example,
-    the same set on any number of devices.
+    parameters (keys, targets) are computed once.
+
+    A microbatch has every `microbatches`-th example, the same set on any number of devices. Batch
+    statistics are averaged over microbatches, each of which starts from the old ones.
 
     Args:
       method: with the axis name under which this function is mapped.
@@ -200,9 +202,6 @@ def cached_loss_and_gradients(
       raw: this device's share as the source yielded it, examples on axis 0 of every leaf.
       augment_fn: makes a batch with views from a microbatch of it, deterministically.
       microbatches: number of microbatches; divides this device's examples.
-
-    Returns:
-      Batch statistics are averaged over the microbatches, each of which starts from the old ones.
     """
     rng = stream_key(jax.random.wrap_key_data(state.key), "forward", state.step)
 
@@ -281,7 +280,7 @@ def make_train_step(
     augment_fn: AugmentFn,
     learning_rate: optax.Schedule,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """Builds the train step as a per-device function, to be mapped by `Spmd.map`.
+    """Builds the train step, in microbatches if so configured, to be mapped by `Spmd.map`.
 
     Args:
       method: with the axis name of the mesh.
@@ -310,12 +309,12 @@ def make_train_step(
         else:
             computed = cached_loss_and_gradients(method, state, raw, views_of, microbatches)
         loss, gradients, outputs, stats, logs = computed
-        embedding = outputs["embedding"]
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         method_state = {**state.method_state, "batch_stats": stats}
-        probe_state, probed = _probe_step(method, state.probe, embedding, raw.get("label"))
+        embedding, label = outputs["embedding"], raw.get("label")
+        probe_state, probed = _probe_step(method, state.probe, embedding, label)
         with jax.named_scope("update"):
             params, method_state = method.update(params, outputs, method_state, state.step)
         metrics = {
@@ -323,9 +322,8 @@ def make_train_step(
             "learning_rate": learning_rate(state.step),
             "gradient_norm": optax.tree.norm(gradients),
             "embedding_std": embedding_std(embedding, method.mean),
-            **logs,
-            **probed,
         }
+        metrics |= {**logs, **probed}
         new_state = state.replace(
             params=params, method_state=method_state, opt_state=opt_state, probe=probe_state
         )
