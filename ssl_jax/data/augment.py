@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Shaped, UInt8
 from ml_collections import ConfigDict
 
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, require_choice
 
 Images = Float[Array, "n height width 3"]
 PerImage = float | Float[Array, ""] | Float[Array, " n"]
@@ -140,7 +140,7 @@ def gaussian_blur(x: Images, sigma: PerImage, kernel_size: int, style: str = "tf
     Raises:
       UserError: unknown style, or kernel_size below 1.
     """
-    _check("style", style, _STYLES)
+    require_choice("The style", style, _STYLES)
     if kernel_size < 1:
         raise UserError(f"kernel_size is {kernel_size}: set it to 1 or more.")
     radius = kernel_size // 2
@@ -422,7 +422,7 @@ def color(
 
 
 def _brightness(planes: _Planes, factor: PerImage, mode: str) -> _Planes:
-    _check("brightness mode", mode, _BRIGHTNESS_MODES)
+    require_choice("The brightness mode", mode, _BRIGHTNESS_MODES)
     factor = _per_image(factor, 3)
     r, g, b = planes
     if mode == "add":
@@ -431,7 +431,7 @@ def _brightness(planes: _Planes, factor: PerImage, mode: str) -> _Planes:
 
 
 def _contrast(planes: _Planes, factor: PerImage, style: str) -> _Planes:
-    _check("style", style, _STYLES)
+    require_choice("The style", style, _STYLES)
     r, g, b = (plane.mean(axis=(1, 2), keepdims=True) for plane in planes)
     if style == "torchvision":
         r = g = b = _gray((r, g, b))  # the mean of the gray image: graying is linear
@@ -439,7 +439,7 @@ def _contrast(planes: _Planes, factor: PerImage, style: str) -> _Planes:
 
 
 def _saturation(planes: _Planes, factor: PerImage, style: str) -> _Planes:
-    _check("style", style, _STYLES)
+    require_choice("The style", style, _STYLES)
     factor = _per_image(factor, 3)
     if style == "torchvision":
         gray = _gray(planes)
@@ -549,8 +549,3 @@ def _select(condition: Array, yes: _Planes, no: _Planes) -> _Planes:
 def _clip(planes: _Planes) -> _Planes:
     r, g, b = (jnp.clip(plane, 0.0, 1.0) for plane in planes)
     return r, g, b
-
-
-def _check(what: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(f"The {what} is '{value}': set it to {' or '.join(known)}.")

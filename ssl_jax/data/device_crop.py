@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt8
 from ml_collections import ConfigDict
 
 from ssl_jax.data.augment import to_float
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, require_choice
 
 Geometry = dict[str, Shaped[Array, "..."]]
 Sources = UInt8[Array, "n height width 3"] | Float[Array, "n height width 3"]
@@ -134,10 +134,7 @@ def check_sampler(view: ConfigDict) -> None:
     Raises:
       UserError: unknown sampler.
     """
-    if view.crop.sampler not in SAMPLERS:
-        raise UserError(
-            f"crop.sampler is '{view.crop.sampler}': set it to one of {', '.join(SAMPLERS)}."
-        )
+    require_choice("crop.sampler", view.crop.sampler, SAMPLERS)
 
 
 def center_box(height: int, width: int, aspect: Sequence[float]) -> tuple[int, int, int, int]:

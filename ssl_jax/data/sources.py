@@ -16,14 +16,13 @@ from ml_collections import ConfigDict
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from ssl_jax.config import did_you_mean
 from ssl_jax.data.arrays import ArraySource
 from ssl_jax.data.folder import FolderSource
 from ssl_jax.data.listing import some
 from ssl_jax.data.packed import packed_source
 from ssl_jax.data.records import RecordsSource
 from ssl_jax.data.tfds import tfds_sources
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, did_you_mean
 
 
 class Source(Protocol):

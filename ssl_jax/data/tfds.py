@@ -12,11 +12,10 @@ import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from ssl_jax.config import did_you_mean
 from ssl_jax.data.host import HostSource
 from ssl_jax.data.records import ArrayRecords
 from ssl_jax.data.tensorflow import tf, tfds
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, did_you_mean
 
 # A TFRecord: 8 bytes of payload length and 4 of its checksum, the payload, and 4 of its checksum.
 _BEFORE, _AFTER = 12, 4

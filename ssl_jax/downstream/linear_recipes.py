@@ -6,9 +6,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ssl_jax.config import apply_overrides, did_you_mean
+from ssl_jax.config import apply_overrides
 from ssl_jax.downstream.classifier import PLAIN_SGD, derived_config
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, did_you_mean
 from ssl_jax.interop.load import config_at
 
 # Batch, epochs and optimizer of the methods' official codes for a linear classifier on ImageNet;

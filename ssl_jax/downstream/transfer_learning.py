@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ssl_jax.config import apply_overrides, default_config, did_you_mean, run_schedule
+from ssl_jax.config import apply_overrides, default_config, run_schedule
 from ssl_jax.data.sources import held_out_ids, make_sources
 from ssl_jax.downstream.classifier import (
     PLAIN_SGD,
@@ -24,7 +24,7 @@ from ssl_jax.downstream.classifier import (
     train_classifier,
 )
 from ssl_jax.downstream.features import SEEN, linear_metrics, run_features
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, did_you_mean
 from ssl_jax.evals.linear import METRICS
 from ssl_jax.evals.metrics import interval_text
 from ssl_jax.evals.results import read_result, write_result

@@ -18,8 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from ssl_jax.config import did_you_mean
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, require_choice
 
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 METRICS = ("top1", "mean_per_class")  # that can choose the penalty
@@ -270,8 +269,7 @@ def _sweep(
 
 
 def _check(features: np.ndarray, labels: np.ndarray, num_classes: int, metric: str) -> None:
-    if metric not in METRICS:
-        raise UserError(f"The metric is '{metric}'.{did_you_mean(metric, METRICS)}")
+    require_choice("The metric", metric, METRICS)
     if features.ndim != 2 or len(labels) != len(features):
         raise UserError(
             f"Features {list(features.shape)} and {len(labels)} labels don't match. Give [n, d] "

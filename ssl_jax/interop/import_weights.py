@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ssl_jax.config import did_you_mean
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, did_you_mean
 from ssl_jax.interop.byol import read_byol
 from ssl_jax.interop.infer_architecture import Found, require_complete, to_weights
 from ssl_jax.interop.pickled import may_be_pickled, read_pickle, read_torch

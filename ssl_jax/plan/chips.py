@@ -4,8 +4,7 @@ import dataclasses
 import math
 import re
 
-from ssl_jax.config import did_you_mean
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, did_you_mean
 
 MIB, GIB = 2**20, 2**30
 

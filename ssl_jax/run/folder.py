@@ -24,7 +24,7 @@ from ssl_jax.version import __version__
 # Version of a run's folder: the keys of config.json other than the config, and the tree of
 # checkpoints, which tests/run/test_run_folder.py checks. Raise it when either changes; new config
 # keys don't need it (`ssl_jax.config.from_json`).
-FORMAT = 1
+FORMAT = 2
 # Derived values that affect warnings, not training.
 _WARNING_ONLY = ("derived.trivial_loss:", "derived.patience:")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "numpy")
@@ -148,7 +148,7 @@ def read_record(workdir: Path) -> dict[str, Any]:
         raise UserError(
             f"Cannot read {path} ({error}). Restore it, or use a new --workdir."
         ) from error
-    written = record.get("format", 1)
+    written = record.get("format")
     if written != FORMAT:
         versions = record.get("versions")
         by = versions.get("ssl_jax", "?") if isinstance(versions, dict) else "?"
