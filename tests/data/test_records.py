@@ -145,8 +145,9 @@ def test_more_shards_than_the_open_file_limit_are_read(tmp_path):
     _, folder = converted(tmp_path, shards=12)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     expected = source_of(folder).eval_transform(range(12))
-    opened = max(map(int, os.listdir("/proc/self/fd")))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 8, hard))
+    opened = set(map(int, os.listdir("/proc/self/fd")))
+    free = [number for number in range(soft) if number not in opened]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[6], hard))
     try:
         np.testing.assert_array_equal(source_of(folder).eval_transform(range(12)), expected)
     finally:
