@@ -143,7 +143,7 @@ def read_record(workdir: Path) -> dict[str, Any]:
         if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
             raise ValueError("it contains no config")
     except FileNotFoundError:
-        raise UserError(f"{workdir} contains no run: it has no config.json.") from None
+        raise UserError(f"There is no run in {workdir}: it has no config.json.") from None
     except (OSError, ValueError) as error:
         raise UserError(
             f"Cannot read {path} ({error}). Restore it, or use a new --workdir."

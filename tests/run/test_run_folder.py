@@ -177,7 +177,7 @@ def trees():
 
 
 def test_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(UserError, match="contains no run"):
+    with pytest.raises(UserError, match="no run in"):
         read_record(tmp_path)
 
 
