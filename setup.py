@@ -13,7 +13,7 @@ DATA = [
     "tensorflow-cpu>=2.20; sys_platform == 'linux' and platform_machine == 'x86_64'",
     "tensorflow>=2.20; sys_platform != 'linux' or platform_machine != 'x86_64'",
     "tensorflow-datasets>=4.9.8",
-    "array_record>=0.8; sys_platform != 'win32'",
+    "array_record>=0.8.6; sys_platform != 'win32'",
 ]
 
 # Draws the picture of a config's views.

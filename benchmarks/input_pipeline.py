@@ -454,7 +454,7 @@ def augment_flops(config: Any) -> tuple[float, float]:
     from ssl_jax.step import batch_shapes
 
     def flops(config: Any) -> float:
-        raw = batch_shapes(config, config.batch_size, labelled=False)
+        raw = batch_shapes(config, config.batch_size, labeled=False)
         arguments = (raw, {}, jax.random.key(0))
         program = jax.jit(make_augment_fn(config)).lower(*arguments).compile()
         return program.cost_analysis()["flops"]
@@ -490,7 +490,7 @@ def device_rows(config: Any, images: int, rounds: int) -> list[list[str]]:
     key, rng = jax.random.key(0), np.random.default_rng(0)
     raw = jax.tree.map(
         lambda s: jax.device_put(rng.integers(0, 256, s.shape, np.uint8).astype(s.dtype)),
-        batch_shapes(config, images, labelled=False),
+        batch_shapes(config, images, labeled=False),
     )
     barrier = jax.lax.optimization_barrier
     versions = {}

@@ -48,7 +48,7 @@ def build(config: Any) -> Any:
 
 def shapes_of(program: Any) -> tuple[Any, Any, Any]:
     """Returns the shapes of the step's arguments, without labels."""
-    return program.shapes(labelled=False)
+    return program.shapes(labeled=False)
 
 
 def compiled_mib(config: Any) -> float:

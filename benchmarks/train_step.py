@@ -352,7 +352,7 @@ def split(ours: SslJax, seconds: float) -> dict[str, float]:
     def gradients(state: Any, batch: Any) -> Any:
         return loss_and_gradients(method, state, batch)[:2]
 
-    def optimise(state: Any, gradients: Any) -> Any:
+    def optimize(state: Any, gradients: Any) -> Any:
         updates, _ = program.optimizer.update(gradients, state.opt_state, state.params)
         return optax.apply_updates(state.params, updates)
 
@@ -371,7 +371,7 @@ def split(ours: SslJax, seconds: float) -> dict[str, float]:
             (state, outputs, batch),
         ),
         "forward, loss, backward": (both, (state, batch)),
-        "optimiser": (spmd.map(optimise, (one, one), one), (state, gradient)),
+        "optimizer": (spmd.map(optimize, (one, one), one), (state, gradient)),
     }
     found = {}
     for name, (function, arguments) in parts.items():

@@ -1,7 +1,7 @@
 """Draws the diagrams of the documentation: python docs/diagrams.py writes docs/images/*.svg.
 
 Every diagram is a card with a background of its own, so that it is read on any page, and 400 units
-wide, which a phone shows at about its own size. Whatever colour tells is told by a line or a word,
+wide, which a phone shows at about its own size. Whatever color tells is told by a line or a word,
 too: what is trained has a solid outline, what is an average a dashed one.
 """
 
@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 
 OUT = Path(__file__).parent / "images"
 WIDTH = 400
-LEFT, MIDDLE, RIGHT = 112, 200, 288  # centres of the columns
+LEFT, MIDDLE, RIGHT = 112, 200, 288  # centers of the columns
 BOX, WIDE, TALL = 152, 328, 32  # widths of a box in a column and over both, a box's height
 CHARACTER = 7.0  # widest that 13 units of a sans-serif take on average
 
@@ -322,8 +322,8 @@ def road() -> Drawing:
     """The road data takes."""
     drawing = Drawing(
         "The road data takes",
-        "From the config and the index of ids, through crops on the host and colours on the "
-        "device, to the method's forward, loss, the gradient, the optimiser and the method's "
+        "From the config and the index of ids, through crops on the host and colors on the "
+        "device, to the method's forward, loss, the gradient, the optimizer and the method's "
         "update; then metrics, checkpoint, evaluation, report and export.",
         620,
     )
@@ -331,11 +331,11 @@ def road() -> Drawing:
         ("config", "data", "seed, data, method"),
         ("index", "data", "seed, step → ids"),
         ("crops on the host", "data", "uint8, decoded once"),
-        ("colours on the device", "data", "keyed by id and view"),
+        ("colors on the device", "data", "keyed by id and view"),
         ("method.forward", "net", "in microbatches, too"),
         ("method.loss", "loss", "the whole global batch"),
         ("gradient, one pmean", "data", "step.py alone"),
-        ("optimiser", "data", "LARS, SGD, AdamW …"),
+        ("optimizer", "data", "LARS, SGD, AdamW …"),
         ("method.update", "mean", "EMA, queue"),
         ("metrics, checkpoint", "data", "fetched a step late"),
         ("evaluate, report, export", "data", "the online encoder"),

@@ -17,10 +17,10 @@ SCALE = 2  # pixels of a unit, so that screens with dense pixels have sharp type
 WIDTH, HEIGHT = 800, 286
 INK, GRAY, PAPER, EDGE = "#16202a", "#55616c", "#fbfcfd", "#c6ccd2"
 # Told apart by brightness, too.
-COLOURS = {"raw pixels": "#b9c3cc", "random init": "#e39c37", "trained": "#00619e"}
+COLORS = {"raw pixels": "#b9c3cc", "random init": "#e39c37", "trained": "#00619e"}
 COLUMNS = ("1 label", "5 labels", "10 labels", "all, linear", "all, kNN")
 BASE, TOP, LEFT, GROUP, BAR = 226, 66, 44, 78, 22
-SHOWN, SIDE = 5, 30  # rows of neighbours, and the side of a scan
+SHOWN, SIDE = 5, 30  # rows of neighbors, and the side of a scan
 
 
 class Page:
@@ -57,15 +57,15 @@ def accuracies(row: dict) -> list[float]:
 def draw_accuracies(page: Page, rows: list[dict]) -> None:
     """Bars from 0, in a group for each way of measuring."""
     page.text(LEFT, 24, "Accuracy on 450 held-out digits, %", 14, anchor="lm")
-    for number, (row, colour) in enumerate(zip(rows, COLOURS.values(), strict=True)):
+    for number, (row, color) in enumerate(zip(rows, COLORS.values(), strict=True)):
         x = LEFT + 116 * number
-        page.box(x, 41, x + 10, 51, colour)
+        page.box(x, 41, x + 10, 51, color)
         name = "SimCLR, frozen" if number == 2 else row["name"]
         page.text(x + 15, 46, name, 11.5, GRAY, "lm")
         for group, value in enumerate(accuracies(row)):
             left = LEFT + GROUP * group + (BAR + 1) * number
             top = BASE - value / 100 * (BASE - TOP - 10)
-            page.box(left, top, left + BAR - 1, BASE, colour)
+            page.box(left, top, left + BAR - 1, BASE, color)
             page.text(left + BAR / 2, top - 7, f"{value:.0f}", 10.5, INK)
     page.box(LEFT - 6, BASE, LEFT + 5 * GROUP - 8, BASE + 0.5, INK)
     for group, name in enumerate(COLUMNS):
@@ -75,7 +75,7 @@ def draw_accuracies(page: Page, rows: list[dict]) -> None:
     )
 
 
-def draw_neighbours(page: Page, shown: dict[str, np.ndarray]) -> None:
+def draw_neighbors(page: Page, shown: dict[str, np.ndarray]) -> None:
     """A held-out scan of as many digits as there is room for, and its nearest training scans."""
     left = 484
     page.text(left, 24, "Held-out", 14, anchor="lm")
@@ -94,7 +94,7 @@ def main(run: Path) -> None:
     page = Page()
     draw_accuracies(page, json.loads((run / "evaluation.json").read_text())["rows"])
     with np.load(run / "report_images.npz") as shown:
-        draw_neighbours(page, dict(shown))
+        draw_neighbors(page, dict(shown))
     page.image.quantize(64).save(OUT, optimize=True)
 
 

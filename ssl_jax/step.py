@@ -124,21 +124,21 @@ def init_state(
 
 
 def batch_shapes(
-    config: ConfigDict, n: int, labelled: bool = True, cropped: bool = True
+    config: ConfigDict, n: int, labeled: bool = True, cropped: bool = True
 ) -> dict[str, Any]:
     """Shapes of the batch that a source yields for a step.
 
     Args:
       config: of the run.
       n: number of images.
-      labelled: whether they have labels.
+      labeled: whether they have labels.
       cropped: whether the source yields their views, as host sources do.
 
     Returns:
       `jax.ShapeDtypeStruct` of "id" and, if present, of "label" and "views".
     """
     raw: dict[str, Any] = {"id": jax.ShapeDtypeStruct((n,), jnp.int32)}
-    if labelled:
+    if labeled:
         raw["label"] = jax.ShapeDtypeStruct((n,), jnp.int32)
     if cropped:
         sizes = [view.size for view in flat_views(config)]
@@ -410,14 +410,14 @@ class Program:
         return init_state(self.method, self.optimizer, self.config)
 
     def shapes(
-        self, device_data: dict[str, Any] | None = None, labelled: bool = True
+        self, device_data: dict[str, Any] | None = None, labeled: bool = True
     ) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
         """Shapes and shardings of the arguments of `step`, for `lower(*shapes)`.
 
         Args:
           device_data: arrays or shapes that a source keeps on the devices; None or {} if its
             batches contain their views.
-          labelled: whether the batches have labels.
+          labeled: whether the batches have labels.
 
         Returns:
           State, batch and device data.
@@ -430,6 +430,6 @@ class Program:
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
             )
 
-        raw = batch_shapes(self.config, self.config.batch_size, labelled, cropped=not device_data)
+        raw = batch_shapes(self.config, self.config.batch_size, labeled, cropped=not device_data)
         state = placed(jax.eval_shape(self.init), replicated)
         return state, placed(raw, sharded), placed(device_data or {}, replicated)

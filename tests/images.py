@@ -5,7 +5,7 @@ from PIL import Image
 
 from ssl_jax import config
 
-COLOURS = {"cat": (200, 30, 30), "dog": (30, 200, 30), "emu": (30, 30, 200)}
+COLORS = {"cat": (200, 30, 30), "dog": (30, 200, 30), "emu": (30, 30, 200)}
 
 
 def picture(number, color, size=(40, 30)):
@@ -16,12 +16,12 @@ def picture(number, color, size=(40, 30)):
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def fill(root, per_class=4, classes=COLOURS):
+def fill(root, per_class=4, classes=COLORS):
     """Class folders of PNG files of several sizes."""
     for number, name in enumerate(classes):
         (root / name).mkdir(parents=True)
         for i in range(per_class):
-            image = picture(100 * number + i, COLOURS[name], (30 + 5 * i, 36))
+            image = picture(100 * number + i, COLORS[name], (30 + 5 * i, 36))
             image.save(root / name / f"{i}.png")
     return root
 

@@ -387,7 +387,7 @@ def test_benchmarks_take_their_arguments(monkeypatch, tmp_path):
     for line in sorted(lines):
         _, file, *arguments = shlex.split(line)
         monkeypatch.setattr(sys, "argv", [file, *arguments])
-        # Its neighbours are imported by name.
+        # Its neighbors are imported by name.
         monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
         with pytest.raises(ParsedError):
             runpy.run_path(str(ROOT / file), run_name="__main__")
@@ -522,7 +522,7 @@ def test_the_picture_is_drawn_from_a_run(here, monkeypatch):
     rows = json.loads((here / "runs" / "quickstart" / "evaluation.json").read_text())["rows"]
     program["draw_accuracies"](page, rows)
     with np.load(here / "runs" / "quickstart" / "report_images.npz") as shown:
-        program["draw_neighbours"](page, dict(shown))
+        program["draw_neighbors"](page, dict(shown))
     assert len(page.image.getcolors(1 << 20)) > 10
     assert (DOCS / "images" / "quickstart.png").stat().st_size < 150_000
 

@@ -1,7 +1,7 @@
 """Prepares small TFDS data sets from image files."""
 
 import tensorflow_datasets as tfds
-from images import COLOURS
+from images import COLORS
 
 
 def build(
@@ -15,7 +15,7 @@ def build(
 ):
     """Prepares a data set from the PNG files under `images`, in several shards."""
     files = sorted(images.glob("*/*.png"))
-    names = [*COLOURS, *(f"class {i}" for i in range(3, classes))]
+    names = [*COLORS, *(f"class {i}" for i in range(3, classes))]
 
     def examples(self, split):
         for file in files:

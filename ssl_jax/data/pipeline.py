@@ -54,7 +54,7 @@ def make_augment_fn(
     return augment_fn
 
 
-def unnormalised(config: ConfigDict) -> ConfigDict:
+def unnormalized(config: ConfigDict) -> ConfigDict:
     """A copy of a config whose views stay in [0, 1], for display."""
     plain = ConfigDict(config.to_dict())
     for name in plain.views:
@@ -62,7 +62,7 @@ def unnormalised(config: ConfigDict) -> ConfigDict:
     return plain
 
 
-def prepare_clean(images: Array, config: ConfigDict) -> Float[Array, "n size size 3"]:
+def prepare_eval(images: Array, config: ConfigDict) -> Float[Array, "n size size 3"]:
     """Prepares images for evaluation: center crop, resize, normalize as in training.
 
     Images of a size other than the first view's are cropped to a central square, whose side is

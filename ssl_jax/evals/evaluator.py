@@ -14,7 +14,7 @@ from ssl_jax import diagnostics
 from ssl_jax.config import Schedule
 from ssl_jax.data.device_crop import resize_images
 from ssl_jax.data.index import views_stream
-from ssl_jax.data.pipeline import make_augment_fn, prepare_clean, unnormalised
+from ssl_jax.data.pipeline import make_augment_fn, prepare_eval, unnormalized
 from ssl_jax.data.sources import Source
 from ssl_jax.evals import probe
 from ssl_jax.evals.features import extract_features, padded_batches
@@ -69,7 +69,7 @@ class Evaluator:
             return method.features(
                 variables["params"],
                 variables["batch_stats"],
-                prepare_clean(images, config),
+                prepare_eval(images, config),
                 projector_layer=layer,
             )
 
@@ -79,7 +79,7 @@ class Evaluator:
             return images.reshape(len(images), -1).astype(jnp.float32) / 255
 
         def classify(variables: Pytree, images: Array) -> Array:
-            ready = prepare_clean(images, config)
+            ready = prepare_eval(images, config)
             logits: Array = method.classify(variables["params"], variables["batch_stats"], ready)
             return logits
 
@@ -88,7 +88,7 @@ class Evaluator:
         self._classifier = tuple(method.networks) if classified else ()
         self._classify = _gathered(spmd, classify)
         self._encode, self._small = _gathered(spmd, encode), _gathered(spmd, small)
-        self._augment_fn = jax.jit(make_augment_fn(unnormalised(config)))
+        self._augment_fn = jax.jit(make_augment_fn(unnormalized(config)))
         self._replicate, self._place = spmd.replicate, spmd.place_batch
         # A multiple of the number of devices.
         self._batch_size = -(-config.eval.batch_size // spmd.size) * spmd.size

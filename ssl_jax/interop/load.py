@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from ssl_jax.config import Schedule
-from ssl_jax.data.pipeline import prepare_clean
+from ssl_jax.data.pipeline import prepare_eval
 from ssl_jax.errors import UserError
 from ssl_jax.interop.import_weights import is_weights_file, read_weights, read_weights_config
 from ssl_jax.interop.weights import Weights
@@ -121,7 +121,7 @@ class Encoder:
             return method.features(
                 variables["params"],
                 variables["batch_stats"],
-                prepare_clean(images, self.config),
+                prepare_eval(images, self.config),
                 projector_layer=self.projector_layer,
             )
 

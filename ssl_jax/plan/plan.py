@@ -215,7 +215,7 @@ def program_of(
     spmd = make_spmd(devices=devices, batch_size=config.batch_size, microbatch=config.microbatch)
     schedule = run_schedule(config, data.images)
     program = Program(config, schedule, spmd)
-    return program, program.shapes(data.device_data, labelled=data.classes > 0), schedule
+    return program, program.shapes(data.device_data, labeled=data.classes > 0), schedule
 
 
 def make_plan(

@@ -23,7 +23,7 @@ from ssl_jax.config import view as view_config
 from ssl_jax.data import augment
 from ssl_jax.data.device_crop import sample_geometry, view_corners
 from ssl_jax.data.index import Index, view_keys, views_stream
-from ssl_jax.data.pipeline import make_augment_fn, unnormalised
+from ssl_jax.data.pipeline import make_augment_fn, unnormalized
 from ssl_jax.data.sources import Source, make_sources
 from ssl_jax.errors import UserError
 from ssl_jax.files import asked_for
@@ -163,7 +163,7 @@ def collect(config: ConfigDict, images: int, step: int) -> Samples:
     ids = Index(source.num_examples, batch_size, config.seed).ids(step)[:images]
     raw = next(source.batches(iter([(step, ids)])))
     key = views_stream(jax.random.key(config.seed), step)
-    batch = jax.jit(make_augment_fn(unnormalised(config)))(raw, source.device_data(), key)
+    batch = jax.jit(make_augment_fn(unnormalized(config)))(raw, source.device_data(), key)
     boxes: Int[np.ndarray, "n views 4"] | None = None
     if host_boxes := getattr(source, "boxes", None):  # the source crops on the host
         boxes, sizes = host_boxes(step, ids)

@@ -131,5 +131,5 @@ def test_all_steps_run_from_the_command_line(packed, tmp_path):
     *steps, path = done.stdout.splitlines()
     assert len(steps) == 16 and all(line.endswith(": done") for line in steps)
     results = Path(path).read_text()
-    for expected in ("plain Flax", "| split | ms |", "| profile | ms |", "optimiser", "| swav | "):
+    for expected in ("plain Flax", "| split | ms |", "| profile | ms |", "optimizer", "| swav | "):
         assert expected in results

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from images import COLOURS, by_id, config_of, fill, picture, read
+from images import COLORS, by_id, config_of, fill, picture, read
 from PIL import Image
 
 from ssl_jax import config
@@ -32,10 +32,10 @@ def source_of(root, **data):
 
 def test_ids_and_labels_follow_sorted_names(tmp_path):
     fill(tmp_path, per_class=2)
-    picture(50, COLOURS["dog"]).save(tmp_path / "dog" / "Zebra.JPEG")
-    picture(51, COLOURS["dog"]).save(tmp_path / "dog" / "nested.JPG")
+    picture(50, COLORS["dog"]).save(tmp_path / "dog" / "Zebra.JPEG")
+    picture(51, COLORS["dog"]).save(tmp_path / "dog" / "nested.JPG")
     (tmp_path / "dog" / "more").mkdir()
-    picture(52, COLOURS["dog"]).save(tmp_path / "dog" / "more" / "é.Png")
+    picture(52, COLORS["dog"]).save(tmp_path / "dog" / "more" / "é.Png")
     for hidden in (tmp_path / ".cache", tmp_path / "cat" / ".thumbnails"):
         hidden.mkdir()
         picture(53, (0, 0, 0)).save(hidden / "0.png")
@@ -46,13 +46,13 @@ def test_ids_and_labels_follow_sorted_names(tmp_path):
     assert train.labels.dtype == np.int32
     np.testing.assert_array_equal(train.labels, [0, 0, 1, 1, 1, 1, 1, 2, 2])
     images = train.eval_transform(np.arange(9)).reshape(9, -1, 3).mean(axis=1)
-    expected = np.array(list(COLOURS.values()))[train.labels]
+    expected = np.array(list(COLORS.values()))[train.labels]
     np.testing.assert_allclose(images, expected, atol=25)
 
 
 def test_a_flat_folder_has_no_labels(tmp_path):
     for i in range(3):
-        picture(i, COLOURS["cat"]).save(tmp_path / f"{i}.png")
+        picture(i, COLORS["cat"]).save(tmp_path / f"{i}.png")
     (tmp_path / "notes").mkdir()
     source = source_of(tmp_path)
     assert source.labels is None and source.class_names == () and source.num_examples == 3
@@ -167,7 +167,7 @@ def test_batches_hold_ids_labels_and_views_in_order(tmp_path):
         assert [v.shape for v in batch["views"]] == [(3, 16, 16, 3), (3, 8, 8, 3), (3, 8, 8, 3)]
         for view in batch["views"]:
             assert view.dtype == np.uint8
-            expected = np.array(list(COLOURS.values()))[batch["label"]]
+            expected = np.array(list(COLORS.values()))[batch["label"]]
             np.testing.assert_allclose(view.mean(axis=(1, 2)), expected, atol=30)
 
 
@@ -306,7 +306,7 @@ def spoil(file, how):
     elif how == "empty":
         file.write_bytes(b"")
     else:
-        picture(1, COLOURS["cat"], (200, 150)).save(file, "JPEG")
+        picture(1, COLORS["cat"], (200, 150)).save(file, "JPEG")
         os.truncate(file, file.stat().st_size * 3 // 4)
 
 

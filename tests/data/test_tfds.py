@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from images import COLOURS, by_id, config_of, fill, picture, read
+from images import COLORS, by_id, config_of, fill, picture, read
 from PIL import Image
 
 from ssl_jax.data.index import Index
@@ -95,7 +95,7 @@ def test_empty_label_key_gives_no_labels(prepared):
 def test_undecodable_example_is_named_or_replaced(tmp_path):
     images = fill(tmp_path / "images")
     file = images / "dog" / "2.png"
-    picture(7, COLOURS["dog"]).save(file)
+    picture(7, COLORS["dog"]).save(file)
     file.write_bytes(file.read_bytes()[:-30])
     build(tmp_path / "set", images, "array_record", splits=("train",))
     config = config_for(tmp_path / "set")

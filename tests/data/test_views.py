@@ -9,7 +9,7 @@ from PIL import Image
 
 from ssl_jax import config
 from ssl_jax.data import views
-from ssl_jax.data.pipeline import prepare_clean
+from ssl_jax.data.pipeline import prepare_eval
 from ssl_jax.errors import UserError
 
 tf = pytest.importorskip("tensorflow")
@@ -223,7 +223,7 @@ def test_device_center_crop_equals_the_hosts(sampler, interpolation):
     c.eval.interpolation = interpolation
     for height, width in ((150, 113), (120, 161), (20, 31)):
         image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-        got = 255 * np.asarray(prepare_clean(image[None], c))[0]
+        got = 255 * np.asarray(prepare_eval(image[None], c))[0]
         expected = views.center_crop(image, c.views.view1, 0.875, interpolation).numpy()
         # Pillow rounds to integers and clips overshoot after the first axis.
         assert np.quantile(np.abs(got - expected), 0.95) <= 1.01

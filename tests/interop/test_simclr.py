@@ -144,7 +144,7 @@ def save_with_saver(tensors, prefix):
 
 
 def save_first(values, folder, save=save_tensors):
-    """As the first code, with a step and an optimiser's slot."""
+    """As the first code, with a step and an optimizer's slot."""
     slot = next(iter(values)) + "/Momentum"
     others = {"global_step": np.int64(7), slot: np.zeros(3, np.float32)}
     return save({**values, **others}, folder / "model.ckpt-7")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 import ssl_jax  # noqa: E402
 from ssl_jax.config import default_config, view  # noqa: E402
-from ssl_jax.data.pipeline import prepare_clean  # noqa: E402
+from ssl_jax.data.pipeline import prepare_eval  # noqa: E402
 from ssl_jax.interop import export  # noqa: E402
 from ssl_jax.interop.import_weights import read_weights  # noqa: E402
 from ssl_jax.interop.weights import Weights, write_weights  # noqa: E402
@@ -160,7 +160,7 @@ def test_torch_encoder_preprocesses_like_ssl_jax(tmp_path, monkeypatch, sampler,
         theirs = net(torch_encoder.preprocess(picture, net)[None]).numpy()
         prepared = torch_encoder.preprocess(picture, net).numpy()
     image = np.asarray(picture)[None]
-    expected = np.asarray(prepare_clean(image, weights.config))[0].transpose(2, 0, 1)
+    expected = np.asarray(prepare_eval(image, weights.config))[0].transpose(2, 0, 1)
     np.testing.assert_allclose(prepared, expected, atol=2e-3)
     mine = np.asarray(ssl_jax.load(source).apply(image))
     assert np.abs(mine - theirs).max() <= 2e-3 * np.abs(theirs).max()

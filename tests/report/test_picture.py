@@ -4,7 +4,7 @@ import zlib
 import jax
 import numpy as np
 import pytest
-from images import COLOURS, config_of, fill, picture
+from images import COLORS, config_of, fill, picture
 from ml_collections import ConfigDict
 from PIL import Image
 from tiny import method_config, random_source, tiny_config
@@ -186,7 +186,7 @@ def test_noted_and_outlined_crops_of_a_folder_are_its_views_sources(tmp_path):
 
 def test_small_originals_on_disk_are_shown_unchanged(tmp_path):
     pytest.importorskip("tensorflow")
-    made = [picture(number, COLOURS["cat"], (12, 12)) for number in range(4)]
+    made = [picture(number, COLORS["cat"], (12, 12)) for number in range(4)]
     for number, image in enumerate(made):
         image.save(tmp_path / f"{number}.png")
     config = config_of(tmp_path)

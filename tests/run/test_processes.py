@@ -90,11 +90,11 @@ def evaluated(finished_run, tmp_path_factory):
     As the first commands of their processes, they have to join them.
     """
     run = copy_run(finished_run, tmp_path_factory.mktemp("evaluated") / "run")
-    neighbours = ["knn", f"--from={run}"]
+    neighbors = ["knn", f"--from={run}"]
     # A learning rate of 0 keeps the run's encoder.
     brief = ["--config.steps=1", "--config.batch_size=32", "--config.optim.lr=0"]
     fine_tuning = ["finetune", f"--from={run}", "--labels=0.5", *brief]
-    return run, in_turn(2, [(neighbours, neighbours), (fine_tuning, fine_tuning)])
+    return run, in_turn(2, [(neighbors, neighbors), (fine_tuning, fine_tuning)])
 
 
 @pytest.fixture(autouse=True)

@@ -148,7 +148,7 @@ def test_run_of_another_format_is_refused(tmp_path, number):
     record["format"], record["versions"]["ssl_jax"] = number, "9.9"
     before = json.dumps(record)
     (tmp_path / "config.json").write_text(before)
-    message = rf"has format {number!r}, written by ssl_jax 9\.9, .* reads format {FORMAT}\. Use the version"
+    message = rf"has format {number!r}, written by ssl_jax 9\.9, .* reads format {FORMAT}\. Use "
     for use in (read_record, read_config, lambda path: write_config(path, default_config(), "")):
         with pytest.raises(UserError, match=message):
             use(tmp_path)

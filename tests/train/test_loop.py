@@ -38,7 +38,7 @@ from tiny import tiny_config, without_color
 
 def get_config(variant=""):
     config = tiny_config(epochs=3.0, batch_size=160, checkpoint=dict(every_epochs=0.4, keep=2))
-    return config if variant == "colour" else without_color(config)
+    return config if variant == "color" else without_color(config)
 """
 
 
