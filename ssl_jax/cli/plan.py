@@ -60,7 +60,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     kinds = ", ".join(f"{name} {_gib(n)}" for name, n in plan.memory.items() if name != "peak")
     yield (
         "memory",
-        f"{about}{_gib(plan.memory['peak'])} of {_gib(plan.hbm_bytes)} per device"
+        f"{about}{_gib(plan.memory['peak'])} of {_gib(plan.hbm_bytes)} GiB per device"
         f"{f' ({kinds})' if kinds else ''}: {'fits' if plan.fits else 'DOES NOT FIT'}",
     )
     model = plan.model_flops_of_an_image * plan.batch_of_a_device
@@ -107,7 +107,7 @@ def _cycles(parts: dict[str, int]) -> str:
 
 
 def _gib(size: int) -> str:
-    return naturalsize(size, binary=True, format="%.2f")
+    return f"{size / 2**30:.2f}"  # one unit for all, to compare them
 
 
 def _number(value: float) -> str:

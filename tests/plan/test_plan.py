@@ -192,7 +192,7 @@ def test_program_that_exceeds_the_memory_is_reported_with_its_size(tiny_plan, mo
     config = with_whole_images(tiny_config(batch_size=64))
     without = plan.make_plan(config, GPUS, images=6400)
     assert not without.fits and without.memory["peak"] == round(35.02 * 2**30)
-    assert "35.02 GiB of 79.65 GiB per device: DOES NOT FIT" in describe(without)
+    assert "35.02 of 79.65 GiB per device: DOES NOT FIT" in describe(without)
     smaller = dataclasses.replace(tiny_plan, microbatch=16)
     text = describe(dataclasses.replace(without, fitting=smaller))
     assert "--config.microbatch=16 fits:" in text and "per device, microbatches of 16;" in text
