@@ -192,6 +192,7 @@ class Augmentation:
       describe: (one image's parameters, view) -> the text below the view in `ssl-jax views`; None
         for the name.
       legend: explains the text's numbers.
+      settings: view -> the text in parentheses in a model card.
       by_chance: False if all images are changed and `key` is a strength.
     """
 
@@ -201,6 +202,7 @@ class Augmentation:
     sample: Callable[[RandomNumbers, ConfigDict], Parameters] = lambda random, view: {}
     describe: Callable[[Mapping[str, Any], ConfigDict], str] | None = None
     legend: str = ""
+    settings: Callable[[ConfigDict], str] = lambda view: ""
     by_chance: bool = True
 
     def probability(self, view: ConfigDict) -> float:
@@ -292,6 +294,7 @@ AUGMENTATIONS = (
         sample=_sample_jitter,
         describe=_describe_jitter,
         legend="jitter in the order applied: b brightness, c contrast, s saturation, h hue",
+        settings=lambda view: ", ".join(f"{name} {view.jitter[name]:g}" for name in _JITTERS),
     ),
     Augmentation("gray", "gray", lambda x, p, view: to_grayscale(x)),
     Augmentation(
@@ -301,6 +304,7 @@ AUGMENTATIONS = (
         sample=lambda random, view: {"sigma": random.uniform("sigma", *view.blur.sigma)},
         describe=lambda p, view: f"blur {p['sigma']:.2f}",
         legend="blur sigma in pixels of the view",
+        settings=lambda view: "sigma {:g} to {:g}".format(*view.blur.sigma),
     ),
     Augmentation(
         "solarize",
@@ -308,6 +312,7 @@ AUGMENTATIONS = (
         apply=lambda x, p, view: solarize(x, view.solarize.threshold),
         describe=lambda p, view: f"solarize {view.solarize.threshold:g}",
         legend="solarize threshold",
+        settings=lambda view: f"from {view.solarize.threshold:g}",
     ),
     Augmentation(
         "noise",

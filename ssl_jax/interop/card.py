@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from ssl_jax.data.augment import augmentations
 from ssl_jax.errors import UserError
 from ssl_jax.evals.metrics import interval_text
 from ssl_jax.evals.results import Evaluation, read_evaluation, read_results
@@ -174,7 +175,7 @@ def _views(config: ConfigDict) -> Iterator[str]:
 
 def _view(view: ConfigDict) -> str:
     """The operations that make a view, in order; a number after a name is a probability."""
-    crop, jitter = view.crop, view.jitter
+    crop = view.crop
     low, high = (100 * share for share in crop.area)
     parts = [
         "the whole image"
@@ -185,19 +186,11 @@ def _view(view: ConfigDict) -> str:
     affine = {name: value for name, value in view.affine.items() if value}
     if affine:
         parts.append("affine (" + ", ".join(f"{k} {v:g}" for k, v in affine.items()) + ")")
-    strengths = ("brightness", "contrast", "saturation", "hue")
-    details = {
-        "flip": (view.flip, ""),
-        "color": (jitter.prob, ", ".join(f"{name} {jitter[name]:g}" for name in strengths)),
-        "gray": (view.gray, ""),
-        "blur": (view.blur.prob, "sigma {:g} to {:g}".format(*view.blur.sigma)),
-        "solarize": (view.solarize.prob, f"from {view.solarize.threshold:g}"),
-    }
-    for name, (probability, how) in details.items():
-        if probability:
-            parts.append(f"{name} {probability:g}{f' ({how})' if how else ''}")
-    if view.noise:
-        parts.append(f"noise {view.noise:g}")
+    for entry in augmentations(view):
+        settings = entry.settings(view)
+        parts.append(
+            f"{entry.name} {entry.probability(view):g}{f' ({settings})' if settings else ''}"
+        )
     return ", ".join(parts)
 
 

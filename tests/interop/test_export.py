@@ -189,7 +189,7 @@ def test_card_describes_each_views_augmentation():
     config.views = {"a": one, "b": plain, "c": plain}
     assert list(_views(config)) == [
         "- a (6 times): a crop of 8 to 100 % of the area (tf's sampler) at 96 pixels (bicubic), "
-        "flip 0.5, color 0.8 (brightness 0.4, contrast 0.3, saturation 0.2, hue 0.1), gray 0.2, "
+        "flip 0.5, jitter 0.8 (brightness 0.4, contrast 0.3, saturation 0.2, hue 0.1), gray 0.2, "
         "blur 0.5 (sigma 0.1 to 2), solarize 0.2 (from 0.5).",
         "- b, c: the whole image at 8 pixels (bicubic), affine (degrees 15), noise 0.05.",
     ]
