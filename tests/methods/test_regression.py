@@ -52,8 +52,8 @@ def test_byol_target_is_initialized_independently_and_decay_ends_at_one():
     assert kernels
     assert all(not np.array_equal(online[name], target[name]) for name in kernels)
     assert "predictor" not in state["target"]
-    assert float(method.decay(jnp.int32(0))) == pytest.approx(method.config.byol.ema_decay)
-    assert float(method.decay(jnp.int32(10))) == pytest.approx(1.0)
+    assert float(method.ema_decay(jnp.int32(0))) == pytest.approx(method.config.byol.ema_decay)
+    assert float(method.ema_decay(jnp.int32(10))) == pytest.approx(1.0)
 
 
 def test_byol_target_is_updated_after_the_step_and_uses_batch_statistics():
