@@ -75,8 +75,8 @@ def linear_probe(
     classes, labels = np.unique(train_labels, return_inverse=True)
     penalty = 1 / (len(labels) * regularization)
     if len(classes) == 2:
-        # scikit-learn fits two classes by one weight vector, the difference of these two, whose
-        # square is twice the sum of theirs.
+        # scikit-learn fits two classes by one weight vector w, here w/2 and -w/2, and penalizes
+        # ‖w‖², twice the squares of these two.
         penalty *= 2
     # At the default tolerance an image in 500 is still on the wrong side of a boundary.
     model = fit_linear(

@@ -22,21 +22,21 @@ def test_commands_on_features_print_and_keep_their_results(run, capsys, tmp_path
     assert found["metrics"]["examples"] == 450 and found["penalty"] > 0
     assert 0.1 < found["metrics"]["top1"]["low"] < found["metrics"]["top1"]["high"] < 1
     file = tmp_path / "features.npz"
-    told = json.loads(command(capsys, "features", f"--from={run}", f"--out={file}", "--json"))
+    written = json.loads(command(capsys, "features", f"--from={run}", f"--out={file}", "--json"))
     with np.load(file, allow_pickle=False) as arrays:
-        assert arrays["train"].shape == (told["train"], told["width"])
+        assert arrays["train"].shape == (written["train"], written["width"])
         assert arrays["test_labels"].shape == (450,) and len(arrays["class_names"]) == 10
     layer = json.loads(
         command(
             capsys, "features", f"--from={run}", f"--out={file}", "--json", "--projector-layer=2"
         )
     )
-    assert (told["width"], layer["width"]) == (8, 24)
+    assert (written["width"], layer["width"]) == (8, 24)
     subset = ["--config.data.subset=0.1", "--projector-layer=1", "--json"]
     few = json.loads(command(capsys, "knn", f"--from={run}", *subset))
     assert few["k"] == 200 and few["metrics"]["examples"] == 450
-    told = f"130 nearest neighbors, temperature 0.1, step {step}, projector layer 1"
-    assert few["what"] == f"{told}, data.subset=0.1"
+    expected = f"130 nearest neighbors, temperature 0.1, step {step}, projector layer 1"
+    assert few["what"] == f"{expected}, data.subset=0.1"
     command(capsys, "knn", f"--from={run}", "--k=200", "--config.eval.batch_size=32")
     # Other settings get a file of their own; the batch size of the encoder is not one of them.
     files = {file.name for file in (run / "evals").glob("knn*.json")}
