@@ -8,6 +8,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 from ssl_jax import config as config_lib
+from ssl_jax.run.folder import FORMAT
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -90,6 +91,7 @@ def evaluation(table=TRIALS) -> dict:
 
 def write_config(folder: Path, **changes) -> None:
     record = {
+        "format": FORMAT,
         "config": config_lib.to_json(config_lib.default_config()),
         "versions": {"jax": "0.10.2", "ssl_jax": "0.1.0"},
         "git": "3f2c9ab",

@@ -206,6 +206,7 @@ BROKEN = """
 import sys
 from ssl_jax.cli import main as cli
 from ssl_jax.data import packed
+from ssl_jax.run.folder import FORMAT
 
 def broken(*arguments):
     raise KeyError("two\\nlines")
@@ -244,7 +245,7 @@ def test_unexpected_error_is_one_line_without_traceback(tmp_path):
 def test_unexpected_error_prints_no_traceback_in_any_command(
     capsys, tmp_path, monkeypatch, where, line
 ):
-    saved = {"config": to_json(default_config()), "command": "c", "versions": {}}
+    saved = {"format": FORMAT, "config": to_json(default_config()), "command": "c", "versions": {}}
     (tmp_path / "config.json").write_text(json.dumps(saved))
     (tmp_path / "config.py").write_text(
         "from ssl_jax.config import default_config\ndef get_config(): return default_config()\n"
@@ -343,9 +344,8 @@ def test_interrupt_explains_how_to_resume_if_the_command_trains(
 
 
 def test_report_command_writes_the_report(capsys, tmp_path):
-    (tmp_path / "config.json").write_text(
-        json.dumps({"config": to_json(default_config()), "command": "c", "versions": {}})
-    )
+    saved = {"format": FORMAT, "config": to_json(default_config()), "command": "c", "versions": {}}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
     code, out, _ = run(capsys, "report", str(tmp_path))
     assert code == 0 and out.strip() == str(tmp_path / "report.html")
     assert (tmp_path / "report.html").exists()

@@ -12,6 +12,7 @@ from ssl_jax.data.arrays import ArraySource
 from ssl_jax.errors import UserError
 from ssl_jax.evals.evaluator import Evaluator, evaluated_variables
 from ssl_jax.report import write_images, write_report
+from ssl_jax.run.folder import FORMAT
 from ssl_jax.spmd import make_spmd
 from ssl_jax.step import Program
 
@@ -104,7 +105,7 @@ def test_without_labels_map_has_one_color_and_no_failures_are_kept(tmp_path):
     assert not [name for name in found if name.startswith("failures") or "label" in name]
     assert found["map_positions"].shape == (40, 2)
     assert not (tmp_path / "projector" / "metadata.tsv").exists()
-    config = {"config": {"method": "simclr", "data": {"name": "arrays"}}}
+    config = {"format": FORMAT, "config": {"method": "simclr", "data": {"name": "arrays"}}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     page = write_report(tmp_path).read_text()
     for words in ("without labels no neighbor is wrong", "no labels to color them by"):
