@@ -13,6 +13,7 @@ from ssl_jax.cli import main as cli
 from ssl_jax.cli.failures import failure_printer
 from ssl_jax.config import apply_overrides, default_config, flatten, load_config, to_json
 from ssl_jax.errors import UserError
+from ssl_jax.run.folder import FORMAT
 
 ROOT = Path(__file__).parents[2]
 
@@ -206,7 +207,6 @@ BROKEN = """
 import sys
 from ssl_jax.cli import main as cli
 from ssl_jax.data import packed
-from ssl_jax.run.folder import FORMAT
 
 def broken(*arguments):
     raise KeyError("two\\nlines")
