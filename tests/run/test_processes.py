@@ -240,7 +240,7 @@ def test_two_processes_fine_tune_a_run(evaluated):
 def test_evaluating_a_run_in_two_processes_is_refused(evaluated):
     first, second = evaluated[1][0]
     assert (first[0], second[0]) == (2, 2)
-    assert "run this command on one host" in first[2].replace("\n", " ")
+    assert "Run this command on one host" in first[2].replace("\n", " ")
 
 
 def test_error_on_one_process_is_printed_once_and_ends_all(ended):
