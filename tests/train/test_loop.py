@@ -22,10 +22,10 @@ from tiny import leaves, share_steps, tiny_config, with_whole_images
 
 import ssl_jax
 from ssl_jax.cli.main import pretrain_main
-from ssl_jax.config import to_json
 from ssl_jax.errors import UserError
 from ssl_jax.evals import evaluator as eval_run
 from ssl_jax.interop.load import restore_state
+from ssl_jax.run.folder import write_config
 from ssl_jax.run.log import read_metrics
 from ssl_jax.spmd import Spmd
 from ssl_jax.train import loop, pretrain, setup, start
@@ -219,7 +219,7 @@ def test_run_interrupted_before_its_first_checkpoint_restarts_from_step_0(
 
 def test_different_config_is_refused_and_leaves_the_folder_unchanged(tmp_path):
     config = tiny_config(epochs=1.0, batch_size=320)
-    (tmp_path / "config.json").write_text(json.dumps({"config": to_json(config)}))
+    write_config(tmp_path, config, "")
     config.optim.lr = 0.123
     with pytest.raises(UserError, match="optim.lr: 1.0 -> 0.123"):
         pretrain(config, tmp_path)
