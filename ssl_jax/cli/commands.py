@@ -1,7 +1,7 @@
 """All commands: their help, arguments, and the checks that run before JAX is imported.
 
 A command's implementation is the `run(args)` of its module in `ssl_jax.cli`, which `main` imports
-once the arguments are known to be right.
+once the arguments are valid.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def add_commands(parser: Parser) -> None:
     summary = "export a run's encoder to PyTorch, JAX or the Hugging Face Hub"
     example = "--from=runs/a --format=torch --out=encoder.safetensors"
     _add_export(add("export", summary, example, "interop", _prepare_export))
-    summary = "convert pretrained weights of another library"
+    summary = "convert pretrained weights from another library"
     example = "moco_v2_800ep_pretrain.pth.tar --out=moco.safetensors"
     _add_import(add("import", summary, example, "interop", _prepare_import))
     _add_data(add("data", "prepare images for training", "pack cifar10/train train.npz"))
@@ -80,12 +80,12 @@ def _add_path(parser: Parser, name: str, what: str, **settings: Any) -> None:
 
 def _add_config(parser: Parser) -> None:
     parser.add_argument(
-        "--config", required=True, metavar="FILE.py[:VARIANT]", help="experiment file, see configs/"
+        "--config", required=True, metavar="FILE.py[:VARIANT]", help="config file, see configs/"
     )
     add_keys(
         parser,
         "set a config key, e.g. --config.optim.lr=0.1; `ssl-jax config` prints all keys "
-        "(default: the experiment's values)",
+        "(default: the config file's values)",
     )
 
 
@@ -119,7 +119,7 @@ def _prepare_report(args: argparse.Namespace) -> None:
     for workdir in (args.workdir, *args.others):
         require_run(workdir)
     if args.out and not args.others:
-        raise UserError("--out is the file of a comparison. Add another run, or remove --out.")
+        raise UserError("--out is only for comparisons. Add another run, or remove --out.")
 
 
 def _add_views(parser: Parser) -> None:
@@ -167,8 +167,8 @@ def _prepare_plan(args: argparse.Namespace) -> None:
         args.other = parse_topology(args.compare)
         if args.topology.is_tpu != args.other.is_tpu:
             raise UserError(
-                "TPUs and GPUs can't be compiled for in the same process. Save one plan with "
-                "--json and compare with that file."
+                "One process can't compile for both TPUs and GPUs. Save one plan with --json "
+                "and compare with that file."
             )
     largest = max(t.chips for t in (args.topology, args.other) if t is not None)
     # JAX reads the environment when it is imported, which a config may do.
@@ -185,8 +185,8 @@ _EVALUATIONS = {
         "fine-tune encoder and classifier on labeled images",
         "--labels=0.1 --config.batch_size=64",
     ),
-    "distill": ("distill a run with a classifier into a student", "--config.model.depth=18"),
-    "transfer": ("evaluate on other datasets, linear and fine-tuned", "--sets=sets.json"),
+    "distill": ("distill a fine-tuned run into a student network", "--config.model.depth=18"),
+    "transfer": ("evaluate on other datasets: linear and fine-tuned accuracy", "--sets=sets.json"),
 }
 
 
@@ -197,7 +197,7 @@ def _add_evaluation(name: str, parser: Parser) -> None:
         _add_step(parser)
     if name in ("features", "knn", "linear", "finetune"):
         depth = (
-            "number of hidden projector layers to keep (default: 1 of SimCLR's three, else 0)"
+            "hidden projector layers to keep (default: 1 of SimCLR's 3 if --labels is below 1, else 0)"
             if name == "finetune"
             else "use the output of this hidden projector layer (default: the run's "
             "config.eval.projector_layer)"
@@ -222,7 +222,7 @@ def _add_evaluation(name: str, parser: Parser) -> None:
 
 
 def _add_step(parser: Parser) -> None:
-    parser.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
+    parser.add_argument("--step", type=int, help="checkpoint step (default: the newest)")
 
 
 def _add_knn(parser: Parser) -> None:
@@ -284,7 +284,7 @@ def _prepare_evaluation(args: argparse.Namespace) -> None:
     elif args.command == "knn":
         _require_vote(args)
     elif args.command == "linear" and args.workdir and args.recipe == FAST:
-        raise UserError(f"--recipe={FAST} trains no run. Remove --workdir, or choose a recipe.")
+        raise UserError(f"--recipe={FAST} creates no run. Remove --workdir, or choose a recipe.")
     elif args.command == "transfer":
         if not args.sets.is_file():
             raise UserError(f"There is no dataset list at {args.sets}.{close_path(args.sets)}")
@@ -301,7 +301,7 @@ def _require_vote(args: argparse.Namespace) -> None:
     weighted = args.temperature is not None
     weighted |= any(override.startswith("eval.knn_temperature=") for override in args.overrides)
     if args.majority and weighted:
-        raise UserError("--majority has no temperature. Remove one of them.")
+        raise UserError("--majority has no temperature. Remove one of the two options.")
 
 
 def _add_export(parser: Parser) -> None:
@@ -335,7 +335,7 @@ def _prepare_export(args: argparse.Namespace) -> None:
 
 
 def _add_import(parser: Parser) -> None:
-    _add_path(parser, "file", "weights file, or a checkpoint's prefix")
+    _add_path(parser, "file", "weights file, or prefix of a TensorFlow checkpoint")
     _add_path(parser, "--out", "file to write", required=True, metavar="FILE.safetensors")
     parser.add_argument(
         "--kind",

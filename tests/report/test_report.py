@@ -116,7 +116,7 @@ def test_lead_is_the_result_at_five_labels(workdir):
     half = T[19] * difference.std(ddof=1) / math.sqrt(20)
     mean = difference.mean()
     assert Page(write_report(workdir)).lead() == (
-        f"SimCLR reaches {100 * TRIALS['SimCLR'][5].mean():.1f} % at 5 labels per class, "
+        f"SimCLR reaches {100 * TRIALS['SimCLR'][5].mean():.1f} % with 5 labels per class, "
         f"{100 * mean:.1f} points above raw pixels (95 % interval {100 * (mean - half):+.1f} to "
         f"{100 * (mean + half):+.1f}, paired over 20 trials)."
     )
@@ -189,7 +189,7 @@ def test_rows_without_raw_pixels_are_shown_without_differences(workdir):
     table = {"SimCLR": TRIALS["SimCLR"]}
     (workdir / "evaluation.json").write_text(json.dumps(evaluation(table)))
     page = Page(write_report(workdir))
-    assert page.lead().endswith("% at 5 labels per class.")
+    assert page.lead().endswith("% with 5 labels per class.")
     assert "no row for raw pixels" in page.section("evaluation")
     assert len(page.all("caption")) == 1
 

@@ -83,7 +83,7 @@ def test_report_that_cannot_be_written_is_linked_if_it_exists(runs, tmp_path, mo
     page = Page(write_comparison(runs, tmp_path / "c.html"))
     addresses = [e["attrs"]["href"] for e in page.all("a")]
     assert addresses == ["a/report.html"] + ["b%3C/report.html"] * there
-    assert ("no report: the folder cannot be written" in page.section("runs")) == (not there)
+    assert ("no report: the folder is not writable" in page.section("runs")) == (not there)
 
 
 def test_further_results_may_lack_top1_or_share_a_name(runs):
@@ -129,7 +129,7 @@ def test_trials_of_different_labeled_sets_are_not_subtracted(runs):
     raw = {k: v[::-1] for k, v in TRIALS["raw pixels"].items()}
     (runs[1] / "evaluation.json").write_text(json.dumps(evaluation(TRIALS | {"raw pixels": raw})))
     page = Page(write_comparison(runs))
-    assert "Without differences: B, not measured with the labeled sets of A" in page.section(
+    assert "No differences for B: evaluated with other labeled images than A" in page.section(
         "differences"
     )
 
@@ -142,7 +142,7 @@ def test_without_raw_pixels_the_data_decide_whether_trials_are_paired(runs, data
         record = json.loads((run / "config.json").read_text())
         (run / "config.json").write_text(json.dumps(record | {"data": fingerprint}))
     text = Page(write_comparison(runs)).section("differences")
-    assert ("Without differences" in text) == (not paired)
+    assert ("No differences for" in text) == (not paired)
 
 
 def test_config_differences_omit_keys_of_unused_methods(runs):
@@ -189,7 +189,7 @@ def test_runs_that_have_just_started_are_compared(tmp_path):
     page = Page(write_comparison([tmp_path / "a", tmp_path / "b"]))
     assert page.lead() == "A and B have no evaluation yet."
     assert "no run has logged a step" in page.section("curves")
-    assert "or not at all" in page.section("differences")
+    assert "or not evaluated" in page.section("differences")
 
 
 def test_invalid_folders_raise_user_error_before_anything_is_written(tmp_path):
@@ -216,7 +216,7 @@ def test_command_prints_the_path_of_the_page(runs, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("others", "words"),
-    [(["nowhere"], "nowhere"), (["--out=c.html"], "--out is the file of a comparison")],
+    [(["nowhere"], "nowhere"), (["--out=c.html"], "--out is only for comparisons")],
 )
 def test_invalid_arguments_print_one_line(runs, tmp_path, monkeypatch, capsys, others, words):
     monkeypatch.chdir(tmp_path)
