@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 METHODS = ("simclr", "simclrv2", "moco", "swav", "byol", "simsiam", "supervised")
 NAMES = {
     "simclr": "SimCLR v1",
-    "simclrv2": "SimCLR v2 (memory)",
+    "simclrv2": "SimCLR v2 (memory bank)",
     "moco": "MoCo v2",
     "swav": "SwAV",
     "byol": "BYOL",

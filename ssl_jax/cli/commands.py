@@ -186,7 +186,7 @@ _EVALUATIONS = {
         "--labels=0.1 --config.batch_size=64",
     ),
     "distill": ("distill a fine-tuned run into a student network", "--config.model.depth=18"),
-    "transfer": ("evaluate on other datasets: linear and fine-tuned accuracy", "--sets=sets.json"),
+    "transfer": ("evaluate on other datasets, frozen and fine-tuned", "--sets=sets.json"),
 }
 
 
