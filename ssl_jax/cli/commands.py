@@ -197,7 +197,7 @@ def _add_evaluation(name: str, parser: Parser) -> None:
         _add_step(parser)
     if name in ("features", "knn", "linear", "finetune"):
         depth = (
-            "hidden projector layers to keep (default: 1 of SimCLR's 3 if --labels is below 1, else 0)"
+            "hidden projector layers to keep (default: 1 of SimCLR's 3 if --labels < 1, else 0)"
             if name == "finetune"
             else "use the output of this hidden projector layer (default: the run's "
             "config.eval.projector_layer)"
