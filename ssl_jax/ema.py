@@ -23,8 +23,8 @@ def update(target: Pytree, online: Pytree, decay: float | Float[Array, ""]) -> P
     Returns:
       The new target; leaves keep the target's dtype, averages are computed in float32 or better.
     """
-    # An array: with bfloat16 leaves, a Python scalar would become bfloat16, where 0.999 is 1.
-    # The difference comes first, while a Python float still has 64 bits.
+    # Use an array: with bfloat16 leaves, a Python scalar would become bfloat16, where 0.999 is 1.
+    # Subtract before the conversion, while a Python float still has 64 bits.
     step_size = jnp.asarray(1.0 - decay, float)
     moved = optax.incremental_update(online, target, step_size)
     return jax.tree.map(lambda new, old: new.astype(old.dtype), moved, target)

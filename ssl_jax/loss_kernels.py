@@ -1,7 +1,8 @@
-"""Blockwise kernels of the contrastive losses, so that no N x N matrix is ever held.
+"""Blockwise kernels of the contrastive losses, which never materialize the N x N matrix.
 
-Each kernel takes all rows and columns, computes scores one block at a time, and returns what
-`losses` needs of them. Shapes: m rows (anchors or queries), n columns (candidates), d dimensions.
+Each kernel takes all rows and columns, computes scores one block at a time, and reduces them to
+the sums that `losses` needs. Shapes: m rows (anchors or queries), n columns (candidates), d
+dimensions.
 """
 
 import functools
@@ -13,12 +14,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 _Limits = tuple[int, int]
-# By platform, (float32 scores held at a time, rows and columns of a block where each pair is
-# visited once). A CPU's cache holds 4 MiB; an accelerator needs large blocks to be busy.
+# Per platform: float32 scores in memory at a time, and the side of a square block where each pair
+# is visited once. A CPU's cache holds 4 MiB; an accelerator needs large blocks to be busy.
 _CPU_BLOCK = (2**22, 1024)
 _BLOCK = (2**26, 4096)
-# Scores within ±60 don't need the maximum subtracted: their exponentials, sums of 2^38 of them and
-# the inverses stay within float32.
+# For scores within ±60 the maximum needn't be subtracted: their exponentials, sums of 2^38
+# exponentials, and the inverses of both stay within float32.
 _SMALL_SCORE = 60.0
 
 
@@ -33,11 +34,11 @@ def log_sum_exp(
 
     Args:
       anchors: x_i, rows of unit length.
-      own: the column that holds each anchor itself, which is left out.
-      columns: x_j, rows of unit length; where m = n they are the anchors, and by the symmetry of s
-        only half of the matrix is computed.
+      own: the index of each anchor's own column, which is excluded.
+      columns: x_j, rows of unit length; if m = n they are the anchors, and only half of the
+        symmetric matrix s is computed.
       temperature: τ.
-      block_size: rows at a time; None picks by the platform the program is compiled for.
+      block_size: rows per block; None: chosen for the platform the program is compiled for.
     """
 
     def kernel(limits: _Limits, anchors: Array, own: Array, columns: Array) -> Array:
@@ -66,10 +67,10 @@ def softmax_pull(
 
     Args:
       anchors: x_i, as for `log_sum_exp`.
-      own: the column that holds each anchor itself.
+      own: the index of each anchor's own column.
       columns: x_j.
-      lse: of the anchors.
-      column_lse: of the columns; infinite for a column that is no anchor.
+      lse: lse_i of the anchors.
+      column_lse: lse_j of the columns; infinite for a column that is not an anchor.
       temperature: τ.
       block_size: as for `log_sum_exp`.
     """
@@ -97,7 +98,7 @@ def queue_loss(
     temperature: float,
     block_size: int | None,
 ) -> Float[Array, " m"]:
-    """lse_i - s_i+ for each query, where s_i+ = q_i·k_i / τ and lse_i is over it and the queue."""
+    """lse_i - s_i+ for each query; s_i+ = q_i·k_i / τ, and lse_i is over s_i+ and the queue."""
 
     def kernel(limits: _Limits, queries: Array, keys: Array, queue: Array) -> Array:
         def of_block(q: Array, k: Array) -> Array:
@@ -134,14 +135,14 @@ def queue_loss_and_pull(
 def matmul(a: Array, b: Array, precision: str = "high") -> Array:
     """A float32 product: three bfloat16 passes on a TPU, TF32 on a GPU.
 
-    The default of float32 is a single bfloat16 pass on a TPU. "high" gives scores of unit vectors
-    to about 1e-4 / temperature for a half to a tenth of the cost of full float32.
+    On a TPU, JAX's default for float32 is a single bfloat16 pass. "high" computes scores of unit
+    vectors to within about 1e-4 / temperature, at a tenth to a half of the cost of full float32.
     """
     return jnp.matmul(a, b, precision=precision)
 
 
 def _by_platform(kernel, *arrays: Array):  # type: ignore[no-untyped-def]
-    """kernel(limits, *arrays), with the limits of the platform the program is compiled for."""
+    """Calls kernel(limits, *arrays) with the limits of the platform it is compiled for."""
     cpu, default = (functools.partial(kernel, limits) for limits in (_CPU_BLOCK, _BLOCK))
     return jax.lax.platform_dependent(*arrays, cpu=cpu, default=default)
 
@@ -151,7 +152,7 @@ def _row_block(rows: int, columns: int, block_size: int | None, limits: _Limits)
 
 
 def _pair_block(rows: int, columns: int, block_size: int | None, limits: _Limits) -> int:
-    """The side of a block where half of the symmetric matrix suffices; else 0."""
+    """Returns the side of a square block if half of the symmetric matrix suffices, else 0."""
     if columns > rows or _row_block(rows, columns, block_size, limits) == rows:
         return 0  # columns include other devices' anchors, or one block holds the whole matrix
     return block_size or -(-rows // -(-rows // limits[1]))
@@ -176,7 +177,7 @@ def _pairs_softmax_pull(anchors: Array, lse: Array, temperature: float, block: i
     def visit(i: Array, j: Array, pull: tuple[Array, Array]) -> tuple[Array, Array]:
         scores = _pair_scores(blocks, i, j, len(anchors), temperature)
         weights = _weights(scores, lse[i], lse[j], temperature)
-        # The second is kept transposed: on a CPU weights.T @ blocks[i] takes twice as long.
+        # `to_columns` is kept transposed: on a CPU weights.T @ blocks[i] takes twice as long.
         to_rows, to_columns = pull
         to_rows = to_rows.at[i].add(matmul(weights, blocks[j]))
         return to_rows, to_columns.at[j].add(matmul(blocks[i].T, weights))
@@ -219,7 +220,7 @@ def _pair_scores(blocks: Array, i: Array, j: Array, total: int, temperature: flo
 def _queue_scores(
     q: Array, k: Array, queue: Array, temperature: float
 ) -> tuple[Float[Array, "m n"], Float[Array, " m"], Float[Array, " m"]]:
-    """Scores of the negatives, score of the positive, and the log-sum-exp of both."""
+    """Returns scores of the negatives, scores of the positive, and the log-sum-exp of both."""
     scores = matmul(q, queue.T) / temperature
     positive = jnp.sum(q * k, axis=1) / temperature
     return scores, positive, jnp.logaddexp(positive, jax.nn.logsumexp(scores, axis=1))
@@ -227,7 +228,7 @@ def _queue_scores(
 
 def _over_pairs(blocks: int, visit, carry):  # type: ignore[no-untyped-def]
     """Folds visit(i, j, carry) over the pairs i <= j of blocks."""
-    # One loop of known length: a GPU would query the end of a nested loop at every iteration.
+    # One loop of known length: with nested loops a GPU would check the end at every iteration.
     rows, columns = (jnp.asarray(indices, jnp.int32) for indices in np.triu_indices(blocks))
     return jax.lax.fori_loop(
         0, len(rows), lambda k, carry: visit(rows[k], columns[k], carry), carry
@@ -244,7 +245,7 @@ def _in_blocks(function, block: int, *rows: Array):  # type: ignore[no-untyped-d
 
 
 def _split(x: Array, block: int) -> Array:
-    """Rows in blocks, [blocks, block, ...], the last one padded with zeros."""
+    """Splits rows into blocks, [blocks, block, ...]; the last one is padded with zeros."""
     blocks = -(-x.shape[0] // block)
     pad = blocks * block - x.shape[0]
     padded = jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1))

@@ -42,7 +42,7 @@ def nt_xent(
       axis_name: mapped axis over which the batch is split; None on a single device.
       block_size: anchors compared at a time; memory is O(N·d + block_size·N). None picks one
         that keeps a block within 16 MiB on a CPU, 256 MiB elsewhere.
-      memory: additional negatives of every anchor, [k, d], unit rows, the same on every device; no
+      memory: additional negatives for every anchor, [k, d], unit rows, the same on every device; no
         gradient flows into them (SimCLR v2, section 2).
 
     Returns:
@@ -62,7 +62,7 @@ def _local_nt_xent(
     axis_name: str | None,
     block_size: int | None,
 ) -> Float[Array, ""]:
-    """The mean over this device's 2n anchors, compared with all devices' projections."""
+    """Averages over this device's 2n anchors; negatives come from all devices."""
     return _nt_xent_forward(z, memory, temperature, axis_name, block_size)[0]
 
 
@@ -96,13 +96,13 @@ def _nt_xent_backward(
 
         dx_i = 1/(2n·τ) [Σ_{j≠i} (e^{s_ij - lse_i} + e^{s_ij - lse_j}) x_j - 2 x_{i+}]
 
-    n counts this device's images. s is symmetric, so that a device completes its own rows from the
-    lse of all anchors, and no gradient is reduced.
+    n is the number of this device's images. Because s is symmetric, each device computes its own
+    rows from the lse of all anchors, and no gradient is reduced across devices.
     """
     z, memory, columns, own, lse = saved
     n, d = z.shape[1:]
     column_lse = _gather(lse.reshape(2, -1), axis_name).reshape(-1)
-    # Entries of the memory are no anchors: e^{s - inf} = 0 removes their terms.
+    # Rows of the memory bank are not anchors: e^{s - inf} = 0 removes their terms.
     column_lse = jnp.concatenate([column_lse, jnp.full(memory.shape[0], jnp.inf)])
     dz = loss_kernels.softmax_pull(
         z.reshape(-1, d), own, columns, lse, column_lse, temperature, block_size
@@ -160,7 +160,7 @@ def _info_nce(
 def _info_nce_forward(
     q: Array, k: Array, queue: Array, temperature: float, block_size: int | None
 ) -> tuple[Float[Array, ""], Float[Array, "n d"]]:
-    """The loss, and its gradient in the same pass, for a query's doesn't depend on other queries.
+    """Computes loss and gradient in one pass: no query's gradient depends on other queries.
 
     dq_i = 1/(n·τ) [Σ_j e^{s_ij - lse_i} x_j + (e^{s_i+ - lse_i} - 1) k_i]
     """
@@ -190,9 +190,9 @@ def sinkhorn(
     """Balanced soft assignments by Sinkhorn-Knopp over the global batch (SwAV, section 3.1).
 
     In float32, safe for any finite scores; no gradient flows through. The first iteration works in
-    logarithms. After it every row sums to 1, so that the prototypes' sums stay within [1/K, N] and
-    the samples' within [1/N, K]: later iterations only scale rows and columns, by factors that are
-    multiplied into the matrix before they could overflow float32.
+    logarithms. After it every row sums to 1, which keeps the prototypes' sums within [1/K, N] and
+    the samples' within [1/N, K]. Later iterations therefore only update factors of rows and
+    columns, which are multiplied into the matrix before they can overflow float32.
 
     Args:
       scores: samples against prototypes, [n, K].
@@ -232,12 +232,12 @@ def swapped_prediction(
       temperature: positive.
 
     Returns:
-      float32 scalar: the cross-entropy, averaged over the A assigned crops, each with the V-1 other
-      crops, and over n.
+      float32 scalar: the cross-entropy, averaged over the n images and over the A·(V-1) pairs of
+      an assigned crop and another crop.
     """
     views, assigned = scores.shape[1], assignments.shape[1]
     scores = scores.astype(jnp.float32)
-    # Otherwise both terms below are large and nearly equal.
+    # Without this, both terms below would be large and nearly equal.
     scores -= jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     agreement = matmul(assignments.astype(jnp.float32), scores.swapaxes(1, 2), "highest")
     agreement /= temperature
@@ -249,12 +249,12 @@ def swapped_prediction(
 
 
 def negative_cosine(p: Float[Array, "n d"], z: Float[Array, "n d"]) -> Float[Array, ""]:
-    """Mean of -cos(p, z) over [n, d] rows (SimSiam, eq. 1); the caller stops z's gradient."""
+    """Averages -cos(p, z) over [n, d] rows (SimSiam, eq. 1); the caller stops z's gradient."""
     return -jnp.mean(jnp.sum(normalize(p) * normalize(z), axis=-1))
 
 
 def normalized_mse(p: Float[Array, "n d"], z: Float[Array, "n d"]) -> Float[Array, ""]:
-    """Mean squared distance of unit rows, 2 - 2 cos(p, z) (BYOL, eq. 2)."""
+    """Averages the squared distance of unit rows, 2 - 2 cos(p, z) (BYOL, eq. 2)."""
     return jnp.mean(jnp.sum(jnp.square(normalize(p) - normalize(z)), axis=-1))
 
 

@@ -1,7 +1,7 @@
 """Optimizers, their masks by parameter path, and learning-rate schedules, composed from Optax.
 
 Notation: w is a parameter tensor, g its gradient, v its momentum buffer, m the momentum, wd the
-weight decay, η the trust coefficient. All that changes is in the optimizer's state, including step
+weight decay, η the trust coefficient. The optimizer's state holds all that changes, including step
 counts, so a restored state continues its schedules exactly.
 """
 
@@ -29,7 +29,7 @@ LABELS = ("weight", "norm_bias", "constant_lr", "frozen", "frozen_until")
 
 
 def role_labels(params: Pytree) -> Pytree:
-    """Labels weights, and biases and normalization parameters, by path.
+    """Labels each parameter, by its path, as a weight or as a bias or normalization parameter.
 
     Args:
       params: any tree with Flax names: nested or flattened dicts, boxed leaves, nnx states.
@@ -48,7 +48,7 @@ def role_labels(params: Pytree) -> Pytree:
 
 
 def weight_mask(params: Pytree) -> Pytree:
-    """True at every leaf that `role_labels` labels "weight", False elsewhere."""
+    """Returns True at every leaf that `role_labels` labels "weight", False elsewhere."""
     return jax.tree.map(lambda role: role == "weight", role_labels(params))
 
 
@@ -63,8 +63,8 @@ def lars(
     """LARS in SimCLR's form, with the learning rate inside the momentum.
 
     v ← m·v + lr·trust·(g + wd·w); w ← w - v; trust = η‖w‖/‖g + wd·w‖, or 1 where either norm is 0
-    (You et al., 2017, arXiv:1708.03888; SimCLR's official code). Tensors
-    whose mask is False get neither decay nor trust. Trust applies with wd = 0, too.
+    (You et al., 2017, arXiv:1708.03888; SimCLR's official code). Tensors whose mask is False get
+    neither decay nor trust. With wd = 0, trust still applies.
 
     Args:
       learning_rate: scalar, or a function of the step.
@@ -299,7 +299,7 @@ def learning_rate_schedule(
     Args:
       config: `config.optim`. With `per_epoch` every step uses the rate of its epoch's first step.
       batch_size: global batch, in images.
-      total_steps: the run's length; a run shorter than its warmup ends during it.
+      total_steps: the run's length; may be shorter than the warmup.
       steps_per_epoch: steps in an epoch.
 
     Returns:
@@ -328,7 +328,7 @@ def learning_rate_schedule(
 def _after_warmup(
     config: ConfigDict, peak: float, warmup: int, total_steps: int, steps_per_epoch: int
 ) -> optax.Schedule:
-    """The schedule as a function of the steps since the end of the warmup."""
+    """Builds the schedule as a function of the steps since the end of the warmup."""
     if config.schedule == "cosine":
         fraction = optax.cosine_decay_schedule(1.0, max(total_steps - warmup, 1))
         return lambda step: config.final_lr + (peak - config.final_lr) * fraction(step)

@@ -1,7 +1,7 @@
 """The device mesh: maps per-device functions over it and places arrays on it.
 
-The rest of the package writes functions per device with the named axis `AXIS`, as under pmap. Here
-they are mapped by `jax.shard_map` or `jax.pmap`.
+The rest of the package is written per device with the named axis `AXIS`, as under pmap. `Spmd.map`
+maps these functions by `jax.shard_map` or `jax.pmap`.
 """
 
 import dataclasses
@@ -52,8 +52,8 @@ class Spmd:
         """Compiles a per-device function over the mesh.
 
         Args:
-          function: of this device's shares; `AXIS` is bound inside. Its "replicated" results must
-            be equal on all devices, which is not checked here.
+          function: takes this device's shards; `AXIS` is bound inside it. Its "replicated" results
+            must be equal on all devices, which is not checked here.
           inputs: layout of each argument, a pytree of global arrays.
           outputs: layout of each result, or of the single result.
           donate: positions of arguments whose memory the results may reuse.
@@ -68,7 +68,7 @@ class Spmd:
             mesh=self.mesh,
             in_specs=tuple(map(_spec, inputs)),
             out_specs=_spec(outputs) if isinstance(outputs, str) else tuple(map(_spec, outputs)),
-            # With it on, JAX rejects BatchNorm's collectives over groups of devices.
+            # If True, JAX rejects BatchNorm's collectives over groups of devices.
             check_vma=False,
         )
         return jax.jit(mapped, donate_argnums=donate)
@@ -123,7 +123,7 @@ class Spmd:
         sharding = self.sharding("replicated")
 
         def place(x: Any) -> jax.Array:
-            # Copied on the host first: a device array may alias its input, which donation destroys.
+            # Copy on the host: a device array may alias its input, and donation would destroy it.
             own = np.array(x)
             return jax.make_array_from_callback(own.shape, sharding, lambda index: own[index])
 
@@ -142,10 +142,10 @@ class Spmd:
         """Indices of the global batch that belong to this process's devices.
 
         Args:
-          batch_size: of the global batch, a multiple of `size`.
+          batch_size: the global batch size, a multiple of `size`.
 
         Returns:
-          Indices, int32, in the order of the mesh; all of them in a run of one process.
+          Indices, int32, in the order of the mesh; all of them in a single-process run.
         """
         share = batch_size // self.size
         mine = [
@@ -167,9 +167,9 @@ def make_spmd(
 
     Args:
       mode: "shard_map", or "pmap" (single process).
-      devices: to use, default all.
-      batch_size: of the global batch, if its division among the devices is to be checked.
-      microbatch: global size of a microbatch, checked likewise.
+      devices: the devices to use; all by default.
+      batch_size: the global batch size, which must divide evenly among the devices; 0: not checked.
+      microbatch: the global size of a microbatch, checked in the same way.
 
     Raises:
       UserError: a batch can't be split evenly, or pmap is requested in several processes.
@@ -197,7 +197,7 @@ def device_groups(size: int, group: int) -> tuple[tuple[int, ...], ...] | None:
     """Groups the devices that share BatchNorm statistics.
 
     Args:
-      size: devices in the mesh.
+      size: number of devices in the mesh.
       group: devices per group; 0 for a single group.
 
     Returns:

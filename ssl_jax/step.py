@@ -33,11 +33,11 @@ class TrainState(flax.struct.PyTreeNode):
       step: optimizer steps done, which is also the data position; int32 scalar.
       params: the trained parameters, by network.
       method_state: batch statistics, targets, queues.
-      opt_state: of the optimizer, including the counts of its schedules.
-      key: data of the run's random key; every random stream folds in its name and the step.
-      probe: state of the online linear classifier, from `probe.init`; {} without one.
-      nonfinite: the number of steps whose loss or gradients were not finite, and the newest such
-        step, counted from 1.
+      opt_state: the optimizer's state, including the step counts of its schedules.
+      key: the run's random key as raw data; every random stream folds in its name and the step.
+      probe: the online linear classifier's state, from `probe.init`; {} without a probe.
+      nonfinite: the number of steps with a non-finite loss, gradient or parameter, and the newest
+        such step, counted from 1.
     """
 
     step: Int[Array, ""]
@@ -53,9 +53,9 @@ class LossAndGradients(NamedTuple):
     """A step's results before the optimizer, on one device.
 
     Attributes:
-      loss: of the global batch.
-      gradients: of the loss with respect to the parameters; equal on all devices.
-      outputs: of the method's forward pass, this device's examples on axis 0.
+      loss: the global batch's loss.
+      gradients: the loss's gradients with respect to the parameters; equal on all devices.
+      outputs: the outputs of the method's forward pass, with this device's examples on axis 0.
       stats: new batch statistics, averaged over devices.
       logs: scalars to log.
     """
@@ -76,10 +76,10 @@ def assemble(
     """Builds the parts of a config's train step.
 
     Args:
-      config: of the run.
-      schedule: its length.
+      config: the run's config.
+      schedule: the run's length.
       axis_name: mapped axis of the devices; None on a single device.
-      groups: devices that share BatchNorm statistics; None for all.
+      groups: groups of devices that share BatchNorm statistics; None for a single group.
 
     Returns:
       The method, the optimizer of its parameter groups, and the learning-rate schedule.
@@ -100,9 +100,9 @@ def init_state(
     """Initializes the train state, on one device.
 
     Args:
-      method: whose parameters to initialize.
-      optimizer: of `method.param_groups`.
-      config: of the run, for its seed and the shapes of its views.
+      method: the method whose parameters to initialize.
+      optimizer: built from `method.param_groups`.
+      config: the run's config, for its seed and the shapes of its views.
 
     Returns:
       The state; place it with `Spmd.replicate`.
@@ -129,13 +129,13 @@ def batch_shapes(
     """Shapes of the batch that a source yields for a step.
 
     Args:
-      config: of the run.
+      config: the run's config.
       n: number of images.
       labeled: whether they have labels.
-      cropped: whether the source yields their views, as host sources do.
+      cropped: whether the source yields cropped views, as host sources do.
 
     Returns:
-      `jax.ShapeDtypeStruct` of "id" and, if present, of "label" and "views".
+      A `jax.ShapeDtypeStruct` for "id" and, if present, for "label" and each of "views".
     """
     raw: dict[str, Any] = {"id": jax.ShapeDtypeStruct((n,), jnp.int32)}
     if labeled:
@@ -157,9 +157,9 @@ def loss_and_gradients(method: Method, state: TrainState, batch: Batch) -> LossA
     """Computes the loss and the parameters' gradients; per device.
 
     Args:
-      method: with the axis name under which this function is mapped.
-      state: replicated.
-      batch: this device's share, views ready for the encoder.
+      method: built with the axis name under which this function is mapped.
+      state: the train state, replicated.
+      batch: this device's share of the batch, with views ready for the encoder.
     """
     rng = stream_key(jax.random.wrap_key_data(state.key), "forward", state.step)
 
@@ -188,20 +188,20 @@ def cached_loss_and_gradients(
 
     Embedding caching (Gao et al., 2021, arXiv:2101.06983): microbatches are encoded one at a time
     and only their outputs are kept. The loss of the whole global batch and its gradient with
-    respect to the outputs are computed once. Then each microbatch is encoded again, from the same
-    pixels, and the encoder's gradient is accumulated. The result is exactly the large batch's
+    respect to the outputs are computed once. Then each microbatch is encoded again from the same
+    pixels, and the parameters' gradient is accumulated. The result is exactly the large batch's
     gradient, except that BatchNorm sees one microbatch at a time. Outputs that don't depend on the
     parameters (keys, targets) are computed once.
 
-    A microbatch has every `microbatches`-th example, the same set on any number of devices. Batch
-    statistics are averaged over microbatches, each of which starts from the old ones.
+    A microbatch has every `microbatches`-th example, the same set on any number of devices. Each
+    microbatch updates the old batch statistics, and the results are averaged over microbatches.
 
     Args:
-      method: with the axis name under which this function is mapped.
-      state: replicated.
-      raw: this device's share as the source yielded it, examples on axis 0 of every leaf.
-      augment_fn: makes a batch with views from a microbatch of it, deterministically.
-      microbatches: number of microbatches; divides this device's examples.
+      method: built with the axis name under which this function is mapped.
+      state: the train state, replicated.
+      raw: this device's share of the source's batch, with examples on axis 0 of every leaf.
+      augment_fn: makes the views of a microbatch of `raw`; must be deterministic.
+      microbatches: number of microbatches; divides the number of this device's examples.
     """
     rng = stream_key(jax.random.wrap_key_data(state.key), "forward", state.step)
 
@@ -251,7 +251,7 @@ def _averaged(
 
 
 def _take(tree: Pytree, index: Array, microbatches: int) -> Pytree:
-    """Takes every `microbatches`-th example, from `index` on."""
+    """Takes every `microbatches`-th example, starting with `index`."""
 
     def take(x: Array) -> Array:
         rows = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:])
@@ -264,11 +264,11 @@ def batchnorm_images(config: ConfigDict, devices: int) -> int:
     """Counts the images that share BatchNorm statistics in training.
 
     Args:
-      config: of the run.
-      devices: in the mesh.
+      config: the run's config.
+      devices: number of devices in the mesh.
 
     Returns:
-      Images of the global batch, or of the microbatch; each may have several views.
+      The number of images per BatchNorm group; each image may have several views.
     """
     group = config.model.bn_group_size or devices
     return (config.microbatch or config.batch_size) * group // devices
@@ -280,13 +280,13 @@ def make_train_step(
     augment_fn: AugmentFn,
     learning_rate: optax.Schedule,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """Builds the train step, in microbatches if so configured, to be mapped by `Spmd.map`.
+    """Builds the per-device train step, with microbatches if configured, for `Spmd.map`.
 
     Args:
-      method: with the axis name of the mesh.
-      optimizer: of `method.param_groups`.
+      method: built with the axis name of the mesh.
+      optimizer: built from `method.param_groups`.
       augment_fn: makes the views on the device, keyed by the step and the sample ids.
-      learning_rate: to log; the optimizer has its own schedule.
+      learning_rate: the schedule to log; the optimizer has its own copy.
 
     Returns:
       A function (state, batch from the host, device data) -> (state, metrics); metrics are
@@ -336,13 +336,13 @@ def make_train_step(
 
 
 def _counted(state: TrainState, after: TrainState, sizes: list[Array], allowed: int) -> TrainState:
-    """Counts the step, also as non-finite if it is; if such steps may be skipped, undoes it."""
+    """Counts the step; counts a non-finite step separately and undoes it if skipping is allowed."""
     # The new parameters are checked too: an update may overflow where gradients don't.
     finite = jnp.isfinite(jnp.stack([*sizes, optax.tree.norm(after.params)])).all()
     if allowed:
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
     counted = jnp.stack([state.nonfinite[0] + 1, state.step + 1])
-    # Stops at the first step over the limit, which is the one to report: later ones follow from it.
+    # Counting stops at the first step over the limit, the one to report: it causes the later ones.
     over = state.nonfinite[0] > allowed
     counted = jnp.where(finite | over, state.nonfinite, counted)
     return after.replace(step=state.step + 1, nonfinite=counted)
@@ -369,7 +369,7 @@ class Program:
     """The train step of a config on a mesh, for training and for ahead-of-time plans.
 
     Attributes:
-      method, optimizer: of the config.
+      method, optimizer: the config's method and optimizer.
       step: mapped over the mesh: (state (donated), batch from a source, device data) -> (state,
         metrics).
     """
@@ -378,8 +378,8 @@ class Program:
         """Builds the step; compiles nothing.
 
         Args:
-          config: of the run.
-          schedule: its length.
+          config: the run's config.
+          schedule: the run's length.
           spmd: the mesh.
 
         Raises:
@@ -402,7 +402,7 @@ class Program:
         )
 
     def lower(self, *shapes: Any) -> Any:
-        """Lowers the step for arguments of these shapes, `jax.stages.Lowered`; not under pmap."""
+        """Returns the step's `jax.stages.Lowered` for arguments of these shapes; not under pmap."""
         return self.step.lower(*shapes)  # type: ignore[attr-defined]
 
     def init(self) -> TrainState:
@@ -412,7 +412,7 @@ class Program:
     def shapes(
         self, device_data: dict[str, Any] | None = None, labeled: bool = True
     ) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
-        """Shapes and shardings of the arguments of `step`, for `lower(*shapes)`.
+        """Returns shapes and shardings of the arguments of `step`, for `lower(*shapes)`.
 
         Args:
           device_data: arrays or shapes that a source keeps on the devices; None or {} if its

@@ -53,18 +53,18 @@ _REGISTERED: dict[str, type[Method]] = {}  # from outside the package
 
 
 def title(name: str) -> str:
-    """The name of a method in reports: "SimCLR" for "simclr"; other names as they are."""
+    """Returns a method's name in reports: "SimCLR" for "simclr"; unknown names are unchanged."""
     return METHODS[name].title if name in METHODS else name
 
 
 def register(name: str, **options: Any) -> Callable[[type[Method]], type[Method]]:
     """A class decorator that makes a method available as `config.method = name`.
 
-    A user's file, such as a config file, may register one (see docs/new_method.md). Registering a
+    Your own file, such as a config file, may register one (see docs/new_method.md). Registering a
     name again replaces the earlier method.
 
     Args:
-      name: of the method.
+      name: the method's name in configs.
       **options: defaults of the keys `config.<name>.<option>`, set and checked like all others.
 
     Returns:
@@ -93,10 +93,10 @@ def make_method(
     """Makes the method that a config names.
 
     Args:
-      config: of the run.
-      schedule: its length, for schedules inside the method.
+      config: the run's config.
+      schedule: the run's length, for schedules inside the method.
       axis_name: mapped axis of the devices; None on a single device.
-      groups: groups of devices that share BatchNorm statistics; None for all.
+      groups: groups of devices that share BatchNorm statistics; None for a single group.
 
     Returns:
       The method, ready for `init`.

@@ -8,8 +8,7 @@ step serves all methods. The rest of the package relies on these conventions:
   holds the encoder's features of the first view.
 * outputs are floats. With `config.microbatch`, `forward` sees one microbatch at a time, always with
   the same `rng`, and `loss` gets a batch of ids and labels without views.
-* `stats` is the new `state["batch_stats"]` and nothing else; nothing else in `state` changes before
-  `update`.
+* `stats` is the new `state["batch_stats"]`; the rest of `state` changes only in `update`.
 * `loss` returns the mean over the global batch on every device (the pmean of local means); its
   gradient is this device's share, and the step averages parameters' gradients once.
 * state is replicated: `update` must return the same values on all devices. Queues are kept in the
@@ -41,8 +40,8 @@ class Method:
     Attributes:
       config: the run's config.
       schedule: the run's length in steps.
-      axis_name: mapped axis of the devices, None on a single one.
-      groups: groups of devices that share BatchNorm statistics, None for all devices.
+      axis_name: mapped axis of the devices; None on a single device.
+      groups: groups of devices that share BatchNorm statistics; None for a single group.
       encoder: the Flax module of the evaluated network.
     """
 
@@ -70,7 +69,7 @@ class Method:
 
         Args:
           rng: a key, the same on every device.
-          batch: any batch with the training shapes, on one device.
+          batch: any batch with the shapes of training, on one device.
 
         Returns:
           `params`, `state`; `state["batch_stats"]` mirrors the modules of `params`.
@@ -80,7 +79,7 @@ class Method:
     def forward(
         self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
-        """Encodes this device's (or microbatch's) examples; returns `outputs`, `stats`."""
+        """Encodes this device's (or this microbatch's) examples; returns `outputs`, `stats`."""
         raise NotImplementedError
 
     def loss(
@@ -171,7 +170,7 @@ class Method:
 
 
 def evaluated_names(projector_layer: int) -> tuple[str, ...]:
-    """Names of the networks that `Method.features` uses."""
+    """Returns the names of the networks that `Method.features` uses."""
     return ("encoder", "projector") if projector_layer else ("encoder",)
 
 
@@ -180,7 +179,7 @@ def make_encoder(
     axis_name: str | None = None,
     groups: tuple[tuple[int, ...], ...] | None = None,
 ) -> ResNet:
-    """Builds a config's encoder; `axis_name=None` for use outside the train step."""
+    """Builds a config's encoder; pass `axis_name=None` for use outside the train step."""
     return ResNet(
         **architecture(config.model),
         conv_init=config.model.conv_init,
@@ -230,7 +229,7 @@ def apply_networks(
       x: input of the first network.
 
     Returns:
-      Each network's output, and `stats` with these networks' updated.
+      Each network's output, and `stats` with the entries of these networks updated.
     """
     outputs, new_stats = [], dict(stats)
     for name, module in networks.items():
@@ -242,5 +241,5 @@ def apply_networks(
 
 
 def stack_views(x: Float[Array, "vn d"], views: int) -> Float[Array, "n v d"]:
-    """Splits outputs of concatenated views, with the examples on axis 0 again."""
+    """Separates outputs of concatenated views, so that axis 0 holds the examples again."""
     return jnp.stack(jnp.split(x, views), axis=1)

@@ -1,7 +1,7 @@
 """BYOL: bootstrap your own latent (Grill et al., 2020, arXiv:2006.07733).
 
-The online network predicts, from one view, the projection of the other view by its EMA, the target.
-There are no negatives: the predictor, the EMA and BatchNorm prevent collapse.
+From one view, the online network predicts the target's projection of the other view; the target is
+the online network's EMA. There are no negatives: predictor, EMA and BatchNorm prevent collapse.
 """
 
 from typing import Any
@@ -43,9 +43,9 @@ class BYOL(Method):
     def forward(
         self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
-        """Encodes each view in its own batch; outputs `prediction` and `target` [n, 2, d].
+        """Encodes each view as a separate batch; outputs `prediction` and `target` [n, 2, d].
 
-        Running statistics are updated twice per step; the target runs in train mode, too.
+        Running statistics are updated twice per step. The target also runs in train mode.
         """
         stats = dict(state["batch_stats"])
         target_stats = stats.pop("target")
@@ -77,7 +77,7 @@ class BYOL(Method):
     def update(
         self, params: Pytree, outputs: dict[str, Array], state: Pytree, step: Array
     ) -> tuple[Pytree, Pytree]:
-        """Updates the target's parameters; its statistics aren't averaged."""
+        """Updates the target's parameters; its batch statistics are no EMA of the online ones."""
         online = {name: params[name] for name in self.target_networks}
         target = ema.update(state["target"], online, self.ema_decay(step))
         return params, {**state, "target": target}

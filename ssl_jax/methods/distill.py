@@ -1,8 +1,8 @@
 """Distillation of a classifier into a student (SimCLR v2: Chen et al., 2020, arXiv:2006.10029).
 
-The last of its three steps: a teacher, fine-tuned on few labels, predicts the classes of unlabeled
-images, and a student, smaller or of the same size, learns its predictions (section 2, equations 2
-and 3).
+The last of SimCLR v2's three steps: a teacher, fine-tuned on few labels, predicts the classes of
+unlabeled images, and a student of the same size or smaller learns these predictions (section 2,
+equations 2 and 3).
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ from ssl_jax.models.resnet import ResNet, architecture
 
 
 class Distill(ClassifierMethod):
-    """A student, and in `state` its teacher, which is constant and runs in evaluation mode."""
+    """A student; its teacher, in `state`, is constant and runs in evaluation mode."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -49,7 +49,7 @@ class Distill(ClassifierMethod):
         }
 
     def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
-        """Initial student, and a random teacher that its run's weights replace."""
+        """Creates the student, and a random teacher whose weights are loaded later."""
         keys = jax.random.split(rng)
         params, stats = init_networks(self.networks, keys[0], batch["views"][0])
         teacher, teacher_stats = init_networks(self.teacher, keys[1], batch["views"][0])
@@ -59,7 +59,7 @@ class Distill(ClassifierMethod):
     def forward(
         self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
-        """Runs both on the views one at a time: `logits` and `teacher` [n, V, classes]."""
+        """Runs both networks on each view; outputs `logits` and `teacher` [n, V, classes]."""
         stats, features, logits, teacher_logits = state["batch_stats"], [], [], []
         weights = state["teacher"]["params"], state["teacher"]["batch_stats"]
         for view in batch["views"]:
@@ -77,7 +77,7 @@ class Distill(ClassifierMethod):
     def loss(
         self, params: Pytree, outputs: dict[str, Array], state: Pytree, batch: Batch, step: Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """Cross-entropy with the teacher's softened predictions, mixed with that of the labels."""
+        """Mixes the cross-entropies with the teacher's softened predictions and with the labels."""
         options = self.config.distill
         t = options.temperature
         targets = jax.nn.softmax(outputs["teacher"].astype(jnp.float32) / t)

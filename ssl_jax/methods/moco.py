@@ -1,10 +1,10 @@
 """MoCo v1 (He et al., 2019, arXiv:1911.05722) and v2 (Chen et al., 2020, arXiv:2003.04297).
 
-The query encoder learns to match each query with the key of the same image among a queue of earlier
-batches' keys. Keys come from an EMA of the query encoder. With BatchNorm per device
+The query encoder learns to tell the key of the same image from a queue of earlier batches' keys.
+Keys come from an EMA of the query encoder. With BatchNorm per device
 (`config.model.bn_group_size=1`, the official recipe) a query and its key would share batch
-statistics, which would give the match away; so key images are shuffled across devices before they
-are encoded, and the keys are sent back.
+statistics, which would reveal the match. Key images are therefore shuffled across devices before
+they are encoded, and the keys are sent back.
 """
 
 import math
@@ -110,8 +110,8 @@ class MoCo(Method):
     ) -> tuple[Pytree, Pytree]:
         """Enqueues the global batch's keys and updates the key encoder.
 
-        The official code updates it before it encodes keys. After this step's optimizer is the same
-        moment as before the next step's keys, and at the first step both encoders are equal.
+        The official code updates the key encoder before it encodes keys. Updating it after the
+        previous step's optimizer is equivalent, because at the first step both encoders are equal.
         """
         options = self.config.moco
         keys = self.gather(outputs["key"]).swapaxes(0, 1)  # [views, batch, d]
@@ -137,15 +137,15 @@ class MoCo(Method):
         fewer images per device than devices, the all-to-all stays within groups of devices.
 
         Args:
-          images: this device's, [n, ...]; not moved if `config.moco.shuffle` is off.
+          images: this device's images, [n, ...]; not moved if `config.moco.shuffle` is off.
           rng: the same on every device.
 
         Returns:
-          The same number of images, from all devices (of the group), and a function that sends
-          arrays computed from them back to their devices.
+          The same number of images, from all devices (of the group), and a function that returns
+          arrays computed from them to the images' own devices, in the original order.
 
         Raises:
-          UserError: BatchNorm isn't global, and the images can't be split among devices.
+          UserError: BatchNorm isn't global, and the images can't be split evenly among devices.
         """
         n = images.shape[0]
         devices = 1 if self.axis_name is None else jax.lax.axis_size(self.axis_name)
@@ -164,7 +164,7 @@ class MoCo(Method):
             return images, lambda x: x
         rng = jax.random.fold_in(rng, jax.lax.axis_index(self.axis_name))
         order: Int[Array, " n"] = jax.random.permutation(rng, n)
-        # Groups with a stride, so that each spans hosts.
+        # Strided groups, so that each group spans hosts.
         stride = devices // group
         groups = [list(range(first, devices, stride)) for first in range(stride)]
 

@@ -1,10 +1,10 @@
 """SimCLR v1 (Chen et al., 2020, arXiv:2002.05709) and v2 (Chen et al., 2020, arXiv:2006.10029).
 
 Two views of each image go through one encoder and a projector together, so that BatchNorm sees all
-2B images of the global batch; NT-Xent pulls the two projections of an image together, with the
+2B views of the global batch; NT-Xent pulls the two projections of an image together, with the
 other 2B - 2 as negatives. v2 has a three-layer projector, whose first layer fine-tuning may keep,
 and optionally a memory bank: projections of earlier batches by an EMA of the networks, as
-additional negatives (section 2; never released).
+additional negatives (section 2; not in the official code).
 """
 
 from typing import Any
@@ -50,7 +50,7 @@ class SimCLR(Method):
         self.networks = {"encoder": self.encoder, "projector": projector}
 
     def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
-        """Starts the EMA networks as copies and the memory bank with normalized Gaussian rows."""
+        """Starts the EMA as a copy and the memory bank with normalized Gaussian rows."""
         rng_networks, rng_memory = jax.random.split(rng)
         params, stats = init_networks(self.networks, rng_networks, batch["views"][0])
         options = self.config.simclr
@@ -93,7 +93,7 @@ class SimCLR(Method):
             block_size=options.block_size or None,
             memory=state.get("queue"),
         )
-        # Only among this device's images, so that nothing but the loss gathers.
+        # Only among this device's images, so that only the loss needs an all-gather.
         found = contrastive_accuracy(z[:, 0], z[:, 1], z[:, 1], among=True)
         logs = {"nt_xent": loss, "contrastive_accuracy": self.mean(found)}
         if "queue" in state:

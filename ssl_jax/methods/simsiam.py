@@ -45,7 +45,7 @@ class SimSiam(Method):
     def forward(
         self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
-        """Encodes each view in its own batch; outputs `prediction` and `projection` [n, 2, d]."""
+        """Encodes each view as its own batch; outputs `prediction` and `projection` [n, 2, d]."""
         stats = state["batch_stats"]
         predictions, projections, features = [], [], []
         for view in batch["views"]:
@@ -72,7 +72,7 @@ class SimSiam(Method):
         return self.mean((forth + back) / 2), {}
 
     def param_groups(self, params: Pytree) -> Pytree:
-        """Keeps the predictor's rate constant; freezes the bias before the last BatchNorm."""
+        """Holds the predictor's learning rate; freezes the bias before the last BatchNorm."""
         labels = super().param_groups(params)
         if self.config.simsiam.predictor_constant_lr:
             labels["predictor"] = jax.tree.map(lambda _: "constant_lr", params["predictor"])

@@ -24,7 +24,7 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n d"], train: bool) -> Float[Array, "n classes"]:
-        """Logits of features."""
+        """Computes the logits of features."""
         init = nn.initializers.normal(self.init_scale)
         return nn.Dense(self.classes, kernel_init=init)(x)
 
@@ -35,10 +35,10 @@ class ClassifierMethod(Method):
     classifies = True
 
     def param_groups(self, params: Pytree) -> Pytree:
-        """As for any method, but LARS neither adapts nor decays the classifier.
+        """Labels parameters as usual, except that LARS neither adapts nor decays the classifier.
 
-        SimCLR's code instead adds the decay of the classifier's kernel to the loss, which is left
-        out here.
+        SimCLR's code instead adds weight decay of the classifier's kernel to the loss, which is
+        omitted here.
         """
         labels = dict(super().param_groups(params))
         if self.config.optim.name.startswith("lars"):
@@ -46,7 +46,7 @@ class ClassifierMethod(Method):
         return labels
 
     def classify(self, params: Pytree, stats: Pytree, images: Array) -> Float[Array, "n classes"]:
-        """Logits of images, in evaluation mode."""
+        """Computes the logits of images, in evaluation mode."""
         return evaluate_networks(self.networks, params, stats, images, self.networks)[-1]
 
 
@@ -73,14 +73,14 @@ class Supervised(ClassifierMethod):
             self.frozen = tuple(name for name in self.networks if name != "classifier")
 
     def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
-        """Initial parameters and batch statistics of the networks; no other state."""
+        """Creates the networks; the only state is their batch statistics."""
         params, stats = init_networks(self.networks, rng, batch["views"][0])
         return params, {"batch_stats": stats}
 
     def forward(
         self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
-        """Encodes the views one at a time: `logits` [n, V, classes]."""
+        """Encodes each view as a separate batch; outputs `logits` [n, V, classes]."""
         stats, features, logits = state["batch_stats"], [], []
         for view in batch["views"]:
             if self.config.supervised.freeze:
@@ -100,7 +100,7 @@ class Supervised(ClassifierMethod):
         return outputs[0], jnp.asarray(logits)
 
     def param_groups(self, params: Pytree) -> Pytree:
-        """As for any classifier, with frozen networks labeled "frozen"."""
+        """Labels parameters as for any classifier, and frozen networks as "frozen"."""
         return {
             name: jax.tree.map(lambda _: "frozen", tree) if name in self.frozen else tree
             for name, tree in super().param_groups(params).items()
@@ -109,7 +109,7 @@ class Supervised(ClassifierMethod):
     def loss(
         self, params: Pytree, outputs: dict[str, Array], state: Pytree, batch: Batch, step: Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """Cross-entropy with the labels, averaged over views."""
+        """Computes the cross-entropy with the labels, averaged over views."""
         loss, correct = cross_entropy(outputs["logits"], batch["label"])
         return self.mean(loss), {"train_accuracy": self.mean(correct)}
 
@@ -117,19 +117,19 @@ class Supervised(ClassifierMethod):
 def classifying_networks(
     method: Method, encoder: nn.Module, options: Any, classifier_init: float = 0.0
 ) -> dict[str, nn.Module]:
-    """Encoder, kept projector layers and classifier, by name.
+    """Returns encoder, kept projector layers and classifier, by name.
 
     Args:
-      method: that defines the projector's layers and the number of classes.
+      method: builds the projector's layers; its config has the number of classes.
       encoder: the first network.
-      options: with `projector_layer` and `projector_hidden`.
+      options: a config group with `projector_layer` and `projector_hidden`.
       classifier_init: standard deviation of the classifier's initial weights.
     """
     networks: dict[str, nn.Module] = {"encoder": encoder}
     if options.projector_layer:
         networks["projector"] = method.head(
             hidden=options.projector_hidden or encoder.num_features,
-            out=1,  # of the last layer, which is not kept
+            out=1,  # width of the last layer, which is not kept
             layers=options.projector_layer + 1,
             kept=options.projector_layer,
             kernel_init="normal_0.01",
@@ -141,7 +141,7 @@ def classifying_networks(
 def evaluate_networks(
     networks: Any, params: Pytree, stats: Pytree, x: Array, names: Any
 ) -> list[Array]:
-    """Outputs of the named networks, applied one after another in evaluation mode."""
+    """Applies the named networks in sequence, in evaluation mode; returns all outputs."""
     outputs = []
     for name in names:
         variables = {"params": params[name], "batch_stats": stats.get(name, {})}
@@ -151,7 +151,7 @@ def evaluate_networks(
 
 
 def cross_entropy(logits: Float[Array, "n v c"], label: Array) -> tuple[Array, Array]:
-    """Mean cross-entropy over examples and views, and the accuracy."""
+    """Returns the mean cross-entropy over examples and views, and the accuracy."""
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     loss = -jnp.mean(jnp.take_along_axis(log_p, label[:, None, None], axis=-1))
     return loss, jnp.mean(jnp.argmax(log_p, axis=-1) == label[:, None])

@@ -1,8 +1,8 @@
 """SwAV: contrasting cluster assignments (Caron et al., 2020, arXiv:2006.09882).
 
 The first two crops of each image are assigned to prototypes by Sinkhorn-Knopp, evenly over the
-global batch; every crop learns to predict the other crops' assignments. The small crops are cheap
-and only predict.
+global batch; every crop learns to predict the other crops' assignments. The small crops, which are
+cheap, are not assigned themselves.
 """
 
 import functools
@@ -57,7 +57,7 @@ class SwAV(Method):
         options = self.config.swav
         rng_networks, rng_prototypes = jax.random.split(rng)
         params, stats = init_networks(self.networks, rng_networks, batch["views"][0])
-        # As torch.nn.Linear: uniform in ±1/sqrt(fan in), for each of the K rows.
+        # Initialized as in torch.nn.Linear: uniform in ±1/sqrt(fan in), for each of the K rows.
         bound = options.out**-0.5
         shape = (options.prototypes, options.out)
         kernel = jax.random.uniform(rng_prototypes, shape, minval=-bound, maxval=bound)
@@ -71,7 +71,7 @@ class SwAV(Method):
     def forward(
         self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
-        """Encodes crops of one size in one batch; outputs `projection` [n, V, d], unit rows."""
+        """Encodes crops of equal size together; outputs `projection` [n, V, d], unit rows."""
         stats, views = state["batch_stats"], batch["views"]
         encoder = {"encoder": self.encoder}
         features = []
@@ -106,7 +106,7 @@ class SwAV(Method):
         options = self.config.swav
         own = jax.lax.stop_gradient(scores[:, : self.assigned])
 
-        # Each crop has its own assignment; vmap halves the number of all-reduces.
+        # Crops are assigned separately; with vmap they share all-reduces, which halves the number.
         @functools.partial(jax.vmap, in_axes=1, out_axes=1)
         def balanced(rows: Array) -> Array:
             return losses.sinkhorn(

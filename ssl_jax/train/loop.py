@@ -36,14 +36,14 @@ def pretrain(
     Args:
       config: of the whole run, validated.
       workdir: the run's folder; created if it doesn't exist.
-      command: recorded there, for "how to reproduce".
-      verbosity: how much to print, as `Progress` takes it.
+      command: recorded in the workdir, for the report's "how to reproduce".
+      verbosity: how much to print; see `Progress`.
 
     Returns:
       The final state, or the state at which the run was stopped.
 
     Raises:
-      UserError: bad input, on all processes; nothing is overwritten.
+      UserError: bad input; raised on all processes, and nothing is overwritten.
     """
     workdir = Path(workdir)
     with contextlib.ExitStack() as folder, processes.Stop() as stop:
@@ -60,7 +60,7 @@ def pretrain(
             run, state = start_run(setup, workdir, verbosity)
             with run.closing():
                 state, step = train(run, state, stop)
-        # Nothing is lost from here on: SIGTERM stops the evaluation at once.
+        # The state is saved, so from here on SIGTERM stops the evaluation at once.
         total, when = setup.schedule.total_steps, ""
         if step == total:
             with contextlib.suppress(processes.StoppedError), stop.at_once():
@@ -77,7 +77,7 @@ def pretrain(
 
 
 def train(run: Run, state: TrainState, stop: processes.Stop) -> tuple[TrainState, int]:
-    """Trains from the run's first step to its last, or until it is asked to stop.
+    """Trains from the run's first step to its last, or until a stop is requested.
 
     Returns:
       The state, saved in a checkpoint, and the number of steps done.
@@ -90,12 +90,12 @@ def train(run: Run, state: TrainState, stop: processes.Stop) -> tuple[TrainState
     # The cadence, after each step:
     # 1. Log the previous step, one step late. Fetching metrics waits for their step; meanwhile the
     #    devices are busy with the step just dispatched.
-    # 2. Ask whether to stop. All processes ask at every step, so that they stop at the same one.
+    # 2. Check for a stop request. All processes check at every step, so they stop at the same one.
     # 3. Before an evaluation or a checkpoint, log this step right away, or at least check it: a
     #    state that isn't finite must not be measured or saved, and a resumed run doesn't repeat
     #    the step.
-    # 4. Evaluate, then save: the best checkpoint is chosen by kNN accuracy. A run that is asked to
-    #    stop only saves, for it may have little time left.
+    # 4. Evaluate, then save: the best checkpoint is chosen by kNN accuracy. If a stop is requested,
+    #    only save, because little time may be left.
     # 5. Stop. The last step is always logged, evaluated and saved.
     span = (run.start, total, config.data.timeout_s)
     with Prefetcher(setup.train, setup.index, setup.rows, place, *span) as batches:
@@ -104,7 +104,7 @@ def train(run: Run, state: TrainState, stop: processes.Stop) -> tuple[TrainState
             if step == first:
                 train_step = _compiled(run, state, batch)
             state, metrics = train_step(state, batch, run.device_data)
-            if step == first:  # it warms up; rates are of the steps after it
+            if step == first:  # warmup, which rates exclude
                 jax.block_until_ready(metrics)
                 run.progress.start(step, batches.wait_seconds)
             if unlogged is not None:
@@ -132,7 +132,7 @@ def train(run: Run, state: TrainState, stop: processes.Stop) -> tuple[TrainState
 
 def evaluate(run: Run, state: TrainState, step: int) -> float | None:
     """Measures and logs the frozen encoder's features; returns the kNN accuracy, if any."""
-    jax.block_until_ready(state)  # or the pause would hide the time of steps
+    jax.block_until_ready(state)  # otherwise the pause would include pending steps
     with run.progress.paused():
         measured = run.evaluator.measure(state)
     run.log_evaluation(step, measured)
@@ -140,7 +140,7 @@ def evaluate(run: Run, state: TrainState, step: int) -> float | None:
 
 
 def _compiled(run: Run, state: TrainState, batch: Any) -> Any:
-    """The train step, compiled; prints its cost."""
+    """Compiles the train step and prints its cost."""
     run.progress.line("Compiling the step …")
     arguments = (state, batch, run.device_data)
     step, rows = summary.compiled(run.setup.program.step, arguments, run.setup.spmd.size)
@@ -149,10 +149,10 @@ def _compiled(run: Run, state: TrainState, batch: Any) -> Any:
 
 
 def finish(run: Run, state: TrainState, stop: processes.Stop) -> None:
-    """Evaluates the run and writes its report; a run that was finished before only reports.
+    """Evaluates the run, unless it has been evaluated before, and writes its report.
 
     Raises:
-      StoppedError: several processes were asked to stop.
+      StoppedError: a stop was requested, in a run of several processes.
     """
     config, total = run.setup.config, run.setup.schedule.total_steps
     done = run.start == total and run.evaluator.is_done(run.workdir)
@@ -162,7 +162,7 @@ def finish(run: Run, state: TrainState, stop: processes.Stop) -> None:
             if not run.evaluator.has_labels:
                 what = "nearest neighbors and a map only, as the images have no labels"
             run.progress.note(f"Evaluating {what}.")
-        # Rows of the table count on from the steps, so that all processes stop before the same row.
+        # Rows are numbered after the last step, so that all processes stop before the same row.
         asked = (stop.asked(step) for step in itertools.count(total + 1))
         images = run.evaluator.finish(run.workdir, run.untrained, state, lambda: next(asked))
         if images:
