@@ -189,8 +189,8 @@ MUTATIONS = [
     Mutation(
         "microbatches see other random numbers in the second pass",
         "ssl_jax/step.py",
-        "_, pull = jax.vjp(lambda params: forward(params, microbatch)[0], state.params)",
-        "other = (microbatch + 1) % microbatches\n"
+        "_, pull = jax.vjp(lambda params: forward(params, index)[0], state.params)",
+        "other = (index + 1) % microbatches\n"
         "        _, pull = jax.vjp(lambda params: forward(params, other)[0], state.params)",
         "tests/test_microbatch.py",
     ),
