@@ -19,11 +19,11 @@ _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))
 def check_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates a function with checks of the arguments and results annotated as arrays.
 
-    For `jaxtyping.install_import_hook`, which calls it with functions that have the package's
+    Used by `jaxtyping.install_import_hook`, which passes functions that have the package's
     signatures and no body. Annotations without arrays are left to mypy.
     """
     hints = {name: hint for name, hint in function.__annotations__.items() if _has_array(hint)}
-    # A nested function would be decorated again at each call of the outer one.
+    # A nested function would be decorated again at every call of the outer function.
     nested = "<locals>" in function.__qualname__
     if not hints or nested or function.__qualname__ in UNCHECKED:
         return function

@@ -16,7 +16,7 @@ FIRST_PROCESS = "PYTEST_XDIST_WORKER" not in os.environ
 
 if FIRST_PROCESS:
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # Test programs run for less time than optimizing them would take.
+    # Optimizing the tests' programs would take longer than running them.
     os.environ["XLA_FLAGS"] = " ".join(
         [
             os.environ.get("XLA_FLAGS", ""),
@@ -24,23 +24,23 @@ if FIRST_PROCESS:
             "--xla_backend_optimization_level=0",
             "--xla_llvm_disable_expensive_passes=true",
             "--xla_cpu_parallel_codegen_split_count=1",
-            # Half of the compilation time of these small programs; removed in later versions.
+            # Fusion emitters take half of the compile time; the flag is gone in later versions.
             *["--xla_cpu_use_fusion_emitters=false"]
             * metadata.version("jaxlib").startswith("0.10."),
         ]
     ).strip()
     # `matrix + vector` is an error; write matrix + vector[None, :].
     os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
-    # In scikit-learn's small fits, threads wait longer than they work.
+    # In scikit-learn's small fits, threads spend more time waiting than working.
     os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
     threadpoolctl.threadpool_limits(1)  # a pytest plugin may have loaded NumPy
-    # Otherwise each process that tests start would compile the package's source.
+    # Otherwise each process that tests start would compile the package's source to bytecode.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    # TensorFlow: no banner about the CPU's instructions.
+    # Silences TensorFlow's banner about CPU instructions.
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     # Shared by all processes, so that each program is compiled once. A new directory, so that runs
-    # don't depend on earlier ones, unless the caller names one, as CI does for its stages. Includes
-    # small programs, of which a child process compiles hundreds.
+    # don't depend on earlier ones, unless the caller names one, as CI does for its stages. Small
+    # programs are cached too, because a child process compiles hundreds of them.
     OWN_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
     if OWN_CACHE:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ssl_jax_compiled_")

@@ -1,4 +1,4 @@
-"""Inputs of evaluation and export tests: a finished run, an encoder with random weights."""
+"""Inputs for evaluation and export tests: a finished run, and random encoders."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def copy_run(run, workdir):
 
 
 def random_encoder(config, seed=0):
-    """Positive random parameters and running statistics of an encoder, on the host."""
+    """Returns positive random parameters and running statistics, on the host."""
     module, rng = make_encoder(config), np.random.default_rng(seed)
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(lambda k: module.init(k, np.zeros((1, 8, 8, 3)), train=False), key)
@@ -41,13 +41,13 @@ def random_encoder(config, seed=0):
 
 
 def blank_state(config):
-    """A train state of zeros, with the shapes of a run's initial state."""
+    """Returns a train state of zeros, with the shapes of a run's initial state."""
     method, optimizer, _ = assemble(config, Schedule(1, 10))
     shapes = jax.eval_shape(lambda: init_state(method, optimizer, config))
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
 
 def same(a, b):
-    """Whether the leaves of two trees are equal, bit for bit."""
+    """Returns whether the leaves of two trees are bit-identical."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return all(np.array_equal(x, y) for x, y in pairs)

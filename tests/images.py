@@ -9,7 +9,7 @@ COLORS = {"cat": (200, 30, 30), "dog": (30, 200, 30), "emu": (30, 30, 200)}
 
 
 def picture(number, color, size=(40, 30)):
-    """Noise around a color, different for each number."""
+    """Returns an image of noise around a color, different for each number."""
     rng = np.random.default_rng(number)
     pixels = np.array(color) + rng.integers(-30, 30, (size[1], size[0], 1))
     pixels[: size[1] // 2] += rng.integers(-25, 25, 3)
@@ -17,7 +17,7 @@ def picture(number, color, size=(40, 30)):
 
 
 def fill(root, per_class=4, classes=COLORS):
-    """Class folders of PNG files of several sizes."""
+    """Writes class folders of PNG files of several sizes."""
     for number, name in enumerate(classes):
         (root / name).mkdir(parents=True)
         for i in range(per_class):
@@ -27,7 +27,7 @@ def fill(root, per_class=4, classes=COLORS):
 
 
 def noise_files(root):
-    """64 JPEG files of noise, of five sizes and two classes."""
+    """Writes 64 JPEG files of noise, of five sizes and two classes."""
     rng = np.random.default_rng(0)
     for i in range(64):
         (root / f"{i % 2}").mkdir(exist_ok=True)
@@ -45,13 +45,13 @@ def config_of(root, sampler="torchvision", **data):
 
 
 def read(source, steps):
-    """Batches of (step, ids) pairs, as a list."""
+    """Reads the batches of (step, ids) pairs into a list."""
     pairs = ((step, np.array(ids, np.int32)) for step, ids in steps)
     return list(source.batches(pairs))
 
 
 def by_id(batches, steps):
-    """(step, id, view) -> pixels."""
+    """Maps (step, id, view) to pixels."""
     return {
         (step, int(id), number): view[i].tobytes()
         for (step, _), batch in zip(steps, batches, strict=True)

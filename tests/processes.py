@@ -1,4 +1,4 @@
-"""Several real processes that form one run, joined as under Slurm, by JAX's own detection."""
+"""Starts several real processes that form one run; JAX joins them as under Slurm."""
 
 import json
 import os
@@ -48,8 +48,8 @@ def get_config(variant=""):
 
 
 END = "is the exit code."
-# JAX's transport (Gloo) writes to standard output from several threads, in fragments that mix with
-# each other and with Python's lines. Python's output gets a file descriptor of its own.
+# JAX's transport (Gloo) writes fragments to standard output from several threads, which would break
+# up Python's lines. Python's output therefore gets its own file descriptor.
 _APART = """
 import os, sys
 sys.stdout = os.fdopen(os.dup(1), "w")
@@ -107,7 +107,7 @@ def start(count, arguments, only=None, program=PRETRAIN, **variables):
 
 
 def end_all():
-    """Kills processes that a failed test has left; SIGTERM would only request a stop."""
+    """Kills processes left by a failed test; SIGTERM would only request a stop."""
     while STARTED:
         STARTED.pop().kill()
 

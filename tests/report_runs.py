@@ -1,4 +1,4 @@
-"""Folders of runs for reports, and a parser of their pages."""
+"""Writes run folders for report tests, and parses report pages."""
 
 import json
 from html.parser import HTMLParser
@@ -14,7 +14,7 @@ VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """Every element with its attributes and text; fails on a tag closed out of order."""
+    """Parses a page into elements with attributes and text; tags must close in order."""
 
     def __init__(self, path: Path):
         super().__init__(convert_charrefs=True)
@@ -140,7 +140,7 @@ def images() -> dict[str, np.ndarray]:
 
 
 def map_and_failures(n: int = 12) -> dict[str, np.ndarray]:
-    """A map of digits, image i of class i mod 3 with its successors as neighbors; two failures."""
+    """A map of digits (image i: class i mod 3, neighbors the next three) and two failures."""
     pixels = (load_digits().images / 16 * 255).astype(np.uint8)[..., None].repeat(3, axis=-1)
     rng = np.random.default_rng(0)
     near = (np.arange(n)[:, None] + np.arange(1, 4)) % n

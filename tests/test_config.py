@@ -1,3 +1,5 @@
+"""Config files, overrides, validation and the JSON form of configs."""
+
 import json
 
 import pytest
@@ -199,7 +201,7 @@ def test_bounds_contain_numbers_and_name_themselves(bounds, text, inside, outsid
     assert not any(value in bounds for value in outside)
 
 
-def test_registered_options_are_defaults_or_keys(monkeypatch):
+def test_register_options_accepts_defaults_and_keys(monkeypatch):
     monkeypatch.setattr("ssl_jax.config._REGISTERED", {})
     before = default_config()
     register_options("mine", {"width": 3, "rate": Key(0.5, "Its rate", Bounds(0, 1))})

@@ -1,3 +1,5 @@
+"""Measures of embeddings, and warnings of collapse."""
+
 import functools
 
 import jax
@@ -19,7 +21,7 @@ def test_embedding_std_is_1_for_spread_and_0_for_collapsed_embeddings():
     assert float(diagnostics.embedding_std(jnp.ones((8, 16)))) == pytest.approx(0, abs=1e-6)
 
 
-def test_embedding_std_matches_numpy_and_is_that_of_the_global_batch():
+def test_embedding_std_matches_numpy_on_1_and_8_devices():
     x = gaussian(64) + 0.5
     unit = x.astype(np.float64) / np.linalg.norm(x, axis=1, keepdims=True)
     expected = unit.std(axis=0).mean() * np.sqrt(16)
@@ -65,7 +67,7 @@ def test_alignment_and_uniformity_match_the_papers_definitions():
     assert diagnostics.uniformity(np.ones((4, 3))) == pytest.approx(0)
 
 
-def test_collapse_is_warned_once_with_its_first_step():
+def test_collapse_warns_once_and_names_its_first_step():
     detector = CollapseDetector()
     assert detector.check(10, {"loss": -0.5, "embedding_std": 0.4}) == []
     assert detector.check(20, {"loss": -1.0, "embedding_std": 0.001}) == []
@@ -80,7 +82,7 @@ def test_single_bad_batch_is_not_a_collapse():
         assert detector.check(step, {"loss": 1.0, "embedding_std": std}) == []
 
 
-def test_loss_stuck_at_ln_k_is_warned():
+def test_loss_stuck_at_ln_k_warns():
     detector = CollapseDetector(trivial_loss=float(np.log(3000)))
     metrics = {"loss": 8.0064, "embedding_std": 0.5}
     assert detector.check(1, metrics) == []
@@ -95,14 +97,14 @@ def test_nan_embeddings_count_as_collapsed():
     assert detector.check(2, {"loss": 1.0, "embedding_std": float("nan")})
 
 
-def test_loss_that_starts_at_ln_k_is_warned_after_patience():
+def test_loss_that_starts_at_ln_k_warns_after_patience():
     detector = CollapseDetector(trivial_loss=8.0, patience=100)
     for step in (10, 60, 110):
         assert detector.check(step, {"loss": 8.0}) == []
     assert "since step 10" in detector.check(120, {"loss": 8.0})[0]
 
 
-def test_evaluations_and_logged_steps_are_followed_separately():
+def test_evaluations_and_logged_steps_are_checked_separately():
     detector = CollapseDetector()
     assert detector.check(10, {"embedding_std": 0.001}) == []
     assert detector.check(15, {"rankme": 1.1}) == []
@@ -141,7 +143,7 @@ def test_contrastive_accuracy_matches_numpy_and_is_0_when_collapsed():
     assert float(diagnostics.contrastive_accuracy(same, same, same, among=False)) == 0
 
 
-def test_halved_spread_of_embeddings_is_warned_once():
+def test_halved_embedding_spread_warns_once():
     detector = diagnostics.CollapseDetector()
     spreads = [0.5, 0.64, 0.5, 0.31, 0.4, 0.3, 0.29, 0.2]
     warned = [detector.check(10 * i, {"embedding_std": std}) for i, std in enumerate(spreads)]
@@ -161,7 +163,7 @@ def indicators(stds, **options):
 
 def test_collapse_signs_have_their_first_and_last_step():
     assert indicators([0.5, 0.6, 0.5]) == []
-    assert indicators([0.5, 0.001, 0.5, 0.5]) == []  # one batch may mislead
+    assert indicators([0.5, 0.001, 0.5, 0.5]) == []  # a single batch is not enough
     assert indicators([0.5, 0.001, 0.002, 0.5]) == [("embedding_std", 10, 30)]
     assert indicators([0.5, 0.5, 0.002, 0.001]) == [("embedding_std", 20, None)]
     assert indicators([0.9, 0.3, 0.3, 0.8, 0.01, 0.01]) == [
@@ -170,7 +172,7 @@ def test_collapse_signs_have_their_first_and_last_step():
     ]
 
 
-def test_loss_at_that_of_constant_outputs_is_a_sign_only_if_it_stays_or_returns():
+def test_trivial_loss_is_a_sign_only_if_it_stays_or_returns():
     def of(losses, patience=0):
         records = [(i, {"loss": loss}) for i, loss in enumerate(losses)]
         found = diagnostics.collapse_signs(records, trivial_loss=8.0, patience=patience)
@@ -180,7 +182,7 @@ def test_loss_at_that_of_constant_outputs_is_a_sign_only_if_it_stays_or_returns(
     assert of([8.0, 8.0, 8.0]) == [(0, None)]
     assert of([8.0, 7.0, 8.0, 8.0]) == [(2, None)]
     assert of([7.0, 8.0, 8.0, 7.0]) == [(1, 3)]
-    # With the patience of the run's detector.
+    # With patience, as in a run's detector.
     assert of([8.0, 8.0, 8.0], patience=2) == []
     assert of([8.0, 8.0, 8.0, 8.0], patience=2) == [(0, None)]
     assert of([7.0, 8.0, 8.0], patience=2) == [(1, None)]

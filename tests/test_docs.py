@@ -1,7 +1,7 @@
-"""Every command of README and docs runs, on a network and for a length that take seconds.
+"""Runs every command in README and docs, with small networks and few steps.
 
-What doesn't run here stands in `ELSEWHERE`, with the reason. One folder and one run of `make
-quickstart` in small serve all of them; a page's commands run in its order, and none runs twice.
+Commands that don't run here are listed in `ELSEWHERE`, with the reason. All commands share one
+folder and one small run of `make quickstart`. A page's commands run in order, and none runs twice.
 """
 
 import argparse
@@ -37,31 +37,31 @@ DOCS = ROOT / "docs"
 PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in DOCS.glob("*.md"))]
 SMALL = ("model.depth=4", "model.width=0.0625", "eval.trials=2")
 BRIEF = ("steps=2", "log_every=100", "eval.knn_every_epochs=0", "checkpoint.every_epochs=0")
-# What a command draws at random, and bfloat16, are most of what its step takes to compile. Those of
-# `AS_IT_IS` and the quickstart have all of their config's; the others' views are whole images.
+# Augmentation and bfloat16 take most of a step's compile time. Only `AS_IT_IS` and the quickstart
+# keep their configs' settings; the other commands train on whole images in float32.
 AS_IT_IS = "configs/moco_cifar10.py:solo"
 QUICKSTARTS = {"--workdir=runs/quickstart", "--workdir=runs/stopped"}
 
-# The beginnings of lines and blocks that this file doesn't run, and why.
+# Prefixes of lines and blocks that this file doesn't run, and why.
 ELSEWHERE = {
-    "make ": "CI's own targets, of the Makefile: test_targets_of_make_exist",
-    "pip install ": "installs from an index; CI does by make",
-    "python3.11 -m venv peers": "installs another library to measure beside",
+    "make ": "CI runs these targets: test_make_targets_exist",
+    "pip install ": "installs from an index; CI does so by make",
+    "python3.11 -m venv peers": "installs another library for comparison",
     "peers/bin/pip install ": "the same",
-    "topology   ": "what the command above it prints",
-    "gcloud ": "needs a TPU pod; its run is checked by test_configs_that_are_named_load",
+    "topology   ": "the output of the command above it",
+    "gcloud ": "needs a TPU pod; test_configs_in_commands_load_with_their_overrides",
     "#!/bin/bash": "needs Slurm; the same",
     "apiVersion: ": "needs Kubernetes; the same",
     "JAX_COORDINATOR_ADDRESS=": "several hosts; tests/run/test_processes.py runs several processes",
     "export JAX_PLATFORMS=cpu JAX_COORDINATOR": "two processes; tests/run/test_processes.py",
     "XLA_FLAGS=": "the tests themselves see eight simulated devices, tests/conftest.py",
-    "ssl-jax plan ": "needs libtpu, minutes: tests/tpu; test_plans_are_asked_well",
-    "python benchmarks/": "minutes to hours; arguments by test_benchmarks_take_their_arguments",
+    "ssl-jax plan ": "needs libtpu, minutes: tests/tpu; test_plan_commands_are_valid",
+    "python benchmarks/": "minutes to hours; test_benchmarks_accept_their_arguments",
     "ssl-jax views --config=configs/simclr_digits.py --out=posterized.png": (
-        "needs the page's patches: test_an_augmentation_is_added_by_the_pages_patches"
+        "needs the page's diffs: test_diffs_of_new_augmentation_page_add_a_working_augmentation"
     ),
     "python run_pretrain.py --config=configs/simclr_imagenet.py": (
-        "needs ImageNet; test_configs_that_are_named_load"
+        "needs ImageNet; test_configs_in_commands_load_with_their_overrides"
     ),
     "python run_pretrain.py --config=my_method.py": "tests/test_new_method.py",
     "ssl-jax knn --from=runs/mine --import=": "the same",
@@ -76,7 +76,7 @@ PYTHON_ELSEWHERE = {
 
 
 def blocks(page, language=""):
-    """The code blocks of a page in a language; those without one are commands, or output."""
+    """Returns a page's code blocks in a language; "" for commands and output."""
     text = (ROOT / page).read_text()
     return [
         body
@@ -90,7 +90,7 @@ def starts_with_one_of(text, table):
 
 
 def commands(page):
-    """The commands of a page, one a line; blocks that are another thing as a whole are left out."""
+    """Returns a page's commands, one per line; scripts and outputs are kept whole."""
     lines = []
     for block in blocks(page):
         if block.startswith(("topology   ", "gcloud ", "#!/bin/bash", "apiVersion", "export JAX")):
@@ -101,13 +101,13 @@ def commands(page):
 
 
 def runnable(page):
-    """The commands of a page that are run here."""
+    """Returns the commands of a page that run here."""
     return [line for line in commands(page) if not starts_with_one_of(line, ELSEWHERE)]
 
 
 QUICKSTART = "python run_pretrain.py --config=configs/simclr_digits.py --workdir=runs/quickstart"
 PROGRAM = "ssl-jax export --from=runs/quickstart --format=program --out=encoder.bin"
-# Commands of other pages that a page takes for done.
+# Commands of other pages that a page relies on.
 BEFORE = {
     "docs/configs.md": (
         "ssl-jax data pack cifar10/train train.npz",
@@ -121,11 +121,11 @@ BEFORE = {
 
 
 def fill_folder(folder):
-    """What the commands find where they are typed."""
+    """Creates the files that the commands need in the folder where they run."""
     for name in ("configs", "examples"):
         (folder / name).symlink_to(ROOT / name)
     for name in ("PATH", "cifar10/train", "cifar10/test", "DIR/train", "DIR/test"):
-        # As many as are trained on, evaluated and shown at once: each program has one shape.
+        # Two classes of four fill one batch everywhere, so each program is compiled for one shape.
         images.fill(folder / name, per_class=4, classes=("cat", "dog"))
         for file in (folder / name).rglob("*.png"):
             small = images.Image.open(file).resize((32, 32))
@@ -138,14 +138,14 @@ def fill_folder(folder):
 
 
 class Typed:
-    """A folder in which commands are typed, each once, and what they have printed."""
+    """Runs commands in a folder, each once, and keeps their output."""
 
     def __init__(self, folder):
         fill_folder(folder)
         self.folder, self.printed = folder, {}
 
     def type(self, *lines):
-        """Runs commands, unless they have been; returns what they printed."""
+        """Runs commands that haven't run yet; returns the output of all."""
         return "".join(map(self._type, lines))
 
     def _type(self, line):
@@ -161,13 +161,13 @@ class Typed:
         return self.printed[words]
 
     def page(self, page):
-        """Runs all commands of a page that run here, and those that it takes for done."""
+        """Runs the commands that a page relies on and its own; returns their output."""
         return self.type(*BEFORE.get(page, ()), *runnable(page))
 
 
 @pytest.fixture(scope="module")
 def typed(tmp_path_factory):
-    """With a run of `make quickstart` in small."""
+    """A folder with a small run of `make quickstart`."""
     made = Typed(tmp_path_factory.mktemp("docs"))
     with contextlib.chdir(made.folder):
         made.type(QUICKSTART)
@@ -176,7 +176,7 @@ def typed(tmp_path_factory):
 
 @pytest.fixture
 def here(typed, monkeypatch):
-    """Where the commands are typed."""
+    """The folder of `typed`, as the working directory."""
     monkeypatch.chdir(typed.folder)
     return typed.folder
 
@@ -185,13 +185,13 @@ FEW_IMAGES = ("batch_size=8", "eval.batch_size=8")
 
 
 def plain(views):
-    """The keys by which a step compiles in a fraction of the time."""
+    """Returns overrides without augmentation and bfloat16, so that a step compiles fast."""
     whole = [f"{key}={value}" for key, value in tiny.WHOLE_IMAGE.items()]
     return ["dtype=float32", *(f"views.{name}.{key}" for name in views for key in whole)]
 
 
 def changes(name, arguments):
-    """The keys that make a command small."""
+    """Returns the overrides that make a command small."""
     config = next((a.split("=")[1] for a in arguments if a.startswith("--config=")), "")
     if name == "pretrain":
         small = [*SMALL, *BRIEF]
@@ -212,7 +212,7 @@ def changes(name, arguments):
 
 
 def run(words):
-    """Runs a command in small; fails where it does."""
+    """Runs a command with small settings; fails if it does."""
     program, *arguments = words
     if program == "ssl-jax":
         name, *arguments = arguments
@@ -244,14 +244,14 @@ def test_every_command_of_the_page_runs(page, typed, here):
     typed.page(page)
 
 
-def test_enough_commands_run_and_those_of_other_pages_are_there():
+def test_commands_that_pages_rely_on_are_in_the_docs():
     every = {line for page in PAGES for line in runnable(page)}
     assert len(every) > 30
     for lines in ((QUICKSTART, PROGRAM), *BEFORE.values()):
         assert set(lines) <= every
 
 
-def test_pages_leave_what_they_promise_in_the_folder(typed, here):
+def test_commands_write_the_files_that_pages_describe(typed, here):
     typed.page("README.md")
     typed.page("docs/evaluate.md")
     page = (here / "runs" / "quickstart" / "report.html").read_text()
@@ -263,8 +263,8 @@ def test_pages_leave_what_they_promise_in_the_folder(typed, here):
     assert "raw pixels" in (here / "hub" / "README.md").read_text()
 
 
-def test_programs_of_examples_end_by_what_they_have_found(typed, here):
-    told = typed.page("docs/data.md") + typed.page("docs/quickstart.md")
+def test_examples_print_their_results(typed, here):
+    printed = typed.page("docs/data.md") + typed.page("docs/quickstart.md")
     assert "optim.lr" in (here / "runs" / "quickstart" / "comparison.html").read_text()
     for line in (
         r"top-1 \d+\.\d\d %",
@@ -274,9 +274,9 @@ def test_programs_of_examples_end_by_what_they_have_found(typed, here):
         r"kNN +top-1 \d+\.\d\d \[.*\] % of 450 images",
         r"5 labels per class: \d+\.\d % ± \d+\.\d",
     ):
-        assert re.search(line, told), line
+        assert re.search(line, printed), line
     for name in ("encoder.safetensors", "encoder.bin"):
-        (difference,) = re.findall(rf"exported/{name}: features differ by (\S+) at most", told)
+        (difference,) = re.findall(rf"exported/{name}: features differ by (\S+) at most", printed)
         assert float(difference) < 1e-3
 
 
@@ -288,7 +288,7 @@ def python_blocks():
 
 
 @pytest.mark.parametrize(("page", "block"), [*python_blocks()])
-def test_every_block_of_python_runs(page, block, typed, here):
+def test_every_python_block_runs(page, block, typed, here):
     if page == "docs/interop.md":
         typed.type(PROGRAM)
     pictures = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
@@ -298,15 +298,15 @@ def test_every_block_of_python_runs(page, block, typed, here):
         expected = ssl_jax.load("runs/quickstart").apply(pictures)
         np.testing.assert_allclose(names["features"], expected, rtol=1e-4, atol=1e-5)
     if isinstance(names.get("config"), ConfigDict):
-        load_config("configs/simclr_digits.py")  # which validates; so does what the page has made
+        load_config("configs/simclr_digits.py")
         ssl_jax.config.validate(names["config"])
 
 
-def test_the_list_of_data_sets_is_read(here):
+def test_data_sets_file_of_evaluate_page_is_read(here):
     assert [found.metric for found in read_sets("all_sets.json")] == ["top1", "mean_per_class"]
 
 
-def test_what_is_not_run_here_is_still_there():
+def test_skipped_commands_are_still_in_the_docs():
     lines = [line for page in PAGES for line in commands(page)]
     for begins in ELSEWHERE:
         assert any(line.startswith(begins) for line in lines), begins
@@ -319,7 +319,7 @@ def test_what_is_not_run_here_is_still_there():
         assert {kind for kind in found if not kind.startswith("{")} <= known, page
 
 
-def test_targets_of_make_exist():
+def test_make_targets_exist():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     for page in PAGES:
         text = (ROOT / page).read_text()
@@ -327,8 +327,8 @@ def test_targets_of_make_exist():
         assert set(named) <= targets, page
 
 
-def test_configs_that_are_named_load():
-    """With the overrides beside them, also where what they need isn't here."""
+def test_configs_in_commands_load_with_their_overrides():
+    """Includes commands that can't run here."""
     tried = 0
     for page in PAGES:
         for block in blocks(page):
@@ -343,7 +343,7 @@ def test_configs_that_are_named_load():
     assert tried > 15
 
 
-def test_plans_are_asked_well():
+def test_plan_commands_are_valid():
     for page in PAGES:
         for line in commands(page):
             if line.startswith("ssl-jax plan"):
@@ -353,11 +353,11 @@ def test_plans_are_asked_well():
 
 
 class ParsedError(Exception):
-    """Arguments have been taken."""
+    """The arguments were accepted."""
 
 
 def stop_when_parsed(monkeypatch):
-    """Programs end once they have taken their arguments; both ways of parsing them."""
+    """Makes programs raise `ParsedError` once they have parsed their arguments."""
     parser, inside = argparse.ArgumentParser, []
 
     def stopping(parse):
@@ -378,7 +378,7 @@ def stop_when_parsed(monkeypatch):
         monkeypatch.setattr(parser, name, stopping(getattr(parser, name)))
 
 
-def test_benchmarks_take_their_arguments(monkeypatch, tmp_path):
+def test_benchmarks_accept_their_arguments(monkeypatch, tmp_path):
     stop_when_parsed(monkeypatch)
     monkeypatch.chdir(tmp_path)
     lines = {line for page in PAGES for line in commands(page)}
@@ -387,17 +387,17 @@ def test_benchmarks_take_their_arguments(monkeypatch, tmp_path):
     for line in sorted(lines):
         _, file, *arguments = shlex.split(line)
         monkeypatch.setattr(sys, "argv", [file, *arguments])
-        # Its neighbors are imported by name.
+        # Benchmarks import files next to them by name.
         monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
         with pytest.raises(ParsedError):
             runpy.run_path(str(ROOT / file), run_name="__main__")
 
 
-# Names in the text
+# Names in the text.
 
 
 def schema():
-    """Keys and groups of the schema; any name is that of a view."""
+    """Returns all keys and groups of the schema."""
     plain = default_config().to_dict()
     keys = flatten(plain) | {"views": {}}
     groups = {key.rpartition(".")[0] for key in keys}
@@ -409,7 +409,7 @@ OF_A_PAGE = {"docs/new_augmentation.md": "posterize", "docs/new_method.md": "bar
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_config_keys_exist(page):
+def test_config_keys_on_the_page_exist(page):
     known = schema()
     for key in re.findall(r"config\.([A-Za-z_][\w.]*\w)", (ROOT / page).read_text()):
         if key.split(".")[0] in NOT_KEYS or OF_A_PAGE.get(page, "-") in key:
@@ -419,20 +419,20 @@ def test_config_keys_exist(page):
         assert key in known, f"{page}: config.{key}"
 
 
-def test_defaults_beside_keys_are_the_schemas():
+def test_defaults_in_coming_from_match_the_schema():
     plain = flatten(default_config().to_dict())
     rows = [line.split(" | ") for line in text_of("docs/coming_from.md").splitlines()]
     ours = [row[1] for row in rows if len(row) == 3]
     found = [pair for cell in ours for pair in re.findall(r"`config\.([\w.]+)`, ([^;`]+)", cell)]
     checked = 0
-    for key, told in found:
-        told = told.split(", and")[0].strip()
+    for key, documented in found:
+        documented = documented.split(", and")[0].strip()
         value = plain[key]
-        if re.fullmatch(r"\d{1,3}(,\d{3})+", told):
-            told = told.replace(",", "")
-        if told:  # not another key
-            expected = () if told == "empty" else literal(told)
-            assert value == expected, f"config.{key} is {value}, not {told}"
+        if re.fullmatch(r"\d{1,3}(,\d{3})+", documented):
+            documented = documented.replace(",", "")
+        if documented:  # not another key
+            expected = () if documented == "empty" else literal(documented)
+            assert value == expected, f"config.{key} is {value}, not {documented}"
             checked += 1
     assert checked > 30
 
@@ -448,7 +448,7 @@ def text_of(page):
     return (ROOT / page).read_text()
 
 
-def test_files_and_names_that_the_map_names_exist():
+def test_files_and_names_in_where_things_are_exist():
     text = text_of("docs/where_things_are.md")
     for name in re.findall(r"`([\w/]+\.(?:py|toml))`", text):
         assert (ROOT / "ssl_jax" / name).exists() or (ROOT / name).exists(), name
@@ -461,12 +461,12 @@ def test_files_and_names_that_the_map_names_exist():
 
 
 def slug(heading):
-    """The anchor that GitHub gives a heading."""
+    """Returns the anchor that GitHub gives a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
+def test_links_and_anchors_exist(page):
     for target in re.findall(r"\]\(([^)#\s]*(?:#[^)\s]*)?)\)", text_of(page)):
         if "://" in target:
             continue
@@ -484,10 +484,10 @@ def test_every_page_is_in_the_table_of_contents():
     assert pages == listed
 
 
-# What programs make
+# Generated files.
 
 
-def test_the_table_of_keys_has_a_meaning_for_each(monkeypatch):
+def test_every_config_key_has_a_meaning(monkeypatch):
     monkeypatch.syspath_prepend(str(DOCS))
     table = importlib.import_module("config_keys")
     missing = [key for key, _, meaning in table.rows() if not meaning]
@@ -498,17 +498,17 @@ def test_the_table_of_keys_has_a_meaning_for_each(monkeypatch):
     assert rows["views.*.gray_first"] == ("False", "Apply grayscale before jitter (MoCo v1)")
 
 
-def test_the_config_file_that_is_shown_is_the_one_there():
+def test_config_file_shown_in_docs_equals_the_file():
     shown = blocks("docs/configs.md", "python")[0]
     assert text_of("configs/simclr_folder.py").endswith('"""\n\n' + shown)
 
 
-def test_diagrams_are_what_the_program_draws():
+def test_diagrams_are_up_to_date():
     drawn = runpy.run_path(str(DOCS / "diagrams.py"))
     assert len(drawn["DIAGRAMS"]) == len(list((DOCS / "images").glob("*.svg")))
     for draw in drawn["DIAGRAMS"]:
         file = DOCS / "images" / f"{draw.__name__}.svg"
-        assert file.read_text() == draw().svg(), "python docs/diagrams.py draws them anew"
+        assert file.read_text() == draw().svg(), "run python docs/diagrams.py"
         assert f"images/{file.name}" in text_of("docs/concepts.md") + text_of(
             "docs/where_things_are.md"
         )
@@ -516,7 +516,7 @@ def test_diagrams_are_what_the_program_draws():
         drawn["Drawing"]("", "", 100).box(0, 0, "far too many words for one box", "net")
 
 
-def test_the_picture_is_drawn_from_a_run(here, monkeypatch):
+def test_quickstart_picture_can_be_drawn_from_a_run(here, monkeypatch):
     program = runpy.run_path(str(DOCS / "result.py"))
     page = program["Page"]()
     rows = json.loads((here / "runs" / "quickstart" / "evaluation.json").read_text())["rows"]
@@ -527,7 +527,7 @@ def test_the_picture_is_drawn_from_a_run(here, monkeypatch):
     assert (DOCS / "images" / "quickstart.png").stat().st_size < 150_000
 
 
-def test_a_run_that_was_stopped_is_resumed(here, monkeypatch, capsys):
+def test_stopped_run_is_resumed_by_the_example(here, monkeypatch, capsys):
     monkeypatch.setattr(processes.Stop, "asked", lambda self, step: step == 1)
     run(QUICKSTART.replace("quickstart", "stopped").split())
     monkeypatch.undo()
@@ -575,8 +575,8 @@ STALE = (
 
 
 def apply_patch(patch, folder):
-    """Runs `git apply`; if the context below has changed, with only the context above."""
-    # Without a repository above it, git takes the folder as it is.
+    """Runs `git apply`; if that fails, tries again with only the context above each change."""
+    # Keeps git from applying the patch relative to a repository above the folder.
     environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
     above = re.sub(r"^(\+.*\n)(?: .*\n|\n)+(?=@@|\Z)", r"\1", patch, flags=re.M)
     for text, options in ((patch, []), (above, ["--recount", "--unidiff-zero"])):
@@ -596,7 +596,7 @@ def apply_patch(patch, folder):
 
 @pytest.mark.parametrize("other", ["", "bands"])
 def test_diffs_of_new_augmentation_page_add_a_working_augmentation(other, tmp_path):
-    """Applies them to the package, and to one with another augmentation in the same places."""
+    """Applies the diffs to the package, and to a copy with another augmentation added before."""
     for name in ("ssl_jax", "tests/data"):
         unwanted = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=unwanted)

@@ -48,7 +48,7 @@ def test_update_is_exact_for_decay_0_and_1(decay):
 
 
 def test_update_keeps_small_steps_in_float32():
-    # 1 - 0.99999 in float32 is off by 1e-3 of itself where the decay is rounded first.
+    # If the decay were rounded to float32 first, 1 - decay would have a relative error of 1e-3.
     target, online = {"w": jnp.zeros(3)}, {"w": jnp.ones(3)}
     moved = ema.update(target, online, 0.99999)
     np.testing.assert_allclose(moved["w"], 1e-5, rtol=1e-6)
@@ -65,7 +65,7 @@ def test_bfloat16_targets_are_averaged_in_float32(online_dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("online_dtype", [jnp.bfloat16, jnp.float32])
-def test_the_target_keeps_its_dtype(dtype, online_dtype):
+def test_target_keeps_its_dtype(dtype, online_dtype):
     target, online = networks(dtype, online_dtype)
     moved = ema.update(target, online, jnp.float32(0.9))
     assert {x.dtype for x in jax.tree.leaves(moved)} == {jnp.dtype(dtype)}
@@ -85,5 +85,5 @@ def test_cosine_decay_stays_at_one_after_the_end():
     assert ema.cosine_decay(0.99, 1000, 1000) == 1
     assert ema.cosine_decay(0.99, 1500, 1000) == 1
     np.testing.assert_allclose(ema.cosine_decay(0.99, 500, 1000), 0.995, atol=1e-7)
-    # MoCo's constant decay is the method's own; a base of 1 never moves.
+    # From a base of 1 the decay stays 1.
     assert ema.cosine_decay(1.0, 3, 1000) == 1

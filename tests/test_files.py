@@ -1,4 +1,4 @@
-"""Atomic writing of files."""
+"""Atomic file writing and its error messages."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_unwritable_file_named_by_the_user_is_a_user_error(tmp_path):
             temporary.write_text("x")
 
 
-def test_errors_of_writing_have_a_short_reason_and_a_fix(tmp_path):
+def test_write_errors_have_a_short_reason_and_a_fix(tmp_path):
     message = (
         r"Cannot write a \(disk gone\)\. Check free disk space and permissions, then rerun the "
     )

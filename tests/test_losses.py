@@ -1,4 +1,4 @@
-"""The losses against float64 NumPy written from the papers, and across devices."""
+"""Compares the losses with float64 NumPy written from the papers, and 8 devices with 1."""
 
 import functools
 import itertools
@@ -20,7 +20,7 @@ def unit64(x):
 
 
 def nt_xent_oracle(z1, z2, temperature, memory=()):
-    """SimCLR eq. 1, anchor by anchor; rows of `memory` are negatives of all."""
+    """SimCLR eq. 1, anchor by anchor; rows of `memory` are negatives of every anchor."""
     z = np.concatenate([unit64(z1), unit64(z2), *memory])
     n = len(z1)
     similarity = z @ z.T / temperature
@@ -50,7 +50,7 @@ def pair():
 
 
 def computed(cases, function, *arrays):
-    """{case: function(*case)(*arrays)}, all in one program: each of its own compiles as long."""
+    """Returns {case: function(*case)(*arrays)}; one program for all cases compiles faster."""
     run = jax.jit(lambda *arrays: {str(case): function(*case)(*arrays) for case in cases})
     results = run(*map(jnp.float32, arrays))
     return {case: results[str(case)] for case in cases}
@@ -69,7 +69,7 @@ def test_nt_xent_equals_the_float64_oracle(pair):
 
 
 def test_nt_xent_gradient_equals_the_float64_oracle(pair):
-    # The views of three images are exchanged, so that at 0.01 too there is something to learn.
+    # Second views of three images are permuted; otherwise the gradient at 0.01 would be about 0.
     z1, z2 = pair[0][:5], pair[1][[1, 2, 0, 3, 4]]
 
     def gradient_of(temperature, block):
@@ -154,7 +154,7 @@ def test_nt_xent_never_materializes_the_score_matrix(memory):
 
 
 def compiled_mib(function, *shapes):
-    """The temporary memory of the compiled value and gradient; nothing is run."""
+    """Returns the temporary memory of the compiled value and gradient; nothing is run."""
     args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     compiled = jax.jit(jax.value_and_grad(function)).lower(*args).compile()
     return compiled.memory_analysis().temp_size_in_bytes / 2**20
@@ -167,7 +167,7 @@ def test_nt_xent_stays_within_its_memory_bound(n, limit):
 
 
 def collectives(text, kind):
-    """The shapes that instructions of that kind produce in a compiled program."""
+    """Returns the result shapes of collectives of that kind in a compiled program."""
     found = re.findall(rf"= (.*?) {kind}(?:-start)?\(", text)
     return [shape for shapes in found for shape in re.findall(r"\w+\[[\d,]*\]", shapes)]
 
@@ -229,7 +229,7 @@ def test_nt_xent_gradients_agree_between_1_and_8_devices(pair, mode):
         value, gradient = actual[block]
         np.testing.assert_allclose(value, expected, rtol=1e-5, err_msg=block)
         np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-6, err_msg=block)
-        # What the field's commonest bug gives is far outside the tolerance.
+        # The most common bug, a wrong factor of 8, is far outside the tolerance.
         for wrong in (8 * gradient, gradient / 8):
             assert not np.allclose(wrong, expected_gradient, rtol=1e-2)
 
@@ -304,7 +304,7 @@ def test_sinkhorn_equals_the_float64_oracle():
         np.testing.assert_allclose(ours.sum(1), 1, rtol=1e-5)
 
 
-# After 300 iterations the factors of rows and columns alone would have left float32.
+# By 300 iterations, factors of rows and columns that are never multiplied in would overflow.
 @pytest.mark.parametrize("iterations", [3, 300])
 def test_sinkhorn_is_finite_for_any_finite_scores(iterations):
     for size in (1e4, 3e38):
@@ -340,7 +340,7 @@ def test_sinkhorn_on_8_devices_equals_1_device():
     np.testing.assert_allclose(
         mapped(spmd.place_batch(scores)), losses.sinkhorn(scores), rtol=1e-4, atol=1e-6
     )
-    # Each device alone would balance only its own samples.
+    # Without `axis_name`, each device balances only its own samples.
     alone = spmd.map(lambda s: losses.sinkhorn(s), ("sharded",), "sharded")
     assert not np.allclose(alone(spmd.place_batch(scores)), losses.sinkhorn(scores), rtol=1e-2)
 
@@ -367,7 +367,7 @@ def test_negative_cosine_and_mse_equal_the_float64_oracle():
     np.testing.assert_allclose(losses.normalized_mse(p, z), expected, rtol=1e-5)
 
 
-def test_a_zero_row_has_a_finite_gradient():
+def test_negative_cosine_of_a_zero_row_has_a_finite_gradient():
     gradient = jax.grad(lambda x: losses.negative_cosine(x, jnp.ones((2, 3))))(jnp.zeros((2, 3)))
     assert bool(jnp.isfinite(gradient).all())
 

@@ -1,4 +1,4 @@
-"""Embedding caching: the large batch's step with one microbatch in memory at a time."""
+"""Embedding caching: a large batch's step with one microbatch in memory at a time."""
 
 import flax.linen as nn
 import jax
@@ -72,7 +72,7 @@ def cached(method, state, raw, prepare):
 
 
 def by_automatic_differentiation(method, state, raw, prepare):
-    """The definition: one differentiable function that encodes all microbatches."""
+    """Defines the expected result: one differentiable function encodes all microbatches."""
     parts = [prepare(_take(raw, jnp.int32(i), MICROBATCHES)) for i in range(MICROBATCHES)]
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.key), 1)
 
@@ -94,7 +94,7 @@ def by_automatic_differentiation(method, state, raw, prepare):
 
 
 def computed(config, devices, way, augment=False):
-    """Loss, gradients, outputs, statistics and logs of a batch, before the optimizer."""
+    """Returns loss, gradients, outputs, statistics and logs, before the optimizer."""
     source, spmd = random_source(), make_spmd(devices=devices)
     method, _, state, device_data = make_step(config, spmd, source)
     prepare = make_augment_fn(config)

@@ -1,4 +1,4 @@
-"""Optimizers, labels and schedules against their formulas in float64."""
+"""Compares optimizers and schedules with their formulas in float64; parameter labels."""
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ from ssl_jax.config import default_config
 from ssl_jax.errors import UserError
 
 NAMES = optim.OPTIMIZERS
-# 0 as at the start of a warmup; .01 and .5 lie on both sides of the clipping of `lars_clipped`.
+# 0, as at the start of a warmup; `lars_clipped` clips the trust at .01 but not at .5.
 RATES = [0.0, 0.5, 0.01, 0.9, 0.3]
 MOMENTUM = 0.8
 
@@ -40,7 +40,7 @@ def some_params():
 
 
 def some_gradients(params, steps):
-    """One tree a step; none of `still` has one, `zero` has one from its second step on."""
+    """One tree per step; gradients of `still` are 0, and so are those of `zero` in step 0."""
     rng = np.random.default_rng(1)
 
     def leaf(path, x, step):
@@ -55,7 +55,7 @@ def some_gradients(params, steps):
 
 
 def run(optimizer, params, gradients):
-    """The params after each step, one operation at a time: compiling would take longer."""
+    """Returns the params after each step, without jit, because compiling would take longer."""
     state, trajectory = optimizer.init(params), []
     for gradient in gradients:
         updates, state = optimizer.update(gradient, state, params)
@@ -65,7 +65,7 @@ def run(optimizer, params, gradients):
 
 
 def run_compiled(optimizer, params, gradients):
-    """The params after each step, under jit with the state donated as in the train step."""
+    """Returns the params after each step, under jit with the state donated as in training."""
 
     def update(state, params, gradient):
         updates, state = optimizer.update(gradient, state, params)
@@ -164,7 +164,7 @@ def oracle(name, w, gradients, rates, wd, adapt):
 
 
 def assert_follows(trajectory, path, expected, name=""):
-    """Leaf `path` of a trajectory of params follows the oracle."""
+    """Checks that leaf `path` of a trajectory of params follows the oracle."""
     # 1 - 0.999^t, Adam's bias correction, loses three digits in float32.
     atol = 2e-5 if name == "adamw" else 2e-6
     for step, (params, value) in enumerate(zip(trajectory, expected, strict=True)):
@@ -177,7 +177,7 @@ def leaf_paths(params):
 
 
 def assert_formula(name, optimizer, weight_decay):
-    """Every tensor follows its oracle; kernels alone are adapted and decayed."""
+    """Checks that every tensor follows its oracle; only kernels are adapted and decayed."""
     params = some_params()
     gradients = some_gradients(params, len(RATES))
     trajectory = run(optimizer, params, gradients)
@@ -320,7 +320,7 @@ def test_weight_mask_marks_the_weights():
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 @pytest.mark.parametrize("decay_norm_bias", [False, True])
-def test_decay_of_norm_and_bias(name, decay_norm_bias):
+def test_norm_and_bias_decay_only_if_configured(name, decay_norm_bias):
     params = some_params()
     gradients = some_gradients(params, len(RATES))
     config = make_config(name, weight_decay=0.1, decay_norm_bias=decay_norm_bias)
@@ -413,8 +413,8 @@ def all_labels(params):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_restored_state_continues_the_compiled_run(name):
-    """Saved and restored after every step, frozen ones too, the run is the uninterrupted one."""
+def test_restored_state_continues_the_compiled_run(name):
+    """Saving and restoring after every step, including frozen steps, changes nothing."""
     params = some_params()
     gradients = some_gradients(params, len(RATES))
     config = make_config(name, weight_decay=0.1, frozen_steps=2)
@@ -436,7 +436,7 @@ def test_a_restored_state_continues_the_compiled_run(name):
         )
 
 
-def test_the_state_keeps_its_structure_and_types():
+def test_state_keeps_its_structure_and_types():
     params = some_params()
     gradient = some_gradients(params, 2)[1]
     for name in NAMES:
@@ -467,7 +467,7 @@ def assert_schedule(ours, steps, expected, peak):
 
 
 @pytest.mark.parametrize("lr, scaling", [(0.3, "linear"), (0.075, "sqrt"), (4.8, "none")])
-def test_simclr_schedule(lr, scaling):
+def test_simclr_schedule_equals_its_formula(lr, scaling):
     """Linear from 0 over 10 epochs to 4.8 at batch 4096, then cosine to 0; 100 epochs."""
     config = schedule_config(lr=lr, lr_scaling=scaling, warmup_epochs=10.0)
     np.testing.assert_allclose(optim.peak_learning_rate(config, 4096), 4.8, rtol=1e-12)
@@ -487,7 +487,7 @@ def test_simclr_schedule(lr, scaling):
     np.testing.assert_allclose([ours(warmup // 2), ours(warmup)], [2.4, 4.8], rtol=1e-6)
 
 
-def test_moco_v1_schedule_drops_at_its_epochs():
+def test_moco_v1_schedule_drops_at_step_epochs():
     config = schedule_config(
         lr=0.03, schedule="step", step_epochs=(120, 160), step_gamma=0.1, per_epoch=True
     )
@@ -497,7 +497,7 @@ def test_moco_v1_schedule_drops_at_its_epochs():
     assert_schedule(ours, steps, [0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003], 0.03)
 
 
-def test_steps_count_from_the_runs_start_after_a_warmup():
+def test_step_epochs_count_from_the_runs_start_with_a_warmup():
     config = schedule_config(
         lr=1.0, lr_scaling="none", schedule="step", step_epochs=(3, 5), warmup_epochs=2.0
     )
@@ -518,7 +518,7 @@ def test_moco_v2_and_simsiam_cosine_is_per_epoch(lr, batch, epochs):
 
 
 @pytest.mark.parametrize("scaling, lr", [("none", 4.8), ("linear", 0.3)])
-def test_swav_schedule(scaling, lr):
+def test_swav_schedule_equals_its_formula(scaling, lr):
     """From .3 to 4.8 in 10 epochs, then to .0048: start and end are not scaled by the batch."""
     config = schedule_config(
         lr=lr, lr_scaling=scaling, warmup_epochs=10.0, warmup_start=0.3, final_lr=0.0048
@@ -538,7 +538,7 @@ def test_swav_schedule(scaling, lr):
     np.testing.assert_allclose(ends, [0.3, 4.8, 0.0048, 0.0048], rtol=2e-6)
 
 
-def test_constant_schedule_after_a_warmup_by_epoch():
+def test_constant_schedule_after_a_per_epoch_warmup():
     config = schedule_config(
         lr=1.0,
         lr_scaling="none",
@@ -552,13 +552,13 @@ def test_constant_schedule_after_a_warmup_by_epoch():
     assert_schedule(ours, steps, [0.5, 0.5, 0.75, 0.75, 1.0, 1.0], 1.0)
 
 
-def test_a_run_shorter_than_its_warmup_never_reaches_the_peak():
+def test_run_shorter_than_its_warmup_never_reaches_the_peak():
     config = schedule_config(lr=1.0, lr_scaling="none", warmup_epochs=10.0)
     ours = optim.learning_rate_schedule(config, 256, 5, 10)
     assert_schedule(ours, [0, 2, 4], [0, 0.02, 0.04], 1.0)
 
 
-def test_a_zero_learning_rate_stays_zero():
+def test_zero_learning_rate_stays_zero():
     config = schedule_config(lr=0.0, warmup_epochs=1.0)
     ours = optim.learning_rate_schedule(config, 256, 40, 10)
     assert_schedule(ours, [0, 5, 10, 39], [0, 0, 0, 0], 1.0)

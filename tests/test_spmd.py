@@ -1,3 +1,5 @@
+"""The device mesh: divisibility, placement, and maps by shard_map and pmap."""
+
 import jax
 import numpy as np
 import pytest
@@ -28,7 +30,7 @@ def test_local_indices_are_those_of_the_process_devices():
             self.process_index = process_index
 
     class Elsewhere:
-        # A mesh in torus order, in which a process's devices are not adjacent.
+        # In a mesh in torus order, a process's devices need not be adjacent.
         devices = np.array([Device(p) for p in (0, 1, 1, 0)])
         size = 4
 

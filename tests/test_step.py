@@ -1,4 +1,4 @@
-"""The train step across devices, before and after the optimizer."""
+"""Compares the train step on 1 and 8 devices, before and after the optimizer."""
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,12 @@ ONE = jax.devices()[:1]
 
 
 def with_moved_zeros(state):
-    """Moves parameters that start at 0 away from it, as some gradients would be 0 there."""
+    """Moves parameters that start at 0 away from it, because some gradients are 0 there."""
     return state.replace(params=jax.tree.map(lambda p: jnp.where(p == 0, 0.1, p), state.params))
 
 
 def gradients_on(config, source, mode, devices, augment=False):
-    """Loss, gradients and batch statistics of a batch, before the optimizer."""
+    """Returns loss, gradients and batch statistics of a batch, before the optimizer."""
     spmd = make_spmd(mode, devices, config.batch_size)
     method, _, state, device_data = make_step(config, spmd, source)
     prepare = make_augment_fn(config)
@@ -109,7 +109,7 @@ def run_steps(config, source, spmd, steps):
 
 def test_1_and_8_devices_agree_over_20_steps():
     config, source = tiny_config(epochs=10.0), random_source()
-    # A small learning rate: rounding grows with every step, and LARS amplifies it at first.
+    # A small learning rate, and not LARS: rounding errors grow with every step.
     config.optim.update(name="adamw", lr=0.02)
     _, one = run_steps(config, source, make_spmd("shard_map", ONE), 20)
     state, eight = run_steps(config, source, make_spmd("shard_map"), 20)
@@ -175,9 +175,9 @@ def test_parameters_and_statistics_stay_float32_under_bfloat16():
 
 
 def test_golden_metrics_of_one_step():
-    """Renew the values if the method, its defaults or the augmentation change on purpose.
+    """Update the values if the method, its defaults or the augmentation change on purpose.
 
-    Print `metrics` here and paste them; any other change of these numbers is a bug.
+    To do so, print `metrics` here. Any other change of these numbers is a bug.
     """
     config, source = with_two_stages(tiny_config()), random_source()
     config.optim.warmup_epochs = 0.0  # or the first step's learning rate is 0
@@ -190,7 +190,7 @@ def test_golden_metrics_of_one_step():
     metrics["parameter_norm"] = optax.tree.norm(state.params)
     assert metrics.keys() == GOLDEN.keys()
     for name, value in GOLDEN.items():
-        message = f"{name} changed; if that is intended, renew the golden values of this test"
+        message = f"{name} changed; if that is intended, update the golden values of this test"
         np.testing.assert_allclose(float(metrics[name]), value, rtol=1e-3, err_msg=message)
 
 

@@ -17,15 +17,14 @@ from ssl_jax.step import assemble, init_state, make_train_step
 
 METHODS = ("simclr", "simclr_memory", "moco", "swav", "byol", "simsiam", "supervised")
 
-# One stage of one block, and two of them: a ResNet-18 compiles four times as long.
+# One stage of one block, and two such stages; a ResNet-18 takes four times as long to compile.
 STAGES.update({4: (1,), 6: (1, 1)})
 
 
 def tiny_config(**changes):
     """SimCLR on 8×8 images with a ResNet of three convolutions of 8 channels, batch 32.
 
-    Runs end with their last checkpoint. Tests that read the final evaluation set `eval.at_end`,
-    which costs seconds.
+    Runs skip the final evaluation, which takes seconds; tests that read it set `eval.at_end`.
     """
     config = default_config()
     config.batch_size = 32
@@ -51,7 +50,7 @@ def tiny_config(**changes):
 
 
 def without_color(config):
-    """Turns color off, which is a third of a tiny step's compilation."""
+    """Turns color off, which takes a third of a tiny step's compile time."""
     for each in config.views.values():
         each.flip = each.jitter.prob = 0.0
     return config
@@ -69,7 +68,7 @@ WHOLE_IMAGE |= {"flip": 0.0, "jitter.prob": 0.0, "gray": 0.0, "blur.prob": 0.0, 
 
 
 def with_whole_images(config):
-    """Turns augmentation off, which is most of a tiny step's compilation."""
+    """Turns augmentation off, which takes most of a tiny step's compile time."""
     for each in config.views.values():
         each.update_from_flattened_dict(WHOLE_IMAGE)
     return config
@@ -86,7 +85,7 @@ def random_source(n=64, size=8, seed=0, classes=4):
 
 
 def as_it_is(raw, device_data, key):
-    """Replaces `make_augment_fn` for batches that have views; such a step compiles fast."""
+    """Replaces `make_augment_fn` if the batch has its views; such a step compiles fast."""
     return raw
 
 
