@@ -1,8 +1,8 @@
 """MoCo v1 (He et al., 2019, arXiv:1911.05722) and v2 (Chen et al., 2020, arXiv:2003.04297).
 
-The query encoder learns to tell the key of the same image from a queue of earlier batches' keys.
-Keys come from an EMA of the query encoder. With BatchNorm per device
-(`config.model.bn_group_size=1`, the official recipe) a query and its key would share batch
+The query encoder learns to match each query with the key of the same image; the negatives are a
+queue of earlier batches' keys. Keys come from an EMA of the query encoder. With BatchNorm per
+device (`config.model.bn_group_size=1`, the official recipe) a query and its key would share batch
 statistics, which would reveal the match. Key images are therefore shuffled across devices before
 they are encoded, and the keys are sent back.
 """
