@@ -131,7 +131,7 @@ def start_run(setup: Setup, workdir: Path, verbosity: str = "all") -> tuple[Run,
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
     device_data, state = setup.spmd.replicate(setup.train.device_data()), setup.program.init()
     untrained = jax.device_get(evaluated_variables(state, config.eval.projector_layer))
-    state, start = _restored(setup, workdir, state, checkpoints, progress)
+    state, start = _resume(setup, workdir, state, checkpoints, progress)
     evaluator = Evaluator(config, setup.spmd, setup.train, setup.test)
     fetch = Fetcher()
     guard = NonfiniteGuard(
@@ -157,7 +157,7 @@ def start_run(setup: Setup, workdir: Path, verbosity: str = "all") -> tuple[Run,
     return Run(setup, workdir, start, device_data, untrained, *parts, began), state
 
 
-def _restored(
+def _resume(
     setup: Setup, workdir: Path, state: TrainState, checkpoints: Checkpoints, progress: Progress
 ) -> tuple[TrainState, int]:
     """The state to start from, replicated, and its step."""
