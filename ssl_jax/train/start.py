@@ -160,7 +160,7 @@ def start_run(setup: Setup, workdir: Path, verbosity: str = "all") -> tuple[Run,
 def _resume(
     setup: Setup, workdir: Path, state: TrainState, checkpoints: Checkpoints, progress: Progress
 ) -> tuple[TrainState, int]:
-    """The state to start from, replicated, and its step."""
+    """Restores the newest checkpoint, or loads initial weights; returns the state and its step."""
     start, total = checkpoints.latest_step or 0, setup.schedule.total_steps
     if not start:
         state = load_initial_weights(state, setup.config)
