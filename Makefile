@@ -8,9 +8,9 @@ INSTALL := $(BIN)/$(PIP)
 UNCHECKED := JAXTYPING_DISABLE=1 JAX_NUMPY_RANK_PROMOTION=allow
 
 # What `make compat` runs: the tests that compute, with whatever calls JAX and what lies around it.
-# Left out: processes, the command line, pages and packaging, which newer packages hardly touch.
+# Left out: the command line, pages and packaging, which newer packages hardly touch.
 COMPAT := 3.12 3.13
-COMPAT_TESTS := data evals interop methods models plan run train cli/test_backend.py $(addprefix test_,$(addsuffix .py,config \
+COMPAT_TESTS := data downstream evals interop methods models plan run train cli/test_backend.py $(addprefix test_,$(addsuffix .py,config \
   diagnostics ema files house_rules losses microbatch optim spmd step))
 
 .DEFAULT_GOAL := help
