@@ -22,7 +22,7 @@ def classification_metrics(
 
     An image counts in top-k if fewer than k classes rank before its own, by score and, for equal
     scores, by class number, as in argmax; it counts as wrong if its scores are not finite. The
-    calibration error is the mean over bins of confidence of |accuracy - confidence| (Guo et al.,
+    calibration error is the mean over bins of confidence of abs(accuracy - confidence) (Guo et al.,
     2017, arXiv:1706.04599, section 2).
 
     Args:
