@@ -63,8 +63,8 @@ def register_options(method: str, options: Mapping[str, Any]) -> None:
 
     Args:
       method: name of the group.
-      options: defaults by name, which also fix the keys' types; or instances of `ssl_jax.schema.Key`,
-        which document and check them, too.
+      options: defaults by name, which also fix the keys' types; or instances of
+        `ssl_jax.schema.Key`, which document and check them, too.
 
     Raises:
       UserError: the schema has another group or key of that name, or a default is of a type that
