@@ -39,8 +39,11 @@ def convert(folder: str, out: str, num_shards: int = 0) -> int:
       The number of images.
 
     Raises:
-      UserError: as `list_images`; `out` already holds records; a file can't be read or written.
+      UserError: as `list_images`; a negative number of shards; `out` already holds records; a file
+        can't be read or written.
     """
+    if num_shards < 0:
+        raise UserError(f"The number of shards is {num_shards}: use 1 or more, or 0 to choose it.")
     files, labels, class_names = list_images(folder, "the folder to convert")
     if tf.io.gfile.exists(_join(out, _INDEX)):
         raise UserError(f"{out} already holds records. Choose another folder, or remove it.")
@@ -137,18 +140,34 @@ class ArrayRecords:
 
     def __getitem__(self, numbers: Int[np.ndarray, " n"]) -> Sequence[bytes]:
         try:
-            return self._source.__getitems__(numbers.tolist())
+            found = self._source.__getitems__(numbers.tolist())
         except RuntimeError:  # its message may not name the file
-            return [self._one(number) for number in numbers.tolist()]
+            found = [self._one(number) for number in numbers.tolist()]
+        for number, record in zip(numbers.tolist(), found, strict=True):
+            if not record:
+                self._require_whole(number)
+        return found
 
     def _one(self, number: int) -> bytes:
         try:
             return self._source[number]
         except RuntimeError as error:
-            raise UserError(
-                f"Cannot read {self.path(number)} ({first_line(error)}). "
-                "Check that the file exists and is complete."
-            ) from error
+            raise self._unreadable(number, first_line(error)) from error
+
+    def _require_whole(self, number: int) -> None:
+        """Checks the file of an empty record.
+
+        ArrayRecord 0.8 reads a file that ends at a multiple of 64 KiB before its index as one whose
+        records are all empty, without an error.
+        """
+        if not array_record_module.ArrayRecordReader(self.path(number)).ok():
+            raise self._unreadable(number, "its end is missing")
+
+    def _unreadable(self, number: int, reason: str) -> UserError:
+        return UserError(
+            f"Cannot read {self.path(number)} ({reason}). "
+            "Check that the file exists and is complete."
+        )
 
     def path(self, number: int) -> str:
         """The file that holds a record."""

@@ -131,6 +131,37 @@ def test_corrupt_or_missing_files_raise_user_errors(tmp_path):
         read(source, [(0, [1, 10])])
 
 
+@pytest.mark.parametrize("on_bad_image", ["fatal", "skip"])
+def test_file_cut_at_a_block_boundary_raises_user_error(tmp_path, on_bad_image):
+    """ArrayRecord reads all records of such a file as empty, and raises nothing."""
+    images = fill(tmp_path / "images")
+    for file in images.glob("*/*"):
+        file.write_bytes(file.read_bytes().ljust(12_000, b"\0"))
+    records.convert(str(images), str(tmp_path / "records"), 1)
+    (shard,) = (tmp_path / "records").glob("*.array_record")
+    shard.write_bytes(shard.read_bytes()[: 2**16])
+    source = source_of(tmp_path / "records", on_bad_image=on_bad_image)
+    with pytest.raises(UserError, match="Cannot read .*array_record .its end is missing"):
+        read(source, [(0, [1, 7])])
+
+
+def test_empty_file_is_a_bad_image(tmp_path):
+    images = fill(tmp_path / "images")
+    (images / "dog" / "3.png").write_bytes(b"")
+    records.convert(str(images), str(tmp_path / "records"), 2)
+    with pytest.raises(UserError, match="Cannot decode dog/3.png in "):
+        read(source_of(tmp_path / "records"), [(0, [6, 7])])
+    source = source_of(tmp_path / "records", on_bad_image="skip")
+    read(source, [(0, [6, 7])])
+    assert len(source.bad) == 1
+
+
+def test_negative_number_of_shards_is_refused(tmp_path, capsys):
+    images = fill(tmp_path / "images")
+    assert main(["data", "convert", str(images), str(tmp_path / "records"), "--shards=-1"]) == 2
+    assert "The number of shards is -1: use 1 or more" in capsys.readouterr().err
+
+
 def test_failed_write_raises_user_error_and_leaves_records_incomplete(tmp_path):
     images = fill(tmp_path / "images")
     (tmp_path / "out").mkdir()
