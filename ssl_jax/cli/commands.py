@@ -296,7 +296,7 @@ def _prepare_evaluation(args: argparse.Namespace) -> None:
 def _require_vote(args: argparse.Namespace) -> None:
     if args.k is not None and args.k < 1:
         raise UserError(f"--k={args.k} is not a number of neighbors. Set it to 1 or more.")
-    if args.temperature is not None and args.temperature <= 0:
+    if args.temperature is not None and not args.temperature > 0:  # nor NaN
         raise UserError(f"--temperature={args.temperature} is not positive. Set it above 0.")
     weighted = args.temperature is not None
     weighted |= any(override.startswith("eval.knn_temperature=") for override in args.overrides)

@@ -53,6 +53,7 @@ def test_commands_on_features_print_and_keep_their_results(run, capsys, tmp_path
         (("linear", "--recipe=mocco"), "--recipe=mocco. Did you mean 'moco'"),
         (("features", "--out=/nowhere/f.npz"), "no folder /nowhere"),
         (("knn", "--step=7"), "no checkpoint of step 7"),
+        (("knn", "--temperature=nan"), "--temperature=nan is not positive"),
         (("knn", "--majority", "--temperature=0.1"), "--majority has no temperature"),
         (("knn", "--majority", "--config.eval.knn_temperature=1"), "--majority has no temperature"),
         (
