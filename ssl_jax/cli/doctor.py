@@ -87,7 +87,8 @@ class _Feature:
 
 
 _FEATURES = (
-    _Feature("images on disk", "config.data.name=folder or records", ("tensorflow",), "data"),
+    _Feature("images on disk", "config.data.name=folder", ("tensorflow",), "data"),
+    _Feature("records", "config.data.name=records", ("tensorflow", "array_record"), "data"),
     _Feature(
         "TensorFlow Datasets",
         "config.data.name=tfds",

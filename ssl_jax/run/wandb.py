@@ -31,8 +31,9 @@ def require_wandb(project: str) -> None:
     # A folder `wandb/`, which the package creates where it runs, is found too; it has no origin.
     if project and (spec is None or spec.origin is None):
         raise UserError(
-            f"config.wandb is '{project}', but the package wandb is not installed. Run "
-            "pip install ssl_jax[wandb], or leave the key empty."
+            f"config.wandb is '{project}', but the package wandb is not installed. "
+            "Install the extra 'wandb', pip install -c constraints.txt -e '.[wandb]' in a clone, "
+            "or leave the key empty."
         )
 
 

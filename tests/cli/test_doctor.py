@@ -116,7 +116,21 @@ def test_missing_package_is_reported_with_its_install_command(machine, capsys, m
     assert feature(out, "export to PyTorch").startswith("  yes ")
     # Outside a clone, no versions are pinned.
     monkeypatch.setattr(doctor, "__file__", "/nowhere/ssl_jax/cli/doctor.py")
-    assert doctor_output(capsys)[1].count("pip install 'ssl_jax[data]'") == 2
+    assert doctor_output(capsys)[1].count("pip install 'ssl_jax[data]'") == 3
+
+
+def test_folders_need_no_array_record_but_records_do(machine, capsys, monkeypatch):
+    find = doctor.importlib.util.find_spec
+    monkeypatch.setattr(
+        doctor.importlib.util,
+        "find_spec",
+        lambda name: None if name == "array_record" else find("json"),
+    )
+    out = doctor_output(capsys)[1]
+    assert feature(out, "images on disk").startswith("  yes ")
+    for name in ("records", "TensorFlow Datasets"):
+        line = feature(out, name)
+        assert line.startswith("  no ") and "missing array_record\n" in line
 
 
 def test_corrupt_installation_does_not_crash_doctor(machine, capsys, monkeypatch):
