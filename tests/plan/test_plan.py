@@ -256,7 +256,7 @@ def test_plan_command_prints_json_and_compares(tmp_path, capsys, monkeypatch):
     (tmp_path / "four.json").unlink()
     for arguments, message in (
         (["--topology=h100:2", "--compare=none.json"], "is not a plan"),
-        (["--topology=h100:2", "--compare=v4:2x2x1"], "compiled for in the same process"),
+        (["--topology=h100:2", "--compare=v4:2x2x1"], "One process can't compile for both"),
         (["--topology=v4:2x2"], "is not a valid shape"),
         (["--topology=h100:2", "--compare=four.json"], "neither a file nor a topology"),
         (["--topology=h100:2", "--compare=h100:4", "--json"], "Remove --compare"),
