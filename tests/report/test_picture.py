@@ -270,7 +270,8 @@ def test_text_is_drawn_literally_and_fits_the_picture(monkeypatch):
 def test_missing_matplotlib_is_an_error_that_names_the_extra(tmp_path, capsys, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "ssl_jax.report.picture")
+    for name in ("ssl_jax.report.picture", "ssl_jax.cli.views"):  # the command imports them again
+        monkeypatch.delitem(sys.modules, name, raising=False)
     code = cli.main(["views", "--config=configs/simclr_digits.py", f"--out={tmp_path / 'a.png'}"])
     assert code == 2
     out, error = capsys.readouterr()
