@@ -40,6 +40,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else f" Use one of: {', '.join(known)}."
 
 
+def install_extra(name: str) -> str:
+    """The fix where packages of an optional extra are missing, without a period."""
+    return f"Install the extra '{name}': pip install -c constraints.txt -e '.[{name}]' in a clone"
+
+
 def require_choice(name: str, value: object, choices: Iterable[object]) -> None:
     """Refuses a value that is not one of the choices.
 

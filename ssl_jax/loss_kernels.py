@@ -48,8 +48,7 @@ def log_sum_exp(
         def of_block(anchor: Array, own: Array) -> Array:
             return _log_sum_exp(_masked_scores(anchor, own, columns, temperature), 1, temperature)
 
-        block = _row_block(len(anchors), len(columns), block_size, limits)
-        return _in_blocks(of_block, block, anchors, own)
+        return _in_blocks(of_block, block_size, limits, len(columns), anchors, own)
 
     return _by_platform(kernel, anchors, own, columns)
 
@@ -85,8 +84,7 @@ def softmax_pull(
             scores = _masked_scores(anchor, own, columns, temperature)
             return matmul(_weights(scores, own_lse, column_lse, temperature), columns)
 
-        block = _row_block(len(anchors), len(columns), block_size, limits)
-        return _in_blocks(of_block, block, anchors, own, lse)
+        return _in_blocks(of_block, block_size, limits, len(columns), anchors, own, lse)
 
     return _by_platform(kernel, anchors, own, columns, lse, column_lse)
 
@@ -100,15 +98,11 @@ def queue_loss(
 ) -> Float[Array, " m"]:
     """lse_i - s_i+ for each query; s_i+ = q_i·k_i / τ, and lse_i is over s_i+ and the queue."""
 
-    def kernel(limits: _Limits, queries: Array, keys: Array, queue: Array) -> Array:
-        def of_block(q: Array, k: Array) -> Array:
-            _, positive, lse = _queue_scores(q, k, queue, temperature)
-            return lse - positive
+    def of_block(q: Array, k: Array, queue: Array) -> Array:
+        _, positive, lse = _queue_scores(q, k, queue, temperature)
+        return lse - positive
 
-        block = _row_block(len(queries), len(queue), block_size, limits)
-        return _in_blocks(of_block, block, queries, keys)
-
-    return _by_platform(kernel, queries, keys, queue)
+    return _over_queries(of_block, queries, keys, queue, block_size)
 
 
 def queue_loss_and_pull(
@@ -120,16 +114,12 @@ def queue_loss_and_pull(
 ) -> tuple[Float[Array, " m"], Float[Array, "m d"]]:
     """`queue_loss`, and Σ_j e^{s_ij - lse_i} x_j + (e^{s_i+ - lse_i} - 1) k_i, in one pass."""
 
-    def kernel(limits: _Limits, queries: Array, keys: Array, queue: Array) -> Any:
-        def of_block(q: Array, k: Array) -> tuple[Array, Array]:
-            scores, positive, lse = _queue_scores(q, k, queue, temperature)
-            pull = matmul(jnp.exp(scores - lse[:, None]), queue)
-            return lse - positive, pull + jnp.expm1(positive - lse)[:, None] * k
+    def of_block(q: Array, k: Array, queue: Array) -> tuple[Array, Array]:
+        scores, positive, lse = _queue_scores(q, k, queue, temperature)
+        pull = matmul(jnp.exp(scores - lse[:, None]), queue)
+        return lse - positive, pull + jnp.expm1(positive - lse)[:, None] * k
 
-        block = _row_block(len(queries), len(queue), block_size, limits)
-        return _in_blocks(of_block, block, queries, keys)
-
-    return _by_platform(kernel, queries, keys, queue)
+    return _over_queries(of_block, queries, keys, queue, block_size)
 
 
 def matmul(a: Array, b: Array, precision: str = "high") -> Array:
@@ -145,6 +135,18 @@ def _by_platform(kernel, *arrays: Array):  # type: ignore[no-untyped-def]
     """Calls kernel(limits, *arrays) with the limits of the platform it is compiled for."""
     cpu, default = (functools.partial(kernel, limits) for limits in (_CPU_BLOCK, _BLOCK))
     return jax.lax.platform_dependent(*arrays, cpu=cpu, default=default)
+
+
+def _over_queries(of_block, queries, keys, queue, block_size):  # type: ignore[no-untyped-def]
+    """of_block(queries, keys, queue), for a block of queries and their keys at a time."""
+
+    def kernel(limits: _Limits, queries: Array, keys: Array, queue: Array) -> Any:
+        def with_queue(q: Array, k: Array) -> Any:
+            return of_block(q, k, queue)
+
+        return _in_blocks(with_queue, block_size, limits, len(queue), queries, keys)
+
+    return _by_platform(kernel, queries, keys, queue)
 
 
 def _row_block(rows: int, columns: int, block_size: int | None, limits: _Limits) -> int:
@@ -235,9 +237,13 @@ def _over_pairs(blocks: int, visit, carry):  # type: ignore[no-untyped-def]
     )
 
 
-def _in_blocks(function, block: int, *rows: Array):  # type: ignore[no-untyped-def]
-    """Applies a row-wise function to blocks of rows in turn, padding the last."""
-    n = rows[0].shape[0]
+def _in_blocks(function, block_size, limits, columns, *rows):  # type: ignore[no-untyped-def]
+    """Applies a row-wise function to blocks of rows in turn, padding the last.
+
+    `columns` is the number of scores that the function computes per row.
+    """
+    n = len(rows[0])
+    block = _row_block(n, columns, block_size, limits)
     if block >= n:
         return function(*rows)
     out = jax.lax.map(lambda args: function(*args), tuple(_split(r, block) for r in rows))

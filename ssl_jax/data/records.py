@@ -22,6 +22,7 @@ from ssl_jax.data.host import HostSource
 from ssl_jax.data.listing import list_images
 from ssl_jax.data.tensorflow import array_record_data_source, array_record_module, tf
 from ssl_jax.errors import UserError, first_line
+from ssl_jax.files import writing
 
 _INDEX = "index.npz"
 _KEYS = {"shards", "counts", "label", "names", "class_names"}
@@ -51,7 +52,8 @@ def convert(folder: str, out: str, num_shards: int = 0) -> int:
     shards = [f"{i:05d}-of-{num_shards:05d}.array_record" for i in range(num_shards)]
     chunks = np.array_split(np.arange(len(files)), num_shards)
     names = [os.path.relpath(file, folder) for file in files]
-    try:
+    # ArrayRecord's errors are RuntimeErrors.
+    with writing(out, "or choose another folder", RuntimeError, tf.errors.OpError):
         tf.io.gfile.makedirs(out)
         with tempfile.TemporaryDirectory() as scratch:
             for shard, chunk in zip(shards, chunks, strict=True):
@@ -69,11 +71,6 @@ def convert(folder: str, out: str, num_shards: int = 0) -> int:
             names=np.frombuffer(os.fsencode("\0".join(names)), np.uint8),
             class_names=np.array(class_names, str),
         )
-    except (OSError, RuntimeError, tf.errors.OpError) as error:  # ArrayRecord's are RuntimeErrors
-        raise UserError(
-            f"Cannot write {out} ({first_line(error)}). "
-            "Check free disk space and permissions, or choose another folder."
-        ) from error
     return len(files)
 
 

@@ -22,7 +22,7 @@ from ssl_jax.data.listing import some
 from ssl_jax.data.packed import packed_source
 from ssl_jax.data.records import RecordsSource
 from ssl_jax.data.tfds import tfds_sources
-from ssl_jax.errors import UserError, did_you_mean
+from ssl_jax.errors import UserError, require_choice
 
 
 class Source(Protocol):
@@ -217,11 +217,8 @@ def _named_sources(config: ConfigDict) -> tuple[Source, Source | None]:
     }
     makers = {"digits": digits, "tfds": tfds_sources}
     name = config.data.name
-    if name in openers:
-        return _dir_sources(config, openers[name])
-    if name in makers:
-        return makers[name](config)
-    raise UserError(f"config.data.name is '{name}'.{did_you_mean(name, [*openers, *makers])}")
+    require_choice("config.data.name", name, [*openers, *makers])
+    return _dir_sources(config, openers[name]) if name in openers else makers[name](config)
 
 
 def _dir_sources(

@@ -11,7 +11,7 @@ import os
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ssl_jax.errors import UserError, first_line
+from ssl_jax.errors import UserError, first_line, install_extra
 
 
 @functools.cache
@@ -34,8 +34,7 @@ def load_tensorflow(name: str = "tensorflow") -> ModuleType:
         module = importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"Cannot import {name} ({first_line(error)}). Install the extra 'data': "
-            "pip install -c constraints.txt -e '.[data]' in a clone."
+            f"Cannot import {name} ({first_line(error)}). {install_extra('data')}."
         ) from error
     with contextlib.suppress(RuntimeError):  # the calling program already uses TensorFlow
         tensorflow.config.set_visible_devices([], "GPU")  # GPU memory belongs to JAX

@@ -24,7 +24,7 @@ from ssl_jax.downstream.classifier import (
     train_classifier,
 )
 from ssl_jax.downstream.features import SEEN, linear_metrics, run_features
-from ssl_jax.errors import UserError, did_you_mean
+from ssl_jax.errors import UserError, did_you_mean, require_choice
 from ssl_jax.evals.linear import METRICS
 from ssl_jax.evals.metrics import interval_text
 from ssl_jax.evals.results import read_result, write_result
@@ -115,9 +115,7 @@ def _data_set(path: str, name: str, entry: Any) -> DataSet:
             hint = did_you_mean(key, ("data", "metric"))
             raise UserError(f"{path}: {name} has no key '{key}'.{hint}")
     metric = entry.get("metric", "top1")
-    if metric not in METRICS:
-        hint = did_you_mean(str(metric), METRICS)
-        raise UserError(f"{path}: {name}'s metric is '{metric}'.{hint}")
+    require_choice(f"{path}: {name}'s metric", str(metric), METRICS)
     data = default_config().data.to_dict()
     del data["validation"]  # set by `transfer`
     for key, value in entry["data"].items():

@@ -23,8 +23,8 @@ from ssl_jax.errors import UserError, require_choice
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 METRICS = ("top1", "mean_per_class")  # that can choose the penalty
 _MEMORY = 10  # past gradients that L-BFGS keeps
-# Examples and features are padded to this many with zeros, so that fits on few labels, which take
-# milliseconds, share one program, whose compilation takes seconds.
+# Examples are padded to this many with zeros, so that fits on few labels, which take milliseconds,
+# share one program, whose compilation takes seconds.
 _SMALLEST = 128
 
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import Schedule, flat_views, run_schedule
 from ssl_jax.data.sources import make_sources
-from ssl_jax.errors import UserError, first_line
+from ssl_jax.errors import UserError, first_line, install_extra
 from ssl_jax.interop.initial_weights import resolve_initial_weights
 from ssl_jax.models.resnet import resnet_name
 from ssl_jax.plan.chips import BETWEEN_HOSTS, EXAMPLES, GPUS_PER_HOST, Topology
@@ -157,8 +157,7 @@ def devices_of(topology: Topology) -> list[jax.Device]:
         return devices[: topology.chips]
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "Plans for TPUs need libtpu, which is not installed. Install the extra 'plan': "
-            "pip install -c constraints.txt -e '.[plan]' in a clone."
+            f"Plans for TPUs need libtpu, which is not installed. {install_extra('plan')}."
         )
     options = {"chip_config_name": topology.chip.compile_as} if topology.chip.compile_as else {}
     try:

@@ -25,7 +25,7 @@ from ssl_jax.data.device_crop import sample_geometry, view_corners
 from ssl_jax.data.index import Index, view_keys, views_stream
 from ssl_jax.data.pipeline import make_augment_fn, unnormalized
 from ssl_jax.data.sources import Source, make_sources
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, install_extra
 from ssl_jax.files import asked_for
 
 try:
@@ -36,8 +36,7 @@ try:
     from matplotlib.transforms import IdentityTransform
 except ImportError as error:
     raise UserError(
-        "Drawing views needs matplotlib, which is not installed: "
-        "install the extra 'pictures', pip install -c constraints.txt -e '.[pictures]' in a clone."
+        f"Drawing views needs matplotlib, which is not installed. {install_extra('pictures')}."
     ) from error
 
 Picture = UInt8[np.ndarray, "height width 3"]

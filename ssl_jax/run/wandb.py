@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from ssl_jax.errors import UserError, first_line
+from ssl_jax.errors import UserError, first_line, install_extra
 
 _ID_FILE = "wandb_id"
 
@@ -32,8 +32,7 @@ def require_wandb(project: str) -> None:
     if project and (spec is None or spec.origin is None):
         raise UserError(
             f"config.wandb is '{project}', but the package wandb is not installed. "
-            "Install the extra 'wandb', pip install -c constraints.txt -e '.[wandb]' in a clone, "
-            "or leave the key empty."
+            f"{install_extra('wandb')}, or leave the key empty."
         )
 
 

@@ -153,8 +153,22 @@ def start_run(setup: Setup, workdir: Path, verbosity: str = "all") -> tuple[Run,
     if start < total:
         progress.note(*summary.lines(summary.start_rows(setup, state.params, workdir, start)))
         progress.warn(*summary.warmup_warnings(setup))
-    parts = (evaluator, checkpoints, progress, log, guard, detector, fetch)
-    return Run(setup, workdir, start, device_data, untrained, *parts, began), state
+    run = Run(
+        setup=setup,
+        workdir=workdir,
+        start=start,
+        device_data=device_data,
+        untrained=untrained,
+        evaluator=evaluator,
+        checkpoints=checkpoints,
+        progress=progress,
+        log=log,
+        guard=guard,
+        detector=detector,
+        fetch=fetch,
+        began=began,
+    )
+    return run, state
 
 
 def _resume(
