@@ -26,7 +26,7 @@ test: lint types contracts  ## all that CI checks; the tests last
 	$(BIN)/python -m pytest -n 2 --dist worksteal -p no:randomly -m "not long"
 
 long: .venv/.dev  ## tests that take minutes: runs that are killed, corrupt and starved, several processes, fuzzing
-	$(UNCHECKED) $(BIN)/python -m pytest -p no:randomly -m long
+	$(UNCHECKED) $(BIN)/python -m pytest -n 2 --dist loadfile -p no:randomly -m long
 
 flaky: .venv/.dev  ## the tests of `make test` five times in random order
 	@cache=$$(mktemp -d); trap 'rm -rf "$$cache"' EXIT; for seed in 1 2 3 4 5; do \
@@ -40,7 +40,7 @@ mutations: .venv/.dev  ## break the package on purpose, a place at a time: a tes
 compat: $(COMPAT:%=compat-%)  ## the tests that compute, on Python 3.12 and 3.13 with the newest JAX, Flax and Optax
 
 peers: .venv-peers/.done  ## beside torchvision, and by the TPU's compiler; installs torch and libtpu, which are big
-	$(UNCHECKED) .venv-peers/bin/python -m pytest tests/peers tests/tpu
+	$(UNCHECKED) .venv-peers/bin/python -m pytest -n 2 --dist loadfile tests/peers tests/tpu
 
 docs: .venv/.dev  ## the documentation as a site, build/docs/index.html; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs

@@ -66,9 +66,8 @@ setup(
         "pictures": PICTURES,
         # Other packages, to compare with: tests/peers.
         "peers": [
-            "beartype>=0.23",
+            *TEST,
             "dm-haiku>=0.0.14",
-            "pytest>=8.3",
             "timm>=1.0",
             "torch>=2.13",
             "torchvision>=0.28",

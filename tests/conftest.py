@@ -4,6 +4,7 @@ Tests run in one or several processes (pytest-xdist). The first sets the environ
 workers and the commands started by tests inherit.
 """
 
+import gc
 import os
 import shutil
 import tempfile
@@ -45,6 +46,11 @@ if FIRST_PROCESS:
     if OWN_CACHE:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ssl_jax_compiled_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    # Programs are lowered faster without the Python stack of each operation.
+    os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
+
+# Traced programs are a million objects that live as long as the process: look for garbage rarely.
+gc.set_threshold(200_000, 50, 1000)
 
 # Check arrays against their annotations (library, dtype, shape) in every call. NumPy arrays are
 # accepted as JAX arrays, as in JAX. This must precede the first import of the package. It is here

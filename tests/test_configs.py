@@ -9,7 +9,7 @@ import pytest
 import tiny  # noqa: F401 - adds a ResNet of depth 4
 from images import fill
 
-from ssl_jax.config import Schedule, flat_views, load_config
+from ssl_jax.config import Schedule, flat_views, flatten, load_config, to_json
 from ssl_jax.data.pipeline import Prefetcher
 from ssl_jax.errors import UserError
 from ssl_jax.models import layers, resnet
@@ -35,12 +35,30 @@ VARIANTS = {
 ALL = [(file, v) for file in FILES for v in ["", *VARIANTS.get(file.stem, [])]]
 
 
+_SHAPES = {}  # of parameters and state, by the settings they depend on
+
+
+def shapes(method, config):
+    """The shapes of a method's parameters and state.
+
+    Many variants change the schedule only, and a number that isn't whole changes no shape.
+    """
+    settings = flatten(to_json(config))
+    groups = ("method", "dtype", f"{config.method}.", "model.", "views.")
+    key = repr(
+        [(k, v) for k, v in settings.items() if k.startswith(groups) and not isinstance(v, float)]
+    )
+    if key not in _SHAPES:
+        _SHAPES[key] = jax.eval_shape(method.init, jax.random.key(0), example_batch(config))
+    return _SHAPES[key]
+
+
 @pytest.mark.parametrize(("file", "variant"), ALL, ids=lambda x: getattr(x, "stem", x))
 def test_config_builds_its_method_and_optimizer(file, variant):
     config = load_config(f"{file}:{variant}" if variant else str(file))
     config.data.num_classes = 10
     method, optimizer, rate = assemble(config, Schedule(5004, 5004 * 10))
-    params, state = jax.eval_shape(method.init, jax.random.key(0), example_batch(config))
+    params, state = shapes(method, config)
     jax.eval_shape(optimizer.init, params)
     if not variant:  # variants change at most the network's size
         outputs, _ = jax.eval_shape(
