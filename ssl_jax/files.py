@@ -1,10 +1,17 @@
-"""Atomic file writing, and one error message for all files that cannot be written."""
+"""The only writer of files: atomic, durable, never through a link; and its one error message.
+
+A workdir may come from someone else and hold links in place of files. None is followed: files are
+replaced under an unpredictable temporary name, and appended to only if they are regular files.
+"""
 
 import contextlib
 import errno
 import os
+import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from ssl_jax.errors import UserError, first_line
 
@@ -17,24 +24,57 @@ ANOTHER = "or choose another path"
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Writes a file atomically: a reader, or a kill, finds the old file or the new one.
+    """Writes a file atomically: a reader, a kill or a power cut leaves the old file or the new one.
 
     Args:
-      file: to replace or create.
+      file: to replace or create; a link is replaced, not followed.
 
     Yields:
-      A temporary path in the same folder with the same suffix, hidden by a leading dot. It is
+      A new temporary file in the same folder with the same suffix, hidden by a leading dot. It is
       renamed to `file` when the block ends, and removed if the block raises.
     """
-    # The process id keeps two processes that write the same file apart.
-    temporary = file.with_name(f".{file.stem}.{os.getpid()}{file.suffix}")
+    descriptor, name = tempfile.mkstemp(file.suffix, f".{file.stem}.", file.parent)
+    os.close(descriptor)
+    temporary = Path(name)
     try:
         yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        _sync(temporary)
         os.replace(temporary, file)
+        _sync(file.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def appending(file: Path) -> IO[str]:
+    """Opens a text file for reading and appending, creating it if necessary.
+
+    Raises:
+      OSError: the file is a link, or not a regular file.
+    """
+    # Without O_NONBLOCK, opening a pipe would wait for its other end.
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(file, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(file))
+    return os.fdopen(descriptor, "a+")
+
+
+def subfolder(workdir: Path, name: str) -> Path:
+    """Creates a folder in a workdir, if necessary, and returns its path.
+
+    Raises:
+      OSError: it is a link, or not a folder.
+    """
+    folder = workdir / name
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(parents=True)
+    if not stat.S_ISDIR(folder.lstat().st_mode):
+        raise OSError(errno.ENOTDIR, "a link or a file in place of a folder", str(folder))
+    return folder
 
 
 @contextlib.contextmanager
@@ -71,3 +111,21 @@ def reason(error: Exception) -> str:
         return error.strerror
     known = (os.strerror(code) for code in _KNOWN)
     return next((text for text in known if text in str(error)), first_line(error)[:300])
+
+
+def _sync(path: Path) -> None:
+    """Flushes a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems can't
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,9 +1,11 @@
 """Atomic file writing and its error messages."""
 
+import os
+
 import pytest
 
 from ssl_jax.errors import UserError
-from ssl_jax.files import asked_for, reason, replacing, writing
+from ssl_jax.files import appending, asked_for, reason, replacing, subfolder, writing
 
 
 def test_old_file_stays_until_the_new_one_is_complete(tmp_path):
@@ -41,3 +43,54 @@ def test_write_errors_have_a_short_reason_and_a_fix(tmp_path):
     assert reason(ValueError("/a/long/path: No space left on device, errno 28")) == (
         "No space left on device"
     )
+
+
+def test_replacing_a_link_leaves_its_target_unchanged(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "a.txt"
+    target.write_text("mine")
+    link.symlink_to(target)
+    with replacing(link) as temporary:
+        assert not temporary.is_symlink()
+        temporary.write_text("new")
+    assert target.read_text() == "mine"
+    assert link.read_text() == "new" and not link.is_symlink()
+
+
+def test_temporary_names_are_unpredictable_and_final_permissions_follow_the_umask(tmp_path):
+    names = set()
+    for _ in range(2):
+        with replacing(tmp_path / "a.txt") as temporary:
+            names.add(temporary.name)
+    assert len(names) == 2
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_only_regular_files_are_appended_to(tmp_path, kind):
+    target, file = tmp_path / "target", tmp_path / "log"
+    target.write_text("mine")
+    {
+        "link": lambda: file.symlink_to(target),
+        "pipe": lambda: os.mkfifo(file),
+        "folder": file.mkdir,
+    }[kind]()
+    with pytest.raises(OSError):
+        appending(file)
+    assert target.read_text() == "mine"
+
+
+def test_appending_creates_the_file_and_keeps_its_lines(tmp_path):
+    for line in ("one\n", "two\n"):
+        with appending(tmp_path / "log") as file:
+            file.write(line)
+    assert (tmp_path / "log").read_text() == "one\ntwo\n"
+
+
+def test_link_in_place_of_a_subfolder_is_refused(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "evals").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="a link or a file in place of a folder"):
+        subfolder(tmp_path, "evals")
+    assert subfolder(tmp_path, "new") == subfolder(tmp_path, "new") == tmp_path / "new"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ssl_jax.errors import UserError
+from ssl_jax.files import appending
 
 _MAX_MESSAGE = 300  # characters of an unexpected error's message
 
@@ -71,9 +72,9 @@ def _unexpected(error: BaseException | None, workdir: Path | None) -> str:
     text = text[:_MAX_MESSAGE] + "…" * (len(text) > _MAX_MESSAGE)
     where = "use --debug for the traceback"
     if workdir is not None and workdir.is_dir():
-        with contextlib.suppress(OSError), (workdir / "error.txt").open("a") as file:
+        with contextlib.suppress(OSError), appending(workdir / "error.txt") as file:
             file.write("".join(traceback.format_exception(error)) + "\n")
-            where = f"traceback in {file.name}"
+            where = f"traceback in {workdir / 'error.txt'}"
     return f"error: Unexpected {type(error).__name__}: {text} ({where})"
 
 

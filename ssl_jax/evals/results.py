@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.evals.metrics import metrics_line
-from ssl_jax.files import replacing
+from ssl_jax.files import replacing, subfolder
 
 LAST_FILE = "report_images.npz"  # the last file that the end of a run writes
 BASELINE, UNTRAINED = "raw pixels", "random init"
@@ -154,8 +154,7 @@ def write_result(workdir: Path, name: str, what: str, metrics: dict[str, Any], *
     Returns:
       The file.
     """
-    file = workdir / "evals" / f"{name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = subfolder(workdir, "evals") / f"{name}.json"
     with replacing(file) as temporary:
         temporary.write_text(json.dumps({"what": what, **more, "metrics": metrics}) + "\n")
     return file

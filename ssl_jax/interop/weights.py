@@ -7,7 +7,6 @@ and the config as JSON in its header. Reading it executes nothing.
 import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,14 +85,6 @@ def write_safetensors(
     whole = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
     with writing(file, ANOTHER, SafetensorError), replacing(file) as temporary:
         save_file(whole, temporary, dict(header))
-        # safetensors makes its files readable only by their owner.
-        temporary.chmod(0o666 & ~_umask())
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -1,6 +1,5 @@
 """Writes features for TensorBoard's embedding projector."""
 
-import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ from PIL import Image
 from tensorboardX import embedding
 
 from ssl_jax.diagnostics import unit_rows
+from ssl_jax.files import subfolder
 from ssl_jax.report.images import contact_sheet
 
 _FOLDER = "projector"
@@ -30,10 +30,10 @@ def write_projector(
       images: squares.
       step: of the features.
     """
-    folder = workdir / _FOLDER
-    folder.mkdir(exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        (workdir / "projector_config.pbtxt").unlink()
+    folder = subfolder(workdir, _FOLDER)
+    files = (folder / name for name in ("tensors.tsv", "metadata.tsv", "sprite.png"))
+    for file in (workdir / "projector_config.pbtxt", *files):
+        file.unlink(missing_ok=True)  # tensorboardX and Pillow would follow a link
     embedding.make_mat(unit_rows(features).round(5), str(folder))
     if names:
         # A tab or a line break would start another column or row.

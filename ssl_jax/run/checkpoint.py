@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from ssl_jax.errors import UserError
-from ssl_jax.files import cannot_write, reason, replacing
+from ssl_jax.files import cannot_write, reason, replacing, subfolder
 
 Pytree = Any
 _SUMS = "checksums.json"
@@ -328,7 +328,7 @@ def _quarantine(folder: Path, corrupt: str, aside: Path) -> str:
     while target.exists():
         target, number = aside / f"{step}_{number}", number + 1
     try:
-        aside.mkdir(exist_ok=True)
+        subfolder(aside.parent, aside.name)
         shutil.move(folder, target)
     except OSError as error:
         raise UserError(

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import differences, from_json, to_json
 from ssl_jax.errors import UserError
-from ssl_jax.files import replacing, writing
+from ssl_jax.files import appending, replacing, writing
 from ssl_jax.version import __version__
 
 # Version of a run's folder: the keys of config.json other than the config, and the tree of
@@ -45,7 +45,7 @@ def locked(workdir: Path) -> Iterator[None]:
     lock = workdir / ".lock"
     with writing(workdir, "or choose another --workdir"):
         workdir.mkdir(parents=True, exist_ok=True)
-        file = lock.open("a+")
+        file = appending(lock)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

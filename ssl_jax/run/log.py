@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import secrets
 import shutil
 import sys
 import time
@@ -17,7 +18,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from ssl_jax.files import replacing, writing
+from ssl_jax.files import appending, replacing, writing
 
 Pytree = Any
 
@@ -72,9 +73,10 @@ class MetricsLog:
         with writing(self._path.parent):
             with replacing(self._path) as file:
                 file.write_text("".join(json.dumps(record) + "\n" for record in keep))
-            self._file = self._path.open("a")
+            self._file = appending(self._path)
             # Written in this thread: tensorboardX's writer thread dies silently on a full disk.
-            self._events = EventsWriter(str(workdir / "events"))
+            # A name that nobody can have put a link at.
+            self._events = EventsWriter(str(workdir / f"events.{secrets.token_hex(8)}"))
             # TensorBoard then discards events of later steps, written before the interruption.
             began = {"step": resume_step + 1, "wall_time": time.time()}
             self._events.write_event(Event(file_version="brain.Event:2", **began))

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from ssl_jax.errors import UserError, first_line, install_extra
+from ssl_jax.files import replacing
 
 _ID_FILE = "wandb_id"
 
@@ -67,7 +68,8 @@ class WandbWriter:
         try:
             file = workdir / _ID_FILE
             if not file.exists():
-                file.write_text(secrets.token_hex(4) + "\n")
+                with replacing(file) as temporary:
+                    temporary.write_text(secrets.token_hex(4) + "\n")
             self._run = wandb.init(
                 project=project,
                 id=file.read_text().strip(),
