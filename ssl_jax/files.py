@@ -7,6 +7,7 @@ replaced under an unpredictable temporary name, and appended to only if they are
 import contextlib
 import errno
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,20 @@ _KNOWN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, er
 RESUME = "then rerun the same command to resume"
 RERUN = "then rerun the same command"
 ANOTHER = "or choose another path"
+
+
+def local_path(path: str | Path) -> Path:
+    """Expands `~` in a path, once, where it enters.
+
+    Raises:
+      UserError: a URL, which Python would take for a folder of that name.
+    """
+    if re.match(r"\w+:/", str(path)):
+        raise UserError(
+            f"{path} is a URL, not a path. Mount the bucket as a folder (gcsfuse, mountpoint-s3), "
+            "and pass that."
+        )
+    return Path(path).expanduser()
 
 
 @contextlib.contextmanager

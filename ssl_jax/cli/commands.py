@@ -14,6 +14,7 @@ from ssl_jax.cli.parser import (
     add_from,
     add_json,
     add_keys,
+    path_argument,
     require_encoder,
     require_folder_of,
     require_run,
@@ -75,7 +76,7 @@ def resumes(args: argparse.Namespace) -> bool:
 
 
 def _add_path(parser: Parser, name: str, what: str, **settings: Any) -> None:
-    parser.add_argument(name, type=Path, help=what, **settings)
+    parser.add_argument(name, type=path_argument, help=what, **settings)
 
 
 def _add_config(parser: Parser) -> None:
@@ -277,7 +278,6 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _prepare_evaluation(args: argparse.Namespace) -> None:
-    args.run = args.run.expanduser()
     require_encoder(args.run)
     if args.command == "features":
         require_folder_of(args.out)
@@ -327,7 +327,6 @@ def _format(name: str) -> str:
 
 
 def _prepare_export(args: argparse.Namespace) -> None:
-    args.run = args.run.expanduser()
     require_encoder(args.run)
     require_folder_of(args.out)
     if args.projector_layer and args.format != "program":

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from ssl_jax.config import close_path, default_config, flatten
 from ssl_jax.errors import UserError, did_you_mean
+from ssl_jax.files import local_path
 
 _KEY = "--config.KEY"  # stands for all config keys in the help
 _MISSING = "the following arguments are required: "
@@ -114,14 +115,14 @@ def add_from(parser: Parser) -> None:
         "--from",
         dest="run",  # `from` is a keyword
         required=True,
-        type=Path,
+        type=path_argument,
         metavar="RUN",
         help="the run's workdir, or a weights file",
     )
     parser.add_argument(
         "--import",
         dest="imported",
-        type=Path,
+        type=path_argument,
         metavar="FILE.py",
         help="a Python file to run first, which registers the run's custom method (default: none)",
     )
@@ -173,6 +174,14 @@ def _suggestion(parser: Parser, name: str) -> str:
     if close := difflib.get_close_matches(name, known, n=1):
         return f"Did you mean {close[0]}?"
     return f"See `{parser.prog} --help`."
+
+
+def path_argument(text: str) -> Path:
+    """The `type` of arguments that are local paths."""
+    try:
+        return local_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def require_encoder(path: Path) -> None:

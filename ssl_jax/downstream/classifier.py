@@ -17,6 +17,7 @@ from ssl_jax.data.sources import make_sources
 from ssl_jax.downstream.features import NO_TEST_LABELS
 from ssl_jax.errors import UserError
 from ssl_jax.evals.evaluator import LAST_FILE
+from ssl_jax.files import local_path
 from ssl_jax.interop.load import config_at, newest_step
 from ssl_jax.run import processes
 from ssl_jax.train import pretrain
@@ -56,7 +57,7 @@ def derived_config(
     config.model.bn_group_size = 0
     # Fixed now, because a run in progress will have newer checkpoints.
     step = newest_step(path) if step is None else step
-    config.init_from.update(path=str(Path(path).expanduser().resolve()), step=step, heads=False)
+    config.init_from.update(path=str(local_path(path).resolve()), step=step, heads=False)
     config.eval.projector_layer = 0
     first = flat_views(source)[0]
     kept = {"size": first.size, "flip": first.flip, "mean": first.mean, "std": first.std}

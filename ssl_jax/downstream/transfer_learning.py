@@ -28,6 +28,7 @@ from ssl_jax.errors import UserError, did_you_mean, require_choice
 from ssl_jax.evals.linear import METRICS
 from ssl_jax.evals.metrics import interval_text
 from ssl_jax.evals.results import read_result, write_result
+from ssl_jax.files import local_path
 from ssl_jax.interop.load import newest_step, results_folder
 from ssl_jax.run.nonfinite import NonFiniteError
 
@@ -97,7 +98,7 @@ def read_sets(path: str | Path) -> list[DataSet]:
       UserError: the file can't be read or is not such a list.
     """
     try:
-        listed = json.loads(Path(path).read_text())
+        listed = json.loads(local_path(path).read_text())
         if not isinstance(listed, dict) or not listed:
             raise ValueError('write {"NAME": {"metric": "top1", "data": {"name": "tfds"}}}')
     except (OSError, ValueError) as error:
@@ -195,12 +196,12 @@ def transfer(
     Raises:
       UserError: bad input; raised before training.
     """
-    path, overrides = Path(path), tuple(overrides)
+    path, overrides = local_path(path), tuple(overrides)
     _check_overrides(overrides, bool(rates))
     if rates and not decays:
         raise UserError("There is no weight decay to fine-tune with. Give at least one.")
     grid = [(rate, decay) for rate in rates for decay in decays]
-    folder = Path(workdir) if workdir else results_folder(path) / "transfer"
+    folder = local_path(workdir) if workdir else results_folder(path) / "transfer"
     step = newest_step(path) if step is None else step
     jobs = [
         _Job(path, each, step, folder / each.name, overrides, command, verbosity, log)

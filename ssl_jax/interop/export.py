@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import flat_views, from_json, to_json
 from ssl_jax.errors import UserError
-from ssl_jax.files import ANOTHER, asked_for, writing
+from ssl_jax.files import ANOTHER, asked_for, local_path, writing
 from ssl_jax.interop.card import model_card
 from ssl_jax.interop.load import Encoder, load, weights_at
 from ssl_jax.interop.metadata import is_torchvisions, preprocessing
@@ -44,7 +44,7 @@ def export_torch(path: str | Path, file: str | Path, *, step: int | None = None)
       UserError: there is nothing to export, the encoder has selective kernels, or the file can't be
         written.
     """
-    weights, file = weights_at(path, step), Path(file)
+    weights, file = weights_at(path, step), local_path(file)
     plain = is_torchvisions(weights.config)
     loader = None if plain else _loader(file.parent)
     _write_torch(weights, file)
@@ -122,7 +122,7 @@ def export_program(
     The program maps uint8 images [n, size, size, 3], for any n, to float32 features [n, d],
     computed in float32 throughout. On CPUs, GPUs and TPUs, run it by
 
-        jax.export.deserialize(bytearray(Path(file).read_bytes())).call(images)
+        jax.export.deserialize(bytearray(local_path(file).read_bytes())).call(images)
 
     Args:
       path: a run's workdir, or a file of weights.
@@ -153,7 +153,7 @@ def export_program(
     # By default, convolutions on GPUs and TPUs round their inputs.
     with jax.default_matmul_precision("highest"):
         exported = jax_export.export(jax.jit(function), platforms=PLATFORMS)(images)
-    _write(Path(file), bytes(exported.serialize()))
+    _write(local_path(file), bytes(exported.serialize()))
     return {"size": size, "features": int(exported.out_avals[0].shape[1])}
 
 
@@ -186,7 +186,7 @@ def export_folder(path: str | Path, folder: str | Path, *, step: int | None = No
     Raises:
       UserError: there is nothing to export, or the folder can't be written.
     """
-    folder, weights = Path(folder), weights_at(path, step)
+    folder, weights = local_path(folder), weights_at(path, step)
     config = weights.config
     with writing(folder, ANOTHER):
         folder.mkdir(parents=True, exist_ok=True)

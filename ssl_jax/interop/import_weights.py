@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ssl_jax.errors import UserError, did_you_mean
+from ssl_jax.files import local_path
 from ssl_jax.interop.byol import read_byol
 from ssl_jax.interop.infer_architecture import Found, require_complete, to_weights
 from ssl_jax.interop.pickled import may_be_pickled, read_pickle, read_torch
@@ -79,7 +80,7 @@ def is_weights_file(path: str | Path) -> bool:
 
 def _in_folder(path: str | Path) -> Path:
     """The file in a folder of timm or of `ssl-jax export --format=folder`; else the path itself."""
-    path = Path(path).expanduser()
+    path = local_path(path)
     names = ("ssl_jax.safetensors", "model.safetensors")
     if (path / "checkpoints").is_dir():  # a run, even if it contains such a file
         return path

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ssl_jax.errors import UserError
+from ssl_jax.files import local_path
 from ssl_jax.interop.load import config_at, weights_at
 from ssl_jax.methods.base import make_encoder
 from ssl_jax.models.resnet import architecture
@@ -152,4 +153,4 @@ def _copy_params(initial: Any, source: Any, name: str) -> Any:
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    return local_path(text)

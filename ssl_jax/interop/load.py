@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from ssl_jax.config import Schedule
 from ssl_jax.data.pipeline import prepare_eval
 from ssl_jax.errors import UserError
+from ssl_jax.files import local_path
 from ssl_jax.interop.import_weights import is_weights_file, read_weights, read_weights_config
 from ssl_jax.interop.weights import Weights
 from ssl_jax.methods import make_method
@@ -182,7 +183,7 @@ def weights_at(path: str | Path, step: int | None = None) -> Weights:
         return read_weights(path)
     state = restore_state(path, step)
     stats = {k: v for k, v in state.method_state["batch_stats"].items() if k in state.params}
-    return Weights(read_config(Path(path)), state.params, stats, int(state.step))
+    return Weights(read_config(local_path(path)), state.params, stats, int(state.step))
 
 
 def config_at(path: str | Path) -> ConfigDict:
@@ -193,14 +194,14 @@ def config_at(path: str | Path) -> ConfigDict:
     """
     if is_weights_file(path):
         return read_weights_config(path)
-    if not Path(path).expanduser().exists():
+    if not local_path(path).exists():
         raise UserError(f"There is no run and no file of weights at {path}.")
-    return read_config(Path(path))
+    return read_config(local_path(path))
 
 
 def results_folder(path: str | Path) -> Path:
     """The folder for evaluation results: a run's workdir, or a folder next to a file of weights."""
-    path = Path(path).expanduser()
+    path = local_path(path)
     return path.with_name(f"{path.name}_evals") if is_weights_file(path) else path
 
 
@@ -234,7 +235,7 @@ def restore_state(path: str | Path, step: int | None = None) -> TrainState:
         step = steps[-1] if step is None else step
         if step not in steps:
             raise UserError(f"{path} has no checkpoint of step {step}: use one of {steps}.")
-        config = read_config(Path(path))
+        config = read_config(local_path(path))
         # Lengths only affect schedules, which are not used here.
         method, optimizer, _ = assemble(config, Schedule(1, 1))
         # Several processes read together, and each gets the whole state.
@@ -252,8 +253,8 @@ def restore_state(path: str | Path, step: int | None = None) -> TrainState:
 @contextlib.contextmanager
 def _checkpoints(path: str | Path) -> Iterator[Checkpoints]:
     """Opens the checkpoints of a run, which has at least one."""
-    read_config(Path(path))  # refuses a folder without a run
-    checkpoints = Checkpoints(Path(path) / "checkpoints", read_only=True)
+    read_config(local_path(path))  # refuses a folder without a run
+    checkpoints = Checkpoints(local_path(path) / "checkpoints", read_only=True)
     try:
         if not checkpoints.steps:
             raise UserError(f"{path} has no checkpoint yet: wait until the run has written one.")

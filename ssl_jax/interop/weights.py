@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from ssl_jax.config import from_json, to_json
 from ssl_jax.errors import UserError
-from ssl_jax.files import ANOTHER, replacing, writing
+from ssl_jax.files import ANOTHER, local_path, replacing, writing
 
 Pytree = Any
 FORMAT = "1"
@@ -79,7 +79,7 @@ def write_safetensors(
     Raises:
       UserError: the file has another suffix, or can't be written.
     """
-    file = Path(file)
+    file = local_path(file)
     if file.suffix != ".safetensors":
         raise UserError(f"Cannot write {file}: use a name that ends in .safetensors.")
     whole = {k: np.ascontiguousarray(v) for k, v in arrays.items()}

@@ -13,6 +13,7 @@ import numpy as np
 from ssl_jax.config import flatten
 from ssl_jax.errors import UserError
 from ssl_jax.evals.results import BASELINE, Evaluation, Row, read_evaluation, read_results
+from ssl_jax.files import local_path
 from ssl_jax.methods import METHODS
 from ssl_jax.report.charts import overlay_chart
 from ssl_jax.report.evaluation import MISSING, Cell, accuracy, difference, measure_name, measures
@@ -66,7 +67,7 @@ def write_comparison(workdirs: Sequence[Path], out: Path | None = None) -> Path:
       UserError: a folder contains no run or is given twice, there are too many, or the page cannot
         be written.
     """
-    workdirs = [Path(workdir) for workdir in workdirs]
+    workdirs = [local_path(workdir) for workdir in workdirs]
     if not 2 <= len(workdirs) <= len(_LETTERS):
         raise UserError(
             f"A comparison takes two to {len(_LETTERS)} runs, not {len(workdirs)}. Pass that "

@@ -10,6 +10,7 @@ import numpy as np
 from ssl_jax.config import flatten
 from ssl_jax.evals.intervals import mean_interval
 from ssl_jax.evals.results import BASELINE, Evaluation, read_evaluation
+from ssl_jax.files import local_path
 from ssl_jax.methods import title
 from ssl_jax.report.evaluation import evaluation_section, measure_name, results_section, row_name
 from ssl_jax.report.images import failures_section, neighbors_section, views_section
@@ -44,7 +45,7 @@ def write_report(workdir: Path) -> Path:
       UserError: there is no such folder, it contains no readable `config.json`, or the page cannot
         be written.
     """
-    workdir = Path(workdir)
+    workdir = local_path(workdir)
     run = read_record(workdir)
     config = run["config"]
     metrics, no_metrics = read(workdir / "metrics.jsonl", parse_metrics)

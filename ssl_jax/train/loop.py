@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import is_due, to_json
 from ssl_jax.data.pipeline import Prefetcher
+from ssl_jax.files import local_path
 from ssl_jax.report import evaluation_table, write_images, write_report
 from ssl_jax.run import processes
 from ssl_jax.run.folder import lock_text, locked, write_config
@@ -45,7 +46,7 @@ def pretrain(
     Raises:
       UserError: bad input; raised on all processes, and nothing is overwritten.
     """
-    workdir = Path(workdir)
+    workdir = local_path(workdir)
     with contextlib.ExitStack() as folder, processes.Stop() as stop:
         # Errors of the config surface here, before the folder is touched.
         with processes.raise_on_all_processes():
