@@ -356,7 +356,7 @@ def _probe_step(
         return probe_state, {}
     with jax.named_scope("probe"):
         (loss, correct), gradients = jax.value_and_grad(probe.loss, has_aux=True)(
-            probe_state["params"], features, label
+            probe_state["params"], features, label, method.label_weights(label)
         )
         probe_state = probe.update(probe_state, jax.tree.map(method.mean, gradients))
     return probe_state, {

@@ -72,6 +72,7 @@ def _evaluate_features(args: argparse.Namespace) -> None:
         step=args.step,
         projector_layer=args.projector_layer,
         overrides=[override for override in args.overrides if not override.startswith(votes)],
+        labeled_only=args.command != "features",
     )
     if args.command == "features":
         _save(args, features)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from ssl_jax.data.labels import checked_labels
 from ssl_jax.errors import UserError
 
 
@@ -18,22 +19,34 @@ class ArraySource:
         images: UInt8[np.ndarray, "n h w 3"],
         labels: Int[np.ndarray, " n"] | None = None,
         class_names: Sequence[str] = (),
+        *,
+        where: str = "ArraySource",
+        labels_from: str = "an array",
     ) -> None:
-        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+        """Checks the arrays.
+
+        Args:
+          images: at least one.
+          labels: class of each image, -1 for an image without a label; None without labels.
+          class_names: by label; empty: the classes are named by number.
+          where: what contains the arrays, such as a file, for messages.
+          labels_from: see `Source`.
+
+        Raises:
+          UserError: images that are not uint8 RGB, or labels that don't match images or names.
+        """
+        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not images.size:
             raise UserError(
-                f"ArraySource got images of dtype {images.dtype} and shape {list(images.shape)}. "
-                "Convert them to uint8 [n, H, W, 3]."
-            )
-        if labels is not None and len(labels) != len(images):
-            raise UserError(
-                f"ArraySource got {len(images)} images but {len(labels)} labels. "
-                "Pass one label per image."
+                f"{where} has images of dtype {images.dtype} and shape {list(images.shape)}. "
+                "Convert them to uint8 [n, H, W, 3], with n at least 1."
             )
         self.images = images
         self.num_examples = len(images)
-        self.labels = None if labels is None else np.asarray(labels, np.int32)
-        self.num_classes = 0 if self.labels is None else int(self.labels.max()) + 1
-        self.class_names = tuple(class_names)
+        self.labels, self.class_names = None, ()
+        if labels is not None:
+            self.labels, self.class_names = checked_labels(labels, class_names, len(images), where)
+        self.num_classes = len(self.class_names)
+        self.labels_from = labels_from
         self.bad: list[str] = []
         label_bytes = b"" if self.labels is None else self.labels.tobytes()
         checksum = zlib.crc32(label_bytes, zlib.crc32(images.tobytes()))
@@ -54,3 +67,7 @@ class ArraySource:
     def eval_transform(self, ids: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "n h w 3"]:
         """The unchanged images; the device resizes them."""
         return self.images[np.asarray(ids)]
+
+    def image_sizes(self, ids: Sequence[int] | np.ndarray) -> Int[np.ndarray, "n 2"]:
+        """Height and width of images, all the same."""
+        return np.tile(self.images.shape[1:3], (len(ids), 1))

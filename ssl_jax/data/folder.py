@@ -11,6 +11,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from ssl_jax.data.host import HostSource
+from ssl_jax.data.labels import NO_LABEL, checked_names
 from ssl_jax.data.listing import list_images
 from ssl_jax.data.tensorflow import tf
 from ssl_jax.errors import UserError
@@ -33,14 +34,13 @@ class FolderSource(HostSource):
           UserError: as `list_images`, or a view can't be made on the host.
         """
         folder = config.data[key]
-        files, labels, self.class_names = list_images(folder, f"config.data.{key}")
+        files, labels, class_names = list_images(folder, f"config.data.{key}")
         names = "\0".join(os.path.relpath(file, folder) for file in files)
         super().__init__(config, f"config.data.{key} ({folder})", len(files), os.fsencode(names))
-        self.num_classes = len(self.class_names)
+        self.class_names = checked_names(class_names, folder)
+        self.num_classes, self.labels_from = len(class_names), f"subfolders of {folder}"
         self._files = np.array([os.fsencode(file) for file in files], object)
-        self._labels = np.full(len(files), -1, np.int32)
-        if labels is not None:
-            self._labels[:] = labels
+        self._labels = np.array(labels or [NO_LABEL] * len(files), np.int32)
 
     def handles(self, ids: Int[np.ndarray, " n"]) -> tuple[Sequence[bytes], Int[np.ndarray, " n"]]:
         """The paths and labels of the files."""

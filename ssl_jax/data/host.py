@@ -6,8 +6,10 @@ that resumes at step s reads nothing of the earlier steps.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import io
 import logging
 import os
 import threading
@@ -18,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import numpy as np
+import PIL.Image
 from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 
@@ -46,14 +49,16 @@ class HostSource:
 
     Attributes:
       num_examples: number of images, N.
-      num_classes: number of classes; 0 without labels.
+      num_classes: number of classes; 0 if no image has a label.
       class_names: names of the classes, in the order of the labels.
+      labels_from: where the labels come from, in words.
       bad: names of the undecodable images found so far.
       fingerprint: changes with the order, number or labels of the images.
     """
 
     class_names: tuple[str, ...] = ()
     num_classes: int = 0
+    labels_from: str = ""
 
     def __init__(self, config: ConfigDict, where: str, num_examples: int, names: bytes) -> None:
         """Opens nothing.
@@ -97,7 +102,7 @@ class HostSource:
 
     @property
     def labels(self) -> Int[np.ndarray, " N"] | None:
-        """Class of each id, int32 [N]; None without labels."""
+        """Class of each id, int32 [N], -1 for none; None if no image has a label."""
         return self._labels[self._source_id] if self.num_classes else None
 
     @functools.cached_property
@@ -106,10 +111,14 @@ class HostSource:
 
         By default read from the images' records on first use, without decoding them.
         """
+        return np.concatenate(list(self._label_batches(1024)))
+
+    def _label_batches(self, size: int) -> Iterator[Int[np.ndarray, " n"]]:
         nothing: PerImage = lambda contents, step, id: ()  # noqa: E731
-        parts = np.array_split(np.arange(self.num_examples), -(-self.num_examples // 1024))
+        parts = np.array_split(np.arange(self.num_examples), -(-self.num_examples // size))
         steps = ((0, part) for part in parts)
-        return np.concatenate([labels for _, labels, _ in self._read(steps, nothing)])
+        for _, labels, _ in self._read(steps, nothing):
+            yield labels
 
     def device_data(self) -> dict[str, np.ndarray]:
         """Empty: images come with the batches."""
@@ -159,6 +168,19 @@ class HostSource:
 
         _, _, (images,) = next(self._read(iter([(0, np.asarray(ids))]), prepare))
         return images
+
+    def image_sizes(self, ids: Sequence[int] | np.ndarray) -> Int[np.ndarray, "n 2"]:
+        """Height and width of images, read from their headers, without undecodable ones.
+
+        Raises:
+          UserError: a file can't be read.
+        """
+        sizes = []
+        for id in ids:
+            with contextlib.suppress(OSError, ValueError, PIL.Image.DecompressionBombError):
+                with PIL.Image.open(io.BytesIO(self.read(id)), formats=("JPEG", "PNG")) as image:
+                    sizes.append((image.height, image.width))
+        return np.array(sizes, np.int32).reshape(-1, 2)
 
     def boxes(
         self, step: int, ids: Sequence[int] | np.ndarray

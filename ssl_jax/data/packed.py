@@ -20,7 +20,7 @@ def pack(folder: str | Path, out: str | Path) -> int:
     Args:
       folder: one subfolder per class, or flat; all images have the same size, such as CIFAR's.
       out: the file to write, an uncompressed `.npz` with "images" uint8 [N, H, W, 3], "labels"
-        int32 [N] (empty without classes) and "class_names".
+        int32 [N] (-1 for an image without a label; empty without classes) and "class_names".
 
     Returns:
       The number of images, N.
@@ -62,7 +62,7 @@ def packed_source(config: ConfigDict, key: str) -> ArraySource:
       key: the key of `config.data` that names the file, "dir" or "test_dir".
 
     Raises:
-      UserError: the file is missing, corrupt or wasn't written by `pack`.
+      UserError: the file is missing or corrupt, or its arrays aren't those that `pack` writes.
     """
     path, key = config.data[key], f"config.data.{key}"
     if not path:
@@ -84,12 +84,33 @@ def packed_source(config: ConfigDict, key: str) -> ArraySource:
             f"{key} is {path}, which is corrupt or not a packed file. Write it with `ssl-jax data "
             f"pack FOLDER {path}`."
         ) from error
-    return ArraySource(images, labels if len(labels) else None, [str(name) for name in names])
+    where = f"{key} ({path})"
+    return ArraySource(
+        images, labels if labels.size else None, names, where=where, labels_from=Path(path).name
+    )
 
 
 def _decode(file: str) -> np.ndarray:
     try:
-        with Image.open(file) as image:
-            return np.asarray(image.convert("RGB"))
+        with Image.open(file, formats=("JPEG", "PNG")) as image:
+            return _rgb(image)
     except Exception as error:  # Pillow's decoders raise many types
-        raise UserError(f"Cannot decode {file}. Remove or replace it.") from error
+        raise UserError(
+            f"Cannot decode {file} as a JPEG or PNG image. Remove or replace it."
+        ) from error
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """Converts to uint8 [height, width, 3] as `views.decode`.
+
+    Pillow's own conversion clips 16-bit grayscale at 255, and rounds where TensorFlow truncates.
+    """
+    if image.mode.startswith("I"):  # 16-bit grayscale: its upper 8 bits
+        gray = (np.asarray(image).astype(np.int32) >> 8).astype(np.uint8)
+        return np.repeat(gray[..., None], 3, axis=-1)
+    if image.mode == "CMYK":
+        # Pillow inverts all values, which only files with Adobe's marker store inverted.
+        ink = np.asarray(image).astype(np.int32)
+        light = 255 - ink if "adobe" in image.info else ink
+        return (light[..., :3] * light[..., 3:] // 255).astype(np.uint8)
+    return np.asarray(image.convert("RGB"))

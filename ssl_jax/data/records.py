@@ -19,6 +19,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from ssl_jax.data.host import HostSource
+from ssl_jax.data.labels import NO_LABEL, checked_labels
 from ssl_jax.data.listing import list_images
 from ssl_jax.data.tensorflow import array_record_data_source, array_record_module, tf
 from ssl_jax.errors import UserError, first_line
@@ -67,7 +68,7 @@ def convert(folder: str, out: str, num_shards: int = 0) -> int:
             _join(out, _INDEX),
             shards=np.array(shards),
             counts=np.array([len(chunk) for chunk in chunks]),
-            label=np.array(labels or [-1] * len(files), np.int32),
+            label=np.array(labels or [NO_LABEL] * len(files), np.int32),
             names=np.frombuffer(os.fsencode("\0".join(names)), np.uint8),
             class_names=np.array(class_names, str),
         )
@@ -85,15 +86,19 @@ class RecordsSource(HostSource):
           key: the key of `config.data` that names the folder, "dir" or "test_dir".
 
         Raises:
-          UserError: no records in the folder, or a view that can't be made on the host.
+          UserError: no records in the folder, labels that don't match the records or the class
+            names, or a view that can't be made on the host.
         """
         folder = config.data[key]
         index = _read_index(folder, f"config.data.{key}")
         names = index["names"].tobytes()
         super().__init__(config, f"config.data.{key} ({folder})", len(index["label"]), names)
-        self.class_names = tuple(str(name) for name in index["class_names"])
-        self.num_classes = len(self.class_names)
-        self._labels, self._names = index["label"], names
+        labels, self.class_names = checked_labels(
+            index["label"], index["class_names"], int(index["counts"].sum()), _join(folder, _INDEX)
+        )
+        self.num_classes, self.labels_from = len(self.class_names), _join(folder, _INDEX)
+        self._labels = index["label"].astype(np.int32) if labels is None else labels
+        self._names = names
         paths = [_join(folder, str(shard)) for shard in index["shards"]]
         self._records = ArrayRecords(
             [(path, 0, count) for path, count in zip(paths, index["counts"], strict=True)]

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Int, UInt8
 from ml_collections import ConfigDict
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from ssl_jax.data.arrays import ArraySource
 from ssl_jax.data.folder import FolderSource
+from ssl_jax.data.labels import NO_LABEL
 from ssl_jax.data.listing import some
 from ssl_jax.data.packed import packed_source
 from ssl_jax.data.records import RecordsSource
@@ -30,19 +31,26 @@ class Source(Protocol):
 
     Attributes:
       num_examples: number of images, N.
-      num_classes: number of classes; 0 without labels.
-      labels: class of each id, int32 [N]; None without labels. TFDS labels are read on first use.
+      num_classes: number of classes; 0 if no image has a label.
+      labels: class of each id, int32 [N], in 0 … num_classes-1, or -1 for an image without a label;
+        None if no image has one. TFDS labels are read on first use.
       class_names: names of the classes, in the order of the labels.
+      labels_from: where the labels come from, in words.
       bad: names of the undecodable images found so far and replaced.
       fingerprint: changes with the order, number or labels of the images; a run resumes only with
         the same fingerprint.
     """
 
     num_examples: int
-    num_classes: int
     class_names: tuple[str, ...]
+    labels_from: str
     bad: list[str]
     fingerprint: str
+
+    @property
+    def num_classes(self) -> int:
+        """See the class."""
+        ...
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -60,13 +68,17 @@ class Source(Protocol):
           steps: pairs of a step and the ids, int32 [n], that this process needs for it.
 
         Yields:
-          "id" int32 [n]; "label" int32 [n] if there are labels; from a host source also "views", a
-          tuple of uint8 [n, H, W, 3] in the order of `config.flat_views`.
+          "id" int32 [n]; "label" int32 [n] if any image of the source has a label; from a host
+          source also "views", a tuple of uint8 [n, H, W, 3] in the order of `config.flat_views`.
         """
         ...
 
     def eval_transform(self, ids: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "n h w 3"]:
         """Unaugmented images for evaluation."""
+        ...
+
+    def image_sizes(self, ids: Sequence[int] | np.ndarray) -> Int[np.ndarray, "n 2"]:
+        """Height and width of images as stored, without undecodable ones."""
         ...
 
 
@@ -76,16 +88,23 @@ class Subset:
     def __init__(self, source: Source, ids: Int[np.ndarray, " n"]) -> None:
         self._source, self._ids = source, np.asarray(ids, np.int32)
         self.num_examples = len(ids)
-        self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.class_names, self.labels_from = source.class_names, source.labels_from
         self.bad = source.bad
         checksum = zlib.crc32(self._ids.tobytes())
         self.fingerprint = f"{source.fingerprint}; subset of {len(ids)}, checksum {checksum:08x}"
 
     @property
     def labels(self) -> np.ndarray | None:
-        """Class of each image of the subset; None without labels."""
+        """Class of each image of the subset; None if none of them has a label."""
         labels = self._source.labels
-        return None if labels is None else labels[self._ids]
+        if labels is None or (labels[self._ids] == NO_LABEL).all():
+            return None
+        return labels[self._ids]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of the source's classes; 0 if no image of the subset has a label."""
+        return 0 if self.labels is None else self._source.num_classes
 
     def device_data(self) -> dict[str, np.ndarray]:
         """The subset's images, if the source keeps its images on the devices."""
@@ -107,6 +126,45 @@ class Subset:
         """Unaugmented images for evaluation, as the source's."""
         return self._source.eval_transform(self._ids[np.asarray(ids)])
 
+    def image_sizes(self, ids: Sequence[int] | np.ndarray) -> Int[np.ndarray, "n 2"]:
+        """Height and width of images, as the source's."""
+        return self._source.image_sizes(self._ids[np.asarray(ids)])
+
+
+def labeled(source: Source, has_label: Bool[np.ndarray, " N"] | None = None) -> Source:
+    """The images of a source that have labels; the source itself if all of them have.
+
+    Args:
+      source: with at least one label.
+      has_label: which images have one; None: read from the source.
+    """
+    if has_label is None:
+        labels = source.labels
+        assert labels is not None
+        has_label = labels != NO_LABEL
+    return source if has_label.all() else Subset(source, np.flatnonzero(has_label))
+
+
+def why_not_scored(train: Source, test: Source | None) -> str:
+    """Why accuracies on held-out images can't be measured, and the fix; "" if they can."""
+    reasons, fixes = [], []
+    if test is None:
+        reasons.append("there are no held-out images")
+        fixes.append(
+            "Set config.data.test_dir (TFDS: config.data.test_split), or hold out a share of the "
+            "training images with config.data.validation=0.2."
+        )
+    splits = {"training": train, "held-out": test}
+    unlabeled = [name for name, split in splits.items() if split and not split.num_classes]
+    if unlabeled:
+        reasons.append(f"the {' and '.join(unlabeled)} images have no labels")
+    if train.num_classes == 1:
+        reasons.append(f"all training images are of one class ({train.class_names[0]})")
+    if unlabeled or train.num_classes == 1:
+        fixes.append("Give labels of two or more classes, such as one subfolder per class.")
+    because = " and ".join(reasons)
+    return " ".join([f"{because[0].upper()}{because[1:]}.", *fixes]) if reasons else ""
+
 
 def stratified_subset(
     labels: Int[np.ndarray, " n"], share: float, seed: int = 0
@@ -114,15 +172,17 @@ def stratified_subset(
     """Samples a share of the images, with the same number of each class and at least one.
 
     Args:
-      labels: class of each image.
-      share: share of all images, above 0 and at most 1; classes with too few images are used whole.
+      labels: class of each image; those without a label (-1) are left out.
+      share: share of the labeled images, above 0 and at most 1; classes with too few images are
+        used whole.
       seed: sampling seed. With the same seed, a larger share contains the smaller one.
 
     Returns:
       Ids, ascending.
     """
-    classes = np.unique(labels)
-    each = max(1, round(share * len(labels) / len(classes)))
+    known = labels[labels != NO_LABEL]
+    classes = np.unique(known)
+    each = max(1, round(share * len(known) / len(classes)))
     generators = (np.random.default_rng([seed, int(c)]) for c in classes)
     ids = [
         generator.permutation(np.flatnonzero(labels == c))[:each]
@@ -137,7 +197,7 @@ def held_out_ids(
     """Samples a fixed share of each class, but never a whole class.
 
     Args:
-      labels: class of each image; None counts as a single class.
+      labels: class of each image; images without a label count as a class of their own.
       count: number of images.
       share: share of each class to hold out.
 
@@ -169,9 +229,10 @@ def digits(config: ConfigDict) -> tuple[Source, Source]:
         stratify=data.target,
     )
     names = [str(name) for name in data.target_names]
+    own = {"labels_from": "scikit-learn"}
     return (
-        ArraySource(images[train], data.target[train], names),
-        ArraySource(images[test], data.target[test], names),
+        ArraySource(images[train], data.target[train], names, **own),
+        ArraySource(images[test], data.target[test], names, **own),
     )
 
 
@@ -229,12 +290,16 @@ def _dir_sources(
     if not config.data.test_dir:
         return train, None
     test = open_source(config, "test_dir")
+    # Either split may have no labels.
+    if not train.num_classes or not test.num_classes or train.class_names == test.class_names:
+        return train, test
+    dirs = f"config.data.dir ({config.data.dir}) and config.data.test_dir ({config.data.test_dir})"
     differing = sorted(set(train.class_names) ^ set(test.class_names))
-    # An encoder trained without labels may be evaluated on labeled images.
-    if differing and train.num_classes:
+    if differing:
         raise UserError(
-            f"Only one of config.data.dir ({config.data.dir}) and config.data.test_dir "
-            f"({config.data.test_dir}) has the class {some(differing)}. Use two splits of one data "
-            "set."
+            f"Only one of {dirs} has the class {some(differing)}. Use two splits of one data set."
         )
-    return train, test
+    raise UserError(
+        f"{dirs} name the same classes in a different order, so their labels don't match. Number "
+        "the classes of both in the same order."
+    )

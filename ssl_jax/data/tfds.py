@@ -19,6 +19,7 @@ from ssl_jax.errors import UserError, did_you_mean
 
 # A TFRecord: 8 bytes of payload length and 4 of its checksum, the payload, and 4 of its checksum.
 _BEFORE, _AFTER = 12, 4
+_FIRST = 64  # examples, among which a labeled split has a label
 _READERS = 16  # parallel reads, which hide the latency of a disk or a bucket
 
 
@@ -66,9 +67,17 @@ class TfdsSource(HostSource):
         full_name = f"{builder.info.full_name} {split}".encode()
         where = f"config.data.dataset ({name}, split {split})"
         super().__init__(config, where, len(self._examples), full_name)
+        if not self.num_examples:
+            raise UserError(f"{where} has no images. Set config.data.{key} to a split with images.")
         self._image, self._label = config.data.image_key, config.data.label_key if label else ""
-        self.num_classes = label.num_classes if label else 0
-        self.class_names = tuple(label.names) if label else ()
+        if label is not None and self._is_labeled():
+            self.num_classes, self.class_names = label.num_classes, tuple(label.names)
+            self.labels_from = f"feature '{self._label}'"
+
+    def _is_labeled(self) -> bool:
+        """Whether any image has a label; TFDS stores -1 in splits such as ImageNet's test."""
+        first = next(self._label_batches(min(_FIRST, self.num_examples)))
+        return bool((first >= 0).any() or (self._labels >= 0).any())
 
     def handles(self, ids: Int[np.ndarray, " n"]) -> tuple[Sequence[bytes], Int[np.ndarray, " n"]]:
         """Serialized examples; the labels are inside them and not yet known."""

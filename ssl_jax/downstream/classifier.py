@@ -13,8 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ssl_jax.config import default_config, flat_views, from_json, to_json, view
-from ssl_jax.data.sources import make_sources
-from ssl_jax.downstream.features import NO_TEST_LABELS
+from ssl_jax.data.sources import make_sources, why_not_scored
 from ssl_jax.errors import UserError
 from ssl_jax.evals.evaluator import LAST_FILE
 from ssl_jax.files import local_path
@@ -55,6 +54,7 @@ def derived_config(
     for group in ("optim", "supervised", "distill"):
         config[group].update(defaults[group].to_dict())
     config.model.bn_group_size = 0
+    config.data.num_classes = 0  # the data's, which may not be those that the run trained on
     # Fixed now, because a run in progress will have newer checkpoints.
     step = newest_step(path) if step is None else step
     config.init_from.update(path=str(local_path(path).resolve()), step=step, heads=False)
@@ -98,13 +98,11 @@ def train_classifier(
       UserError: bad input, or no labels to train or evaluate on; raised before training.
     """
     train, test = make_sources(config)
-    if test is None or test.labels is None:
-        raise UserError(NO_TEST_LABELS)
-    if train.labels is None and (config.method != "distill" or config.distill.labels > 0):
-        raise UserError(
-            "The training images have no labels to train on. Use a folder with one subfolder per "
-            "class, or distill with config.distill.labels=0."
-        )
+    # A student may learn from its teacher's predictions alone.
+    taught = config.method == "distill" and not config.distill.labels
+    scored = taught and test is not None and test.num_classes > 0
+    if not scored and (why := why_not_scored(train, test)):
+        raise UserError(why)
     state = pretrain(config, workdir, command, verbosity=verbosity)
     file = Path(workdir) / "evals" / "classifier.json"
     # A run that was stopped during its evaluation lacks the last file.

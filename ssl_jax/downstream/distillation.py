@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import apply_overrides
 from ssl_jax.downstream.classifier import derived_config, is_overridden, train_classifier
+from ssl_jax.interop.load import config_at
 
 
 def distill_config(teacher: str | Path, overrides: Iterable[str] = ()) -> ConfigDict:
@@ -29,6 +30,7 @@ def distill_config(teacher: str | Path, overrides: Iterable[str] = ()) -> Config
     """
     overrides = list(overrides)
     config = derived_config(teacher, {"epochs": 400.0})
+    config.data.num_classes = config_at(teacher).data.num_classes  # those that it predicts
     config.method = "distill"
     config.distill.teacher = config.init_from.path
     config.distill.step, config.init_from.step = config.init_from.step, 0

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from ssl_jax.config import apply_overrides
-from ssl_jax.data.sources import make_sources
+from ssl_jax.data.sources import labeled, make_sources, why_not_scored
 from ssl_jax.errors import UserError
 from ssl_jax.evals.evaluator import Evaluator
 from ssl_jax.evals.knn import knn_votes
@@ -20,10 +20,6 @@ from ssl_jax.files import asked_for
 from ssl_jax.interop.load import config_at, load
 from ssl_jax.spmd import make_spmd
 
-NO_TEST_LABELS = (
-    "The data has no held-out split with labels to evaluate on. Name one, such as "
-    "--config.data.test_dir=DIR."
-)
 # Prefixes of the config keys that change a frozen encoder's features, and the keys of its first
 # view that do.
 _IMAGES = ("batch_size", "crop_fraction", "interpolation", "projector_layer")
@@ -37,7 +33,8 @@ class Features:
 
     Attributes:
       train, test: float32 [n, d] and [m, d]; `test` is None without a held-out split.
-      train_labels, test_labels: int32 [n] and [m]; None without labels.
+      train_labels, test_labels: int32 [n] and [m], -1 for an image without a label; None if no
+        image has one.
       class_names: by label.
       step: of the checkpoint.
     """
@@ -48,18 +45,6 @@ class Features:
     test_labels: Int[np.ndarray, " m"] | None
     class_names: tuple[str, ...]
     step: int
-
-    def labeled(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
-        """Features and labels of both splits, and the number of classes.
-
-        Raises:
-          UserError: a held-out split or labels are missing.
-        """
-        train, test = self.train_labels, self.test_labels
-        if self.test is None or train is None or test is None:
-            raise UserError(NO_TEST_LABELS)
-        classes = max(len(self.class_names), int(train.max()) + 1, int(test.max()) + 1)
-        return self.train, train, self.test, test, classes
 
     def save(self, file: Path) -> None:
         """Writes an `.npz` of the attributes that are not None, by their names.
@@ -82,6 +67,7 @@ def run_features(
     step: int | None = None,
     projector_layer: int | None = None,
     overrides: Iterable[str] = (),
+    labeled_only: bool = False,
 ) -> Features:
     """Extracts the features of a data set with a run's encoder.
 
@@ -91,20 +77,27 @@ def run_features(
       projector_layer: see `ssl_jax.load`.
       overrides: strings `a.b=VALUE` that change the run's config: `data.…` names other data,
         `data.subset` a share of it, and `eval.…` sets how images are prepared.
+      labeled_only: leave out images without a label, as `knn_metrics` and `linear_metrics` need.
 
     Returns:
       The features, in the order of the sources.
 
     Raises:
-      UserError: the run or the data is missing, or an override is bad or doesn't change features.
+      UserError: the run or the data is missing, an override is bad or doesn't change features, or
+        `labeled_only` and a held-out split or labels are missing; raised before anything is
+        computed.
     """
     overrides = tuple(overrides)
     config = apply_overrides(config_at(path), overrides)
     _require_seen(config, overrides)
     if projector_layer is not None:
         config.eval.projector_layer = projector_layer
-    encoder = load(path, step, projector_layer=config.eval.projector_layer)
     train, test = make_sources(config)
+    if labeled_only:
+        if test is None or why_not_scored(train, test):
+            raise UserError(why_not_scored(train, test))
+        train, test = labeled(train), labeled(test)
+    encoder = load(path, step, projector_layer=config.eval.projector_layer)
     spmd = make_spmd()
     evaluator = Evaluator(config, spmd, train, test)
     variables = spmd.replicate(encoder.variables)
@@ -113,7 +106,7 @@ def run_features(
         train.labels,
         None if test is None else evaluator.features(variables, test),
         None if test is None else test.labels,
-        train.class_names,
+        train.class_names or (test.class_names if test else ()),
         encoder.step,
     )
 
@@ -131,15 +124,26 @@ def _require_seen(config: ConfigDict, overrides: Iterable[str]) -> None:
             )
 
 
+def _both_splits(
+    features: Features,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
+    """Features and labels of both splits, and the number of classes."""
+    train, test = features.train_labels, features.test_labels
+    assert features.test is not None and train is not None and test is not None
+    return features.train, train, features.test, test, len(features.class_names)
+
+
 def knn_metrics(
     features: Features, *, k: int = 200, temperature: float | None = 0.1
 ) -> dict[str, Any]:
     """`classification_metrics` of a vote of nearest neighbors; see `knn_classify`.
 
-    Raises:
-      UserError: a held-out split or labels are missing.
+    Args:
+      features: of labeled images only.
+      k: see `knn_classify`.
+      temperature: see `knn_classify`.
     """
-    train, labels, test, test_labels, classes = features.labeled()
+    train, labels, test, test_labels, classes = _both_splits(features)
     votes = knn_votes(train, labels, test, num_classes=classes, k=k, temperature=temperature)
     # The softmax of their logarithms is the vote.
     return classification_metrics(np.log(np.maximum(votes, 1e-12)), test_labels)
@@ -154,10 +158,13 @@ def linear_metrics(
 ) -> tuple[dict[str, Any], float]:
     """`classification_metrics` of a linear classifier and its penalty; see `fit_linear`.
 
-    Raises:
-      UserError: a held-out split or labels are missing.
+    Args:
+      features: of labeled images only.
+      penalties: see `fit_linear`.
+      seed: see `fit_linear`.
+      metric: see `fit_linear`.
     """
-    train, labels, test, test_labels, classes = features.labeled()
+    train, labels, test, test_labels, classes = _both_splits(features)
     model = fit_linear(
         train, labels, num_classes=classes, penalties=tuple(penalties), seed=seed, metric=metric
     )

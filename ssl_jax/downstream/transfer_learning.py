@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ssl_jax.config import apply_overrides, default_config, run_schedule
-from ssl_jax.data.sources import held_out_ids, make_sources
+from ssl_jax.data.sources import held_out_ids, make_sources, why_not_scored
 from ssl_jax.downstream.classifier import (
     PLAIN_SGD,
     derived_config,
@@ -278,8 +278,8 @@ class _Job:
             config.data.validation = 0.0
             train, test = make_sources(config)
             self.fingerprints = (train.fingerprint, test.fingerprint if test else "")
-            if test is None or not train.num_classes or not test.num_classes:
-                raise UserError("There is no test split with labels. Set test_split or test_dir.")
+            if test is None or why_not_scored(train, test):
+                raise UserError(why_not_scored(train, test))
             if not grid:
                 return
             held_out = 0
@@ -306,7 +306,7 @@ class _Job:
         if known is not None and known.get("settings") == settings:
             metrics: dict[str, Any] = known["metrics"]
             return metrics
-        features = run_features(self.path, step=self.step, overrides=changes)
+        features = run_features(self.path, step=self.step, overrides=changes, labeled_only=True)
         metrics, penalty = linear_metrics(features, metric=self.data_set.metric)
         what = f"{self.data_set.name}: linear classifier on features, penalty {penalty:g}"
         what += self.suffix(own)

@@ -1,5 +1,6 @@
 """Evaluates a run: kNN during training; at the end accuracies of the run and its baselines."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from ssl_jax import diagnostics
 from ssl_jax.config import Schedule
 from ssl_jax.data.device_crop import resize_images
 from ssl_jax.data.index import views_stream
+from ssl_jax.data.labels import NO_LABEL
 from ssl_jax.data.pipeline import make_augment_fn, prepare_eval, unnormalized
-from ssl_jax.data.sources import Source
+from ssl_jax.data.sources import Source, labeled, why_not_scored
 from ssl_jax.evals import probe
 from ssl_jax.evals.features import extract_features, padded_batches
 from ssl_jax.evals.knn import knn_classify
@@ -48,7 +50,7 @@ class Evaluator:
     """Extracts the features of both splits of a run's data and evaluates them.
 
     Attributes:
-      has_labels: whether there is a held-out split and both splits have labels.
+      not_scored: why accuracies of frozen features can't be measured; "" if they can.
     """
 
     def __init__(self, config: ConfigDict, spmd: Spmd, train: Source, test: Source | None) -> None:
@@ -61,7 +63,7 @@ class Evaluator:
           test: held-out split, or None.
         """
         self.config, self.train, self.test = config, train, test
-        self.has_labels = test is not None and train.num_classes > 0 and test.num_classes > 0
+        self.not_scored = why_not_scored(train, test)
         method = make_method(config, Schedule(1, 1))
         layer = config.eval.projector_layer
 
@@ -93,6 +95,17 @@ class Evaluator:
         # A multiple of the number of devices.
         self._batch_size = -(-config.eval.batch_size // spmd.size) * spmd.size
         self._rows, self._devices = spmd.local_indices(self._batch_size), spmd.size
+
+    @functools.cached_property
+    def _labeled_train(self) -> Source:
+        """The training images that have labels; all processes ask for it together."""
+        return _labeled_everywhere(self.train)
+
+    @functools.cached_property
+    def _labeled_test(self) -> Source:
+        """The held-out images that have labels; all processes ask for it together."""
+        assert self.test is not None
+        return _labeled_everywhere(self.test)
 
     def features(
         self, variables: Pytree, source: Source, first: int | None = None
@@ -142,12 +155,16 @@ class Evaluator:
           "rankme", "uniformity" and, given two views, "alignment" of training images. If both
           splits have labels, "knn", the accuracy of weighted kNN on the held-out split, and
           "probe_accuracy" if there is an online probe. "test_accuracy" of the run's own classifier.
+          Images without a label are neither neighbors nor scored.
         """
         variables = evaluated_variables(state, self.config.eval.projector_layer)
         # Without labels for kNN, a sample is enough.
-        train = self.features(variables, self.train, None if self.has_labels else 2 * _SAMPLED)
+        if self.not_scored:
+            train, test = self.features(variables, self.train, 2 * _SAMPLED), None
+        else:
+            train = self.features(variables, self._labeled_train)
+            test = self.features(variables, self._labeled_test)
         views = self._view_features(state, variables)
-        test = self.features(variables, self.test) if self.has_labels and self.test else None
         accuracy = self._classifier_accuracy(state)
         if state.probe and test is not None and not self.config.eval.projector_layer:
             accuracy["probe_accuracy"] = self._probe_accuracy(state, test)
@@ -165,26 +182,27 @@ class Evaluator:
         return processes.from_first(measured)
 
     def logits(self, state: Any) -> Float[np.ndarray, "n c"]:
-        """Logits of held-out images by the run's own classifier, on the primary process."""
-        assert self.test is not None
-        return self._extract(self._classify, _variables(state, self._classifier), self.test)
+        """Logits of labeled held-out images by the run's own classifier, on the primary process."""
+        return self._extract(
+            self._classify, _variables(state, self._classifier), self._labeled_test
+        )
 
     def _probe_accuracy(self, state: Any, test: Float[np.ndarray, "n d"]) -> float:
         """Accuracy of the online probe; 0 on processes without the features."""
-        if not len(test) or self.test is None:
+        if not len(test):
             return 0.0
         logits = probe.scores(jax.device_get(state.probe["params"]), jnp.asarray(test))
-        return float(np.mean(np.asarray(logits).argmax(axis=1) == self.test.labels))
+        return float(np.mean(np.asarray(logits).argmax(axis=1) == self._labeled_test.labels))
 
     def is_done(self, workdir: Path) -> bool:
         """Whether the files of the run's end have all been written."""
         return (workdir / LAST_FILE).exists()
 
     def _classifier_accuracy(self, state: Any) -> dict[str, float]:
-        if not self._classifier or self.test is None:
+        if not self._classifier:
             return {}
         logits = self.logits(state)
-        correct = logits.argmax(axis=1) == self.test.labels if len(logits) else [0.0]
+        correct = logits.argmax(axis=1) == self._labeled_test.labels if len(logits) else [0.0]
         return {"test_accuracy": float(np.mean(correct))}
 
     def view_grid(self, state: Any) -> UInt8[np.ndarray, "rows columns 3"]:
@@ -208,7 +226,8 @@ class Evaluator:
           stopping: called before each encoder; returns whether to stop.
 
         Returns:
-          Arrays of images for `report.write_images`; empty on processes other than the primary.
+          Arrays for `report.write_images`: images and, as "not_scored", the reason if accuracies
+          can't be measured; empty on processes other than the primary.
 
         Raises:
           StoppedError: `stopping` returned True.
@@ -217,13 +236,17 @@ class Evaluator:
         first = processes.is_primary()
         rows: list[Row] = []
         pictures = self._view_pictures(state) if first else {}
+        if first and self.not_scored:
+            pictures["not_scored"] = np.array(self.not_scored)
         self._write_classifier(workdir, state)
         # The features of a frozen encoder were measured by the run that trained it.
         if self.test is None or not self.config.eval.at_end or self.config.supervised.freeze:
             return pictures
         variables = evaluated_variables(state, self.config.eval.projector_layer)
         encoders = [(self.config.method, self._encode, variables)]
-        if self.has_labels:
+        train, test = self.train, self.test
+        if not self.not_scored:
+            train, test = self._labeled_train, self._labeled_test
             encoders += [
                 (BASELINE, self._small, {}),
                 (UNTRAINED, self._encode, self._replicate(initial)),
@@ -231,44 +254,40 @@ class Evaluator:
         for name, encode, weights in encoders:
             if stopping():
                 raise processes.StoppedError
-            splits = [self._extract(encode, weights, s) for s in (self.train, self.test)]
+            splits = [self._extract(encode, weights, split) for split in (train, test)]
             if not first:
                 continue  # it has encoded its share
             if name == self.config.method:
-                pictures |= retrieval_pictures(
-                    self.train, self.test, *splits, labeled=self.has_labels
-                )
-            if self.has_labels:
+                pictures |= retrieval_pictures(train, test, *splits, labeled=not self.not_scored)
+            if not self.not_scored:
                 rows.append(self._row(name, *splits))
             del splits  # before the next are extracted
         if rows:
-            split = f"{self.train.num_examples} training images with their labels"
+            split = f"{train.num_examples} training images with their labels"
             # The run's own row comes last.
-            rows = rows[1:] + rows[:1]
+            rows, notes = rows[1:] + rows[:1], self._left_out()
+            measured = Evaluation(rows, test.num_examples, split, int(state.step), notes)
             with writing(workdir):
-                write_evaluation(
-                    workdir, Evaluation(rows, self.test.num_examples, split, int(state.step))
-                )
+                write_evaluation(workdir, measured)
         return pictures
 
     def _write_classifier(self, workdir: Path, state: Any) -> None:
         """Evaluates the run's own classifier, if it has one."""
-        if not self._classifier or self.test is None:
+        if not self._classifier:
             return
         logits = self.logits(state)
         if processes.is_primary():
-            measured = classification_metrics(logits, np.asarray(self.test.labels))
+            measured = classification_metrics(logits, np.asarray(self._labeled_test.labels))
             with writing(workdir):
                 write_result(workdir, "classifier", "the run's own classifier", measured)
 
     def _row(self, name: str, train: np.ndarray, test: np.ndarray) -> Row:
-        assert self.test is not None
-        labels, test_labels = self.train.labels, self.test.labels
+        labels, test_labels = self._labeled_train.labels, self._labeled_test.labels
         assert labels is not None and test_labels is not None
         trials = {}
         for count in self.config.eval.labels_per_class:
-            if np.bincount(labels).min() < count:
-                continue
+            if count > self._smallest_class()[1]:
+                continue  # see `_left_out`
             trials[count] = few_label_accuracies(
                 train,
                 labels,
@@ -283,17 +302,37 @@ class Evaluator:
         linear = float(np.mean(predicted == test_labels))
         return Row(name, trials, {"linear": linear, "knn": self._knn_accuracy(train, test)})
 
+    def _smallest_class(self) -> tuple[str, int]:
+        """The class with the fewest labeled training images, and their number."""
+        labels = self._labeled_train.labels
+        assert labels is not None
+        classes, counts = np.unique(labels, return_counts=True)
+        least = counts.argmin()
+        return self.train.class_names[classes[least]], int(counts[least])
+
+    def _left_out(self) -> tuple[str, ...]:
+        """Why few-label accuracies are missing, a sentence for all of them."""
+        name, most = self._smallest_class()
+        counts = [str(n) for n in self.config.eval.labels_per_class if n > most]
+        if not counts:
+            return ()
+        return (
+            f"No accuracy with {' or '.join(counts)} labels per class: class '{name}' has only "
+            f"{most} training images with labels.",
+        )
+
     def _knn_accuracy(self, train: np.ndarray, test: np.ndarray) -> float:
-        assert self.test is not None and self.train.labels is not None
+        labels = self._labeled_train.labels
+        assert labels is not None
         predicted = knn_classify(
             train,
-            self.train.labels,
+            labels,
             test,
-            num_classes=self.config.data.num_classes,
+            num_classes=self.train.num_classes,
             k=self.config.eval.knn_k,
             temperature=self.config.eval.knn_temperature,
         )
-        return float(np.mean(predicted == self.test.labels))
+        return float(np.mean(predicted == self._labeled_test.labels))
 
     def _view_pictures(self, state: Any) -> dict[str, np.ndarray]:
         """The first images with the views that the first step makes of them."""
@@ -324,6 +363,13 @@ class Evaluator:
         device_data = {name: array[:beyond] for name, array in self.train.device_data().items()}
         batch = self._augment_fn(raw, device_data, key)
         return [np.asarray(view) for view in batch["views"]]
+
+
+def _labeled_everywhere(source: Source) -> Source:
+    """`labeled`; only the primary process reads labels, which may take reading all records."""
+    labels = source.labels if processes.is_primary() else None
+    has_label = np.zeros(source.num_examples, bool) if labels is None else labels != NO_LABEL
+    return labeled(source, processes.array_from_first(has_label))
 
 
 def _gathered(spmd: Spmd, encode: Callable[[Pytree, Array], Array]) -> Callable[..., Array]:

@@ -38,8 +38,8 @@ def knn_classify(
       Predicted labels, int32 [m].
 
     Raises:
-      UserError: train and test features differ in dimension, or the number of labels doesn't match
-        the number of features.
+      UserError: train and test features differ in dimension, or labels don't match the features or
+        the number of classes.
     """
     votes = knn_votes(
         train_features,
@@ -67,6 +67,12 @@ def knn_votes(
             f"The numbers of training features ({len(train_features)}) and labels "
             f"({len(train_labels)}) differ. Give one label per feature."
         )
+    labels = np.asarray(train_labels)
+    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise UserError(
+            f"Labels range from {labels.min()} to {labels.max()}, but there are {num_classes} "
+            "classes. Leave out images without a label, or set num_classes."
+        )
     similarity, neighbor = nearest_neighbors(train_features, test_features, k=k)
     # Divided by the row's largest weight, so that exp can't overflow; shares don't change.
     weight = np.ones_like(similarity)
@@ -74,7 +80,7 @@ def knn_votes(
         weight = np.exp((similarity - similarity[:, :1]) / temperature)
     votes = np.zeros((len(test_features), num_classes))
     rows = np.arange(len(test_features))[:, None]
-    np.add.at(votes, (rows, np.asarray(train_labels)[neighbor]), weight)
+    np.add.at(votes, (rows, labels[neighbor]), weight)
     shares: np.ndarray = votes / votes.sum(axis=1, keepdims=True)
     return shares
 

@@ -82,7 +82,7 @@ def retrieval_pictures(
       test: the held-out split.
       train_features: of `train`.
       test_features: of `test`.
-      labeled: whether both splits have labels; without them there are no failures.
+      labeled: whether all images of both splits have labels; without them there are no failures.
 
     Returns:
       Arrays for `report.write_images`, by name.
@@ -108,9 +108,7 @@ def _neighbors(
         assert train.labels is not None and test.labels is not None
         pictures["query_label"] = test.labels[queries]
         pictures["neighbor_label"] = train.labels[index]
-        # A source may name fewer classes than its labels, or the other source's, distinguish.
-        known, count = train.class_names, max(train.num_classes, test.num_classes)
-        pictures["class_names"] = np.array((*known, *map(str, range(len(known), count))))
+        pictures["class_names"] = np.array(train.class_names)
     return pictures
 
 

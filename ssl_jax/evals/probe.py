@@ -38,12 +38,22 @@ def scores(params: Pytree, features: Float[Array, "n d"]) -> Float[Array, "n cla
 
 
 def loss(
-    params: Pytree, features: Float[Array, "n d"], label: Int[Array, " n"]
+    params: Pytree,
+    features: Float[Array, "n d"],
+    label: Int[Array, " n"],
+    weights: Float[Array, " n"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Mean cross-entropy and accuracy on this device's examples; float32."""
+    """Weighted means of cross-entropy and accuracy on this device's examples; float32.
+
+    Args:
+      params: of the probe.
+      features: of the encoder; no gradient flows into them.
+      label: class of each example.
+      weights: from `Method.label_weights`.
+    """
     logits = scores(params, jax.lax.stop_gradient(features).astype(jnp.float32))
-    each = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-    return jnp.mean(each), jnp.mean(jnp.argmax(logits, axis=1) == label)
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(label, 0))
+    return jnp.mean(weights * each), jnp.mean(weights * (jnp.argmax(logits, axis=1) == label))
 
 
 def update(probe: Pytree, gradients: Pytree) -> Pytree:

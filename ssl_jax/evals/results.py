@@ -48,12 +48,14 @@ class Evaluation:
       test_examples: number of held-out images.
       split: describes the split, in words.
       step: of the run's checkpoint; None in an older file.
+      notes: sentences on what is missing from the rows.
     """
 
     rows: list[Row]
     test_examples: int
     split: str
     step: int | None = None
+    notes: tuple[str, ...] = ()
 
     def find(self, name: str) -> Row | None:
         """Returns the row of that name."""
@@ -99,6 +101,7 @@ def write_evaluation(workdir: Path, evaluation: Evaluation) -> None:
         "trials": evaluation.trials,
         "test_examples": evaluation.test_examples,
         "split": evaluation.split,
+        "notes": evaluation.notes,
     }
     with replacing(workdir / "evaluation.json") as file:
         file.write_text(json.dumps(record, indent=1) + "\n")
@@ -114,8 +117,13 @@ def read_evaluation(path: Path) -> Evaluation:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         rows = [_parse_row(entry) for entry in data["rows"]]
-        step = data.get("step")
-        evaluation = Evaluation(rows, int(data["test_examples"]), str(data.get("split", "")), step)
+        evaluation = Evaluation(
+            rows,
+            int(data["test_examples"]),
+            str(data.get("split", "")),
+            data.get("step"),
+            tuple(map(str, data.get("notes", ()))),
+        )
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not an evaluation") from error
     for labels in evaluation.labels:

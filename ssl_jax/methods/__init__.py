@@ -84,6 +84,17 @@ def register(name: str, **options: Any) -> Callable[[type[Method]], type[Method]
     return add
 
 
+def method_class(name: str) -> type[Method]:
+    """Returns the method of that name, of the package or registered.
+
+    Raises:
+      UserError: an unknown method.
+    """
+    methods = {name: entry.method for name, entry in METHODS.items()} | _REGISTERED
+    require_choice("config.method", name, methods)
+    return methods[name]
+
+
 def make_method(
     config: ConfigDict,
     schedule: Schedule,
@@ -104,8 +115,6 @@ def make_method(
     Raises:
       UserError: an unknown method, or options that it doesn't support.
     """
-    methods = {name: entry.method for name, entry in METHODS.items()} | _REGISTERED
-    require_choice("config.method", config.method, methods)
-    method = methods[config.method](config, schedule, axis_name, groups)
+    method = method_class(config.method)(config, schedule, axis_name, groups)
     method.check_projector_layer(config.eval.projector_layer)
     return method

@@ -21,7 +21,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from ssl_jax.config import Schedule, flat_views
@@ -31,7 +31,9 @@ from ssl_jax.models.resnet import architecture
 from ssl_jax.optim import role_labels
 
 Pytree = Any
-Batch = dict[str, Any]  # views: tuple of [n, H, W, 3] float32; id [n]; label [n] for labeled data
+Batch = dict[
+    str, Any
+]  # views: tuple of [n, H, W, 3] float32; id [n]; label [n], -1 for none, for labeled data
 
 
 class Method:
@@ -161,6 +163,15 @@ class Method:
     def mean(self, x: Array) -> Array:
         """Averages a local mean over devices."""
         return x if self.axis_name is None else jax.lax.pmean(x, self.axis_name)
+
+    def label_weights(self, label: Int[Array, " n"]) -> Float[Array, " n"]:
+        """Weights of examples in losses: 0 without a label (-1), else equal.
+
+        Their mean over the global batch is 1, or 0 if no example has a label.
+        """
+        has_label = (label >= 0).astype(jnp.float32)
+        share = self.mean(jnp.mean(has_label))
+        return has_label / jnp.where(share > 0, share, 1.0)
 
     def gather(self, x: Float[Array, "n ..."]) -> Float[Array, "batch ..."]:
         """Gathers all devices' examples, in the order of the global batch."""

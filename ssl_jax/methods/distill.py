@@ -87,6 +87,7 @@ class Distill(ClassifierMethod):
         logs = {"distillation": self.mean(distilled), "agreement": self.mean(jnp.mean(agree))}
         if not options.labels:
             return self.mean(distilled), logs
-        labeled, correct = cross_entropy(outputs["logits"], batch["label"])
+        weights = self.label_weights(batch["label"])
+        labeled, correct = cross_entropy(outputs["logits"], batch["label"], weights)
         loss = (1 - options.labels) * distilled + options.labels * labeled
         return self.mean(loss), {**logs, "train_accuracy": self.mean(correct)}

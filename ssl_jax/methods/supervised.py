@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import Batch, Method, Pytree, apply_networks, init_networks
@@ -64,8 +64,9 @@ class Supervised(ClassifierMethod):
         super().__init__(*args)
         options, classes = self.config.supervised, self.config.data.num_classes
         if classes < 2:
+            lack = "are all of one class" if classes else "have no labels"
             raise UserError(
-                f"config.method is '{self.config.method}', but the training images have no labels. "
+                f"config.method is '{self.config.method}', but the training images {lack}. "
                 "Use a folder with one subfolder per class."
             )
         self.networks = classifying_networks(self, self.encoder, options, options.classifier_init)
@@ -109,8 +110,9 @@ class Supervised(ClassifierMethod):
     def loss(
         self, params: Pytree, outputs: dict[str, Array], state: Pytree, batch: Batch, step: Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """Computes the cross-entropy with the labels, averaged over views."""
-        loss, correct = cross_entropy(outputs["logits"], batch["label"])
+        """Computes the cross-entropy with the labels, averaged over labeled images and views."""
+        weights = self.label_weights(batch["label"])
+        loss, correct = cross_entropy(outputs["logits"], batch["label"], weights)
         return self.mean(loss), {"train_accuracy": self.mean(correct)}
 
 
@@ -150,8 +152,11 @@ def evaluate_networks(
     return outputs
 
 
-def cross_entropy(logits: Float[Array, "n v c"], label: Array) -> tuple[Array, Array]:
-    """Returns the mean cross-entropy over examples and views, and the accuracy."""
+def cross_entropy(
+    logits: Float[Array, "n v c"], label: Int[Array, " n"], weights: Float[Array, " n"]
+) -> tuple[Array, Array]:
+    """Returns the weighted means over examples and views of cross-entropy and accuracy."""
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    loss = -jnp.mean(jnp.take_along_axis(log_p, label[:, None, None], axis=-1))
-    return loss, jnp.mean(jnp.argmax(log_p, axis=-1) == label[:, None])
+    losses = -jnp.take_along_axis(log_p, jnp.maximum(label, 0)[:, None, None], axis=-1)
+    correct = jnp.argmax(log_p, axis=-1) == label[:, None]
+    return jnp.mean(weights[:, None, None] * losses), jnp.mean(weights[:, None] * correct)

@@ -98,7 +98,7 @@ def evaluation_table(workdir: Path) -> list[str]:
     return [
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
         for line in cells
-    ] + others
+    ] + [*evaluation.notes, *others]
 
 
 def results_section(workdir: Path) -> dict[str, Any]:
@@ -205,6 +205,7 @@ def evaluation_section(evaluation: Evaluation) -> dict[str, Any]:
             " Each trial samples the labeled images, the same for every row "
             f"({counted(evaluation.trials, 'trial')})."
         )
+    text = " ".join([text, *evaluation.notes])
     charts: dict[str, Any] = {}
     if evaluation.trials:
         charts["accuracy"] = _accuracy_chart(evaluation)

@@ -23,6 +23,7 @@ from ssl_jax.config import view as view_config
 from ssl_jax.data import augment
 from ssl_jax.data.device_crop import sample_geometry, view_corners
 from ssl_jax.data.index import Index, view_keys, views_stream
+from ssl_jax.data.labels import NO_LABEL
 from ssl_jax.data.pipeline import make_augment_fn, unnormalized
 from ssl_jax.data.sources import Source, make_sources
 from ssl_jax.errors import UserError, install_extra
@@ -191,10 +192,8 @@ def _titles(config: ConfigDict) -> list[str]:
 
 
 def _labels(source: Source, raw: dict[str, Any]) -> tuple[str, ...]:
-    names = source.class_names
-    return tuple(
-        names[label] if label < len(names) else f"class {label}" for label in raw.get("label", ())
-    ) or ("",) * len(raw["id"])
+    labels = raw.get("label", np.full(len(raw["id"]), NO_LABEL))
+    return tuple("" if label == NO_LABEL else source.class_names[label] for label in labels)
 
 
 def _whole_images(

@@ -103,6 +103,7 @@ def parse_images(path: Path) -> dict[str, np.ndarray]:
     of_pictures = ("query_label", "neighbor_label", "map_label")
     for name in (*of_pictures, "failures_query_label", "failures_neighbor_label"):
         labels = images.get(name, np.empty(0))
-        if labels.size and "class_names" in images and labels.max() >= len(names):
-            raise ValueError(f"{name} has more classes than names")
+        if labels.size and "class_names" in images:
+            if labels.dtype.kind not in "iu" or not 0 <= labels.min() <= labels.max() < len(names):
+                raise ValueError(f"{name} has labels without a name")
     return images

@@ -58,7 +58,7 @@ def write_report(workdir: Path) -> Path:
         title=run_title(config),
         lead=_lead(metrics, evaluation),
         facts=_facts(run, metrics),
-        evaluation=evaluation_section(evaluation) if evaluation else no_evaluation,
+        evaluation=evaluation_section(evaluation) if evaluation else _reason(images, no_evaluation),
         results=results_section(workdir),
         collapse=collapse_section(metrics, run) if metrics else no_metrics,
         training=training_section(metrics, config) if metrics else no_metrics,
@@ -80,12 +80,21 @@ def _images_sections(
 ) -> dict[str, dict[str, Any] | str]:
     if images is None:
         return dict.fromkeys(("views", "neighbors", "map", "failures"), reason)
-    return {
-        "views": views_section(images),
+    held_out = {
         "neighbors": neighbors_section(images),
         "map": map_section(images, encoder),
         "failures": failures_section(images),
     }
+    for name, section in held_out.items():
+        if isinstance(section, str) and section.startswith("Missing"):
+            held_out[name] = _reason(images, section)
+    return {"views": views_section(images), **held_out}
+
+
+def _reason(images: dict[str, np.ndarray] | None, missing: str) -> str:
+    """Why a section has no content: the run's own reason if it has noted one, else `missing`."""
+    noted = str((images or {}).get("not_scored", ""))
+    return f"Missing: {noted[0].lower()}{noted[1:]}" if noted else missing
 
 
 def _unfinished(metrics: Metrics | None) -> str:

@@ -105,10 +105,15 @@ def from_first(values: dict[str, float]) -> dict[str, float]:
     if jax.process_count() == 1:
         return values
     names = sorted(values)
-    sent = multihost_utils.broadcast_one_to_all(
-        np.array([values[name] for name in names], np.float32)
-    )
-    return dict(zip(names, np.asarray(sent).tolist(), strict=True))
+    sent = array_from_first(np.array([values[name] for name in names], np.float32))
+    return dict(zip(names, sent.tolist(), strict=True))
+
+
+def array_from_first(array: np.ndarray) -> np.ndarray:
+    """Broadcasts the primary process's array; shape and dtype are the same on all processes."""
+    if jax.process_count() == 1:
+        return array
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))
 
 
 @contextlib.contextmanager

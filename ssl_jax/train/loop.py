@@ -159,10 +159,10 @@ def finish(run: Run, state: TrainState, stop: processes.Stop) -> None:
     done = run.start == total and run.evaluator.is_done(run.workdir)
     if not processes.decided(done):
         if config.eval.at_end:
-            what = "the frozen encoder and its baselines"
-            if not run.evaluator.has_labels:
-                what = "nearest neighbors and a map only, as the images have no labels"
-            run.progress.note(f"Evaluating {what}.")
+            what, why = "Evaluating the frozen encoder and its baselines.", run.evaluator.not_scored
+            if why:
+                what = "Evaluating nearest neighbors and a map only." if run.setup.test else ""
+            run.progress.note(f"{what or 'Not evaluated.'} {why}".rstrip())
         # Rows are numbered after the last step, so that all processes stop before the same row.
         asked = (stop.asked(step) for step in itertools.count(total + 1))
         images = run.evaluator.finish(run.workdir, run.untrained, state, lambda: next(asked))

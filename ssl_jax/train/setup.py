@@ -4,9 +4,10 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import from_json, run_schedule, to_json
 from ssl_jax.data.index import Index
-from ssl_jax.data.sources import Source, make_sources
+from ssl_jax.data.sources import Source, labeled, make_sources
 from ssl_jax.errors import UserError
 from ssl_jax.interop.initial_weights import resolve_initial_weights
+from ssl_jax.methods import method_class
 from ssl_jax.run.wandb import require_wandb
 from ssl_jax.spmd import make_spmd
 from ssl_jax.step import Program
@@ -32,6 +33,11 @@ class Setup:
             config.spmd, batch_size=config.batch_size, microbatch=config.microbatch
         )
         self.train, self.test = make_sources(config)
+        # TFDS's labels are inside the records, all of which would be read; the loss of `supervised`
+        # leaves out images without a label by itself.
+        masked = (config.method, config.data.name) == ("supervised", "tfds")
+        if method_class(config.method).needs_labels and self.train.num_classes and not masked:
+            self.train = labeled(self.train)
         self.config = config = resolve(config, self.train)
         self.schedule = run_schedule(config, self.train.num_examples)
         self.index = Index(self.train.num_examples, config.batch_size, config.seed)
@@ -42,6 +48,12 @@ class Setup:
             raise UserError(
                 f"config.method is '{config.method}', but the training images have no labels. Use "
                 "a folder with one subfolder per class."
+            )
+        classes = self.test.num_classes if self.test else 0
+        if self.method.classifies and classes > config.data.num_classes:
+            raise UserError(
+                f"The held-out images are of {classes} classes, but the classifier has "
+                f"{config.data.num_classes}. Use two splits of one data set."
             )
         optim = config.optim
         # A loss may start at its value for constant outputs and leave it as the rate warms up.
@@ -54,15 +66,15 @@ def resolve(config: ConfigDict, train: Source) -> ConfigDict:
     """A copy of the config, completed from the data and from the runs that give initial weights.
 
     Raises:
-      UserError: labels beyond `config.data.num_classes`, or no such weights.
+      UserError: more classes than `config.data.num_classes`, or no such weights.
     """
     config = from_json(to_json(config))
     if config.data.num_classes == 0:
         config.data.num_classes = train.num_classes
     elif train.num_classes > config.data.num_classes:
         raise UserError(
-            f"config.data.num_classes is {config.data.num_classes}, but the training images have "
-            f"labels up to {train.num_classes - 1}. Set it to {train.num_classes}, or to 0."
+            f"config.data.num_classes is {config.data.num_classes}, but the training images are of "
+            f"{train.num_classes} classes. Set it to {train.num_classes}, or to 0."
         )
     resolve_initial_weights(config)
     return config

@@ -152,7 +152,7 @@ def start_run(setup: Setup, workdir: Path, verbosity: str = "all") -> tuple[Run,
                 log.picture(0, "views", evaluator.view_grid(state))
     if start < total:
         progress.note(*summary.lines(summary.start_rows(setup, state.params, workdir, start)))
-        progress.warn(*summary.warmup_warnings(setup))
+        progress.warn(*summary.data_warnings(setup), *summary.warmup_warnings(setup))
     run = Run(
         setup=setup,
         workdir=workdir,

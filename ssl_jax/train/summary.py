@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 from humanize import intword, metric, naturalsize, precisedelta
+from jaxtyping import Int
 
 from ssl_jax.config import flat_views
+from ssl_jax.data.sources import Source, why_not_scored
 from ssl_jax.errors import UserError
 from ssl_jax.models.resnet import resnet_name
 from ssl_jax.plan.plan import memory_kinds, traced_flops
@@ -17,6 +19,10 @@ from ssl_jax.run.log import read_metrics
 from ssl_jax.train.setup import Setup
 
 Row = tuple[str, str]
+
+_SHOWN = 10  # class names
+_SAMPLED = 8  # images whose size is read
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 def lines(rows: Iterable[Row]) -> list[str]:
@@ -42,8 +48,7 @@ def start_rows(setup: Setup, params: Any, workdir: Path, start: int) -> Iterator
     trained = sum(_count(tree) for name, tree in params.items() if name not in frozen)
     counts = [intword(number, "%.3g") for number in (encoder, trained)]
     yield "parameters", "{} in the encoder, {} trainable in total".format(*counts)
-    held_out = f", {setup.test.num_examples:,} held out" if setup.test is not None else ""
-    yield "images", f"{setup.train.num_examples:,} for training{held_out}"
+    yield from data_rows(setup)
     part = config.microbatch
     cut = f" in microbatches of {part}" if 0 < part < config.batch_size else ""
     yield (
@@ -57,6 +62,60 @@ def start_rows(setup: Setup, params: Any, workdir: Path, start: int) -> Iterator
     left = f", {total - start:,} remaining" if start else ""
     yield "steps", f"{total:,}{left}, {total / per_epoch:.4g} epochs of {per_epoch:,}"
     yield "workdir", str(workdir)
+
+
+def data_rows(setup: Setup) -> Iterator[Row]:
+    """Summarizes what was understood of the data."""
+    train, test = setup.train, setup.test
+    yield "images", f"{train.num_examples:,} for training, {_sizes(train)}"
+    if not train.num_classes:
+        yield "classes", "unknown, no labels"
+    else:
+        # TFDS's labels are inside the records, all of which would be read.
+        known = None if setup.config.data.name == "tfds" else train.labels
+        yield "classes", f"{_classes(train, known)}; labels: {train.labels_from}"
+    held_out = "none"
+    if test is not None:
+        held_out = f"{test.num_examples:,} images, {_sizes(test)}"
+        held_out += "" if test.num_classes else ", no labels"
+    if share := setup.config.data.validation:
+        held_out += f", {share:g} of the training images (config.data.validation)"
+    yield "held out", held_out
+
+
+def _classes(source: Source, labels: Int[np.ndarray, " n"] | None) -> str:
+    """The number of classes and the names of the first, with numbers of images if known."""
+    shown = list(source.class_names[:_SHOWN])
+    if labels is not None:
+        counts = np.bincount(labels[labels >= 0], minlength=source.num_classes)
+        shown = [f"{name} {count:,}" for name, count in zip(shown, counts, strict=False)]
+    more = ["…"] if source.num_classes > _SHOWN else []
+    text = f"{source.num_classes:,} ({', '.join(shown + more)})"
+    missing = 0 if labels is None else int(np.sum(labels < 0))
+    return f"{text}; {missing:,} images have no label" if missing else text
+
+
+def _sizes(source: Source) -> str:
+    """Width and height of the images, of a sample of a source that reads files."""
+    ids = np.linspace(0, source.num_examples - 1, min(_SAMPLED, source.num_examples))
+    sizes = sorted({(w, h) for h, w in source.image_sizes(ids.astype(int)).tolist()})
+    ends = [f"{w}×{h}" for w, h in sizes[:: max(1, len(sizes) - 1)]]
+    return f"{' to '.join(ends) or 'unreadable'} px"
+
+
+def data_warnings(setup: Setup) -> list[str]:
+    """Warnings of classes that are probably not meant."""
+    train, data, found = setup.train, setup.config.data, []
+    splits = [name for name in train.class_names if name.lower() in _SPLITS]
+    if len(splits) > 1 or splits and len(splits) == train.num_classes:
+        found.append(
+            f"warning: the classes of config.data.dir ({data.dir}) are called "
+            f"{' and '.join(splits)}. If they are splits, set config.data.dir and "
+            "config.data.test_dir to one of them each."
+        )
+    if train.num_classes == 1:
+        found.append(f"warning: {why_not_scored(train, setup.test)}")
+    return found
 
 
 def _count(tree: Any) -> int:

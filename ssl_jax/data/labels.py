@@ -1,0 +1,70 @@
+"""The check of labels and class names where they enter; no code behind a source repeats it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from ssl_jax.errors import UserError
+
+NO_LABEL = -1
+_MOST_UNNAMED = 1_000_000  # classes without names, whose number is only known from the labels
+
+
+def checked_labels(
+    labels: Any, class_names: Any, count: int, where: str
+) -> tuple[Int[np.ndarray, " n"] | None, tuple[str, ...]]:
+    """Checks the labels of a split.
+
+    Args:
+      labels: class of each image, integers [n]; -1 for an image without a label.
+      class_names: by label; empty: the classes are named by number.
+      count: number of images, n.
+      where: what contains the labels, such as a file, for messages.
+
+    Returns:
+      Labels, int32 [n], each -1 or an index of the names, and the names; None and () if no image
+      has a label.
+
+    Raises:
+      UserError: labels of another shape or type, or beyond the names.
+    """
+    given, names = np.asarray(labels), checked_names(class_names, where)
+    if given.shape != (count,):
+        raise UserError(
+            f"{where} has {count} images but labels of shape {list(given.shape)}. "
+            "Give one label per image."
+        )
+    if not np.issubdtype(given.dtype, np.integer):
+        raise UserError(
+            f"{where} has labels of dtype {given.dtype}. Give integers: the index of the class, "
+            f"or {NO_LABEL} for an image without a label."
+        )
+    if (given == NO_LABEL).all():
+        return None, ()
+    classes = len(names) or min(int(given.max()) + 1, _MOST_UNNAMED)
+    wrong = np.flatnonzero((given < NO_LABEL) | (given >= classes))
+    if len(wrong):
+        named = f" but {classes} class names" if names else ""
+        raise UserError(
+            f"{where} has the label {given[wrong[0]]} (image {wrong[0]}){named}. Number the "
+            f"classes from 0 to {classes - 1}; {NO_LABEL} stands for an image without a label."
+        )
+    return given.astype(np.int32), names or tuple(map(str, range(classes)))
+
+
+def checked_names(names: Any, where: str) -> tuple[str, ...]:
+    """Class names that can be written as UTF-8.
+
+    Args:
+      names: a list or array of strings or bytes; what is not UTF-8 becomes "?".
+      where: what contains them, for messages.
+
+    Raises:
+      UserError: not a list of names.
+    """
+    if not isinstance(names, Sequence | np.ndarray) or np.ndim(names) != 1:
+        raise UserError(f"{where} has class names of shape {list(np.shape(names))}. Give a list.")
+    texts = (x.decode(errors="replace") if isinstance(x, bytes) else str(x) for x in names)
+    return tuple(text.encode(errors="replace").decode() for text in texts)
