@@ -42,7 +42,8 @@ class ArraySource:
             )
         self.images = images
         self.num_examples = len(images)
-        self.labels, self.class_names = None, ()
+        self.labels: Int[np.ndarray, " n"] | None = None
+        self.class_names: tuple[str, ...] = ()
         if labels is not None:
             self.labels, self.class_names = checked_labels(labels, class_names, len(images), where)
         self.num_classes = len(self.class_names)

@@ -111,14 +111,10 @@ class HostSource:
 
         By default read from the images' records on first use, without decoding them.
         """
-        return np.concatenate(list(self._label_batches(1024)))
-
-    def _label_batches(self, size: int) -> Iterator[Int[np.ndarray, " n"]]:
         nothing: PerImage = lambda contents, step, id: ()  # noqa: E731
-        parts = np.array_split(np.arange(self.num_examples), -(-self.num_examples // size))
+        parts = np.array_split(np.arange(self.num_examples), -(-self.num_examples // 1024))
         steps = ((0, part) for part in parts)
-        for _, labels, _ in self._read(steps, nothing):
-            yield labels
+        return np.concatenate([labels for _, labels, _ in self._read(steps, nothing)])
 
     def device_data(self) -> dict[str, np.ndarray]:
         """Empty: images come with the batches."""

@@ -113,4 +113,6 @@ def _rgb(image: Image.Image) -> np.ndarray:
         ink = np.asarray(image).astype(np.int32)
         light = 255 - ink if "adobe" in image.info else ink
         return (light[..., :3] * light[..., 3:] // 255).astype(np.uint8)
+    image.load()
+    image.info.pop("transparency", None)  # dropped, like an alpha channel; Pillow would warn
     return np.asarray(image.convert("RGB"))

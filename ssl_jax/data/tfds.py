@@ -13,13 +13,14 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from ssl_jax.data.host import HostSource
+from ssl_jax.data.labels import NO_LABEL
 from ssl_jax.data.records import ArrayRecords
 from ssl_jax.data.tensorflow import tf, tfds
 from ssl_jax.errors import UserError, did_you_mean
 
 # A TFRecord: 8 bytes of payload length and 4 of its checksum, the payload, and 4 of its checksum.
 _BEFORE, _AFTER = 12, 4
-_FIRST = 64  # examples, among which a labeled split has a label
+_FIRST = 16  # examples read before all are, to find out whether a split has labels
 _READERS = 16  # parallel reads, which hide the latency of a disk or a bucket
 
 
@@ -76,12 +77,15 @@ class TfdsSource(HostSource):
 
     def _is_labeled(self) -> bool:
         """Whether any image has a label; TFDS stores -1 in splits such as ImageNet's test."""
-        first = next(self._label_batches(min(_FIRST, self.num_examples)))
-        return bool((first >= 0).any() or (self._labels >= 0).any())
+        for id in range(min(_FIRST, self.num_examples)):
+            (handle,), (label,) = self.handles(np.array([id]))
+            if self.contents(tf.constant(handle), tf.constant(label))[1] != NO_LABEL:
+                return True
+        return bool((self._labels != NO_LABEL).any())
 
     def handles(self, ids: Int[np.ndarray, " n"]) -> tuple[Sequence[bytes], Int[np.ndarray, " n"]]:
         """Serialized examples; the labels are inside them and not yet known."""
-        return self._examples[ids], np.full(len(ids), -1, np.int32)
+        return self._examples[ids], np.full(len(ids), NO_LABEL, np.int32)
 
     def contents(self, handle: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Parses a serialized example into the image's file and its label."""

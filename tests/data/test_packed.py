@@ -1,9 +1,15 @@
+import io
+import itertools
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
 from tiny import tiny_config
 
 from ssl_jax.cli.main import main
+from ssl_jax.data import packed
 from ssl_jax.data.packed import pack
 from ssl_jax.data.sources import make_sources
 from ssl_jax.errors import UserError
@@ -83,3 +89,86 @@ def test_splits_with_different_classes_raise_user_error(folder, tmp_path):
     pack(folder, tmp_path / "b.npz")
     with pytest.raises(UserError, match="Only one of .* has the class dog and 1 more. Use two"):
         make_sources(packed_config(dir=str(tmp_path / "a.npz"), test_dir=str(tmp_path / "b.npz")))
+
+
+ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2))
+ADAM7 = (*ADAM7, (1, 0, 2, 1))  # first row, first column, and steps of both
+
+
+def png(values, depth, color, *chunks, interlaced=False):
+    """A PNG file of values [h, w, channels], of any bit depth and color type of the standard."""
+
+    def chunk(kind, data):
+        whole = kind + data
+        return struct.pack(">I", len(data)) + whole + struct.pack(">I", zlib.crc32(whole))
+
+    def scanlines(part):
+        high_first = part.reshape(len(part), -1)[..., None] >> np.arange(depth)[::-1] & 1
+        bits = high_first.reshape(len(part), -1).astype(np.uint8)
+        return b"".join(b"\0" + row.tobytes() for row in np.packbits(bits, axis=1))
+
+    height, width = values.shape[:2]
+    passes = ADAM7 if interlaced else ((0, 0, 1, 1),)
+    data = b"".join(scanlines(values[r::rs, c::cs]) for r, c, rs, cs in passes)
+    head = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, interlaced)
+    parts = [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(data)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def png_files():
+    """One file per bit depth and color type of PNG, with transparency and interlaced too."""
+    rng = np.random.default_rng(0)
+    depths = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+    for color, depth in ((c, d) for c, many in depths.items() for d in many):
+        values = rng.integers(0, 2**depth, (9, 13, channels[color]))
+        palette = [(b"PLTE", rng.integers(0, 256, 3 * 2**depth, np.uint8).tobytes())]
+        palette = palette if color == 3 else []
+        name = f"color_{color}_depth_{depth}"
+        yield f"{name}.png", png(values, depth, color, *palette)
+        yield f"{name}_interlaced.png", png(values, depth, color, *palette, interlaced=True)
+        if color in (0, 2, 3):
+            shown = values[0, 0].astype(">u2").tobytes() if color != 3 else bytes([0, 128])
+            yield f"{name}_trns.png", png(values, depth, color, *palette, (b"tRNS", shown))
+
+
+def jpeg_files():
+    """JPEG files of all color spaces, with and without Adobe's marker, subsampled, progressive."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (21, 19, 4)).astype(np.uint8)
+    for mode, progressive in itertools.product(("L", "RGB", "CMYK"), (False, True)):
+        image = Image.fromarray(pixels[..., 0] if mode == "L" else pixels[..., : len(mode)], mode)
+        for subsampling in (0, 1, 2) if mode == "RGB" else (0,):
+            file = io.BytesIO()
+            options = {"quality": 90, "progressive": progressive, "subsampling": subsampling}
+            image.save(file, "JPEG", **options)
+            content = file.getvalue()
+            yield f"{mode}_{subsampling}_{progressive}.jpg", content
+        if mode == "CMYK":
+            marker = content.index(b"Adobe")
+            yield f"CMYK_plain_{progressive}.jpg", content.replace(b"Adobe", b"other")
+            ycck = content[: marker + 11] + b"\2" + content[marker + 12 :]
+            yield f"YCCK_{progressive}.jpg", ycck
+    file = io.BytesIO()
+    Image.fromarray(pixels[..., :3]).save(file, "JPEG", keep_rgb=True)
+    yield "RGB_kept.jpg", file.getvalue()
+
+
+def test_pack_and_folder_decode_all_modes_of_png_and_jpeg_to_the_same_pixels(tmp_path):
+    views = pytest.importorskip("ssl_jax.data.views")
+    differing = {}
+    for name, content in (*png_files(), *jpeg_files()):
+        (tmp_path / name).write_bytes(content)
+        expected, found = views.decode(content).numpy(), packed._decode(str(tmp_path / name))
+        if not np.array_equal(found, expected):
+            differing[name] = np.abs(found.astype(int) - expected).max()
+    assert not differing
+
+
+def test_16_bit_grayscale_keeps_its_upper_8_bits(tmp_path):
+    (tmp_path / "in").mkdir()
+    ramp = (np.mgrid[:32, :32][1] * 2000).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "in" / "a.png")
+    pack(tmp_path / "in", tmp_path / "out.npz")
+    with np.load(tmp_path / "out.npz") as arrays:
+        assert arrays["images"][0, 0, :5, 0].tolist() == [0, 7, 15, 23, 31]
