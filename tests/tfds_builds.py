@@ -13,13 +13,17 @@ def build(
     splits=("train", "test"),
     classes=3,
 ):
-    """Prepares a data set from the PNG files under `images`, in several shards."""
+    """Prepares a data set from the PNG files under `images`, in several shards.
+
+    A split called "unlabeled" has the label -1, like ImageNet's test split.
+    """
     files = sorted(images.glob("*/*.png"))
     names = [*COLORS, *(f"class {i}" for i in range(3, classes))]
 
     def examples(self, split):
         for file in files:
-            example = {"image": str(file), "label": file.parent.name, "file": file.name}
+            label = -1 if split == "unlabeled" else file.parent.name
+            example = {"image": str(file), "label": label, "file": file.name}
             yield f"{file.parent.name}/{file.name}", example
 
     def info(self):

@@ -1,9 +1,20 @@
 import numpy as np
 import pytest
+from PIL import Image
 from tiny import random_source, tiny_config
 
 from ssl_jax.config import default_config, validate
-from ssl_jax.data.sources import Subset, held_out_ids, make_sources, stratified_subset
+from ssl_jax.data import records
+from ssl_jax.data.arrays import ArraySource
+from ssl_jax.data.packed import pack
+from ssl_jax.data.sources import (
+    Subset,
+    held_out_ids,
+    labeled,
+    make_sources,
+    stratified_subset,
+    why_not_scored,
+)
 from ssl_jax.errors import UserError
 
 
@@ -17,6 +28,85 @@ def test_stratified_subset_is_balanced_and_depends_only_on_the_seed():
     # Too small classes are used whole, and every class has at least one image.
     assert np.bincount(labels[stratified_subset(labels, 0.6)]).min() == np.bincount(labels).min()
     assert (np.bincount(labels[stratified_subset(labels, 1e-6)]) == 1).all()
+
+
+def test_images_without_a_label_are_in_no_stratified_subset():
+    labels = np.arange(120) % 4
+    some = np.where(np.arange(120) % 3 == 0, labels, -1)
+    ids = stratified_subset(some, 0.5)
+    assert np.bincount(some[ids]).tolist() == [5, 5, 5, 5]
+    assert ids.tolist() == (3 * stratified_subset(some[::3], 0.5)).tolist()
+
+
+def test_labeled_leaves_out_images_without_a_label():
+    whole = random_source()
+    assert labeled(whole) is whole
+    some = ArraySource(whole.images, np.where(np.arange(64) < 40, whole.labels, -1))
+    found = labeled(some)
+    assert found.num_examples == 40 and (found.labels == whole.labels[:40]).all()
+    assert (found.eval_transform([0, 39]) == whole.images[[0, 39]]).all()
+    none = Subset(some, np.arange(40, 64))
+    assert none.labels is None and none.num_classes == 0 < Subset(some, [39, 40]).num_classes
+
+
+def test_why_not_scored_names_everything_that_is_missing():
+    images = random_source().images
+    train, test = random_source(), random_source(seed=1)
+    one, none = ArraySource(images, np.zeros(64, int), ["a"]), ArraySource(images)
+    assert why_not_scored(train, test) == ""
+    assert why_not_scored(train, None).startswith("There are no held-out images. Set config.data")
+    both = why_not_scored(none, None)
+    assert both.startswith("There are no held-out images and the training images have no labels.")
+    assert "config.data.validation=0.2" in both and "one subfolder per class" in both
+    assert "The training and held-out images have no labels." in why_not_scored(none, none)
+    assert "The held-out images have no labels." in why_not_scored(train, none)
+    assert "All training images are of one class (a)." in why_not_scored(one, one)
+
+
+@pytest.mark.parametrize("kind", ["folder", "packed", "records"])
+def test_either_split_may_have_no_labels(kind, tmp_path):
+    if kind != "packed":
+        pytest.importorskip("tensorflow")
+    dirs = {name: tmp_path / name for name in ("sorted", "flat")}
+    for i in range(6):
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)
+        for folder in (dirs["sorted"] / "ab"[i % 2], dirs["flat"]):
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    if kind != "folder":
+        write = records.convert if kind == "records" else pack
+        dirs = {name: tmp_path / f"{name}.npz" for name in dirs}
+        for name, path in dirs.items():
+            write(str(tmp_path / name), str(path))
+    config = tiny_config()
+    config.data.update(name=kind, dir=str(dirs["flat"]), test_dir=str(dirs["sorted"]))
+    train, test = make_sources(config)
+    assert (train.labels, train.num_classes) == (None, 0) and train.class_names == ()
+    assert test.labels.tolist() == [0, 0, 0, 1, 1, 1] and test.class_names == ("a", "b")
+    assert train.image_sizes([0, 5]).tolist() == [[8, 8], [8, 8]]
+    config.data.update(dir=str(dirs["sorted"]), test_dir=str(dirs["flat"]))
+    train, test = make_sources(config)
+    assert train.num_classes == 2 and test.num_classes == 0
+    assert why_not_scored(train, test).startswith("The held-out images have no labels.")
+
+
+def test_splits_with_classes_in_a_different_order_are_refused(tmp_path):
+    for name, classes in (("a", ["x", "y"]), ("b", ["y", "x"])):
+        images, labels = np.zeros((2, 8, 8, 3), np.uint8), np.arange(2)
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=labels, class_names=classes)
+    config = tiny_config()
+    config.data.update(name="packed", dir=f"{tmp_path}/a.npz", test_dir=f"{tmp_path}/b.npz")
+    with pytest.raises(UserError, match="name the same classes in a different order"):
+        make_sources(config)
+
+
+def test_packed_labels_beyond_the_class_names_are_refused_with_file_and_value(tmp_path):
+    arrays = {"images": np.zeros((2, 8, 8, 3), np.uint8), "class_names": np.array(["x", "y"])}
+    np.savez(tmp_path / "from1.npz", labels=np.array([1, 2]), **arrays)
+    config = tiny_config()
+    config.data.update(name="packed", dir=f"{tmp_path}/from1.npz")
+    with pytest.raises(UserError, match=r"config.data.dir \(.*from1.npz\) has the label 2"):
+        make_sources(config)
 
 
 def test_held_out_ids_are_a_share_of_each_class_and_never_a_whole_class():

@@ -6,7 +6,7 @@ from images import COLORS, by_id, config_of, fill, picture, read
 from PIL import Image
 
 from ssl_jax.data.index import Index
-from ssl_jax.data.sources import make_sources
+from ssl_jax.data.sources import labeled, make_sources
 from ssl_jax.errors import UserError
 
 pytest.importorskip("tensorflow_datasets")
@@ -70,7 +70,7 @@ def test_split_slices_hold_the_same_examples(prepared, file_format):
 
 
 def test_resuming_reads_no_consumed_examples(prepared, monkeypatch):
-    """TFRecord: reads 8 header bytes per record, and only the step's images."""
+    """TFRecord: reads 8 header bytes per record, one label, and only the step's images."""
     from ssl_jax.data import tfds as module
 
     seen = []
@@ -82,14 +82,26 @@ def test_resuming_reads_no_consumed_examples(prepared, monkeypatch):
     plain = module._read_range
     monkeypatch.setattr(module, "_read_range", counted)
     source = make_sources(config_for(prepared / "tfrecord"))[0]
-    assert seen == [8] * 12
+    assert seen[:12] == [8] * 12 and len(seen) == 13
     read(source, [(2, Index(12, 4, 0).ids(2))])
-    assert len(seen) == 12 + 4 and min(seen[12:]) > 8
+    assert len(seen) == 13 + 4 and min(seen[13:]) > 8
 
 
 def test_empty_label_key_gives_no_labels(prepared):
     source = make_sources(config_for(prepared / "array_record", label_key=""))[0]
     assert source.labels is None and "label" not in read(source, [(0, [1, 2])])[0]
+
+
+def test_split_whose_labels_are_all_minus_one_has_no_labels(tmp_path):
+    build(tmp_path, fill(tmp_path / "images"), "array_record", splits=("unlabeled", "test"))
+    config = config_for(tmp_path, split="unlabeled", test_split="test")
+    train, test = make_sources(config)
+    assert train.labels is None and (train.num_classes, train.class_names) == (0, ())
+    assert "label" not in read(train, [(0, [1, 2])])[0]
+    assert test.num_classes == 3 and sorted(test.labels) == sorted(np.arange(12) // 4)
+    mixed, _ = make_sources(config_for(tmp_path, split="unlabeled+test"))
+    assert mixed.num_classes == 3 and (mixed.labels == -1).sum() == 12
+    assert (labeled(mixed).labels >= 0).all() and labeled(mixed).num_examples == 12
 
 
 def test_undecodable_example_is_named_or_replaced(tmp_path):

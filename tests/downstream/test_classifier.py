@@ -40,6 +40,7 @@ def test_derived_configs_keep_nothing_of_the_runs_optimizer_and_classifier(run, 
         assert expected.supervised.to_dict() == found.supervised.to_dict()
         assert found.distill.to_dict() == default_config().distill.to_dict()
         assert not found.init_from.heads
+        assert found.data.num_classes == 0  # the data's own, whatever the run was trained on
     assert distill_config(other).distill.labels == 0
 
 
@@ -82,7 +83,7 @@ def test_initial_weights_that_do_not_fit_the_config_are_refused(run, changes, me
 
 
 def test_fine_tuning_on_unlabeled_images_is_refused_before_training(run, unlabeled, tmp_path):
-    with pytest.raises(UserError, match="training images have no labels to train on"):
+    with pytest.raises(UserError, match="The training images have no labels."):
         finetune(run, tmp_path / "other", overrides=unlabeled)
     assert not (tmp_path / "other").exists()
 
@@ -90,6 +91,6 @@ def test_fine_tuning_on_unlabeled_images_is_refused_before_training(run, unlabel
 def test_fine_tuning_without_a_labeled_test_split_is_refused_before_training(run, tmp_path):
     fill(tmp_path / "images", per_class=30)
     data = (f"data.dir={tmp_path / 'images'}", "data.name=folder", "data.test_dir=")
-    with pytest.raises(UserError, match="no held-out split with labels to evaluate on"):
+    with pytest.raises(UserError, match="There are no held-out images. Set"):
         finetune(run, tmp_path / "other", overrides=data)
     assert not (tmp_path / "other").exists()

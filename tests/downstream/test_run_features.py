@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from classifier_runs import command
 from images import fill
+from tiny import random_source
 
 from ssl_jax.cli import main as cli
+from ssl_jax.evals.evaluator import Evaluator
 from ssl_jax.evals.results import read_results, write_result
 from ssl_jax.interop.load import newest_step
 
@@ -73,7 +75,9 @@ def test_evaluation_commands_refuse_bad_input(run, capsys, arguments, message):
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_knn_without_a_held_out_split_is_refused_and_features_are_written(run, tmp_path, capsys):
+def test_knn_without_a_held_out_split_is_refused_and_features_are_written(
+    run, tmp_path, capsys, monkeypatch
+):
     other = tmp_path / "run"
     shutil.copytree(run, other)
     fill(tmp_path / "images", per_class=4)
@@ -81,8 +85,32 @@ def test_knn_without_a_held_out_split_is_refused_and_features_are_written(run, t
     assert cli.main(["features", f"--from={other}", *flags, f"--out={tmp_path / 'f.npz'}"]) == 0
     with np.load(tmp_path / "f.npz") as arrays:
         assert "test" not in arrays.files
+    monkeypatch.setattr(Evaluator, "features", None)  # nothing is computed before
     assert cli.main(["knn", f"--from={other}", *flags]) == 2
-    assert "no held-out split with labels" in capsys.readouterr().err
+    assert "There are no held-out images. Set config.data.test_dir" in capsys.readouterr().err
+    flat = (flags[0], f"--config.data.dir={tmp_path / 'images' / 'cat'}")
+    assert cli.main(["linear", f"--from={other}", *flat]) == 2
+    both = "There are no held-out images and the training images have no labels."
+    assert both in capsys.readouterr().err
+
+
+def test_knn_counts_labeled_images_only(run, tmp_path, capsys):
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    source = random_source(60)
+    some = np.where(np.arange(60) % 3 == 0, source.labels, -1)
+    for name, labels in (("whole", source.labels), ("some", some), ("few", source.labels[::3])):
+        images = source.images[::3] if name == "few" else source.images
+        arrays = {"images": images, "labels": labels, "class_names": source.class_names}
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+
+    def knn(train, test):
+        dirs = (f"dir={tmp_path}/{train}.npz", f"test_dir={tmp_path}/{test}.npz", "name=packed")
+        flags = [f"--config.data.{each}" for each in dirs]
+        return json.loads(command(capsys, "knn", f"--from={other}", "--k=5", "--json", *flags))
+
+    expected, found = knn("few", "few"), knn("some", "some")
+    assert found["metrics"] == expected["metrics"] and found["metrics"]["examples"] == 20
 
 
 def test_read_results_skips_temporary_files_and_reports_corrupt_ones(tmp_path):

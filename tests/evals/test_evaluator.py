@@ -11,6 +11,8 @@ from ssl_jax.config import run_schedule
 from ssl_jax.data.arrays import ArraySource
 from ssl_jax.errors import UserError
 from ssl_jax.evals.evaluator import Evaluator, evaluated_variables
+from ssl_jax.evals.knn import knn_classify
+from ssl_jax.evals.results import read_evaluation
 from ssl_jax.report import write_images, write_report
 from ssl_jax.run.folder import FORMAT
 from ssl_jax.spmd import make_spmd
@@ -89,13 +91,31 @@ def test_projector_has_the_images_of_the_map(labeled):
     assert names == [str(label) for label in test.labels]
 
 
-def test_classes_without_a_name_are_named_by_number(tmp_path):
-    """A packed file may name fewer classes than it has labels; the test split may have more."""
-    train, test = random_source(64), random_source(32, seed=1)
-    train.class_names = ("a", "b")
-    test.labels, test.num_classes = test.labels + 1, test.num_classes + 1
-    evaluate(tmp_path, train, test)
-    assert saved_images(tmp_path)["class_names"].tolist() == ["a", "b", "2", "3", "4"]
+def test_images_without_a_label_are_neither_neighbors_nor_scored(tmp_path):
+    known = [np.arange(96) % 3 == 0, np.arange(40) % 2 == 0]
+    whole = [random_source(96), random_source(40, seed=1)]
+    splits = [
+        ArraySource(source.images, np.where(mask, source.labels, -1), source.class_names)
+        for source, mask in zip(whole, known, strict=True)
+    ]
+    features = evaluate(tmp_path, *splits)
+    features = [x[mask] for x, mask in zip(features, known, strict=True)]
+    labels = [source.labels[mask] for source, mask in zip(whole, known, strict=True)]
+    predicted = knn_classify(features[0], labels[0], features[1], num_classes=4)
+    evaluation = read_evaluation(tmp_path / "evaluation.json")
+    assert evaluation.test_examples == 20
+    assert evaluation.trained.single["knn"] == pytest.approx(np.mean(predicted == labels[1]))
+    found = saved_images(tmp_path)
+    np.testing.assert_array_equal(found["map_label"], labels[1])
+    assert min(found["query_label"].min(), found["neighbor_label"].min()) >= 0
+    # Five labels per class are too many for the smallest class, and the report says so.
+    least = np.bincount(labels[0])
+    evaluation = Evaluator(tiny_config(), make_spmd(), *splits)
+    evaluation.config.eval.labels_per_class = (1, int(least.min()) + 1, int(least.max()) + 9)
+    (note,) = evaluation._left_out()
+    counts = f"{least.min() + 1} or {least.max() + 9} labels per class"
+    name = whole[0].class_names[least.argmin()]
+    assert note.startswith(f"No accuracy with {counts}: class '{name}' has only {least.min()} ")
 
 
 def test_without_labels_map_has_one_color_and_no_failures_are_kept(tmp_path):
@@ -108,7 +128,7 @@ def test_without_labels_map_has_one_color_and_no_failures_are_kept(tmp_path):
     config = {"format": FORMAT, "config": {"method": "simclr", "data": {"name": "arrays"}}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     page = write_report(tmp_path).read_text()
-    for words in ("without labels no neighbor is wrong", "no labels to color them by"):
+    for words in ("training and held-out images have no labels", "no labels to color them by"):
         assert words in page
 
 

@@ -32,10 +32,12 @@ def test_loss_is_cross_entropy_and_features_get_no_gradient():
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
     logits = x @ np.asarray(params["kernel"], np.float64) + np.asarray(params["bias"], np.float64)
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    value, accuracy = probe.loss(params, jnp.asarray(x, jnp.float32), jnp.asarray(label))
-    assert value == pytest.approx(-log_p[np.arange(6), label].mean(), rel=1e-5)
-    assert accuracy == pytest.approx(np.mean(logits.argmax(axis=1) == label))
-    gradient = jax.grad(lambda x: probe.loss(params, x, jnp.asarray(label))[0])
+    weights = np.array([0, 2, 1, 1, 0, 2.0])
+    given = [jnp.asarray(label), jnp.asarray(weights, jnp.float32)]
+    value, accuracy = probe.loss(params, jnp.asarray(x, jnp.float32), *given)
+    assert value == pytest.approx(-(weights * log_p[np.arange(6), label]).mean(), rel=1e-5)
+    assert accuracy == pytest.approx(np.mean(weights * (logits.argmax(axis=1) == label)))
+    gradient = jax.grad(lambda x: probe.loss(params, x, *given)[0])
     assert not gradient(jnp.asarray(x, jnp.float32)).any()
 
 

@@ -329,7 +329,7 @@ def test_batchnorm_group_is_printed(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"data.num_classes": 3}, "config.data.num_classes is 3, but .* labels up to 9"),
+        ({"data.num_classes": 3}, "config.data.num_classes is 3, but .* are of 10 classes"),
         ({"microbatch": 8, "model.bn_group_size": 1}, "BatchNorm would see one image at a time"),
     ],
 )

@@ -2,14 +2,18 @@
 
 import json
 import re
+import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from images import config_of, fill
 from tiny import share_steps, tiny_config, with_whole_images
 
+from ssl_jax.data.arrays import ArraySource
+from ssl_jax.data.sources import make_sources
 from ssl_jax.errors import UserError
 from ssl_jax.train import pretrain, summary
 from ssl_jax.train.setup import Setup
@@ -29,12 +33,63 @@ def test_start_summary_has_network_batch_and_devices():
         f"{encoder / 1000:.3g} thousand in the encoder, {trained / 1000:.3g} thousand trainable in "
         "total"
     )
-    assert rows["images"] == "1,347 for training, 450 held out"
+    assert rows["images"] == "1,347 for training, 8×8 px"
+    assert rows["classes"].startswith("10 (0 133, 1 136, ")
+    assert rows["classes"].endswith("; labels: scikit-learn")
+    assert rows["held out"] == "450 images, 8×8 px"
     assert rows["batch"] == ("320, 40 per device in microbatches of 160, BatchNorm over 160 images")
     assert rows["devices"] == f"8 × {jax.devices()[0].device_kind}"
     assert rows["steps"] == "8, 2 epochs of 4" and rows["workdir"] == "runs/a"
     rows = dict(summary.start_rows(setup, params, Path("runs/a"), 3))
     assert rows["steps"] == "8, 5 remaining, 2 epochs of 4"
+
+
+def of_data(train, test=None, **data):
+    """What is said of data, without a run."""
+    config = tiny_config()
+    config.data.update(data)
+    setup = types.SimpleNamespace(train=train, test=test, config=config)
+    return dict(summary.data_rows(setup)), summary.data_warnings(setup)
+
+
+def test_start_summary_says_what_was_understood_of_the_labels():
+    images = np.zeros((6, 8, 9, 3), np.uint8)
+    names, labels = [f"c{i}" for i in range(12)], [0, 0, 1, -1, -1, -1]
+    some = ArraySource(images, labels, names, labels_from="some.npz")
+    rows, warnings = of_data(some, ArraySource(images), validation=0.5)
+    assert rows["images"] == "6 for training, 9×8 px" and not warnings
+    first = ", ".join(["c0 2", "c1 1", *(f"c{i} 0" for i in range(2, 10))])
+    expected = f"12 ({first}, …); 3 images have no label; labels: some.npz"
+    assert rows["classes"] == expected
+    share = "0.5 of the training images (config.data.validation)"
+    assert rows["held out"] == f"6 images, 9×8 px, no labels, {share}"
+    rows, warnings = of_data(ArraySource(images))
+    assert (rows["classes"], rows["held out"]) == ("unknown, no labels", "none") and not warnings
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["test", "train"], "called test and train. If they are splits, set"),
+        (["Train"], "called Train. If they are splits"),
+        (["all"], "All training images are of one class (all)"),
+        (["plane", "train"], ""),
+    ],
+)
+def test_classes_that_are_probably_not_meant_are_warned_of(names, words):
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    source = ArraySource(images, np.arange(4) % len(names), names)
+    _, warnings = of_data(source, source)
+    assert words in " ".join(warnings) if words else not warnings
+
+
+def test_sizes_of_image_files_are_read_from_their_headers(tmp_path):
+    pytest.importorskip("tensorflow")
+    fill(tmp_path, per_class=3)
+    config = config_of(tmp_path)
+    rows, _ = of_data(make_sources(config)[0], **config.data)
+    assert rows["images"] == "9 for training, 30×36 to 40×36 px"
+    assert rows["classes"] == f"3 (cat 3, dog 3, emu 3); labels: subfolders of {tmp_path}"
 
 
 def test_frozen_parameters_are_not_counted_as_trainable():
@@ -148,8 +203,9 @@ def test_verbosity_of_a_run(tmp_path, capsys, monkeypatch):
     pretrain(config, tmp_path / "all")
     lines = capsys.readouterr().out.splitlines()
     names = [line.partition(" ")[0] for line in lines]
-    begin = ["method", "parameters", "images", "batch", "devices", "steps", "workdir", "warning:"]
-    assert names[:12] == [*begin, "Compiling", "compilation", "FLOPs", "memory"]
+    begin = ["method", "parameters", "images", "classes", "held", "batch", "devices", "steps"]
+    begin += ["workdir", "warning:"]
+    assert names[:14] == [*begin, "Compiling", "compilation", "FLOPs", "memory"]
     assert names[-4:] == ["time", "speed", "kNN", "Report:"]
     # A finished run that is part of a larger command prints nothing.
     pretrain(config, tmp_path / "all", verbosity="line")

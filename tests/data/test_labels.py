@@ -1,0 +1,58 @@
+"""The check of labels and class names that come from outside."""
+
+import numpy as np
+import pytest
+
+from ssl_jax.data.arrays import ArraySource
+from ssl_jax.data.labels import checked_labels
+from ssl_jax.errors import UserError
+
+NAMES = np.array(["a", "b", "c", "d"])
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.uint8, np.uint64])
+def test_labels_become_int32_and_keep_their_names(dtype):
+    labels, names = checked_labels(np.array([3, 0, 1], dtype), NAMES, 3, "file")
+    assert labels.dtype == np.int32 and labels.tolist() == [3, 0, 1]
+    assert names == ("a", "b", "c", "d")
+
+
+def test_images_without_a_label_keep_minus_one_and_only_those_are_no_labels():
+    labels, names = checked_labels([-1, 2, -1], NAMES, 3, "file")
+    assert labels.tolist() == [-1, 2, -1] and len(names) == 4
+    assert checked_labels([-1, -1], NAMES, 2, "file") == (None, ())
+
+
+def test_unnamed_classes_are_named_by_number():
+    assert checked_labels([2, 0], (), 2, "file")[1] == ("0", "1", "2")
+
+
+def test_class_names_that_are_not_utf8_can_be_written():
+    _, names = checked_labels([0, 1], ["caf\udce9", "café"], 2, "file")
+    assert names == ("caf?", "café") and all(name.encode() for name in names)
+    assert checked_labels([0], np.array([b"caf\xe9"]), 1, "file")[1] == ("caf\ufffd",)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "words"),
+    [
+        ([1, 2, 3, 4], NAMES, r"file has the label 4 \(image 3\) but 4 class names. .* 0 to 3;"),
+        ([0, -2, 0, 0], NAMES, r"file has the label -2 \(image 1\)"),
+        ([0, 0, 2**40, 0], (), "file has the label 1099511627776 .*. Number the classes from 0"),
+        (np.uint64([0, 0, 0, 2**64 - 1]), NAMES, "the label 18446744073709551615"),
+        ([0.0, 1.0, 2.0, 3.0], NAMES, "file has labels of dtype float64. Give integers"),
+        (["a", "b", "a", "b"], NAMES, "labels of dtype <U1"),
+        ([0, 1], NAMES, r"file has 4 images but labels of shape \[2\]. Give one label per image"),
+        ([[0], [1], [2], [3]], NAMES, r"labels of shape \[4, 1\]"),
+        ([0, 1, 2, 3], NAMES.reshape(2, 2), r"class names of shape \[2, 2\]. Give a list"),
+    ],
+)
+def test_wrong_labels_and_names_are_refused_with_the_file_and_the_value(labels, names, words):
+    with pytest.raises(UserError, match=words):
+        checked_labels(labels, names, 4, "file")
+
+
+@pytest.mark.parametrize("images", [np.zeros((4, 8, 8)), np.zeros((0, 8, 8, 3), np.uint8)])
+def test_images_of_another_shape_or_none_are_refused(images):
+    with pytest.raises(UserError, match=r"mine.npz has images of .* uint8 \[n, H, W, 3\]"):
+        ArraySource(images, where="mine.npz")
