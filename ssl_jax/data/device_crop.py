@@ -152,6 +152,32 @@ def center_box(height: int, width: int, aspect: Sequence[float]) -> tuple[int, i
     return (height - tall) // 2, (width - wide) // 2, tall, wide
 
 
+def eval_box(
+    height: int, width: int, size: int, crop_fraction: float
+) -> tuple[int, int, int, int]:
+    """Returns the part of an image that every evaluation, `ssl_jax.load` and every export uses.
+
+    This is the central square, as in SimCLR's and BYOL's evaluation; torchvision's "resize 256,
+    crop 224" is also a fraction of 0.875 and differs only at the border pixels. An image that
+    already has the view's size is used whole: small images such as CIFAR's are not cropped, and the
+    host's crops aren't cropped again. That depends on the image only, not on the rest of its data
+    set.
+
+    Args:
+      height: of the image, pixels.
+      width: of the image, pixels.
+      size: side of the view, pixels.
+      crop_fraction: side of the square as a fraction of the image's shorter side.
+
+    Returns:
+      Top, left, height, width.
+    """
+    if (height, width) == (size, size):
+        return 0, 0, height, width
+    side = max(1, round(crop_fraction * min(height, width)))
+    return (height - side + 1) // 2, (width - side + 1) // 2, side, side
+
+
 def antialiased(view: ConfigDict) -> bool:
     """Returns whether downsizing averages over the area of an output pixel or only samples it.
 

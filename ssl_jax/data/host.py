@@ -145,7 +145,7 @@ class HostSource:
             yield batch
 
     def eval_transform(self, ids: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "n size size 3"]:
-        """Images for evaluation: the central square, resized to the first view's size.
+        """Images for evaluation: `device_crop.eval_box`, resized to the first view's size.
 
         Args:
           ids: at least one id.

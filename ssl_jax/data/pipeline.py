@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import flat_views
 from ssl_jax.data.augment import color
-from ssl_jax.data.device_crop import antialiased, crop_views, resize_images
+from ssl_jax.data.device_crop import antialiased, crop_views, eval_box, resize_images
 from ssl_jax.data.index import Index, view_keys
 from ssl_jax.data.sources import Source
 from ssl_jax.errors import UserError
@@ -65,10 +65,9 @@ def unnormalized(config: ConfigDict) -> ConfigDict:
 def prepare_eval(images: Array, config: ConfigDict) -> Float[Array, "n size size 3"]:
     """Prepares images for evaluation: center crop, resize, normalize as in training.
 
-    Images of a size other than the first view's are cropped to a central square, whose side is
-    `config.eval.crop_fraction` of their shorter side, and resized. Images of that size stay as they
-    are: host sources have cropped them already, and small images such as CIFAR's are not cropped.
-    Downsizing uses antialiasing if training does, see `device_crop.antialiased`.
+    `device_crop.eval_box` is cropped and resized to the first view's size: the central square, or
+    the whole image if it already has that size. Downsizing uses antialiasing if training does, see
+    `device_crop.antialiased`.
 
     Args:
       images: uint8, or floats in [0, 1], [n, H, W, 3].
@@ -78,13 +77,8 @@ def prepare_eval(images: Array, config: ConfigDict) -> Float[Array, "n size size
       float32 [n, size, size, 3].
     """
     view = flat_views(config)[0]
-    height, width = images.shape[1:3]
-    x = images
-    if (height, width) != (view.size, view.size):
-        side = max(1, round(config.eval.crop_fraction * min(height, width)))
-        # The box of `views.center_crop`.
-        top, left = (height - side + 1) // 2, (width - side + 1) // 2
-        x = x[:, top : top + side, left : left + side]
+    top, left, tall, wide = eval_box(*images.shape[1:3], view.size, config.eval.crop_fraction)
+    x = images[:, top : top + tall, left : left + wide]
     x = resize_images(x, view.size, config.eval.interpolation, antialiased(view))
     if view.mean:
         mean, std = (jnp.array(each)[None, None, None, :] for each in (view.mean, view.std))

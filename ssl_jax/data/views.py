@@ -10,7 +10,6 @@ file must be detected whatever the crops are.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -26,6 +25,7 @@ from ssl_jax.data.device_crop import (
     antialiased,
     center_box,
     check_sampler,
+    eval_box,
 )
 from ssl_jax.data.tensorflow import tf
 
@@ -150,10 +150,7 @@ def draw_boxes(size: Int[tf.Tensor, "2"], seed: Seed, views: Sequence[ConfigDict
 
 
 def center_crop(image: Image, view: ConfigDict, crop_fraction: float, interpolation: str) -> View:
-    """Crops an image for evaluation: its central square, resized.
-
-    This is SimCLR's and BYOL's evaluation. torchvision's "resize 256, crop 224" is also a fraction
-    of 0.875 and differs only at the border pixels.
+    """Crops an image to `device_crop.eval_box` and resizes it, as `pipeline.prepare_eval` does.
 
     Args:
       image: uint8 [height, width, 3].
@@ -164,14 +161,22 @@ def center_crop(image: Image, view: ConfigDict, crop_fraction: float, interpolat
     Returns:
       uint8 [size, size, 3].
     """
-    height, width = tf.shape(image)[0], tf.shape(image)[1]
-    shorter = tf.cast(tf.minimum(height, width), tf.float32)
-    side = tf.maximum(tf.cast(tf.round(crop_fraction * shorter), tf.int32), 1)
-    box = tf.stack([(height - side + 1) // 2, (width - side + 1) // 2, side, side])
-    if not antialiased(view):
-        return _by_tensorflow(image, box, view.size, interpolation)
-    spec = (view.size, interpolation)
-    return _call(functools.partial(_by_pillow, resize_specs=[spec]), [image, box[None]], [spec])[0]
+    size, smooth = view.size, antialiased(view)
+
+    def box(height: int, width: int) -> Int[np.ndarray, "4"]:
+        return np.array(eval_box(int(height), int(width), size, crop_fraction), np.int32)
+
+    if not smooth:
+        found = tf.numpy_function(
+            lambda sides: box(*sides), [tf.shape(image)[:2]], tf.int32, stateful=False
+        )
+        return _by_tensorflow(image, tf.ensure_shape(found, [4]), size, interpolation)
+    spec = (size, interpolation)
+
+    def crop(image: np.ndarray) -> list[np.ndarray]:
+        return _by_pillow(image, box(*image.shape[:2])[None], [spec])
+
+    return _call(crop, [image], [spec])[0]
 
 
 def _tf_box(seed: Seed, size: Int[tf.Tensor, "2"], crop: ConfigDict) -> Int[tf.Tensor, "4"]:

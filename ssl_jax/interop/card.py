@@ -112,12 +112,14 @@ def _images(config: ConfigDict) -> str:
         if how["mean"]
         else "not normalized further"
     )
+    others = ["crops these"] * (how["crop_fraction"] < 1)
+    others += ["is smoother"] * (not how["antialias"])
     return (
         f"The central {100 * how['crop_fraction']:g} % of the shorter side, resized to "
         f"{how['size']}×{how['size']} ({how['interpolation']}, "
         f"{'antialiased' if how['antialias'] else 'not antialiased'}), RGB in 0 to 1, "
-        f"{normalized}; images of that size are used unchanged."
-        + ("" if how["antialias"] else " The preprocessing of timm and the hub is smoother.")
+        f"{normalized}; images that already have that size are not cropped."
+        + (f" The preprocessing of timm and the hub {' and '.join(others)}." if others else "")
     )
 
 

@@ -74,8 +74,8 @@ class Encoder:
         """Computes features in evaluation mode.
 
         Args:
-          images: [n, H, W, 3], uint8 or floats in [0, 1]; resized to the run's size and normalized
-            as in training.
+          images: [n, H, W, 3], uint8 or floats in [0, 1]; prepared like the images of every
+            evaluation: the center cropped unless they have the run's size, resized, normalized.
 
         Returns:
           float32 [n, D].

@@ -1,6 +1,7 @@
 import io
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from ssl_jax import config
 from ssl_jax.data import views
+from ssl_jax.data.device_crop import antialiased
 from ssl_jax.data.pipeline import prepare_eval
 from ssl_jax.errors import UserError
 
@@ -203,6 +205,8 @@ def test_tiny_and_thin_images_are_resized(sampler, shape):
         (64, 64, 1.0, (0, 0, 64, 64)),
         (30, 51, 1.0, (0, 11, 30, 30)),
         (1, 5, 0.2, (0, 2, 1, 1)),
+        (32, 32, 0.875, (0, 0, 32, 32)),  # the view's size
+        (32, 33, 0.875, (2, 3, 28, 28)),
     ],
 )
 def test_center_crop_is_the_central_square(sampler, interpolation, height, width, fraction, box):
@@ -214,19 +218,43 @@ def test_center_crop_is_the_central_square(sampler, interpolation, height, width
     np.testing.assert_allclose(got, expected, atol=1.01)
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_device_center_crop_equals_the_hosts(sampler, interpolation):
-    """`ssl_jax.load(...).apply` and the evaluations of image files prepare images alike."""
+def evaluated_as(c):
+    """The settings that decide how a config's images are prepared for evaluation."""
+    one = config.flat_views(c)[0]
+    sampler = "torchvision" if antialiased(one) else "tf"
+    return one.size, sampler, c.eval.interpolation, c.eval.crop_fraction, one.mean, one.std
+
+
+RECIPES = {
+    evaluated_as(config.load_config(str(file))): file.stem
+    for file in sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+    if file.stem != "ablations"  # a function of a run's config
+}
+SYNTHETIC = {
+    (32, sampler, interpolation, 0.875, (), ()): f"{sampler}_{interpolation}"
+    for sampler in SAMPLERS
+    for interpolation in ("bilinear", "bicubic")
+}
+
+
+@pytest.mark.parametrize("settings", SYNTHETIC | RECIPES, ids=(SYNTHETIC | RECIPES).get)
+def test_image_files_and_arrays_are_prepared_alike(settings):
+    """Commands prepare image files on the host; `ssl_jax.load(...).apply` and arrays don't."""
+    size, sampler, interpolation, fraction, mean, std = settings
     c = config.default_config()
-    c.views = {"view1": view_of(sampler)}
-    c.eval.interpolation = interpolation
-    for height, width in ((150, 113), (120, 161), (20, 31)):
+    c.views = {"view1": config.view(size=size, crop=dict(sampler=sampler), mean=mean, std=std)}
+    c.eval.update(interpolation=interpolation, crop_fraction=fraction)
+    small, large = max(1, size // 2), size + size // 2
+    for height, width in ((small, small + 3), (size, size), (size, size + 9), (large, large - 9)):
         image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-        got = 255 * np.asarray(prepare_eval(image[None], c))[0]
-        expected = views.center_crop(image, c.views.view1, 0.875, interpolation).numpy()
+        cropped = views.center_crop(image, c.views.view1, fraction, interpolation).numpy()
+        got, expected = (np.asarray(prepare_eval(x[None], c))[0] for x in (image, cropped))
+        if (height, width) == (size, size):
+            np.testing.assert_array_equal(cropped, image)
+            np.testing.assert_array_equal(got, expected)
         # Pillow rounds to integers and clips overshoot after the first axis.
-        assert np.quantile(np.abs(got - expected), 0.95) <= 1.01
+        off = 255 * np.abs(got - expected) * np.array(std or (1, 1, 1))
+        assert np.quantile(off, 0.95) <= 1.01
 
 
 # Boxes

@@ -173,11 +173,13 @@ def test_preprocessing_is_that_of_the_run():
         **{"range": [0, 1], "mean": [], "std": []},
     }
     assert "(bicubic, antialiased)" in _images(config)
+    assert "not cropped. The preprocessing of timm and the hub crops these." in _images(config)
     for sampler in ("tf", "byol"):
         config.views.view1.crop.sampler = sampler
         assert not preprocessing(config)["antialias"]
         assert not _hub_config(config)["ssl_jax"]["antialias"]
-        assert "(bicubic, not antialiased)" in _images(config) and "timm" in _images(config)
+        assert "(bicubic, not antialiased)" in _images(config)
+        assert _images(config).endswith(" timm and the hub crops these and is smoother.")
 
 
 def test_card_describes_each_views_augmentation():

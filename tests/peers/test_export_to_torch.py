@@ -142,9 +142,7 @@ def test_timm_loads_a_folder_with_its_preprocessing(tmp_path, monkeypatch, mean)
     [("tf", "bicubic"), ("byol", "bilinear"), ("torchvision", "bicubic"), ("none", "bilinear")],
 )
 def test_torch_encoder_preprocesses_like_ssl_jax(tmp_path, monkeypatch, sampler, interpolation):
-    """Crops, resizes and normalizes a picture of another size like `ssl_jax.load`."""
-    rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (160, 121, 3), np.uint8))
+    """Crops, resizes and normalizes pictures of any size like `ssl_jax.load`."""
     source = random_file(tmp_path, depth=18, sampler=sampler)
     weights = read_weights(source)
     weights.config.eval.interpolation = interpolation
@@ -156,14 +154,17 @@ def test_torch_encoder_preprocesses_like_ssl_jax(tmp_path, monkeypatch, sampler,
     import torch_encoder
 
     net = torch_encoder.load(folder / "model.safetensors")
-    with torch.no_grad():
-        theirs = net(torch_encoder.preprocess(picture, net)[None]).numpy()
-        prepared = torch_encoder.preprocess(picture, net).numpy()
-    image = np.asarray(picture)[None]
-    expected = np.asarray(prepare_eval(image, weights.config))[0].transpose(2, 0, 1)
-    np.testing.assert_allclose(prepared, expected, atol=2e-3)
-    mine = np.asarray(ssl_jax.load(source).apply(image))
-    assert np.abs(mine - theirs).max() <= 2e-3 * np.abs(theirs).max()
+    rng = np.random.default_rng(0)
+    for shape in ((160, 121, 3), (SIZE, SIZE, 3), (33, 40, 3)):
+        picture = Image.fromarray(rng.integers(0, 256, shape, np.uint8))
+        prepared = torch_encoder.preprocess(picture, net)
+        with torch.no_grad():
+            theirs = net(prepared[None]).numpy()
+        image = np.asarray(picture)[None]
+        expected = np.asarray(prepare_eval(image, weights.config))[0].transpose(2, 0, 1)
+        np.testing.assert_allclose(prepared.numpy(), expected, atol=2e-3)
+        mine = np.asarray(ssl_jax.load(source).apply(image))
+        assert np.abs(mine - theirs).max() <= 2e-3 * np.abs(theirs).max()
 
 
 def test_torch_example_ranks_pictures_by_similarity(tmp_path, monkeypatch, capsys):
