@@ -72,3 +72,9 @@ class ArraySource:
     def image_sizes(self, ids: Sequence[int] | np.ndarray) -> Int[np.ndarray, "n 2"]:
         """Height and width of images, all the same."""
         return np.tile(self.images.shape[1:3], (len(ids), 1))
+
+    def eval_batches(
+        self, batches: Iterator[Int[np.ndarray, " n"]]
+    ) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
+        """`eval_transform` of batches of ids, in order."""
+        yield from map(self.eval_transform, batches)

@@ -152,9 +152,7 @@ def center_box(height: int, width: int, aspect: Sequence[float]) -> tuple[int, i
     return (height - tall) // 2, (width - wide) // 2, tall, wide
 
 
-def eval_box(
-    height: int, width: int, size: int, crop_fraction: float
-) -> tuple[int, int, int, int]:
+def eval_box(height: int, width: int, size: int, crop_fraction: float) -> tuple[int, int, int, int]:
     """Returns the part of an image that every evaluation, `ssl_jax.load` and every export uses.
 
     This is the central square, as in SimCLR's and BYOL's evaluation; torchvision's "resize 256,

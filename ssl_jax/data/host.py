@@ -10,13 +10,13 @@ import contextlib
 import ctypes
 import functools
 import io
+import itertools
 import logging
 import os
 import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import flat_views
 from ssl_jax.data import views
+from ssl_jax.data.reader import in_parallel, read_all
 from ssl_jax.data.tensorflow import load_tensorflow, tf
 from ssl_jax.errors import UserError
 
@@ -34,6 +35,7 @@ Step: TypeAlias = tuple[int, Int[np.ndarray, " n"]]
 PerImage: TypeAlias = "Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, ...]]"
 
 _log = logging.getLogger("ssl_jax.data")
+_CHUNK = 16  # images that `eval_transform` reads at once
 # Options of glibc's mallopt, in bytes. M_TRIM_THRESHOLD (-1): free memory to keep at the top of a
 # heap. M_TOP_PAD (-2): how much heaps grow by; from their size of 64 MiB on, a thread's empty heaps
 # are kept too. M_MMAP_THRESHOLD (-3): smaller blocks get no mapping of their own; the maximum.
@@ -84,6 +86,8 @@ class HostSource:
         self._source_id = np.arange(num_examples, dtype=np.int32)
         self._lock = threading.Lock()
         self._threads = config.data.threads or len(os.sched_getaffinity(0))
+        self._timeout_s = config.data.timeout_s
+        self._pipelines: dict[tuple[int, PerImage], _Pipeline] = {}
 
     def handles(self, ids: Int[np.ndarray, " n"]) -> tuple[Sequence[bytes], Int[np.ndarray, " n"]]:
         """Arguments of `contents` per image: a handle, and a label or -1 if none or unknown yet.
@@ -111,10 +115,9 @@ class HostSource:
 
         By default read from the images' records on first use, without decoding them.
         """
-        nothing: PerImage = lambda contents, step, id: ()  # noqa: E731
         parts = np.array_split(np.arange(self.num_examples), -(-self.num_examples // 1024))
-        steps = ((0, part) for part in parts)
-        return np.concatenate([labels for _, labels, _ in self._read(steps, nothing)])
+        read = read_all(self._read(((0, part) for part in parts), self._nothing), self._timeout_s)
+        return np.concatenate([labels for _, labels, _ in read])
 
     def device_data(self) -> dict[str, np.ndarray]:
         """Empty: images come with the batches."""
@@ -133,12 +136,7 @@ class HostSource:
         Raises:
           UserError: a file can't be read, or can't be decoded and isn't skipped.
         """
-        seed, flat = self._config.seed, self._views
-
-        def crop(contents: tf.Tensor, step: tf.Tensor, id: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            return views.make_views(views.decode(contents), views.image_seed(seed, step, id), flat)
-
-        for ids, labels, made in self._read(steps, crop):
+        for ids, labels, made in self._read(steps, self._crop):
             batch: dict[str, Any] = {"id": ids, "views": made}
             if self.num_classes:
                 batch["label"] = labels
@@ -154,16 +152,20 @@ class HostSource:
           uint8 [n, size, size, 3].
 
         Raises:
-          UserError: a file can't be read, or can't be decoded and isn't skipped.
+          UserError: a file can't be read, or can't be decoded and isn't skipped; or
+            `config.data.timeout_s` has passed.
         """
-        view, options = self._views[0], self._config.eval
+        # Always the same size, because each has a pipeline of its own.
+        padded = np.pad(np.asarray(ids), (0, -len(ids) % _CHUNK), mode="edge")
+        chunks = iter(padded.reshape(-1, _CHUNK))
+        return np.concatenate(read_all(self.eval_batches(chunks), self._timeout_s))[: len(ids)]
 
-        def prepare(contents: tf.Tensor, step: tf.Tensor, id: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            image = views.decode(contents)
-            return (views.center_crop(image, view, options.crop_fraction, options.interpolation),)
-
-        _, _, (images,) = next(self._read(iter([(0, np.asarray(ids))]), prepare))
-        return images
+    def eval_batches(
+        self, batches: Iterator[Int[np.ndarray, " n"]]
+    ) -> Iterator[UInt8[np.ndarray, "n size size 3"]]:
+        """`eval_transform` of batches of ids, in order; read and decoded ahead."""
+        for _, _, (images,) in self._read(((0, ids) for ids in batches), self._prepare):
+            yield images
 
     def image_sizes(self, ids: Sequence[int] | np.ndarray) -> Int[np.ndarray, "n 2"]:
         """Height and width of images, read from their headers, without undecodable ones.
@@ -191,28 +193,46 @@ class HostSource:
           Boxes (top, left, height, width), int32 [n, V, 4], and image sizes (height, width), int32
           [n, 2], all in pixels.
         """
-        seed, flat = self._config.seed, self._views
-
-        def draw(contents: tf.Tensor, step: tf.Tensor, id: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            size = tf.shape(views.decode(contents))[:2]
-            return views.draw_boxes(size, views.image_seed(seed, step, id), flat), size
-
-        _, _, (boxes, sizes) = next(self._read(iter([(step, np.asarray(ids))]), draw))
+        steps = iter([(step, np.asarray(ids))])
+        ((_, _, (boxes, sizes)),) = read_all(self._read(steps, self._draw), self._timeout_s)
         return boxes, sizes
+
+    # What is made of an image: `PerImage`.
+
+    def _nothing(
+        self, contents: tf.Tensor, step: tf.Tensor, id: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        return ()
+
+    def _crop(self, contents: tf.Tensor, step: tf.Tensor, id: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        seed = views.image_seed(self._config.seed, step, id)
+        return views.make_views(views.decode(contents), seed, self._views)
+
+    def _prepare(
+        self, contents: tf.Tensor, step: tf.Tensor, id: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        image, options = views.decode(contents), self._config.eval
+        crop, interpolation = options.crop_fraction, options.interpolation
+        return (views.center_crop(image, self._views[0], crop, interpolation),)
+
+    def _draw(self, contents: tf.Tensor, step: tf.Tensor, id: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        size = tf.shape(views.decode(contents))[:2]
+        seed = views.image_seed(self._config.seed, step, id)
+        return views.draw_boxes(size, seed, self._views), size
 
     def _read(
         self, steps: Iterator[Step], make: PerImage
     ) -> Iterator[tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], tuple[np.ndarray, ...]]]:
         """Yields for each step its ids, their labels and the results of `make`.
 
-        An undecodable image ends the tf.data pipeline with an error. Once its replacement is known,
-        a new pipeline resumes at the step that failed.
+        An undecodable image ends the run of the tf.data pipeline with an error. Once its
+        replacement is known, a new run resumes at the step that failed.
         """
         feed = _Feed(steps)
         while (size := feed.next_size()) is not None:
             known = len(self.bad)
             try:
-                for labels, *made in self._pipeline(feed, size, make).as_numpy_iterator():
+                for labels, *made in self._pipeline(size, make).run(self._arrays(feed)):
                     _, ids = feed.done()
                     yield ids, labels, tuple(made)
             except tf.errors.OpError:
@@ -220,40 +240,29 @@ class HostSource:
                 if len(self.bad) == known:  # something else is wrong
                     raise
 
-    def _pipeline(self, feed: _Feed, size: int, make: PerImage) -> tf.data.Dataset:
-        def arrays() -> Iterator[tuple[Any, ...]]:
-            for step, ids in feed.items():
-                handles, labels = self.handles(self._source_id[ids])
-                yield np.full(len(ids), step, np.int64), ids.astype(np.int64), handles, labels
+    def _arrays(self, feed: _Feed) -> Iterator[tuple[Any, ...]]:
+        for step, ids in feed.items():
+            handles, labels = self.handles(self._source_id[ids])
+            yield np.full(len(ids), step, np.int64), ids.astype(np.int64), handles, labels
 
-        @tf.autograph.experimental.do_not_convert  # slow, and there is nothing to convert
-        def image(
-            step: tf.Tensor, id: tf.Tensor, handle: tf.Tensor, label: tf.Tensor
-        ) -> tuple[tf.Tensor, ...]:
-            contents, label = self.contents(handle, label)
-            return label, *make(contents, step, id)
+    def _pipeline(self, size: int, make: PerImage) -> _Pipeline:
+        if (size, make) not in self._pipelines:
 
-        options = tf.data.Options()
-        # Parallel over images, not within one.
-        options.threading.max_intra_op_parallelism = 1
-        options.threading.private_threadpool_size = self._threads
-        dtypes = (tf.int64, tf.int64, tf.string, tf.int32)
-        spec = tuple(tf.TensorSpec([size], dtype) for dtype in dtypes)
-        return (
-            tf.data.Dataset.from_generator(arrays, output_signature=spec)
-            .unbatch()
-            .map(image, num_parallel_calls=self._threads, deterministic=True)
-            .batch(size)
-            .prefetch(1)
-            .with_options(options)
-        )
+            @tf.autograph.experimental.do_not_convert  # slow, and there is nothing to convert
+            def image(
+                step: tf.Tensor, id: tf.Tensor, handle: tf.Tensor, label: tf.Tensor
+            ) -> tuple[tf.Tensor, ...]:
+                contents, label = self.contents(handle, label)
+                return label, *make(contents, step, id)
+
+            self._pipelines[size, make] = _Pipeline(image, size, self._threads)
+        return self._pipelines[size, make]
 
     def _replace_undecodable(self, ids: Int[np.ndarray, " n"]) -> None:
         """Finds and replaces the undecodable images of some ids, or raises a UserError."""
         with self._lock:  # training and evaluation may both be reading
-            with ThreadPoolExecutor(self._threads) as pool:
-                ids = np.unique(ids)
-                bad = ids[list(pool.map(self._is_undecodable, ids))]
+            ids = np.unique(ids)
+            bad = ids[in_parallel(self._is_undecodable, ids.tolist(), self._threads)]
             if len(bad) and self._config.data.on_bad_image == "fatal":
                 more = f" (and {len(bad) - 1} more in the same step)" if len(bad) > 1 else ""
                 raise UserError(
@@ -317,6 +326,51 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError, TypeError):
         return False
     return all([mallopt(parameter, value) for parameter, value in _MALLOC.items()])
+
+
+class _Pipeline:
+    """A tf.data pipeline over images, which may run many times.
+
+    TensorFlow keeps the Python functions of a pipeline until the process ends (`numpy_function` in
+    TensorFlow 2.21 appends them to the default graph): a new one for every pass would leak. What it
+    keeps refers to no source.
+    """
+
+    def __init__(
+        self, image: Callable[..., tuple[tf.Tensor, ...]], size: int, threads: int
+    ) -> None:
+        """Builds the pipeline.
+
+        Args:
+          image: makes the results of an image from its step, id, handle and label.
+          size: of the batches.
+          threads: images to process at a time.
+        """
+        options = tf.data.Options()
+        # Parallel over images, not within one.
+        options.threading.max_intra_op_parallelism = 1
+        options.threading.private_threadpool_size = threads
+        dtypes = (tf.int64, tf.int64, tf.string, tf.int32)
+        spec = tuple(tf.TensorSpec([size], dtype) for dtype in dtypes)
+        self._starting = threading.Lock()
+        self._waiting: deque[Iterator[tuple[Any, ...]]] = deque(maxlen=1)
+        self._dataset = (
+            tf.data.Dataset.from_generator(self._waiting.pop, output_signature=spec)
+            .unbatch()
+            .map(image, num_parallel_calls=threads, deterministic=True)
+            .batch(size)
+            .prefetch(1)
+            .with_options(options)
+        )
+
+    def run(self, batches: Iterator[tuple[Any, ...]]) -> Iterator[tuple[np.ndarray, ...]]:
+        """Yields the results of batches of steps, ids, handles and labels; reads ahead."""
+        with self._starting:  # until tf.data has taken this run's batches
+            self._waiting.append(batches)
+            iterator = self._dataset.as_numpy_iterator()
+            first = list(itertools.islice(iterator, 1))
+        yield from first
+        yield from iterator
 
 
 class _Feed:

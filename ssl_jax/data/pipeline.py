@@ -1,11 +1,7 @@
 """Prefetches batches onto the devices, and augments them there."""
 
-import queue
-import threading
-import time
-from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +12,8 @@ from ssl_jax.config import flat_views
 from ssl_jax.data.augment import color
 from ssl_jax.data.device_crop import antialiased, crop_views, eval_box, resize_images
 from ssl_jax.data.index import Index, view_keys
+from ssl_jax.data.reader import Reader
 from ssl_jax.data.sources import Source
-from ssl_jax.errors import UserError
-
-_DEPTH = 1  # batches waiting on the devices, besides the one in use and the one being placed
 
 
 def make_augment_fn(
@@ -86,12 +80,8 @@ def prepare_eval(images: Array, config: ConfigDict) -> Float[Array, "n size size
     return x
 
 
-class Prefetcher:
-    """Reads batches in a background thread and places them on the devices ahead of time.
-
-    Attributes:
-      wait_seconds: total time that `next` has waited for data.
-    """
+class Prefetcher(Reader[Any]):
+    """Reads batches in a background thread and places them on the devices ahead of time."""
 
     def __init__(
         self,
@@ -115,60 +105,4 @@ class Prefetcher:
           timeout_s: maximum time that `next` waits, in seconds; 0 for no limit.
         """
         steps = ((step, index.local_ids(step, indices)) for step in range(first_step, last_step))
-        self.wait_seconds, self._timeout_s = 0.0, timeout_s
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=_DEPTH)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(
-            target=self._read, args=(source.batches(steps), place), daemon=True
-        )
-        self._thread.start()
-
-    def _read(self, batches: Iterator[dict[str, Any]], place: Callable[[Any], Any]) -> None:
-        try:
-            for batch in batches:
-                if not self._put(place(batch)):
-                    return
-            self._put(RuntimeError("the source ended before the last step"))
-        except BaseException as error:  # `next` raises it in the main thread
-            self._put(error)
-
-    def _put(self, item: Any) -> bool:
-        while not self._stopped.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def next(self) -> Any:
-        """Returns the next batch, on the devices; raises errors of the background thread.
-
-        Raises:
-          UserError: no batch within `timeout_s` seconds.
-        """
-        start = time.perf_counter()
-        try:
-            item = self._queue.get(timeout=self._timeout_s or None)
-        except queue.Empty:
-            raise UserError(
-                f"Data loader timed out: no batch for {self._timeout_s:g} s "
-                "(config.data.timeout_s). Check the file system, then rerun the same command to "
-                "resume."
-            ) from None
-        self.wait_seconds += time.perf_counter() - start
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stopped.set()
-        self._thread.join(timeout=10)
+        super().__init__(source.batches(steps), timeout_s, place)

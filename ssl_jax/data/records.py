@@ -21,11 +21,13 @@ from ml_collections import ConfigDict
 from ssl_jax.data.host import HostSource
 from ssl_jax.data.labels import NO_LABEL, checked_labels
 from ssl_jax.data.listing import list_images
+from ssl_jax.data.reader import in_parallel
 from ssl_jax.data.tensorflow import array_record_data_source, array_record_module, tf
 from ssl_jax.errors import UserError, first_line
 from ssl_jax.files import writing
 
 _INDEX = "index.npz"
+_READERS = 64  # parallel reads, which hide the latency of a disk or a bucket
 _KEYS = {"shards", "counts", "label", "names", "class_names"}
 
 
@@ -141,10 +143,8 @@ class ArrayRecords:
         return len(self._source)
 
     def __getitem__(self, numbers: Int[np.ndarray, " n"]) -> Sequence[bytes]:
-        try:
-            found = self._source.__getitems__(numbers.tolist())
-        except RuntimeError:  # its message may not name the file
-            found = [self._one(number) for number in numbers.tolist()]
+        # Not by __getitems__, whose threads Python joins at exit, stalled or not.
+        found = in_parallel(self._one, numbers.tolist(), _READERS)
         for number, record in zip(numbers.tolist(), found, strict=True):
             if not record:
                 self._require_whole(number)

@@ -74,7 +74,13 @@ class Source(Protocol):
         ...
 
     def eval_transform(self, ids: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "n h w 3"]:
-        """Unaugmented images for evaluation."""
+        """Unaugmented images for evaluation, uint8, for `pipeline.prepare_eval`."""
+        ...
+
+    def eval_batches(
+        self, batches: Iterator[Int[np.ndarray, " n"]]
+    ) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
+        """`eval_transform` of batches of ids, in order; read ahead."""
         ...
 
     def image_sizes(self, ids: Sequence[int] | np.ndarray) -> Int[np.ndarray, "n 2"]:
@@ -129,6 +135,12 @@ class Subset:
     def image_sizes(self, ids: Sequence[int] | np.ndarray) -> Int[np.ndarray, "n 2"]:
         """Height and width of images, as the source's."""
         return self._source.image_sizes(self._ids[np.asarray(ids)])
+
+    def eval_batches(
+        self, batches: Iterator[Int[np.ndarray, " n"]]
+    ) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
+        """`eval_transform` of batches of ids, in order; read ahead."""
+        return self._source.eval_batches(self._ids[ids] for ids in batches)
 
 
 def labeled(source: Source, has_label: Bool[np.ndarray, " N"] | None = None) -> Source:

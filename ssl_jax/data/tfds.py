@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.data.host import HostSource
 from ssl_jax.data.labels import NO_LABEL
+from ssl_jax.data.reader import in_parallel
 from ssl_jax.data.records import ArrayRecords
 from ssl_jax.data.tensorflow import tf, tfds
 from ssl_jax.errors import UserError, did_you_mean
@@ -110,8 +110,7 @@ class _TFRecords:
           instructions: TFDS's file instructions: files, and ranges of their records.
         """
         self._paths = [os.fspath(instruction.filename) for instruction in instructions]
-        self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="tfrecord")
-        places = list(self._pool.map(_places, instructions))
+        places = in_parallel(_places, instructions, _READERS)
         self._file = np.repeat(np.arange(len(places)), [len(place) for place in places])
         self._offset, self._length = np.concatenate(places).T
 
@@ -119,7 +118,7 @@ class _TFRecords:
         return len(self._file)
 
     def __getitem__(self, numbers: Int[np.ndarray, " n"]) -> list[bytes]:
-        return list(self._pool.map(self._one, numbers))
+        return in_parallel(self._one, numbers.tolist(), _READERS)
 
     def _one(self, number: int) -> bytes:
         path = self._paths[self._file[number]]

@@ -17,6 +17,7 @@ from ssl_jax.data.device_crop import resize_images
 from ssl_jax.data.index import views_stream
 from ssl_jax.data.labels import NO_LABEL
 from ssl_jax.data.pipeline import make_augment_fn, prepare_eval, unnormalized
+from ssl_jax.data.reader import read_all
 from ssl_jax.data.sources import Source, labeled, why_not_scored
 from ssl_jax.evals import probe
 from ssl_jax.evals.features import extract_features, padded_batches
@@ -140,6 +141,7 @@ class Evaluator:
                 place=self._place,
                 first=first,
                 keep=processes.is_primary(),
+                timeout_s=self.config.data.timeout_s,
             )
 
     def measure(self, state: Any) -> dict[str, float]:
@@ -358,7 +360,8 @@ class Evaluator:
         # Few images: one device, without the mesh.
         key_data = jnp.asarray(np.asarray(state.key))
         key = views_stream(jax.random.wrap_key_data(key_data), 0)
-        raw: dict[str, Any] = next(self.train.batches(iter([(0, ids)])))
+        batches = self.train.batches(iter([(0, ids)]))
+        (raw,) = read_all(batches, self.config.data.timeout_s)
         beyond = int(ids.max()) + 1  # copy no more than needed
         device_data = {name: array[:beyond] for name, array in self.train.device_data().items()}
         batch = self._augment_fn(raw, device_data, key)

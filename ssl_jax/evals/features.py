@@ -1,5 +1,6 @@
 """Feature extraction: a frozen encoder applied to all images of a source."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from ssl_jax.data.reader import Reader
 from ssl_jax.data.sources import Source
 
 Pytree = Any
@@ -22,6 +24,7 @@ def extract_features(
     place: Callable[[np.ndarray], Any],
     first: int | None = None,
     keep: bool = True,
+    timeout_s: float = 0.0,
 ) -> Float[np.ndarray, "n d"]:
     """Extracts the features of every image of a source, in the order of the ids.
 
@@ -36,22 +39,36 @@ def extract_features(
       place: puts this process's images on its devices.
       first: number of images, starting at id 0; default all.
       keep: whether this process collects the features, or only computes its share.
+      timeout_s: maximum time to wait for a batch of images, in seconds; 0 for no limit.
 
     Returns:
       float32 [N, d], or [first, d]; [0, d] unless `keep`.
+
+    Raises:
+      UserError: images can't be read, or not within `timeout_s`.
     """
     count = min(first or source.num_examples, source.num_examples)
     kept_features = np.empty((0, 0), np.float32)
-    for number, (ids, kept) in enumerate(padded_batches(count, batch_size)):
-        features = encode(variables, place(source.eval_transform(ids[rows])))
-        if number == 0:
-            kept_features = np.empty((count if keep else 0, features.shape[1]), np.float32)
-        if keep:
-            start = number * batch_size
-            kept_features[start : start + kept] = np.asarray(features, np.float32)[:kept]
-        else:
-            jax.block_until_ready(features)
+    ids = (batch[rows] for batch, _ in padded_batches(count, batch_size))
+    starts = range(0, count, batch_size)
+    with Reader[Any](source.eval_batches(ids), timeout_s, place) as images:
+        computed = (encode(variables, images.next()) for _ in starts)
+        # One batch late: images are read and the next batch dispatched while the devices compute.
+        for start, features in zip(starts, _one_late(computed), strict=True):
+            if start == 0:
+                kept_features = np.empty((count if keep else 0, features.shape[1]), np.float32)
+            if keep:
+                end = min(start + batch_size, count)
+                kept_features[start:end] = np.asarray(features, np.float32)[: end - start]
+            else:
+                jax.block_until_ready(features)
     return kept_features
+
+
+def _one_late(items: Iterator[Any]) -> Iterator[Any]:
+    """Yields each item once the next one is there."""
+    for previous, _ in itertools.pairwise(itertools.chain(items, [None])):
+        yield previous
 
 
 def padded_batches(num_examples: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
