@@ -141,6 +141,13 @@ def only_the_command_line_prints(path: str, tree: ast.Module) -> Iterator[str]:
             yield f"{node.lineno}: print"
 
 
+def threads_end_with_the_process(path: str, tree: ast.Module) -> Iterator[str]:
+    # Python joins the threads of executors at exit, even if a file system has stalled.
+    for name in imported_names(tree).values():
+        if name.startswith(("concurrent", "multiprocessing")):
+            yield f"1: {name}; see data/reader.py"
+
+
 def no_utils_modules(path: str, tree: ast.Module) -> Iterator[str]:
     if {"util", "utils"} & set(path.removesuffix(".py").split("/")):
         yield "1: name a file after its contents"
@@ -197,6 +204,11 @@ RULES: dict[Check, list[tuple[str, str]]] = {
         ("step.py", "print(1)"),
         ("data/pipeline.py", "def f(log=print): ..."),
     ],
+    threads_end_with_the_process: [
+        ("data/tfds.py", "from concurrent.futures import ThreadPoolExecutor"),
+        ("data/host.py", "import concurrent.futures"),
+        ("data/records.py", "from multiprocessing.pool import ThreadPool"),
+    ],
     no_utils_modules: [
         ("data/utils.py", ""),
         ("utils/arrays.py", ""),
@@ -221,6 +233,7 @@ ALLOWED: list[tuple[Check, str, str]] = [
     (imports_are_at_the_top, "cli/main.py", "import importlib\nimportlib.import_module(m)"),
     (imports_are_at_the_top, "cli/doctor.py", "def f():\n    import jax"),
     (only_the_command_line_prints, "cli/main.py", "print(1)"),
+    (threads_end_with_the_process, "data/reader.py", "import threading"),
 ]
 
 

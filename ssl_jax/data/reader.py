@@ -89,7 +89,8 @@ class Reader(Generic[T]):
         if limit > patience and not self._warned:
             self._warned = True
             _log.warning(
-                "warning: no images for %g s. Still waiting; check the file system.", patience
+                "warning: no images for %g s. Still waiting; check that their file system responds.",
+                patience,
             )
         with contextlib.suppress(queue.Empty):
             return self._queue.get(timeout=limit - patience if self._timeout_s else None)

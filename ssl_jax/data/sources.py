@@ -21,6 +21,7 @@ from ssl_jax.data.folder import FolderSource
 from ssl_jax.data.labels import NO_LABEL
 from ssl_jax.data.listing import some
 from ssl_jax.data.packed import packed_source
+from ssl_jax.data.reader import read_all
 from ssl_jax.data.records import RecordsSource
 from ssl_jax.data.tfds import tfds_sources
 from ssl_jax.errors import UserError, require_choice
@@ -261,7 +262,8 @@ def make_sources(config: ConfigDict) -> tuple[Source, Source | None]:
     Raises:
       UserError: an unknown name, or a missing or empty folder or file.
     """
-    train, test = _named_sources(config)
+    # In a thread, or Ctrl-C would have to wait for a file system that stalls.
+    ((train, test),) = read_all(map(_named_sources, [config]))
     share = config.data.validation
     if share:
         held = held_out_ids(train.labels, train.num_examples, share)

@@ -47,7 +47,7 @@ def pretrain(
       UserError: bad input; raised on all processes, and nothing is overwritten.
     """
     workdir = local_path(workdir)
-    with contextlib.ExitStack() as folder, processes.Stop() as stop:
+    with contextlib.ExitStack() as folder:
         # Errors of the config surface here, before the folder is touched.
         with processes.raise_on_all_processes():
             setup = Setup(config)
@@ -59,6 +59,8 @@ def pretrain(
         processes.require_same(seen)
         with enough_memory("The step", step_suggestions(config, setup.spmd.size), _PLAN):
             run, state = start_run(setup, workdir, verbosity)
+            # Until here SIGTERM ends the process, whatever it waits for: no step would be lost.
+            stop = folder.enter_context(processes.Stop())
             with run.closing():
                 state, step = train(run, state, stop)
         # The state is saved, so from here on SIGTERM stops the evaluation at once.

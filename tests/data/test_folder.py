@@ -1,13 +1,15 @@
+import gc
 import logging
 import os
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
-from images import COLORS, by_id, config_of, fill, picture, read
+from images import COLORS, by_id, config_of, fill, noise_files, picture, read
 from PIL import Image
 
 from ssl_jax import config
@@ -295,6 +297,35 @@ def test_eval_transform_is_independent_of_the_other_ids(tmp_path):
     assert pixels.shape == (36, 35, 3)
     expected = views.center_crop(pixels, c.views.a, 0.5, "bilinear")
     np.testing.assert_array_equal(images[9], expected)
+
+
+def test_passes_over_a_source_leave_nothing_behind(tmp_path):
+    """TensorFlow never frees the Python functions of a pipeline."""
+    from tensorflow.python.eager import context
+    from tensorflow.python.ops import script_ops
+
+    source = source_of(noise_files(tmp_path), threads=2)
+
+    def held():
+        gc.collect()
+        functions = script_ops._py_funcs.size(), len(context.context().list_function_names())
+        return *functions, *(len(os.listdir(f"/proc/self/{each}")) for each in ("task", "fd"))
+
+    def passes():
+        read(source, [(step, range(8 * step, 8 * step + 8)) for step in range(4)])
+        list(source.eval_batches(np.split(np.arange(64), 8)))
+        for count in (1, 2, 17):
+            source.eval_transform(np.arange(count))
+        next(source.batches(iter([(0, np.arange(8)), (1, np.arange(8))])))  # and no more
+
+    passes()
+    before = held()
+    passes()
+    assert all(now <= then for now, then in zip(held(), before, strict=True))
+    gone = weakref.ref(source)
+    del source
+    gc.collect()
+    assert gone() is None
 
 
 # Files that can't be decoded
