@@ -3,6 +3,7 @@
 The pickle is read as data, see `pickled`.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ _ENCODER = re.compile(
 )
 _HEAD_LAYERS = {"linear": "dense1", "batch_norm": "bn1", "linear_1": "dense2"}
 _LAYERS = {"conv": "conv", "batchnorm": "bn"}
+_MAX_PARTS = 64  # of an object around a module's arrays
 _LEAVES = {"w": "kernel", "b": "bias", "scale": "scale", "offset": "bias"}
 
 
@@ -36,10 +38,7 @@ def read_byol(found: Any, path: Path) -> Found:
     Raises:
       UserError: it contains no such trees.
     """
-    try:
-        trees = list(_haiku_trees(found, set()))
-    except RecursionError:
-        raise UserError(f"{path} is nested too deeply to be a checkpoint of BYOL.") from None
+    trees = list(_haiku_trees(found))
     # The online network's trees come first.
     params, state = (
         next((t for t in trees if any(name.endswith(end) for name in t)), None)
@@ -96,32 +95,38 @@ def _vector(value: Any) -> np.ndarray:
     return flattened
 
 
-def _haiku_trees(value: Any, seen: set[int]) -> Iterator[Tree]:
+def _haiku_trees(found: Any) -> Iterator[Tree]:
     """Yields the trees of modules in a state, in the order in which they are stored.
 
     Mappings of Haiku's versions are inert objects here, with a dict among their parts.
     """
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, dict):
-        plain = {str(k).replace("/~/", "/"): _arrays(v) for k, v in value.items()}
-        modules = {k: v for k, v in plain.items() if v}
-        if any("initial_" in name for name in modules):
-            yield modules
-            return
-    for part in _parts(value):
-        yield from _haiku_trees(part, seen)
+    waiting, seen = [found], set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict) and any("initial_" in key for key in value if _is_text(key)):
+            plain = {k.replace("/~/", "/"): _arrays(v) for k, v in value.items() if _is_text(k)}
+            yield {name: arrays for name, arrays in plain.items() if arrays}
+        else:
+            waiting += reversed(list(_parts(value)))
 
 
-def _arrays(value: Any, depth: int = 4) -> dict[str, np.ndarray]:
+def _is_text(key: Any) -> bool:
+    return isinstance(key, str)
+
+
+def _arrays(module: Any) -> dict[str, np.ndarray]:
     """A module's arrays by name, from a dict or an object around one; {} if there are none."""
-    if isinstance(value, dict):
-        arrays = {str(k): v for k, v in value.items() if isinstance(v, np.ndarray | np.generic)}
-        if arrays:
-            return {name: np.asarray(array) for name, array in arrays.items()}
-    inner = (_arrays(part, depth - 1) for part in _parts(value)) if depth else iter(())
-    return next((found for found in inner if found), {})
+    waiting = [module]
+    for value in waiting:
+        if isinstance(value, dict):
+            arrays = {k: v for k, v in value.items() if isinstance(v, np.ndarray | np.generic)}
+            if arrays:
+                return {str(name): np.asarray(array) for name, array in arrays.items()}
+        waiting += itertools.islice(_parts(value), max(_MAX_PARTS - len(waiting), 0))
+    return {}
 
 
 def _parts(value: Any) -> Iterable[Any]:

@@ -1,23 +1,26 @@
 """Reads pickled weights without executing code from the file.
 
-A pickle is a program that can call any function by name. Here, names resolve to a short list of
-harmless array constructors, and all others to inert objects that store their arguments and do
-nothing. PyTorch's files are such pickles with the tensors' data next to them.
+A pickle is a program that can call any function by name. It is interpreted here: the names of a few
+constructors of arrays and containers have a meaning, and all others become inert objects that store
+their arguments. PyTorch's files are such pickles with the tensors' data next to them.
+
+A small file can describe huge objects, by using its parts many times. What is made of a file is
+therefore counted, and limited to a multiple of the file's size.
 """
 
-import collections
 import contextlib
 import io
 import math
 import operator
 import pickle
+import pickletools
 import re
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -43,51 +46,42 @@ _ERRORS = (
     *(ValueError, TypeError, IndexError, AttributeError, MemoryError, ImportError, OverflowError),
     *(RuntimeError, NotImplementedError, zlib.error),
 )
+# Limit of the memory that a file's objects take, in bytes: so many times the file's size (weights
+# may be tied), and a constant for small files. An opcode counts like an empty dict.
+_TIMES, _CONSTANT, _OPCODE = 8, 2**26, 64
+
+# Opcodes, by what they do to the stack.
+_LITERALS = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE"),
+    *("BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_EMPTY: dict[str, type] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": list}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_FROM_MARK = {
+    *("TUPLE", "LIST", "FROZENSET", "DICT", "SETITEMS", "APPENDS", "ADDITEMS", "POP_MARK"),
+    *("OBJ", "INST"),
+}
 
 
 class Inert:
-    """Stands for an object of a pickle: stores its arguments and state, does nothing."""
+    """Stands for an object or a name in a pickle.
 
-    args: tuple[Any, ...]
-    state: Any
-    items: list[Any]
+    Attributes:
+      name: of the function or class, with its module; "" if unknown.
+      args: of the call that made the object.
+      state: that the object was given.
+      items: that were added to it.
+    """
 
-    def __new__(cls, *args: Any, **options: Any) -> "Inert":
-        """Stores the constructor's arguments."""
-        made = super().__new__(cls)
-        made.args, made.state, made.items = args, None, []
-        return made
+    __slots__ = ("args", "items", "name", "state")
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        """Does nothing."""
-
-    def __setstate__(self, state: Any) -> None:
-        """Stores it."""
-        self.state = state
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        """Stores it."""
-        self.items.append((key, value))
-
-    def append(self, value: Any) -> None:
-        """Stores it."""
-        self.items.append(value)
-
-    def extend(self, values: Any) -> None:
-        """Stores them."""
-        self.items.extend(values)
-
-    def add(self, value: Any) -> None:
-        """Stores it."""
-        self.items.append(value)
-
-    def __call__(self, *args: Any, **options: Any) -> "Inert":
-        """Stands for a call's result, and stores the arguments."""
-        return Inert(*args)
-
-    def __hash__(self) -> int:
-        """Hashes by identity."""
-        return id(self)
+    def __init__(self, name: str = "", args: tuple[Any, ...] = ()) -> None:
+        """Stores name and arguments."""
+        self.name, self.args = name, args
+        self.state: Any = None
+        self.items: list[Any] = []
 
     def parts(self) -> Iterator[Any]:
         """Yields everything that was stored."""
@@ -96,82 +90,16 @@ class Inert:
         yield from self.items
 
 
-class _Sealed(type):
-    """Metaclass of classes that a pickle's BUILD can't change."""
-
-    def __setattr__(cls, name: str, value: Any) -> None:
-        raise AttributeError(f"{cls.__name__} is read-only")
-
-
-class _Factory(metaclass=_Sealed):
-    """A function that a pickle may call, but not change."""
-
-    __slots__ = ("_function",)
-    _function: Callable[..., Any]
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        object.__setattr__(self, "_function", function)
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError("a factory is read-only")
-
-    def __setstate__(self, state: Any) -> None:
-        raise ValueError("it changes an array constructor")
-
-    def __hash__(self) -> int:
-        return id(self)
+# Keys of a dict: nested tuples could overflow the stack when they are hashed, and large integers
+# all have the same hash.
+_KEYS, _KEY_BITS = (str, bytes, int, float, type(None), Inert), 60
 
 
 class _Storage:
-    """A buffer in the file, of which tensors are views."""
+    """A buffer in the file, of which tensors are views; None if its kind is not of weights."""
 
-    def __init__(self, kind: str, key: str, count: int) -> None:
-        self.dtype, self.key, self.count = _DTYPES.get(kind), key, count
-        self.data: np.ndarray | None = None
-
-    def __setstate__(self, state: Any) -> None:
-        raise ValueError("it changes a storage")
-
-    def take(self, data: bytes) -> None:
-        if self.dtype is None:
-            return  # not a dtype of weights
-        self.data = np.frombuffer(data, self.dtype)
-
-
-class _Tensor:
-    """A tensor whose storage has not been read yet."""
-
-    def __init__(self, storage: Any, offset: int, size: Any, stride: Any, *unused: Any) -> None:
-        if not isinstance(storage, _Storage):
-            raise ValueError("a tensor without a storage")
-        # Python's integers don't overflow.
-        self.storage, self.offset = storage, operator.index(offset)
-        self.size, self.stride = _integers(size), _integers(stride)
-
-    def __setstate__(self, state: Any) -> None:
-        raise ValueError("it changes a tensor")
-
-    def array(self) -> np.ndarray | None:
-        data = self.storage.data
-        if data is None:
-            return None
-        if min((self.offset, *self.size, *self.stride)) < 0 or len(self.size) != len(self.stride):
-            raise ValueError("a tensor with a negative size")
-        if 0 in self.size:
-            return np.zeros(self.size, data.dtype)
-        reach = sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
-        if self.offset + reach >= len(data) or math.prod(self.size) > len(data):
-            raise ValueError("a tensor that reaches beyond its storage")
-        strides = tuple(step * data.itemsize for step in self.stride)
-        view = np.lib.stride_tricks.as_strided(data[self.offset :], self.size, strides)
-        return np.array(view)
-
-
-def _integers(values: Any) -> tuple[int, ...]:
-    return tuple(operator.index(value) for value in values)
+    def __init__(self, data: np.ndarray | None) -> None:
+        self.data = data
 
 
 class _Dtype:
@@ -180,109 +108,297 @@ class _Dtype:
     def __init__(self, name: Any, *unused: Any) -> None:
         name = name.decode("latin1") if isinstance(name, bytes) else name
         if not isinstance(name, str) or not re.fullmatch(r"[<>|=]?[biuf]\d{1,2}|bfloat16", name):
-            raise ValueError(f"arrays of dtype {name!r:.20}")
+            raise ValueError("an array of something other than numbers")
         self.dtype = np.dtype(jnp.bfloat16 if name == "bfloat16" else name)
 
-    def __setstate__(self, state: Any) -> None:
+    def set_order(self, state: Any) -> None:
         """Takes the byte order, the second item of a dtype's state."""
         order = state[1] if isinstance(state, tuple) and len(state) > 1 else "="
         order = order.decode("latin1") if isinstance(order, bytes) else order
-        if order in ("<", ">"):
+        if isinstance(order, str) and order in ("<", ">"):
             self.dtype = self.dtype.newbyteorder("<" if order == "<" else ">")
 
 
-class _Array:
-    """NumPy's array in a pickle: its length is checked, and objects are refused."""
+class _Stream(Protocol):
+    def read(self, n: int, /) -> bytes: ...
 
-    def __init__(self, *unused: Any) -> None:
-        self.made: np.ndarray | None = None
-
-    def __setstate__(self, state: Any) -> None:
-        """Takes (version, shape, dtype, whether it is in Fortran order, bytes)."""
-        _, shape, dtype, fortran, data = state
-        self.made = _plain_array(data, dtype, shape, "F" if fortran else "C")
-
-    def array(self) -> np.ndarray:
-        if self.made is None:
-            raise ValueError("an array without data")
-        return self.made
+    def readline(self) -> bytes: ...
 
 
-def _plain_array(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-    if not isinstance(dtype, _Dtype):
-        raise ValueError("an array with an unknown dtype")
-    data = data.encode("latin1") if isinstance(data, str) else data
+class _Bounded:
+    """A file that allocates no more for a read than it contains."""
+
+    def __init__(self, opened: BinaryIO, size: int) -> None:
+        self._opened, self._size = opened, size
+
+    def read(self, n: int) -> bytes:
+        return self._opened.read(min(n, self._size))
+
+    def readline(self) -> bytes:
+        return self._opened.readline()
+
+
+class _Reader:
+    """Interprets pickles."""
+
+    def __init__(self, size: int, storage: Callable[[str, str], _Storage] | None = None) -> None:
+        """Starts to count.
+
+        Args:
+          size: of the file, in bytes.
+          storage: gives the storage for its kind and key; None if there are none.
+        """
+        self._left = _TIMES * size + _CONSTANT
+        self._storage = storage
+        self._stack: list[Any] = []
+        self._below: list[list[Any]] = []  # stacks below each mark
+        self._memo: dict[int, Any] = {}
+        self._unbuilt: dict[int, np.ndarray] = {}  # arrays without data yet, by id
+        self._functions: dict[str, Callable[..., Any]] = {
+            "collections.OrderedDict": self._ordered,
+            "collections.defaultdict": lambda *unused: {},
+            "torch._utils._rebuild_tensor_v2": self._tensor,
+            "torch._utils._rebuild_tensor": self._tensor,
+            "torch._utils._rebuild_parameter": lambda data, *unused: data,
+            "torch._tensor._rebuild_from_type_v2": lambda f, kind, args, state: self._call(f, args),
+            "_codecs.encode": self._bytes,
+            "builtins.bytes": self._bytes,
+            "__builtin__.bytes": self._bytes,
+            "numpy.dtype": _Dtype,
+        }
+        for module in ("numpy.core", "numpy._core"):
+            self._functions[f"{module}.multiarray._reconstruct"] = self._array
+            self._functions[f"{module}.multiarray.scalar"] = self._scalar
+            self._functions[f"{module}.numeric._frombuffer"] = self._from_buffer
+
+    def spend(self, count: int) -> None:
+        """Counts bytes of memory.
+
+        Raises:
+          ValueError: there are too many.
+        """
+        self._left -= count
+        if self._left < 0:
+            raise ValueError("its objects take many times the file's size")
+
+    def load(self, stream: _Stream) -> Any:
+        """Reads one pickle."""
+        self._stack, self._below, self._memo = [], [], {}
+        for opcode, arg, _ in pickletools.genops(stream):  # type: ignore[arg-type]
+            self.spend(_OPCODE)
+            name = opcode.name
+            if name in _LITERALS:
+                self._stack.append(arg)
+            elif name in _CONSTANTS:
+                self._stack.append(_CONSTANTS[name])
+            elif name in _EMPTY:
+                self._stack.append(_EMPTY[name]())
+            elif name == "MARK":
+                self._below.append(self._stack)
+                self._stack = []
+            elif name in _FROM_MARK:
+                items, self._stack = self._stack, self._below.pop()
+                self._take(name, arg, items)
+            elif name in ("GET", "BINGET", "LONG_BINGET"):
+                self._stack.append(self._memo[arg])
+            elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
+                self._memo[arg] = self._stack[-1]
+            elif name == "MEMOIZE":
+                self._memo[len(self._memo)] = self._stack[-1]
+            elif name == "STOP":
+                return self._stack.pop()
+            elif name not in ("PROTO", "FRAME"):
+                self._apply(name, arg)
+        raise EOFError("it is truncated")
+
+    def _take(self, name: str, arg: Any, items: list[Any]) -> None:
+        """Executes an opcode that takes all items above the last mark."""
+        if name == "TUPLE":
+            self._stack.append(tuple(items))
+        elif name in ("LIST", "FROZENSET"):  # members of a set are not hashed
+            self._stack.append(items)
+        elif name == "DICT":
+            self._stack.append(_filled({}, items))
+        elif name == "SETITEMS":
+            _filled(self._stack[-1], items)
+        elif name in ("APPENDS", "ADDITEMS"):
+            _extend(self._stack[-1], items)
+        elif name == "OBJ":
+            self._stack.append(self._call(items[0], tuple(items[1:])))
+        elif name == "INST":
+            self._stack.append(self._call(Inert(arg.replace(" ", ".", 1)), tuple(items)))
+
+    def _apply(self, name: str, arg: Any) -> None:
+        """Executes an opcode that takes a fixed number of items."""
+        stack = self._stack
+        if name in _TUPLES:
+            items = [stack.pop() for _ in range(_TUPLES[name])]
+            stack.append(tuple(items[::-1]))
+            return
+        if name == "GLOBAL":
+            stack.append(Inert(arg.replace(" ", ".", 1)))
+            return
+        if name == "PERSID":
+            stack.append(self._persistent(arg))
+            return
+        last = stack.pop()
+        if name == "DUP":
+            stack += [last, last]
+        elif name == "APPEND":
+            _extend(stack[-1], [last])
+        elif name == "SETITEM":
+            key = stack.pop()
+            _filled(stack[-1], [key, last])
+        elif name == "STACK_GLOBAL":
+            module = stack.pop()
+            if not isinstance(module, str) or not isinstance(last, str):
+                raise ValueError("a name that is not text")
+            self.spend(len(module) + len(last))
+            stack.append(Inert(f"{module}.{last}"))
+        elif name in ("REDUCE", "NEWOBJ"):
+            stack.append(self._call(stack.pop(), last))
+        elif name == "NEWOBJ_EX":
+            args = stack.pop()
+            stack.append(self._call(stack.pop(), args))
+        elif name == "BUILD":
+            self._build(stack[-1], last)
+        elif name == "BINPERSID":
+            stack.append(self._persistent(last))
+        elif name != "POP":
+            raise ValueError(f"opcode {name}")
+
+    def _call(self, function: Any, args: Any) -> Any:
+        if not isinstance(function, Inert) or not isinstance(args, tuple):
+            raise ValueError("a call of something other than a function")
+        known = self._functions.get(function.name)
+        return Inert(function.name, args) if known is None else known(*args)
+
+    def _build(self, built: Any, state: Any) -> None:
+        """Gives an object its state."""
+        if isinstance(built, Inert):
+            built.state = state
+        elif isinstance(built, _Dtype):
+            built.set_order(state)
+        elif id(built) in self._unbuilt:
+            _, shape, dtype, fortran, data = state
+            data = _data(data)
+            view = self._view(data, dtype, shape, "C")
+            state = 1, view.shape, view.dtype, bool(fortran), data
+            self._unbuilt.pop(id(built)).__setstate__(state)
+        elif not isinstance(built, dict):  # an OrderedDict's attributes, such as torch's _metadata
+            raise ValueError("a state for a number or a container")
+
+    def _persistent(self, identity: Any) -> Any:
+        """A tensor's storage."""
+        if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
+            return Inert(args=(identity,))
+        kind, key = identity[1:3]
+        if not isinstance(kind, Inert) or not isinstance(key, str | int) or self._storage is None:
+            raise ValueError("a storage without a kind or a name")
+        return self._storage(kind.name.rpartition(".")[2], str(key))
+
+    def _tensor(
+        self, storage: Any, offset: Any, size: Any, stride: Any, *unused: Any
+    ) -> np.ndarray | None:
+        """A tensor as a view of its storage; None if the storage is not of weights."""
+        if not isinstance(storage, _Storage):
+            raise ValueError("a tensor without a storage")
+        data = storage.data
+        if data is None:
+            return None
+        # Python's integers don't overflow.
+        offset, size, stride = operator.index(offset), _integers(size), _integers(stride)
+        if min((offset, *size, *stride)) < 0 or len(size) != len(stride):
+            raise ValueError("a tensor with a negative size")
+        if 0 in size:
+            return np.zeros(size, data.dtype)
+        reach = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        count = math.prod(size)
+        if offset + reach >= len(data) or count > len(data):
+            raise ValueError("a tensor that reaches beyond its storage")
+        self.spend(count * data.itemsize)
+        strides = tuple(step * data.itemsize for step in stride)
+        return np.array(np.lib.stride_tricks.as_strided(data[offset:], size, strides))
+
+    def _array(self, *unused: Any) -> np.ndarray:
+        """NumPy's array; its data follow as its state."""
+        array = np.zeros(0, np.uint8)
+        self._unbuilt[id(array)] = array
+        return array
+
+    def _view(self, data: bytes, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+        """Bytes as an array, whose length is checked."""
+        if not isinstance(dtype, _Dtype):
+            raise ValueError("an array with an unknown dtype")
+        self.spend(len(data))
+        shape = _integers(shape)
+        return np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
+
+    def _from_buffer(self, data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+        """NumPy's array in a pickle of protocol 5."""
+        return np.array(self._view(_data(data), dtype, shape, order))
+
+    def _scalar(self, dtype: Any, data: Any = b"") -> Any:
+        """A NumPy scalar."""
+        return self._view(_data(data), dtype, (), "C")[()]
+
+    def _bytes(self, *args: Any) -> bytes:
+        """Bytes in pickles of protocols 0 to 2, which store them as text."""
+        text = args[0] if args else ""
+        if not isinstance(text, str):
+            raise ValueError("bytes from something other than text")
+        self.spend(len(text))
+        return text.encode("latin1")
+
+    def _ordered(self, pairs: Any = ()) -> dict[Any, Any]:
+        """An OrderedDict, whose pairs old protocols store as its argument."""
+        if not isinstance(pairs, list | tuple):
+            raise ValueError("a dict of something other than pairs")
+        self.spend(2 * len(pairs) * _OPCODE)
+        return _filled({}, [part for pair in pairs for part in _pair(pair)])
+
+
+def _data(data: Any) -> bytes:
+    """An array's bytes, which old protocols store as text."""
+    if isinstance(data, str):
+        return data.encode("latin1")
     if not isinstance(data, bytes | bytearray):
         raise ValueError("an array of objects")
-    array = np.frombuffer(data, dtype.dtype).reshape(_integers(shape), order=order)
-    return np.array(array)
+    return bytes(data)
 
 
-def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
-    """An array in a pickle of protocol 5."""
-    array = _Array()
-    array.made = _plain_array(data, dtype, shape, "F" if order == "F" else "C")
-    return array
+def _pair(pair: Any) -> Any:
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        raise ValueError("a dict of something other than pairs")
+    return pair
 
 
-def _scalar(dtype: Any, data: Any = b"") -> Any:
-    """A NumPy scalar."""
-    return _plain_array(data, dtype, (), "C")[()]
+def _filled(container: Any, items: list[Any]) -> Any:
+    """Adds keys and values, alternating."""
+    if isinstance(container, Inert):
+        container.items += items
+        return container
+    if not isinstance(container, dict) or len(items) % 2:
+        raise ValueError("items of something other than a dict")
+    for key in items[::2]:
+        if not isinstance(key, _KEYS) or isinstance(key, int) and key.bit_length() > _KEY_BITS:
+            raise ValueError(f"a dict with a key of type {type(key).__name__}")
+    container.update(zip(items[::2], items[1::2], strict=True))
+    return container
 
 
-def _bytes(*args: Any) -> bytes:
-    """Bytes in pickles of protocols 0 to 2, which store them as text."""
-    text = args[0] if args else ""
-    if not isinstance(text, str):
-        raise ValueError("bytes from something other than text")
-    return text.encode("latin1")
+def _extend(container: Any, items: list[Any]) -> None:
+    if isinstance(container, Inert):
+        container = container.items
+    if not isinstance(container, list):
+        raise ValueError("members of something other than a list")
+    container += items
 
 
-def _allowed() -> dict[tuple[str, str], Any]:
-    """The functions that a pickle may call; a fresh dict for each file, so that none is shared."""
-    made: dict[tuple[str, str], Callable[..., Any]] = {
-        ("collections", "OrderedDict"): collections.OrderedDict,
-        ("collections", "defaultdict"): lambda *unused: {},
-        ("torch._utils", "_rebuild_tensor_v2"): _Tensor,
-        ("torch._utils", "_rebuild_tensor"): _Tensor,
-        ("torch._utils", "_rebuild_parameter"): lambda data, *unused: data,
-        ("torch._tensor", "_rebuild_from_type_v2"): lambda call, kind, args, state: call(*args),
-        ("_codecs", "encode"): _bytes,
-        ("builtins", "bytes"): _bytes,
-        ("numpy", "dtype"): _Dtype,
-    }
-    for module in ("numpy.core", "numpy._core"):
-        made[f"{module}.multiarray", "_reconstruct"] = _Array
-        made[f"{module}.multiarray", "scalar"] = _scalar
-        made[f"{module}.numeric", "_frombuffer"] = _from_buffer
-    return {name: _Factory(function) for name, function in made.items()}
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: BinaryIO, storages: dict[str, _Storage]) -> None:
-        super().__init__(file, encoding="latin1")
-        self.storages, self.allowed = storages, _allowed()
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Resolves a name to an allowed function, a kind of storage, or an inert class."""
-        module = {"__builtin__": "builtins"}.get(module, module)
-        if module in ("torch", "torch.storage") and name in _DTYPES:
-            return name
-        allowed = self.allowed.get((module, name))
-        if allowed is not None:
-            return allowed
-        if (module, name) in (("builtins", "getattr"), ("copyreg", "_reconstructor")):
-            return _Factory(lambda *args: type("x", (Inert,), {}))
-        return type(name.split(".")[-1] or "x", (Inert,), {})
-
-    def persistent_load(self, identity: Any) -> Any:
-        """A storage, whose data is read later."""
-        if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
-            return Inert(identity)
-        _, kind, key, _, count = identity[:5]
-        kind = kind if isinstance(kind, str) else ""
-        storage = _Storage(kind, str(key), operator.index(count))
-        return self.storages.setdefault(str(key), storage)
+def _integers(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, tuple | list):
+        raise ValueError("a shape that is not a tuple")
+    return tuple(operator.index(value) for value in values)
 
 
 def may_be_pickled(file: Path) -> bool:
@@ -299,9 +415,9 @@ def read_pickle(file: Path) -> Any:
     """Reads a pickle: arrays, containers and plain values; everything else is `Inert`.
 
     Raises:
-      UserError: the file is not a pickle, or is corrupt.
+      UserError: the file is not a pickle, or is corrupt, or describes huge objects.
     """
-    return _reading(file, lambda opened: _arrays(_Unpickler(opened, {}).load(), {}))
+    return _reading(file, lambda opened, size: _Reader(size).load(_Bounded(opened, size)))
 
 
 def read_torch(file: Path) -> Any:
@@ -311,87 +427,83 @@ def read_torch(file: Path) -> Any:
       file: in the zip format, or in the one before PyTorch 1.6.
 
     Returns:
-      Dicts, lists and tuples of arrays and plain values; everything else is `Inert`.
+      Dicts, lists and tuples of arrays and plain values; everything else is `Inert`. Sets are
+      lists.
 
     Raises:
-      UserError: the file is not of PyTorch, or is corrupt.
+      UserError: the file is not of PyTorch, or is corrupt, or describes huge objects.
     """
-    read = _from_zip if zipfile.is_zipfile(file) else _from_legacy
-    return _reading(file, lambda opened: _arrays(read(opened), {}))
+    return _reading(file, _from_zip if zipfile.is_zipfile(file) else _from_legacy)
 
 
-def _reading(file: Path, read: Callable[[BinaryIO], Any]) -> Any:
+def _reading(file: Path, read: Callable[[BinaryIO, int], Any]) -> Any:
     try:
         with file.open("rb") as opened:
-            return read(opened)
+            return read(opened, file.stat().st_size)
     except _ERRORS as error:
         reason = first_line(error)[:200]
-        raise UserError(f"Cannot read {file} ({reason}): download it again.") from error
+        raise UserError(
+            f"Cannot read {file} ({reason}): download it again, or save only a model's state_dict."
+        ) from error
 
 
-def _from_zip(opened: BinaryIO) -> Any:
+def _from_zip(opened: BinaryIO, size: int) -> Any:
     storages: dict[str, _Storage] = {}
     with zipfile.ZipFile(opened) as archive:
+
+        def member(name: str) -> bytes:
+            info = archive.getinfo(name)
+            stored = info.compress_type == zipfile.ZIP_STORED
+            # PyTorch compresses nothing; a compressed file may be thousands of times larger.
+            if not stored or not info.file_size == info.compress_size <= size:
+                raise ValueError("its archive is compressed or has wrong sizes")
+            reader.spend(info.file_size)
+            return archive.read(info)
+
+        def storage(kind: str, key: str) -> _Storage:
+            if key not in storages:
+                dtype = _DTYPES.get(kind)
+                known = dtype is not None
+                data = np.frombuffer(member(f"{root}data/{key}"), dtype) if known else None
+                storages[key] = _Storage(data)
+            return storages[key]
+
+        reader = _Reader(size, storage)
         (pickled,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
         root = pickled.removesuffix("data.pkl")
         order = f"{root}byteorder"
-        if order in archive.namelist() and archive.read(order) != b"little":
+        if order in archive.namelist() and member(order) != b"little":
             raise ValueError("it is big-endian")
-        found = _Unpickler(io.BytesIO(archive.read(pickled)), storages).load()
-        for key, storage in storages.items():
-            storage.take(archive.read(f"{root}data/{key}"))
-    return found
+        return reader.load(io.BytesIO(member(pickled)))
 
 
-def _from_legacy(opened: BinaryIO) -> Any:
+def _from_legacy(opened: BinaryIO, size: int) -> Any:
+    """Reads the format in which the storages follow the objects, which are read twice."""
     storages: dict[str, _Storage] = {}
+    kinds: dict[str, str] = {}
 
-    def load() -> Any:
-        return _Unpickler(opened, storages).load()
+    def storage(kind: str, key: str) -> _Storage:
+        kinds.setdefault(key, kind)
+        return storages.setdefault(key, _Storage(None))
 
-    if load() != _LEGACY_MAGIC:
+    stream = _Bounded(opened, size)
+    reader = _Reader(size, storage)
+    if reader.load(stream) != _LEGACY_MAGIC:
         raise ValueError("it is not a PyTorch file")
-    load(), load()  # the protocol, the machine
-    found, keys = load(), load()
-    for key in keys:
-        storage = storages[str(key)]
-        (count,) = struct.unpack("<q", opened.read(8))
-        size = storage.dtype.itemsize if storage.dtype is not None else 0
-        if not size or count < 0:
+    reader.load(stream), reader.load(stream)  # the protocol, the machine
+    start = opened.tell()
+    reader.load(stream)
+    keys = reader.load(stream)
+    if not isinstance(keys, list) or not all(isinstance(key, str | int) for key in keys):
+        raise ValueError("storages without names")
+    for key in map(str, keys):
+        dtype = _DTYPES.get(kinds[key])
+        (count,) = struct.unpack("<q", stream.read(8))
+        if dtype is None or count < 0:
             raise ValueError("a storage of an unknown dtype")
-        data = opened.read(count * size)
-        if len(data) != count * size:
+        data = stream.read(count * dtype.itemsize)
+        if len(data) != count * dtype.itemsize:
             raise EOFError("it is truncated")
-        storage.take(data)
-    return found
-
-
-def _arrays(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
-    """Replaces tensors and arrays by NumPy's; objects that occur several times stay shared.
-
-    `done` has the original and its replacement, by the original's id.
-    """
-    if not isinstance(value, dict | list | tuple | Inert | _Tensor | _Array):
-        return value
-    if id(value) in done:
-        return done[id(value)][1]
-    made: Any
-    if isinstance(value, _Tensor | _Array):
-        made = value.array()
-    elif isinstance(value, Inert):
-        made = Inert()
-        done[id(value)] = value, made  # it may contain itself
-        made.args = tuple(_arrays(each, done) for each in value.args)
-        made.state = _arrays(value.state, done)
-        made.items = [_arrays(each, done) for each in value.items]
-    elif isinstance(value, dict):
-        made = {}
-        done[id(value)] = value, made
-        made.update({key: _arrays(each, done) for key, each in value.items()})
-    else:
-        made = []
-        done[id(value)] = value, made
-        made.extend(_arrays(each, done) for each in value)
-        made = tuple(made) if isinstance(value, tuple) else made
-    done[id(value)] = value, made
-    return made
+        storages[key].data = np.frombuffer(data, dtype)
+    opened.seek(start)
+    return _Reader(size, storage).load(stream)

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import tracemalloc
+import zipfile
 from collections import OrderedDict
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from torch_files import legacy_file, tensor, torch_file
 
 from ssl_jax.errors import UserError
+from ssl_jax.interop import pickled
 from ssl_jax.interop.import_weights import read_weights
 from ssl_jax.interop.pickled import Inert, read_pickle, read_torch
 
@@ -176,6 +179,70 @@ HOSTILE = {
     ),
     "deep": b"(" * 50_000 + b"t" * 50_000,
 }
+
+# Small files that would take the process down, or gigabytes, or forever.
+SHARED = b"]q\0" + b"".join(  # each list has the last one twice
+    b"](h%ch%ceq%c" % (n, n, n + 1) for n in range(60)
+)
+EXPENSIVE = {
+    "nested tuples as a key": b"})" + b"\x85" * 100_000 + b"Ns",
+    "a huge memo index": b"]r\xff\xff\xff\x7f",
+    "an endless repr": SHARED + called("numpy", "dtype", b"h\x3c"),
+    "an endless name of a storage": SHARED + b"(Vstorage\nctorch\nFloatStorage\nh\x3cVcpu\nK\x01tQ",
+    "integers with the same hash": b"}("
+    + b"".join(b"\x8a\x0a" + (n * (2**61 - 1)).to_bytes(10, "little") + b"N" for n in range(9000))
+    + b"u",
+    "many uses of the same bytes": b"("
+    + text("x" * 500_000).replace(b"\n", b"\nq\0")
+    + b"c_codecs\nencode\nq\x01"
+    + b"(h\x01h\0\x85Rl" * 5000
+    + b"t",
+}
+EXPENSIVE["an endless repr of a key"] = EXPENSIVE["an endless repr"] + b"0}h\x3cNs"
+
+
+@pytest.mark.parametrize("name", EXPENSIVE)
+def test_small_pickles_of_huge_objects_are_refused_without_building_them(tmp_path, name):
+    file = tmp_path / "a.pkl"
+    file.write_bytes(Crafted(EXPENSIVE[name]).data)
+    if name in ("a huge memo index", "many uses of the same bytes"):  # the others are slow to trace
+        tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="Cannot read .*a.pkl|no parameters and state of BYOL"):
+            read_weights(file)
+        assert tracemalloc.get_traced_memory()[1] < 1e8
+    finally:
+        tracemalloc.stop()
+
+
+def test_containers_count_toward_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(pickled, "_CONSTANT", 2**16)
+    (tmp_path / "a.pkl").write_bytes(Crafted(b"]" * 10_000).data)
+    with pytest.raises(UserError, match="its objects take many times the file's size"):
+        read_pickle(tmp_path / "a.pkl")
+
+
+def test_tensors_that_share_a_storage_are_limited_by_the_files_size(tmp_path):
+    values = np.zeros(200_000, np.float32)
+    state = {str(i): tensor(values) for i in range(4)}  # tied weights
+    found = read_torch(torch_file(tmp_path / "a.pth", state, {"0": values}))
+    assert [array.nbytes for array in found.values()] == [values.nbytes] * 4
+    state = {str(i): tensor(values) for i in range(1000)}
+    with pytest.raises(UserError, match="its objects take many times the file's size"):
+        read_torch(torch_file(tmp_path / "a.pth", state, {"0": values}))
+
+
+def test_compressed_archives_are_refused(tmp_path):
+    file, values = tmp_path / "a.pth", np.zeros(10**6, np.float32)
+    torch_file(file, {"x": tensor(values)}, {"0": values})
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    assert file.stat().st_size < 10_000
+    with pytest.raises(UserError, match="its archive is compressed"):
+        read_torch(file)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
