@@ -12,6 +12,7 @@ from ssl_jax.config import default_config, view
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.247, 0.2435, 0.2616)}
+CIFAR10_SUPCONTRAST = {"mean": CIFAR10["mean"], "std": (0.2023, 0.1994, 0.201)}  # in its code
 # SwAV's code has .228 for red.
 IMAGENET_SWAV = {"mean": (0.485, 0.456, 0.406), "std": (0.228, 0.224, 0.225)}
 

@@ -44,6 +44,7 @@ def model_card(path: str | Path, weights: Weights) -> str:
     """
     config = weights.config
     kind = weights.source.partition(":")[0] or config.method
+    kind = kind.removeprefix("ssl_jax (").removesuffix(")")  # a network exported for PyTorch
     name = title(kind)
     paper = METHODS[kind].citation if kind in METHODS else ""
     plain = is_torchvisions(config)

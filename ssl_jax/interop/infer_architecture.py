@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
@@ -18,7 +19,7 @@ from ssl_jax.interop.weights import Pytree, Weights
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import init_networks
 from ssl_jax.models.resnet import STAGES
-from ssl_jax.recipes import CIFAR10, IMAGENET, IMAGENET_SWAV
+from ssl_jax.recipes import CIFAR10, CIFAR10_SUPCONTRAST, IMAGENET, IMAGENET_SWAV
 
 _METHODS = ("moco", "simsiam", "swav", "simclr", "byol")
 _MAX_LISTED = 12  # names in an error message
@@ -76,7 +77,8 @@ def require_complete(weights: Weights, path: Path) -> None:
       path: the file, for error messages.
 
     Raises:
-      UserError: the encoder or a name is missing, a name is unknown, or a shape differs.
+      UserError: the encoder or a name is missing, a name is unknown, a shape differs, or a value is
+        not finite.
     """
     method, size = make_method(weights.config, Schedule(1, 1)), 32
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
@@ -84,12 +86,33 @@ def require_complete(weights: Weights, path: Path) -> None:
     params, stats = jax.eval_shape(lambda k, x: init_networks(method.networks, k, x), key, image)
     if "encoder" not in weights.params:
         raise UserError(f"{path} contains no encoder.")
+    require_finite(weights, path)
     for name in weights.params:
         if name not in params:
             continue  # prototypes, which are not a network
         _check(f"parameters of the {name}", weights.params[name], params[name], path)
         kept = weights.batch_stats.get(name, {})
         _check(f"running statistics of the {name}", kept, stats[name], path)
+
+
+def require_finite(weights: Weights, path: str | Path) -> None:
+    """Checks that no weight is NaN or infinite.
+
+    Args:
+      weights: of a run or a file.
+      path: for the error message.
+
+    Raises:
+      UserError: naming the tensor.
+    """
+    for kind, tree in (("parameters", weights.params), ("running statistics", weights.batch_stats)):
+        for name, value in flatten_dict(tree, sep="/").items():
+            wrong = int(np.count_nonzero(~np.isfinite(np.asarray(value, np.float32))))
+            if wrong:
+                raise UserError(
+                    f"{path} has {wrong:,} NaN or infinite values in {name} of its {kind}: training "
+                    "diverged. Use an earlier checkpoint, or download the file again."
+                )
 
 
 def _check(what: str, tree: Pytree, expected: Pytree, path: Path) -> None:
@@ -173,13 +196,16 @@ def _heads(config: ConfigDict, found: Found) -> None:
 def _preprocessing(config: ConfigDict, kind: str, path: Path) -> None:
     """Sets the preprocessing that the code evaluates with, and the likely data set."""
     small = config.model.stem != "imagenet"
-    normalization = {"simclr": {}, "swav": IMAGENET_SWAV}.get(kind, IMAGENET)
+    normalization = {"simclr": {}, "swav": IMAGENET_SWAV, "supcontrast": CIFAR10_SUPCONTRAST}.get(
+        kind, IMAGENET
+    )
     if small and kind in ("solo", "torchvision", "timm"):
         normalization = CIFAR10
     # The sampler decides how images are downscaled; the crops of training are unknown.
     sampler = {"simclr": "tf", "byol": "byol"}.get(kind, "torchvision")
     _set_views(config, 32 if small else 224, sampler, normalization)
-    config.eval.interpolation = "bicubic" if kind in ("simclr", "byol", "timm") else "bilinear"
+    bicubic = kind in ("simclr", "byol", "timm", "dino")
+    config.eval.interpolation = "bicubic" if bicubic else "bilinear"
     if kind == "timm":
         config.eval.crop_fraction = 0.95
     if small:

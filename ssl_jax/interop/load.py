@@ -17,6 +17,7 @@ from ssl_jax.data.pipeline import prepare_eval
 from ssl_jax.errors import UserError
 from ssl_jax.files import local_path
 from ssl_jax.interop.import_weights import is_weights_file, read_weights, read_weights_config
+from ssl_jax.interop.infer_architecture import require_finite
 from ssl_jax.interop.weights import Weights
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import make_encoder
@@ -175,7 +176,8 @@ def weights_at(path: str | Path, step: int | None = None) -> Weights:
       The weights; those of a run are on the default device.
 
     Raises:
-      UserError: the path can't be read, or there is no checkpoint of that step.
+      UserError: the path can't be read, there is no checkpoint of that step, or a weight is NaN or
+        infinite.
     """
     if is_weights_file(path):
         if step:
@@ -183,7 +185,9 @@ def weights_at(path: str | Path, step: int | None = None) -> Weights:
         return read_weights(path)
     state = restore_state(path, step)
     stats = {k: v for k, v in state.method_state["batch_stats"].items() if k in state.params}
-    return Weights(read_config(local_path(path)), state.params, stats, int(state.step))
+    weights = Weights(read_config(local_path(path)), state.params, stats, int(state.step))
+    require_finite(weights, path)
+    return weights
 
 
 def config_at(path: str | Path) -> ConfigDict:

@@ -17,7 +17,13 @@ from ssl_jax.interop.export import export_folder, export_torch
 from ssl_jax.interop.import_weights import read_weights
 from ssl_jax.interop.initial_weights import load_initial_weights, resolve_initial_weights
 from ssl_jax.interop.torch_names import to_torch
-from ssl_jax.interop.weights import Weights, read_header, write_safetensors, write_weights
+from ssl_jax.interop.weights import (
+    Weights,
+    read_header,
+    read_safetensors,
+    write_safetensors,
+    write_weights,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -65,25 +71,39 @@ def test_numbered_names_are_lightly_even_with_heads_like_solo_learn(tmp_path, st
 
 
 @pytest.mark.parametrize(
-    ("prefix", "head"), [("encoder.", "classifier."), ("backbone.", "momentum_projector.")]
+    ("prefix", "heads"),
+    [
+        ("encoder.", ("classifier.", "projector.0.")),
+        ("backbone.", ("classifier.", "head.mlp.0.")),
+        ("backbone.", ("momentum_projector.0.",)),
+    ],
 )
-def test_solo_learn_is_inferred_from_its_heads(tmp_path, state, prefix, head):
-    theirs = prefixed(prefix, state) | {f"{head}weight": normal(2, 8)}
+def test_solo_learn_is_inferred_from_its_heads(tmp_path, state, prefix, heads):
+    theirs = prefixed(prefix, state) | {f"{head}weight": normal(2, 8) for head in heads}
     weights = read_weights(saved(tmp_path, theirs))
     assert weights.source.startswith("solo") and weights.config.model.stem == "cifar_pad2"
 
 
 @pytest.mark.parametrize(
-    ("prefix", "more", "sentence"),
+    ("prefix", "more"),
     [
-        ("encoder.", "predictor.0.weight", r"net.safetensors has .* --kind=solo"),  # SimSiam's
-        ("backbone.", "", r"net.safetensors has names .* --kind=solo or --kind=lightly"),
+        ("encoder.", "predictor.0.weight"),  # SimSiam's
+        ("encoder.", "classifier.weight"),  # anyone's
+        ("model.encoder.", ""),
+        ("backbone.", ""),
+        ("backbone.", "projector.0.weight"),  # VICReg's
+        ("backbone.", "bn.running_mean"),
     ],
 )
-def test_ambiguous_names_need_a_kind(tmp_path, state, prefix, more, sentence):
+def test_small_stems_under_common_names_need_a_kind(tmp_path, state, prefix, more):
     theirs = prefixed(prefix, state) | ({more: normal(2, 2)} if more else {})
+    file = saved(tmp_path, theirs)
+    sentence = rf"has a 3×3 stem and names that start with '{prefix}'.* --kind=solo .* --kind=light"
     with pytest.raises(UserError, match=sentence):
-        read_weights(saved(tmp_path, theirs))
+        read_weights(file)
+    stems = {"torchvision": "cifar"} | ({} if more else {"solo": "cifar_pad2"})
+    for kind, stem in stems.items():
+        assert read_weights(file, kind).config.model.stem == stem
 
 
 def test_deep_stem_is_refused(tmp_path, state):
@@ -159,7 +179,39 @@ def test_card_of_an_import_has_no_training_section(tmp_path, drawn):
     export_folder(tmp_path / "torch.safetensors", tmp_path / "hub")
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "## Training" not in card and "SimCLR" in card
-    assert "Imported from simclr: torch.safetensors." in card
+    assert "# ResNet-6 ×0.0625, SimCLR" in card
+    assert "Imported from ssl_jax (simclr): torch.safetensors." in card
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, drawn, state, value):
+    theirs = {**state, "layer1.0.bn1.running_var": state["layer1.0.bn1.running_var"].copy()}
+    theirs["layer1.0.bn1.running_var"][:2] = value
+    sentence = "has 2 NaN or infinite values in encoder/stage1_block1/bn1/var of its running stat"
+    with pytest.raises(UserError, match=sentence):
+        read_weights(saved(tmp_path, theirs))
+    mine = jax.tree.map(np.copy, drawn)
+    mine["params"]["stem"]["conv1"]["kernel"][0, 0, 0] = value
+    write_weights(ours(mine), tmp_path / "ours.safetensors")
+    sentence = "ours.safetensors has 4 NaN or infinite values in encoder/stem/conv1/kernel of its p"
+    with pytest.raises(UserError, match=sentence):
+        ssl_jax.load(tmp_path / "ours.safetensors")
+    config = with_two_stages(tiny_config())
+    config.init_from.path = str(tmp_path / "ours.safetensors")
+    with pytest.raises(UserError, match=sentence):
+        load_initial_weights(blank_state(config), config)
+
+
+def test_config_in_the_header_of_another_network_is_refused(tmp_path, drawn):
+    write_weights(ours(drawn), tmp_path / "ours.safetensors")
+    export_torch(tmp_path / "ours.safetensors", tmp_path / "torch.safetensors")
+    arrays, header = read_safetensors(tmp_path / "torch.safetensors")
+    config = json.loads(header["ssl_jax_config"])
+    config["model"]["depth"] = 18
+    header["ssl_jax_config"] = json.dumps(config)
+    write_safetensors(arrays, tmp_path / "torch.safetensors", header)
+    with pytest.raises(UserError, match="torch.safetensors lacks .* parameters of the encoder"):
+        read_weights(tmp_path / "torch.safetensors")
 
 
 def test_export_does_not_overwrite_a_users_torch_encoder(tmp_path, drawn):

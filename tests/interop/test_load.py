@@ -42,6 +42,15 @@ def test_missing_projector_layer_is_refused(finished_run):
         make_method(config, Schedule(1, 1))
 
 
+def test_run_with_nan_weights_is_refused(finished_run, monkeypatch):
+    state = restore_state(finished_run)
+    kernel = state.params["encoder"]["stem"]["conv1"]["kernel"]
+    state.params["encoder"]["stem"]["conv1"]["kernel"] = kernel.at[0, 0].set(np.nan)
+    monkeypatch.setattr("ssl_jax.interop.load.restore_state", lambda path, step: state)
+    with pytest.raises(UserError, match="NaN or infinite values in encoder/stem/conv1/kernel of"):
+        ssl_jax.load(finished_run)
+
+
 def test_repr_is_one_line_with_network_and_parameter_count(finished_run):
     # Three 3×3 convolutions, 3 to 8, 8 to 8 and 8 to 8 channels, each with a BatchNorm of two
     # parameters per channel.
