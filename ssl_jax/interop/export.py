@@ -1,8 +1,10 @@
 """Exports a run's encoder: for PyTorch, as our tree, as a JAX program, as a Hugging Face folder."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,11 @@ from ssl_jax.models.resnet import architecture
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 _LOADER = "torch_encoder.py"
+_WEIGHTS = "model.safetensors"
+_FOLDER_FILES = (
+    *("README.md", "config.json", "preprocessor_config.json", "ssl_jax.safetensors"),
+    *(_WEIGHTS, _LOADER),
+)
 # Limit of a serialized program's constants; its format ends at 2 GiB.
 _MAX_BYTES = 2**31 - 2**24
 
@@ -151,10 +158,22 @@ def export_program(
     (n,) = jax_export.symbolic_shape("n")
     images = jax.ShapeDtypeStruct((n, size, size, 3), jnp.uint8)
     # By default, convolutions on GPUs and TPUs round their inputs.
-    with jax.default_matmul_precision("highest"):
+    with _without_source_paths(), jax.default_matmul_precision("highest"):
         exported = jax_export.export(jax.jit(function), platforms=PLATFORMS)(images)
     _write(local_path(file), bytes(exported.serialize()))
     return {"size": size, "features": int(exported.out_avals[0].shape[1])}
+
+
+@contextlib.contextmanager
+def _without_source_paths() -> Iterator[None]:
+    """Compiles without the paths of this computer's source files, which programs contain."""
+    name = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def _program(encoder: Encoder) -> Callable[[jax.Array], jax.Array]:
@@ -184,23 +203,46 @@ def export_folder(path: str | Path, folder: str | Path, *, step: int | None = No
       step: of the run's checkpoint, the newest by default.
 
     Raises:
-      UserError: there is nothing to export, or the folder can't be written.
+      UserError: there is nothing to export, the folder has files of these names that are not from
+        an earlier export, or it can't be written.
     """
-    folder, weights = local_path(folder), weights_at(path, step)
+    folder = local_path(folder)
+    _require_no_other_files(folder)
+    weights = weights_at(path, step)
     config = weights.config
     with writing(folder, ANOTHER):
         folder.mkdir(parents=True, exist_ok=True)
         loader = _loader(folder)
         if config.model.sk:  # existing files belong to another network
             loader.unlink(missing_ok=True)
-            (folder / "model.safetensors").unlink(missing_ok=True)
+            (folder / _WEIGHTS).unlink(missing_ok=True)
+    # First: the file marks the folder as an export, so that an interrupted one can be repeated.
+    _write_json(folder / "config.json", _hub_config(config))
     write_weights(weights, folder / "ssl_jax.safetensors")
     if not config.model.sk:
-        _write_torch(weights, folder / "model.safetensors")
+        _write_torch(weights, folder / _WEIGHTS)
         _write(loader, _source())
-    _write_json(folder / "config.json", _hub_config(config))
     _write_json(folder / "preprocessor_config.json", _hub_preprocessing(config))
     _write(folder / "README.md", model_card(path, weights).encode())
+
+
+def _require_no_other_files(folder: Path) -> None:
+    """Refuses a folder, such as a run or a project, whose files an export would replace."""
+    others = [name for name in _FOLDER_FILES if os.path.lexists(folder / name)]
+    if others and not _is_export(folder / "config.json"):
+        raise UserError(
+            f"{folder} contains a {others[0]} that is not from an earlier export: choose another "
+            "--out folder, which may be a new one."
+        )
+
+
+def _is_export(file: Path) -> bool:
+    """Whether a file is the `config.json` of an exported folder."""
+    try:
+        found = json.loads(file.read_bytes()) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"ssl_jax", "pretrained_cfg"} <= found.keys()
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ from ssl_jax.files import ANOTHER, local_path, replacing, writing
 
 Pytree = Any
 FORMAT = "1"
+# Keys with paths, of which exported files keep the last part.
+_PATHS = (("data", "dir"), ("data", "test_dir"), ("init_from", "path"), ("distill", "teacher"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +69,12 @@ def write_weights(weights: Weights, file: str | Path) -> None:
 
 
 def portable_config(config: ConfigDict) -> dict[str, Any]:
-    """A run's config as JSON for other users of its weights, without its W&B project."""
-    return {**to_json(config), "wandb": ""}
+    """A run's config as JSON for other users of its weights: no W&B project, no local paths."""
+    plain = {**to_json(config), "wandb": ""}
+    for group, key in _PATHS:
+        # The last part tells what the data were.
+        plain[group] = {**plain[group], key: PurePath(plain[group][key]).name}
+    return plain
 
 
 def write_safetensors(

@@ -1,5 +1,6 @@
 """Exports of a tiny run: a JAX program, our tree, a Hugging Face folder; the commands."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,14 +14,14 @@ from tiny import tiny_config
 
 import ssl_jax
 from ssl_jax.cli import main as cli
-from ssl_jax.config import view
+from ssl_jax.config import from_json, to_json, view
 from ssl_jax.interop.card import _images, _training, _views
 from ssl_jax.interop.export import _hub_config, export_program
 from ssl_jax.interop.import_weights import read_weights
 from ssl_jax.interop.initial_weights import load_initial_weights, resolve_initial_weights
 from ssl_jax.interop.load import restore_state
 from ssl_jax.interop.metadata import preprocessing
-from ssl_jax.interop.weights import Weights, write_weights
+from ssl_jax.interop.weights import Weights, read_header, write_weights
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,7 @@ def test_program_runs_without_ssl_jax_for_any_batch_size(run, tmp_path, capsys):
     file = tmp_path / "encoder.bin"
     out = command(capsys, "export", f"--from={run}", "--format=program", f"--out={file}")
     assert "uint8 images [n, 8, 8, 3] to features [n, 8]" in out
+    assert str(Path(ssl_jax.__file__).parent).encode() not in file.read_bytes()
     # In a process that can import neither this package nor Flax.
     script = f"""
 import sys
@@ -222,6 +224,7 @@ def test_selective_kernels_are_not_exported_for_torch(selective, tmp_path, capsy
     (tmp_path / "hub").mkdir()
     write_loader(tmp_path / "hub")
     (tmp_path / "hub" / "model.safetensors").write_bytes(b"of another")
+    (tmp_path / "hub" / "config.json").write_text('{"ssl_jax": {}, "pretrained_cfg": {}}')
     command(capsys, "export", f"--from={selective}", "--format=folder", f"--out={tmp_path / 'hub'}")
     assert not (tmp_path / "hub" / "model.safetensors").exists()
     assert not (tmp_path / "hub" / "torch_encoder.py").exists()
@@ -229,6 +232,29 @@ def test_selective_kernels_are_not_exported_for_torch(selective, tmp_path, capsy
     mine, theirs = read_weights(tmp_path / "hub" / "ssl_jax.safetensors"), read_weights(selective)
     jax.tree.map(np.testing.assert_array_equal, mine.params, theirs.params)
     assert mine.config.model.sk
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "torch_encoder.py"])
+def test_folder_export_replaces_no_files_but_an_earlier_exports(run, tmp_path, capsys, name):
+    (tmp_path / name).write_text("{}")
+    line = ["export", f"--from={run}", "--format=folder"]
+    for out in (tmp_path, run):
+        before = {file: file.read_bytes() for file in out.iterdir() if file.is_file()}
+        assert cli.main([*line, f"--out={out}"]) == 2
+        assert "that is not from an earlier export" in capsys.readouterr().err
+        assert before == {file: file.read_bytes() for file in out.iterdir() if file.is_file()}
+
+
+def test_exported_headers_contain_no_local_paths(selective, tmp_path):
+    weights = read_weights(selective)
+    config = from_json(to_json(weights.config))
+    config.data.update(name="folder", dir="/home/me/faces/train", test_dir="gs://mine/test")
+    config.init_from.path = "/home/me/runs/a"
+    config.distill.teacher = "~/runs/b"
+    write_weights(dataclasses.replace(weights, config=config), tmp_path / "a.safetensors")
+    header = json.dumps(read_header(tmp_path / "a.safetensors"))
+    assert "home" not in header and "mine" not in header and "runs" not in header
+    assert read_weights(tmp_path / "a.safetensors").config.data.dir == "train"
 
 
 @pytest.mark.parametrize(
