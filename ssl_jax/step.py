@@ -113,7 +113,7 @@ def init_state(
         step, classes = jnp.zeros((), jnp.int32), config.data.num_classes
         # A method that trains a classifier needs no probe.
         probed = config.eval.probe and classes > 0 and not method.classifies
-        probe_state = probe.init(method.encoder.num_features, classes) if probed else {}
+        probe_state = probe.init(method.num_features, classes) if probed else {}
         key_data = jax.random.key_data(key)
         none = jnp.zeros(2, jnp.int32)
         return TrainState(

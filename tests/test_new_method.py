@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -13,9 +14,18 @@ import ssl_jax
 from ssl_jax.cli import main as cli
 from ssl_jax.config import Schedule, default_config, from_json, load_config, to_json
 from ssl_jax.errors import UserError
-from ssl_jax.methods import Method, register
+from ssl_jax.interop.card import model_card
+from ssl_jax.interop.export import export_folder, export_torch
+from ssl_jax.interop.initial_weights import resolve_initial_weights
+from ssl_jax.interop.weights import Weights, write_weights
+from ssl_jax.methods import Method, make_method, register
+from ssl_jax.methods.base import init_networks
+from ssl_jax.models import ResNet
+from ssl_jax.report.words import network
 from ssl_jax.run.log import read_metrics
 from ssl_jax.train import pretrain
+from ssl_jax.train.setup import Setup
+from ssl_jax.train.summary import start_rows
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/new_method.md").read_text()
@@ -104,6 +114,57 @@ def test_register_refuses_names_in_use(forget, name):
 def test_register_refuses_options_of_unsupported_types(forget):
     with pytest.raises(UserError, match="config.listed.sizes has the default"):
         register("listed", sizes=[1, 2])
+
+
+class TwoLayers(nn.Module):
+    """An encoder that doesn't say how many features it has."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dense(12)(nn.relu(nn.Dense(5)(x.reshape(len(x), -1))))
+
+
+def test_encoder_that_a_method_sets_is_named_everywhere(forget, tmp_path):
+    @register("own", wide=False)
+    class Own(Method):
+        def __init__(self, *args):
+            super().__init__(*args)
+            wide = ResNet(depth=4, width=1 / 4, stem="cifar")
+            self.encoder = wide if self.config.own.wide else TwoLayers()
+            self.networks = {"encoder": self.encoder}
+
+        def init(self, rng, batch):
+            params, stats = init_networks(self.networks, rng, batch["views"][0])
+            return params, {"batch_stats": stats}
+
+    config = method_config("own")
+    config.data.num_classes = 10
+    method = make_method(config, Schedule(1, 1))
+    assert (method.encoder_name, method.num_features) == ("TwoLayers", 12)
+    setup = Setup(config)
+    params = jax.eval_shape(setup.program.init).params
+    rows = dict(start_rows(setup, params, tmp_path, 0))
+    assert rows["method"].startswith("own, TwoLayers, 2 views")
+    assert network({"config": to_json(config), "derived": setup.derived}) == "TwoLayers"
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), params)
+    weights = Weights(config, params, {"encoder": {}}, 3)
+    card = model_card(tmp_path, weights)
+    assert "# TwoLayers, own" in card and "12 features per image" in card
+    file = tmp_path / "own.safetensors"
+    write_weights(weights, file)
+    found = ssl_jax.load(file)
+    assert "own, TwoLayers, 12 features" in repr(found)
+    assert found.apply(np.zeros((2, 8, 8, 3), np.uint8)).shape == (2, 12)
+    for export, out in ((export_torch, "a.safetensors"), (export_folder, "hub")):
+        with pytest.raises(UserError, match="method 'own' is TwoLayers, .* export it with --format"):
+            export(file, tmp_path / out)
+        assert not (tmp_path / out).exists()
+    other = method_config("simclr")
+    other.init_from.path = str(file)
+    with pytest.raises(UserError, match="The encoder in .* is TwoLayers, but that of config.method"):
+        resolve_initial_weights(other)
+    config.own.wide = True  # a ResNet, but not the config's
+    assert make_method(config, Schedule(1, 1)).encoder_name == "ResNet-4 ×0.25"
 
 
 def test_custom_projector_without_layers_has_no_hidden_layer_to_evaluate():

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from ssl_jax.config import Schedule
 from ssl_jax.data.augment import augmentations
 from ssl_jax.errors import UserError
 from ssl_jax.evals.metrics import interval_text
@@ -14,9 +15,7 @@ from ssl_jax.evals.results import Evaluation, read_evaluation, read_results
 from ssl_jax.interop.load import results_folder
 from ssl_jax.interop.metadata import is_torchvisions, preprocessing
 from ssl_jax.interop.weights import Weights
-from ssl_jax.methods import METHODS, title
-from ssl_jax.methods.base import make_encoder
-from ssl_jax.models.resnet import resnet_name
+from ssl_jax.methods import METHODS, make_method, title
 from ssl_jax.report.evaluation import accuracy, measure_name, measures, row_name
 from ssl_jax.run.folder import read_record
 
@@ -50,7 +49,7 @@ def model_card(path: str | Path, weights: Weights) -> str:
     plain = is_torchvisions(config)
     lines = [
         _TOP.format(library="timm" if plain else "ssl_jax", method=kind),
-        f"# {resnet_name(config.model)}, {name}",
+        f"# {make_method(config, Schedule(1, 1)).encoder_name}, {name}",
         "",
         f"An image encoder; {_size(weights)}.",
         "",
@@ -72,7 +71,7 @@ def model_card(path: str | Path, weights: Weights) -> str:
 
 
 def _size(weights: Weights) -> str:
-    features = make_encoder(weights.config).num_features
+    features = make_method(weights.config, Schedule(1, 1)).num_features
     count = sum(leaf.size for leaf in jax.tree.leaves(weights.params["encoder"]))
     return f"{features:,} features per image, {count:,} parameters"
 

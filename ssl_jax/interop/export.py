@@ -14,7 +14,7 @@ import numpy as np
 from jax import export as jax_export
 from ml_collections import ConfigDict
 
-from ssl_jax.config import flat_views, from_json, to_json
+from ssl_jax.config import Schedule, flat_views, from_json, to_json
 from ssl_jax.errors import UserError
 from ssl_jax.files import ANOTHER, asked_for, local_path, writing
 from ssl_jax.interop.card import model_card
@@ -22,6 +22,7 @@ from ssl_jax.interop.load import Encoder, load, weights_at
 from ssl_jax.interop.metadata import is_torchvisions, preprocessing
 from ssl_jax.interop.torch_names import to_torch
 from ssl_jax.interop.weights import Weights, portable_config, write_safetensors, write_weights
+from ssl_jax.methods import make_method
 from ssl_jax.methods.base import make_encoder
 from ssl_jax.models.resnet import architecture
 
@@ -48,10 +49,11 @@ def export_torch(path: str | Path, file: str | Path, *, step: int | None = None)
       Lines of Python that load it.
 
     Raises:
-      UserError: there is nothing to export, the encoder has selective kernels, or the file can't be
-        written.
+      UserError: there is nothing to export, the encoder has selective kernels or is not a ResNet,
+        or the file can't be written.
     """
     weights, file = weights_at(path, step), local_path(file)
+    _require_resnet(weights.config)
     plain = is_torchvisions(weights.config)
     loader = None if plain else _loader(file.parent)
     _write_torch(weights, file)
@@ -66,6 +68,16 @@ def export_torch(path: str | Path, file: str | Path, *, step: int | None = None)
         ]
     _write(loader, _source())
     return ["from torch_encoder import load", f'net = load("{file.name}")']
+
+
+def _require_resnet(config: ConfigDict) -> None:
+    """Refuses an encoder that a registered method has set, which PyTorch's libraries lack."""
+    custom = make_method(config, Schedule(1, 1)).custom_encoder
+    if custom:
+        raise UserError(
+            f"The encoder of method '{config.method}' is {custom}, set by the method, not the "
+            "ResNet of config.model: export it with --format=jax or --format=program."
+        )
 
 
 def _write_torch(weights: Weights, file: Path) -> None:
@@ -210,6 +222,7 @@ def export_folder(path: str | Path, folder: str | Path, *, step: int | None = No
     _require_no_other_files(folder)
     weights = weights_at(path, step)
     config = weights.config
+    _require_resnet(config)
     with writing(folder, ANOTHER):
         folder.mkdir(parents=True, exist_ok=True)
         loader = _loader(folder)

@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from ssl_jax.config import Schedule, default_config, view
+from ssl_jax.config import Schedule, default_config, flat_views, view
 from ssl_jax.errors import UserError
 from ssl_jax.interop.weights import Pytree, Weights
 from ssl_jax.methods import make_method
@@ -80,7 +80,9 @@ def require_complete(weights: Weights, path: Path) -> None:
       UserError: the encoder or a name is missing, a name is unknown, a shape differs, or a value is
         not finite.
     """
-    method, size = make_method(weights.config, Schedule(1, 1)), 32
+    method = make_method(weights.config, Schedule(1, 1))
+    # The shapes of a ResNet don't depend on the image.
+    size = flat_views(weights.config)[0].size if method.custom_encoder else 32
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     params, stats = jax.eval_shape(lambda k, x: init_networks(method.networks, k, x), key, image)
@@ -107,11 +109,11 @@ def require_finite(weights: Weights, path: str | Path) -> None:
     """
     for kind, tree in (("parameters", weights.params), ("running statistics", weights.batch_stats)):
         for name, value in flatten_dict(tree, sep="/").items():
-            wrong = int(np.count_nonzero(~np.isfinite(np.asarray(value, np.float32))))
+            wrong = np.count_nonzero(~np.isfinite(np.asarray(value, np.float32)))
             if wrong:
                 raise UserError(
-                    f"{path} has {wrong:,} NaN or infinite values in {name} of its {kind}: training "
-                    "diverged. Use an earlier checkpoint, or download the file again."
+                    f"{path} has {wrong:,} NaN or infinite values in {name} of its {kind}, as of a "
+                    "run that diverged. Use an earlier checkpoint, or download the file again."
                 )
 
 

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from ssl_jax.config import Schedule
 from ssl_jax.errors import UserError
 from ssl_jax.files import local_path
 from ssl_jax.interop.load import config_at, weights_at
+from ssl_jax.methods import make_method
 from ssl_jax.methods.base import make_encoder
 from ssl_jax.models.resnet import architecture
 from ssl_jax.step import TrainState
@@ -32,6 +34,14 @@ def resolve_initial_weights(config: ConfigDict) -> None:
 
 def _resolve_encoder(config: ConfigDict) -> None:
     source = config_at(_path(config.init_from.path))
+    kept, own = (make_method(each, Schedule(1, 1)).custom_encoder for each in (source, config))
+    if kept != own:
+        raise UserError(
+            f"The encoder in {config.init_from.path} (config.init_from.path) is "
+            f"{kept or 'the ResNet of its config.model'}, but that of config.method="
+            f"'{config.method}' is {own or 'the ResNet of config.model'}: use a method with the "
+            "same encoder."
+        )
     for name, needed in architecture(source.model).items():
         if config.model[name] != needed:
             raise UserError(

@@ -19,9 +19,7 @@ from ssl_jax.files import local_path
 from ssl_jax.interop.import_weights import is_weights_file, read_weights, read_weights_config
 from ssl_jax.interop.infer_architecture import require_finite
 from ssl_jax.interop.weights import Weights
-from ssl_jax.methods import make_method
-from ssl_jax.methods.base import make_encoder
-from ssl_jax.models.resnet import resnet_name
+from ssl_jax.methods import Method, make_method
 from ssl_jax.run.checkpoint import Checkpoints
 from ssl_jax.run.folder import read_config
 from ssl_jax.spmd import make_spmd
@@ -59,7 +57,7 @@ class Encoder:
         count = sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
         step = f"step {self.step} of " if self.step else ""
         return (
-            f"Encoder({self.config.method}, {resnet_name(self.config.model)}, "
+            f"Encoder({self.config.method}, {self._method.encoder_name}, "
             f"{self.num_features} features{layer}, {count:,} parameters, {step}{self.source!r})"
         )
 
@@ -69,7 +67,7 @@ class Encoder:
         if self.projector_layer:
             layer = self.projector["params"][f"dense{self.projector_layer}"]
             return int(layer["kernel"].shape[-1])
-        return int(make_encoder(self.config).num_features)
+        return self._method.num_features
 
     def apply(self, images: Array) -> Float[Array, "n d"]:
         """Computes features in evaluation mode.
@@ -116,8 +114,12 @@ class Encoder:
         return variables
 
     @cached_property
+    def _method(self) -> Method:
+        return make_method(self.config, Schedule(1, 1))
+
+    @cached_property
     def _apply(self) -> Any:
-        method = make_method(self.config, Schedule(1, 1))
+        method = self._method
 
         def apply(variables: Pytree, images: Array) -> Array:
             return method.features(
@@ -160,7 +162,7 @@ def load(
             "batch_stats": weights.batch_stats.get("projector", {}),
         }
     params, stats = jax.tree.map(
-        jnp.asarray, (weights.params["encoder"], weights.batch_stats["encoder"])
+        jnp.asarray, (weights.params["encoder"], weights.batch_stats.get("encoder", {}))
     )
     return Encoder(config, params, stats, weights.step, layer, projector, str(path))
 

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from ssl_jax.config import Schedule, flat_views
 from ssl_jax.errors import UserError
 from ssl_jax.models import MLPHead, ResNet
-from ssl_jax.models.resnet import architecture
+from ssl_jax.models.resnet import architecture, resnet_name
 from ssl_jax.optim import role_labels
 
 Pytree = Any
@@ -44,7 +44,8 @@ class Method:
       schedule: the run's length in steps.
       axis_name: mapped axis of the devices; None on a single device.
       groups: groups of devices that share BatchNorm statistics; None for a single group.
-      encoder: the Flax module of the evaluated network.
+      encoder: the Flax module of the evaluated network, the config's ResNet. A method may set
+        another, called as `module(images, train=...)`, with features [n, D] as its output.
     """
 
     networks: Mapping[str, nn.Module] = {}  # keyed as in `params`
@@ -99,6 +100,33 @@ class Method:
     def param_groups(self, params: Pytree) -> Pytree:
         """Labels each leaf of `params` for the optimizer; see `optim.make_optimizer`."""
         return role_labels(params)
+
+    @property
+    def custom_encoder(self) -> str:
+        """What a method sets as `encoder` in place of the config's ResNet; "" for that one."""
+        if not isinstance(self.encoder, ResNet):
+            return type(self.encoder).__name__
+        model = {key: getattr(self.encoder, key) for key in architecture(self.config.model)}
+        return "" if model == architecture(self.config.model) else resnet_name(model)
+
+    @property
+    def encoder_name(self) -> str:
+        """The name of the encoder in summaries and cards."""
+        return self.custom_encoder or resnet_name(self.config.model)
+
+    @property
+    def num_features(self) -> int:
+        """The number of features that the encoder returns per image."""
+        known = getattr(self.encoder, "num_features", None)
+        if isinstance(known, int):
+            return known
+        size = flat_views(self.config)[0].size
+        image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        out, _ = jax.eval_shape(
+            lambda k, x: self.encoder.init_with_output(k, x, train=False), key, image
+        )
+        return int(out.shape[-1])
 
     def classify(self, params: Pytree, stats: Pytree, images: Array) -> Float[Array, "n classes"]:
         """Computes logits in evaluation mode, for methods that train a classifier."""

@@ -20,7 +20,6 @@ from ssl_jax.config import Schedule, flat_views, run_schedule
 from ssl_jax.data.sources import make_sources
 from ssl_jax.errors import UserError, first_line, install_extra
 from ssl_jax.interop.initial_weights import resolve_initial_weights
-from ssl_jax.models.resnet import resnet_name
 from ssl_jax.plan.chips import BETWEEN_HOSTS, EXAMPLES, GPUS_PER_HOST, Topology
 from ssl_jax.plan.flops import model_flops, traced_flops
 from ssl_jax.plan.hlo import Collectives, CompiledText, part_of
@@ -247,7 +246,7 @@ def make_plan(
         devices_of_a_chip=chip.cores,
         hbm_bytes=chip.memory // chip.cores,
         method=config.method,
-        model=resnet_name(config.model),
+        model=program.method.encoder_name,
         dtype=config.dtype,
         batch=config.batch_size,
         batch_of_a_device=config.batch_size // len(devices),

@@ -141,7 +141,7 @@ def _lead(runs: Sequence[_Run]) -> dict[str, Any] | str:
 def _facts(runs: Sequence[_Run]) -> list[tuple[str, list[Any]]]:
     facts: dict[str, Callable[[_Run], Any]] = {
         "What": lambda run: run_title(run.config),
-        "Network": lambda run: network(run.config.get("model", {})),
+        "Network": lambda run: network(run.record),
         "Batch": lambda run: run.config.get("batch_size", "?"),
         "Steps reached": lambda run: f"{run.metrics.last_step:,}" if run.metrics else "none",
         "Seed": lambda run: run.config.get("seed", "?"),

@@ -149,7 +149,7 @@ def _facts(run: dict[str, Any], metrics: Metrics | None) -> dict[str, Any]:
     return {
         "Method": _method(config),
         "Data": config.get("data", {}).get("name", "?"),
-        "Network": network(config.get("model", {})),
+        "Network": network(run),
         "Batch": batch,
         "Steps" if config.get("steps") else "Epochs": length,
         "Optimizer": config.get("optim", {}).get("name", "?"),

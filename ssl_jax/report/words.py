@@ -1,7 +1,6 @@
 """Numbers and names as reports, model cards and the terminal write them."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from ssl_jax.methods import title
@@ -41,9 +40,13 @@ def run_title(config: dict[str, Any]) -> str:
     return f"{title(config.get('method', 'unknown method'))} on {data}"
 
 
-def network(model: Mapping[str, Any]) -> str:
-    """Names an encoder's architecture and its stem."""
-    return f"{resnet_name(model)}, {model['stem']} stem" if model else "unknown network"
+def network(run: dict[str, Any]) -> str:
+    """Names a run's encoder, with a ResNet's stem, from its record."""
+    model = run["config"].get("model")
+    custom = (run.get("derived") or {}).get("encoder")
+    if custom or not model:
+        return str(custom or "unknown network")
+    return f"{resnet_name(model)}, {model['stem']} stem"
 
 
 def listing(value: Any) -> str:

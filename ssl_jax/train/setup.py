@@ -60,6 +60,8 @@ class Setup:
         patience = max(self.schedule.every(max(1.0, optim.warmup_epochs)), optim.frozen_steps)
         self.watched = {"trivial_loss": self.method.trivial_loss, "patience": patience}
         self.derived = {"batchnorm_images": self.program.batchnorm_images, **self.watched}
+        if self.method.custom_encoder:
+            self.derived["encoder"] = self.method.custom_encoder
 
 
 def resolve(config: ConfigDict, train: Source) -> ConfigDict:

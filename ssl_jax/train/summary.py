@@ -13,7 +13,6 @@ from jaxtyping import Int
 from ssl_jax.config import flat_views
 from ssl_jax.data.sources import Source, why_not_scored
 from ssl_jax.errors import UserError
-from ssl_jax.models.resnet import resnet_name
 from ssl_jax.plan.plan import memory_kinds, traced_flops
 from ssl_jax.run.log import read_metrics
 from ssl_jax.train.setup import Setup
@@ -42,7 +41,7 @@ def start_rows(setup: Setup, params: Any, workdir: Path, start: int) -> Iterator
     config, schedule, devices = setup.config, setup.schedule, setup.spmd.size
     views = flat_views(config)
     sizes = ", ".join(str(size) for size in sorted({view.size for view in views}, reverse=True))
-    network = resnet_name(config.model)
+    network = setup.method.encoder_name
     yield "method", f"{config.method}, {network}, {len(views)} views of {sizes} px, {config.dtype}"
     encoder, frozen = _count(params["encoder"]), setup.method.frozen
     trained = sum(_count(tree) for name, tree in params.items() if name not in frozen)
