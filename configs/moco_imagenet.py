@@ -3,8 +3,8 @@
 Papers: He et al., 2019, arXiv:1911.05722; Chen et al., 2020, arXiv:2003.04297; code
 facebookresearch/moco. ResNet-50, 200 epochs, batch 256 on 8 devices with per-device BatchNorm, SGD
 0.03. Published: 60.6 % (v1), 67.5 % (v2) linear. Cost: 33 GFLOP per image. Data:
-`recipes.imagenet_config`. Deviation: the blur is an exact Gaussian; Pillow approximates it by box
-filters.
+`recipes.imagenet_config`. Deviations: computed in bfloat16; the blur is an exact Gaussian; Pillow
+approximates it by box filters.
 """
 
 from ml_collections import ConfigDict

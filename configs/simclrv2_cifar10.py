@@ -8,7 +8,7 @@ projections by an EMA network. No published result on CIFAR-10. Cost: 4.4 GFLOP 
 
 from ml_collections import ConfigDict
 
-from ssl_jax.recipes import cifar10_config, cpu_cifar10_config, simclr_views
+from ssl_jax.recipes import SIMCLR_MODEL, cifar10_config, cpu_cifar10_config, simclr_views
 
 
 def full() -> ConfigDict:
@@ -16,7 +16,8 @@ def full() -> ConfigDict:
     config = cifar10_config()
     config.batch_size = 512
     config.epochs = 1000.0
-    config.count_steps = "images"
+    config.count_steps = "images_plus_1"
+    config.model.update(SIMCLR_MODEL)
     config.views = simclr_views(size=32, strength=0.5, blur=False)
     config.simclr.update(layers=3, temperature=0.5, loss_scale=2.0, memory_bank=8192)
     config.optim.update(lr=1.0, weight_decay=1e-4)

@@ -5,7 +5,8 @@ Paper: Caron et al., 2020, arXiv:2006.09882; facebookresearch/swav. ResNet-50, 2
 15. Published: 75.3 % linear (4096). Cost: 76 GFLOP per image. Data: `recipes.imagenet_config`. With
 batch 4096, BatchNorm is over groups of 8 devices: 512 images on the official 64 devices. On other
 numbers, choose --config.model.bn_group_size for the same number of images. Deviations: computed in
-bfloat16; the blur is an exact Gaussian.
+bfloat16, officially in mixed float16; the blur is an exact Gaussian, of which Pillow's three box
+filters are an approximation.
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +29,6 @@ def get_config(variant: str = "4096") -> ConfigDict:
     else:
         config.epochs = 800.0
         config.model.bn_group_size = 8
-        config.optim.update(
-            lr=4.8, final_lr=0.0048, warmup_epochs=10.0, warmup_start=0.3, frozen_steps=313
-        )
+        config.optim.update(lr=4.8, final_lr=0.0048, frozen_steps=313)
+        config.optim.update(warmup_epochs=10.0, warmup_start=0.3, warmup_inclusive=True)
     return config

@@ -11,8 +11,10 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import runpy
 from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +86,30 @@ def register_options(method: str, options: Mapping[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A run's length in optimizer steps."""
+    """A run's length in optimizer steps, and how many steps other numbers of epochs take.
+
+    Every `steps_per_epoch` steps the images are permuted again, whatever `config.count_steps` says;
+    a run may end within such an epoch.
+
+    Attributes:
+      steps_per_epoch: whole batches in the training set, N // B.
+      total_steps: steps of the run.
+      exact_epoch: N / B, if epochs are counted in images; None if they are whole batches.
+    """
 
     steps_per_epoch: int
     total_steps: int
+    exact_epoch: Fraction | None = None
+
+    def steps(self, epochs: float) -> int:
+        """Steps in a number of epochs, as `config.count_steps` counts them."""
+        if self.exact_epoch is None:
+            return round(epochs * self.steps_per_epoch)
+        return math.floor(Fraction(epochs) * self.exact_epoch)
 
     def every(self, epochs: float) -> int:
         """Steps in `epochs` epochs, at least 1; 0 epochs mean never and give 0."""
-        return max(1, round(epochs * self.steps_per_epoch)) if epochs > 0 else 0
+        return max(1, self.steps(epochs)) if epochs > 0 else 0
 
 
 def run_schedule(config: ConfigDict, num_examples: int) -> Schedule:
@@ -102,7 +120,7 @@ def run_schedule(config: ConfigDict, num_examples: int) -> Schedule:
       num_examples: images in the training set.
 
     Returns:
-      Steps per epoch (whole batches) and in total.
+      The schedule: `config.steps`, or `config.epochs` as `config.count_steps` counts them.
 
     Raises:
       UserError: the batch is larger than the data set.
@@ -115,13 +133,12 @@ def run_schedule(config: ConfigDict, num_examples: int) -> Schedule:
             f"{num_examples} images. Use a smaller batch, such as --config.batch_size={fits}, or "
             "more data."
         )
-    if config.steps:
-        total = config.steps
-    elif config.count_steps == "images":
-        total = int(num_examples * config.epochs) // config.batch_size + 1
-    else:
-        total = round(per_epoch * config.epochs)
-    return Schedule(per_epoch, max(total, 1))
+    whole = config.count_steps == "epochs"
+    exact = None if whole else Fraction(num_examples, config.batch_size)
+    total = config.steps or Schedule(per_epoch, 0, exact).steps(config.epochs)
+    if config.count_steps == "images_plus_1" and not config.steps:
+        total += 1
+    return Schedule(per_epoch, max(total, 1), exact)
 
 
 def is_due(step: int, every: int) -> bool:

@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from ssl_jax.config import Schedule
 from ssl_jax.errors import UserError, did_you_mean, require_choice
 
 Pytree = Any
@@ -286,57 +287,64 @@ def peak_learning_rate(config: ConfigDict, batch_size: int) -> float:
     return config.lr * factors[config.lr_scaling]
 
 
-def learning_rate_schedule(
-    config: ConfigDict, batch_size: int, total_steps: int, steps_per_epoch: int
-) -> optax.Schedule:
+def learning_rate_schedule(config: ConfigDict, batch_size: int, length: Schedule) -> optax.Schedule:
     """Builds the learning-rate schedule: a linear warmup, then cosine, step or constant.
 
-    During the W warmup steps the rate is warmup_start + (peak - warmup_start)·step/W. Then "cosine"
-    falls to `final_lr` over the remaining steps and stays there; "step" multiplies the peak by
-    `step_gamma` at each of `step_epochs`, counted from the run's start; "constant" stays at the
-    peak. `warmup_start` and `final_lr` are learning rates, not scaled by the batch.
+    During the W warmup steps the rate is warmup_start + (peak - warmup_start)·step/W, or with
+    `warmup_inclusive` step/(W - 1). Then "cosine" falls to `final_lr` over the remaining steps and
+    stays there; "step" multiplies the peak by `step_gamma` at each of `step_epochs`, counted from
+    the run's start; "constant" stays at the peak. `warmup_start` and `final_lr` are learning rates,
+    not scaled by the batch. Rates are accurate to a few units in the last place of float32, also
+    where they are near 0.
 
     Args:
       config: `config.optim`. With `per_epoch` every step uses the rate of its epoch's first step.
       batch_size: global batch, in images.
-      total_steps: the run's length; may be shorter than the warmup.
-      steps_per_epoch: steps in an epoch.
+      length: the run's length, which may be shorter than the warmup, and its count of epochs.
 
     Returns:
-      A function from the number of completed steps to the next step's learning rate.
+      A function from the number of completed steps, or an array of them, to the next step's
+      learning rate.
 
     Raises:
       UserError: an unknown `schedule` or `lr_scaling`, or a first epoch whose rate would be 0.
     """
     require_choice("config.optim.schedule", config.schedule, SCHEDULES)
     peak = peak_learning_rate(config, batch_size)
-    warmup = round(config.warmup_epochs * steps_per_epoch)
+    warmup = length.steps(config.warmup_epochs)
     if config.per_epoch and warmup and config.warmup_start == 0:
         raise UserError(
             "config.optim.per_epoch with a warmup from 0 gives the whole first epoch a learning "
             "rate of 0. Set config.optim.warmup_start, or config.optim.warmup_epochs to 0."
         )
-    schedule = _after_warmup(config, peak, warmup, total_steps, steps_per_epoch)
-    if warmup:
-        rise = optax.linear_schedule(config.warmup_start, peak, warmup)
-        schedule = optax.join_schedules([rise, schedule], [warmup])
+    after = _after_warmup(config, peak, warmup, length)
+    # optax's linear and cosine schedules subtract numbers near 1, which loses the small rates.
+    rises = max(warmup - config.warmup_inclusive, 1)
+
+    def schedule(step: Any) -> Array:
+        rise = config.warmup_start + (peak - config.warmup_start) * (step / rises)
+        return jnp.where(step < warmup, rise, after(step - warmup))
+
     if config.per_epoch:
-        return lambda step: schedule(step // steps_per_epoch * steps_per_epoch)
+        per_epoch = length.steps_per_epoch
+        return lambda step: schedule(step // per_epoch * per_epoch)
     return schedule
 
 
-def _after_warmup(
-    config: ConfigDict, peak: float, warmup: int, total_steps: int, steps_per_epoch: int
-) -> optax.Schedule:
+def _after_warmup(config: ConfigDict, peak: float, warmup: int, length: Schedule) -> optax.Schedule:
     """Builds the schedule as a function of the steps since the end of the warmup."""
     if config.schedule == "cosine":
-        fraction = optax.cosine_decay_schedule(1.0, max(total_steps - warmup, 1))
-        return lambda step: config.final_lr + (peak - config.final_lr) * fraction(step)
+        steps = max(length.total_steps - warmup, 1)
+
+        def cosine(step: Any) -> Array:
+            left = jnp.clip(steps - step, 0, steps) / steps
+            # (1 + cos(π·(1 - left)))/2
+            fraction = jnp.sin(jnp.pi / 2 * left) ** 2
+            return config.final_lr + (peak - config.final_lr) * fraction
+
+        return cosine
     if config.schedule == "step":
-        drops = {
-            round(epoch * steps_per_epoch) - warmup: config.step_gamma
-            for epoch in config.step_epochs
-        }
+        drops = {length.steps(epoch) - warmup: config.step_gamma for epoch in config.step_epochs}
         return optax.piecewise_constant_schedule(peak, drops)
     return optax.constant_schedule(peak)
 

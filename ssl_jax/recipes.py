@@ -16,6 +16,10 @@ CIFAR10_SUPCONTRAST = {"mean": CIFAR10["mean"], "std": (0.2023, 0.1994, 0.201)} 
 # SwAV's code has .228 for red.
 IMAGENET_SWAV = {"mean": (0.485, 0.456, 0.406), "std": (0.228, 0.224, 0.225)}
 
+# The official code's network: TensorFlow's padding of the max-pool, a projection in the first block
+# of ResNet-18 and 34, which torchvision's networks don't have.
+SIMCLR_MODEL = {"padding": "simclr", "project_first": True}
+
 
 def simclr_views(size: int = 224, strength: float = 1.0, blur: bool = True) -> dict[str, Any]:
     """SimCLR: TensorFlow's crops, jitter in random order, inputs in [0, 1]."""
@@ -157,7 +161,7 @@ def lightly_cifar10_config() -> ConfigDict:
 def solo_cifar10_config(jitter: tuple[float, float, float, float]) -> ConfigDict:
     """Settings of solo-learn's CIFAR-10 scripts: batch 256, 1,000 epochs, warmup 10, cosine.
 
-    Its stem pads two pixels, giving 34×34 maps. Differences: heads initialized as in each method's
+    Its stem pads two pixels, giving 34×34 maps; its warmup ends at the peak. Differences: heads initialized as in each method's
     official code; bfloat16.
 
     Args:
@@ -170,13 +174,13 @@ def solo_cifar10_config(jitter: tuple[float, float, float, float]) -> ConfigDict
         size=32,
         crop={**_torchvision((0.08, 1.0)), "interpolation": "bicubic"},
         jitter=_jitter(*jitter),
-        # The reach of Pillow's blur depends on sigma only, not on the size of the image.
-        blur={"prob": 0.5, "kernel_size": 13},
+        blur={"prob": 0.5},
         **CIFAR10,
     )
     config.views = {"view1": one, "view2": one}
     config.model.update(stem="cifar_pad2", conv_init="fan_out_normal", zero_init_residual=False)
-    config.optim.update(name="lars_clipped", trust_coefficient=0.02, warmup_start=3e-5)
+    config.optim.update(name="lars_clipped", trust_coefficient=0.02)
+    config.optim.update(warmup_start=3e-5, warmup_inclusive=True)
     return config
 
 

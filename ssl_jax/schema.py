@@ -157,7 +157,11 @@ VIEW: Group = {
     "blur": {
         "prob": Key(0.5, "Probability of Gaussian blur", FRACTION),
         "sigma": Key((0.1, 2.0), "Range of sigma, pixels", POSITIVE, is_range=True),
-        "kernel_size": Key(0, "Kernel size in pixels; 0: a tenth of the side length"),
+        "kernel_size": Key(
+            0,
+            "Kernel size in pixels; 0: a tenth of the side length, or with jitter.style=torchvision "
+            "three sigma on both sides if that is more",
+        ),
     },
     "solarize": {
         "prob": Key(0.0, "Probability of solarization", FRACTION),
@@ -224,6 +228,11 @@ _MODEL: Group = {
         "in the max-pool only (simclr)",
         choices=("symmetric", "same", "simclr"),
     ),
+    "project_first": Key(
+        False,
+        "Project the shortcut of the very first block, too, as the official codes of SimCLR and "
+        "BYOL do; matters at depths 18 and 34 only",
+    ),
     "conv_init": Key(
         "truncated_fan_in",
         "Initialization of convolutions",
@@ -257,6 +266,9 @@ _OPTIM: Group = {
     "schedule": Key("cosine", "Schedule after the warmup", choices=("cosine", "step", "constant")),
     "warmup_epochs": Key(10.0, "Length of the linear warmup", FINITE),
     "warmup_start": Key(0.0, "Learning rate at the start of the warmup, not scaled"),
+    "warmup_inclusive": Key(
+        False, "Reach the peak at the warmup's last step (SwAV, solo-learn), not at the next one"
+    ),
     "final_lr": Key(0.0, "Learning rate at the end of the cosine schedule, not scaled"),
     "step_epochs": Key((), "Epochs at which the step schedule lowers the learning rate"),
     "step_gamma": Key(0.1, "Factor applied at each of step_epochs"),
@@ -345,7 +357,9 @@ _METHODS: Group = {
     "supervised": {
         "freeze": Key(False, "Train only the classifier, on features of a frozen encoder"),
         "classifier_init": Key(
-            0.0, "Standard deviation of the classifier's initialization", FINITE
+            "zeros",
+            "Initialization of the classifier's weights",
+            choices=("zeros", "normal_0.01", "haiku"),
         ),
         "projector_layer": Key(0, "SimCLR projector layers kept below the classifier", AT_LEAST_0),
         "projector_hidden": Key(0, "Width of those layers; 0: the encoder's width", AT_LEAST_0),
@@ -360,6 +374,7 @@ _METHODS: Group = {
         "sk": Key(False, f"model.sk {_TEACHER}"),
         "stem": Key("", f"model.stem {_TEACHER}"),
         "padding": Key("", f"model.padding {_TEACHER}"),
+        "project_first": Key(False, f"model.project_first {_TEACHER}"),
         "projector_layer": Key(0, f"supervised.projector_layer {_TEACHER}"),
         "projector_hidden": Key(0, f"supervised.projector_hidden {_TEACHER}"),
     },
@@ -387,9 +402,10 @@ SCHEMA: Group = {
     "steps": Key(0, "Steps of training; 0: from epochs", AT_LEAST_0),
     "count_steps": Key(
         "epochs",
-        "How epochs become steps: whole batches of each epoch (MoCo, SwAV, SimSiam), or SimCLR's "
-        "N * epochs // B + 1 (images)",
-        choices=("epochs", "images"),
+        "How epochs become steps, in the run's length, the warmup and every other key in epochs: "
+        "whole batches of each epoch, N // B (epochs: MoCo, SwAV, SimSiam); all images, epochs * "
+        "N // B (images: BYOL); or those with one more step at the end (images_plus_1: SimCLR)",
+        choices=("epochs", "images", "images_plus_1"),
     ),
     "max_nonfinite_steps": Key(
         0,

@@ -160,7 +160,9 @@ def test_total_steps_follow_from_epochs_images_or_steps():
     config.batch_size, config.epochs = 256, 10.0
     assert run_schedule(config, 1000).steps_per_epoch == 3
     assert run_schedule(config, 1000).total_steps == 30
-    config.count_steps = "images"  # SimCLR: N * epochs // B + 1
+    config.count_steps = "images"  # BYOL: N * epochs // B
+    assert run_schedule(config, 1000).total_steps == 1000 * 10 // 256
+    config.count_steps = "images_plus_1"  # SimCLR: one more
     assert run_schedule(config, 1000).total_steps == 1000 * 10 // 256 + 1
     config.steps = 7
     assert run_schedule(config, 1000).total_steps == 7

@@ -9,9 +9,12 @@ import pytest
 import tiny  # noqa: F401 - adds a ResNet of depth 4
 from images import fill
 
-from ssl_jax.config import Schedule, flat_views, flatten, load_config, to_json
+from ssl_jax.config import Schedule, flat_views, flatten, load_config, run_schedule, to_json
+from ssl_jax.data.augment import blur_taps
 from ssl_jax.data.pipeline import Prefetcher
 from ssl_jax.errors import UserError
+from ssl_jax.methods import make_method
+from ssl_jax.methods.supervised import CLASSIFIER_INITS
 from ssl_jax.models import layers, resnet
 from ssl_jax.optim import LR_SCALINGS, OPTIMIZERS, SCHEDULES, learning_rate_schedule
 from ssl_jax.schema import SCHEMA
@@ -90,6 +93,7 @@ def test_choices_in_the_schema_equal_the_implemented_ones():
     assert model["stem"].choices == resnet.STEMS
     assert model["padding"].choices == tuple(resnet.PADDINGS)
     assert model["conv_init"].choices == tuple(layers.KERNEL_INITS)
+    assert SCHEMA["supervised"]["classifier_init"].choices == tuple(CLASSIFIER_INITS)
     assert optim["name"].choices == OPTIMIZERS
     assert optim["schedule"].choices == SCHEDULES
     assert optim["lr_scaling"].choices == LR_SCALINGS
@@ -120,9 +124,106 @@ def test_swav_imagenet_uses_the_papers_multi_crop():
 def test_peak_learning_rate_is_the_published_one(name, peak):
     file, _, variant = name.partition(":")
     config = load_config(f"{ROOT}/configs/{file}.py" + (f":{variant}" if variant else ""))
-    rate = learning_rate_schedule(config.optim, config.batch_size, 312 * 1000, 312)
+    length = Schedule(312, 312 * 1000)
+    rate = learning_rate_schedule(config.optim, config.batch_size, length)
     warmup = round(config.optim.warmup_epochs * 312)
     assert float(rate(warmup)) == pytest.approx(peak, rel=1e-5)
+
+
+# The official codes' schedules, in float64, at every step.
+
+
+def cosine(step, total, peak, end=0.0):
+    return end + (peak - end) * 0.5 * (1 + np.cos(np.pi * step / total))
+
+
+def warm_cosine(total, warmup, peak):
+    step = np.arange(total)
+    risen = step / max(warmup, 1) * peak
+    return np.where(step < warmup, risen, cosine(step - warmup, total - warmup, peak))
+
+
+def simclr_rates(images, batch, epochs, warmup_epochs, peak):
+    """tf2/model.py: `get_train_steps` and `WarmUpAndCosineDecay`."""
+    total = images * epochs // batch + 1
+    return warm_cosine(total, round(warmup_epochs * images // batch), peak)
+
+
+def byol_rates(images, batch, epochs, warmup_epochs, peak):
+    """configs/byol.py and utils/schedules.py."""
+    return warm_cosine(epochs * images // batch, warmup_epochs * images // batch, peak)
+
+
+def swav_rates(batches, epochs, warmup_epochs, start, peak, end):
+    """main_swav.py, with `len(train_loader)` batches."""
+    warmup = np.linspace(start, peak, batches * warmup_epochs)
+    after = batches * (epochs - warmup_epochs)
+    return np.concatenate([warmup, cosine(np.arange(after), after, peak, end)])
+
+
+def epoch_rates(batches, rates):
+    """main_moco.py and main_simsiam.py: `adjust_learning_rate` at the start of an epoch."""
+    return np.repeat(rates, batches)
+
+
+def solo_rates(batches, epochs, warmup_epochs, start, peak):
+    """solo-learn's LinearWarmupCosineAnnealingLR, stepped with every batch."""
+    return swav_rates(batches, epochs, warmup_epochs, start, peak, 0.0)
+
+
+IMAGENET, CIFAR = 1_281_167, 50_000
+EPOCHS = np.arange(200)
+OFFICIAL = {
+    "simclr_imagenet": (IMAGENET, simclr_rates(IMAGENET, 4096, 1000, 10, 4.8)),
+    "simclr_imagenet:8192": (IMAGENET, simclr_rates(IMAGENET, 8192, 1000, 10, 9.6)),
+    "simclrv2_imagenet": (IMAGENET, simclr_rates(IMAGENET, 4096, 800, 40, 6.4)),
+    "simclr_cifar10": (CIFAR, simclr_rates(CIFAR, 512, 1000, 10, 2.0)),
+    "simclrv2_cifar10": (CIFAR, simclr_rates(CIFAR, 512, 1000, 10, 2.0)),
+    "byol_imagenet": (IMAGENET, byol_rates(IMAGENET, 4096, 1000, 10, 3.2)),
+    "byol_imagenet:300": (IMAGENET, byol_rates(IMAGENET, 4096, 300, 10, 4.8)),
+    "byol_imagenet:40": (IMAGENET, byol_rates(IMAGENET, 4096, 40, 10, 7.2)),
+    "swav_imagenet": (IMAGENET, swav_rates(312, 800, 10, 0.3, 4.8, 0.0048)),
+    "swav_imagenet:256": (IMAGENET, swav_rates(5004, 200, 0, 0.0, 0.6, 0.0006)),
+    "moco_imagenet:v1": (
+        IMAGENET,
+        epoch_rates(5004, 0.03 * 0.1 ** ((EPOCHS >= 120) * 1 + (EPOCHS >= 160))),
+    ),
+    "moco_imagenet:v2": (IMAGENET, epoch_rates(5004, cosine(EPOCHS, 200, 0.03))),
+    "simsiam_imagenet": (IMAGENET, epoch_rates(2502, cosine(EPOCHS[:100], 100, 0.1))),
+    "moco_cifar10:solo": (CIFAR, solo_rates(195, 1000, 10, 3e-5, 0.3)),
+    "byol_cifar10:solo": (CIFAR, solo_rates(195, 1000, 10, 3e-5, 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_learning_rate_is_the_official_one_at_every_step(name):
+    file, _, variant = name.partition(":")
+    config = load_config(f"{ROOT}/configs/{file}.py" + (f":{variant}" if variant else ""))
+    images, expected = OFFICIAL[name]
+    schedule = run_schedule(config, images)
+    assert schedule.total_steps == len(expected)
+    rate = jax.jit(learning_rate_schedule(config.optim, config.batch_size, schedule))
+    steps = np.arange(schedule.total_steps, dtype=np.int32)
+    # Near the end, 1 + cos(x) cancels in float64 as well.
+    np.testing.assert_allclose(rate(steps), expected, rtol=1e-6, atol=1e-15 * expected.max())
+
+
+@pytest.mark.parametrize(("variant", "base"), [("1000", 0.996), ("40", 0.97)])
+def test_byol_ema_decay_is_the_official_one_at_every_step(variant, base):
+    config = load_config(f"{ROOT}/configs/byol_imagenet.py:{variant}")
+    schedule = run_schedule(config, IMAGENET)
+    total = int(variant) * IMAGENET // 4096
+    expected = 1 - (1 - base) * cosine(np.arange(total), total, 1.0)
+    steps = np.arange(total, dtype=np.int32)
+    decay = jax.jit(jax.vmap(make_method(config, schedule).ema_decay))(steps)
+    np.testing.assert_allclose(decay, expected, rtol=1e-6)
+
+
+def test_swav_imagenet_blurs_small_crops_by_three_sigma():
+    config = load_config(str(ROOT / "configs/swav_imagenet.py"))
+    taps = {view.size: blur_taps(view.size, view) for view in flat_views(config)}
+    # A tenth of the side at 224 pixels, an odd number, is more.
+    assert taps == {224: 22, 96: 13}
 
 
 def test_unknown_variant_is_refused():

@@ -11,7 +11,7 @@ from flax.core import freeze
 from flax.traverse_util import flatten_dict
 
 from ssl_jax import optim
-from ssl_jax.config import default_config
+from ssl_jax.config import Schedule, default_config
 from ssl_jax.errors import UserError
 
 NAMES = optim.OPTIMIZERS
@@ -481,7 +481,7 @@ def test_simclr_schedule_equals_its_formula(lr, scaling):
 
     middle = (warmup + total) // 2
     steps = [0, 1, warmup // 2, warmup - 1, warmup, warmup + 1, middle, total - 1, total]
-    ours = optim.learning_rate_schedule(config, 4096, total, per_epoch)
+    ours = optim.learning_rate_schedule(config, 4096, Schedule(per_epoch, total))
     assert_schedule(ours, steps, [formula(s) for s in steps], 4.8)
     assert ours(0) == 0
     np.testing.assert_allclose([ours(warmup // 2), ours(warmup)], [2.4, 4.8], rtol=1e-6)
@@ -491,7 +491,7 @@ def test_moco_v1_schedule_drops_at_step_epochs():
     config = schedule_config(
         lr=0.03, schedule="step", step_epochs=(120, 160), step_gamma=0.1, per_epoch=True
     )
-    ours = optim.learning_rate_schedule(config, 256, 200 * 5004, 5004)
+    ours = optim.learning_rate_schedule(config, 256, Schedule(5004, 200 * 5004))
     first, second = 120 * 5004, 160 * 5004
     steps = [0, first - 1, first, second - 1, second, 200 * 5004 - 1]
     assert_schedule(ours, steps, [0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003], 0.03)
@@ -501,7 +501,7 @@ def test_step_epochs_count_from_the_runs_start_with_a_warmup():
     config = schedule_config(
         lr=1.0, lr_scaling="none", schedule="step", step_epochs=(3, 5), warmup_epochs=2.0
     )
-    ours = optim.learning_rate_schedule(config, 256, 60, 10)
+    ours = optim.learning_rate_schedule(config, 256, Schedule(10, 60))
     steps = [0, 10, 19, 20, 29, 30, 49, 50, 59]
     assert_schedule(ours, steps, [0, 0.5, 0.95, 1, 1, 0.1, 0.1, 0.01, 0.01], 1.0)
 
@@ -509,7 +509,7 @@ def test_step_epochs_count_from_the_runs_start_with_a_warmup():
 @pytest.mark.parametrize("lr, batch, epochs", [(0.03, 256, 200), (0.05, 512, 100)])
 def test_moco_v2_and_simsiam_cosine_is_per_epoch(lr, batch, epochs):
     config = schedule_config(lr=lr, per_epoch=True)
-    ours = optim.learning_rate_schedule(config, batch, epochs * 7, 7)
+    ours = optim.learning_rate_schedule(config, batch, Schedule(7, epochs * 7))
     peak = lr * batch / 256
     rates = np.array(jax.jit(jax.vmap(ours))(jnp.arange(epochs * 7))).reshape(epochs, 7)
     assert (rates == rates[:, :1]).all()
@@ -518,24 +518,32 @@ def test_moco_v2_and_simsiam_cosine_is_per_epoch(lr, batch, epochs):
 
 
 @pytest.mark.parametrize("scaling, lr", [("none", 4.8), ("linear", 0.3)])
-def test_swav_schedule_equals_its_formula(scaling, lr):
+@pytest.mark.parametrize("inclusive", [False, True])
+def test_swav_schedule_equals_its_formula(scaling, lr, inclusive):
     """From .3 to 4.8 in 10 epochs, then to .0048: start and end are not scaled by the batch."""
     config = schedule_config(
         lr=lr, lr_scaling=scaling, warmup_epochs=10.0, warmup_start=0.3, final_lr=0.0048
     )
+    config.warmup_inclusive = inclusive
     warmup, total = 10 * 312, 100 * 312
 
     def formula(step):
         if step < warmup:
-            return 0.3 + (4.8 - 0.3) * step / warmup
+            return 0.3 + (4.8 - 0.3) * step / (warmup - inclusive)
         cosine = np.cos(np.pi * (step - warmup) / (total - warmup))
         return 0.0048 + 0.5 * (4.8 - 0.0048) * (1 + cosine)
 
     steps = [0, 1, warmup // 2, warmup - 1, warmup, (warmup + total) // 2, total - 1, total]
-    ours = optim.learning_rate_schedule(config, 4096, total, 312)
+    ours = optim.learning_rate_schedule(config, 4096, Schedule(312, total))
     assert_schedule(ours, steps, [formula(s) for s in steps], 4.8)
     ends = [ours(0), ours(warmup), ours(total), ours(total + 500)]
     np.testing.assert_allclose(ends, [0.3, 4.8, 0.0048, 0.0048], rtol=2e-6)
+
+
+def test_inclusive_warmup_of_one_step_is_its_start():
+    config = schedule_config(lr=1.0, warmup_epochs=1.0, warmup_start=0.25, warmup_inclusive=True)
+    ours = optim.learning_rate_schedule(config, 256, Schedule(1, 9))
+    assert_schedule(ours, [0, 1, 9], [0.25, 1.0, 0.0], 1.0)
 
 
 def test_constant_schedule_after_a_per_epoch_warmup():
@@ -547,20 +555,20 @@ def test_constant_schedule_after_a_per_epoch_warmup():
         warmup_start=0.5,
         per_epoch=True,
     )
-    ours = optim.learning_rate_schedule(config, 256, 40, 10)
+    ours = optim.learning_rate_schedule(config, 256, Schedule(10, 40))
     steps = [0, 9, 10, 19, 20, 39]
     assert_schedule(ours, steps, [0.5, 0.5, 0.75, 0.75, 1.0, 1.0], 1.0)
 
 
 def test_run_shorter_than_its_warmup_never_reaches_the_peak():
     config = schedule_config(lr=1.0, lr_scaling="none", warmup_epochs=10.0)
-    ours = optim.learning_rate_schedule(config, 256, 5, 10)
+    ours = optim.learning_rate_schedule(config, 256, Schedule(10, 5))
     assert_schedule(ours, [0, 2, 4], [0, 0.02, 0.04], 1.0)
 
 
 def test_zero_learning_rate_stays_zero():
     config = schedule_config(lr=0.0, warmup_epochs=1.0)
-    ours = optim.learning_rate_schedule(config, 256, 40, 10)
+    ours = optim.learning_rate_schedule(config, 256, Schedule(10, 40))
     assert_schedule(ours, [0, 5, 10, 39], [0, 0, 0, 0], 1.0)
 
 
@@ -597,4 +605,4 @@ def test_unknown_labels_are_refused_by_name():
 )
 def test_invalid_schedule_options_are_refused(change, match):
     with pytest.raises(UserError, match=match):
-        optim.learning_rate_schedule(schedule_config(**change), 256, 100, 10)
+        optim.learning_rate_schedule(schedule_config(**change), 256, Schedule(10, 100))

@@ -11,6 +11,7 @@ depend on its position in the batch, and are applied to the whole batch at once.
 
 import dataclasses
 import functools
+import math
 import operator
 import zlib
 from collections.abc import Callable, Mapping
@@ -274,8 +275,18 @@ def _describe_jitter(parameters: Mapping[str, Any], view: ConfigDict) -> str:
     return " ".join(["jitter", *factors]) if factors else ""
 
 
+def blur_taps(size: int, view: ConfigDict) -> int:
+    """The number of taps of a view's blur, see the key `blur.kernel_size`."""
+    taps = view.blur.kernel_size or max(size // 10, 1)
+    if view.jitter.style == "torchvision" and not view.blur.kernel_size:
+        # The reach of Pillow's blur depends on sigma only, not on the size of the image, of which
+        # the mirrored border has one pixel less than the image.
+        taps = max(taps, min(2 * math.ceil(3 * view.blur.sigma[1]) + 1, 2 * size - 1))
+    return taps
+
+
 def _apply_blur(x: Images, parameters: Parameters, view: ConfigDict) -> Images:
-    taps = view.blur.kernel_size or max(x.shape[1] // 10, 1)
+    taps = blur_taps(x.shape[1], view)
     return gaussian_blur(x, parameters["sigma"], taps, view.jitter.style)
 
 

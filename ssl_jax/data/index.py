@@ -18,7 +18,8 @@ class Index:
     """The order of a training set: each epoch a permutation, cut into whole batches.
 
     The last N mod B samples of each epoch's permutation are dropped, different ones each epoch: a
-    batch across two epochs could hold the same image twice, as its own negative.
+    batch across two epochs could hold the same image twice, as its own negative. Any step has its
+    ids, so a run may end within an epoch, as those that count their epochs in images do.
 
     Attributes:
       num_examples: number of images in the training set, N.

@@ -15,6 +15,7 @@ from ssl_jax.interop.load import config_at
 # Wider networks and those with selective kernels have a learning rate of their own.
 _RECIPE: dict[str, Any] = {
     "batch_size": 1024,
+    "count_steps": "images_plus_1",
     "optim": {"lr": 0.005, "lr_scaling": "sqrt", "weight_decay": 0.0, "warmup_epochs": 0.0},
 }
 _RATE_OF_LARGER = 0.002

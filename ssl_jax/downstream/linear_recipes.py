@@ -11,27 +11,30 @@ from ssl_jax.downstream.classifier import PLAIN_SGD, derived_config
 from ssl_jax.errors import UserError, did_you_mean
 from ssl_jax.interop.load import config_at
 
-# Batch, epochs and optimizer of the methods' official codes for a linear classifier on ImageNet;
-# `lr` is for a batch of 256.
+# Batch, length and optimizer of the methods' official codes for a linear classifier on ImageNet;
+# `lr` is for a batch of 256. Deviations: MoCo's, SwAV's and SimSiam's codes also train on the last,
+# smaller batch of an epoch; crops and flips are those of the run.
 LINEAR_RECIPES: dict[str, dict[str, Any]] = {
-    # google-research/simclr: weight decay 1e-6, no warmup.
+    # google-research/simclr: weight decay 1e-6, of the bias as well, no warmup.
     "simclr": {
         "batch_size": 4096,
         "epochs": 90.0,
+        "count_steps": "images_plus_1",
         "optim": {**PLAIN_SGD, "nesterov": True, "lr": 0.1, "weight_decay": 1e-6}
-        | {"per_epoch": False, "decay_norm_bias": False},
+        | {"per_epoch": False},
     },
     # The same code's CIFAR-10 command.
     "simclr_cifar": {
         "batch_size": 512,
         "epochs": 100.0,
+        "count_steps": "images_plus_1",
         "optim": {**PLAIN_SGD, "nesterov": True, "lr": 0.1, "per_epoch": False},
     },
-    # facebookresearch/moco: the rate is for unnormalized features, weights start at N(0, .01).
+    # facebookresearch/moco: the rate is for unnormalized features.
     "moco": {
         "batch_size": 256,
         "epochs": 100.0,
-        "supervised": {"classifier_init": 0.01},
+        "supervised": {"classifier_init": "normal_0.01"},
         "optim": {**PLAIN_SGD, "lr": 30.0, "schedule": "step"}
         | {"step_epochs": (60.0, 80.0), "step_gamma": 0.1},
     },
@@ -39,20 +42,22 @@ LINEAR_RECIPES: dict[str, dict[str, Any]] = {
     "swav": {
         "batch_size": 256,
         "epochs": 100.0,
-        "supervised": {"classifier_init": 0.01},
+        "supervised": {"classifier_init": "normal_0.01"},
         "optim": {**PLAIN_SGD, "lr": 0.3, "weight_decay": 1e-6},
     },
     # deepmind-research/byol
     "byol": {
         "batch_size": 1024,
         "epochs": 80.0,
+        "count_steps": "images",
+        "supervised": {"classifier_init": "haiku"},
         "optim": {**PLAIN_SGD, "nesterov": True, "lr": 0.2, "per_epoch": False},
     },
     # facebookresearch/simsiam: LARC around SGD.
     "simsiam": {
         "batch_size": 4096,
         "epochs": 90.0,
-        "supervised": {"classifier_init": 0.01},
+        "supervised": {"classifier_init": "normal_0.01"},
         "optim": {**PLAIN_SGD, "name": "larc", "lr": 0.1},
     },
 }

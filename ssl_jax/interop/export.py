@@ -19,7 +19,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.files import ANOTHER, asked_for, local_path, writing
 from ssl_jax.interop.card import model_card
 from ssl_jax.interop.load import Encoder, load, weights_at
-from ssl_jax.interop.metadata import is_torchvisions, preprocessing
+from ssl_jax.interop.metadata import is_torchvisions, preprocessing, unlike_torchvisions
 from ssl_jax.interop.torch_names import to_torch
 from ssl_jax.interop.weights import Weights, portable_config, write_safetensors, write_weights
 from ssl_jax.methods import make_method
@@ -54,8 +54,8 @@ def export_torch(path: str | Path, file: str | Path, *, step: int | None = None)
     """
     weights, file = weights_at(path, step), local_path(file)
     _require_resnet(weights.config)
-    plain = is_torchvisions(weights.config)
-    loader = None if plain else _loader(file.parent)
+    unlike = ", ".join(unlike_torchvisions(weights.config))
+    loader = _loader(file.parent) if unlike else None
     _write_torch(weights, file)
     if loader is None:
         depth = weights.config.model.depth
@@ -67,7 +67,11 @@ def export_torch(path: str | Path, file: str | Path, *, step: int | None = None)
             "net = net.eval()",
         ]
     _write(loader, _source())
-    return ["from torch_encoder import load", f'net = load("{file.name}")']
+    return [
+        f"# torch_encoder.py, because torchvision has no ResNet with {unlike}",
+        "from torch_encoder import load",
+        f'net = load("{file.name}")',
+    ]
 
 
 def _require_resnet(config: ConfigDict) -> None:

@@ -143,7 +143,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _model(found: Found, path: Path) -> dict[str, Any]:
-    """Infers depth, width and stem from the shapes, padding from the code that wrote the file."""
+    """Infers all but the padding from names and shapes, the padding from the kind of file."""
     encoder = found.params["encoder"]
     stem = encoder.get("stem", {})
     kernel = stem.get("conv1", {}).get("kernel")
@@ -170,7 +170,10 @@ def _model(found: Found, path: Path) -> dict[str, Any]:
             kind = "cifar_pad2"
     padding = {"simclr": "simclr", "byol": "same"}.get(found.kind, "symmetric")
     width = stem[last]["kernel"].shape[-1] / 64
-    return {"depth": depth, "width": width, "sk": sk, "stem": kind, "padding": padding}
+    # A first block without bottleneck has the stem's width, so only some codes project its input.
+    projected = not bottleneck and "proj_conv" in encoder.get("stage1_block1", {})
+    found_model = {"depth": depth, "width": width, "sk": sk, "stem": kind, "padding": padding}
+    return {**found_model, "project_first": projected}
 
 
 def _heads(config: ConfigDict, found: Found) -> None:

@@ -34,18 +34,19 @@ def resolve_initial_weights(config: ConfigDict) -> None:
 
 def _resolve_encoder(config: ConfigDict) -> None:
     source = config_at(_path(config.init_from.path))
-    kept, own = (make_method(each, Schedule(1, 1)).custom_encoder for each in (source, config))
-    if kept != own:
+    kept, custom = (make_method(each, Schedule(1, 1)).custom_encoder for each in (source, config))
+    if kept != custom:
         raise UserError(
             f"The encoder in {config.init_from.path} (config.init_from.path) is "
             f"{kept or 'the ResNet of its config.model'}, but that of config.method="
-            f"'{config.method}' is {own or 'the ResNet of config.model'}: use a method with the "
+            f"'{config.method}' is {custom or 'the ResNet of config.model'}: use a method with the "
             "same encoder."
         )
+    own = architecture(config.model)
     for name, needed in architecture(source.model).items():
-        if config.model[name] != needed:
+        if own[name] != needed:
             raise UserError(
-                f"config.model.{name} is {config.model[name]!r}, but the encoder in "
+                f"config.model.{name} is {own[name]!r}, but the encoder in "
                 f"{config.init_from.path} (config.init_from.path) has {needed!r}: set "
                 f"config.model.{name}={needed}."
             )

@@ -30,5 +30,18 @@ def preprocessing(config: ConfigDict) -> dict[str, Any]:
 
 def is_torchvisions(config: ConfigDict) -> bool:
     """Whether the models of torchvision and timm load the encoder."""
-    plain = {"width": 1.0, "sk": False, "stem": "imagenet", "padding": "symmetric"}
-    return config.model.depth <= 152 and plain.items() <= architecture(config.model).items()
+    return not unlike_torchvisions(config)
+
+
+def unlike_torchvisions(config: ConfigDict) -> list[str]:
+    """Lists what the encoder has that no ResNet of torchvision and timm has."""
+    model = architecture(config.model)
+    unlike = {
+        f"depth {model['depth']}": model["depth"] > 152,
+        f"width {model['width']:g}": model["width"] != 1,
+        "selective kernels": model["sk"],
+        f"the stem '{model['stem']}'": model["stem"] != "imagenet",
+        "TensorFlow's padding": model["padding"] != "symmetric",
+        "a projected first shortcut": model["project_first"],
+    }
+    return [name for name, has in unlike.items() if has]

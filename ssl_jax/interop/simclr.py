@@ -209,7 +209,7 @@ def _places(depth: int, sk: bool, stem: str) -> tuple[list[str], list[str]]:
     for stage, blocks in enumerate(STAGES[depth], start=1):
         for block in range(1, blocks + 1):
             name = f"stage{stage}_block{block}"
-            if block == 1 and (bottleneck or stage > 1):
+            if block == 1:
                 convs.append(f"{name}/proj_conv")
                 norms.append(f"{name}/proj_bn")
             for i in range(1, 4 if bottleneck else 3):

@@ -4,7 +4,8 @@ The query encoder learns to match each query with the key of the same image; the
 queue of earlier batches' keys. Keys come from an EMA of the query encoder. With BatchNorm per
 device (`config.model.bn_group_size=1`, the official recipe) a query and its key would share batch
 statistics, which would reveal the match. Key images are therefore shuffled across devices before
-they are encoded, and the keys are sent back.
+they are encoded, and the keys are sent back. Global statistics don't depend on where an image is,
+so with them nothing is sent.
 """
 
 import math
@@ -137,7 +138,8 @@ class MoCo(Method):
         fewer images per device than devices, the all-to-all stays within groups of devices.
 
         Args:
-          images: this device's images, [n, ...]; not moved if `config.moco.shuffle` is off.
+          images: this device's images, [n, ...]; not moved if `config.moco.shuffle` is off or
+            BatchNorm's statistics are global.
           rng: the same on every device.
 
         Returns:
@@ -145,23 +147,21 @@ class MoCo(Method):
           arrays computed from them to the images' own devices, in the original order.
 
         Raises:
-          UserError: BatchNorm isn't global, and the images can't be split evenly among devices.
+          UserError: the images can't be split evenly among devices.
         """
         n = images.shape[0]
         devices = 1 if self.axis_name is None else jax.lax.axis_size(self.axis_name)
-        group = math.gcd(n, devices)
         local_statistics = 0 < self.config.model.bn_group_size < devices
-        if not self.config.moco.shuffle:
+        if not self.config.moco.shuffle or not local_statistics:
             return images, lambda x: x
-        if group == 1 and local_statistics:
+        group = math.gcd(n, devices)
+        if group == 1:
             raise UserError(
                 f"Each device encodes {n} images at a time, which can't be shuffled across "
                 f"{devices} devices, so BatchNorm would leak which key matches. Make "
                 f"config.batch_size (or config.microbatch) a multiple of {2 * devices}, or set "
                 "config.model.bn_group_size=0."
             )
-        if group == 1:
-            return images, lambda x: x
         rng = jax.random.fold_in(rng, jax.lax.axis_index(self.axis_name))
         order: Int[Array, " n"] = jax.random.permutation(rng, n)
         # Strided groups, so that each group spans hosts.

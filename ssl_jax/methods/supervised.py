@@ -9,6 +9,12 @@ from jaxtyping import Array, Float, Int
 
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import Batch, Method, Pytree, apply_networks, init_networks
+from ssl_jax.models.layers import KERNEL_INITS
+
+CLASSIFIER_INITS = {
+    "zeros": nn.initializers.zeros,
+    **{name: KERNEL_INITS[name] for name in ("normal_0.01", "haiku")},
+}
 
 
 class Classifier(nn.Module):
@@ -16,17 +22,16 @@ class Classifier(nn.Module):
 
     Attributes:
       classes: number of logits.
-      init_scale: standard deviation of the initial weights.
+      kernel_init: a key of `CLASSIFIER_INITS`; the bias starts at 0.
     """
 
     classes: int
-    init_scale: float = 0.0
+    kernel_init: str = "zeros"
 
     @nn.compact
     def __call__(self, x: Float[Array, "n d"], train: bool) -> Float[Array, "n classes"]:
         """Computes the logits of features."""
-        init = nn.initializers.normal(self.init_scale)
-        return nn.Dense(self.classes, kernel_init=init)(x)
+        return nn.Dense(self.classes, kernel_init=CLASSIFIER_INITS[self.kernel_init])(x)
 
 
 class ClassifierMethod(Method):
@@ -117,7 +122,7 @@ class Supervised(ClassifierMethod):
 
 
 def classifying_networks(
-    method: Method, encoder: nn.Module, options: Any, classifier_init: float = 0.0
+    method: Method, encoder: nn.Module, options: Any, classifier_init: str = "zeros"
 ) -> dict[str, nn.Module]:
     """Returns encoder, kept projector layers and classifier, by name.
 
@@ -125,7 +130,7 @@ def classifying_networks(
       method: builds the projector's layers; its config has the number of classes.
       encoder: the first network.
       options: a config group with `projector_layer` and `projector_hidden`.
-      classifier_init: standard deviation of the classifier's initial weights.
+      classifier_init: initialization of the classifier's weights.
     """
     networks: dict[str, nn.Module] = {"encoder": encoder}
     if options.projector_layer:

@@ -45,7 +45,7 @@ class SwAV(Method):
         )
         self.trivial_loss = math.log(options.prototypes)
         self.networks = {"encoder": self.encoder, "projector": projector}
-        self.queue_from = round(options.queue_from_epoch * self.schedule.steps_per_epoch)
+        self.queue_from = self.schedule.steps(options.queue_from_epoch)
         if options.queue % self.config.batch_size:
             raise UserError(
                 f"config.swav.queue is {options.queue}: it must be 0 or a multiple of "

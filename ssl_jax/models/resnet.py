@@ -43,15 +43,23 @@ def architecture(model: Mapping[str, Any]) -> dict[str, Any]:
       model: `config.model`, or `config.distill`, which describes the teacher.
 
     Returns:
-      Arguments of `ResNet`.
+      Arguments of `ResNet`; `project_first` is False where it changes nothing.
     """
-    return {key: model[key] for key in ("depth", "width", "sk", "stem", "padding")}
+    keys = {key: model[key] for key in ("depth", "width", "sk", "stem", "padding")}
+    return {**keys, "project_first": _projects_first(model)}
+
+
+def _projects_first(model: Mapping[str, Any]) -> bool:
+    """Whether the first block's shortcut is projected though its shape doesn't change."""
+    return bool(model.get("project_first")) and model["depth"] < 50
 
 
 def resnet_name(model: Mapping[str, Any]) -> str:
     """A network's name from the same keys, such as "ResNet-50 ×2 with selective kernels"."""
     width = f" ×{model['width']:g}" if model["width"] != 1 else ""
-    return f"ResNet-{model['depth']}{width}{' with selective kernels' if model['sk'] else ''}"
+    extras = ["selective kernels"] if model["sk"] else []
+    extras += ["a projected first shortcut"] if _projects_first(model) else []
+    return f"ResNet-{model['depth']}{width}" + (f" with {' and '.join(extras)}" if extras else "")
 
 
 class ResNet(nn.Module):
@@ -72,6 +80,8 @@ class ResNet(nn.Module):
         (lightly's benchmarks).
       padding: "symmetric" as in PyTorch; "same" as in TensorFlow (BYOL), which pads strided layers
         less or not at all on the left and top; "simclr" is "same" for the max pool only.
+      project_first: project the shortcut of the first block also where its shape doesn't change, at
+        depths 18 and 34, as the official codes of SimCLR and BYOL do; torchvision doesn't.
       conv_init: "truncated_fan_in" (SimCLR), "fan_out_normal" (torchvision, MoCo, SwAV), "torch"
         (PyTorch's default, SimSiam) or "haiku" (BYOL).
       zero_init_residual: each block starts as its shortcut: γ = 0 in its last BatchNorm.
@@ -90,6 +100,7 @@ class ResNet(nn.Module):
     sk: bool = False
     stem: str = "imagenet"
     padding: str = "symmetric"
+    project_first: bool = False
     conv_init: str = "truncated_fan_in"
     zero_init_residual: bool = True
     dtype: Any = "float32"
@@ -147,6 +158,7 @@ class ResNet(nn.Module):
                     filters=base * 2 ** (stage - 1),
                     stride=2 if stage > 1 and i == 1 else 1,
                     sk=self.sk,
+                    project=self.project_first and stage == i == 1,
                     zero_init=self.zero_init_residual,
                     conv=conv,
                     norm=norm,
@@ -190,6 +202,7 @@ class Block(nn.Module):
     filters: int
     stride: int
     sk: bool
+    project: bool
     zero_init: bool
     conv: Layer
     norm: Layer
@@ -200,9 +213,9 @@ class Block(nn.Module):
         return self.norm(name=name, scale_init=init)
 
     def shortcut(self, x: Array, features: int) -> Array:
-        """The block's input, projected where its shape changes."""
+        """The block's input, projected where its shape changes or `project` is set."""
         stride = self.stride
-        if stride == 1 and x.shape[-1] == features:
+        if stride == 1 and x.shape[-1] == features and not self.project:
             return x
         if self.sk:
             # ResNet-D's average pool in SimCLR's form: each window extends right and down, also

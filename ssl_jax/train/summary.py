@@ -57,9 +57,10 @@ def start_rows(setup: Setup, params: Any, workdir: Path, start: int) -> Iterator
     )
     among = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     yield "devices", f"{devices} × {jax.devices()[0].device_kind}{among}"
-    total, per_epoch = schedule.total_steps, schedule.steps_per_epoch
+    total, epoch = schedule.total_steps, float(schedule.exact_epoch or schedule.steps_per_epoch)
     left = f", {total - start:,} remaining" if start else ""
-    yield "steps", f"{total:,}{left}, {total / per_epoch:.4g} epochs of {per_epoch:,}"
+    each = f"{epoch:,.1f}".removesuffix(".0")
+    yield "steps", f"{total:,}{left}, {total / epoch:.4g} epochs of {each}"
     yield "workdir", str(workdir)
 
 
@@ -123,8 +124,8 @@ def _count(tree: Any) -> int:
 
 def warmup_warnings(setup: Setup) -> list[str]:
     """A warning if the learning rate never reaches its peak."""
-    warmup = round(setup.config.optim.warmup_epochs * setup.schedule.steps_per_epoch)
-    if warmup < setup.schedule.total_steps:
+    warmup = setup.schedule.steps(setup.config.optim.warmup_epochs)
+    if warmup - setup.config.optim.warmup_inclusive < setup.schedule.total_steps:
         return []
     return [
         f"warning: the warmup of {warmup} steps (config.optim.warmup_epochs) is not shorter than "

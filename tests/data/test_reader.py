@@ -15,7 +15,9 @@ from ssl_jax.errors import UserError
 
 def test_items_come_in_order_and_are_placed_in_the_thread():
     where = []
-    with Reader(iter(range(3)), place=lambda item: where.append(threading.get_ident()) or -item) as r:
+    with Reader(
+        iter(range(3)), place=lambda item: where.append(threading.get_ident()) or -item
+    ) as r:
         assert [r.next() for _ in range(3)] == [0, -1, -2]
         with pytest.raises(RuntimeError, match="ended early"):
             r.next()

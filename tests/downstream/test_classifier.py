@@ -29,7 +29,7 @@ def test_derived_configs_keep_nothing_of_the_runs_optimizer_and_classifier(run, 
     optim |= {"trust_coefficient": 0.02, "frozen_steps": 9}
     record["config"]["model"]["bn_group_size"] = 1
     record["config"]["init_from"]["heads"] = True
-    record["config"]["supervised"]["classifier_init"] = 0.5
+    record["config"]["supervised"]["classifier_init"] = "normal_0.01"
     record["config"]["distill"] |= {"temperature": 3.0, "labels": 0.5, "teacher": "/nowhere"}
     (other / "config.json").write_text(json.dumps(record))
     made = [linear_config(run, "byol"), linear_config(other, "byol")]

@@ -9,11 +9,12 @@ from encoders import same
 
 from ssl_jax import load
 from ssl_jax.cli import evals
-from ssl_jax.config import Schedule
+from ssl_jax.config import Schedule, run_schedule
 from ssl_jax.downstream import classifier, finetuning
 from ssl_jax.downstream.finetuning import finetune_config
 from ssl_jax.interop.load import config_at, restore_state
 from ssl_jax.methods import make_method
+from ssl_jax.optim import learning_rate_schedule
 from ssl_jax.step import assemble
 
 
@@ -28,6 +29,16 @@ def test_finetune_config_is_the_recipe_of_simclr_v2(run):
     _, _, rate = assemble(config, Schedule(10, 1000))
     assert float(rate(0)) == pytest.approx(0.005 * 1024**0.5)
     assert config.optim.weight_decay == 0 and config.optim.name == "lars"
+
+
+@pytest.mark.parametrize(("labels", "images", "steps"), [(0.01, 12_811, 751), (0.1, 128_116, 3754)])
+def test_finetuning_has_simclr_v2s_rate_at_every_step(run, labels, images, steps):
+    config = finetune_config(run, labels=labels)
+    schedule = run_schedule(config, images)
+    assert schedule.total_steps == steps  # N * epochs // B + 1
+    expected = 0.005 * 32 * 0.5 * (1 + np.cos(np.pi * np.arange(steps) / steps))
+    rate = jax.jit(learning_rate_schedule(config.optim, config.batch_size, schedule))
+    np.testing.assert_allclose(rate(np.arange(steps, dtype=np.int32)), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("changed", [{"width": 2.0}, {"sk": True}])

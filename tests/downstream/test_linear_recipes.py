@@ -2,14 +2,16 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from classifier_runs import BRIEF, WHOLE, command
 from encoders import same
 
-from ssl_jax.config import Schedule
+from ssl_jax.config import Schedule, run_schedule
 from ssl_jax.downstream.linear_recipes import linear_config
 from ssl_jax.interop.load import restore_state
+from ssl_jax.optim import learning_rate_schedule
 from ssl_jax.run.folder import read_config
 from ssl_jax.step import assemble
 
@@ -30,18 +32,39 @@ def test_linear_recipes_match_the_official_codes(run, recipe, rate, batch, epoch
     assert (config.optim.lr, config.batch_size, config.epochs) == (rate, batch, epochs)
     assert config.optim.lr_scaling == "linear" and config.optim.warmup_epochs == 0
     assert config.optim.momentum == 0.9 and config.optim.per_epoch == per_epoch
-    # SimCLR's code leaves the bias out of the decay; the others have PyTorch's, or none.
-    assert config.optim.decay_norm_bias == (recipe != "simclr")
+    assert config.optim.decay_norm_bias
     assert config.optim.weight_decay == (1e-6 if recipe in ("simclr", "swav") else 0)
     assert config.optim.nesterov == (recipe in ("simclr", "simclr_cifar", "byol"))
     assert config.optim.name == ("larc" if recipe == "simsiam" else "sgd")
     assert config.optim.schedule == ("step" if recipe == "moco" else "cosine")
-    assert config.supervised.classifier_init == (
-        0.01 if recipe in ("moco", "swav", "simsiam") else 0
-    )
+    inits = {"simclr": "zeros", "simclr_cifar": "zeros", "byol": "haiku"}
+    assert config.supervised.classifier_init == inits.get(recipe, "normal_0.01")
     (view,) = config.views.values()
     assert view.jitter.prob == view.gray == view.blur.prob == view.solarize.prob == 0
     assert view.flip == 0 and view.size == 8  # as in the run
+
+
+@pytest.mark.parametrize(
+    ("recipe", "images", "steps", "peak"),
+    [
+        ("simclr", 1_281_167, 28_151, 1.6),  # N * epochs // B + 1
+        ("simclr_cifar", 50_000, 9766, 0.2),
+        ("byol", 1_281_167, 100_091, 0.8),  # N * epochs // B
+        ("simsiam", 1_281_167, 90 * 312, 1.6),
+        ("swav", 1_281_167, 100 * 5004, 0.3),
+    ],
+)
+def test_linear_recipes_have_the_official_rate_at_every_step(run, recipe, images, steps, peak):
+    config = linear_config(run, recipe)
+    schedule = run_schedule(config, images)
+    assert schedule.total_steps == steps
+    progress = np.arange(steps) / steps
+    if config.optim.per_epoch:
+        progress = np.floor(progress * config.epochs + 1e-9) / config.epochs
+    expected = peak * 0.5 * (1 + np.cos(np.pi * progress))
+    rate = jax.jit(learning_rate_schedule(config.optim, config.batch_size, schedule))
+    actual = rate(np.arange(steps, dtype=np.int32))
+    np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-15 * peak)
 
 
 def test_moco_recipe_drops_the_rate_at_epochs_60_and_80_of_100(run):

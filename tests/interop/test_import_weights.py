@@ -172,6 +172,23 @@ def ours(drawn):
     )
 
 
+def test_projected_first_shortcut_is_inferred_and_named_on_export(tmp_path):
+    config = with_two_stages(tiny_config())
+    config.model.project_first = True
+    drawn = random_encoder(config)
+    names = to_torch(drawn["params"], drawn["batch_stats"])
+    assert "layer1.0.downsample.0.weight" in names
+    file = saved(tmp_path, {**names, "fc.weight": normal(3, 8), "fc.bias": normal(3)})
+    weights = read_weights(file, "torchvision")
+    assert weights.config.model.project_first
+    first, *_ = export_torch(file, tmp_path / "out.safetensors")
+    assert "no ResNet with width 0.0625, the stem 'cifar', a projected first shortcut" in first
+    plain = with_two_stages(tiny_config())
+    plain.init_from.path = str(file)
+    with pytest.raises(UserError, match="set config.model.project_first=True"):
+        resolve_initial_weights(plain)
+
+
 def test_card_of_an_import_has_no_training_section(tmp_path, drawn):
     write_weights(ours(drawn), tmp_path / "ours.safetensors")
     assert "## Training" in model_card(tmp_path / "ours.safetensors", ours(drawn))

@@ -69,6 +69,17 @@ class Modules:
         mixing = tf.nn.softmax(tf.stack(tf.split(y, 2, axis=-1)), axis=0)
         return tf.reduce_sum(streams * mixing, axis=0)
 
+    def basic_block(self, x, filters, stride, project, place):
+        shortcut = x
+        if project:
+            at = f"{place}/shortcut_layers"
+            shortcut = self.conv(x, filters, 1, stride, f"{at}/0/conv2d")
+            shortcut = self.norm(shortcut, f"{at}/1", relu=False)
+        at = f"{place}/conv2d_bn_layers"
+        x = self.norm(self.conv(x, filters, 3, stride, f"{at}/0/conv2d"), f"{at}/1")
+        x = self.norm(self.conv(x, filters, 3, 1, f"{at}/2/conv2d"), f"{at}/3", relu=False)
+        return tf.nn.relu(x + shortcut)
+
     def block(self, x, filters, stride, project, sk, place):
         shortcut = x
         if project:
@@ -107,7 +118,11 @@ class Modules:
             for i in range(blocks):
                 place = f"model/resnet_model/block_groups/{stage}/layers/{i}"
                 stride = 2 if stage and not i else 1
-                x = self.block(x, base * 2**stage, stride, not i, sk, place)
+                filters = base * 2**stage
+                if depth < 50:
+                    x = self.basic_block(x, filters, stride, not i, place)
+                else:
+                    x = self.block(x, filters, stride, not i, sk, place)
         return tf.reduce_mean(x, [1, 2])
 
     def head(self, x, layers):
@@ -187,13 +202,17 @@ def ours(weights, x, network):
 
 
 @pytest.mark.parametrize(
-    ("width", "sk", "cifar", "layers"),
-    [(0.25, False, False, 2), (0.25, True, False, 3), (0.5, False, True, 3)],
+    ("depth", "width", "sk", "cifar", "layers"),
+    [
+        (50, 0.25, False, False, 2),
+        (50, 0.25, True, False, 3),
+        (18, 0.5, False, True, 3),  # the CIFAR command's, with a projection in its first block
+    ],
 )
-def test_features_and_projections_are_the_same(tmp_path, width, sk, cifar, layers):
+def test_features_and_projections_are_the_same(tmp_path, depth, width, sk, cifar, layers):
     x = RNG.uniform(size=(2, 32 if cifar else 65, 32 if cifar else 65, 3)).astype(np.float32)
     modules = Modules()
-    features = modules.network(x, 50, width, sk, cifar)
+    features = modules.network(x, depth, width, sk, cifar)
     projected = modules.head(features, layers)
     found = []
     for save, values, left_out in (
@@ -204,7 +223,8 @@ def test_features_and_projections_are_the_same(tmp_path, width, sk, cifar, layer
         assert is_weights_file(path)
         weights = read_weights(path)
         model = weights.config.model
-        assert (model.depth, model.width, model.sk) == (50, width, sk)
+        assert (model.depth, model.width, model.sk) == (depth, width, sk)
+        assert model.project_first == (depth == 18)
         assert model.padding == "simclr" and model.stem == ("cifar" if cifar else "imagenet")
         assert weights.config.simclr.layers == layers and weights.config.views.view1.mean == ()
         assert weights.left_out == left_out

@@ -114,9 +114,7 @@ def test_published_checkpoints_are_recognized_and_what_is_left_out_is_listed(tmp
     assert weights.source == f"{code.__name__}: net.pth"
     assert weights.config.model.stem == stem and weights.config.model.padding == "symmetric"
     assert sorted(weights.left_out) == sorted(left_out)
-    jax.tree.map(
-        np.testing.assert_array_equal, weights.params, {"encoder": drawn[stem]["params"]}
-    )
+    jax.tree.map(np.testing.assert_array_equal, weights.params, {"encoder": drawn[stem]["params"]})
     interpolation = weights.config.eval.interpolation
     assert interpolation == ("bicubic" if code is dino else "bilinear")
 

@@ -16,15 +16,16 @@ from ssl_jax.step import example_batch
 ONE = jax.devices()[:1]
 
 
-def moco(axis_name=None, **options):
+def moco(axis_name=None, bn_group_size=0, **options):
     config = with_whole_images(method_config("moco"))
+    config.model.bn_group_size = bn_group_size
     config.moco.update(options)
     return make_method(config, Schedule(1, 10), axis_name)
 
 
-@pytest.mark.parametrize(("batch", "group"), [(64, 8), (32, 4), (16, 2), (8, 1)])
+@pytest.mark.parametrize(("batch", "group"), [(64, 8), (32, 4), (16, 2)])
 def test_shuffle_spreads_images_over_devices_and_is_inverted_exactly(batch, group):
-    spmd, method = make_spmd(), moco(AXIS)
+    spmd, method = make_spmd(), moco(AXIS, bn_group_size=1)
 
     def per_device(x, rng):
         shuffled, unshuffle = method.shuffle(x, jax.random.wrap_key_data(rng))
@@ -55,6 +56,30 @@ def test_shuffle_uses_all_to_all_and_never_gathers_images():
     # The keys, [64, 1, 8], are; the views, [64, 8, 8, 3], are not.
     assert gathers
     assert not any("8,8,3" in line.split(" all-gather(")[0] for line in gathers)
+
+
+def test_images_stay_where_batchnorm_is_global_and_keys_are_the_same():
+    """Which device encodes an image changes nothing if all share BatchNorm's statistics."""
+    spmd = make_spmd()
+    norm = nn.BatchNorm(use_running_average=False, axis_name=AXIS, use_scale=False, use_bias=False)
+    x = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32)
+    key = spmd.replicate(jax.random.key_data(jax.random.key(0)))
+
+    def encoded(method):
+        def per_device(x, rng):
+            images, back = method.shuffle(x, jax.random.wrap_key_data(rng))
+            return images, back(norm.apply({}, images, mutable=["batch_stats"])[0])
+
+        mapped = spmd.map(per_device, ("sharded", "replicated"), ("sharded", "sharded"))
+        return jax.device_get(mapped(spmd.place_batch(x), key))
+
+    stayed, keys = encoded(moco(AXIS))
+    np.testing.assert_array_equal(stayed, x)
+    for size in (8, 0):  # all of the eight devices
+        np.testing.assert_array_equal(encoded(moco(AXIS, bn_group_size=size))[0], x)
+    moved, same_keys = encoded(moco(AXIS, bn_group_size=1))
+    assert not np.array_equal(moved, x)
+    np.testing.assert_allclose(same_keys, keys, atol=1e-6)
 
 
 def test_queue_is_first_in_first_out_across_wraparound():
@@ -145,7 +170,7 @@ def leak_accuracy(shuffle, seed=0):
     a direction of its own: BatchNorm subtracts a part of it from all the others, and leaves them
     a common mark. Keys of earlier batches carry other marks.
     """
-    spmd, method = make_spmd(), moco(AXIS, shuffle=shuffle)
+    spmd, method = make_spmd(), moco(AXIS, bn_group_size=1, shuffle=shuffle)
     norm = nn.BatchNorm(use_running_average=False, use_scale=False, use_bias=False)
 
     def encode(x):

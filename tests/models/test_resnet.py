@@ -9,7 +9,7 @@ from jax.extend import core
 
 from ssl_jax.errors import UserError
 from ssl_jax.models import ResNet
-from ssl_jax.models.resnet import resnet_name
+from ssl_jax.models.resnet import architecture, resnet_name
 from ssl_jax.spmd import AXIS, device_groups, make_spmd
 
 TINY = 1 / 32  # two channels in the stem
@@ -63,6 +63,23 @@ def test_name_includes_width_and_selective_kernels_unless_standard():
 
 def test_cifar_stem_is_3x3():
     assert count(shapes(ResNet(18, stem="cifar"))["params"]) == 11176512 - (7 * 7 - 3 * 3) * 3 * 64
+
+
+def test_simclr_projects_the_first_shortcut_of_resnet_18_for_21_convolutions():
+    def kernels(model):
+        paths = jax.tree_util.tree_leaves_with_path(shapes(model)["params"])
+        return {jax.tree_util.keystr(path) for path, x in paths if len(x.shape) == 4}
+
+    plain = kernels(ResNet(18, stem="cifar"))
+    simclr = kernels(ResNet(18, stem="cifar", project_first=True))
+    assert (len(plain), len(simclr)) == (20, 21)
+    assert simclr - plain == {"['stage1_block1']['proj_conv']['kernel']"}
+    model = {"depth": 18, "width": 1.0, "sk": False, "stem": "cifar", "padding": "simclr"}
+    assert architecture({**model, "project_first": True})["project_first"]
+    # With bottlenecks the first block changes its width, and is always projected.
+    assert not architecture({**model, "depth": 50, "project_first": True})["project_first"]
+    named = resnet_name({**model, "project_first": True})
+    assert named == "ResNet-18 with a projected first shortcut"
 
 
 @pytest.mark.parametrize(
@@ -222,7 +239,7 @@ class Oracle:
     [
         ({"depth": 18}, (37, 34)),
         ({"depth": 18, "padding": "same"}, (37, 32)),
-        ({"depth": 18, "padding": "simclr"}, (34, 32)),
+        ({"depth": 18, "padding": "simclr", "project_first": True}, (34, 32)),
         ({"depth": 18, "stem": "cifar", "sk": True, "padding": "same"}, (10, 13)),
         ({"depth": 50, "sk": True}, (37, 34)),
         ({"depth": 50, "stem": "cifar"}, (9, 10)),

@@ -90,7 +90,7 @@ def test_torchvision_and_timm_load_exports_of_every_depth(tmp_path, depth):
         {"depth": 18, "stem": "cifar"},
         {"depth": 18, "stem": "cifar_pad2"},
         {"depth": 18, "stem": "cifar_no_relu", "width": 0.25},
-        {"depth": 18, "padding": "same"},
+        {"depth": 18, "padding": "same", "project_first": True},
         {"depth": 50, "padding": "simclr", "width": 0.25},
         {"depth": 200, "width": 0.25, "padding": "same"},
     ],
