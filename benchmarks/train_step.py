@@ -44,6 +44,7 @@ KINDS = {
     "NVIDIA A100-SXM4-80GB": "a100",
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
     "TPU v3": "v3",
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -95,7 +96,7 @@ class SslJax:
 def step_flops(program: Any, device_data: Any) -> float:
     """Counts the traced step's FLOPs; microbatches' second forward pass isn't counted."""
     from ssl_jax.config import Schedule
-    from ssl_jax.plan.plan import traced_flops
+    from ssl_jax.plan.flops import traced_flops
     from ssl_jax.step import Program
 
     config = program.config

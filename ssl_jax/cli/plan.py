@@ -10,7 +10,7 @@ from pathlib import Path
 from humanize import metric, naturalsize
 
 from ssl_jax.plan.chips import Topology
-from ssl_jax.plan.plan import Plan, fitting, read_plan
+from ssl_jax.plan.plan import GPU_STEP, Plan, fitting, read_plan
 
 
 def run(args: argparse.Namespace) -> None:
@@ -93,10 +93,10 @@ def _cost_rows(plan: Plan, model: float) -> Iterator[tuple[str, str]]:
     low, high = (f"{1e3 * bound:.1f}" for bound in plan.step_seconds)
     yield "step time", f"{about}{low} to {high} ms ({seconds})"
     hours, chip_hours = (" to ".join(map(_number, h)) for h in (plan.hours, plan.chip_hours))
-    yield (
-        "total time",
-        f"{about}{hours} hours, {chip_hours} chip-hours (full overlap to none, at peak rates)",
-    )
+    how = "full overlap to none, at peak rates"
+    if plan.estimate:
+        how = f"no overlap at peak rates, to {GPU_STEP[1]:g} times that, as measured on an H200"
+    yield "total time", f"{about}{hours} hours, {chip_hours} chip-hours ({how})"
 
 
 def _cycles(parts: dict[str, int]) -> str:

@@ -14,7 +14,7 @@ class Chip:
     """Specification of a chip.
 
     Attributes:
-      peak: bfloat16 FLOP/s.
+      peak: bfloat16 FLOP/s; TPUs multiply float32 in bfloat16, too, by default.
       memory: Bytes.
       bandwidth: Memory bandwidth, bytes/s.
       link: Bytes/s sent to neighbors over all links, one way.
@@ -22,6 +22,7 @@ class Chip:
       tensor_cores: Cores per TPU chip; two that form one device share its memory.
       compile_as: libtpu's name for the configuration of a real machine; "" for its default.
       axes: Dimensions of the torus; 0 for a GPU.
+      float32: FLOP/s of float32 configs as a share of `peak`; on GPUs, JAX multiplies in TF32.
     """
 
     peak: float
@@ -32,6 +33,11 @@ class Chip:
     tensor_cores: int = 1
     compile_as: str = ""
     axes: int = 0
+    float32: float = 1.0
+
+    def peak_of(self, dtype: str) -> float:
+        """FLOP/s of convolutions and matrix products of a config with this `dtype`."""
+        return self.peak * (self.float32 if dtype == "float32" else 1.0)
 
 
 # TPUs: cloud.google.com/tpu/docs/v3 … v6e and, for v3's and v4's links, Jouppi et al.,
@@ -43,9 +49,10 @@ CHIPS = {
     "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, axes=2),
     "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, tensor_cores=2, axes=3),
     "v6e": Chip(918e12, 32 * GIB, 1640e9, 400e9, axes=2),
-    "a100": Chip(312e12, 81920 * MIB, 2039e9, 300e9),
-    "h100": Chip(989e12, 81559 * MIB, 3350e9, 450e9),
-    "h200": Chip(989e12, 143771 * MIB, 4800e9, 450e9),
+    "a100": Chip(312e12, 81920 * MIB, 2039e9, 300e9, float32=0.5),
+    "h100": Chip(989e12, 81559 * MIB, 3350e9, 450e9, float32=0.5),
+    "h200": Chip(989e12, 143771 * MIB, 4800e9, 450e9, float32=0.5),
+    "b200": Chip(2250e12, 183359 * MIB, 7700e9, 900e9, float32=0.5),
 }
 BETWEEN_HOSTS = 50e9  # bytes/s per GPU between hosts: 400 Gbit/s
 GPUS_PER_HOST = 8
@@ -79,7 +86,7 @@ class Topology:
 # Valid values of --topology, for messages.
 EXAMPLES = (
     "v3, v5e and v6e take two numbers such as v5e:4x4, v4 and v5p three such as v4:4x4x4, "
-    "a100, h100 and h200 a count such as h100:8"
+    "a100, h100, h200 and b200 a count such as h100:8"
 )
 
 

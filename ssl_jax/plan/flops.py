@@ -22,7 +22,12 @@ def traced_flops(function: Callable[..., Any], *shapes: Any) -> float:
       function: A function of arrays.
       *shapes: Shapes and dtypes of its arguments.
     """
-    return _count(jax.make_jaxpr(function)(*shapes).jaxpr)
+    return jaxpr_flops(jax.make_jaxpr(function)(*shapes))
+
+
+def jaxpr_flops(jaxpr: Any) -> float:
+    """Counts the FLOPs of a closed jaxpr, as `traced_flops` does."""
+    return _count(jaxpr.jaxpr)
 
 
 def _count(jaxpr: Any) -> float:

@@ -13,7 +13,8 @@ from jaxtyping import Int
 from ssl_jax.config import flat_views
 from ssl_jax.data.sources import Source, why_not_scored
 from ssl_jax.errors import UserError
-from ssl_jax.plan.plan import memory_kinds, traced_flops
+from ssl_jax.plan.flops import traced_flops
+from ssl_jax.plan.plan import memory_kinds
 from ssl_jax.run.log import read_metrics
 from ssl_jax.train.setup import Setup
 

@@ -38,6 +38,15 @@ def test_memory_of_the_microbatched_step_is_less_than_of_the_plain_one(benchmark
     assert compiled["batch 1024, microbatch 64"] < compiled["plain, batch 1024"] / 2
 
 
+def test_peak_begins_at_the_memory_held_now(benchmark):
+    held = bytearray(64 * benchmark.MIB)
+    held[:] = b"1" * len(held)
+    before = benchmark.peak_mib()
+    del held
+    benchmark.reset_peak()
+    assert benchmark.peak_mib() < before - 60
+
+
 def test_times_are_compared_with_the_plain_step(benchmark):
     rows = benchmark.time_rows(64, rounds=1)
     assert [row[0] for row in rows] == [

@@ -13,7 +13,7 @@ import pytest
 import tiny  # noqa: F401 - it knows ResNets of depth 4 and 6
 
 from ssl_jax.config import Schedule, load_config
-from ssl_jax.plan.plan import model_flops
+from ssl_jax.plan.flops import model_flops
 from ssl_jax.spmd import make_spmd
 from ssl_jax.step import Program
 
