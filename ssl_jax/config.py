@@ -13,7 +13,7 @@ import inspect
 import json
 import math
 import runpy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -234,6 +234,12 @@ def validate(config: ConfigDict) -> None:
         raise UserError("config.epochs and config.steps are both 0. Set one of them.")
     if not config.views:
         raise UserError("config.views is empty. Add at least one view.")
+    if config.method == "swav" and len(flat_views(config)) < 2:
+        (name,) = config.views
+        raise UserError(
+            "config.views has one crop, but SwAV predicts the assignments of other crops of an "
+            f"image. Set --config.views.{name}.count=2, or add a view."
+        )
     for name, each in config.views.items():
         if len(each.mean) != len(each.std) or len(each.mean) not in (0, 3):
             raise UserError(
@@ -291,17 +297,22 @@ def from_json(saved: dict[str, Any]) -> ConfigDict:
     return config
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def differences(
+    old: dict[str, Any], new: dict[str, Any], ignore: Collection[str] = ()
+) -> list[str]:
     """Lines `key: old -> new` for every key in which two `to_json` configs differ.
 
-    Keys with which a run may be resumed under another value are left out.
+    Args:
+      old: config.
+      new: config.
+      ignore: leaves out keys that affect only this; see `ssl_jax.schema.Key`.
     """
     a, b = flatten(old), flatten(new)
     keys = schema_keys()
     return [
         f"{name}: {a.get(name, '(absent)')} -> {b.get(name, '(absent)')}"
         for name in sorted(a.keys() | b.keys())
-        if a.get(name) != b.get(name) and not (name in keys and keys[name].may_change)
+        if a.get(name) != b.get(name) and not (name in keys and keys[name].affects in ignore)
     ]
 
 

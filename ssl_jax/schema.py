@@ -5,9 +5,10 @@
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
-from typing import Any, Union
+from typing import Any, Literal, Union
 
 from ssl_jax.errors import UserError, require_choice
 
@@ -59,7 +60,9 @@ class Key:
       bounds: of a number, or of each number in a tuple; None for no check.
       choices: the allowed values; empty for no check.
       is_range: a tuple (low, high), low <= high.
-      may_change: a run may be resumed with another value.
+      affects: what depends on the value. "training": the steps of a run, which is resumed only with
+        the same value. "results": evaluations, or what a resumed run no longer uses or compares in
+        another way, such as its data. "nothing": only speed, logs and how often a run is saved.
     """
 
     default: Any
@@ -67,7 +70,7 @@ class Key:
     bounds: Bounds | None = None
     choices: tuple[Any, ...] = ()
     is_range: bool = False
-    may_change: bool = False
+    affects: Literal["training", "results", "nothing"] = "training"
 
     @property
     def meaning(self) -> str:
@@ -88,6 +91,8 @@ class Key:
         """
         if self.choices:
             require_choice(name, value, self.choices)
+        elif isinstance(value, str) and value.lower() in ("true", "false", "none", "null"):
+            raise UserError(f"{name} is '{value}'. Set a name, or leave it empty: --{name}=")
         if self.bounds is None:
             return
         if not isinstance(value, tuple):
@@ -179,8 +184,12 @@ _DATA: Group = {
         "records written by `ssl-jax data convert`, or a dataset prepared by TFDS",
         choices=("digits", "folder", "packed", "records", "tfds"),
     ),
-    "dir": Key("", "Training images: a folder, a packed file, or TFDS's data_dir (empty: its own)"),
-    "test_dir": Key("", "Held-out images, as in data.dir"),
+    "dir": Key(
+        "",
+        "Training images: a folder, a packed file, or TFDS's data_dir (empty: its own)",
+        affects="results",  # compared by the images' fingerprint
+    ),
+    "test_dir": Key("", "Held-out images, as in data.dir", affects="results"),
     "dataset": Key("", "TFDS dataset"),
     "split": Key("train", "TFDS split for training; slices such as train[:10%] are allowed"),
     "test_split": Key("", "TFDS split for evaluation"),
@@ -190,6 +199,7 @@ _DATA: Group = {
         "fatal",
         "If an image cannot be read: stop, or use another one instead",
         choices=("fatal", "skip"),
+        affects="results",  # no step before the first such image
     ),
     "num_classes": Key(0, "Number of classes; 0: taken from the labels", AT_LEAST_0),
     "test_fraction": Key(
@@ -197,9 +207,9 @@ _DATA: Group = {
         "Share of the images held out for testing if the source has no test split",
         Bounds(0, 1, open_low=True, open_high=True),
     ),
-    "threads": Key(0, "Host pipeline threads; 0: one per core", AT_LEAST_0, may_change=True),
+    "threads": Key(0, "Host pipeline threads; 0: one per core", AT_LEAST_0, affects="nothing"),
     "timeout_s": Key(
-        900.0, "Stop after this many seconds without a batch; 0: never", FINITE, may_change=True
+        900.0, "Stop after this many seconds without a batch; 0: never", FINITE, affects="nothing"
     ),
     "subset": Key(
         1.0, "Share of the training images to use, stratified by class", POSITIVE_FRACTION
@@ -243,7 +253,7 @@ _MODEL: Group = {
         0,
         "Devices that share BatchNorm statistics; 0: all, 1: no sharing, n: groups of n",
         AT_LEAST_0,
-        may_change=True,
+        affects="results",  # compared by the number of images that share them
     ),
 }
 _OPTIM: Group = {
@@ -275,25 +285,35 @@ _OPTIM: Group = {
     "per_epoch": Key(False, "Update the learning rate once per epoch, as in MoCo's code"),
     "frozen_steps": Key(0, "SwAV: initial steps with frozen prototypes", AT_LEAST_0),
 }
+_Evaluation = functools.partial(Key, affects="results")
 _EVAL: Group = {
-    "knn_every_epochs": Key(10.0, "Epochs between kNN evaluations; 0: none in training", FINITE),
+    "knn_every_epochs": _Evaluation(
+        10.0, "Epochs between kNN evaluations; 0: none in training", FINITE
+    ),
+    # Its weights are part of the state.
     "probe": Key(True, "Train a linear probe online if there are labels"),
-    "knn_k": Key(200, "Number of neighbors in kNN", POSITIVE),
-    "knn_temperature": Key(0.1, "Temperature of the kNN votes", POSITIVE),
-    "crop_fraction": Key(0.875, "Center crop as a share of the side; 1: none", Bounds(1e-3, 1)),
-    "interpolation": Key("bicubic", "Interpolation when resizing for evaluation"),
-    "batch_size": Key(256, "Batch size for feature extraction", POSITIVE, may_change=True),
-    "labels_per_class": Key((1, 5, 10), "Labels per class of few-label evaluations", POSITIVE),
-    "trials": Key(20, "Random label subsets to average few-label accuracies over", POSITIVE),
-    "at_end": Key(
+    "knn_k": _Evaluation(200, "Number of neighbors in kNN", POSITIVE),
+    "knn_temperature": _Evaluation(0.1, "Temperature of the kNN votes", POSITIVE),
+    "crop_fraction": _Evaluation(
+        0.875, "Center crop as a share of the side; 1: none", Bounds(1e-3, 1)
+    ),
+    "interpolation": _Evaluation("bicubic", "Interpolation when resizing for evaluation"),
+    "batch_size": Key(256, "Batch size for feature extraction", POSITIVE, affects="nothing"),
+    "labels_per_class": _Evaluation(
+        (1, 5, 10), "Labels per class of few-label evaluations", POSITIVE
+    ),
+    "trials": _Evaluation(
+        20, "Random label subsets to average few-label accuracies over", POSITIVE
+    ),
+    "at_end": _Evaluation(
         True,
         "Evaluate frozen features at the end of a run, and compare with raw pixels and random "
         "features",
     ),
-    "linear_images": Key(
+    "linear_images": _Evaluation(
         50_000, "Maximum training images of the linear probe with all labels", POSITIVE
     ),
-    "projector_layer": Key(
+    "projector_layer": _Evaluation(
         0,
         "Features to evaluate: those of the encoder (0), or of the projector's hidden layer n "
         "after its ReLU (SimCLR v2)",
@@ -365,7 +385,7 @@ _METHODS: Group = {
         "projector_hidden": Key(0, "Width of those layers; 0: the encoder's width", AT_LEAST_0),
     },
     "distill": {
-        "teacher": Key("", "Workdir of the supervised run that is the teacher"),
+        "teacher": Key("", "Workdir of the supervised run that is the teacher", affects="results"),
         "step": Key(0, "Step of the teacher's checkpoint; 0: the newest", AT_LEAST_0),
         "temperature": Key(1.0, "Temperature of teacher and student", POSITIVE),
         "labels": Key(0.0, "Weight of the cross-entropy with labels in the loss", FRACTION),
@@ -380,8 +400,15 @@ _METHODS: Group = {
     },
 }
 _CHECKPOINT: Group = {
-    "every_epochs": Key(10.0, "Epochs between checkpoints; 0: only at the end", FINITE),
-    "keep": Key(2, "Newest checkpoints to keep, in addition to the best by kNN", AT_LEAST_1),
+    "every_epochs": Key(
+        10.0, "Epochs between checkpoints; 0: only at the end", FINITE, affects="nothing"
+    ),
+    "keep": Key(
+        2,
+        "Newest checkpoints to keep, in addition to the best by kNN",
+        AT_LEAST_1,
+        affects="nothing",
+    ),
 }
 
 SCHEMA: Group = {
@@ -412,7 +439,7 @@ SCHEMA: Group = {
         "Steps that may be skipped over the whole run because loss or gradients are not finite; "
         "the next one stops the run. A skipped step changes only the step number",
         AT_LEAST_0,
-        may_change=True,
+        affects="results",
     ),
     "spmd": Key(
         "shard_map",
@@ -424,13 +451,13 @@ SCHEMA: Group = {
         "Compute dtype; parameters, statistics and losses stay float32",
         choices=("float32", "bfloat16"),
     ),
-    "log_every": Key(10, "Steps between logged metrics", POSITIVE),
-    "wandb": Key("", "Weights & Biases project to log to; empty: none", may_change=True),
+    "log_every": Key(10, "Steps between logged metrics", POSITIVE, affects="nothing"),
+    "wandb": Key("", "Weights & Biases project to log to; empty: none", affects="nothing"),
     "heartbeat_timeout_s": Key(
         60.0,
         "Seconds of silence after which a process counts as lost and the others stop",
         Bounds(1, 1e6),
-        may_change=True,
+        affects="nothing",
     ),
     "data": _DATA,
     "views": {"*": VIEW},
@@ -441,6 +468,7 @@ SCHEMA: Group = {
             "",
             "Initial weights: a run's workdir or a weights file; empty: random. Without heads, "
             "only the encoder and the layers of supervised.projector_layer are loaded",
+            affects="results",  # read only when a run starts
         ),
         "step": Key(0, "Step of the run's checkpoint; 0: the newest", AT_LEAST_0),
         "heads": Key(False, "Load all networks, from a run of the same method"),

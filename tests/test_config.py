@@ -230,11 +230,26 @@ def test_config_command_refuses_an_unknown_key(config_file, capsys):
     assert "Did you mean 'optim.lr'" in capsys.readouterr().err
 
 
-def test_differences_name_both_values_and_skip_keys_that_may_change():
-    old, new = default_config(), default_config()
+def test_differences_name_both_values_and_skip_keys_by_what_they_affect():
+    old, new = to_json(default_config()), default_config()
     new.optim.lr = 0.5
     new.data.threads = 3
-    assert differences(to_json(old), to_json(new)) == ["optim.lr: 0.3 -> 0.5"]
+    new.eval.knn_k = 9
+    new = to_json(new)
+    assert differences(old, new, ignore=("results", "nothing")) == ["optim.lr: 0.3 -> 0.5"]
+    assert differences(old, new, ignore=("nothing",)) == [
+        "eval.knn_k: 200 -> 9",
+        "optim.lr: 0.3 -> 0.5",
+    ]
+    assert len(differences(old, new)) == 3
+
+
+@pytest.mark.parametrize("text", ["False", "none"])
+def test_switch_in_place_of_a_name_is_refused(text):
+    with pytest.raises(UserError, match=f"config.wandb is '{text}'. Set a name, or leave it empty"):
+        apply_overrides(default_config(), [f"wandb={text}"])
+    assert apply_overrides(default_config(), ["optim.lr_scaling=none"]).optim.lr_scaling == "none"
+    assert apply_overrides(default_config(), ["wandb="]).wandb == ""
 
 
 def test_saved_config_with_unknown_or_missing_keys_is_refused():

@@ -183,8 +183,8 @@ def _finetuned(config: Any, dataset: str) -> tuple[str, str]:
 def _changes(base: Any, config: Any) -> dict[str, Any]:
     """Returns the keys that differ from the command's defaults and affect results."""
     values = flatten(to_json(config))
-    keys = [line.partition(":")[0] for line in differences(to_json(base), to_json(config))]
-    return {key: values[key] for key in keys if not key.startswith(("log_every", "checkpoint."))}
+    changed = differences(to_json(base), to_json(config), ignore=("nothing",))
+    return {key: values[key] for key in (line.partition(":")[0] for line in changed)}
 
 
 def _details(step: int, layer: int, changes: dict[str, Any]) -> str:

@@ -16,16 +16,29 @@ from ssl_jax.methods.base import make_encoder
 from ssl_jax.models.resnet import architecture
 from ssl_jax.step import TrainState
 
+# Keys of `config.distill` that come from the teacher's config.
+_FROM_TEACHER = (
+    *("depth", "width", "sk", "stem", "padding"),
+    *("projector_layer", "projector_hidden"),
+)
 
-def resolve_initial_weights(config: ConfigDict) -> None:
+
+def resolve_initial_weights(config: ConfigDict, started: ConfigDict | None = None) -> None:
     """Completes a config with keys of the runs that its weights come from.
 
     Args:
       config: changed in place: the width of a kept projector, the teacher's networks.
+      started: config of the run that is resumed, if any. Its checkpoints have all weights, so its
+        keys are copied and the sources, which may be gone, are not read.
 
     Raises:
       UserError: a source doesn't exist, or its networks don't fit.
     """
+    if started is not None:
+        if config.init_from.path:
+            config.supervised.projector_hidden = started.supervised.projector_hidden
+        config.distill.update({key: started.distill[key] for key in _FROM_TEACHER})
+        return
     if config.init_from.path:
         _resolve_encoder(config)
     if config.method == "distill" and config.distill.teacher:

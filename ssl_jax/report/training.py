@@ -201,7 +201,7 @@ def _indicators(metrics: Metrics, run: dict[str, Any]) -> list[CollapseSign]:
 def _watched(run: dict[str, Any]) -> tuple[float | None, int]:
     """The loss of constant outputs, and for how many steps the loss may start there."""
     derived: dict[str, Any] = {}
-    for record in (run, *run.get("continued", ())):
+    for record in (run, *run.get("resumed", ())):
         derived |= record.get("derived") or {}
     if "trivial_loss" in derived:
         return derived["trivial_loss"], derived["patience"]

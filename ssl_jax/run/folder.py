@@ -3,12 +3,13 @@
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import platform
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,26 +19,32 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import differences, from_json, to_json
 from ssl_jax.errors import UserError
-from ssl_jax.files import appending, replacing, writing
+from ssl_jax.files import appending, reason, replacing, writing
 from ssl_jax.version import __version__
 
 # Version of a run's folder: the keys of config.json other than the config, and the tree of
 # checkpoints, which tests/run/test_run_folder.py checks. Raise it when either changes; new config
 # keys don't need it (`ssl_jax.config.from_json`).
-FORMAT = 2
+FORMAT = 3
 # Derived values that affect warnings, not training.
 _WARNING_ONLY = ("derived.trivial_loss:", "derived.patience:")
+_log = logging.getLogger("ssl_jax.run.folder")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "numpy")
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def locked(workdir: Path) -> Iterator[Callable[[], None]]:
     """Holds a run's folder for this process.
 
-    The lock is the operating system's, so a killed run leaves none behind.
+    The lock is the operating system's, so a killed run leaves none behind. On file systems without
+    locks (Lustre mounted without `flock`, for example) a warning is logged instead.
 
     Args:
       workdir: created if it doesn't exist.
+
+    Yields:
+      A function that raises a `UserError` if the folder has been renamed or removed since. What is
+      written by its path would otherwise end up in a second folder.
 
     Raises:
       UserError: another run (named in the message) holds it, or it can't be written.
@@ -46,7 +53,7 @@ def locked(workdir: Path) -> Iterator[None]:
     with writing(workdir, "or choose another --workdir"):
         workdir.mkdir(parents=True, exist_ok=True)
         file = appending(lock)
-    with file:
+    with file, _require_in_place(workdir) as require_in_place:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -56,12 +63,40 @@ def locked(workdir: Path) -> Iterator[None]:
                 f"Another run is using {workdir} ({holder}). Wait for it to finish, or choose "
                 "another --workdir."
             ) from error
+        except OSError as error:
+            _log.warning(
+                "warning: cannot lock %s (%s), so a second run in this folder would go unnoticed.",
+                workdir,
+                reason(error),
+            )
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         holder = f"process {os.getpid()} on {socket.gethostname()}, started {started}"
         with writing(lock):
             file.truncate(0)
             os.write(file.fileno(), holder.encode())  # unbuffered, or closing would write it
-        yield
+        yield require_in_place
+
+
+@contextlib.contextmanager
+def _require_in_place(workdir: Path) -> Iterator[Callable[[], None]]:
+    # Some network file systems keep a folder's number only while it is open.
+    descriptor = os.open(workdir, os.O_RDONLY | os.O_DIRECTORY)
+
+    def require() -> None:
+        with contextlib.suppress(OSError):
+            moved = True
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                moved = not os.path.samestat(os.fstat(descriptor), os.stat(workdir))
+            if moved:
+                raise UserError(
+                    f"{workdir} was renamed or removed while its run was in progress. Rename it "
+                    "back, or pass its new path as --workdir, then rerun the command to resume."
+                )
+
+    try:
+        yield require
+    finally:
+        os.close(descriptor)
 
 
 def lock_text(workdir: Path, patience_s: float = 10.0) -> str:
@@ -86,15 +121,19 @@ def write_config(
     config: ConfigDict,
     command: str,
     data: str = "",
+    test_data: str = "",
     derived: dict[str, Any] | None = None,
 ) -> None:
-    """Writes `config.json`, or checks that the run in the folder has the same config.
+    """Writes `config.json`, or checks that the run in the folder can be resumed with this config.
+
+    Keys that don't affect training may differ; `note_resumption` records them.
 
     Args:
       workdir: of the run.
       config: resolved.
       command: command line that started the run, for "how to reproduce".
       data: fingerprint of the training data.
+      test_data: fingerprint of the held-out data; "" if there is none.
       derived: values that follow from the config and the devices, for the record.
 
     Raises:
@@ -102,12 +141,21 @@ def write_config(
         differences.
     """
     path = workdir / "config.json"
-    kept = any(folder.name.isdigit() for folder in (workdir / "checkpoints").glob("*"))
+    kept = has_checkpoint(workdir)
     if path.exists():
         record = read_record(workdir)
-        changed = differences(to_json(from_json(record["config"])), to_json(config))
-        if record.get("data", data) != data:
-            changed.append(f"the training data: {record['data']} -> {data}")
+        before, now = to_json(from_json(record["config"])), to_json(config)
+        changed = differences(before, now, ignore=("results", "nothing"))
+        for group, key in (("init_from", "path"), ("distill", "teacher")):
+            # A source may have been renamed, but not added or removed.
+            if bool(before[group][key]) != bool(now[group][key]):
+                changed.append(f"{group}.{key}: {before[group][key]!r} -> {now[group][key]!r}")
+        for what, name, found in (
+            ("training", "data", data),
+            ("held-out", "test_data", test_data),
+        ):
+            if record.get(name, found) != found:
+                changed.append(f"the {what} data: {record[name] or 'none'} -> {found or 'none'}")
         if changed:
             hint = "" if kept else "; this one has no checkpoint yet and can be deleted"
             raise UserError(
@@ -125,10 +173,23 @@ def write_config(
         "config": to_json(config),
         "derived": derived or {},
         "data": data,
+        "test_data": test_data,
         "command": command,
         **environment(),
     }
     _write_record(workdir, record)
+
+
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether the run in a folder has saved a checkpoint, intact or not."""
+    return any(folder.name.isdigit() for folder in (workdir / "checkpoints").glob("*"))
+
+
+def started_config(workdir: Path) -> ConfigDict | None:
+    """The config of the run that will be resumed in a folder; None for a new run."""
+    if has_checkpoint(workdir) and (workdir / "config.json").exists():
+        return read_config(workdir)
+    return None
 
 
 def read_record(workdir: Path) -> dict[str, Any]:
@@ -160,12 +221,20 @@ def read_record(workdir: Path) -> dict[str, Any]:
     return record
 
 
-def note_resumption(workdir: Path, step: int, derived: dict[str, Any] | None = None) -> list[str]:
-    """Records that the run is resumed, and in which environment.
+def changed_settings(workdir: Path, config: ConfigDict) -> list[str]:
+    """The keys of the recorded config that a resumed run changes, as lines `key: old -> new`."""
+    return differences(to_json(read_config(workdir)), to_json(config))
+
+
+def note_resumption(
+    workdir: Path, step: int, config: ConfigDict, derived: dict[str, Any] | None = None
+) -> list[str]:
+    """Records that the run is resumed, with which changed settings, and in which environment.
 
     Args:
       workdir: of the run.
-      step: of the restored checkpoint.
+      step: of the restored checkpoint; 0 without one.
+      config: replaces the recorded config.
       derived: values that follow from the config and the devices.
 
     Returns:
@@ -173,10 +242,12 @@ def note_resumption(workdir: Path, step: int, derived: dict[str, Any] | None = N
       equality.
     """
     record, now = read_record(workdir), {"derived": derived or {}, **environment()}
-    record.setdefault("continued", []).append({"step": step, **now})
+    changed = changed_settings(workdir, config)
+    record["config"] = to_json(config)
+    record.setdefault("resumed", []).append({"step": step, "changed": changed, **now})
     _write_record(workdir, record)
-    changed = differences({key: record.get(key) for key in now}, now)
-    return [line for line in changed if not line.startswith(_WARNING_ONLY)]
+    elsewhere = differences({key: record.get(key) for key in now}, now)
+    return [line for line in elsewhere if not line.startswith(_WARNING_ONLY)]
 
 
 def _write_record(workdir: Path, record: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ssl_jax.data.pipeline import Prefetcher
 from ssl_jax.files import local_path
 from ssl_jax.report import evaluation_table, write_images, write_report
 from ssl_jax.run import processes
-from ssl_jax.run.folder import lock_text, locked, write_config
+from ssl_jax.run.folder import lock_text, locked, started_config, write_config
 from ssl_jax.run.memory import enough_memory, step_suggestions
 from ssl_jax.run.nonfinite import COUNT, STEP
 from ssl_jax.step import TrainState
@@ -50,15 +51,17 @@ def pretrain(
     with contextlib.ExitStack() as folder:
         # Errors of the config surface here, before the folder is touched.
         with processes.raise_on_all_processes():
-            setup = Setup(config)
+            setup = Setup(config, started_config(workdir))
+        in_place: Callable[[], None] = lambda: None  # noqa: E731
         with processes.raise_on_all_processes():
             if processes.is_primary():
-                folder.enter_context(locked(workdir))
-                write_config(workdir, setup.config, command, setup.train.fingerprint, setup.derived)
+                in_place = folder.enter_context(locked(workdir))
+                data = (setup.train.fingerprint, setup.test.fingerprint if setup.test else "")
+                write_config(workdir, setup.config, command, *data, setup.derived)
         seen = {"workdir": lock_text(workdir), "config": json.dumps(to_json(config))}
         processes.require_same(seen)
         with enough_memory("The step", step_suggestions(config, setup.spmd.size), _PLAN):
-            run, state = start_run(setup, workdir, verbosity)
+            run, state = start_run(setup, workdir, verbosity, in_place)
             # Until here SIGTERM ends the process, whatever it waits for: no step would be lost.
             stop = folder.enter_context(processes.Stop())
             with run.closing():
@@ -89,6 +92,7 @@ def train(run: Run, state: TrainState, stop: processes.Stop) -> tuple[TrainState
     evaluate_every = setup.schedule.every(config.eval.knn_every_epochs)
     save_every = setup.schedule.every(config.checkpoint.every_epochs)
     step, first, place = run.start, run.start + 1, setup.spmd.place_batch
+    metrics: dict[str, jax.Array] = {}
     unlogged: dict[str, jax.Array] | None = None
     # The cadence, after each step:
     # 1. Log the previous step, one step late. Fetching metrics waits for their step; meanwhile the
@@ -106,7 +110,9 @@ def train(run: Run, state: TrainState, stop: processes.Stop) -> tuple[TrainState
             batch = batches.next()
             if step == first:
                 train_step = _compiled(run, state, batch)
-            state, metrics = train_step(state, batch, run.device_data)
+            before, (state, metrics) = metrics, train_step(state, batch, run.device_data)
+            # At most two steps are in flight: each keeps its batch in memory.
+            jax.block_until_ready(before)
             if step == first:  # warmup, which rates exclude
                 jax.block_until_ready(metrics)
                 run.progress.start(step, batches.wait_seconds)
@@ -127,6 +133,7 @@ def train(run: Run, state: TrainState, stop: processes.Stop) -> tuple[TrainState
             knn = evaluate(run, state, step) if evaluating else None
             if saving:
                 with run.progress.paused():
+                    run.require_in_place()
                     run.checkpoints.save(step, state, knn)
             if stopping:
                 break

@@ -22,8 +22,12 @@ class Setup:
       derived: recorded in the run's folder, as it depends on devices and method.
     """
 
-    def __init__(self, config: ConfigDict) -> None:
+    def __init__(self, config: ConfigDict, started: ConfigDict | None = None) -> None:
         """Builds everything; compiles nothing.
+
+        Args:
+          config: of the run, validated.
+          started: config of the run that is resumed, if any.
 
         Raises:
           UserError: the config can't run on these devices or this data.
@@ -38,7 +42,7 @@ class Setup:
         masked = (config.method, config.data.name) == ("supervised", "tfds")
         if method_class(config.method).needs_labels and self.train.num_classes and not masked:
             self.train = labeled(self.train)
-        self.config = config = resolve(config, self.train)
+        self.config = config = resolve(config, self.train, started)
         self.schedule = run_schedule(config, self.train.num_examples)
         self.index = Index(self.train.num_examples, config.batch_size, config.seed)
         self.rows = self.spmd.local_indices(config.batch_size)
@@ -64,8 +68,13 @@ class Setup:
             self.derived["encoder"] = self.method.custom_encoder
 
 
-def resolve(config: ConfigDict, train: Source) -> ConfigDict:
+def resolve(config: ConfigDict, train: Source, started: ConfigDict | None = None) -> ConfigDict:
     """A copy of the config, completed from the data and from the runs that give initial weights.
+
+    Args:
+      config: of the run.
+      train: the training data.
+      started: see `Setup`.
 
     Raises:
       UserError: more classes than `config.data.num_classes`, or no such weights.
@@ -78,5 +87,5 @@ def resolve(config: ConfigDict, train: Source) -> ConfigDict:
             f"config.data.num_classes is {config.data.num_classes}, but the training images are of "
             f"{train.num_classes} classes. Set it to {train.num_classes}, or to 0."
         )
-    resolve_initial_weights(config)
+    resolve_initial_weights(config, started)
     return config

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ssl_jax.evals.evaluator import Evaluator, evaluated_variables
 from ssl_jax.interop.initial_weights import load_initial_weights
 from ssl_jax.run import processes
 from ssl_jax.run.checkpoint import Checkpoints, quarantine_corrupt
-from ssl_jax.run.folder import note_resumption
+from ssl_jax.run.folder import changed_settings, note_resumption
 from ssl_jax.run.log import Fetcher, MetricsLog, NoLog, Progress, read_metrics
 from ssl_jax.run.nonfinite import NonfiniteGuard
 from ssl_jax.run.wandb import WandbWriter
@@ -40,6 +40,7 @@ class Run:
       evaluator, checkpoints, progress, log: measure, save, print and write.
       guard, detector: follow the metrics for non-finite steps and for collapse.
       fetch: copies metrics to the host, counted.
+      in_place: raises a `UserError` if the folder was renamed; see `locked`.
       began: `time.perf_counter()` at the start.
     """
 
@@ -55,14 +56,16 @@ class Run:
     guard: NonfiniteGuard
     detector: CollapseDetector
     fetch: Fetcher
+    in_place: Callable[[], None]
     began: float
 
     def log_step(self, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
         """Fetches, checks and logs the metrics of a step; `waited` is in seconds, for data.
 
         Raises:
-          UserError: too many steps were not finite.
+          UserError: too many steps were not finite, or the run's folder was renamed.
         """
+        self.require_in_place()
         scalars = self.check_finite(step, metrics)
         rates: dict[str, Any] = self.progress.rates(step, waited)
         if rates and jax.process_count() > 1:  # each process's rates, so that a slow one shows
@@ -81,6 +84,11 @@ class Run:
         scalars: dict[str, Any] = self.fetch(metrics)
         self.progress.warn(*self.guard.check(step, scalars, self.checkpoints.latest_step))
         return scalars
+
+    def require_in_place(self) -> None:
+        """Raises a `UserError`, on all processes, if the run's folder was renamed or removed."""
+        with processes.raise_on_all_processes():
+            self.in_place()
 
     def log_evaluation(self, step: int, measured: dict[str, float]) -> None:
         """Logs what was measured on the frozen encoder's features."""
@@ -113,10 +121,24 @@ class Run:
             self.log.close(failed)
 
 
-def start_run(setup: Setup, workdir: Path, verbosity: str = "all") -> tuple[Run, TrainState]:
+def start_run(
+    setup: Setup,
+    workdir: Path,
+    verbosity: str = "all",
+    in_place: Callable[[], None] = lambda: None,
+) -> tuple[Run, TrainState]:
     """Restores the newest checkpoint or initializes the state, and opens the log.
 
     All processes of the run call it together.
+
+    Args:
+      setup: what the run is built from.
+      workdir: the run's folder.
+      verbosity: how much to print; see `Progress`.
+      in_place: see `Run`.
+
+    Returns:
+      The run and its state.
 
     Raises:
       UserError: processes see different data or checkpoints, or a checkpoint can't be read.
@@ -166,6 +188,7 @@ def start_run(setup: Setup, workdir: Path, verbosity: str = "all") -> tuple[Run,
         guard=guard,
         detector=detector,
         fetch=fetch,
+        in_place=in_place,
         began=began,
     )
     return run, state
@@ -186,12 +209,15 @@ def _resume(
         start, state, warnings = checkpoints.restore_newest(state, workdir / "corrupt")
         progress.warn(*warnings)
         progress.note(f"Resuming from step {start} of {total}.")
-        with processes.raise_on_all_processes():
-            if processes.is_primary() and start < total:
-                changed = note_resumption(workdir, start, setup.derived)
-                progress.note(*summary.environment_notes(changed))
     elif (workdir / "metrics.jsonl").exists():
         progress.note("No checkpoint found; restarting from step 0.")
+    with processes.raise_on_all_processes():
+        if processes.is_primary():
+            changed = changed_settings(workdir, setup.config)
+            if changed or 0 < start < total:
+                elsewhere = note_resumption(workdir, start, setup.config, setup.derived)
+                progress.note(*summary.settings_notes(changed, start, total))
+                progress.note(*summary.environment_notes(elsewhere if 0 < start < total else []))
     return state, start
 
 

@@ -134,6 +134,24 @@ def warmup_warnings(setup: Setup) -> list[str]:
     ]
 
 
+def settings_notes(changed: Sequence[str], start: int, total: int) -> list[str]:
+    """A note on a resumed run whose settings have changed.
+
+    Args:
+      changed: differences, as `changed_settings` returns them.
+      start: the step that the run resumes from; 0 without a checkpoint.
+      total: steps of the run.
+    """
+    if not changed:
+        return []
+    note = f"Settings changed ({'; '.join(changed)}); config.json records it."
+    if start and any(line.startswith(("init_from.", "distill.")) for line in changed):
+        note += " The run keeps its weights: initial weights are loaded only when a run starts."
+    if start == total and any(line.startswith("eval.") for line in changed):
+        note += " Existing results stay as measured; evaluate again with ssl-jax knn or linear."
+    return [note]
+
+
 def environment_notes(changed: Sequence[str]) -> list[str]:
     """A note on a resumed run whose environment has changed: how close its losses will be.
 

@@ -539,10 +539,10 @@ def test_halved_spread_is_a_sign_and_recovery_is_noted(tmp_path):
         ({}, 50, "No sign of collapse."),
     ],
 )
-@pytest.mark.parametrize("continued", [False, True])
-def test_loss_may_stay_at_the_trivial_loss_during_warmup(tmp_path, derived, last, words, continued):
-    # A folder from before these were derived has them from when it went on.
-    recorded = {"continued": [{"derived": derived}]} if continued else {"derived": derived}
+@pytest.mark.parametrize("resumed", [False, True])
+def test_loss_may_stay_at_the_trivial_loss_during_warmup(tmp_path, derived, last, words, resumed):
+    # A run from before these were derived has them since it was resumed.
+    recorded = {"resumed": [{"derived": derived}]} if resumed else {"derived": derived}
     config = config_lib.to_json(config_lib.default_config()) | {"method": "own"}
     write_run(tmp_path, config=config, **recorded)
     logged = [{"step": s, "loss": 8.0, "embedding_std": 0.7} for s in range(10, last + 1, 10)]

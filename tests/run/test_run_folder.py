@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -13,12 +14,14 @@ from ssl_jax.config import Schedule, default_config, to_json
 from ssl_jax.errors import UserError
 from ssl_jax.run.folder import (
     FORMAT,
+    changed_settings,
     git_revision,
     lock_text,
     locked,
     note_resumption,
     read_config,
     read_record,
+    started_config,
     write_config,
 )
 from ssl_jax.step import assemble, init_state
@@ -94,7 +97,7 @@ def test_full_disk_while_writing_the_record_is_a_user_error(tmp_path, monkeypatc
     before = (tmp_path / "config.json").read_bytes()
     full_disk(monkeypatch, Path, "write_text")
     with pytest.raises(UserError, match=message):
-        note_resumption(tmp_path, 3)
+        note_resumption(tmp_path, 3, default_config())
     assert (tmp_path / "config.json").read_bytes() == before
 
 
@@ -123,6 +126,47 @@ def test_different_config_is_refused_with_the_differences(tmp_path):
     with pytest.raises(UserError, match="choose another --workdir.$"):
         write_config(tmp_path, config, "")
     assert (tmp_path / "config.json").read_bytes() == before
+
+
+CHANGED = {
+    "log_every": 7,
+    "wandb": "tries",
+    "checkpoint.every_epochs": 3.0,
+    "checkpoint.keep": 5,
+    "data.dir": "/scratch/images",
+    "data.test_dir": "/scratch/test",
+    "data.on_bad_image": "skip",
+    "eval.knn_every_epochs": 1.0,
+    "eval.trials": 3,
+    "init_from.path": "runs/renamed",
+}
+
+
+def test_keys_that_do_not_affect_training_may_change_and_the_change_is_recorded(tmp_path):
+    config = default_config()
+    config.init_from.path = "runs/a"
+    write_config(tmp_path, config, "", "96 images", "32 images")
+    config.update_from_flattened_dict(CHANGED)
+    write_config(tmp_path, config, "", "96 images", "32 images")
+    changed = changed_settings(tmp_path, config)
+    assert [line.partition(":")[0] for line in changed] == sorted(CHANGED)
+    assert "log_every: 10 -> 7" in changed
+    note_resumption(tmp_path, 5, config)
+    record = read_record(tmp_path)
+    assert record["config"] == to_json(config) and changed_settings(tmp_path, config) == []
+    assert record["resumed"][0]["step"] == 5 and record["resumed"][0]["changed"] == changed
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("eval.probe", False), ("init_from.path", "runs/b"), ("distill.teacher", "b"), ("seed", 1)],
+)
+def test_keys_that_affect_training_or_add_initial_weights_are_refused(tmp_path, key, value):
+    config = default_config()
+    write_config(tmp_path, config, "")
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=rf"different config \({key}: "):
+        write_config(tmp_path, config, "")
 
 
 def test_checkpoints_without_config_json_are_refused(tmp_path):
@@ -191,6 +235,43 @@ def test_different_data_is_refused(tmp_path):
     write_config(tmp_path, default_config(), "", data="64 images, checksum 1")
     with pytest.raises(UserError, match="training data: 64 images, .* -> 65 images"):
         write_config(tmp_path, default_config(), "", data="65 images, checksum 2")
+    with pytest.raises(UserError, match="held-out data: none -> 9 images"):
+        write_config(tmp_path, default_config(), "", "64 images, checksum 1", "9 images")
+
+
+def test_run_counts_as_started_from_its_first_checkpoint(tmp_path):
+    write_config(tmp_path, default_config(), "")
+    assert started_config(tmp_path) is None
+    (tmp_path / "checkpoints" / "12").mkdir(parents=True)
+    assert to_json(started_config(tmp_path)) == to_json(default_config())
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_file_system_without_locks_is_warned_about(tmp_path, monkeypatch, caplog, code):
+    """As Lustre is often mounted."""
+
+    def refuse(*args):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with locked(tmp_path):
+        assert f"process {os.getpid()}" in (tmp_path / ".lock").read_text()
+    assert f"cannot lock {tmp_path} ({os.strerror(code)})" in caplog.text
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_folder_renamed_while_a_run_holds_it_is_detected(tmp_path, replaced):
+    workdir = tmp_path / "run"
+    with locked(workdir) as require_in_place:
+        require_in_place()
+        workdir.rename(tmp_path / "renamed")
+        if replaced:
+            workdir.mkdir()
+        with pytest.raises(UserError, match="/run was renamed or removed .* Rename it back"):
+            require_in_place()
+        if not replaced:
+            (tmp_path / "renamed").rename(workdir)
+            require_in_place()
 
 
 def test_revision_is_empty_without_git(monkeypatch):
@@ -200,20 +281,21 @@ def test_revision_is_empty_without_git(monkeypatch):
 
 def test_resumption_is_recorded_with_environment_changes(tmp_path, monkeypatch):
     write_config(tmp_path, default_config(), "")
-    assert note_resumption(tmp_path, 3) == []
+    assert note_resumption(tmp_path, 3, default_config()) == []
     monkeypatch.setenv("XLA_FLAGS", "--other")
-    (changed,) = note_resumption(tmp_path, 5)
+    (changed,) = note_resumption(tmp_path, 5, default_config())
     assert changed.startswith("xla_flags: ") and changed.endswith("-> --other")
-    assert [c["step"] for c in read_record(tmp_path)["continued"]] == [3, 5]
+    assert [c["step"] for c in read_record(tmp_path)["resumed"]] == [3, 5]
 
 
 def test_values_that_affect_only_warnings_are_recorded_but_no_difference(tmp_path):
     write_config(tmp_path, default_config(), "", derived={"batchnorm_images": 20})
     now = {"batchnorm_images": 20, "trivial_loss": 8.0, "patience": 30}  # keys of later versions
-    assert note_resumption(tmp_path, 3, now) == []
-    changed = note_resumption(tmp_path, 5, now | {"batchnorm_images": 40, "patience": 60})
+    assert note_resumption(tmp_path, 3, default_config(), now) == []
+    later = now | {"batchnorm_images": 40, "patience": 60}
+    changed = note_resumption(tmp_path, 5, default_config(), later)
     assert changed == ["derived.batchnorm_images: 20 -> 40"]
-    assert read_record(tmp_path)["continued"][0]["derived"] == now
+    assert read_record(tmp_path)["resumed"][0]["derived"] == now
 
 
 if __name__ == "__main__":

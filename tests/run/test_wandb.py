@@ -10,7 +10,6 @@ import pytest
 import wandb
 from tiny import share_steps, tiny_config, with_whole_images
 
-from ssl_jax.config import default_config, differences, to_json
 from ssl_jax.errors import UserError
 from ssl_jax.run.log import MetricsLog, read_metrics
 from ssl_jax.run.wandb import WandbWriter, require_wandb
@@ -144,9 +143,3 @@ def test_run_sends_its_metrics_and_a_finished_run_sends_nothing(offline, monkeyp
     content = file.read_bytes()
     assert all(part in content for part in (b"embedding_std", b"learning_rate", b"views"))
     assert read_metrics(offline / "metrics.jsonl")[-1]["step"] == 2
-
-
-def test_wandb_may_be_turned_on_when_a_run_resumes():
-    old, new = default_config(), default_config()
-    new.wandb = "tries"
-    assert differences(to_json(old), to_json(new)) == []
