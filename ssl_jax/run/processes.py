@@ -5,7 +5,9 @@ launched here. In a run of one process every function returns immediately.
 """
 
 import contextlib
+import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -25,6 +27,9 @@ from ssl_jax.errors import UserError, first_line
 _TEXT = 1024  # bytes of an error message that processes share
 # For clusters that JAX doesn't know. JAX itself reads only the first one.
 _COORDINATOR, _COUNT, _ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+# The number of processes that Open MPI's mpirun or Slurm's srun has started, in JAX's order.
+_LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+_log = logging.getLogger("ssl_jax.run.processes")
 
 
 def join(heartbeat_timeout_s: float) -> None:
@@ -41,15 +46,16 @@ def join(heartbeat_timeout_s: float) -> None:
     Raises:
       UserError: the variables are incomplete, or the other processes can't be reached.
     """
-    if jax.distributed.is_initialized() or os.environ.get(_COUNT) == "1":
+    counts = (os.environ[name] for name in (_COUNT, *_LAUNCHED) if name in os.environ)
+    if jax.distributed.is_initialized() or next(counts, "") == "1":
         return
     given: dict[str, Any] = {}
+    if uses_all_devices():
+        given["local_device_ids"] = []
     if _COUNT in os.environ:
         try:
-            given = {
-                "num_processes": int(os.environ[_COUNT]),
-                "process_id": int(os.environ[_ID]),
-            }
+            given["num_processes"] = int(os.environ[_COUNT])
+            given["process_id"] = int(os.environ[_ID])
         except (KeyError, ValueError) as error:
             raise UserError(
                 f"{_COUNT} is set without a valid {_ID} and {_COORDINATOR}. Set them to a number "
@@ -60,7 +66,8 @@ def join(heartbeat_timeout_s: float) -> None:
         jax.distributed.initialize(**given, heartbeat_timeout_seconds=seconds)
     except ValueError as error:
         # JAX's message if it finds no cluster to join.
-        if given or _COORDINATOR in os.environ or "should be defined" not in str(error):
+        explicit = "num_processes" in given or _COORDINATOR in os.environ
+        if explicit or "should be defined" not in str(error):
             raise UserError(f"Cannot join the other processes ({first_line(error)}).") from error
     except RuntimeError as error:
         if "must be called before" in str(error):
@@ -69,6 +76,42 @@ def join(heartbeat_timeout_s: float) -> None:
             f"Cannot join the other processes ({first_line(error)}). Check that all of them are "
             f"running, or set {_COUNT}=1 to run a single process."
         ) from error
+
+
+def uses_all_devices() -> bool:
+    """Whether this process uses every GPU that it may see.
+
+    By default JAX gives each process under Slurm or Open MPI the one GPU whose number is the
+    process's rank on its node. That is wrong if there is one process per node, or if the launcher
+    shows each process its own GPUs only. Otherwise, a warning is logged if GPUs are left over.
+    """
+    processes, found = _processes_on_node(), os.environ
+    if processes is None or "JAX_LOCAL_DEVICE_IDS" in found:
+        return False  # JAX's own rules
+    listed = found.get("CUDA_VISIBLE_DEVICES", "")
+    gpus = int(found.get("SLURM_GPUS_ON_NODE", "0")) or listed.count(",") + 1
+    if processes == 1 or (listed and listed.count(",") + 1 < gpus):
+        return True
+    if gpus > processes and found.get("SLURM_PROCID", "0") == "0":
+        _log.warning(
+            "warning: %d processes on this node use one GPU each, so %d of %d GPUs are idle. Start "
+            "one process per GPU (Slurm: --ntasks-per-node=%d), or one per node, which uses all.",
+            *(processes, gpus - processes, gpus, gpus),
+        )
+    return False
+
+
+def _processes_on_node() -> int | None:
+    """How many processes of the run are on this node; None if the launcher doesn't say."""
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in os.environ:
+        return int(os.environ["OMPI_COMM_WORLD_LOCAL_SIZE"])
+    # "4(x2),3": four tasks on each of two nodes and three on the last.
+    counts: list[int] = []
+    listed = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    for tasks, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", listed):
+        counts += [int(tasks)] * int(nodes or 1)
+    node = int(os.environ.get("SLURM_NODEID", "0"))
+    return counts[node] if node < len(counts) else None
 
 
 def is_primary() -> bool:

@@ -1,7 +1,10 @@
 """Runs of several real processes on this machine, with two devices each."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -293,6 +296,87 @@ def test_join_without_a_cluster_does_nothing(monkeypatch):
     with pytest.raises(UserError, match="Cannot join the other processes"):
         processes.join(10)
     assert called[-1] == called[0] | {"num_processes": 4, "process_id": 2}
+
+
+SLURM = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NODEID": "1", "SLURM_LOCALID": "0"}
+ONE_EACH, FOUR_EACH = (SLURM | {"SLURM_STEP_TASKS_PER_NODE": n} for n in ("1(x4)", "4(x2)"))
+SHARED = {"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "all_devices", "idle"),
+    [
+        ({}, False, ""),
+        (ONE_EACH | SHARED, True, ""),  # one task per node
+        (ONE_EACH, True, ""),
+        (OPEN_MPI, True, ""),
+        (FOUR_EACH | SHARED, False, ""),  # one task per GPU
+        (FOUR_EACH | SHARED | {"CUDA_VISIBLE_DEVICES": "2"}, True, ""),  # --gpus-per-task=1
+        (FOUR_EACH | {"SLURM_GPUS_ON_NODE": "4"}, False, ""),
+        (FOUR_EACH, False, ""),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "3,2"} | SHARED, False, "so 2 of 4 GPUs are idle"),
+        (ONE_EACH | SHARED | {"JAX_LOCAL_DEVICE_IDS": "0,1"}, False, ""),
+    ],
+)
+def test_process_uses_all_gpus_unless_its_node_has_one_process_per_gpu(
+    monkeypatch, caplog, environment, all_devices, idle
+):
+    for name in [*SLURM, *SHARED, *OPEN_MPI, "SLURM_STEP_TASKS_PER_NODE", "JAX_LOCAL_DEVICE_IDS"]:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert processes.uses_all_devices() == all_devices
+    assert idle in caplog.text and bool(idle) == bool(caplog.text)
+    if idle:
+        assert "Slurm: --ntasks-per-node=4" in caplog.text
+    called = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda **given: called.append(given))
+    processes.join(10)
+    assert ("local_device_ids" in called[0]) == all_devices
+
+
+def test_single_task_of_a_launcher_joins_nothing(monkeypatch):
+    """It sees all devices; JAX would give it the first GPU only."""
+    monkeypatch.setattr("jax.distributed.initialize", lambda **given: pytest.fail("joined"))
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    processes.join(10)
+    # A shell in a step of one task, in which mpirun starts more.
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(pytest.fail.Exception):
+        processes.join(10)
+
+
+JOINED = """
+from jax._src import xla_bridge
+import jax
+from ssl_jax.run import processes
+processes.join(10)
+print(jax.process_count(), xla_bridge.CUDA_VISIBLE_DEVICES.value)
+"""
+
+
+@pytest.mark.long
+def test_one_task_per_node_restricts_no_gpus_in_jax_itself():
+    """Two simulated nodes. An empty list of devices is not documented to mean all of them."""
+    environment = os.environ | {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+        "SLURM_LOCALID": "0",
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOINED],
+            env=environment | {"SLURM_PROCID": str(i), "SLURM_NODEID": str(i)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    assert [process.communicate(timeout=300)[0] for process in started] == ["2 all\n"] * 2
 
 
 def test_collectives_of_a_single_process_return_its_values():
