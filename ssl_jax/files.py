@@ -16,7 +16,9 @@ from typing import IO
 
 from ssl_jax.errors import UserError, first_line
 
-_KNOWN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+# The file may be intact, but the file system doesn't give it.
+_UNREACHABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.ENOTCONN)
+_KNOWN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, *_UNREACHABLE)
 # Ends of the message.
 RESUME = "then rerun the same command to resume"
 RERUN = "then rerun the same command"
@@ -126,6 +128,14 @@ def reason(error: Exception) -> str:
         return error.strerror
     known = (os.strerror(code) for code in _KNOWN)
     return next((text for text in known if text in str(error)), first_line(error)[:300])
+
+
+def unreachable(error: Exception) -> bool:
+    """Whether an error, of Python or of a library, is of reaching a file, not of its content."""
+    return any(
+        getattr(error, "errno", None) == code or os.strerror(code) in str(error)
+        for code in _UNREACHABLE
+    )
 
 
 def _sync(path: Path) -> None:

@@ -94,3 +94,23 @@ def test_link_in_place_of_a_subfolder_is_refused(tmp_path):
     with pytest.raises(OSError, match="a link or a file in place of a folder"):
         subfolder(tmp_path, "evals")
     assert subfolder(tmp_path, "new") == subfolder(tmp_path, "new") == tmp_path / "new"
+
+
+def test_replaced_file_and_its_folder_are_flushed_to_the_disk(tmp_path, monkeypatch):
+    """After a power cut, a renamed file that was never flushed may be empty."""
+    events, sync, rename = [], os.fsync, os.replace
+
+    def record_sync(descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        events.append("folder" if path == str(tmp_path) else "file")
+        sync(descriptor)
+
+    def record_rename(old, new):
+        events.append("rename")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "replace", record_rename)
+    with replacing(tmp_path / "a.txt") as temporary:
+        temporary.write_text("x")
+    assert events == ["file", "rename", "folder"]

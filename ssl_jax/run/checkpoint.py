@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import shutil
 import threading
 import zlib
@@ -15,13 +16,17 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from ssl_jax.errors import UserError
-from ssl_jax.files import cannot_write, reason, replacing, subfolder
+from ssl_jax.files import cannot_write, reason, replacing, subfolder, unreachable
 
 Pytree = Any
 _SUMS = "checksums.json"
 _UNSEALED = ("_CHECKPOINT_METADATA", _SUMS)  # Orbax rewrites the first one at the end
 _POLL_S = 0.05
 _log = logging.getLogger("ssl_jax.run.checkpoint")
+
+
+class _ReadError(UserError):
+    """The file system doesn't answer; the checkpoint may be intact."""
 
 
 class Checkpoints:
@@ -40,7 +45,7 @@ class Checkpoints:
           read_only: change nothing, as a run may be using the directory.
 
         Raises:
-          UserError: the directory can't be read.
+          UserError: the directory can't be read, or has a link where a folder is written.
         """
         policy = policies.AnyPreservationPolicy(
             [
@@ -58,6 +63,8 @@ class Checkpoints:
         level = logger.level
         logger.setLevel(logging.ERROR)
         try:
+            if not read_only:
+                _refuse_links(self.directory)
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
                 # Without best_fn metrics aren't stored, and a restart doesn't know the best one.
@@ -156,6 +163,8 @@ class Checkpoints:
         except jax.errors.JaxRuntimeError:
             raise  # a process is lost, or a device is out of memory
         except Exception as error:  # corrupt arrays raise a plain Exception
+            if unreachable(error):
+                raise _unreadable(self.directory / str(step), error) from error
             raise UserError(
                 f"Cannot read the checkpoint of step {step} in {self.directory} "
                 f"({reason(error)}). If another version of ssl_jax wrote it (see config.json), use "
@@ -184,6 +193,8 @@ class Checkpoints:
         warnings: list[str] = []
         try:
             state = self.restore(step, like, verify=False)
+        except _ReadError:
+            raise
         except UserError:
             whole = [n for n in before if not damage(self.directory / str(n))]
             sealed = (self.directory / str(step) / _SUMS).exists()
@@ -215,6 +226,17 @@ class Checkpoints:
         finally:
             self._sealed()
         self._manager.close()
+
+
+def _refuse_links(directory: Path) -> None:
+    """Creates the directory, and refuses links: Orbax would write through them."""
+    with os.scandir(subfolder(directory.parent, directory.name)) as entries:
+        links = [entry.path for entry in entries if entry.is_symlink()]
+    if links:
+        raise UserError(
+            f"{links[0]} is a link, through which a run doesn't write. Move the folder there; only "
+            "the whole --workdir may be a link."
+        )
 
 
 def _seal(folder: Path, written: threading.Event) -> None:
@@ -260,12 +282,22 @@ def damage(folder: Path) -> str:
 
     A checkpoint without checksums (the process was killed right after writing it) counts as intact;
     a run that resumes from it adds them (`Checkpoints.restore_newest`).
+
+    Raises:
+      UserError: a file exists but can't be read now, which doesn't tell whether it is damaged.
     """
+    try:
+        return _damage(folder)
+    except OSError as error:
+        raise _unreadable(error.filename or folder, error) from error
+
+
+def _damage(folder: Path) -> str:
     try:
         sums = json.loads((folder / _SUMS).read_text())
     except FileNotFoundError:
         return "" if any(file.is_file() for file in folder.rglob("*")) else "it is empty"
-    except (OSError, ValueError):
+    except ValueError:
         return f"its {_SUMS} is unreadable"
     lists = isinstance(sums, dict) and all(isinstance(known, list) for known in sums.values())
     if not sums or not lists:
@@ -273,13 +305,19 @@ def damage(folder: Path) -> str:
     for name, expected in sums.items():
         try:
             found = _checksum(folder / name)
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             return f"{name}: {error.strerror}"
         if found != expected:
             if found[:1] == expected[:1]:
                 return f"{name} has different content"
             return f"{name} has a different size, {found[0]:,} bytes"
     return ""
+
+
+def _unreadable(file: Path, error: Exception) -> UserError:
+    return _ReadError(
+        f"Cannot read {file} ({reason(error)}). Check the file system, then rerun the same command."
+    )
 
 
 def _steps_in(directory: Path) -> list[int]:
@@ -325,7 +363,7 @@ def _quarantine(folder: Path, corrupt: str, aside: Path) -> str:
     """Moves a corrupt checkpoint away; returns a warning."""
     step = folder.name
     target, number = aside / step, 1
-    while target.exists():
+    while os.path.lexists(target):
         target, number = aside / f"{step}_{number}", number + 1
     try:
         subfolder(aside.parent, aside.name)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from ssl_jax.errors import UserError, first_line, install_extra
-from ssl_jax.files import replacing
+from ssl_jax.files import replacing, subfolder
 
 _ID_FILE = "wandb_id"
 
@@ -66,6 +66,7 @@ class WandbWriter:
 
         self._image, self._warn, self._broken = wandb.Image, warn, False
         try:
+            subfolder(workdir, "wandb")  # not a link
             file = workdir / _ID_FILE
             if not file.exists():
                 with replacing(file) as temporary:

@@ -1,3 +1,6 @@
+import errno
+import os
+import threading
 from pathlib import Path
 
 import jax
@@ -15,7 +18,7 @@ from tiny import (
 
 from ssl_jax.data.index import Index
 from ssl_jax.errors import UserError
-from ssl_jax.run.checkpoint import Checkpoints, damage, quarantine_corrupt
+from ssl_jax.run.checkpoint import Checkpoints, _seal, damage, quarantine_corrupt
 from ssl_jax.spmd import make_spmd
 
 
@@ -142,6 +145,61 @@ def test_run_is_refused_if_no_checkpoint_is_intact(tmp_path):
     assert all(folder.exists() for folder in folders.values())
     (folders[3] / "checksums.json").write_text("null")
     assert damage(folders[3]) == "its checksums.json is invalid"
+
+
+@pytest.mark.parametrize("name", ["checksums.json", "an array"])
+@pytest.mark.parametrize("code", [errno.ETIMEDOUT, errno.ESTALE, errno.EIO, errno.EACCES])
+def test_file_that_cannot_be_read_now_is_not_taken_for_damage(tmp_path, monkeypatch, name, code):
+    folder = tmp_path / "c" / "7"
+    (folder / "d").mkdir(parents=True)
+    (folder / "d" / "a").write_bytes(b"1234")
+    _seal(folder, threading.Event())
+    plain = Path.open
+
+    def unreadable(file, *args, **options):
+        if file.name == {"an array": "a"}.get(name, name):
+            raise OSError(code, os.strerror(code), str(file))
+        return plain(file, *args, **options)
+
+    assert damage(folder) == ""
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", unreadable)
+        message = rf"Cannot read .*7/.* \({os.strerror(code)}\)\. Check the file system, then rerun"
+        with pytest.raises(UserError, match=message):
+            quarantine_corrupt(tmp_path / "c", tmp_path / "corrupt")
+    assert folder.exists() and not (tmp_path / "corrupt").exists()
+
+
+def test_read_error_while_restoring_moves_nothing(tmp_path, monkeypatch):
+    """A checkpoint without checksums, which would be moved if its content were wrong."""
+    killed_before_its_checksums(tmp_path / "c")
+    checkpoints = Checkpoints(tmp_path / "c")
+
+    def unreadable(*args, **options):
+        raise ValueError("UNKNOWN: Error reading a [OS error 110: Connection timed out]")
+
+    monkeypatch.setattr(checkpoints._manager, "restore", unreadable)
+    with pytest.raises(
+        UserError, match=r"Cannot read .*2 \(Connection timed out\)\. Check the fil"
+    ):
+        checkpoints.restore_newest({"w": jnp.zeros((300, 300))}, tmp_path / "d")
+    monkeypatch.undo()
+    checkpoints.close()
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("place", ["c", "c/5.orbax-checkpoint-tmp", "c/7"])
+def test_link_in_place_of_a_checkpoint_folder_is_refused(tmp_path, place):
+    """A run's folder may come from someone else; Orbax would write through the link."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).symlink_to(elsewhere)
+    with pytest.raises(
+        UserError, match=r"Cannot read .* \(a link or|is a link, through which a run doe"
+    ):
+        Checkpoints(tmp_path / "c")
+    assert not list(elsewhere.iterdir())
 
 
 NOISE = np.random.default_rng(0).normal(size=(300, 300)).astype(np.float32)
