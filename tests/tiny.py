@@ -115,8 +115,9 @@ def share_steps(monkeypatch):
 
     def key(config):
         about = to_json(config)
-        for name in ("log_every", "heartbeat_timeout_s", "wandb", "checkpoint"):
+        for name in ("log_every", "heartbeat_timeout_s", "wandb", "checkpoint", "init_from"):
             del about[name]
+        about["data"] |= {"dir": "", "test_dir": ""}
         compiled = ("probe", "projector_layer", "crop_fraction", "interpolation")
         return ConfigDict(about | {"eval": {name: about["eval"][name] for name in compiled}})
 

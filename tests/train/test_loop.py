@@ -13,12 +13,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import jax
 import numpy as np
 import pytest
 from images import noise_files
-from tiny import leaves, share_steps, tiny_config, with_whole_images
+from tiny import leaves, random_source, share_steps, tiny_config, with_whole_images
 
 import ssl_jax
 from ssl_jax.cli.main import pretrain_main
@@ -27,6 +28,8 @@ from ssl_jax.evals import evaluator as eval_run
 from ssl_jax.interop.load import restore_state
 from ssl_jax.run.folder import write_config
 from ssl_jax.run.log import read_metrics
+from ssl_jax.run.nonfinite import COUNT, STEP
+from ssl_jax.run.processes import Stop
 from ssl_jax.spmd import Spmd
 from ssl_jax.train import loop, pretrain, setup, start
 
@@ -246,6 +249,99 @@ def test_loop_fetches_once_per_logged_step_and_transfers_only_batches(tmp_path, 
     assert runs[0].fetch.count == steps // 4
     assert len(placed) == steps
     assert all(b["id"].nbytes == 160 * 4 for b in placed)
+
+
+def test_at_most_two_steps_are_in_flight(monkeypatch):
+    """Metrics are fetched only at the end, so that nothing else waits for the devices."""
+    config, running, most = tiny_config(log_every=100, batch_size=160), [], []
+
+    class Metric:
+        def block_until_ready(self):
+            if self in running:
+                del running[: running.index(self) + 1]  # steps end in order
+
+    def step(state, batch, device_data):
+        running.append(Metric())
+        most.append(len(running))
+        return state, dict.fromkeys(("loss", COUNT, STEP), running[-1])
+
+    monkeypatch.setattr(loop, "_compiled", lambda *args: step)
+    monkeypatch.setattr(loop, "evaluate", lambda *args: None)
+    built = setup.Setup(config)
+    run = MagicMock(setup=built, start=0, device_data={})
+    with Stop() as stop:
+        loop.train(run, None, stop)
+    assert len(most) == 16 and most == [1, 1] + [2] * 14
+    assert run.log_step.call_count == 1
+
+
+def packed(path, source):
+    names = np.array(source.class_names)
+    np.savez(path, images=source.images, labels=source.labels, class_names=names)
+    return str(path)
+
+
+def four_steps(images):
+    """A config on a packed file, which is written, with a checkpoint every two steps."""
+    config = with_whole_images(tiny_config(steps=4, batch_size=32))
+    config.checkpoint.every_epochs = 1.0
+    config.data.update(name="packed", dir=packed(images, random_source(64)))
+    return config
+
+
+def test_run_resumes_with_changed_settings_moved_data_and_renamed_source(
+    finished, tmp_path, monkeypatch, capsys
+):
+    share_steps(monkeypatch)
+    source, workdir, moved = tmp_path / "source", tmp_path / "run", tmp_path / "scratch"
+    shutil.copytree(finished[1], source)
+    moved.mkdir()
+    config = four_steps(tmp_path / "images.npz")
+    config.init_from.path = str(source)
+    state = pretrain(config, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    source.rename(tmp_path / "renamed")
+    (tmp_path / "images.npz").rename(moved / "images.npz")
+    config.init_from.path = str(tmp_path / "renamed")
+    config.data.dir = str(moved / "images.npz")
+    config.log_every, config.eval.knn_every_epochs = 3, 5.0
+    capsys.readouterr()
+    again = pretrain(config, workdir)
+    out = capsys.readouterr().out
+    assert "Resuming from step 2 of 4." in out
+    (line,) = [line for line in out.splitlines() if line.startswith("Settings changed (")]
+    for key in ("data.dir: ", "eval.knn_every_epochs: 0.0 -> 5.0", "log_every: 1 -> 3"):
+        assert key in line
+    assert "The run keeps its weights" in line
+    for name, leaf in leaves(state).items():
+        np.testing.assert_array_equal(leaf, leaves(again)[name], err_msg=name)
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    shutil.rmtree(tmp_path / "renamed")  # the same command needs the source no more
+    assert int(pretrain(config, workdir).step) == 4
+    config.data.dir = packed(moved / "other.npz", random_source(64, seed=1))
+    with pytest.raises(UserError, match="the training data: 64 images, "):
+        pretrain(config, workdir)
+
+
+def test_run_whose_folder_is_renamed_stops_and_is_not_split(tmp_path, monkeypatch):
+    config = four_steps(tmp_path / "images.npz")
+    workdir, renamed = tmp_path / "run", tmp_path / "renamed"
+    plain = loop.is_due
+
+    def rename_after_a_checkpoint(step, every):
+        if step == 3 and workdir.exists():
+            while not (workdir / "checkpoints" / "2" / "checksums.json").exists():
+                time.sleep(0.01)
+            workdir.rename(renamed)
+        return plain(step, every)
+
+    monkeypatch.setattr(loop, "is_due", rename_after_a_checkpoint)
+    share_steps(monkeypatch)
+    with pytest.raises(UserError, match="run was renamed or removed .* pass its new path as --wo"):
+        pretrain(config, workdir)
+    assert not workdir.exists()
+    monkeypatch.setattr(loop, "is_due", plain)
+    assert int(pretrain(config, renamed).step) == 4
 
 
 @pytest.mark.parametrize(
