@@ -12,6 +12,7 @@ import difflib
 import inspect
 import json
 import math
+import os
 import runpy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fractions import Fraction
@@ -160,7 +161,7 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
     Raises:
       UserError: no such file, no `get_config`, an unknown key, or an invalid value.
     """
-    file, _, variant = path.partition(":")
+    file, _, variant = os.path.expanduser(path).partition(":")
     if not Path(file).is_file():
         raise UserError(
             f"There is no config file {file}. Set --config=PATH; see configs/.{close_path(file)}"

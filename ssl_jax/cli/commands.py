@@ -5,6 +5,7 @@ once the arguments are valid.
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ssl_jax.cli.parser import (
     require_run,
 )
 from ssl_jax.config import close_path, load_config
+from ssl_jax.data.listing import require_data
 from ssl_jax.errors import UserError, did_you_mean
 from ssl_jax.plan.chips import parse_topology
 
@@ -94,11 +96,16 @@ def _prepare_experiment(args: argparse.Namespace) -> None:
     args.experiment = load_config(args.config, args.overrides)
 
 
+def _prepare_training(args: argparse.Namespace) -> None:
+    _prepare_experiment(args)
+    require_data(args.experiment)
+
+
 def add_pretrain(parser: Parser) -> None:
     """Adds the arguments of `pretrain`, which are also those of `run_pretrain.py`."""
     _add_config(parser)
     _add_path(parser, "--workdir", "folder of the run", required=True)
-    parser.set_defaults(module="pretrain", prepare=_prepare_experiment)
+    parser.set_defaults(module="pretrain", prepare=_prepare_training)
 
 
 def _add_config_keys(parser: Parser) -> None:
@@ -132,7 +139,7 @@ def _add_views(parser: Parser) -> None:
 
 def _prepare_views(args: argparse.Namespace) -> None:
     require_folder_of(args.out)
-    _prepare_experiment(args)
+    _prepare_training(args)
 
 
 def _add_plan(parser: Parser) -> None:
@@ -154,6 +161,7 @@ def _add_plan(parser: Parser) -> None:
     parser.add_argument(
         "--compare",
         metavar="OTHER",
+        type=os.path.expanduser,
         help="plan to compare with: a file from --json, or another topology (default: none)",
     )
 

@@ -81,7 +81,7 @@ def _unexpected(error: BaseException | None, workdir: Path | None) -> str:
 def _workdir_in(argv: Sequence[str]) -> Path | None:
     for word, following in itertools.pairwise([*argv, ""]):
         if word == "--workdir":
-            return Path(following)
+            return Path(following).expanduser()
         if word.startswith("--workdir="):
-            return Path(word.partition("=")[2])
+            return Path(word.partition("=")[2]).expanduser()
     return None

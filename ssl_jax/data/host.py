@@ -267,7 +267,7 @@ class HostSource:
                 more = f" (and {len(bad) - 1} more in the same step)" if len(bad) > 1 else ""
                 raise UserError(
                     f"Cannot decode {self.name(bad[0])}{more} as a JPEG or PNG image. "
-                    "Repair or remove it, or set config.data.on_bad_image to 'skip'."
+                    "Repair it, or add --config.data.on_bad_image=skip, then rerun the command."
                 )
             for id in bad:
                 if self._is_undecodable(id):  # else replaced with the previous one

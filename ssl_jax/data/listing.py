@@ -5,7 +5,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
+from ssl_jax.config import close_path
 from ssl_jax.errors import UserError
+from ssl_jax.files import local_path
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _log = logging.getLogger("ssl_jax.data")
@@ -25,11 +29,7 @@ def list_images(folder: str, key: str) -> tuple[list[str], list[int] | None, tup
       UserError: the folder is missing, it or a subfolder has no images, or it has both images and
         class folders.
     """
-    if not folder:
-        raise UserError(f"{key} is empty. Set it to a folder of images with --{key}=FOLDER.")
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise UserError(f"{key} is {folder}, which is not a folder. Set it to a folder of images.")
+    root = _require_folder(folder, key)
     flat, folders = _scan(root)
     by_class = {name: _walk(root / name) for name in folders}
     if not flat and not any(by_class.values()):
@@ -52,6 +52,56 @@ def list_images(folder: str, key: str) -> tuple[list[str], list[int] | None, tup
     files = [file for name in folders for file in by_class[name]]
     labels = [label for label, name in enumerate(folders) for _ in by_class[name]]
     return files, labels, tuple(folders)
+
+
+def require_data(config: ConfigDict) -> None:
+    """Checks the paths of a config's data, without the imports that reading the data takes.
+
+    Raises:
+      UserError: a path is missing, of the wrong kind, or empty where it is needed.
+    """
+    for key in ("dir", "test_dir"):
+        path, name = config.data[key], f"config.data.{key}"
+        if key == "dir" or path:
+            if config.data.name == "folder":
+                _require_folder(path, name)
+            elif config.data.name == "packed":
+                require_packed(path, name)
+
+
+def _require_folder(folder: str, key: str) -> Path:
+    if not folder:
+        raise UserError(f"{key} is empty. Set it to a folder of images with --{key}=FOLDER.")
+    root = local_path(folder)
+    if not root.is_dir():
+        raise UserError(
+            f"{key} is {folder}, which is not a folder. Set it to a folder of images."
+            f"{close_path(root)}"
+        )
+    return root
+
+
+def require_packed(path: str, key: str) -> Path:
+    """The path of a packed file.
+
+    Args:
+      path: of the file.
+      key: name of the setting that gave the path, for messages.
+
+    Raises:
+      UserError: there is no such file.
+    """
+    if not path:
+        raise UserError(
+            f"{key} is empty. Set it to a file written by `ssl-jax data pack FOLDER FILE.npz`."
+        )
+    file = local_path(path)
+    if not file.exists():
+        raise UserError(
+            f"{key} is {path}, which doesn't exist. "
+            f"Write it with `ssl-jax data pack FOLDER {path}`.{close_path(file)}"
+        )
+    return file
 
 
 def _scan(folder: Path) -> tuple[list[str], list[str]]:

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from ssl_jax.data.arrays import ArraySource
-from ssl_jax.data.listing import list_images
+from ssl_jax.data.listing import list_images, require_packed
 from ssl_jax.errors import UserError
 from ssl_jax.files import asked_for
 
@@ -65,20 +65,12 @@ def packed_source(config: ConfigDict, key: str) -> ArraySource:
       UserError: the file is missing or corrupt, or its arrays aren't those that `pack` writes.
     """
     path, key = config.data[key], f"config.data.{key}"
-    if not path:
-        raise UserError(
-            f"{key} is empty. Set it to a file written by `ssl-jax data pack FOLDER FILE.npz`."
-        )
+    file = require_packed(path, key)
     try:
-        with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as arrays:
+        with file.open("rb") as handle, np.load(handle, allow_pickle=False) as arrays:
             if set(arrays.files) != _KEYS:
                 raise ValueError("unexpected arrays")
             images, labels, names = (arrays[k] for k in ("images", "labels", "class_names"))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{key} is {path}, which doesn't exist. "
-            f"Write it with `ssl-jax data pack FOLDER {path}`."
-        ) from error
     except Exception as error:  # a corrupt file fails in many ways
         raise UserError(
             f"{key} is {path}, which is corrupt or not a packed file. Write it with `ssl-jax data "

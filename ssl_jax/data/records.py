@@ -7,11 +7,13 @@ last: a folder without it is incomplete.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import resource
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ from ssl_jax.data.listing import list_images
 from ssl_jax.data.reader import in_parallel
 from ssl_jax.data.tensorflow import array_record_data_source, array_record_module, tf
 from ssl_jax.errors import UserError, first_line
-from ssl_jax.files import writing
+from ssl_jax.files import local_path, replacing, writing
 
 _INDEX = "index.npz"
 _READERS = 64  # parallel reads, which hide the latency of a disk or a bucket
@@ -49,23 +51,19 @@ def convert(folder: str, out: str, num_shards: int = 0) -> int:
     if num_shards < 0:
         raise UserError(f"The number of shards is {num_shards}: use 1 or more, or 0 to choose it.")
     files, labels, class_names = list_images(folder, "the folder to convert")
+    out = os.path.expanduser(out)  # a path or a URL
     if tf.io.gfile.exists(_join(out, _INDEX)):
         raise UserError(f"{out} already holds records. Choose another folder, or remove it.")
     num_shards = min(num_shards or _default_shards(files), len(files))
     shards = [f"{i:05d}-of-{num_shards:05d}.array_record" for i in range(num_shards)]
     chunks = np.array_split(np.arange(len(files)), num_shards)
-    names = [os.path.relpath(file, folder) for file in files]
+    names = [os.path.relpath(file, local_path(folder)) for file in files]
     # ArrayRecord's errors are RuntimeErrors.
     with writing(out, "or choose another folder", RuntimeError, tf.errors.OpError):
         tf.io.gfile.makedirs(out)
-        with tempfile.TemporaryDirectory() as scratch:
-            for shard, chunk in zip(shards, chunks, strict=True):
-                # array_record 0.8 reads gs:// paths but writes local ones only.
-                local = _join(scratch if "://" in out else out, shard)
-                _write_shard(local, [files[i] for i in chunk])
-                if "://" in out:
-                    tf.io.gfile.copy(local, _join(out, shard), overwrite=True)
-                    os.remove(local)
+        for shard, chunk in zip(shards, chunks, strict=True):
+            with _local_file(_join(out, shard)) as file:
+                _write_shard(str(file), [files[i] for i in chunk])
         _write_arrays(
             _join(out, _INDEX),
             shards=np.array(shards),
@@ -91,7 +89,7 @@ class RecordsSource(HostSource):
           UserError: no records in the folder, labels that don't match the records or the class
             names, or a view that can't be made on the host.
         """
-        folder = config.data[key]
+        folder = os.path.expanduser(config.data[key])  # a path or a URL
         index = _read_index(folder, f"config.data.{key}")
         names = index["names"].tobytes()
         super().__init__(config, f"config.data.{key} ({folder})", len(index["label"]), names)
@@ -220,12 +218,22 @@ def _read_file(path: str) -> bytes:
 
 def _write_arrays(path: str, **arrays: np.ndarray) -> None:
     """Writes an uncompressed `.npz` atomically."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    temporary = path + ".tmp"
-    with tf.io.gfile.GFile(temporary, "wb") as handle:
-        handle.write(buffer.getvalue())
-    tf.io.gfile.rename(temporary, path, overwrite=True)
+    with _local_file(path) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _local_file(path: str) -> Iterator[Path]:
+    """Yields a new local file to write, which becomes the file or object at `path`."""
+    if "://" not in path:
+        with replacing(Path(path)) as file:
+            yield file
+        return
+    # array_record 0.8 reads gs:// paths but writes local ones only.
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / path.rpartition("/")[2]
+        yield file
+        tf.io.gfile.copy(str(file), path, overwrite=True)
 
 
 def _join(folder: str, name: str) -> str:

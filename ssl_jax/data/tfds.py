@@ -166,7 +166,7 @@ def _read_range(path: str, offset: int, length: int) -> bytes:
 
 
 def _builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
-    name, folder = config.data.dataset, config.data.dir or None
+    name, folder = config.data.dataset, os.path.expanduser(config.data.dir) or None
     if not name:
         raise UserError(
             "config.data.dataset is empty. Set it to a TFDS data set, such as imagenet2012."

@@ -11,6 +11,7 @@ import pytest
 
 from ssl_jax.cli import main as cli
 from ssl_jax.cli.failures import failure_printer
+from ssl_jax.cli.parser import path_argument
 from ssl_jax.config import apply_overrides, default_config, flatten, load_config, to_json
 from ssl_jax.errors import UserError
 from ssl_jax.run.folder import FORMAT
@@ -282,6 +283,82 @@ def test_traceback_of_unexpected_error_is_saved_in_the_workdir(
     assert code == 1 and err.endswith(f"broken (traceback in {tmp_path / 'error.txt'})\n")
     saved = (tmp_path / "error.txt").read_text()
     assert saved.startswith("Traceback ") and ", in broken" in saved
+
+
+PATHS = [
+    (typed, action)
+    for typed, parser in parsers().items()
+    for action in parser._actions
+    if action.type is path_argument
+]
+# Not local paths only: a bucket, a topology, or a file with a variant.
+OTHER_PATHS = {"data convert": {"folder", "out"}, "plan": {"compare"}}
+
+
+@pytest.mark.parametrize(
+    ("typed", "action"), PATHS, ids=[f"{typed} {action.dest}" for typed, action in PATHS]
+)
+def test_url_in_place_of_a_path_is_refused_before_anything_is_created(
+    capsys, tmp_path, monkeypatch, typed, action
+):
+    monkeypatch.chdir(tmp_path)
+    words = [f"{action.option_strings[0]}=gs://b/x"] if action.option_strings else ["gs://b/x"]
+    code, _, err = run(capsys, *typed.split(), *words, *["a"] * (typed == "data pack"))
+    assert code == 2 and "gs://b/x is a URL, not a path. Mount the bucket as a folder" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_option_that_takes_a_path_is_parsed_as_one():
+    for typed, parser in parsers().items():
+        found = {action.dest for action in parser._actions if action.type is path_argument}
+        named = {"workdir", "out", "run", "folder", "file", "sets", "imported", "others"}
+        expected = named & {action.dest for action in parser._actions}
+        assert found == expected - OTHER_PATHS.get(typed, set()), typed
+
+
+def test_tilde_is_expanded_in_every_kind_of_path(capsys, tmp_path, monkeypatch):
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(elsewhere)
+    (home / "c.py").write_text(
+        "from ssl_jax.config import default_config\ndef get_config(): return default_config()\n"
+    )
+    started = []
+    monkeypatch.setattr("ssl_jax.cli.pretrain.pretrain", lambda *given, **_: started.append(given))
+    assert run(capsys, "pretrain", "--config=~/c.py", "--workdir=~/runs/a")[0] == 0
+    assert started[0][1] == home / "runs" / "a"
+    for line in (
+        ("report", "~/runs/a"),
+        ("knn", "--from=~/runs/a"),
+        ("features", "--from=~/runs/a", "--out=~/a/b.npz"),
+        ("pretrain", "--config=~/c.py", "--workdir=w", *DATA, "--config.data.dir=~/no.npz"),
+    ):
+        code, _, err = run(capsys, *line)
+        assert code == 2 and (str(home) in err or "no.npz, which doesn't exist" in err), err
+    assert not list(elsewhere.iterdir())
+
+
+DATA = ("--config.data.name=packed",)
+
+
+@pytest.mark.parametrize("name", ["folder", "packed"])
+def test_missing_data_is_reported_before_jax_is_imported(tmp_path, name):
+    script = (
+        "import sys\n"
+        "from ssl_jax.cli.main import pretrain_main\n"
+        "code = pretrain_main(sys.argv[1:])\n"
+        "print(code, {'jax', 'tensorflow', 'sklearn'} & set(sys.modules))\n"
+    )
+    line = [f"--config={ROOT / 'configs' / 'simclr_digits.py'}", f"--workdir={tmp_path / 'run'}"]
+    line += [f"--config.data.name={name}", f"--config.data.dir={tmp_path / 'image'}"]
+    (tmp_path / "images").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", script, *line], capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout == "2 set()\n" and f"config.data.dir is {tmp_path / 'image'}" in done.stderr
+    assert f"Did you mean '{tmp_path / 'images'}'?" in done.stderr
 
 
 def test_unlistable_folder_gives_no_suggestion(monkeypatch, tmp_path):

@@ -83,6 +83,12 @@ def test_bad_packed_files_raise_user_errors_with_the_fix(folder, tmp_path):
         make_sources(packed_config(dir=str(tmp_path / "else.npz")))
 
 
+def test_tilde_in_the_path_is_expanded(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pack(folder, tmp_path / "a.npz")
+    assert make_sources(packed_config(dir="~/a.npz"))[0].num_examples == 6
+
+
 def test_splits_with_different_classes_raise_user_error(folder, tmp_path):
     pack(folder, tmp_path / "a.npz")
     (folder / "dog").rename(folder / "fox")

@@ -165,8 +165,8 @@ def test_negative_number_of_shards_is_refused(tmp_path, capsys):
 def test_failed_write_raises_user_error_and_leaves_records_incomplete(tmp_path):
     images = fill(tmp_path / "images")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "00000-of-00001.array_record").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="Cannot write .*/out .*No space left on device"):
+    (tmp_path / "out" / "00000-of-00001.array_record").mkdir()
+    with pytest.raises(UserError, match=r"Cannot write .*/out \(Is a directory\)"):
         records.convert(str(images), str(tmp_path / "out"))
     with pytest.raises(UserError, match="contains no complete records"):
         source_of(tmp_path / "out")
