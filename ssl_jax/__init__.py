@@ -2,9 +2,12 @@
 
 from typing import Any
 
+from ssl_jax.lazy import module_attributes
 from ssl_jax.version import __version__
 
 __all__ = ["__version__", "load"]
+
+_module, _modules = module_attributes(__name__, __path__)
 
 
 def __getattr__(name: str) -> Any:
@@ -13,4 +16,8 @@ def __getattr__(name: str) -> Any:
         from ssl_jax.interop.load import load
 
         return load
-    raise AttributeError(f"module 'ssl_jax' has no attribute '{name}'")
+    return _module(name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_modules()])
