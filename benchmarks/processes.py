@@ -36,6 +36,7 @@ def start(count: int, arguments: list[str]) -> list[subprocess.Popen]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}  # one device each
+    common["JAX_COMPILATION_CACHE_DIR"] = ""  # compiling takes memory, too
     common |= {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost"}
     common |= {"SLURM_NTASKS": str(count), "JAX_COORDINATOR_PORT": str(port)}
     command = [sys.executable, str(ROOT / "run_pretrain.py"), *arguments]

@@ -94,6 +94,24 @@ def subfolder(workdir: Path, name: str) -> Path:
     return folder
 
 
+def private_folder(folder: Path) -> Path:
+    """Creates a folder that only this user may enter, if necessary, and returns its path.
+
+    Raises:
+      OSError: it is a link or not a folder, or others own it or may write to it.
+    """
+    with contextlib.suppress(FileExistsError):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise OSError(errno.ENOTDIR, "a link or a file in place of a folder", str(folder))
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise OSError(errno.EPERM, "others own it or can write to it", str(folder))
+    folder.chmod(0o700)
+    return folder
+
+
 @contextlib.contextmanager
 def writing(path: str | Path, fix: str = RESUME, *more: type[Exception]) -> Iterator[None]:
     """Turns an `OSError`, or one of `more`, in the block into `cannot_write`'s `UserError`."""

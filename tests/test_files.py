@@ -5,7 +5,15 @@ import os
 import pytest
 
 from ssl_jax.errors import UserError
-from ssl_jax.files import appending, asked_for, reason, replacing, subfolder, writing
+from ssl_jax.files import (
+    appending,
+    asked_for,
+    private_folder,
+    reason,
+    replacing,
+    subfolder,
+    writing,
+)
 
 
 def test_old_file_stays_until_the_new_one_is_complete(tmp_path):
@@ -114,3 +122,16 @@ def test_replaced_file_and_its_folder_are_flushed_to_the_disk(tmp_path, monkeypa
     with replacing(tmp_path / "a.txt") as temporary:
         temporary.write_text("x")
     assert events == ["file", "rename", "folder"]
+
+
+def test_private_folder_is_only_for_its_user(tmp_path):
+    folder = private_folder(tmp_path / "cache" / "ours")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o755)
+    assert private_folder(folder).stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o770)
+    with pytest.raises(OSError, match="others own it or can write to it"):
+        private_folder(folder)
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(OSError, match="a link or a file in place of a folder"):
+        private_folder(tmp_path / "link")

@@ -7,6 +7,7 @@ with the command's implementation imported.
 import argparse
 import importlib
 import logging
+import os
 import runpy
 import shlex
 import sys
@@ -22,6 +23,13 @@ from ssl_jax.errors import UserError
 from ssl_jax.version import __version__
 
 _OVERRIDE = "--config."
+# Commands that don't import JAX, or start it in another process; and those that compile nothing
+# for this machine.
+_WITHOUT_JAX = ("config", "data", "doctor")
+_WITHOUT_CACHE = (*_WITHOUT_JAX, "plan", "report")
+# Numbers of this process among several, by JAX itself, Slurm, Open MPI, TPU pods and Kubernetes.
+_RANKS = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID")
+_RANKS += ("JOB_COMPLETION_INDEX",)
 _EPILOG = """\
 example:
   ssl-jax pretrain --config=configs/simclr_digits.py --workdir=runs/a
@@ -87,6 +95,8 @@ def _run(parser: Parser, argv: list[str], program: list[str]) -> int:
         # Orbax and absl log every step of every checkpoint, and every error that they raise.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+    if args.command not in _WITHOUT_CACHE:
+        _print_once(backend.cache_compilations())
     try:
         return _execute(args)
     except KeyboardInterrupt as error:
@@ -100,8 +110,17 @@ def _execute(args: argparse.Namespace) -> int:
     args.prepare(args)
     if getattr(args, "imported", None):
         _register(args.imported)
+    # Importing JAX and starting its devices takes seconds.
+    if args.command not in _WITHOUT_JAX and "jax" not in sys.modules and not args.quiet:
+        _print_once("Starting JAX …")
     implementation = importlib.import_module(f"ssl_jax.cli.{args.module}")
     return implementation.run(args) or 0
+
+
+def _print_once(text: str) -> None:
+    """Prints a line on stderr in the first of several processes, which haven't joined yet."""
+    if text and all(os.environ.get(name, "0") == "0" for name in _RANKS):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _register(file: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,18 @@ def test_wrong_path_is_reported_before_jax_is_imported(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("rank", "flags"), [("0", []), ("1", []), ("0", ["--quiet"])])
+def test_start_of_jax_is_announced_once(capsys, monkeypatch, tmp_path, rank, flags):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setenv("SLURM_PROCID", rank)
+    monkeypatch.delitem(sys.modules, "jax")
+    report = types.SimpleNamespace(run=lambda args: print("done"))
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: report)
+    found = run(capsys, "report", str(tmp_path), *flags)
+    announced = rank == "0" and not flags
+    assert found == (0, "done\n", "Starting JAX …\n" * announced)
 
 
 BROKEN = """
