@@ -19,6 +19,9 @@ DATA = [
 # Draws the picture of a config's views.
 PICTURES = ["matplotlib>=3.9"]
 
+# Writes features as Parquet.
+PARQUET = ["pyarrow>=20"]
+
 # What tests run on, apart from DATA.
 TEST = ["beartype>=0.23", "hypothesis>=6.100", "pytest>=8.3", "pytest-xdist>=3.6"]
 
@@ -64,6 +67,7 @@ setup(
         "plan": ["libtpu"],
         "data": DATA,
         "pictures": PICTURES,
+        "parquet": PARQUET,
         # Other packages, to compare with: tests/peers.
         "peers": [
             *TEST,
@@ -74,10 +78,11 @@ setup(
         ],
         "docs": DOCS,
         "wandb": ["wandb>=0.20"],
-        "test": [*DATA, *PICTURES, *TEST],
+        "test": [*DATA, *PARQUET, *PICTURES, *TEST],
         "dev": [
             *DATA,
             *DOCS,
+            *PARQUET,
             *PICTURES,
             *TEST,
             "build>=1.2",

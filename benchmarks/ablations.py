@@ -28,7 +28,16 @@ ABLATIONS = runpy.run_path(str(FILE))["ABLATIONS"]
 # For groups that change one key of SimCLR: the unchanged run, and its name in the table.
 UNCHANGED = {"temperature": ("head-mlp2", "temperature-0.2"), "batch": ("head-mlp2", "batch-256")}
 DEVICES = "--xla_force_host_platform_device_count=8"
-COLUMNS = ("", "kNN", "5 labels", "full linear", "contrastive", "std·√d", "RankMe", "collapse")
+COLUMNS = (
+    "",
+    "kNN",
+    "5 labels",
+    "full linear",
+    "contrastive",
+    "embedding_std",
+    "RankMe",
+    "collapse",
+)
 
 
 def run(name: str, group: str, args: argparse.Namespace) -> None:

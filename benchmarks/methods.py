@@ -34,7 +34,7 @@ NAMES = {
 }
 COLUMNS = (
     *("", "5 labels", "over raw pixels", "over random init", "10 labels", "full linear", "kNN"),
-    *("std·√d", "RankMe", "images/s"),
+    *("embedding_std", "RankMe", "images/s"),
 )
 
 

@@ -16,7 +16,6 @@ COLLAPSED_STD = 0.02
 NEAR_TRIVIAL = 0.005
 # Prototypes in use, or effective rank of the features, below which one direction is left.
 COLLAPSED_COUNT = 1.5
-_ANCHORS = 256
 
 
 def embedding_std(
@@ -37,35 +36,6 @@ def embedding_std(
     # Around the global mean: E[x^2] - E[x]^2 would cancel when nearly collapsed.
     variance = mean_over_devices(jnp.mean(jnp.square(unit - mean[None, :]), axis=0))
     return jnp.mean(jnp.sqrt(variance)) * np.sqrt(unit.shape[1])
-
-
-def contrastive_accuracy(
-    anchors: Float[Array, "n d"],
-    positives: Float[Array, "n d"],
-    candidates: Float[Array, "m d"],
-    *,
-    among: bool,
-) -> Float[Array, ""]:
-    """Computes how often an anchor's positive is more similar to it than every negative.
-
-    Uses at most the first 256 anchors of this device, which is accurate enough and cheap. A
-    negative as similar as the positive, up to rounding, counts as more similar, so that collapsed
-    embeddings score 0.
-
-    Args:
-      anchors: of this device, [n, d]; normalized here, like the rest.
-      positives: of the same images, [n, d].
-      candidates: the negatives, [m, d].
-      among: whether the candidates include the positives.
-
-    Returns:
-      This device's fraction, float32; the caller averages it over devices.
-    """
-    anchors, positives = normalize(anchors)[:_ANCHORS], normalize(positives)[:_ANCHORS]
-    positive = jnp.sum(anchors * positives, axis=1, keepdims=True)
-    similarity = jnp.matmul(anchors, normalize(candidates).T, precision="highest")
-    as_near = jnp.sum(similarity > positive - 1e-6, axis=1)
-    return jnp.mean(as_near <= int(among))
 
 
 def prototypes_used(
@@ -191,15 +161,14 @@ class CollapseDetector:
         judge(
             "embedding_std",
             lambda std: std >= COLLAPSED_STD,
-            "the embeddings of different images are nearly identical (standard deviation {:.4f} of "
-            "1/√d)",
+            "the embeddings of different images are nearly identical (embedding_std {:.4f})",
         )
         std = metrics.get("embedding_std", math.nan)
         if std >= COLLAPSED_STD:
             self._widest = max(self._widest, std)
             # Some directions collapse first: BatchNorm at a projector's end keeps some spread.
             halved = std < self._widest / 2
-            spread = f"({std:.2f} of 1/√d, {self._widest:.2f} before)"
+            spread = f"(embedding_std {std:.2f}, {self._widest:.2f} before)"
             halving = f"the spread of embeddings has halved {spread}"
             indicators["halved"] = halving if halved else None
         judge(

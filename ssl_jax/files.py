@@ -140,6 +140,17 @@ def asked_for(file: Path) -> Iterator[Path]:
         yield temporary
 
 
+def require_writable(folder: Path) -> None:
+    """Checks that files can be created in a folder, before what they will hold is computed.
+
+    Raises:
+      OSError: they cannot.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=".", dir=folder)
+    os.close(descriptor)
+    os.unlink(name)
+
+
 def reason(error: Exception) -> str:
     """The cause of an I/O error, short: libraries put long paths in front of it."""
     if isinstance(error, OSError) and error.strerror:

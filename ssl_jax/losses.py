@@ -15,6 +15,8 @@ from jaxtyping import Array, Float
 from ssl_jax import loss_kernels
 from ssl_jax.loss_kernels import matmul
 
+_ANCHORS = 256  # of the global batch, about, on which contrastive accuracy is measured
+
 
 def nt_xent(
     z1: Float[Array, "n d"],
@@ -48,10 +50,34 @@ def nt_xent(
     Returns:
       float32 scalar, the same on every device.
     """
+    return nt_xent_and_accuracy(
+        z1,
+        z2,
+        temperature=temperature,
+        axis_name=axis_name,
+        block_size=block_size,
+        memory=memory,
+    )[0]
+
+
+def nt_xent_and_accuracy(
+    z1: Float[Array, "n d"],
+    z2: Float[Array, "n d"],
+    *,
+    temperature: float,
+    axis_name: str | None = None,
+    block_size: int | None = None,
+    memory: Float[Array, "k d"] | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """`nt_xent`, and `contrastive_accuracy` among the second views of the global batch.
+
+    Both use the same all-gathered projections. No gradient flows into the accuracy.
+    """
     z = jnp.stack([normalize(z1), normalize(z2)])
     if memory is None:
         memory = jnp.zeros((0, z.shape[-1]))
-    return _pmean(_local_nt_xent(z, memory, temperature, axis_name, block_size), axis_name)
+    loss, accuracy = _local_nt_xent(z, memory, temperature, axis_name, block_size)
+    return _pmean(loss, axis_name), _pmean(accuracy, axis_name)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -61,7 +87,7 @@ def _local_nt_xent(
     temperature: float,
     axis_name: str | None,
     block_size: int | None,
-) -> Float[Array, ""]:
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Averages over this device's 2n anchors; negatives come from all devices."""
     return _nt_xent_forward(z, memory, temperature, axis_name, block_size)[0]
 
@@ -72,7 +98,7 @@ def _nt_xent_forward(
     temperature: float,
     axis_name: str | None,
     block_size: int | None,
-) -> tuple[Float[Array, ""], tuple[Array, ...]]:
+) -> tuple[tuple[Float[Array, ""], Float[Array, ""]], tuple[Array, ...]]:
     n, d = z.shape[1:]
     gathered = _gather(z, axis_name)  # [2, N, d]
     columns = jnp.concatenate([gathered.reshape(-1, d), memory.astype(jnp.float32)])
@@ -82,7 +108,8 @@ def _nt_xent_forward(
     lse = loss_kernels.log_sum_exp(z.reshape(-1, d), own, columns, temperature, block_size)
     positive = jnp.sum(z[0] * z[1], axis=-1) / temperature
     loss = jnp.mean(lse) - jnp.mean(positive)
-    return loss, (z, memory, columns, own, lse)
+    accuracy = contrastive_accuracy(z[0], z[1], gathered[1], among=True, axis_name=axis_name)
+    return (loss, accuracy), (z, memory, columns, own, lse)
 
 
 def _nt_xent_backward(
@@ -90,7 +117,7 @@ def _nt_xent_backward(
     axis_name: str | None,
     block_size: int | None,
     saved: tuple[Array, ...],
-    cotangent: Float[Array, ""],
+    cotangents: tuple[Float[Array, ""], Float[Array, ""]],
 ) -> tuple[Array, Array]:
     """The gradient of the sum over devices of their local means.
 
@@ -108,7 +135,7 @@ def _nt_xent_backward(
         z.reshape(-1, d), own, columns, lse, column_lse, temperature, block_size
     )
     dz = dz.reshape(z.shape) - 2 * z[::-1]
-    dz *= cotangent / (2 * n * temperature)
+    dz *= cotangents[0] / (2 * n * temperature)
     return dz, jnp.zeros_like(memory)
 
 
@@ -178,6 +205,40 @@ def _info_nce_backward(
 
 
 _info_nce.defvjp(_info_nce_forward, _info_nce_backward)
+
+
+def contrastive_accuracy(
+    anchors: Float[Array, "n d"],
+    positives: Float[Array, "n d"],
+    candidates: Float[Array, "m d"],
+    *,
+    among: bool,
+    axis_name: str | None = None,
+) -> Float[Array, ""]:
+    """Computes how often an anchor's positive is more similar to it than every negative.
+
+    Uses about 256 anchors, evenly spaced over the global batch, which is accurate enough and cheap:
+    the same anchors on any number of devices if batch and devices are powers of 2. A negative as
+    similar as the positive, up to rounding, counts as more similar, so that collapsed embeddings
+    score 0.
+
+    Args:
+      anchors: of this device, [n, d]; normalized here, like the rest.
+      positives: of the same images, [n, d].
+      candidates: the negatives, [m, d], the same on every device.
+      among: whether the candidates include the positives.
+      axis_name: mapped axis over which the anchors are split; None on a single device.
+
+    Returns:
+      This device's fraction, float32; the caller averages it over devices.
+    """
+    devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    every = max(1, anchors.shape[0] * devices // _ANCHORS)
+    anchors, positives = normalize(anchors[::every]), normalize(positives[::every])
+    positive = jnp.sum(anchors * positives, axis=1, keepdims=True)
+    similarity = matmul(anchors, normalize(candidates).T, "highest")
+    as_near = jnp.sum(similarity > positive - 1e-6, axis=1)
+    return jnp.mean(as_near <= int(among))
 
 
 def sinkhorn(

@@ -1,7 +1,5 @@
 """Measures of embeddings, and warnings of collapse."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,34 +122,14 @@ def test_prototypes_used_detects_collapse():
     assert "one prototype" in detector.check(2, {"prototypes_used": 1.0})[0]
 
 
-def test_contrastive_accuracy_matches_numpy_and_is_0_when_collapsed():
-    rng = np.random.default_rng(0)
-    first = np.float32(rng.normal(size=(300, 8)))
-    accuracy = functools.partial(diagnostics.contrastive_accuracy, among=True)
-    assert float(accuracy(first, first, first)) == 1
-    second = first + np.float32(rng.normal(size=first.shape))
-    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (first, second)]
-    similarity = unit[0] @ unit[1].T
-    expected = np.mean(similarity.argmax(1)[:256] == np.arange(256))
-    assert 0.1 < expected < 0.9
-    assert float(accuracy(first, second, second)) == pytest.approx(expected, abs=0.005)
-    same = np.ones((9, 4), np.float32)
-    assert float(accuracy(same, same, same)) == 0
-    # A queue contains only negatives.
-    of_queue = diagnostics.contrastive_accuracy(first, second, second[300:], among=False)
-    assert float(of_queue) == 1
-    assert float(diagnostics.contrastive_accuracy(same, same, same, among=False)) == 0
-
-
 def test_halved_embedding_spread_warns_once():
     detector = diagnostics.CollapseDetector()
     spreads = [0.5, 0.64, 0.5, 0.31, 0.4, 0.3, 0.29, 0.2]
     warned = [detector.check(10 * i, {"embedding_std": std}) for i, std in enumerate(spreads)]
     assert [len(warnings) for warnings in warned] == [0] * 6 + [1, 0]
     (warning,) = warned[6]
-    assert (
-        "collapse since step 50: the spread of embeddings has halved (0.29 of 1/√d, 0.64" in warning
-    )
+    halved = "collapse since step 50: the spread of embeddings has halved (embedding_std 0.29, 0.64"
+    assert halved in warning
     assert detector.check(90, {"embedding_std": float("nan")}) == []
 
 

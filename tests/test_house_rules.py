@@ -19,7 +19,8 @@ MESHES_AND_MAPS = {
     *("create_device_mesh", "create_hybrid_device_mesh", "set_mesh", "use_mesh"),
 }
 ARRAY_LIBRARIES = {"jax", "flax", "optax"}
-OPTIONAL_PACKAGES = {"array_record", "matplotlib", "tensorflow", "tensorflow_datasets", "wandb"}
+OPTIONAL_PACKAGES = {"array_record", "matplotlib", "pyarrow", "tensorflow", "tensorflow_datasets"}
+OPTIONAL_PACKAGES |= {"wandb"}
 # `ssl_jax.load` doesn't slow down `import ssl_jax`; doctor survives a broken JAX.
 LAZY_IMPORTS = {("__init__.py", "ssl_jax.interop.load"), ("cli/doctor.py", "jax")}
 # Calls of `importlib.import_module`: modules of packages and TensorFlow are imported on first use, main

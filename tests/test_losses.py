@@ -400,3 +400,48 @@ def test_nt_xent_is_the_same_for_all_block_layouts(temperature, monkeypatch):
     for other in others:
         for mine, expected in zip(jax.tree.leaves(other), jax.tree.leaves(whole), strict=True):
             np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-5)
+
+
+def accuracy64(first, second):
+    """The share of rows of `first` whose nearest row of `second` is their own."""
+    return np.mean((unit64(first) @ unit64(second).T).argmax(axis=1) == np.arange(len(first)))
+
+
+def test_contrastive_accuracy_matches_numpy_and_is_0_when_collapsed():
+    rng = np.random.default_rng(0)
+    first = np.float32(rng.normal(size=(300, 8)))
+    accuracy = functools.partial(losses.contrastive_accuracy, among=True)
+    assert float(accuracy(first, first, first)) == 1
+    second = first + np.float32(rng.normal(size=first.shape))
+    expected = accuracy64(first, second)
+    assert 0.1 < expected < 0.9
+    assert float(accuracy(first, second, second)) == pytest.approx(expected, abs=0.005)
+    same = np.ones((9, 4), np.float32)
+    assert float(accuracy(same, same, same)) == 0
+    # A queue contains only negatives.
+    assert float(losses.contrastive_accuracy(first, second, second[300:], among=False)) == 1
+    assert float(losses.contrastive_accuracy(same, same, same, among=False)) == 0
+
+
+def test_contrastive_accuracy_is_the_same_on_1_and_8_devices():
+    rng = np.random.default_rng(0)
+    first = np.float32(rng.normal(size=(1024, 8)))
+    second = first + np.float32(rng.normal(size=first.shape))
+    queue = np.float32(rng.normal(size=(64, 8)))
+
+    def per_device(z1, z2, queue):
+        _, of_batch = losses.nt_xent_and_accuracy(z1, z2, temperature=0.1, axis_name=AXIS)
+        of_queue = losses.contrastive_accuracy(z1, z2, queue, among=False, axis_name=AXIS)
+        return of_batch, jax.lax.pmean(of_queue, AXIS)
+
+    found = []
+    for devices in (1, 8):
+        spmd = make_spmd(devices=jax.devices()[:devices])
+        mapped = spmd.map(per_device, ("sharded", "sharded", "replicated"), "replicated")
+        arrays = (*map(spmd.place_batch, (first, second)), spmd.replicate(queue))
+        found.append([float(value) for value in mapped(*arrays)])
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+    # 256 of the anchors, evenly spaced, among all second views.
+    hits = (unit64(first) @ unit64(second).T).argmax(axis=1) == np.arange(1024)
+    assert 0 < np.mean(hits[::4]) < 1
+    assert found[0][0] == pytest.approx(np.mean(hits[::4]), abs=1e-6)

@@ -214,8 +214,12 @@ def _add_evaluation(name: str, parser: Parser) -> None:
         parser.add_argument("--projector-layer", type=int, metavar="LAYER", help=depth)
     add_keys(parser, "set a config key, e.g. --config.batch_size=64 (default: the run's values)")
     if name == "features":
-        _add_path(parser, "--out", "file to write", required=True, metavar="FILE.npz")
-    elif name == "knn":
+        out = "file to write; the name ends in .npz, or .parquet (extra 'parquet')"
+        _add_path(parser, "--out", out, required=True, metavar="FILE")
+        return
+    results = "folder that keeps the results, if not the run's (default: RUN, or FILE_evals)"
+    _add_path(parser, "--results", results, metavar="DIR")
+    if name == "knn":
         _add_knn(parser)
     elif name == "linear":
         _add_linear(parser)

@@ -18,11 +18,22 @@ from ssl_jax.config import apply_overrides, differences, flatten, to_json
 from ssl_jax.downstream import transfer_learning
 from ssl_jax.downstream.classifier import train_classifier
 from ssl_jax.downstream.distillation import distill_config
-from ssl_jax.downstream.features import knn_metrics, linear_metrics, run_features
+from ssl_jax.downstream.features import (
+    knn_metrics,
+    linear_metrics,
+    require_format,
+    run_features,
+)
 from ssl_jax.downstream.finetuning import finetune_config
 from ssl_jax.downstream.linear_recipes import linear_config
 from ssl_jax.errors import UserError
-from ssl_jax.evals.results import result_line, write_result
+from ssl_jax.evals.results import (
+    ELSEWHERE,
+    require_writable_results,
+    result_line,
+    write_result,
+)
+from ssl_jax.files import writing
 from ssl_jax.interop.import_weights import is_weights_file
 from ssl_jax.interop.load import config_at, results_folder, weights_at
 from ssl_jax.models.resnet import resnet_name
@@ -40,16 +51,27 @@ def run(args: argparse.Namespace) -> None:
     """Executes the command, prints its result and updates the run's report."""
     processes.join(config_at(args.run).heartbeat_timeout_s)
     with processes.alone_on_failure(failure_printer(args)):
+        with processes.raise_on_all_processes():
+            if args.command == "features":
+                require_format(args.out)
+            elif processes.is_primary():
+                require_writable_results(_results(args))
         if args.command != "transfer" and resumes(args):
             _train(args)
         else:
             with processes.raise_on_all_processes():
                 _require_one_process()
             _transfer(args) if args.command == "transfer" else _evaluate_features(args)
-    if args.command != "features" and processes.is_primary() and not is_weights_file(args.run):
+    in_run = args.command != "features" and not args.results and not is_weights_file(args.run)
+    if in_run and processes.is_primary():
         report = write_report(args.run)
         if not args.json:
             print(f"Report: {report}")
+
+
+def _results(args: argparse.Namespace) -> Path:
+    """The folder that keeps the results."""
+    return args.results or results_folder(args.run)
 
 
 def _require_one_process() -> None:
@@ -105,8 +127,14 @@ def _save(args: argparse.Namespace, features: Any) -> None:
     count, width = features.train.shape
     held_out = 0 if features.test is None else len(features.test)
     record = {"file": str(args.out), "train": count, "test": held_out, "width": width}
+    record["skipped"] = list(features.skipped)
     images = f"{count:,} training and {held_out:,} held-out images"
     _print(args, record, f"{args.out}: {images}, {width} features each")
+    if features.skipped and not args.json:
+        print(
+            f"{len(features.skipped):,} unreadable images have the features of the next readable "
+            f"one: {features.skipped[0]} …"
+        )
 
 
 def _transfer(args: argparse.Namespace) -> None:
@@ -114,6 +142,7 @@ def _transfer(args: argparse.Namespace) -> None:
         args.run,
         transfer_learning.read_sets(args.sets),
         args.workdir,
+        results=args.results,
         step=args.step,
         rates=(args.rates or transfer_learning.RATES) if args.finetune else (),
         decays=args.decays or transfer_learning.DECAYS,
@@ -151,7 +180,7 @@ def _train(args: argparse.Namespace) -> None:
     step = config.distill.step if args.command == "distill" else config.init_from.step
     changes = _changes(base, config)  # before training fills in keys
     what += _details(step, config.supervised.projector_layer, changes)
-    workdir = args.workdir or results_folder(args.run) / folder
+    workdir = args.workdir or _results(args) / folder
     # With --json, stdout is for the result only.
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         state, metrics = train_classifier(
@@ -222,12 +251,14 @@ def _keep(
     settings: dict[str, Any],
     changes: dict[str, Any],
 ) -> None:
-    """Saves and prints a result; one with changed settings gets a file name of its own."""
+    """Prints and saves a result; one with changed settings gets a file name of its own."""
     if changes:
         name += f"_{zlib.crc32(json.dumps(changes, sort_keys=True).encode()):08x}"
-    write_result(results_folder(args.run), name, what, metrics, **settings)
     record = {"what": what, **settings, "metrics": metrics}
     _print(args, record, result_line(record))
+    folder = _results(args)
+    with writing(folder, ELSEWHERE):
+        write_result(folder, name, what, metrics, **settings)
 
 
 def _print(args: argparse.Namespace, record: dict[str, Any], line: str) -> None:

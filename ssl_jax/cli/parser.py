@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from ssl_jax.config import close_path, default_config, flatten
 from ssl_jax.errors import UserError, did_you_mean
-from ssl_jax.files import local_path
+from ssl_jax.files import ANOTHER, local_path, require_writable, writing
 
 _KEY = "--config.KEY"  # stands for all config keys in the help
 _MISSING = "the following arguments are required: "
@@ -215,10 +215,12 @@ def require_run(workdir: Path) -> None:
 
 
 def require_folder_of(out: Path) -> None:
-    """Rejects an output path in a folder that doesn't exist.
+    """Rejects an output path in a folder that doesn't exist or can't be written.
 
     Raises:
       UserError: Names the folder.
     """
     if not out.parent.is_dir():
         raise UserError(f"There is no folder {out.parent} (--out). Create it first.")
+    with writing(out, ANOTHER):
+        require_writable(out.parent)

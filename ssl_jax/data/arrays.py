@@ -53,6 +53,10 @@ class ArraySource:
         checksum = zlib.crc32(label_bytes, zlib.crc32(images.tobytes()))
         self.fingerprint = f"{self.num_examples} images, checksum {checksum:08x}"
 
+    def names(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """The ids, as texts."""
+        return [str(id) for id in np.asarray(ids).tolist()]
+
     def device_data(self) -> dict[str, np.ndarray]:
         """All images; a step then needs only ids."""
         return {"image": self.images}

@@ -40,6 +40,7 @@ class FolderSource(HostSource):
         super().__init__(config, f"config.data.{key} ({folder})", len(files), os.fsencode(names))
         self.class_names = checked_names(class_names, folder)
         self.num_classes, self.labels_from = len(class_names), f"subfolders of {folder}"
+        self._folder = local_path(folder)
         self._files = np.array([os.fsencode(file) for file in files], object)
         self._labels = np.array(labels or [NO_LABEL] * len(files), np.int32)
 
@@ -54,6 +55,10 @@ class FolderSource(HostSource):
     def name(self, id: int) -> str:
         """The file's path."""
         return os.fsdecode(self._files[id])
+
+    def file_name(self, id: int) -> str:
+        """The file's path in the folder."""
+        return os.path.relpath(self.name(id), self._folder)
 
     def read(self, id: int) -> bytes:
         """Reads a file's bytes."""

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import flat_views
 from ssl_jax.data import views
+from ssl_jax.data.listing import utf8
 from ssl_jax.data.reader import in_parallel, read_all
 from ssl_jax.data.tensorflow import load_tensorflow, tf
 from ssl_jax.errors import UserError
@@ -103,6 +104,14 @@ class HostSource:
     def name(self, id: int) -> str:
         """An image's location, for messages."""
         raise NotImplementedError
+
+    def file_name(self, id: int) -> str:
+        """An image's path in the folder of the data; its id where images are no files."""
+        return str(id)
+
+    def names(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """The names of the images that are used for these ids."""
+        return [utf8(self.file_name(id)) for id in self._source_id[np.asarray(ids)].tolist()]
 
     @property
     def labels(self) -> Int[np.ndarray, " N"] | None:
@@ -285,8 +294,8 @@ class HostSource:
             good = (good + 1) % self.num_examples
         good = self._source_id[good]
         for bad in run:
-            self.bad.append(self.name(bad))
-            _log.warning("Cannot decode %s; using %s instead.", self.bad[-1], self.name(good))
+            self.bad.append(utf8(self.name(bad)))
+            _log.warning("Cannot decode %s; using %s instead.", self.bad[-1], utf8(self.name(good)))
             self._source_id[bad] = good
 
     def _is_undecodable(self, id: int) -> bool:

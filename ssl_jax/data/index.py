@@ -91,6 +91,22 @@ def permutation(seed: int, epoch: int, num_examples: int) -> Int[np.ndarray, " n
     return order
 
 
+def fixed_sample(count: int, most: int) -> Int[np.ndarray, " n"]:
+    """Samples the images on which what needs only some of a split is measured, or that are shown.
+
+    The first ids would be of one or two classes in a split that is sorted by class.
+
+    Args:
+      count: number of images in the split.
+      most: number of images in the sample, at most.
+
+    Returns:
+      Distinct ids, int32, in random order, the same in every run: a smaller sample is the beginning
+      of a larger one.
+    """
+    return np.random.default_rng(0).permutation(count)[:most].astype(np.int32)
+
+
 def stream_key(key: Key[Array, ""], name: str, step: int | Array) -> Key[Array, ""]:
     """The key of a named random stream at a step; the same on every device."""
     return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(name.encode())), step)

@@ -1,11 +1,13 @@
 """The check of labels and class names where they enter; no code behind a source repeats it."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
+from ssl_jax.data.listing import utf8
 from ssl_jax.errors import UserError
 
 NO_LABEL = -1
@@ -58,7 +60,7 @@ def checked_names(names: Any, where: str) -> tuple[str, ...]:
     """Class names that can be written as UTF-8.
 
     Args:
-      names: a list or array of strings or bytes; what is not UTF-8 becomes "?".
+      names: a list or array of strings or bytes; what is not UTF-8 is escaped.
       where: what contains them, for messages.
 
     Raises:
@@ -66,5 +68,4 @@ def checked_names(names: Any, where: str) -> tuple[str, ...]:
     """
     if not isinstance(names, Sequence | np.ndarray) or np.ndim(names) != 1:
         raise UserError(f"{where} has class names of shape {list(np.shape(names))}. Give a list.")
-    texts = (x.decode(errors="replace") if isinstance(x, bytes) else str(x) for x in names)
-    return tuple(text.encode(errors="replace").decode() for text in texts)
+    return tuple(utf8(os.fsdecode(x) if isinstance(x, bytes) else str(x)) for x in names)

@@ -54,6 +54,11 @@ def list_images(folder: str, key: str) -> tuple[list[str], list[int] | None, tup
     return files, labels, tuple(folders)
 
 
+def utf8(name: str) -> str:
+    """A name that can be written and printed: what is not UTF-8 in it is escaped."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def require_data(config: ConfigDict) -> None:
     """Checks the paths of a config's data, without the imports that reading the data takes.
 

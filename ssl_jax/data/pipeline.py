@@ -27,9 +27,13 @@ def make_augment_fn(
     Returns:
       A function (batch from the source, device data, the step's `views_stream`) -> the batch with
       "views", a tuple of float32 [n, H, W, 3]. An example's pixels depend only on the key and its
-      id, not on its position in the batch or mesh.
+      id, not on its position in the batch or mesh. The batch may hold the whole images, "image", in
+      place of device data.
     """
     views = flat_views(config)
+
+    def whole(raw: dict[str, Any], device_data: dict[str, Array]) -> Array:
+        return raw["image"] if "image" in raw else device_data["image"][raw["id"]]
 
     def augment_fn(
         raw: dict[str, Any], device_data: dict[str, Array], key: Array
@@ -41,7 +45,7 @@ def make_augment_fn(
             if "views" in raw:
                 cropped = raw["views"][number]
             else:
-                cropped = crop_views(device_data["image"][raw["id"]], keys, view)
+                cropped = crop_views(whole(raw, device_data), keys, view)
             made.append(color(cropped, keys, view))
         return {**batch, "views": tuple(made)}
 

@@ -8,6 +8,7 @@ last: a folder without it is incomplete.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import resource
@@ -114,8 +115,15 @@ class RecordsSource(HostSource):
 
     def name(self, id: int) -> str:
         """The file's path in the converted folder, and its shard."""
-        name = os.fsdecode(self._names.split(b"\0")[id])
-        return f"{name} in {self._records.path(id)}"
+        return f"{self.file_name(id)} in {self._records.path(id)}"
+
+    @functools.cached_property
+    def _file_names(self) -> list[bytes]:
+        return self._names.split(b"\0")
+
+    def file_name(self, id: int) -> str:
+        """The file's path in the converted folder."""
+        return os.fsdecode(self._file_names[id])
 
 
 class ArrayRecords:

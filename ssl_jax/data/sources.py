@@ -58,6 +58,13 @@ class Source(Protocol):
         """See the class."""
         ...
 
+    def names(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """The images' paths in the folder of the data, or their ids in the data set as texts.
+
+        An unreadable image has the name of the image that replaces it.
+        """
+        ...
+
     def device_data(self) -> dict[str, np.ndarray]:
         """Arrays to copy whole to every device: {"image": uint8 [N, H, W, 3]}, or {}."""
         ...
@@ -113,6 +120,10 @@ class Subset:
         """Number of the source's classes; 0 if no image of the subset has a label."""
         return 0 if self.labels is None else self._source.num_classes
 
+    def names(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """The images' names in the source."""
+        return self._source.names(self._ids[np.asarray(ids)])
+
     def device_data(self) -> dict[str, np.ndarray]:
         """The subset's images, if the source keeps its images on the devices."""
         return {name: array[self._ids] for name, array in self._source.device_data().items()}
@@ -158,8 +169,14 @@ def labeled(source: Source, has_label: Bool[np.ndarray, " N"] | None = None) -> 
     return source if has_label.all() else Subset(source, np.flatnonzero(has_label))
 
 
-def why_not_scored(train: Source, test: Source | None) -> str:
-    """Why accuracies on held-out images can't be measured, and the fix; "" if they can."""
+def why_not_scored(train: Source, test: Source | None, *, learned: bool = True) -> str:
+    """Why accuracies on held-out images can't be measured, and the fix; "" if they can.
+
+    Args:
+      train: the split to learn from.
+      test: the held-out split.
+      learned: whether the labels of `train` are needed.
+    """
     reasons, fixes = [], []
     if test is None:
         reasons.append("there are no held-out images")
@@ -167,16 +184,27 @@ def why_not_scored(train: Source, test: Source | None) -> str:
             "Set config.data.test_dir (TFDS: config.data.test_split), or hold out a share of the "
             "training images with config.data.validation=0.2."
         )
-    splits = {"training": train, "held-out": test}
+    splits = {"training": train if learned else None, "held-out": test}
     unlabeled = [name for name, split in splits.items() if split and not split.num_classes]
+    one_class = learned and train.num_classes == 1
     if unlabeled:
         reasons.append(f"the {' and '.join(unlabeled)} images have no labels")
-    if train.num_classes == 1:
+    if one_class:
         reasons.append(f"all training images are of one class ({train.class_names[0]})")
-    if unlabeled or train.num_classes == 1:
+    if unlabeled or one_class:
         fixes.append("Give labels of two or more classes, such as one subfolder per class.")
     because = " and ".join(reasons)
     return " ".join([f"{because[0].upper()}{because[1:]}.", *fixes]) if reasons else ""
+
+
+def require_labels(train: Source, test: Source | None, *, learned: bool = True) -> None:
+    """Refuses data on which accuracies can't be measured; see `why_not_scored`.
+
+    Raises:
+      UserError: names what is missing, and the fix.
+    """
+    if why := why_not_scored(train, test, learned=learned):
+        raise UserError(why)
 
 
 def stratified_subset(

@@ -5,7 +5,6 @@ config derived from that of the evaluated run: they use the same loop, resume, p
 report the same way.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ssl_jax.config import default_config, flat_views, from_json, to_json, view
-from ssl_jax.data.sources import make_sources, why_not_scored
-from ssl_jax.errors import UserError
-from ssl_jax.evals.evaluator import LAST_FILE
+from ssl_jax.data.sources import make_sources, require_labels
+from ssl_jax.evals.results import LAST_FILE, read_result
 from ssl_jax.files import local_path
 from ssl_jax.interop.load import config_at, newest_step
 from ssl_jax.run import processes
@@ -59,6 +57,7 @@ def derived_config(
     step = newest_step(path) if step is None else step
     config.init_from.update(path=str(local_path(path).resolve()), step=step, heads=False)
     config.eval.projector_layer = 0
+    config.eval.labels_per_class = ()  # the encoder will have seen more labels
     first = flat_views(source)[0]
     kept = {"size": first.size, "flip": first.flip, "mean": first.mean, "std": first.std}
     area = tuple(first.crop.area) if first.size < 64 else (0.08, 1.0)
@@ -98,15 +97,9 @@ def train_classifier(
       UserError: bad input, or no labels to train or evaluate on; raised before training.
     """
     train, test = make_sources(config)
-    # A student may learn from its teacher's predictions alone.
-    taught = config.method == "distill" and not config.distill.labels
-    scored = taught and test is not None and test.num_classes > 0
-    if not scored and (why := why_not_scored(train, test)):
-        raise UserError(why)
+    require_labels(train, test, learned=config.method != "distill" or config.distill.labels > 0)
     state = pretrain(config, workdir, command, verbosity=verbosity)
-    file = Path(workdir) / "evals" / "classifier.json"
     # A run that was stopped during its evaluation lacks the last file.
-    done = (Path(workdir) / LAST_FILE).exists() and file.exists()
-    if not processes.is_primary() or not done:
-        return state, None
-    return state, json.loads(file.read_text())["metrics"]
+    done = processes.is_primary() and (local_path(workdir) / LAST_FILE).exists()
+    result = read_result(local_path(workdir), "classifier") if done else None
+    return state, result and result["metrics"]

@@ -1,7 +1,9 @@
 """Features of a run's frozen encoder, and kNN and linear accuracy on them."""
 
 import dataclasses
-from collections.abc import Iterable
+import importlib.util
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,8 @@ from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from ssl_jax.config import apply_overrides
-from ssl_jax.data.sources import labeled, make_sources, why_not_scored
-from ssl_jax.errors import UserError
+from ssl_jax.data.sources import Source, labeled, make_sources, require_labels
+from ssl_jax.errors import UserError, install_extra
 from ssl_jax.evals.evaluator import Evaluator
 from ssl_jax.evals.knn import knn_votes
 from ssl_jax.evals.linear import PENALTIES, fit_linear
@@ -37,6 +39,8 @@ class Features:
         image has one.
       class_names: by label.
       step: of the checkpoint.
+      train_names, test_names: of the images, as `Source.names`; empty without a held-out split.
+      skipped: names of images that can't be decoded, whose rows hold the next readable image.
     """
 
     train: Float[np.ndarray, "n d"]
@@ -45,20 +49,77 @@ class Features:
     test_labels: Int[np.ndarray, " m"] | None
     class_names: tuple[str, ...]
     step: int
+    train_names: Sequence[str] = ()
+    test_names: Sequence[str] = ()
+    skipped: Sequence[str] = ()
 
     def save(self, file: Path) -> None:
-        """Writes an `.npz` of the attributes that are not None, by their names.
+        """Writes an `.npz` of the attributes that are not None, or a `.parquet` of a row per image.
+
+        Columns of the rows: split ("train" or "test"), row (in the split), name, label and class
+        (null without labels) and features. The file's metadata has "step" and "skipped", a JSON
+        list.
 
         Raises:
           UserError: the file can't be written.
         """
-        arrays: dict[str, Any] = {
-            name: value
-            for name, value in dataclasses.asdict(self).items()
-            if value is not None and name != "class_names"
-        }
-        with asked_for(file) as temporary, temporary.open("wb") as handle:
-            np.savez(handle, class_names=np.array(self.class_names, str), **arrays)
+        with asked_for(file) as temporary:
+            if file.suffix == ".parquet":
+                self._write_parquet(temporary)
+                return
+            texts = ("class_names", "train_names", "test_names", "skipped")
+            arrays = {name: value for name, value in vars(self).items() if value is not None}
+            arrays |= {name: np.array(arrays[name], str) for name in texts}
+            with temporary.open("wb") as handle:
+                np.savez(handle, **arrays)
+
+    def _write_parquet(self, file: Path) -> None:
+        import pyarrow
+        from pyarrow import parquet
+
+        width = self.train.shape[1]
+        kinds = {"split": pyarrow.string(), "row": pyarrow.int64(), "name": pyarrow.string()}
+        kinds |= {"label": pyarrow.int32(), "class": pyarrow.string()}
+        kinds["features"] = pyarrow.list_(pyarrow.float32(), width)
+        about = {"step": str(self.step), "skipped": json.dumps(list(self.skipped))}
+        schema = pyarrow.schema(kinds, metadata=about)
+        with parquet.ParquetWriter(file, schema) as writer:
+            for split in ("train", "test"):
+                features = getattr(self, split)
+                if features is None:
+                    continue
+                labels, rows = getattr(self, f"{split}_labels"), len(features)
+                columns = [[split] * rows, range(rows), getattr(self, f"{split}_names")]
+                columns += [[None] * rows] * 2 if labels is None else [labels, self._named(labels)]
+                flat = pyarrow.array(features.reshape(-1))
+                arrays = [
+                    pyarrow.array(column, kind)
+                    for column, kind in zip(columns, kinds.values(), strict=False)
+                ]
+                arrays.append(pyarrow.FixedSizeListArray.from_arrays(flat, width))
+                writer.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))
+
+    def _named(self, labels: Int[np.ndarray, " n"]) -> list[str | None]:
+        """The classes' names; None for a label without a name."""
+        names = dict(enumerate(self.class_names))
+        return [names.get(label) for label in labels.tolist()]
+
+
+def require_format(file: Path) -> None:
+    """Refuses a file that `Features.save` can't write.
+
+    Raises:
+      UserError: another suffix, a folder, or a missing package.
+    """
+    if file.suffix not in (".npz", ".parquet"):
+        raise UserError(f"--out is {file}. Give it a name that ends in .npz or .parquet.")
+    if file.is_dir():
+        raise UserError(f"--out is {file}, which is a folder. Name a file.")
+    if file.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise UserError(
+            f"Writing {file} needs the package pyarrow, which is not installed. "
+            f"{install_extra('parquet')}, or write an .npz."
+        )
 
 
 def run_features(
@@ -94,21 +155,30 @@ def run_features(
         config.eval.projector_layer = projector_layer
     train, test = make_sources(config)
     if labeled_only:
-        if test is None or why_not_scored(train, test):
-            raise UserError(why_not_scored(train, test))
-        train, test = labeled(train), labeled(test)
+        require_labels(train, test)
+        train, test = labeled(train), test and labeled(test)
     encoder = load(path, step, projector_layer=config.eval.projector_layer)
     spmd = make_spmd()
     evaluator = Evaluator(config, spmd, train, test)
     variables = spmd.replicate(encoder.variables)
+    train_features = evaluator.features(variables, train)
+    test_features = None if test is None else evaluator.features(variables, test)
+    # Names last: what replaces an unreadable image is known once all have been read.
     return Features(
-        evaluator.features(variables, train),
+        train_features,
         train.labels,
-        None if test is None else evaluator.features(variables, test),
+        test_features,
         None if test is None else test.labels,
         train.class_names or (test.class_names if test else ()),
         encoder.step,
+        _names(train),
+        () if test is None else _names(test),
+        tuple(dict.fromkeys((*train.bad, *(test.bad if test else ())))),
     )
+
+
+def _names(source: Source) -> list[str]:
+    return source.names(np.arange(source.num_examples))
 
 
 def _require_seen(config: ConfigDict, overrides: Iterable[str]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ssl_jax.config import apply_overrides, default_config, run_schedule
-from ssl_jax.data.sources import held_out_ids, make_sources, why_not_scored
+from ssl_jax.data.sources import held_out_ids, make_sources, require_labels
 from ssl_jax.downstream.classifier import (
     PLAIN_SGD,
     derived_config,
@@ -27,8 +27,13 @@ from ssl_jax.downstream.features import SEEN, linear_metrics, run_features
 from ssl_jax.errors import UserError, did_you_mean, require_choice
 from ssl_jax.evals.linear import METRICS
 from ssl_jax.evals.metrics import interval_text
-from ssl_jax.evals.results import read_result, write_result
-from ssl_jax.files import local_path
+from ssl_jax.evals.results import (
+    ELSEWHERE,
+    read_result,
+    require_writable_results,
+    write_result,
+)
+from ssl_jax.files import local_path, writing
 from ssl_jax.interop.load import newest_step, results_folder
 from ssl_jax.run.nonfinite import NonFiniteError
 
@@ -166,6 +171,7 @@ def transfer(
     sets: Iterable[DataSet],
     workdir: str | Path | None = None,
     *,
+    results: str | Path | None = None,
     step: int | None = None,
     rates: Sequence[float] = RATES,
     decays: Sequence[float] = DECAYS,
@@ -177,9 +183,10 @@ def transfer(
     """Evaluates a run's encoder on other data sets, linear and fine-tuned, or resumes.
 
     Args:
-      path: the run's workdir; results are kept in its `evals/`.
+      path: the run's workdir.
       sets: from `read_sets`.
-      workdir: of the fine-tuning runs; default `transfer` in the run's.
+      workdir: of the fine-tuning runs; default `transfer` in `results`.
+      results: folder that keeps the results, in its `evals/`; default the run's workdir.
       step: of the checkpoint; default the newest.
       rates: learning rates of fine-tuning at a batch of 256, each tried with each of `decays`;
         empty: no fine-tuning.
@@ -197,14 +204,14 @@ def transfer(
       UserError: bad input; raised before training.
     """
     path, overrides = local_path(path), tuple(overrides)
-    _check_overrides(overrides, bool(rates))
-    if rates and not decays:
-        raise UserError("There is no weight decay to fine-tune with. Give at least one.")
+    _check_settings(overrides, rates, decays)
     grid = [(rate, decay) for rate in rates for decay in decays]
-    folder = local_path(workdir) if workdir else results_folder(path) / "transfer"
+    kept = local_path(results) if results else results_folder(path)
+    require_writable_results(kept)
+    folder = local_path(workdir) if workdir else kept / "transfer"
     step = newest_step(path) if step is None else step
     jobs = [
-        _Job(path, each, step, folder / each.name, overrides, command, verbosity, log)
+        _Job(path, each, step, folder / each.name, kept, overrides, command, verbosity, log)
         for each in sets
     ]
     for job in jobs:
@@ -212,7 +219,6 @@ def transfer(
     rows: list[Row] = []
     for job in jobs:
         row = Row(job.data_set.name, job.data_set.metric, job.linear())
-        log(f"{row.dataset}: linear {100 * row.linear[row.metric]['value']:.2f} %")
         if grid:
             tuned = job.finetuned(grid)
             if tuned is None:
@@ -222,13 +228,17 @@ def transfer(
     return rows
 
 
-def _check_overrides(overrides: Iterable[str], finetunes: bool) -> None:
+def _check_settings(
+    overrides: Iterable[str], rates: Sequence[float], decays: Sequence[float]
+) -> None:
     """Refuses keys that `transfer` sets, and without fine-tuning those that apply only to it."""
+    if rates and not decays:
+        raise UserError("There is no weight decay to fine-tune with. Give at least one.")
     for override in overrides:
         key = override.partition("=")[0]
         if key in _CHOSEN or key.startswith("init_from."):
             raise UserError(f"config.{key} is set by transfer. Use --rates, --decays or --step.")
-        if not finetunes and not key.startswith(SEEN):
+        if not rates and not key.startswith(SEEN):
             raise UserError(
                 f"config.{key} applies only to fine-tuning. Leave it out, or drop --no-finetune."
             )
@@ -254,6 +264,7 @@ class _Job:
     data_set: DataSet
     step: int
     folder: Path
+    results: Path
     overrides: tuple[str, ...]
     command: str
     verbosity: str
@@ -278,8 +289,7 @@ class _Job:
             config.data.validation = 0.0
             train, test = make_sources(config)
             self.fingerprints = (train.fingerprint, test.fingerprint if test else "")
-            if test is None or why_not_scored(train, test):
-                raise UserError(why_not_scored(train, test))
+            require_labels(train, test)
             if not grid:
                 return
             held_out = 0
@@ -302,18 +312,27 @@ class _Job:
         settings: dict[str, Any] = {"step": self.step, "metric": self.data_set.metric}
         settings |= {"overrides": list(changes), "data": list(self.fingerprints)}
         name = f"transfer_{self.data_set.name}_linear"
-        known = read_result(results_folder(self.path), name)
+        known = read_result(self.results, name)
         if known is not None and known.get("settings") == settings:
             metrics: dict[str, Any] = known["metrics"]
+            self.log_result("linear", metrics)
             return metrics
         features = run_features(self.path, step=self.step, overrides=changes, labeled_only=True)
         metrics, penalty = linear_metrics(features, metric=self.data_set.metric)
+        self.log_result("linear", metrics)
         what = f"{self.data_set.name}: linear classifier on features, penalty {penalty:g}"
-        what += self.suffix(own)
-        write_result(
-            results_folder(self.path), name, what, metrics, settings=settings, command=self.command
-        )
+        self.keep(name, what + self.suffix(own), metrics, settings=settings)
         return metrics
+
+    def log_result(self, what: str, metrics: dict[str, Any]) -> None:
+        """Logs the data set's own metric."""
+        value = metrics[self.data_set.metric]["value"]
+        self.log(f"{self.data_set.name}: {what} {100 * value:.2f} %")
+
+    def keep(self, name: str, what: str, metrics: dict[str, Any], **more: Any) -> None:
+        """Writes a result."""
+        with writing(self.results, ELSEWHERE):
+            write_result(self.results, name, what, metrics, command=self.command, **more)
 
     def finetuned(self, grid: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
         """Chooses a setting of the grid and fine-tunes with it on all training images.
@@ -341,11 +360,11 @@ class _Job:
         metrics = self.trained(f"chosen_rate_{rate:g}_decay_{decay:g}", rate, decay, 0.0)
         if metrics is None:
             return None
-        self.log(f"{name}: fine-tuned {100 * metrics[metric]['value']:.2f} %")
+        self.log_result("fine-tuned", metrics)
         what = f"{name}: fine-tuned, rate {rate:g}, weight decay {decay:g}"
         what += self.suffix(self.overrides)
-        more = {"step": self.step, "rate": rate, "decay": decay, "command": self.command}
-        write_result(results_folder(self.path), f"transfer_{name}_finetune", what, metrics, **more)
+        more = {"step": self.step, "rate": rate, "decay": decay}
+        self.keep(f"transfer_{name}_finetune", what, metrics, **more)
         return {"finetune": metrics, "rate": rate, "decay": decay}
 
     def suffix(self, overrides: Sequence[str]) -> str:

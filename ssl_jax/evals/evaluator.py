@@ -1,6 +1,7 @@
 """Evaluates a run: kNN during training; at the end accuracies of the run and its baselines."""
 
 import functools
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,23 +15,26 @@ from ml_collections import ConfigDict
 from ssl_jax import diagnostics
 from ssl_jax.config import Schedule
 from ssl_jax.data.device_crop import resize_images
-from ssl_jax.data.index import views_stream
+from ssl_jax.data.index import fixed_sample, views_stream
 from ssl_jax.data.labels import NO_LABEL
 from ssl_jax.data.pipeline import make_augment_fn, prepare_eval, unnormalized
 from ssl_jax.data.reader import read_all
-from ssl_jax.data.sources import Source, labeled, why_not_scored
+from ssl_jax.data.sources import Source, Subset, labeled, why_not_scored
 from ssl_jax.evals import probe
 from ssl_jax.evals.features import extract_features, padded_batches
 from ssl_jax.evals.knn import knn_classify
 from ssl_jax.evals.linear import few_label_accuracies, linear_probe
 from ssl_jax.evals.metrics import classification_metrics
-from ssl_jax.evals.pictures import PICTURES, retrieval_pictures, view_grid
+from ssl_jax.evals.pictures import PICTURES, image_names, retrieval_pictures, view_grid
 from ssl_jax.evals.results import (
     BASELINE,
+    EVALUATION,
     LAST_FILE,
     UNTRAINED,
     Evaluation,
     Row,
+    read_evaluation,
+    read_result,
     write_evaluation,
     write_result,
 )
@@ -43,7 +47,7 @@ from ssl_jax.spmd import AXIS, Spmd
 
 Pytree = Any
 
-_SAMPLED = 1024  # images for the diagnostics
+_SAMPLED = 2048  # images for RankMe, half of them for uniformity, which compares all pairs
 _PIXELS = 16  # side to which images are shrunk for the raw pixels baseline
 
 
@@ -87,6 +91,7 @@ class Evaluator:
             return logits
 
         # The run's own classifier, if it trains one.
+        self._needs_labels = method.needs_labels
         classified = method.classifies and test is not None and test.num_classes > 0
         self._classifier = tuple(method.networks) if classified else ()
         self._classify = _gathered(spmd, classify)
@@ -108,26 +113,21 @@ class Evaluator:
         assert self.test is not None
         return _labeled_everywhere(self.test)
 
-    def features(
-        self, variables: Pytree, source: Source, first: int | None = None
-    ) -> Float[np.ndarray, "n d"]:
-        """Extracts the evaluated network's features of a split, or of its `first` images.
+    def features(self, variables: Pytree, source: Source) -> Float[np.ndarray, "n d"]:
+        """Extracts the evaluated network's features of a split.
 
         Every process encodes its share; only the primary process receives the features.
 
         Args:
           variables: from `evaluated_variables`, on the mesh.
           source: of the images.
-          first: number of images, from the lowest id; None for all.
 
         Returns:
           float32 [n, d]; no rows on other processes.
         """
-        return self._extract(self._encode, variables, source, first)
+        return self._extract(self._encode, variables, source)
 
-    def _extract(
-        self, encode: Any, variables: Pytree, source: Source, first: int | None = None
-    ) -> Float[np.ndarray, "n d"]:
+    def _extract(self, encode: Any, variables: Pytree, source: Source) -> Float[np.ndarray, "n d"]:
         half = max(1, self._batch_size // 2)
         divisible = self._batch_size > self._devices  # a multiple of the devices
         suggestions = [f"--config.eval.batch_size={half}"] if divisible else []
@@ -139,7 +139,6 @@ class Evaluator:
                 batch_size=self._batch_size,
                 rows=self._rows,
                 place=self._place,
-                first=first,
                 keep=processes.is_primary(),
                 timeout_s=self.config.data.timeout_s,
             )
@@ -154,15 +153,15 @@ class Evaluator:
           state: of the run.
 
         Returns:
-          "rankme", "uniformity" and, given two views, "alignment" of training images. If both
-          splits have labels, "knn", the accuracy of weighted kNN on the held-out split, and
-          "probe_accuracy" if there is an online probe. "test_accuracy" of the run's own classifier.
-          Images without a label are neither neighbors nor scored.
+          "rankme", "uniformity" and, given two views, "alignment" of a fixed sample of training
+          images. If both splits have labels, "knn", the accuracy of weighted kNN on the held-out
+          split, and "probe_accuracy" if there is an online probe. "test_accuracy" of the run's own
+          classifier. Images without a label are neither neighbors nor scored.
         """
         variables = evaluated_variables(state, self.config.eval.projector_layer)
-        # Without labels for kNN, a sample is enough.
-        if self.not_scored:
-            train, test = self.features(variables, self.train, 2 * _SAMPLED), None
+        if self.not_scored:  # kNN would need all images
+            some = fixed_sample(self.train.num_examples, _SAMPLED)
+            train, test = self.features(variables, Subset(self.train, some)), None
         else:
             train = self.features(variables, self._labeled_train)
             test = self.features(variables, self._labeled_test)
@@ -174,8 +173,9 @@ class Evaluator:
         names += ["alignment"] * (len(views) == 2) + ["knn"] * (test is not None)
         measured = dict.fromkeys(names, 0.0)
         if processes.is_primary():
-            measured["rankme"] = diagnostics.rankme(train[: 2 * _SAMPLED])
-            measured["uniformity"] = diagnostics.uniformity(train[:_SAMPLED])
+            sample = train[fixed_sample(len(train), _SAMPLED)] if test is not None else train
+            measured["rankme"] = diagnostics.rankme(sample)
+            measured["uniformity"] = diagnostics.uniformity(sample[: _SAMPLED // 2])
             if len(views) == 2:
                 measured["alignment"] = diagnostics.alignment(*views)
             if test is not None:
@@ -197,8 +197,34 @@ class Evaluator:
         return float(np.mean(np.asarray(logits).argmax(axis=1) == self._labeled_test.labels))
 
     def is_done(self, workdir: Path) -> bool:
-        """Whether the files of the run's end have all been written."""
-        return (workdir / LAST_FILE).exists()
+        """Whether the files of the run's end have all been written and can be read."""
+        if not zipfile.is_zipfile(workdir / LAST_FILE):
+            return False
+        if self._classifier and read_result(workdir, "classifier") is None:
+            return False
+        try:
+            return not self._fits_rows or bool(read_evaluation(workdir / EVALUATION))
+        except (OSError, ValueError):
+            return False
+
+    @property
+    def _extracts(self) -> bool:
+        """Whether `finish` extracts features: those of a frozen encoder have been measured."""
+        end = self.config.eval.at_end and not self.config.supervised.freeze
+        return bool(end) and self.test is not None
+
+    @property
+    def _fits_rows(self) -> bool:
+        return self._extracts and not self.not_scored
+
+    def plan(self) -> str:
+        """Describes what `finish` measures of the encoder; "" if nothing was asked for."""
+        if self._fits_rows:
+            return "Evaluating the frozen encoder and its baselines."
+        if not self.config.eval.at_end or self.config.supervised.freeze:
+            return ""
+        what = "Evaluating nearest neighbors and a map only." if self.test else "Not evaluated."
+        return f"{what} {self.not_scored}"
 
     def _classifier_accuracy(self, state: Any) -> dict[str, float]:
         if not self._classifier:
@@ -208,7 +234,7 @@ class Evaluator:
         return {"test_accuracy": float(np.mean(correct))}
 
     def view_grid(self, state: Any) -> UInt8[np.ndarray, "rows columns 3"]:
-        """Draws the first images with the views that the first step makes of them."""
+        """Draws some images with the views that the first step makes of them."""
         pictures = self._view_pictures(state)
         return view_grid(pictures["originals"], pictures["views"])
 
@@ -241,8 +267,7 @@ class Evaluator:
         if first and self.not_scored:
             pictures["not_scored"] = np.array(self.not_scored)
         self._write_classifier(workdir, state)
-        # The features of a frozen encoder were measured by the run that trained it.
-        if self.test is None or not self.config.eval.at_end or self.config.supervised.freeze:
+        if self.test is None or not self._extracts:
             return pictures
         variables = evaluated_variables(state, self.config.eval.projector_layer)
         encoders = [(self.config.method, self._encode, variables)]
@@ -265,13 +290,37 @@ class Evaluator:
                 rows.append(self._row(name, *splits))
             del splits  # before the next are extracted
         if rows:
-            split = f"{train.num_examples} training images with their labels"
             # The run's own row comes last.
-            rows, notes = rows[1:] + rows[:1], self._left_out()
-            measured = Evaluation(rows, test.num_examples, split, int(state.step), notes)
+            rows = rows[1:] + rows[:1]
+            split = f"{train.num_examples} training images with their labels"
+            found = Evaluation(rows, test.num_examples, split, int(state.step), self._notes())
             with writing(workdir):
-                write_evaluation(workdir, measured)
+                write_evaluation(workdir, found)
         return pictures
+
+    def _notes(self) -> tuple[str, ...]:
+        """What a reader of the accuracies has to know."""
+        notes = []
+        fewest, name = self._smallest_class()
+        if self._needs_labels and min(self.config.eval.labels_per_class, default=fewest) < fewest:
+            notes.append(
+                "The encoder itself was trained with labels: results with few labels per class "
+                "rest on more labels than that."
+            )
+        few = [str(n) for n in self.config.eval.labels_per_class if n > fewest]
+        if few:
+            notes.append(
+                f"Not measured: {' and '.join(few)} labels per class, as class '{name}' has only "
+                f"{fewest:,} in the training images."
+            )
+        return tuple(notes)
+
+    def _smallest_class(self) -> tuple[int, str]:
+        """The number of images in the smallest class that has any, and its name."""
+        labels = self._labeled_train.labels
+        assert labels is not None
+        found, counts = np.unique(labels, return_counts=True)
+        return int(counts.min()), self.train.class_names[found[counts.argmin()]]
 
     def _write_classifier(self, workdir: Path, state: Any) -> None:
         """Evaluates the run's own classifier, if it has one."""
@@ -287,9 +336,10 @@ class Evaluator:
         labels, test_labels = self._labeled_train.labels, self._labeled_test.labels
         assert labels is not None and test_labels is not None
         trials = {}
+        fewest, _ = self._smallest_class()
         for count in self.config.eval.labels_per_class:
-            if count > self._smallest_class()[1]:
-                continue  # see `_left_out`
+            if count > fewest:
+                continue
             trials[count] = few_label_accuracies(
                 train,
                 labels,
@@ -298,30 +348,10 @@ class Evaluator:
                 labels_per_class=count,
                 trials=self.config.eval.trials,
             )
-        fitted = self.config.eval.linear_images
-        seen = np.random.default_rng(0).permutation(len(train))[:fitted]
+        seen = fixed_sample(len(train), self.config.eval.linear_images)
         predicted = linear_probe(train[seen], labels[seen], test)
         linear = float(np.mean(predicted == test_labels))
         return Row(name, trials, {"linear": linear, "knn": self._knn_accuracy(train, test)})
-
-    def _smallest_class(self) -> tuple[str, int]:
-        """The class with the fewest labeled training images, and their number."""
-        labels = self._labeled_train.labels
-        assert labels is not None
-        classes, counts = np.unique(labels, return_counts=True)
-        least = counts.argmin()
-        return self.train.class_names[classes[least]], int(counts[least])
-
-    def _left_out(self) -> tuple[str, ...]:
-        """Why few-label accuracies are missing, a sentence for all of them."""
-        name, most = self._smallest_class()
-        counts = [str(n) for n in self.config.eval.labels_per_class if n > most]
-        if not counts:
-            return ()
-        return (
-            f"No accuracy with {' or '.join(counts)} labels per class: class '{name}' has only "
-            f"{most} training images with labels.",
-        )
 
     def _knn_accuracy(self, train: np.ndarray, test: np.ndarray) -> float:
         labels = self._labeled_train.labels
@@ -337,19 +367,23 @@ class Evaluator:
         return float(np.mean(predicted == self._labeled_test.labels))
 
     def _view_pictures(self, state: Any) -> dict[str, np.ndarray]:
-        """The first images with the views that the first step makes of them."""
-        count = min(PICTURES, self.train.num_examples)
-        views = self._views(state, np.arange(count, dtype=np.int32))
+        """Some images with the views that the first step makes of them."""
+        ids = fixed_sample(self.train.num_examples, PICTURES)
+        views = self._views(state, ids)
         sizes = {view.shape for view in views}
         largest = [v for v in views if v.shape == max(sizes)]
-        originals = self.train.eval_transform(np.arange(count))
-        return {"originals": originals, "views": pixels(np.stack(largest, axis=1))}
+        originals = self.train.eval_transform(ids)
+        return {
+            "originals": originals,
+            "original_name": image_names(self.train, ids),
+            "views": pixels(np.stack(largest, axis=1)),
+        }
 
     def _view_features(self, state: Any, variables: Pytree) -> list[Float[np.ndarray, "n d"]]:
-        """Features of two views of the same first images; empty if there is one view."""
-        count = min(self._batch_size, self.train.num_examples)
-        ids, kept = next(padded_batches(count, self._batch_size))
-        views = self._views(state, ids[self._rows])[:2]
+        """Features of two views of the same images; empty if there is one view."""
+        sample = fixed_sample(self.train.num_examples, self._batch_size)
+        rows, kept = next(padded_batches(len(sample), self._batch_size))
+        views = self._views(state, sample[rows][self._rows])[:2]
         if len(views) < 2:
             return []
         placed = [self._place(pixels(view)) for view in views]
@@ -362,9 +396,8 @@ class Evaluator:
         key = views_stream(jax.random.wrap_key_data(key_data), 0)
         batches = self.train.batches(iter([(0, ids)]))
         (raw,) = read_all(batches, self.config.data.timeout_s)
-        beyond = int(ids.max()) + 1  # copy no more than needed
-        device_data = {name: array[:beyond] for name, array in self.train.device_data().items()}
-        batch = self._augment_fn(raw, device_data, key)
+        images = {name: array[ids] for name, array in self.train.device_data().items()}
+        batch = self._augment_fn(raw | images, {}, key)
         return [np.asarray(view) for view in batch["views"]]
 
 

@@ -103,6 +103,8 @@ def _neighbors(
         "neighbors_query": test.eval_transform(queries),
         "neighbors": images.reshape(*index.shape, *images.shape[1:]),
         "neighbor_similarity": similarity,
+        "query_name": image_names(test, queries),
+        "neighbor_name": image_names(train, index),
     }
     if labeled:
         assert train.labels is not None and test.labels is not None
@@ -129,6 +131,8 @@ def _failures(
         "failures_query": thumbnails(test.eval_transform(queries[shown]), _SIDE),
         "failures_neighbors": images.reshape(*index[shown].shape, *images.shape[1:]),
         "failures_similarity": similarity[shown],
+        "failures_query_name": image_names(test, queries[shown]),
+        "failures_neighbor_name": image_names(train, index[shown]),
         "failures_query_label": test.labels[queries[shown]],
         "failures_neighbor_label": train.labels[index[shown]],
     }
@@ -145,10 +149,16 @@ def _map(test: Source, features: np.ndarray, labeled: bool) -> dict[str, np.ndar
     found = {
         "map_features": features[index],
         "map_images": thumbnails(test.eval_transform(index), _MAP_SIDE),
+        "map_name": image_names(test, index),
         "map_neighbor": near[others].reshape(len(index), -1),
         "map_similarity": similarity[others].reshape(len(index), -1),
     }
     return found if labels is None else found | {"map_label": labels[index]}
+
+
+def image_names(source: Source, ids: Int[np.ndarray, "*shape"]) -> np.ndarray:
+    """The images' names, an array of texts of the shape of the ids."""
+    return np.array(source.names(ids.reshape(-1)), str).reshape(ids.shape)
 
 
 def _spread(source: Source, most: int) -> Int[np.ndarray, " n"]:

@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.evals.metrics import metrics_line
-from ssl_jax.files import replacing, subfolder
+from ssl_jax.files import replacing, require_writable, subfolder, writing
 
+EVALUATION = "evaluation.json"
 LAST_FILE = "report_images.npz"  # the last file that the end of a run writes
+_FOLDER = "evals"
+# The fix of results of commands, where the evaluated run may only be read.
+ELSEWHERE = "or keep the results in another folder with --results=DIR"
 BASELINE, UNTRAINED = "raw pixels", "random init"
 
 # What a row holds an accuracy of: a number of labels per class, or a classifier fitted once.
@@ -48,7 +52,7 @@ class Evaluation:
       test_examples: number of held-out images.
       split: describes the split, in words.
       step: of the run's checkpoint; None in an older file.
-      notes: sentences on what is missing from the rows.
+      notes: sentences that a reader of the accuracies has to know.
     """
 
     rows: list[Row]
@@ -101,9 +105,9 @@ def write_evaluation(workdir: Path, evaluation: Evaluation) -> None:
         "trials": evaluation.trials,
         "test_examples": evaluation.test_examples,
         "split": evaluation.split,
-        "notes": evaluation.notes,
+        "notes": list(evaluation.notes),
     }
-    with replacing(workdir / "evaluation.json") as file:
+    with replacing(workdir / EVALUATION) as file:
         file.write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -122,9 +126,9 @@ def read_evaluation(path: Path) -> Evaluation:
             int(data["test_examples"]),
             str(data.get("split", "")),
             data.get("step"),
-            tuple(map(str, data.get("notes", ()))),
+            tuple(str(note) for note in data.get("notes", ())),
         )
-    except (LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is not an evaluation") from error
     for labels in evaluation.labels:
         if len({len(row.trials[labels]) for row in rows if labels in row.trials}) > 1:
@@ -161,17 +165,31 @@ def write_result(workdir: Path, name: str, what: str, metrics: dict[str, Any], *
 
     Returns:
       The file.
+
+    Raises:
+      OSError: it cannot be written.
     """
-    file = subfolder(workdir, "evals") / f"{name}.json"
+    file = subfolder(workdir, _FOLDER) / f"{name}.json"
     with replacing(file) as temporary:
         temporary.write_text(json.dumps({"what": what, **more, "metrics": metrics}) + "\n")
     return file
 
 
+def require_writable_results(workdir: Path) -> None:
+    """Checks that results can be written into a folder, before anything is computed.
+
+    Raises:
+      UserError: it cannot.
+    """
+    with writing(workdir, ELSEWHERE):
+        require_writable(subfolder(workdir, _FOLDER))
+        require_writable(workdir)  # for the report
+
+
 def read_result(workdir: Path, name: str) -> dict[str, Any] | None:
     """Reads the result of that name; None if it is missing or corrupt."""
     try:
-        record: dict[str, Any] = json.loads((workdir / "evals" / f"{name}.json").read_text())
+        record: dict[str, Any] = json.loads((workdir / _FOLDER / f"{name}.json").read_text())
         result_line(record)
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -186,7 +204,7 @@ def read_results(workdir: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """
     found, corrupt = [], []
     # A name with a leading dot belongs to a process that was killed while writing.
-    for file in sorted((workdir / "evals").glob("[!.]*.json")):
+    for file in sorted((workdir / _FOLDER).glob("[!.]*.json")):
         record = read_result(workdir, file.stem)
         if record is None:
             corrupt.append(file.name)

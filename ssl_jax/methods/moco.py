@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ssl_jax import ema, losses
-from ssl_jax.diagnostics import contrastive_accuracy
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import Batch, Method, Pytree, apply_networks, init_networks
 
@@ -101,10 +100,15 @@ class MoCo(Method):
             query, key = outputs["query"][:, i], outputs["key"][:, i]
             queue = state["queue"][i]
             terms.append(losses.info_nce(query, key, queue, temperature=temperature))
-            correct.append(contrastive_accuracy(query, key, queue, among=False))
+            accuracy = losses.contrastive_accuracy(
+                query, key, queue, among=False, axis_name=self.axis_name
+            )
+            correct.append(accuracy)
         loss = self.mean(jnp.mean(jnp.stack(terms)))
-        accuracy = self.mean(jnp.mean(jnp.stack(correct)))
-        return loss, {"contrastive_accuracy": accuracy, "ema_decay": self.ema_decay(step)}
+        return loss, {
+            "contrastive_accuracy": self.mean(jnp.mean(jnp.stack(correct))),
+            "ema_decay": self.ema_decay(step),
+        }
 
     def update(
         self, params: Pytree, outputs: dict[str, Array], state: Pytree, step: Array

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ssl_jax import ema, losses
-from ssl_jax.diagnostics import contrastive_accuracy
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import (
     Batch,
@@ -85,7 +84,7 @@ class SimCLR(Method):
         """Computes NT-Xent over the global batch, times `loss_scale`."""
         options = self.config.simclr
         z = outputs["projection"]
-        loss = losses.nt_xent(
+        loss, accuracy = losses.nt_xent_and_accuracy(
             z[:, 0],
             z[:, 1],
             temperature=options.temperature,
@@ -93,9 +92,7 @@ class SimCLR(Method):
             block_size=options.block_size or None,
             memory=state.get("queue"),
         )
-        # Only among this device's images, so that only the loss needs an all-gather.
-        found = contrastive_accuracy(z[:, 0], z[:, 1], z[:, 1], among=True)
-        logs = {"nt_xent": loss, "contrastive_accuracy": self.mean(found)}
+        logs = {"nt_xent": loss, "contrastive_accuracy": accuracy}
         if "queue" in state:
             logs["ema_decay"] = jnp.float32(options.ema_decay)
         return options.loss_scale * loss, logs

@@ -10,6 +10,7 @@ import numpy as np
 from ssl_jax.evals.intervals import mean_interval, proportion_interval
 from ssl_jax.evals.results import (
     BASELINE,
+    EVALUATION,
     SINGLE,
     Evaluation,
     Measure,
@@ -20,6 +21,7 @@ from ssl_jax.evals.results import (
 )
 from ssl_jax.methods import title
 from ssl_jax.report.charts import Chart, Mark, Series, axes, nice_ticks
+from ssl_jax.report.reading import read
 from ssl_jax.report.words import counted, percent, points, range_of_points
 
 METRICS = {
@@ -85,10 +87,10 @@ def row_name(row: Row) -> str:
 def evaluation_table(workdir: Path) -> list[str]:
     """Formats the accuracies in a run's folder as lines of text: a table, and other results."""
     others = [result_line(record) for record in read_results(workdir)[0]]
-    path = workdir / "evaluation.json"
-    if not path.exists():
-        return others
-    evaluation = read_evaluation(path)
+    path = workdir / EVALUATION
+    evaluation, unreadable = read(path, read_evaluation)
+    if evaluation is None:
+        return [unreadable, *others] if path.exists() else others
     columns = measures(evaluation.rows)
     cells = [["", *map(measure_name, columns)]] + [
         [row_name(row), *(accuracy(row, each, evaluation.test_examples).value for each in columns)]

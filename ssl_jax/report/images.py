@@ -87,12 +87,21 @@ def views_section(images: dict[str, np.ndarray]) -> dict[str, Any] | str:
     if "originals" not in images or "views" not in images or not len(images["originals"]):
         return "Missing: report_images.npz contains no views."
     originals, views = images["originals"][:_MAX_GROUPS], images["views"][:_MAX_GROUPS]
+    names = image_names(images, "original_name", originals.shape[:1])
     groups = [
-        [_thumb(original, f"Image {i}, original")]
-        + [_thumb(view, f"Image {i}, view {j}") for j, view in enumerate(group, start=1)]
-        for i, (original, group) in enumerate(zip(originals, views, strict=False), start=1)
+        [_thumb(original, f"Image {name or i}, original")]
+        + [_thumb(view, f"Image {name or i}, view {j}") for j, view in enumerate(group, start=1)]
+        for i, (name, original, group) in enumerate(
+            zip(names, originals, views, strict=False), start=1
+        )
     ]
     return {"count": views.shape[1], "groups": groups}
+
+
+def image_names(images: dict[str, np.ndarray], key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The first names of images, an array of texts of that shape; empty texts if there are none."""
+    names = np.atleast_1d(images.get(key, np.empty(0)))[: shape[0]]
+    return names if names.shape == shape and names.dtype.kind == "U" else np.full(shape, "")
 
 
 def neighbors_section(images: dict[str, np.ndarray]) -> dict[str, Any] | str:
@@ -111,7 +120,7 @@ def neighbors_section(images: dict[str, np.ndarray]) -> dict[str, Any] | str:
         correct = labels[1] == labels[0][:, None]
         text += f" {correct.sum()} of {correct.size} are of the test image's class"
         text += "." if correct.all() else "; the others have a dashed frame, a ✕ and their class."
-    return {"text": text, **_queries(arrays, labels, images.get("class_names"))}
+    return {"text": text, **_queries(images, "", arrays, labels)}
 
 
 def failures_section(images: dict[str, np.ndarray]) -> dict[str, Any] | str:
@@ -135,7 +144,7 @@ def failures_section(images: dict[str, np.ndarray]) -> dict[str, Any] | str:
         images[f"failures_{name}"][:_MAX_GROUPS] for name in ("query", "neighbors", "similarity")
     )
     labels = images["failures_query_label"], images["failures_neighbor_label"]
-    found = _queries(arrays, labels, images.get("class_names"))
+    found = _queries(images, "failures_", arrays, labels)
     shown = len(found["queries"])
     text = "They are" if shown == count else f"{shown} of them are"
     text += " shown with their nearest neighbors, in descending order of similarity."
@@ -143,18 +152,23 @@ def failures_section(images: dict[str, np.ndarray]) -> dict[str, Any] | str:
 
 
 def _queries(
+    images: dict[str, np.ndarray],
+    prefix: str,
     arrays: Iterable[np.ndarray],
     labels: tuple[np.ndarray, np.ndarray] | None,
-    class_names: np.ndarray | None,
 ) -> dict[str, Any]:
     """Queries with their neighbors.
 
     Args:
+      images: of `report_images.npz`.
+      prefix: of the keys of their names in it.
       arrays: images [n, h, w, 3], their neighbors [n, k, H, W, 3], similarities [n, k].
       labels: of the images and of the neighbors.
-      class_names: by label.
     """
     query, neighbors, similarity = arrays
+    class_names = images.get("class_names")
+    names = image_names(images, f"{prefix}query_name", query.shape[:1])
+    neighbor_names = image_names(images, f"{prefix}neighbor_name", neighbors.shape[:2])
     # Without labels no neighbor is wrong, and none has a name.
     correct = np.ones(neighbors.shape[:2], bool)
     own, other = np.full(len(query), ""), np.full(correct.shape, "")
@@ -164,11 +178,13 @@ def _queries(
         own, other = class_names[label], class_names[found]
     queries = []
     for i in range(len(query)):
-        alt = f"Test image {i + 1}" + (f": {own[i]}" if own[i] else "")
+        alt = f"Test image {names[i] or i + 1}" + (f": {own[i]}" if own[i] else "")
         hits = []
-        columns = zip(neighbors[i], similarity[i], other[i], correct[i], strict=True)
-        for rank, (image, cosine, name, same) in enumerate(columns, 1):
-            text = f"Neighbor {rank}, similarity {cosine:.2f}"
+        columns = zip(
+            neighbors[i], similarity[i], other[i], correct[i], neighbor_names[i], strict=True
+        )
+        for rank, (image, cosine, name, same, file) in enumerate(columns, 1):
+            text = f"Neighbor {rank}{f' ({file})' if file else ''}, similarity {cosine:.2f}"
             text += f": {name}, {'same' if same else 'different'} class" if name else ""
             hits.append((_thumb(image, text), f"{cosine:.2f}", "" if same else name, same))
         queries.append((_thumb(query[i], alt), own[i], hits))

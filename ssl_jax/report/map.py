@@ -18,7 +18,7 @@ from sklearn.utils.extmath import randomized_svd
 from ssl_jax.diagnostics import unit_rows
 from ssl_jax.evals.results import LAST_FILE
 from ssl_jax.files import RERUN, replacing, writing
-from ssl_jax.report.images import contact_sheet, jpeg, png
+from ssl_jax.report.images import contact_sheet, image_names, jpeg, png
 from ssl_jax.report.projector import write_projector
 
 _DIRECTIONS = 50  # principal components of the features that t-SNE sees
@@ -128,10 +128,11 @@ def map_section(images: dict[str, np.ndarray], encoder: str) -> dict[str, Any] |
     low, high = positions.min(axis=0), positions.max(axis=0)
     scale = (_SIZE - 2 * _MARGIN) / max(float((high - low).max()), 1e-12)
     placed = _SIZE / 2 + (positions - (low + high) / 2) * scale
+    files = image_names(images, "map_name", (len(positions),))
     marks = [
-        (x, y, *(0, _MARKS[0], f"image {i + 1}"))
+        (x, y, *(0, _MARKS[0], f"image {i + 1}"), files[i])
         if labels is None
-        else (x, y, *styles[int(labels[i])], names[int(labels[i])])
+        else (x, y, *styles[int(labels[i])], names[int(labels[i])], files[i])
         for i, (x, y) in enumerate(placed)
     ]
     centers = [] if labels is None else [np.median(placed[labels == i], axis=0) for i in shown]
@@ -154,6 +155,7 @@ def _data(
     thumbs: UInt8[np.ndarray, "n s s 3"] = images["map_images"]
     small = thumbs.shape[1] <= _SMALL
     return {
+        "files": image_names(images, "map_name", (len(thumbs),)).tolist(),
         "sheet": (png if small else jpeg)(contact_sheet(thumbs)),
         "columns": math.isqrt(len(thumbs) - 1) + 1,
         "pixelated": small,

@@ -97,12 +97,13 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Images of a step's batch, their classes' names ("": none) and their views.
+    """Images of a step's batch, their names, their classes' names ("": none) and their views.
 
     Large originals of a host source are downsized; `sizes` are (height, width) in full size.
     """
 
     ids: Int[np.ndarray, " n"]
+    names: tuple[str, ...]
     labels: tuple[str, ...]
     originals: tuple[Picture, ...]
     sizes: Int[np.ndarray, "n 2"]
@@ -178,7 +179,8 @@ def collect(config: ConfigDict, images: int, step: int) -> Samples:
             _titles(config), batch["views"], sampled, strict=True
         )
     ]
-    return Samples(ids, _labels(source, raw), originals, sizes, tuple(views))
+    names = tuple(source.names(ids))
+    return Samples(ids, names, _labels(source, raw), originals, sizes, tuple(views))
 
 
 def _titles(config: ConfigDict) -> list[str]:
@@ -364,7 +366,8 @@ def _original_column(samples: Samples) -> list[_Cell]:
         width = max(image.width, _COLUMN)
         tall, wide = samples.sizes[row]
         lines = _lines([samples.labels[row]], _HEAD, width)
-        lines += _lines([f"image {samples.ids[row]}, {wide}x{tall}"], _GRAY, width)
+        name, id = samples.names[row], str(samples.ids[row])
+        lines += _lines([f"image {id}, {wide}x{tall}", *[name] * (name != id)], _GRAY, width)
         cells.append(_Cell(lines, np.asarray(image), outlines=tuple(outlines)))
     width = max(_COLUMN, *(cell.width for cell in cells))
     return [_heading("original", "outlines of its views", _NOTE.color, width), *cells]

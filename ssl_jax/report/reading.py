@@ -50,6 +50,8 @@ def read(path: Path, parse: Callable[[Path], _T]) -> tuple[_T | None, str]:
         LookupError,
         TypeError,
         AttributeError,
+        OverflowError,
+        RecursionError,
         zipfile.BadZipFile,
     ):
         return None, (

@@ -117,8 +117,11 @@ def _unfinished(metrics: Metrics | None) -> str:
 def _lead(metrics: Metrics | None, evaluation: Evaluation | None) -> dict[str, Any] | str:
     """The run's result, for one sentence; or a sentence on a run without one."""
     trained = evaluation.trained if evaluation else None
-    if evaluation is None or trained is None or not trained.trials:
+    if evaluation is None or trained is None or not (trained.trials or "linear" in trained.single):
         return _unfinished(metrics)
+    if not trained.trials:
+        found = percent(trained.single["linear"])
+        return dict(name=row_name(trained), accuracy=found, labels="a linear probe", gain="")
     labels = 5 if 5 in trained.trials else min(trained.trials)
     mean, _ = mean_interval(trained.trials[labels])
     lead = {"name": row_name(trained), "accuracy": percent(mean), "labels": measure_name(labels)}

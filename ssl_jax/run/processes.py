@@ -214,6 +214,13 @@ def require_same(values: dict[str, str]) -> None:
             )
 
 
+def is_shared(error: BaseException) -> bool:
+    """Whether all processes of the run see this error, so that they can still work together."""
+    if jax.process_count() == 1:
+        return True
+    return isinstance(error, UserError) and error.on_all_processes
+
+
 @contextlib.contextmanager
 def alone_on_failure(show: Callable[[str], None]) -> Iterator[None]:
     """Exits this process at once on an error that the other processes don't share.
@@ -227,8 +234,7 @@ def alone_on_failure(show: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        alone = jax.process_count() == 1
-        if alone or (isinstance(error, UserError) and error.on_all_processes):
+        if is_shared(error):
             raise
         if isinstance(error, UserError):
             show(f"error: Process {jax.process_index()}: {error}")

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import is_due, to_json
 from ssl_jax.data.pipeline import Prefetcher
+from ssl_jax.errors import UserError
 from ssl_jax.files import local_path
 from ssl_jax.report import evaluation_table, write_images, write_report
 from ssl_jax.run import processes
@@ -25,6 +26,11 @@ from ssl_jax.train.setup import Setup
 from ssl_jax.train.start import Run, start_run
 
 _PLAN = "; `ssl-jax plan` reports a step's memory, and the largest microbatch, without the hardware"
+
+_NOT_EVALUATED = (
+    "warning: The run is trained and its checkpoint saved, but its evaluation failed. `ssl-jax "
+    "report` and `ssl-jax knn` work on it; rerun the same command to evaluate it again."
+)
 
 
 def pretrain(
@@ -104,6 +110,8 @@ def train(run: Run, state: TrainState, stop: processes.Stop) -> tuple[TrainState
     # 4. Evaluate, then save: the best checkpoint is chosen by kNN accuracy. If a stop is requested,
     #    only save, because little time may be left.
     # 5. Stop. The last step is always logged, evaluated and saved.
+    if run.owes_evaluation(evaluate_every):
+        evaluate(run, state, run.start)
     span = (run.start, total, config.data.timeout_s)
     with Prefetcher(setup.train, setup.index, setup.rows, place, *span) as batches:
         for step in range(first, total + 1):
@@ -130,14 +138,34 @@ def train(run: Run, state: TrainState, stop: processes.Stop) -> tuple[TrainState
                 unlogged = metrics
             elif evaluating or saving:
                 run.check_finite(step, {name: metrics[name] for name in (COUNT, STEP)})
-            knn = evaluate(run, state, step) if evaluating else None
-            if saving:
-                with run.progress.paused():
-                    run.require_in_place()
-                    run.checkpoints.save(step, state, knn)
+            evaluate_and_save(run, state, step, evaluating, saving)
             if stopping:
                 break
     return state, step
+
+
+def evaluate_and_save(
+    run: Run, state: TrainState, step: int, evaluating: bool, saving: bool
+) -> None:
+    """Evaluates and saves a step, as due; if the evaluation fails, the step is saved all the same.
+
+    The next start evaluates it again.
+    """
+
+    def save(knn: float | None) -> None:
+        with run.progress.paused():
+            run.require_in_place()
+            run.checkpoints.save(step, state, knn)
+
+    try:
+        knn = evaluate(run, state, step) if evaluating else None
+    except BaseException as error:
+        if processes.is_shared(error):
+            with contextlib.suppress(UserError, OSError):  # the first error is reported
+                save(None)
+        raise
+    if saving:
+        save(knn)
 
 
 def evaluate(run: Run, state: TrainState, step: int) -> float | None:
@@ -164,19 +192,20 @@ def finish(run: Run, state: TrainState, stop: processes.Stop) -> None:
     Raises:
       StoppedError: a stop was requested, in a run of several processes.
     """
-    config, total = run.setup.config, run.setup.schedule.total_steps
+    total = run.setup.schedule.total_steps
     done = run.start == total and run.evaluator.is_done(run.workdir)
     if not processes.decided(done):
-        if config.eval.at_end:
-            what, why = "Evaluating the frozen encoder and its baselines.", run.evaluator.not_scored
-            if why:
-                what = "Evaluating nearest neighbors and a map only." if run.setup.test else ""
-            run.progress.note(f"{what or 'Not evaluated.'} {why}".rstrip())
+        if plan := run.evaluator.plan():
+            run.progress.note(plan)
         # Rows are numbered after the last step, so that all processes stop before the same row.
         asked = (stop.asked(step) for step in itertools.count(total + 1))
-        images = run.evaluator.finish(run.workdir, run.untrained, state, lambda: next(asked))
-        if images:
-            write_images(run.workdir, images, total)
+        try:
+            images = run.evaluator.finish(run.workdir, run.untrained, state, lambda: next(asked))
+            if images:
+                write_images(run.workdir, images, total)
+        except Exception:
+            run.progress.warn(_NOT_EVALUATED)
+            raise
     if not processes.is_primary():
         return
     seconds = 0.0 if done else time.perf_counter() - run.began

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ssl_jax.config import to_json
+from ssl_jax.config import is_due, to_json
 from ssl_jax.diagnostics import CollapseDetector
 from ssl_jax.errors import UserError
 from ssl_jax.evals.evaluator import Evaluator, evaluated_variables
@@ -96,6 +96,21 @@ class Run:
         self.progress.warn(*self.detector.check(step, measured))
         self.progress.note(summary.evaluation_line(self.setup, step, measured))
 
+    def owes_evaluation(self, every: int) -> bool:
+        """Whether the step that the run starts from is due to be evaluated and hasn't been.
+
+        Its evaluation failed, or the run was asked to stop.
+
+        Args:
+          every: steps between evaluations; 0: only at the end.
+        """
+        if not self.start:
+            return False
+        due = is_due(self.start, every) or self.start == self.setup.schedule.total_steps
+        records = read_metrics(self.workdir / "metrics.jsonl") if due else []
+        logged = any(r["step"] == self.start and "rankme" in r for r in records)
+        return processes.decided(due and not logged)
+
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
         """Finishes pending checkpoints and closes the log when the block ends or raises."""
@@ -103,8 +118,7 @@ class Run:
             yield
         except BaseException as error:
             # Processes finish a checkpoint together, which they can't once one of them is lost.
-            agreed = isinstance(error, UserError) and error.on_all_processes
-            if jax.process_count() == 1 or agreed:
+            if processes.is_shared(error):
                 with contextlib.suppress(UserError, OSError):  # the first error is reported
                     self._close(failed=True)
             raise

@@ -397,8 +397,22 @@ def test_skip_replaces_a_bad_image_by_the_next_good_one(tmp_path, caplog):
     clean = source.eval_transform(np.arange(12))
     np.testing.assert_array_equal(clean[[3, 10, 11]], clean[[4, 0, 0]])
     np.testing.assert_array_equal(source.labels, [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 0, 0])
+    names = source.names(np.arange(12))
+    assert names[2:5] == ["cat/2.png", "dog/0.png", "dog/0.png"] and names[11] == "cat/0.png"
     # The id stays, and with it the crop.
     assert batches[4]["views"][0][0].tobytes() != batches[4]["views"][0][1].tobytes()
+
+
+def test_class_and_file_names_that_are_not_utf_8_are_escaped(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    for name in (b"0.png", b"\xff.png"):
+        picture(0, COLORS["cat"]).save(tmp_path / "image.png")
+        os.replace(tmp_path / "image.png", folder + b"/" + name)
+    source = source_of(tmp_path)
+    assert source.class_names == ("caf\\udce9",)
+    assert source.names([0, 1]) == ["caf\\udce9/0.png", "caf\\udce9/\\udcff.png"]
+    assert source.eval_transform([0, 1]).shape[0] == 2
 
 
 def test_replacements_are_independent_of_earlier_reads(tmp_path):

@@ -38,6 +38,7 @@ def test_records_equal_the_converted_folder(tmp_path):
     assert source.num_examples == 12 and source.num_classes == 3
     assert source.class_names == expected.class_names and source.device_data() == {}
     np.testing.assert_array_equal(source.labels, expected.labels)
+    assert source.names(range(12)) == expected.names(range(12))
     index = Index(12, 4, seed=0)
     steps = [(step, index.ids(step)) for step in range(7)]
     batches, from_files = read(source, steps), read(expected, steps)

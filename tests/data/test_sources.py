@@ -140,6 +140,7 @@ def test_subset_renumbers_the_images_of_its_source():
     assert (subset.labels == source.labels[[5, 9, 40]]).all()
     assert (subset.device_data()["image"] == source.images[[5, 9, 40]]).all()
     assert (subset.eval_transform([2, 0]) == source.images[[40, 5]]).all()
+    assert subset.names([2, 0]) == ["40", "5"]
     (batch,) = subset.batches(iter([(0, np.array([2, 1]))]))
     assert (batch["id"] == [2, 1]).all() and (batch["label"] == source.labels[[40, 9]]).all()
     assert subset.fingerprint != Subset(source, np.array([5, 9, 41])).fingerprint

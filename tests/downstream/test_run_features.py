@@ -1,16 +1,22 @@
 """Commands on the features of a tiny run, and the results that they keep."""
 
+import importlib.util
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from classifier_runs import command
 from images import fill
+from pyarrow import parquet
 from tiny import random_source
 
+from ssl_jax.cli import evals
 from ssl_jax.cli import main as cli
+from ssl_jax.downstream.features import Features, require_format
+from ssl_jax.errors import UserError
 from ssl_jax.evals.evaluator import Evaluator
 from ssl_jax.evals.results import read_results, write_result
 from ssl_jax.interop.load import newest_step
@@ -28,6 +34,7 @@ def test_commands_on_features_print_and_keep_their_results(run, capsys, tmp_path
     with np.load(file, allow_pickle=False) as arrays:
         assert arrays["train"].shape == (written["train"], written["width"])
         assert arrays["test_labels"].shape == (450,) and len(arrays["class_names"]) == 10
+        assert arrays["test_names"][449] == "449" and not len(arrays["skipped"])
     layer = json.loads(
         command(
             capsys, "features", f"--from={run}", f"--out={file}", "--json", "--projector-layer=2"
@@ -54,6 +61,8 @@ def test_commands_on_features_print_and_keep_their_results(run, capsys, tmp_path
         (("knn", "--config.data.names=x"), "config.data has no key 'names'"),
         (("linear", "--recipe=mocco"), "--recipe=mocco. Did you mean 'moco'"),
         (("features", "--out=/nowhere/f.npz"), "no folder /nowhere"),
+        (("features", "--out=/proc/f.npz"), "Cannot write /proc/f.npz .* choose another path"),
+        (("features", "--out=f.csv"), "--out is f.csv. Give it a name that ends in .npz or .parq"),
         (("knn", "--step=7"), "no checkpoint of step 7"),
         (("knn", "--temperature=nan"), "--temperature=nan is not positive"),
         (("knn", "--majority", "--temperature=0.1"), "--majority has no temperature"),
@@ -85,7 +94,9 @@ def test_knn_without_a_held_out_split_is_refused_and_features_are_written(
     assert cli.main(["features", f"--from={other}", *flags, f"--out={tmp_path / 'f.npz'}"]) == 0
     with np.load(tmp_path / "f.npz") as arrays:
         assert "test" not in arrays.files
-    monkeypatch.setattr(Evaluator, "features", None)  # nothing is computed before
+        assert arrays["train_names"][[0, 11]].tolist() == ["cat/0.png", "emu/3.png"]
+        assert arrays["train_labels"][[0, 11]].tolist() == [0, 2]
+    monkeypatch.setattr(Evaluator, "features", lambda *args: 1 / 0)  # missing labels come first
     assert cli.main(["knn", f"--from={other}", *flags]) == 2
     assert "There are no held-out images. Set config.data.test_dir" in capsys.readouterr().err
     flat = (flags[0], f"--config.data.dir={tmp_path / 'images' / 'cat'}")
@@ -119,3 +130,70 @@ def test_read_results_skips_temporary_files_and_reports_corrupt_ones(tmp_path):
     (file.parent / "lin.json").write_text("{")
     found, corrupt = read_results(tmp_path)
     assert [record["what"] for record in found] + corrupt == ["kNN", "lin.json"]
+
+
+EVALUATIONS = ("knn", "linear", "linear --recipe=moco", "finetune", "distill", "transfer")
+
+
+@pytest.mark.parametrize("line", EVALUATIONS)
+def test_results_that_cannot_be_written_are_refused_before_anything_is_computed(
+    run, tmp_path, capsys, monkeypatch, line
+):
+    """A file in place of the folder, as root may write everywhere."""
+    other = tmp_path / "run"
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("evals", "checkpoints"))
+    (other / "evals").write_text("")
+    (tmp_path / "sets.json").write_text('{"digits": {"data": {"name": "digits"}}}')
+    more = [f"--sets={tmp_path}/sets.json"] if line == "transfer" else []
+    assert cli.main([*line.split(), f"--from={other}", *more]) == 2
+    message = f"Cannot write {other} .* or keep the results in another folder with --results=DIR"
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_results_of_a_run_that_may_only_be_read_are_kept_elsewhere(run, tmp_path, capsys):
+    other, kept = tmp_path / "run", tmp_path / "results"
+    shutil.copytree(run, other)
+    before = {file: file.stat().st_mtime_ns for file in other.rglob("*")}
+    out = command(capsys, "knn", f"--from={other}", f"--results={kept}")
+    assert "top-1" in out and "Report" not in out
+    assert read_results(kept)[0][0]["what"].startswith("200 nearest neighbors")
+    assert {file: file.stat().st_mtime_ns for file in other.rglob("*")} == before
+
+
+def test_result_is_printed_before_it_is_stored(run, capsys, monkeypatch):
+    def full(*args, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evals, "write_result", full)
+    assert cli.main(["knn", f"--from={run}"]) == 2
+    out, err = capsys.readouterr()
+    assert "top-1" in out and "No space left on device" in err
+
+
+def a_few_features():
+    train, test = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    labels, names = np.int32([1, 0, 1]), ("a/x.png", "b/y.png", "b/z.png")
+    return Features(train, labels, test, None, ("a", "b"), 7, names, ("4", "5", "6"), ("b/w.png",))
+
+
+def test_features_have_a_parquet_row_for_each_image(tmp_path):
+    features, file = a_few_features(), tmp_path / "features.parquet"
+    features.save(file)
+    table = parquet.read_table(file)
+    assert table.column_names == ["split", "row", "name", "label", "class", "features"]
+    assert table.schema.metadata == {b"step": b"7", b"skipped": b'["b/w.png"]'}
+    rows = table.to_pylist()
+    assert [row["split"] for row in rows] == 3 * ["train"] + 3 * ["test"]
+    names = [*features.train_names, *features.test_names]
+    assert [(row["row"], row["name"]) for row in rows] == [*zip(2 * [0, 1, 2], names, strict=True)]
+    assert [(row["label"], row["class"]) for row in rows[:4]] == [
+        *((1, "b"), (0, "a"), (1, "b"), (None, None))
+    ]
+    found = np.float32([row["features"] for row in rows])
+    np.testing.assert_array_equal(found, np.concatenate([features.train, features.test]))
+
+
+def test_parquet_without_pyarrow_is_refused_with_the_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"package pyarrow.*\[parquet\].*or write an .npz"):
+        require_format(Path("f.parquet"))

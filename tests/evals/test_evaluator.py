@@ -7,30 +7,46 @@ import numpy as np
 import pytest
 from tiny import random_source, tiny_config
 
+from ssl_jax import diagnostics
 from ssl_jax.config import run_schedule
 from ssl_jax.data.arrays import ArraySource
+from ssl_jax.data.index import fixed_sample
 from ssl_jax.errors import UserError
+from ssl_jax.evals import evaluator as module
 from ssl_jax.evals.evaluator import Evaluator, evaluated_variables
 from ssl_jax.evals.knn import knn_classify
-from ssl_jax.evals.results import read_evaluation
-from ssl_jax.report import write_images, write_report
+from ssl_jax.evals.results import (
+    Evaluation,
+    Row,
+    read_evaluation,
+    write_evaluation,
+    write_result,
+)
+from ssl_jax.report import evaluation_table, write_images, write_report
 from ssl_jax.run.folder import FORMAT
 from ssl_jax.spmd import make_spmd
 from ssl_jax.step import Program
 
 
-def evaluate(folder, train, test):
-    """Evaluates an untrained encoder and writes its images; returns its features of both splits."""
+def evaluator_of(train, test):
     config = tiny_config(batch_size=32)
     config.data.num_classes = train.num_classes
     config.eval.at_end = True
-    spmd = make_spmd()
-    state = Program(config, run_schedule(config, train.num_examples), spmd).init()
-    initial = jax.device_get(evaluated_variables(state))
-    state = spmd.replicate(state)
-    evaluator = Evaluator(config, spmd, train, test)
-    write_images(folder, evaluator.finish(folder, initial, state), step=0)
+    return Evaluator(config, make_spmd(), train, test)
+
+
+def untrained(train, test):
+    """An evaluator, and the state of an untrained encoder."""
+    evaluator, spmd = evaluator_of(train, test), make_spmd()
+    schedule = run_schedule(evaluator.config, train.num_examples)
+    return evaluator, spmd.replicate(Program(evaluator.config, schedule, spmd).init())
+
+
+def evaluate(folder, train, test):
+    """Evaluates an untrained encoder and writes its images; returns its features of both splits."""
+    evaluator, state = untrained(train, test)
     variables = evaluated_variables(state)
+    write_images(folder, evaluator.finish(folder, jax.device_get(variables), state), step=0)
     return [evaluator.features(variables, split) for split in (train, test)]
 
 
@@ -112,10 +128,10 @@ def test_images_without_a_label_are_neither_neighbors_nor_scored(tmp_path):
     least = np.bincount(labels[0])
     evaluation = Evaluator(tiny_config(), make_spmd(), *splits)
     evaluation.config.eval.labels_per_class = (1, int(least.min()) + 1, int(least.max()) + 9)
-    (note,) = evaluation._left_out()
-    counts = f"{least.min() + 1} or {least.max() + 9} labels per class"
+    (note,) = evaluation._notes()
+    counts = f"{least.min() + 1} and {least.max() + 9} labels per class"
     name = whole[0].class_names[least.argmin()]
-    assert note.startswith(f"No accuracy with {counts}: class '{name}' has only {least.min()} ")
+    assert note.startswith(f"Not measured: {counts}, as class '{name}' has only {least.min()} ")
 
 
 def test_without_labels_map_has_one_color_and_no_failures_are_kept(tmp_path):
@@ -147,3 +163,89 @@ def test_full_disk_at_the_end_raises_user_error(tmp_path, monkeypatch, writes):
     monkeypatch.setattr(writes, full)
     with pytest.raises(UserError, match=r"Cannot write .*\(No space left"):
         evaluate(tmp_path, random_source(40), random_source(24, seed=1))
+
+
+def test_diagnostics_and_views_are_of_a_sample_of_all_classes(monkeypatch):
+    """In a source that is sorted by class, the first ids are of one class."""
+    train = random_source(96)
+    order = np.argsort(train.labels, kind="stable")
+    train = ArraySource(train.images[order], train.labels[order])
+    monkeypatch.setattr(module, "_SAMPLED", 16)
+    assert len(set(train.labels[:16])) == 1 and len(set(train.labels[fixed_sample(96, 16)])) == 4
+    found = {}
+    for labels in ("with", "without"):
+        source = train if labels == "with" else ArraySource(train.images)
+        evaluator, state = untrained(source, random_source(24, seed=1))
+        evaluator._view_features = lambda *args: []
+        found[labels] = evaluator.measure(state)
+    features = evaluator.features(evaluated_variables(state), train)
+    expected = diagnostics.rankme(features[fixed_sample(96, 16)])
+    assert expected > 1.01 * diagnostics.rankme(features[:16])
+    for measured in found.values():
+        assert measured["rankme"] == pytest.approx(expected, rel=1e-3)
+        uniform = diagnostics.uniformity(features[fixed_sample(96, 8)])
+        assert measured["uniformity"] == pytest.approx(uniform, rel=1e-2)
+    pictures = evaluator._view_pictures(state)
+    np.testing.assert_array_equal(pictures["originals"], train.images[fixed_sample(96, 12)])
+
+
+def test_one_class_is_evaluated_as_unlabeled(tmp_path):
+    splits = [random_source(n, seed=n, classes=1) for n in (96, 40)]
+    evaluator = evaluator_of(*splits)
+    plan = "Evaluating nearest neighbors and a map only. All training images are of one class (0)."
+    assert evaluator.plan().startswith(plan)
+    evaluate(tmp_path, *splits)
+    assert evaluator.is_done(tmp_path)
+    assert not (tmp_path / "evaluation.json").exists()
+    assert "map_label" not in saved_images(tmp_path)
+
+
+def test_class_names_that_are_not_utf_8_are_escaped(tmp_path):
+    name = b"caf\xe9".decode("utf-8", "surrogateescape")
+    images = random_source(16).images
+    source = ArraySource(images, np.arange(16) % 2, ["tea", name])
+    assert source.class_names == ("tea", "caf\\udce9")
+    arrays = {"map_features": np.eye(16, dtype=np.float32), "map_label": source.labels}
+    arrays |= {"map_images": images, "class_names": np.array(source.class_names)}
+    write_images(tmp_path, arrays, step=0)
+    assert "udce9" in (tmp_path / "projector" / "metadata.tsv").read_text()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"rows": [], "test_examples": 1}', "[" * 9999])
+def test_run_with_a_corrupt_evaluation_is_not_done_and_prints_other_results(tmp_path, content):
+    train = random_source(24)
+    evaluator = evaluator_of(train, train)
+    write_images(tmp_path, {"originals": train.images[:2]}, step=0)
+    assert not evaluator.is_done(tmp_path)
+    (tmp_path / "evaluation.json").write_text(content)
+    assert not evaluator.is_done(tmp_path)
+    metric = {"value": 0.5, "low": 0.4, "high": 0.6}
+    write_result(tmp_path, "knn", "kNN", {"examples": 4, "top1": metric})
+    first, second = evaluation_table(tmp_path)
+    assert "evaluation.json is corrupt" in first and second.startswith("kNN: top-1 50.00")
+
+
+def test_run_without_its_images_is_not_done(tmp_path):
+    evaluator = evaluator_of(random_source(24), None)
+    assert not evaluator.is_done(tmp_path)
+    write_images(tmp_path, {"originals": random_source(2).images}, step=0)
+    assert evaluator.is_done(tmp_path)
+    (tmp_path / "report_images.npz").write_bytes(b"")
+    assert not evaluator.is_done(tmp_path)
+    assert evaluator.plan().startswith("The encoder is not evaluated, as there are no held-out")
+
+
+def test_notes_explain_missing_columns_and_encoders_that_have_seen_labels(tmp_path):
+    images = random_source(24).images
+    train = ArraySource(images, np.minimum(np.arange(24) // 8, 2), "abd")
+    train.labels[16:] = np.where(np.arange(8) < 3, 3, 0)  # no image is of class 2
+    evaluator = evaluator_of(train, train)
+    missing = "Not measured: 5 labels per class, as class '3' has only 3 in the training images."
+    assert evaluator._notes() == (missing,)
+    evaluator._needs_labels = True
+    seen, _ = evaluator._notes()
+    assert seen.startswith("The encoder itself was trained with labels")
+    row = Row("simclr", {1: np.array([0.5, 0.6])}, {"linear": 0.7})
+    write_evaluation(tmp_path, Evaluation([row], 24, "", 1, (seen, missing)))
+    assert read_evaluation(tmp_path / "evaluation.json").notes == (seen, missing)
+    assert evaluation_table(tmp_path)[2:] == [seen, missing]

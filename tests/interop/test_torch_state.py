@@ -9,7 +9,6 @@ from encoders import random_encoder
 from tiny import tiny_config, with_two_stages
 from torch_files import tensor, torch_file
 
-from ssl_jax.errors import UserError
 from ssl_jax.interop.import_weights import read_weights
 from ssl_jax.interop.torch_names import to_torch
 from ssl_jax.interop.torch_state import read_state

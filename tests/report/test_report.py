@@ -26,6 +26,9 @@ from report_runs import (
 from ssl_jax import config as config_lib
 from ssl_jax.errors import UserError
 from ssl_jax.evals.intervals import mean_interval, proportion_interval
+from ssl_jax.evals.metrics import classification_metrics
+from ssl_jax.evals.results import write_result
+from ssl_jax.interop.card import _results as card_results
 from ssl_jax.report import nice_ticks, write_report
 from ssl_jax.report.charts import BOTTOM, TOP, Frame
 
@@ -316,6 +319,50 @@ def test_neighbors_without_labels_are_not_marked(workdir):
     ]
 
 
+def test_card_and_report_have_the_same_intervals(workdir):
+    rng = np.random.default_rng(0)
+    metrics = classification_metrics(rng.normal(size=(60, 4)), rng.integers(0, 4, 60))
+    write_result(workdir, "knn", "5 nearest neighbors", metrics)
+    cells = [cell["text"] for cell in Page(write_report(workdir)).all("td")]
+    card = "\n".join(card_results(workdir, None))
+    of_rows = re.findall(r"(\d+\.\d) \((\S+ ?\S+)\)", card)
+    of_results = re.findall(r"(\d+\.\d) \[(\d+\.\d), (\d+\.\d)\]", card)
+    assert len(of_rows) == 3 * 5 and len(of_results) == 2
+    for value, spread in of_rows:
+        assert f"{value}{spread}" in cells
+    for value, low, high in of_results:
+        assert f"{value} {low} to {high}" in cells
+
+
+def test_fine_tuned_run_leads_with_its_linear_probe(workdir):
+    found = evaluation()
+    for row in found["rows"]:
+        for key in [key for key in row if key.startswith("labels_")]:
+            del row[key]
+    (workdir / "evaluation.json").write_text(json.dumps(found | {"notes": ["A note."]}))
+    page = Page(write_report(workdir))
+    assert page.lead().strip() == "SimCLR reaches 97.3 % with a linear probe."
+    assert "A note." in page.section("evaluation") and "per class" not in page.section("evaluation")
+
+
+def test_images_are_named_by_their_files(workdir):
+    given = images() | map_and_failures()
+    given["original_name"] = np.array(["cat/1.png", "cat/2.png", "dog/3.png"])
+    given["query_name"] = np.array(["cat/4.png", "dog/5.png"])
+    given["neighbor_name"] = np.array([["a.png", "b.png", "c.png"], ["d.png", "e.png", "f.png"]])
+    given["failures_query_name"] = np.array(["g.png", "h.png"])
+    given["map_name"] = np.array([f"{i}.png" for i in range(12)])
+    np.savez(workdir / "report_images.npz", **given)
+    page = Page(write_report(workdir))
+    alts = [image["attrs"]["title"] for image in page.all("img")]
+    for alt in (
+        *("Image dog/3.png, view 2", "Test image cat/4.png: cat"),
+        *("Neighbor 3 (f.png), similarity 0.50: dog, same class", "Test image h.png: dog"),
+    ):
+        assert alt in alts
+    assert "cat: 3.png" in [title["text"] for title in page.all("title")]
+
+
 @pytest.mark.parametrize(
     ("file", "section"),
     [
@@ -519,7 +566,7 @@ def test_verdict_of_a_healthy_run_shows_its_evidence(tmp_path):
 def test_verdict_of_a_collapsed_run_has_the_step(tmp_path):
     page = write_run_with(tmp_path, embedding_std=[0.7, 0.01, 0.005, 0.001], loss=[5.0] * 4)
     assert verdict(page) == ["✕", "Collapsed since step 20."]
-    assert "0.0010 of 1/√d" in page.section("collapse")
+    assert "embedding_std 0.0010" in page.section("collapse")
 
 
 def test_halved_spread_is_a_sign_and_recovery_is_noted(tmp_path):

@@ -25,7 +25,9 @@ import ssl_jax
 from ssl_jax.cli.main import pretrain_main
 from ssl_jax.errors import UserError
 from ssl_jax.evals import evaluator as eval_run
+from ssl_jax.evals.results import read_evaluation
 from ssl_jax.interop.load import restore_state
+from ssl_jax.report import write_report
 from ssl_jax.run.folder import write_config
 from ssl_jax.run.log import read_metrics
 from ssl_jax.run.nonfinite import COUNT, STEP
@@ -463,7 +465,7 @@ def test_out_of_memory_in_the_step_suggests_options(tmp_path, monkeypatch, halve
 
 
 def test_out_of_memory_in_an_evaluation_suggests_its_batch_size(tmp_path, monkeypatch):
-    """By injection; with the suggestion the run resumes from its checkpoint."""
+    """By injection; the trained run is saved, and is evaluated again with the suggestion."""
     share_steps(monkeypatch)
     config = with_whole_images(tiny_config(batch_size=64, steps=2))
     config.eval.batch_size, config.checkpoint.every_epochs = 64, 1.0
@@ -477,8 +479,31 @@ def test_out_of_memory_in_an_evaluation_suggests_its_batch_size(tmp_path, monkey
             pretrain(config, tmp_path)
     assert "A batch of the evaluation doesn't fit" in str(caught.value)
     assert "9 bytes.). Try --config.eval.batch_size=32." in str(caught.value)
+    assert int(restore_state(tmp_path).step) == 2
+    assert not any("rankme" in r for r in read_metrics(tmp_path / "metrics.jsonl"))
     config.eval.batch_size = 32
     assert int(pretrain(config, tmp_path).step) == 2
+    measured = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "rankme" in r]
+    assert [record["step"] for record in measured] == [2]
+
+
+def test_failed_final_evaluation_leaves_a_run_that_is_reported_and_evaluated_again(
+    finished, tmp_path, monkeypatch, capsys
+):
+    config, done, *_ = finished
+    workdir = Path(shutil.copytree(done, tmp_path / "run"))
+    (workdir / "evaluation.json").write_text("")
+    monkeypatch.setattr(loop, "write_images", lambda *args: 1 / 0)
+    monkeypatch.setattr(eval_run.Evaluator, "_row", lambda self, name, *args: rows[name])
+    rows = {row.name: row for row in read_evaluation(done / "evaluation.json").rows}
+    with pytest.raises(ZeroDivisionError):
+        pretrain(config, workdir)
+    assert "trained and its checkpoint saved, but its evaluation failed" in capsys.readouterr().out
+    assert write_report(workdir).exists() and ssl_jax.load(workdir).step == 4
+    (workdir / "evaluation.json").write_text("{")
+    monkeypatch.setattr(loop, "write_images", lambda *args: None)
+    pretrain(config, workdir)
+    assert (workdir / "evaluation.json").read_text() == (done / "evaluation.json").read_text()
 
 
 def test_collapse_detector_remembers_the_spread_of_embeddings_after_a_resume(tmp_path):

@@ -83,6 +83,7 @@ if (source) {
     image.className = data.pixelated ? "sprite small" : "sprite";
     image.setAttribute("role", "img");
     image.setAttribute("aria-label", nameOf(i));
+    image.title = data.files[i] || nameOf(i);
     image.style.backgroundImage = 'url("' + data.sheet + '")';
     image.style.setProperty("--columns", data.columns);
     image.style.setProperty("--column", i % data.columns);
@@ -127,6 +128,7 @@ if (source) {
       return element("figure", same ? "thumb" : "thumb wrong", thumb(j), caption);
     });
     const first = element("figure", "thumb query", thumb(i), element("figcaption", "", nameOf(i)));
+    if (data.files[i]) first.append(element("p", "note", data.files[i]));
     const caption = element("p", "note", "Nearest images in this map, by cosine similarity:");
     panel.replaceChildren(first, element("div", "", caption, element("div", "hits", ...hits)));
     panel.hidden = false;
