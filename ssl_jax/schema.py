@@ -212,7 +212,10 @@ _DATA: Group = {
         900.0, "Stop after this many seconds without a batch; 0: never", FINITE, affects="nothing"
     ),
     "subset": Key(
-        1.0, "Share of the training images to use, stratified by class", POSITIVE_FRACTION
+        1.0,
+        "Share of the training images to use, stratified by class; if only some have a label, "
+        "of those",
+        POSITIVE_FRACTION,
     ),
     "subset_seed": Key(0, "Seed of the subset", SEED),
     "validation": Key(

@@ -116,6 +116,12 @@ def data_warnings(setup: Setup) -> list[str]:
         )
     if train.num_classes == 1:
         found.append(f"warning: {why_not_scored(train, setup.test)}")
+    classes = setup.config.data.num_classes
+    if setup.config.method == "supervised" and classes > train.num_classes:
+        found.append(
+            f"warning: the classifier has {classes:,} outputs (config.data.num_classes) for "
+            f"{train.num_classes:,} classes. Set config.data.num_classes=0 for one per class."
+        )
     return found
 
 

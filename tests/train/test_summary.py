@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from images import config_of, fill
-from tiny import share_steps, tiny_config, with_whole_images
+from tiny import random_source, share_steps, tiny_config, with_whole_images
 
 from ssl_jax.data.arrays import ArraySource
 from ssl_jax.data.sources import make_sources
@@ -81,6 +81,17 @@ def test_classes_that_are_probably_not_meant_are_warned_of(names, words):
     source = ArraySource(images, np.arange(4) % len(names), names)
     _, warnings = of_data(source, source)
     assert words in " ".join(warnings) if words else not warnings
+
+
+def test_classifier_with_more_outputs_than_classes_is_warned_of():
+    source = random_source()
+    _, warnings = of_data(source, source, num_classes=1000)
+    assert not warnings  # no classifier is trained
+    config = tiny_config(method="supervised")
+    config.data.num_classes = 1000
+    setup = types.SimpleNamespace(train=source, test=source, config=config)
+    (warning,) = summary.data_warnings(setup)
+    assert "1,000 outputs (config.data.num_classes) for 4 classes" in warning
 
 
 def test_sizes_of_image_files_are_read_from_their_headers(tmp_path):
