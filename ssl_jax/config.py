@@ -22,6 +22,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ssl_jax.errors import UserError, did_you_mean
+from ssl_jax.files import local_path, reading
 from ssl_jax.schema import SCHEMA, VIEW, Group, Key
 
 # Groups of keys of methods registered from outside the package.
@@ -162,12 +163,13 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
       UserError: no such file, no `get_config`, an unknown key, or an invalid value.
     """
     file, _, variant = os.path.expanduser(path).partition(":")
-    if not Path(file).is_file():
+    if not local_path(file).is_file():
         raise UserError(
             f"There is no config file {file}. Set --config=PATH; see configs/.{close_path(file)}"
         )
     try:
-        get_config = runpy.run_path(file).get("get_config")
+        with reading(file):
+            get_config = runpy.run_path(str(local_path(file))).get("get_config")
         if get_config is None:
             raise UserError(f"{file} does not define get_config(). See configs/ for examples.")
         if variant and not inspect.signature(get_config).parameters:

@@ -1,4 +1,4 @@
-"""The only writer of files: atomic, durable, never through a link; and its one error message.
+"""The only writer of files: atomic, durable, never through a link; and the messages of I/O errors.
 
 A workdir may come from someone else and hold links in place of files. None is followed: files are
 replaced under an unpredictable temporary name, and appended to only if they are regular files.
@@ -23,20 +23,45 @@ _KNOWN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, *_UNREACHABLE)
 RESUME = "then rerun the same command to resume"
 RERUN = "then rerun the same command"
 ANOTHER = "or choose another path"
+LOOK = "Check the path and its permissions"
 
 
 def local_path(path: str | Path) -> Path:
-    """Expands `~` in a path, once, where it enters.
+    """Expands `~` in a path, once, where it enters; `exists` and the like won't raise after that.
 
     Raises:
-      UserError: a URL, which Python would take for a folder of that name.
+      UserError: a URL, which Python would take for a folder of that name; or a path that the system
+        refuses, even for a new file: too long, a link to itself, in a locked folder.
     """
     if re.match(r"\w+:/", str(path)):
         raise UserError(
             f"{path} is a URL, not a path. Mount the bucket as a folder (gcsfuse, mountpoint-s3), "
             "and pass that."
         )
-    return Path(path).expanduser()
+    try:
+        path = Path(path).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+    except (OSError, RuntimeError) as error:  # RuntimeError: no such user, as in ~nobody/x
+        raise UserError(f"Cannot use the path {path} ({reason(error)}). {LOOK}.") from error
+    return path
+
+
+@contextlib.contextmanager
+def reading(path: str | Path, fix: str = LOOK, *more: type[Exception]) -> Iterator[None]:
+    """Turns an `OSError`, or one of `more`, in the block into `cannot_read`'s `UserError`."""
+    errors: tuple[type[Exception], ...] = (OSError, *more)
+    try:
+        yield
+    except errors as error:
+        raise cannot_read(path, error, fix) from error
+
+
+def cannot_read(path: str | Path, error: Exception, fix: str = LOOK) -> UserError:
+    """The error of a file or folder that can't be read, or of one in it; `fix` ends its message."""
+    inside = error.filename if isinstance(error, OSError) else None
+    shown = inside if isinstance(inside, str) else path
+    return UserError(f"Cannot read {shown} ({reason(error)}). {fix}.")
 
 
 @contextlib.contextmanager
@@ -156,7 +181,7 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     known = (os.strerror(code) for code in _KNOWN)
-    return next((text for text in known if text in str(error)), first_line(error)[:300])
+    return next((t for t in known if t in str(error)), first_line(error)[:300].rstrip("."))
 
 
 def unreachable(error: Exception) -> bool:

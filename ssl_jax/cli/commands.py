@@ -6,7 +6,6 @@ once the arguments are valid.
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
 
 from ssl_jax.cli import backend
@@ -23,6 +22,7 @@ from ssl_jax.cli.parser import (
 from ssl_jax.config import close_path, load_config
 from ssl_jax.data.listing import require_data
 from ssl_jax.errors import UserError, did_you_mean
+from ssl_jax.files import local_path
 from ssl_jax.plan.chips import parse_topology
 
 FAST = "lbfgs"  # the `linear` recipe that fits on features, without training a run
@@ -170,7 +170,7 @@ def _prepare_plan(args: argparse.Namespace) -> None:
     args.other = None
     if args.compare and args.json:
         raise UserError("--json prints a single plan. Remove --compare.")
-    if args.compare and not Path(args.compare).exists():
+    if args.compare and not local_path(args.compare).exists():
         if ":" not in args.compare:
             raise UserError(f"--compare={args.compare} is neither a file nor a topology.")
         args.other = parse_topology(args.compare)
@@ -393,7 +393,7 @@ def _add_data(parser: Parser) -> None:
 
 
 def _prepare_data(args: argparse.Namespace) -> None:
-    if "://" not in str(args.folder) and not Path(args.folder).expanduser().is_dir():
+    if "://" not in str(args.folder) and not local_path(args.folder).is_dir():
         raise UserError(f"{args.folder} is not a folder of images.{close_path(args.folder)}")
 
 

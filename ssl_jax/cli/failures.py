@@ -71,9 +71,10 @@ def _unexpected(error: BaseException | None, workdir: Path | None) -> str:
     text = " ".join(str(error).split())
     text = text[:_MAX_MESSAGE] + "…" * (len(text) > _MAX_MESSAGE)
     where = "use --debug for the traceback"
-    if workdir is not None and workdir.is_dir():
-        with contextlib.suppress(OSError), appending(workdir / "error.txt") as file:
-            file.write("".join(traceback.format_exception(error)) + "\n")
+    with contextlib.suppress(OSError):
+        if workdir is not None and workdir.is_dir():
+            with appending(workdir / "error.txt") as file:
+                file.write("".join(traceback.format_exception(error)) + "\n")
             where = f"traceback in {workdir / 'error.txt'}"
     return f"error: Unexpected {type(error).__name__}: {text} ({where})"
 

@@ -20,6 +20,7 @@ from ssl_jax.cli.failures import exit_code
 from ssl_jax.cli.parser import Parser, require_known
 from ssl_jax.config import close_path
 from ssl_jax.errors import UserError
+from ssl_jax.files import reading
 from ssl_jax.version import __version__
 
 _OVERRIDE = "--config."
@@ -127,7 +128,8 @@ def _register(file: Path) -> None:
     """Runs the user's file that registers a method."""
     if not file.is_file():
         raise UserError(f"There is no file {file} (--import).{close_path(file)}")
-    runpy.run_path(str(file))
+    with reading(file):
+        runpy.run_path(str(file))
 
 
 def _split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from ssl_jax.config import close_path, default_config, flatten
 from ssl_jax.errors import UserError, did_you_mean
-from ssl_jax.files import ANOTHER, local_path, require_writable, writing
+from ssl_jax.files import ANOTHER, local_path, reading, require_writable, writing
 
 _KEY = "--config.KEY"  # stands for all config keys in the help
 _MISSING = "the following arguments are required: "
@@ -193,13 +193,13 @@ def require_encoder(path: Path) -> None:
     Raises:
       UserError: The path doesn't exist, or is a folder without any of an encoder's files.
     """
-    path = path.expanduser()
-    if Path(f"{path}.index").is_file():
-        return  # a TensorFlow checkpoint, given by its prefix
-    if not path.exists():
-        raise UserError(f"There is no run or weights file at {path}.{close_path(path)}")
-    if path.is_dir() and not any((path / name).exists() for name in _ENCODER_FILES):
-        raise UserError(f"There is no run in {path}: config.json is missing.")
+    with reading(path):
+        if Path(f"{path}.index").is_file():
+            return  # a TensorFlow checkpoint, given by its prefix
+        if not path.exists():
+            raise UserError(f"There is no run or weights file at {path}.{close_path(path)}")
+        if path.is_dir() and not any((path / name).exists() for name in _ENCODER_FILES):
+            raise UserError(f"There is no run in {path}: config.json is missing.")
 
 
 def require_run(workdir: Path) -> None:
@@ -208,10 +208,11 @@ def require_run(workdir: Path) -> None:
     Raises:
       UserError: The folder has no config.json.
     """
-    if not (workdir / "config.json").is_file():
-        raise UserError(
-            f"There is no run in {workdir}: config.json is missing.{close_path(workdir)}"
-        )
+    with reading(workdir):
+        if not (workdir / "config.json").is_file():
+            raise UserError(
+                f"There is no run in {workdir}: config.json is missing.{close_path(workdir)}"
+            )
 
 
 def require_folder_of(out: Path) -> None:

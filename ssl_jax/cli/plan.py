@@ -5,10 +5,10 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from humanize import metric, naturalsize
 
+from ssl_jax.files import local_path
 from ssl_jax.plan.chips import Topology
 from ssl_jax.plan.plan import GPU_STEP, Plan, fitting, read_plan
 
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     def plan_for(topology: Topology) -> Plan:
         return fitting(args.experiment, topology, args.images, log)
 
-    saved = read_plan(Path(args.compare)) if args.compare and args.other is None else None
+    saved = read_plan(local_path(args.compare)) if args.compare and args.other is None else None
     plan = plan_for(args.topology)
     if args.json:
         print(json.dumps(dataclasses.asdict(plan), indent=1))

@@ -14,8 +14,7 @@ from ssl_jax.data.host import HostSource
 from ssl_jax.data.labels import NO_LABEL, checked_names
 from ssl_jax.data.listing import list_images
 from ssl_jax.data.tensorflow import tf
-from ssl_jax.errors import UserError
-from ssl_jax.files import local_path
+from ssl_jax.files import RESUME, local_path, reading
 
 
 class FolderSource(HostSource):
@@ -62,10 +61,5 @@ class FolderSource(HostSource):
 
     def read(self, id: int) -> bytes:
         """Reads a file's bytes."""
-        try:
+        with reading(self.name(id), f"Restore the file, {RESUME}"):
             return Path(self.name(id)).read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"Cannot read {self.name(id)} ({error.strerror}). Restore the file, then rerun the "
-                "same command to resume."
-            ) from error

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import close_path
 from ssl_jax.errors import UserError
-from ssl_jax.files import local_path
+from ssl_jax.files import local_path, reading
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _log = logging.getLogger("ssl_jax.data")
@@ -26,12 +26,13 @@ def list_images(folder: str, key: str) -> tuple[list[str], list[int] | None, tup
       File paths, sorted by class and path; their labels, None for a flat folder; class names.
 
     Raises:
-      UserError: the folder is missing, it or a subfolder has no images, or it has both images and
-        class folders.
+      UserError: the folder is missing, it or a subfolder has no images or can't be read, or it has
+        both images and class folders.
     """
     root = _require_folder(folder, key)
-    flat, folders = _scan(root)
-    by_class = {name: _walk(root / name) for name in folders}
+    with reading(root, f"Make it readable, or set {key} to a folder that has only images in it"):
+        flat, folders = _scan(root)
+        by_class = {name: _walk(root / name) for name in folders}
     if not flat and not any(by_class.values()):
         raise UserError(
             f"{key} is {folder}, which contains no images. Add .jpg, .jpeg or .png files."

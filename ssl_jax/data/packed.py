@@ -1,5 +1,6 @@
 """Small images packed into one file of pixels, held on the devices; needs no TensorFlow."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 from ssl_jax.data.arrays import ArraySource
 from ssl_jax.data.listing import list_images, require_packed
 from ssl_jax.errors import UserError
-from ssl_jax.files import asked_for
+from ssl_jax.files import asked_for, reading
 
 _KEYS = {"images", "labels", "class_names"}
 
@@ -66,8 +67,10 @@ def packed_source(config: ConfigDict, key: str) -> ArraySource:
     """
     path, key = config.data[key], f"config.data.{key}"
     file = require_packed(path, key)
+    with reading(file):
+        opened = file.open("rb")
     try:
-        with file.open("rb") as handle, np.load(handle, allow_pickle=False) as arrays:
+        with opened as handle, np.load(handle, allow_pickle=False) as arrays:
             if set(arrays.files) != _KEYS:
                 raise ValueError("unexpected arrays")
             images, labels, names = (arrays[k] for k in ("images", "labels", "class_names"))
@@ -83,8 +86,10 @@ def packed_source(config: ConfigDict, key: str) -> ArraySource:
 
 
 def _decode(file: str) -> np.ndarray:
+    with reading(file):
+        contents = Path(file).read_bytes()
     try:
-        with Image.open(file, formats=("JPEG", "PNG")) as image:
+        with Image.open(io.BytesIO(contents), formats=("JPEG", "PNG")) as image:
             return _rgb(image)
     except Exception as error:  # Pillow's decoders raise many types
         raise UserError(

@@ -89,7 +89,7 @@ class Reader(Generic[T]):
         if limit > patience and not self._warned:
             self._warned = True
             _log.warning(
-                "warning: no images for %g s. Still waiting; check that their file system responds.",
+                "warning: no images for %g s. Still waiting; check the file system.",
                 patience,
             )
         with contextlib.suppress(queue.Empty):

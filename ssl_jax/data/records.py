@@ -27,7 +27,7 @@ from ssl_jax.data.listing import list_images
 from ssl_jax.data.reader import in_parallel
 from ssl_jax.data.tensorflow import array_record_data_source, array_record_module, tf
 from ssl_jax.errors import UserError, first_line
-from ssl_jax.files import local_path, replacing, writing
+from ssl_jax.files import LOOK, local_path, reading, replacing, writing
 
 _INDEX = "index.npz"
 _READERS = 64  # parallel reads, which hide the latency of a disk or a bucket
@@ -52,10 +52,13 @@ def convert(folder: str, out: str, num_shards: int = 0) -> int:
     if num_shards < 0:
         raise UserError(f"The number of shards is {num_shards}: use 1 or more, or 0 to choose it.")
     files, labels, class_names = list_images(folder, "the folder to convert")
-    out = os.path.expanduser(out)  # a path or a URL
-    if tf.io.gfile.exists(_join(out, _INDEX)):
+    out = _expanded(out)
+    with reading(out, LOOK, tf.errors.OpError):
+        exists = tf.io.gfile.exists(_join(out, _INDEX))
+    if exists:
         raise UserError(f"{out} already holds records. Choose another folder, or remove it.")
-    num_shards = min(num_shards or _default_shards(files), len(files))
+    with reading(folder):
+        num_shards = min(num_shards or _default_shards(files), len(files))
     shards = [f"{i:05d}-of-{num_shards:05d}.array_record" for i in range(num_shards)]
     chunks = np.array_split(np.arange(len(files)), num_shards)
     names = [os.path.relpath(file, local_path(folder)) for file in files]
@@ -90,7 +93,7 @@ class RecordsSource(HostSource):
           UserError: no records in the folder, labels that don't match the records or the class
             names, or a view that can't be made on the host.
         """
-        folder = os.path.expanduser(config.data[key])  # a path or a URL
+        folder = _expanded(config.data[key])
         index = _read_index(folder, f"config.data.{key}")
         names = index["names"].tobytes()
         super().__init__(config, f"config.data.{key} ({folder})", len(index["label"]), names)
@@ -186,17 +189,19 @@ def _read_index(folder: str, key: str) -> dict[str, Any]:
     if not folder:
         raise UserError(f"{key} is empty. Set it to a folder written by `ssl-jax data convert`.")
     path = _join(folder, _INDEX)
-    if not tf.io.gfile.exists(path):
-        raise UserError(
-            f"{key} is {folder}, which contains no complete records. Write them with `ssl-jax data "
-            f"convert IMAGES {folder}`."
-        )
-    try:
+    with reading(path, LOOK, tf.errors.OpError):
+        if not tf.io.gfile.exists(path):
+            raise UserError(
+                f"{key} is {folder}, which contains no complete records. Write them with `ssl-jax "
+                f"data convert IMAGES {folder}`."
+            )
         with tf.io.gfile.GFile(path, "rb") as handle:
-            with np.load(io.BytesIO(handle.read()), allow_pickle=False) as arrays:
-                if set(arrays.files) != _KEYS:
-                    raise ValueError("unexpected arrays")
-                return dict(arrays)
+            contents = handle.read()
+    try:
+        with np.load(io.BytesIO(contents), allow_pickle=False) as arrays:
+            if set(arrays.files) != _KEYS:
+                raise ValueError("unexpected arrays")
+            return dict(arrays)
     except Exception as error:  # a corrupt file fails in many ways
         raise UserError(f"{path} is corrupt. Convert the images again.") from error
 
@@ -217,11 +222,8 @@ def _write_shard(path: str, files: Sequence[str]) -> None:
 
 
 def _read_file(path: str) -> bytes:
-    try:
-        with open(path, "rb") as handle:
-            return handle.read()
-    except OSError as error:
-        raise UserError(f"Cannot read {path} ({error.strerror}). Remove or replace it.") from error
+    with reading(path, "Remove or replace it"), open(path, "rb") as handle:
+        return handle.read()
 
 
 def _write_arrays(path: str, **arrays: np.ndarray) -> None:
@@ -242,6 +244,11 @@ def _local_file(path: str) -> Iterator[Path]:
         file = Path(scratch) / path.rpartition("/")[2]
         yield file
         tf.io.gfile.copy(str(file), path, overwrite=True)
+
+
+def _expanded(folder: str) -> str:
+    """A local folder as an absolute or relative path without `~`; a bucket's as it is."""
+    return str(local_path(folder)) if folder and "://" not in folder else folder
 
 
 def _join(folder: str, name: str) -> str:

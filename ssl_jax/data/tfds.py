@@ -17,6 +17,7 @@ from ssl_jax.data.reader import in_parallel
 from ssl_jax.data.records import ArrayRecords
 from ssl_jax.data.tensorflow import tf, tfds
 from ssl_jax.errors import UserError, did_you_mean
+from ssl_jax.files import LOOK, reading
 
 # A TFRecord: 8 bytes of payload length and 4 of its checksum, the payload, and 4 of its checksum.
 _BEFORE, _AFTER = 12, 4
@@ -178,14 +179,16 @@ def _builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
             "contains it."
         )
     try:
-        builder = tfds.builder(name, data_dir=folder, try_gcs=False)
+        with reading(folder or "TFDS's folder", LOOK, tf.errors.OpError):
+            builder = tfds.builder(name, data_dir=folder, try_gcs=False)
+            prepared = builder.is_prepared()
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise UserError(
             f"config.data.dataset is '{name}', which is not in TFDS"
             + (f" or {folder}" if folder else "")
             + f".{did_you_mean(name, tfds.list_builders(with_community_datasets=False))}"
         ) from error
-    if not builder.is_prepared():
+    if not prepared:
         raise UserError(
             f"{builder.info.full_name} is not prepared in {builder.data_dir}. Run `tfds build "
             f"{name}` once, or set config.data.dir to the folder that contains it."

@@ -33,7 +33,7 @@ from ssl_jax.evals.results import (
     require_writable_results,
     write_result,
 )
-from ssl_jax.files import local_path, writing
+from ssl_jax.files import local_path, reading, writing
 from ssl_jax.interop.load import newest_step, results_folder
 from ssl_jax.run.nonfinite import NonFiniteError
 
@@ -102,11 +102,13 @@ def read_sets(path: str | Path) -> list[DataSet]:
     Raises:
       UserError: the file can't be read or is not such a list.
     """
+    with reading(path):
+        text = local_path(path).read_bytes()
     try:
-        listed = json.loads(local_path(path).read_text())
+        listed = json.loads(text)
         if not isinstance(listed, dict) or not listed:
             raise ValueError('write {"NAME": {"metric": "top1", "data": {"name": "tfds"}}}')
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"Cannot read the list of data sets {path} ({error}).") from error
     return [_data_set(str(path), name, entry) for name, entry in listed.items()]
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import Schedule, flat_views, from_json, to_json
 from ssl_jax.errors import UserError
-from ssl_jax.files import ANOTHER, asked_for, local_path, writing
+from ssl_jax.files import ANOTHER, asked_for, local_path, reading, writing
 from ssl_jax.interop.card import model_card
 from ssl_jax.interop.load import Encoder, load, weights_at
 from ssl_jax.interop.metadata import is_torchvisions, preprocessing, unlike_torchvisions
@@ -116,10 +116,11 @@ def _loader(folder: Path) -> Path:
     """The loader's path; refuses to overwrite the user's own file of that name."""
     file = folder / _LOADER
     first = _source().partition(b"\n")[0]
-    if file.is_file() and not file.read_bytes().startswith(first):
-        raise UserError(
-            f"{file} was not written by ssl_jax: move it, or choose another output folder."
-        )
+    with reading(file):
+        if file.is_file() and not file.read_bytes().startswith(first):
+            raise UserError(
+                f"{file} was not written by ssl_jax: move it, or choose another output folder."
+            )
     return file
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ssl_jax.errors import UserError, did_you_mean
-from ssl_jax.files import local_path
+from ssl_jax.files import local_path, reading
 from ssl_jax.interop.byol import read_byol
 from ssl_jax.interop.infer_architecture import require_complete, to_weights
 from ssl_jax.interop.pickled import may_be_pickled, read_pickle, read_torch
@@ -44,18 +44,20 @@ _MAX_DEPTH = 4  # of state dicts in each other
 def is_weights_file(path: str | Path) -> bool:
     """Whether a path is a file of weights or a TensorFlow checkpoint, not a run's workdir."""
     path = _in_folder(path)
-    if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
-        return False
-    return path.is_file() or checkpoint_prefix(path) is not None
+    with reading(path):
+        if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
+            return False
+        return path.is_file() or checkpoint_prefix(path) is not None
 
 
 def _in_folder(path: str | Path) -> Path:
     """The file in a folder of timm or of `ssl-jax export --format=folder`; else the path itself."""
     path = local_path(path)
     names = ("ssl_jax.safetensors", "model.safetensors")
-    if (path / "checkpoints").is_dir():  # a run, even if it contains such a file
-        return path
-    return next((path / name for name in names if (path / name).is_file()), path)
+    with reading(path):
+        if (path / "checkpoints").is_dir():  # a run, even if it contains such a file
+            return path
+        return next((path / name for name in names if (path / name).is_file()), path)
 
 
 def read_weights(path: str | Path, kind: str = "") -> Weights:
@@ -76,13 +78,15 @@ def read_weights(path: str | Path, kind: str = "") -> Weights:
     path = _in_folder(path)
     if kind and kind not in KINDS:
         raise UserError(f"Unknown kind of weights '{kind}'.{did_you_mean(kind, KINDS)}")
-    prefix = checkpoint_prefix(path)
-    file = Path(f"{prefix}.index") if prefix else path
-    if not file.is_file():
-        raise UserError(f"{path} is not a file of weights.")
-    if prefix is None and path.suffix != ".safetensors" and not may_be_pickled(path):
-        raise UserError(f"{path} contains no weights: {_KNOWN}.")
-    now = file.stat()
+    with reading(path):
+        prefix = checkpoint_prefix(path)
+        file = Path(f"{prefix}.index") if prefix else path
+        if not file.is_file():
+            raise UserError(f"{path} is not a file of weights.")
+        file.open("rb").close()
+        if prefix is None and path.suffix != ".safetensors" and not may_be_pickled(path):
+            raise UserError(f"{path} contains no weights: {_KNOWN}.")
+        now = file.stat()
     return _read(path, prefix, kind, (now.st_mtime_ns, now.st_size))
 
 

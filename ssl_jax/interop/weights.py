@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from ssl_jax.config import from_json, to_json
 from ssl_jax.errors import UserError
-from ssl_jax.files import ANOTHER, local_path, replacing, writing
+from ssl_jax.files import ANOTHER, local_path, reading, replacing, writing
 
 Pytree = Any
 FORMAT = "1"
@@ -116,6 +116,8 @@ def read_header(file: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[Any]:
+    with reading(file):
+        file.open("rb").close()
     try:
         with safe_open(file, framework="numpy") as opened:
             yield opened

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from ssl_jax.config import Schedule, flat_views, run_schedule
 from ssl_jax.data.sources import make_sources
 from ssl_jax.errors import UserError, first_line, install_extra
+from ssl_jax.files import reading
 from ssl_jax.interop.initial_weights import resolve_initial_weights
 from ssl_jax.plan.chips import BETWEEN_HOSTS, EXAMPLES, GPUS_PER_HOST, Topology
 from ssl_jax.plan.flops import jaxpr_flops, model_flops
@@ -129,9 +130,11 @@ def read_plan(path: Path) -> Plan:
     Raises:
       UserError: The file is not a plan.
     """
+    with reading(path):
+        text = path.read_bytes()
     try:
-        return _from_json(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _from_json(json.loads(text))
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not a plan ({error}). Write one with `ssl-jax plan --json`."
         ) from error

@@ -92,7 +92,7 @@ def write_comparison(workdirs: Sequence[Path], out: Path | None = None) -> Path:
         )
         for i, workdir in enumerate(workdirs)
     ]
-    out = Path(out) if out else workdirs[0] / "comparison.html"
+    out = local_path(out) if out else workdirs[0] / "comparison.html"
     reports = [_report(workdir) for workdir in workdirs]
     write_page(
         out,

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from ssl_jax.files import reason
+
 _T = TypeVar("_T")
 
 
@@ -39,8 +41,12 @@ def read(path: Path, parse: Callable[[Path], _T]) -> tuple[_T | None, str]:
     Returns:
       The content and ""; or None and a sentence with the reason.
     """
-    if not path.is_file():
-        return None, f"Missing: the run has not written {path.name}."
+    try:
+        if not path.is_file():
+            return None, f"Missing: the run has not written {path.name}."
+        path.open("rb").close()
+    except OSError as error:
+        return None, f"Not shown: {path.name} can't be read ({reason(error)})."
     try:
         return parse(path), ""
     except (

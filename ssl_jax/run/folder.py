@@ -207,7 +207,7 @@ def read_record(workdir: Path) -> dict[str, Any]:
         raise UserError(f"There is no run in {workdir}: it has no config.json.") from None
     except (OSError, ValueError) as error:
         raise UserError(
-            f"Cannot read {path} ({error}). Restore it, or use a new --workdir."
+            f"Cannot read {path} ({reason(error)}). Restore it, or use a new --workdir."
         ) from error
     written = record.get("format")
     if written != FORMAT:

@@ -18,7 +18,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from ssl_jax.files import appending, replacing, writing
+from ssl_jax.files import appending, reading, replacing, writing
 
 Pytree = Any
 
@@ -147,10 +147,10 @@ class NoLog:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`; skips lines that are corrupt or cut off by a kill."""
-    if not path.is_file():
-        return []
+    with reading(path):
+        lines = path.read_bytes().splitlines() if path.is_file() else []
     records = []
-    for line in path.read_bytes().splitlines():
+    for line in lines:
         with contextlib.suppress(ValueError):  # not UTF-8, not JSON
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("step"), int):

@@ -324,16 +324,16 @@ def test_passes_over_a_source_leave_nothing_behind(tmp_path):
         functions = script_ops._py_funcs.size(), len(context.context().list_function_names())
         return *functions, *(len(os.listdir(f"/proc/self/{each}")) for each in ("task", "fd"))
 
-    def passes():
+    def passes(source):
         read(source, [(step, range(8 * step, 8 * step + 8)) for step in range(4)])
         list(source.eval_batches(np.split(np.arange(64), 8)))
         for count in (1, 2, 17):
             source.eval_transform(np.arange(count))
         next(source.batches(iter([(0, np.arange(8)), (1, np.arange(8))])))  # and no more
 
-    passes()
+    passes(source)
     before = held()
-    passes()
+    passes(source)
     assert all(now <= then for now, then in zip(held(), before, strict=True))
     gone = weakref.ref(source)
     del source

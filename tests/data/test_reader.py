@@ -15,9 +15,7 @@ from ssl_jax.errors import UserError
 
 def test_items_come_in_order_and_are_placed_in_the_thread():
     where = []
-    with Reader(
-        iter(range(3)), place=lambda item: where.append(threading.get_ident()) or -item
-    ) as r:
+    with Reader(iter(range(3)), place=lambda x: where.append(threading.get_ident()) or -x) as r:
         assert [r.next() for _ in range(3)] == [0, -1, -2]
         with pytest.raises(RuntimeError, match="ended early"):
             r.next()
@@ -55,7 +53,7 @@ def test_late_item_is_warned_of_once_before_the_timeout(monkeypatch, caplog):
             r.next()
         answers.set()
     assert caplog.messages == [
-        "warning: no images for 0.05 s. Still waiting; check that their file system responds."
+        "warning: no images for 0.05 s. Still waiting; check the file system."
     ]
 
 
