@@ -8,7 +8,9 @@ from ssl_jax.errors import UserError
 from ssl_jax.files import (
     appending,
     asked_for,
+    local_path,
     private_folder,
+    reading,
     reason,
     replacing,
     subfolder,
@@ -135,3 +137,32 @@ def test_private_folder_is_only_for_its_user(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path)
     with pytest.raises(OSError, match="a link or a file in place of a folder"):
         private_folder(tmp_path / "link")
+
+
+def test_read_errors_name_the_file_the_cause_and_a_fix(tmp_path):
+    message = r"^Cannot read .*absent \(No such file or directory\)\. Check the path and its perm"
+    with pytest.raises(UserError, match=message):
+        with reading(tmp_path):
+            (tmp_path / "absent").read_bytes()  # named, though the path is its folder
+    with pytest.raises(UserError, match=r"^Cannot read a \(disk gone\)\. Mount it\.$"):
+        with reading("a", "Mount it", ValueError):
+            raise ValueError("disk gone.\nmore")
+    with pytest.raises(KeyError), reading("a"):
+        raise KeyError("x")
+
+
+def test_paths_are_expanded_and_refused_where_they_enter(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert local_path("~/a") == tmp_path / "a"
+    (tmp_path / "file").touch()
+    assert local_path(tmp_path / "file" / "a") == tmp_path / "file" / "a"
+    (tmp_path / "loop").symlink_to("loop")
+    for path, cause in (
+        (tmp_path / "loop", "Too many levels of symbolic links"),
+        (tmp_path / ("x" * 300), "File name too long"),
+        ("~no.such.user/a", "Could not determine home directory"),
+    ):
+        with pytest.raises(UserError, match=rf"^Cannot use the path .* \({cause}\)\. Check"):
+            local_path(path)
+    with pytest.raises(UserError, match="gs://bucket/run is a URL"):
+        local_path("gs://bucket/run")

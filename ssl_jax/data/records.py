@@ -190,13 +190,14 @@ def _read_index(folder: str, key: str) -> dict[str, Any]:
         raise UserError(f"{key} is empty. Set it to a folder written by `ssl-jax data convert`.")
     path = _join(folder, _INDEX)
     with reading(path, LOOK, tf.errors.OpError):
-        if not tf.io.gfile.exists(path):
+        try:
+            with tf.io.gfile.GFile(path, "rb") as handle:
+                contents = handle.read()
+        except tf.errors.NotFoundError as error:
             raise UserError(
                 f"{key} is {folder}, which contains no complete records. Write them with `ssl-jax "
                 f"data convert IMAGES {folder}`."
-            )
-        with tf.io.gfile.GFile(path, "rb") as handle:
-            contents = handle.read()
+            ) from error
     try:
         with np.load(io.BytesIO(contents), allow_pickle=False) as arrays:
             if set(arrays.files) != _KEYS:
