@@ -75,7 +75,8 @@ def prepare_eval(images: Array, config: ConfigDict) -> Float[Array, "n size size
       float32 [n, size, size, 3].
     """
     view = flat_views(config)[0]
-    top, left, tall, wide = eval_box(*images.shape[1:3], view.size, config.eval.crop_fraction)
+    height, width = images.shape[1:3]
+    top, left, tall, wide = eval_box(height, width, view.size, config.eval.crop_fraction)
     x = images[:, top : top + tall, left : left + wide]
     x = resize_images(x, view.size, config.eval.interpolation, antialiased(view))
     if view.mean:

@@ -51,8 +51,8 @@ def convert(folder: str, out: str, num_shards: int = 0) -> int:
     """
     if num_shards < 0:
         raise UserError(f"The number of shards is {num_shards}: use 1 or more, or 0 to choose it.")
-    files, labels, class_names = list_images(folder, "the folder to convert")
     out = _expanded(out)
+    files, labels, class_names = list_images(folder, "the folder to convert")
     with reading(out, LOOK, tf.errors.OpError):
         exists = tf.io.gfile.exists(_join(out, _INDEX))
     if exists:
