@@ -293,24 +293,31 @@ def damage(folder: Path) -> str:
 
 
 def _damage(folder: Path) -> str:
-    try:
-        sums = json.loads((folder / _SUMS).read_text())
-    except FileNotFoundError:
+    file = folder / _SUMS
+    if not file.exists():
         return "" if any(file.is_file() for file in folder.rglob("*")) else "it is empty"
-    except ValueError:
+    if not file.is_file():  # a device, for example, may have no end
         return f"its {_SUMS} is unreadable"
-    lists = isinstance(sums, dict) and all(isinstance(known, list) for known in sums.values())
-    if not sums or not lists:
+    try:
+        sums = json.loads(file.read_text())
+    except (ValueError, RecursionError):
+        return f"its {_SUMS} is unreadable"
+    if not isinstance(sums, dict) or not sums:
         return f"its {_SUMS} is invalid"
     for name, expected in sums.items():
+        if not _is_inside(folder, name) or not isinstance(expected, list) or len(expected) != 2:
+            return f"its {_SUMS} is invalid"
+        file = folder / name
         try:
-            found = _checksum(folder / name)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            size = file.stat().st_size
+        except (FileNotFoundError, NotADirectoryError) as error:
             return f"{name}: {error.strerror}"
-        if found != expected:
-            if found[:1] == expected[:1]:
-                return f"{name} has different content"
-            return f"{name} has a different size, {found[0]:,} bytes"
+        if not file.is_file():
+            return f"{name} is not a file"
+        if size != expected[0]:
+            return f"{name} has a different size, {size:,} bytes"
+        if _checksum(file) != expected:
+            return f"{name} has different content"
     return ""
 
 
@@ -318,6 +325,16 @@ def _unreadable(file: Path, error: Exception) -> UserError:
     return _ReadError(
         f"Cannot read {file} ({reason(error)}). Check the file system, then rerun the same command."
     )
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    """Whether a name from `checksums.json` is of a file in the folder, not reached by a link."""
+    try:
+        file = (folder / name).resolve()
+    except (OSError, ValueError, RuntimeError):  # a name with a null byte, a loop of links
+        return False
+    valid = len(os.fsencode(file.name)) < 256
+    return valid and file.is_relative_to(folder.resolve()) and file != folder.resolve()
 
 
 def _steps_in(directory: Path) -> list[int]:
