@@ -185,7 +185,8 @@ def _step_ticks(last: int) -> list[tuple[float, str]]:
 
 def _value_ticks(low: float, high: float, *, from_zero: bool, is_percent: bool) -> list[float]:
     ticks = nice_ticks(min(0.0, low) if from_zero else low, high, 4)
-    return [tick for tick in ticks if tick <= 100] if is_percent else ticks
+    # The log of another program may have values above 1.
+    return [tick for tick in ticks if tick <= 100] if is_percent and high <= 100 else ticks
 
 
 def line_chart(

@@ -1,19 +1,57 @@
 """Reads the files of a run's folder for its report."""
 
-import json
 import math
+import re
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import numpy as np
 
 from ssl_jax.files import reason
+from ssl_jax.run.log import parse_record
 
 _T = TypeVar("_T")
 
+_HUGE = 1e300  # of a curve's values
+_FAR = 1e30  # of positions and similarities
+_MAX_BYTES = 2**30  # of all images of a report
+_MAX_DRAWN = {"m": 10_000, "v": 1000, "k": 1000, "j": 1000, "i": 1000}  # by axis
+
+# Arrays of `report_images.npz`: kinds of their dtype, and their axes. A letter is the same number
+# wherever it occurs, "_" any that isn't 0.
+_ARRAYS = {
+    "not_scored": ("U", ""),
+    "originals": ("u", "n__3"),
+    "original_name": ("U", "n"),
+    "views": ("u", "nv__3"),
+    "neighbors_query": ("u", "q__3"),
+    "neighbors": ("u", "qk__3"),
+    "neighbor_similarity": ("f", "qk"),
+    "query_label": ("iu", "q"),
+    "query_name": ("U", "q"),
+    "neighbor_name": ("U", "qk"),
+    "neighbor_label": ("iu", "qk"),
+    "failures_count": ("iu", ""),
+    "failures_queries": ("iu", ""),
+    "failures_query": ("u", "f__3"),
+    "failures_neighbors": ("u", "fj__3"),
+    "failures_similarity": ("f", "fj"),
+    "failures_query_name": ("U", "f"),
+    "failures_neighbor_name": ("U", "fj"),
+    "failures_query_label": ("iu", "f"),
+    "failures_neighbor_label": ("iu", "fj"),
+    "map_images": ("u", "mss3"),
+    "map_positions": ("f", "m2"),
+    "map_neighbor": ("iu", "mi"),
+    "map_similarity": ("f", "mi"),
+    "map_label": ("iu", "m"),
+    "class_names": ("U", "c"),
+}
+_LABELS = tuple(name for name in _ARRAYS if name.endswith("label"))
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps, unique and ascending, and values
 
@@ -58,7 +96,10 @@ def read(path: Path, parse: Callable[[Path], _T]) -> tuple[_T | None, str]:
         AttributeError,
         OverflowError,
         RecursionError,
+        MemoryError,
+        RuntimeError,
         zipfile.BadZipFile,
+        zlib.error,
     ):
         return None, (
             f"Not shown: {path.name} is corrupt or was written by another version of ssl_jax."
@@ -69,19 +110,15 @@ def parse_metrics(path: Path) -> Metrics:
     """Parses the curves of a `metrics.jsonl`."""
     points: dict[str, dict[int, float]] = {}
     unreadable = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            step = int(record.pop("step"))
-        except (ValueError, KeyError, TypeError, AttributeError):
+    for line in path.read_bytes().splitlines():
+        record = parse_record(line) if line.strip() else {}
+        if record is None:
             unreadable += 1  # a killed run leaves a partial line, and the resumed one appends to it
             continue
         for name, value in record.items():
-            if isinstance(value, (int, float)):
+            if name != "step" and type(value) in (int, float):
                 # A resumed run repeats the steps since its checkpoint: the last record counts.
-                points.setdefault(name, {})[step] = float(value)
+                points.setdefault(name, {})[record["step"]] = _drawable(value)
     curves, not_finite = {}, {}
     for name, by_step in points.items():
         steps = sorted(step for step in by_step if math.isfinite(by_step[step]))
@@ -93,25 +130,81 @@ def parse_metrics(path: Path) -> Metrics:
     return Metrics(curves, not_finite, last_step, unreadable)
 
 
+def _drawable(value: float) -> float:
+    """The value, or infinity or 0 where the scale of a chart would overflow or underflow."""
+    if -_HUGE < value < _HUGE:
+        return float(value) if abs(value) > 1 / _HUGE else 0.0
+    return math.nan if value != value else math.inf
+
+
 def parse_images(path: Path) -> dict[str, np.ndarray]:
-    """Loads the arrays of a `report_images.npz`, by name."""
-    # Opened here: given a path, np.load (NumPy 2.4) leaves a corrupt archive's file open.
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-        images = {name: archive[name] for name in archive.files}
-    axes = {"originals": 4, "views": 5, "neighbors_query": 4, "neighbors": 5}
-    axes |= {"failures_query": 4, "failures_neighbors": 5, "map_images": 4}
-    for name, ndim in axes.items():
-        if name in images and (
-            images[name].dtype != np.uint8
-            or images[name].ndim != ndim
-            or images[name].shape[-1] != 3
-        ):
-            raise ValueError(f"{name} is not an array of RGB images")
-    names = images.get("class_names", np.empty(0))
-    of_pictures = ("query_label", "neighbor_label", "map_label")
-    for name in (*of_pictures, "failures_query_label", "failures_neighbor_label"):
-        labels = images.get(name, np.empty(0))
-        if labels.size and "class_names" in images:
-            if labels.dtype.kind not in "iu" or not 0 <= labels.min() <= labels.max() < len(names):
-                raise ValueError(f"{name} has labels without a name")
+    """Loads the arrays of a `report_images.npz`, by name.
+
+    Raises:
+      ValueError: they are not those that a report draws, or too large.
+    """
+    images: dict[str, np.ndarray] = {}
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        # Checked before anything is read: compressed zeros may have any size.
+        if sum(member.file_size for member in members) > _MAX_BYTES:
+            raise ValueError("the images are too large")
+        for member in members:
+            with archive.open(member) as opened:
+                images[member.filename.removesuffix(".npy")] = _read_array(opened, member.file_size)
+    _check_images(images)
     return images
+
+
+def _read_array(opened: IO[bytes], size: int) -> np.ndarray:
+    """Reads an array from a `.npy` file of that size in bytes.
+
+    `np.load` would allocate what the header promises.
+    """
+    version = np.lib.format.read_magic(opened)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[version]
+    shape, fortran, dtype = read(opened)
+    if dtype.hasobject or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > size:
+        raise ValueError("an array of objects, or of a wrong size")
+    data = opened.read()
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def _check_images(images: dict[str, np.ndarray]) -> None:
+    """Checks dtypes and shapes, against each other too, and the ranges of indices and numbers."""
+    sizes: dict[str, int] = {}
+    for name, (kind, axes) in _ARRAYS.items():
+        array = images.get(name)
+        if array is None:
+            continue
+        if array.dtype.kind not in kind or kind == "u" and array.dtype != np.uint8:
+            raise ValueError(f"{name} has another dtype")
+        if array.ndim != len(axes):
+            raise ValueError(f"{name} has another number of axes")
+        for axis, length in zip(axes, array.shape, strict=True):
+            if axis == "_":
+                fits = length > 0
+            else:
+                fits = length == (int(axis) if axis.isdigit() else sizes.setdefault(axis, length))
+                fits = fits and length <= _MAX_DRAWN.get(axis, length)
+            if not fits:
+                raise ValueError(f"{name} has another shape")
+        if kind == "f" and (np.abs(array[np.isfinite(array)]) > _FAR).any():
+            raise ValueError(f"{name} has numbers that can't be drawn")
+    names = images.get("class_names", np.empty(0))
+    for name in (*_LABELS, "map_neighbor"):
+        indices = images.get(name, np.empty(0))
+        count = sizes.get("m", 0) if name == "map_neighbor" else len(names)
+        if name in _LABELS and "class_names" not in images:
+            continue
+        if indices.size and not 0 <= indices.min() <= indices.max() < count:
+            raise ValueError(f"{name} has indices out of range")
+    if "map_images" in images and not images["map_images"].size:
+        raise ValueError("the map is empty")
+    count, queries = images.get("failures_count", 0), images.get("failures_queries", 1)
+    shown = all(name in images for name in _ARRAYS if re.match("failures_[^c]", name))
+    if not 0 <= count <= queries or queries < 1 or count and not shown:
+        raise ValueError("the failures don't match their number")

@@ -21,6 +21,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from ssl_jax.files import appending, reading, replacing, writing
 
 Pytree = Any
+_MAX_STEP = 2**53
 
 
 class Fetcher:
@@ -149,13 +150,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`; skips lines that are corrupt or cut off by a kill."""
     with reading(path):
         lines = path.read_bytes().splitlines() if path.is_file() else []
-    records = []
-    for line in lines:
-        with contextlib.suppress(ValueError):  # not UTF-8, not JSON
-            record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                records.append(record)
-    return records
+    return [record for line in lines if (record := parse_record(line)) is not None]
+
+
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line of `metrics.jsonl`; None for any other line.
+
+    Returns:
+      An object with a "step", a whole number that floats represent exactly.
+    """
+    try:
+        record: Any = json.loads(line)
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, nested too deeply
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return record if type(step) is int and 0 <= step <= _MAX_STEP else None
 
 
 # Kinds of text that each level prints, besides warnings.

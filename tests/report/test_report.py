@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,10 @@ from ssl_jax.evals.intervals import mean_interval, proportion_interval
 from ssl_jax.evals.metrics import classification_metrics
 from ssl_jax.evals.results import write_result
 from ssl_jax.interop.card import _results as card_results
-from ssl_jax.report import nice_ticks, write_report
+from ssl_jax.report import nice_ticks, reading, write_report
 from ssl_jax.report.charts import BOTTOM, TOP, Frame
+from ssl_jax.report.reading import parse_images, parse_metrics, read
+from ssl_jax.run.log import read_metrics
 
 NASTY = "<script>alert('x')</script>&\"quoted\""
 # Student's t at 97.5 %, from the printed tables.
@@ -297,6 +300,76 @@ def test_labels_beyond_the_class_names_are_corrupt(tmp_path, name):
     given = images() | map_and_failures()
     np.savez(tmp_path / "report_images.npz", **given | {name: given[name] + 3})
     assert "report_images.npz is corrupt" in Page(write_report(tmp_path)).section("failures")
+
+
+IMAGES = images() | map_and_failures()
+UNUSABLE = {
+    "floats for images": {"originals": IMAGES["originals"] / 255},
+    "no pixels": {"views": IMAGES["views"][:, :, :0]},
+    "fewer neighbors": {"neighbors": IMAGES["neighbors"][:1]},
+    "texts for similarities": {"neighbor_similarity": np.array([["a"] * 3] * 2)},
+    "fewer similarities": {"neighbor_similarity": IMAGES["neighbor_similarity"][:, :1]},
+    "negative labels": {"query_label": np.array([-1, 0])},
+    "labels that aren't whole": {"neighbor_label": IMAGES["neighbor_label"] / 2},
+    "no class names": {"class_names": np.empty(0, str)},
+    "nested class names": {"class_names": np.array([["a"]])},
+    "no held-out images": {"failures_count": np.array(0), "failures_queries": np.array(0)},
+    "more failures than images": {"failures_queries": np.array(1)},
+    "failures per image": {"failures_count": np.array([2])},
+    "neighbors that aren't in the map": {"map_neighbor": IMAGES["map_neighbor"] + 1},
+    "an empty map": {k: v[:0] for k, v in IMAGES.items() if k.startswith("map_")},
+    "positions in space": {"map_positions": np.zeros((12, 3))},
+    "positions too far apart": {"map_positions": np.full((12, 2), 1e200)},
+    "maps of oblong images": {"map_images": IMAGES["map_images"][:, 1:]},
+    "objects": {"class_names": np.array(["cat", None], object)},
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_images_that_cannot_be_drawn_are_corrupt(tmp_path, name):
+    np.savez(tmp_path / "report_images.npz", **IMAGES)
+    found, reason = read(tmp_path / "report_images.npz", parse_images)
+    assert found.keys() == IMAGES.keys() and not reason
+    np.savez(tmp_path / "report_images.npz", **IMAGES | UNUSABLE[name])
+    found, reason = read(tmp_path / "report_images.npz", parse_images)
+    assert found is None and "report_images.npz is corrupt" in reason
+
+
+def test_images_larger_than_their_file_are_not_allocated(tmp_path, monkeypatch):
+    file = tmp_path / "report_images.npz"
+    header = {"descr": "|u1", "fortran_order": False, "shape": (2**40, 8, 8, 3)}
+    with zipfile.ZipFile(file, "w") as archive, archive.open("originals.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, header)
+    assert "is corrupt" in read(file, parse_images)[1]
+    monkeypatch.setattr(reading, "_MAX_BYTES", 10_000)
+    np.savez_compressed(file, originals=np.zeros((1, 60, 60, 3), np.uint8))
+    assert "is corrupt" in read(file, parse_images)[1]
+
+
+LINES = [
+    '{"step": 1e400, "loss": 1}',
+    '{"step": 1.5, "loss": 1}',
+    '{"step": true, "loss": 1}',
+    '{"step": -1, "loss": 1}',
+    '{"step": 1%s, "loss": 1}' % ("0" * 400),
+    '{"step": 1%s, "loss": 1}' % ("0" * 5000),
+    "[" * 100_000,
+    "\x00",
+]
+
+
+def test_unusable_lines_and_numbers_of_a_log_are_counted_and_not_drawn(workdir):
+    huge = '{"step": 7, "loss": 1e308, "learning_rate": 5e-324, "knn": 1e250, "rankme": 1%s}'
+    lines = [*LINES, huge % ("0" * 400), '{"step": 8, "loss": [1], "a\\ud800": null}']
+    with (workdir / "metrics.jsonl").open("a") as log:
+        log.write("\n".join(lines) + "\n")
+    metrics, _ = read(workdir / "metrics.jsonl", parse_metrics)
+    assert metrics.unreadable == len(LINES) and metrics.last_step == 200
+    assert metrics.not_finite == {"loss": [7], "rankme": [7]}
+    assert metrics.curves["learning_rate"][1][0] == 0
+    page = Page(write_report(workdir))
+    assert f"{len(LINES)} lines of metrics.jsonl could not be read" in page.section("training")
+    assert len(read_metrics(workdir / "metrics.jsonl")) == len(records()) + 2
 
 
 def test_classes_with_the_same_name_are_distinct(workdir):
