@@ -279,7 +279,8 @@ def from_json(saved: dict[str, Any]) -> ConfigDict:
     """
     config = default_config()
     with config.unlocked():
-        config.views = {name: view() for name in saved.get("views", {})}
+        views = saved.get("views")
+        config.views = {name: view() for name in (views if isinstance(views, dict) else ())}
     method = config.method = str(saved.get("method"))
     values = flatten(saved)
     mismatched = sorted(set(values) ^ set(flatten(to_json(config))))
@@ -384,7 +385,7 @@ def _set(config: ConfigDict, key: str, text: str) -> None:
     if not isinstance(node, str):
         try:
             value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-        except (ValueError, SyntaxError) as error:
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
             raise UserError(f"{path} takes {_type_of(node)}, not '{text}'.") from error
     _assign(config, key, value)
 
@@ -405,7 +406,8 @@ def _assign(config: ConfigDict, key: str, value: Any) -> None:
         node = node[part]
     old = node[last]
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        with contextlib.suppress(OverflowError):
+            value = float(value)
     if isinstance(old, tuple) and isinstance(value, Sequence) and not isinstance(value, str):
         value = tuple(value)
     if type(old) is not type(value):

@@ -18,11 +18,10 @@ from ssl_jax.methods import METHODS
 from ssl_jax.report.charts import overlay_chart
 from ssl_jax.report.evaluation import MISSING, Cell, accuracy, difference, measure_name, measures
 from ssl_jax.report.page import write_page
-from ssl_jax.report.reading import Curve, Metrics, parse_metrics, read
+from ssl_jax.report.reading import Curve, Metrics, parse_metrics, read, read_run
 from ssl_jax.report.single import write_report
 from ssl_jax.report.training import CHARTS, as_drawn, chart_options, collapse_verdict
 from ssl_jax.report.words import network, number, percent, run_title
-from ssl_jax.run.folder import read_record
 
 _LETTERS = "ABCDEFGH"  # one per color and dash pattern
 
@@ -78,7 +77,7 @@ def write_comparison(workdirs: Sequence[Path], out: Path | None = None) -> Path:
         if workdir in resolved[:i]:
             raise UserError(f"{workdirs[i]} is given twice. Pass each run once.")
     # Read all records before writing anything.
-    records = [read_record(workdir) for workdir in workdirs]
+    records = [read_run(workdir) for workdir in workdirs]
     names = [workdir.name for workdir in resolved]
     runs = [
         _Run(

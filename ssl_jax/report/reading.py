@@ -7,11 +7,14 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
+from ssl_jax.config import default_config, to_json, view
+from ssl_jax.errors import UserError
 from ssl_jax.files import reason
+from ssl_jax.run.folder import read_record
 from ssl_jax.run.log import parse_record
 
 _T = TypeVar("_T")
@@ -71,6 +74,51 @@ class Metrics:
     not_finite: dict[str, list[int]]
     last_step: int
     unreadable: int
+
+
+def read_run(workdir: Path) -> dict[str, Any]:
+    """Reads a run's record, `config.json`, for a report.
+
+    A run of another version, or of a method that is not registered here, may have other keys.
+
+    Raises:
+      UserError: there is no run, or a known key has a value of another type.
+    """
+    try:
+        record = read_record(workdir)
+        config = record["config"]
+        _require_types(config, to_json(default_config()), "config")
+        for name, each in config.get("views", {}).items():
+            _require_types({"view": each}, {"view": to_json(view())}, f"config.views.{name}")
+        for each in (record, *_listed(record.get("continued"))):
+            # Most methods have no trivial loss.
+            known = {k: v for k, v in (each.get("derived") or {}).items() if v is not None}
+            _require_types(known, {"trivial_loss": 0.0, "patience": 0}, "derived")
+    except (ValueError, RecursionError, AttributeError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(
+            f"Cannot read {workdir / 'config.json'} ({reason}): restore it from a backup."
+        ) from error
+    return record
+
+
+def _require_types(values: Any, defaults: dict[str, Any], where: str) -> None:
+    """Checks values of a config that are there against the types of its defaults."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is not a group of keys")
+    for key, default in defaults.items():
+        value = values.get(key, default)
+        if isinstance(default, dict):
+            _require_types(value, default, f"{where}.{key}")
+        elif type(default) in (int, float):
+            if type(value) not in (int, float) or not abs(value) < _HUGE:
+                raise ValueError(f"{where}.{key} is not a number that can be shown")
+        elif not isinstance(value, type(default)):
+            raise ValueError(f"{where}.{key} is not of type {type(default).__name__}")
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def read(path: Path, parse: Callable[[Path], _T]) -> tuple[_T | None, str]:

@@ -16,7 +16,7 @@ from ssl_jax.report.evaluation import evaluation_section, measure_name, results_
 from ssl_jax.report.images import failures_section, neighbors_section, views_section
 from ssl_jax.report.map import map_section
 from ssl_jax.report.page import write_page
-from ssl_jax.report.reading import Metrics, parse_images, parse_metrics, read
+from ssl_jax.report.reading import Metrics, parse_images, parse_metrics, read, read_run
 from ssl_jax.report.training import collapse_section, training_section
 from ssl_jax.report.words import (
     counted,
@@ -28,7 +28,6 @@ from ssl_jax.report.words import (
     range_of_points,
     run_title,
 )
-from ssl_jax.run.folder import read_record
 
 
 def write_report(workdir: Path) -> Path:
@@ -46,7 +45,7 @@ def write_report(workdir: Path) -> Path:
         be written.
     """
     workdir = local_path(workdir)
-    run = read_record(workdir)
+    run = read_run(workdir)
     config = run["config"]
     metrics, no_metrics = read(workdir / "metrics.jsonl", parse_metrics)
     evaluation, no_evaluation = read(workdir / "evaluation.json", read_evaluation)

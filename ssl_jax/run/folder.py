@@ -205,7 +205,7 @@ def read_record(workdir: Path) -> dict[str, Any]:
             raise ValueError("it contains no config")
     except FileNotFoundError:
         raise UserError(f"There is no run in {workdir}: it has no config.json.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"Cannot read {path} ({reason(error)}). Restore it, or use a new --workdir."
         ) from error

@@ -509,6 +509,37 @@ def test_text_from_files_is_escaped(workdir):
     assert any(NASTY in image["attrs"]["alt"] for image in page.all("img"))
 
 
+@pytest.mark.parametrize(
+    ("group", "key", "value"),
+    [
+        ("model", "width", 10**400),
+        ("model", "width", "wide"),
+        ("", "model", None),
+        ("", "views", {"a": 1}),
+        ("", "steps", "x"),
+        ("", "simclr", True),
+        ("", "data", []),
+        ("", "optim", "sgd"),
+    ],
+)
+def test_config_of_other_types_raises_user_error(tmp_path, group, key, value):
+    config = config_lib.to_json(config_lib.default_config())
+    (config[group] if group else config)[key] = value
+    write_config(tmp_path, config=config)
+    with pytest.raises(UserError, match=rf"Cannot read .*config.json \(config.*{key}.* is not"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("derived", [{"patience": "x"}, {"trivial_loss": 1e400}, 3])
+def test_derived_values_of_other_types_raise_user_error(tmp_path, derived):
+    for changes in ({"derived": derived}, {"continued": [{"derived": derived}]}):
+        write_config(tmp_path, **changes)
+        with pytest.raises(UserError, match=r"Cannot read .*config\.json"):
+            write_report(tmp_path)
+    write_config(tmp_path, derived={"trivial_loss": None, "patience": 3}, continued=3)
+    assert write_report(tmp_path)
+
+
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"config": 3}'])
 def test_folder_without_readable_config_raises_user_error(tmp_path, content):
     if content is not None:

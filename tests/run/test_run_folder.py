@@ -178,11 +178,21 @@ def test_checkpoints_without_config_json_are_refused(tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"config": 3}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"config": 3}', "[" * 100_000])
 def test_corrupt_record_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match="Cannot read .*config.json"):
         read_record(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"views": 10**30}, {"epochs": 10**400}, {"views": [1]}])
+def test_config_of_other_types_is_refused(tmp_path, change):
+    write_config(tmp_path, default_config(), "")
+    record = read_record(tmp_path)
+    record["config"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="config.epochs takes a number|another version .* views"):
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize("number", [0, 1, "x", None])
