@@ -156,16 +156,12 @@ def test_encoder_that_a_method_sets_is_named_everywhere(forget, tmp_path):
     assert "own, TwoLayers, 12 features" in repr(found)
     assert found.apply(np.zeros((2, 8, 8, 3), np.uint8)).shape == (2, 12)
     for export, out in ((export_torch, "a.safetensors"), (export_folder, "hub")):
-        with pytest.raises(
-            UserError, match="method 'own' is TwoLayers, .* export it with --format"
-        ):
+        with pytest.raises(UserError, match="method 'own' is TwoLayers, .* export it with --for"):
             export(file, tmp_path / out)
         assert not (tmp_path / out).exists()
     other = method_config("simclr")
     other.init_from.path = str(file)
-    with pytest.raises(
-        UserError, match="The encoder in .* is TwoLayers, but that of config.method"
-    ):
+    with pytest.raises(UserError, match="The encoder in .* is TwoLayers, but that of config"):
         resolve_initial_weights(other)
     config.own.wide = True  # a ResNet, but not the config's
     assert make_method(config, Schedule(1, 1)).encoder_name == "ResNet-4 ×0.25"

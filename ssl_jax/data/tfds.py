@@ -128,9 +128,15 @@ class _TFRecords:
 
 def _places(instruction: Any) -> Int[np.ndarray, "records 2"]:
     """Offsets and lengths, in bytes, of the payloads in a TFRecord file."""
-    path, places, position = os.fspath(instruction.filename), [], 0
+    path, places, position, size = os.fspath(instruction.filename), [], 0, 0
     for _ in range(instruction.skip + instruction.take):
         length = int.from_bytes(_read_range(path, position, 8), "little")
+        size = size or tf.io.gfile.stat(path).length
+        if position + _BEFORE + length + _AFTER > size:  # or a read would allocate it
+            raise UserError(
+                f"{path} has a record of {length:,} bytes at {position:,}, beyond its end. Check "
+                "that the file is complete."
+            )
         places.append((position + _BEFORE, length))
         position += _BEFORE + length + _AFTER
     return np.array(places[instruction.skip :], np.int64).reshape(-1, 2)

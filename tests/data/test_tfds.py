@@ -1,5 +1,7 @@
 """Real TFDS builds, made by the tests, as users prepare them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from images import COLORS, by_id, config_of, fill, picture, read
@@ -85,6 +87,17 @@ def test_resuming_reads_no_consumed_examples(prepared, monkeypatch):
     assert seen[:12] == [8] * 12 and len(seen) == 13
     read(source, [(2, Index(12, 4, 0).ids(2))])
     assert len(seen) == 13 + 4 and min(seen[13:]) > 8
+
+
+@pytest.mark.parametrize("length", [2**64 - 1, 2**40, 101])
+def test_record_longer_than_its_file_is_refused(tmp_path, length):
+    from ssl_jax.data.tfds import _places
+
+    file = tmp_path / "a.tfrecord"
+    file.write_bytes(length.to_bytes(8, "little") + bytes(108))
+    instruction = SimpleNamespace(filename=file, skip=0, take=1)
+    with pytest.raises(UserError, match=f"a.tfrecord has a record of {length:,} bytes at 0, beyon"):
+        _places(instruction)
 
 
 def test_empty_label_key_gives_no_labels(prepared):

@@ -1,9 +1,15 @@
 """Thousands of configs and corrupt files: each is valid or a one-line error, never a crash."""
 
+import contextlib
+import copy
 import io
+import json
+import math
 import pickle
 import re
+import resource
 import shutil
+import zlib
 
 import numpy as np
 import pytest
@@ -12,17 +18,25 @@ from flax.traverse_util import flatten_dict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pickles import EXPENSIVE, HOSTILE, Crafted
+from report_runs import images, map_and_failures, write_run
 from tiny import leaves, tiny_config, with_two_stages
 
 import ssl_jax
 from ssl_jax.cli import main as cli
 from ssl_jax.config import apply_overrides, flatten, to_json
+from ssl_jax.data.packed import packed_source
 from ssl_jax.errors import UserError
 from ssl_jax.interop.export import export_torch, export_tree
 from ssl_jax.interop.import_weights import read_weights
 from ssl_jax.interop.load import restore_state
+from ssl_jax.interop.pickled import read_pickle
 from ssl_jax.interop.weights import read_safetensors
+from ssl_jax.report import write_report
+from ssl_jax.report.reading import parse_images, read
+from ssl_jax.run.checkpoint import damage
 from ssl_jax.run.folder import read_config
+from ssl_jax.run.log import read_metrics
 from ssl_jax.train import pretrain
 from ssl_jax.train.setup import Setup
 
@@ -245,6 +259,215 @@ def test_corrupt_checkpoints_are_refused_or_restored_exactly(run, tmp_path):
         for name in expected:
             np.testing.assert_array_equal(restored[name], expected[name], err_msg=name)
     assert refused > 100
+
+
+ODD = [None, True, -1, 0, 1.5, 1e308, math.inf, math.nan, 10**400, "", "x", "\ud800", "a" * 9999]
+ODD += [[], {}, [1], {"a": 1}, [[[]]], "/dev/zero", "../../etc/passwd", "a\0b"]
+
+
+def places(value, place=()):
+    """The places of all values in a JSON value."""
+    yield place
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*place, key))
+
+
+def replaced(value, rng):
+    """A JSON value in which one or two values are odd ones, or are gone."""
+    value = {"": copy.deepcopy(value)}
+    for _ in range(rng.integers(1, 3)):
+        every = [place for place in places(value) if place]
+        *path, last = every[rng.integers(len(every))]
+        inside = value
+        for key in path:
+            inside = inside[key]
+        if rng.integers(6) or last == "":
+            inside[last] = ODD[rng.integers(len(ODD))]
+        else:
+            del inside[last]
+    return value[""]
+
+
+def nested(rng):
+    return "[" * int(rng.integers(1, 200_000))
+
+
+def reported(workdir):
+    """Whether a report is written; else there is a one-line error."""
+    try:
+        write_report(workdir)
+    except UserError as error:
+        assert_clear(error)
+        return False
+    return True
+
+
+RESULT = {"what": "kNN", "k": 5, "metrics": {"top1": {"value": 0.5, "low": 0.4, "high": 0.6}}}
+
+
+@pytest.mark.parametrize("name", ["config.json", "evaluation.json", "evals/knn.json"])
+def test_reports_of_foreign_json_are_written_or_a_one_line_error(tmp_path, name):
+    rng, file = np.random.default_rng(0), tmp_path / name
+    derived = {"trivial_loss": 1.5, "patience": 3, "encoder": "ViT"}
+    write_run(tmp_path, derived=derived, continued=[{"step": 3, "derived": derived}])
+    (tmp_path / "evals").mkdir()
+    if name == "evals/knn.json":
+        RESULT["metrics"]["examples"] = 9
+        file.write_text(json.dumps(RESULT))
+    good, written = json.loads(file.read_text()), 0
+    for number in range(700):
+        file.write_text(nested(rng) if number % 50 == 0 else json.dumps(replaced(good, rng)))
+        written += reported(tmp_path)
+        if name == "config.json":
+            with contextlib.suppress(UserError):
+                read_config(tmp_path)
+    assert written > 50
+
+
+def test_reports_of_foreign_logs_are_written(tmp_path):
+    rng = np.random.default_rng(0)
+    write_run(tmp_path)
+    file = tmp_path / "metrics.jsonl"
+    good = [json.loads(line) for line in file.read_text().splitlines()]
+    seeds = ['{"step": 1e400}', '{"step": 1e400, "loss": 1e400}', '{"step": 1, "loss": 1e400}']
+    for number in range(400):
+        records = [replaced(record, rng) if rng.integers(3) else record for record in good]
+        data = "\n".join([*seeds, *map(json.dumps, records), nested(rng)]).encode()
+        file.write_bytes(mutated(data, rng) if number % 4 == 0 else data)
+        assert reported(tmp_path)
+        assert all(record["step"] >= 0 for record in read_metrics(file))
+
+
+def odd_array(array, rng):
+    """An array of another dtype, shape or range."""
+    what = rng.integers(7)
+    if what == 0:
+        return array.astype(["u1", "f4", "f8", "i8", "U3", "?", "c8"][rng.integers(7)])
+    if what == 1:
+        return array[..., None]
+    if what == 2:
+        return array[:0] if array.ndim else array
+    if what == 3:
+        return array[..., :1] if array.ndim else array
+    if what == 4:
+        return np.concatenate([array, array]) if array.ndim else array
+    if what == 5 and array.dtype.kind in "fiu":
+        return (array.astype(np.float64) * -1e9).astype(array.dtype)
+    return np.full_like(array, np.nan if array.dtype.kind == "f" else 0)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of casts here
+def test_reports_of_foreign_images_are_written(tmp_path):
+    rng, drawn = np.random.default_rng(0), 0
+    write_run(tmp_path)
+    file, good = tmp_path / "report_images.npz", images() | map_and_failures()
+    for number in range(700):
+        arrays = dict(good)
+        for name in rng.choice(list(arrays), rng.integers(1, 3)):
+            arrays[name] = odd_array(arrays[name], rng)
+            if not rng.integers(8):
+                del arrays[name]
+        np.savez_compressed(file, **arrays)
+        if number % 7 == 0:
+            file.write_bytes(mutated(file.read_bytes(), rng))
+        assert reported(tmp_path)
+        drawn += read(file, parse_images)[0] is not None
+    assert 50 < drawn < 650
+
+
+def test_packed_files_are_read_or_a_one_line_error(tmp_path):
+    rng, file, refused = np.random.default_rng(0), tmp_path / "a.npz", 0
+    labels, names = np.arange(12) % 3, np.array(["a", "b", "c"])
+    pixels = rng.integers(0, 256, (12, 8, 8, 3)).astype(np.uint8)
+    good = {"images": pixels, "labels": labels, "class_names": names}
+    seeds = [np.full(12, -1), labels + 1, labels - 2, labels / 2, np.zeros(12, int), labels[:3]]
+    config = tiny_config()
+    config.data.update(name="packed", dir=str(file))
+    for number in range(1500):
+        arrays = dict(good)
+        name = list(good)[rng.integers(3)]
+        arrays[name] = odd_array(arrays[name], rng)
+        if number < len(seeds):
+            arrays = good | {"labels": seeds[number]}
+        np.savez(file, **arrays)
+        if number % 2:
+            np.savez(file, **good)
+            file.write_bytes(mutated(file.read_bytes(), rng))
+        try:
+            source = packed_source(config, "dir")
+        except UserError as error:
+            assert_clear(error)
+            refused += 1
+            continue
+        assert source.images.dtype == np.uint8 and source.images.shape[-1] == 3
+        assert source.labels is None or len(source.labels) == source.num_examples
+    assert refused > 100
+
+
+def test_foreign_checksums_never_lead_out_of_the_checkpoint(tmp_path):
+    rng, folder = np.random.default_rng(0), tmp_path / "1"
+    (folder / "d").mkdir(parents=True)
+    (folder / "d" / "a").write_bytes(b"some bytes")
+    (folder / "b").write_bytes(b"")
+    crc = zlib.crc32(b"some bytes")
+    good = {"d/a": [10, crc], "b": [0, 0]}
+    for number in range(3000):
+        sums = replaced(good, rng)
+        if isinstance(sums, dict) and rng.integers(2):
+            odd = ["/dev/zero", "../x", "", "d", "a\0", "\ud800", "x" * 5000, "d/" * 3000]
+            sums[odd[number % len(odd)]] = [0, 0]
+        (folder / "checksums.json").write_text(json.dumps(sums))
+        # A name may be gone.
+        intact = isinstance(sums, dict) and sums and sums.items() <= good.items()
+        assert (damage(folder) == "") == bool(intact)
+
+
+def test_pickles_with_budget_are_read_or_a_one_line_error(tmp_path):
+    rng, file = np.random.default_rng(0), tmp_path / "a.pkl"
+    seeds = [Crafted(part).data for part in (*HOSTILE.values(), *EXPENSIVE.values())]
+    seeds += [
+        pickle.dumps({"x": np.ones((3, 4)), "y": [1.5, None, {1: "a"}]}, n) for n in (0, 2, 4)
+    ]
+    small = [seed for seed in seeds if len(seed) < 5000]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for number in range(6000):
+        data = small[number % len(small)] if number >= len(seeds) else seeds[number]
+        # Two pickles in one share what the first has made.
+        other = small[rng.integers(len(small))]
+        data = data[:-1] + other[2:] if rng.integers(3) == 0 else data
+        file.write_bytes(mutated(data, rng) if number >= len(seeds) else data)
+        for read_file in (read_pickle, read_weights):
+            try:
+                read_file(file)
+            except UserError as error:
+                assert_clear(error)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
+
+
+@pytest.mark.parametrize("form", ["ssl_jax", "torch's names"])
+def test_safetensors_with_odd_headers_are_read_or_a_one_line_error(run, tmp_path, form):
+    rng, file = np.random.default_rng(0), tmp_path / "a.safetensors"
+    (export_tree if form == "ssl_jax" else export_torch)(run, file)
+    data, refused = file.read_bytes(), 0
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    key = "config" if form == "ssl_jax" else "ssl_jax_config"
+    for number in range(400):
+        odd = header
+        if number % 2:
+            config = replaced(json.loads(header["__metadata__"][key]), rng)
+            odd = header | {"__metadata__": header["__metadata__"] | {key: json.dumps(config)}}
+        else:
+            odd = replaced(header, rng)
+        text = json.dumps(odd).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+        try:
+            read_weights(file)
+        except UserError as error:
+            assert_clear(error)
+            refused += 1
+    assert refused > 50
 
 
 def test_corrupt_config_is_read_or_a_one_line_error(run, tmp_path):

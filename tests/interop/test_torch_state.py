@@ -1,4 +1,4 @@
-"""State dicts of PyTorch codes, as published: the code is inferred, the encoder found, heads kept."""
+"""State dicts of PyTorch codes, as published: which code it was, its encoder and heads."""
 
 from pathlib import Path
 
