@@ -161,8 +161,8 @@ def lightly_cifar10_config() -> ConfigDict:
 def solo_cifar10_config(jitter: tuple[float, float, float, float]) -> ConfigDict:
     """Settings of solo-learn's CIFAR-10 scripts: batch 256, 1,000 epochs, warmup 10, cosine.
 
-    Its stem pads two pixels, giving 34×34 maps; its warmup ends at the peak. Differences: heads initialized as in each method's
-    official code; bfloat16.
+    Its stem pads two pixels, giving 34×34 maps; its warmup ends at the peak. Differences: heads
+    initialized as in each method's official code; bfloat16.
 
     Args:
       jitter: strengths of brightness, contrast, saturation and hue.

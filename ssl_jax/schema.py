@@ -164,8 +164,8 @@ VIEW: Group = {
         "sigma": Key((0.1, 2.0), "Range of sigma, pixels", POSITIVE, is_range=True),
         "kernel_size": Key(
             0,
-            "Kernel size in pixels; 0: a tenth of the side length, or with jitter.style=torchvision "
-            "three sigma on both sides if that is more",
+            "Kernel size in pixels; 0: a tenth of the side length, or with "
+            "jitter.style=torchvision three sigma on both sides if that is more",
         ),
     },
     "solarize": {
@@ -347,8 +347,8 @@ _METHODS: Group = {
         "symmetric": Key(False, "Use each view as query and as key (lightly, solo-learn)"),
         "shuffle": Key(
             True,
-            "Shuffle key images across devices; without it, per-device BatchNorm "
-            "(model.bn_group_size=1) leaks which key belongs to which query",
+            "Shuffle key images across devices if BatchNorm isn't global; without it, per-device "
+            "BatchNorm (model.bn_group_size=1) leaks which key belongs to which query",
         ),
     },
     "swav": {

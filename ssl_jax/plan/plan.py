@@ -32,9 +32,8 @@ from ssl_jax.step import Program
 # Datasets with a known size: images in the training split, classes.
 _DATASETS = {"imagenet2012": (1_281_167, 1000), "cifar10": (50_000, 10), "cifar100": (50_000, 100)}
 _ON_DEVICE = ("digits", "packed")  # sources whose images are in device memory
-# A GPU's step time relative to the sum of its lower bounds: from what full rates give to the largest
-# measured ratio, 1.05 (ResNet-50, batch 256), 1.04 (batch 8,192 in microbatches of 512) and 1.30
-# (ResNet-18 at 32 pixels) on an H200; the estimated memory was within 4 % of the compiler's.
+# A GPU's step time relative to the sum of its lower bounds: from 1 to the largest ratio measured on
+# an H200 (1.05 and 1.04 for ResNet-50, 1.30 for ResNet-18 at 32 pixels; see docs/plans.md).
 GPU_STEP = (1.0, 1.3)
 _HOP_S = 1e-6  # latency of a hop between neighboring chips (Google, "How to Scale Your Model")
 
