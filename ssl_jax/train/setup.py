@@ -1,5 +1,8 @@
 """What a run is built from: devices, data, schedule and train step."""
 
+from typing import Any
+
+import jax
 from ml_collections import ConfigDict
 
 from ssl_jax.config import from_json, run_schedule, to_json
@@ -33,6 +36,12 @@ class Setup:
           UserError: the config can't run on these devices or this data.
         """
         require_wandb(config.wandb)
+        options: Any = jax.config
+        if options.jax_enable_x64:
+            raise UserError(
+                "JAX_ENABLE_X64 is on, but runs compute in config.dtype and float32. Unset the "
+                "variable, or call jax.config.update('jax_enable_x64', False)."
+            )
         self.spmd = make_spmd(
             config.spmd, batch_size=config.batch_size, microbatch=config.microbatch
         )

@@ -188,7 +188,7 @@ def start_run(
                 log.picture(0, "views", evaluator.view_grid(state))
     if start < total:
         progress.note(*summary.lines(summary.start_rows(setup, state.params, workdir, start)))
-        progress.warn(*summary.data_warnings(setup), *summary.warmup_warnings(setup))
+        progress.warn(*summary.data_warnings(setup), *summary.start_warnings(setup))
     run = Run(
         setup=setup,
         workdir=workdir,

@@ -19,6 +19,9 @@ from ssl_jax.run.log import read_metrics
 from ssl_jax.train.setup import Setup
 
 Row = tuple[str, str]
+# Keys with the number of past features in a method's loss, and how many an image adds per step.
+_QUEUES = {"moco": ("queue", 1), "swav": ("queue", 1), "simclr": ("memory_bank", 2)}
+_FEW = 16  # images that BatchNorm's statistics should average over at least
 
 _SHOWN = 10  # class names
 _SAMPLED = 8  # images whose size is read
@@ -57,7 +60,9 @@ def start_rows(setup: Setup, params: Any, workdir: Path, start: int) -> Iterator
         f"{setup.derived['batchnorm_images']} images",
     )
     among = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    yield "devices", f"{devices} × {jax.devices()[0].device_kind}{among}"
+    idle = "; moco.shuffle has no effect on one device"
+    idle *= devices == 1 and config.method == "moco" and config.moco.shuffle
+    yield "devices", f"{devices} × {jax.devices()[0].device_kind}{among}{idle}"
     total, epoch = schedule.total_steps, float(schedule.exact_epoch or schedule.steps_per_epoch)
     left = f", {total - start:,} remaining" if start else ""
     each = f"{epoch:,.1f}".removesuffix(".0")
@@ -129,15 +134,29 @@ def _count(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def warmup_warnings(setup: Setup) -> list[str]:
-    """A warning if the learning rate never reaches its peak."""
-    warmup = setup.schedule.steps(setup.config.optim.warmup_epochs)
-    if warmup - setup.config.optim.warmup_inclusive < setup.schedule.total_steps:
-        return []
-    return [
-        f"warning: the warmup of {warmup} steps (config.optim.warmup_epochs) is not shorter than "
-        "the run, so the learning rate never reaches its peak."
-    ]
+def start_warnings(setup: Setup) -> Iterator[str]:
+    """Warns of settings with which a run probably learns less than it could."""
+    config, images = setup.config, setup.train.num_examples
+    warmup = setup.schedule.steps(config.optim.warmup_epochs)
+    if warmup - config.optim.warmup_inclusive >= setup.schedule.total_steps:
+        yield (
+            f"warning: the warmup of {warmup} steps (config.optim.warmup_epochs) is not shorter "
+            "than the run, so the learning rate never reaches its peak."
+        )
+    queue, each = _QUEUES.get(config.method, ("", 0))
+    if queue and config[config.method][queue] > each * images:
+        key, step = f"config.{config.method}.{queue}", each * config.batch_size
+        yield (
+            f"warning: {key} is {config[config.method][queue]:,}, but there are {images:,} "
+            "training images, so every image is compared with older features of itself. Set "
+            f"--{key}={step * max(1, each * images // 2 // step)}."
+        )
+    shared = setup.derived["batchnorm_images"]
+    if shared < _FEW and not config.supervised.freeze:
+        yield (
+            f"warning: BatchNorm averages over only {shared} images. Use at least {_FEW}: increase "
+            "config.batch_size or config.microbatch, or set config.model.bn_group_size=0."
+        )
 
 
 def settings_notes(changed: Sequence[str], start: int, total: int) -> list[str]:

@@ -10,13 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from images import config_of, fill
-from tiny import random_source, share_steps, tiny_config, with_whole_images
+from tiny import method_config, random_source, share_steps, tiny_config, with_whole_images
 
+from ssl_jax.config import apply_overrides
 from ssl_jax.data.arrays import ArraySource
 from ssl_jax.data.sources import make_sources
 from ssl_jax.errors import UserError
+from ssl_jax.spmd import make_spmd
 from ssl_jax.train import pretrain, summary
 from ssl_jax.train.setup import Setup
+
+ONE = jax.devices()[:1]
 
 
 def test_start_summary_has_network_batch_and_devices():
@@ -184,6 +188,60 @@ def test_end_summary_has_time_speed_and_best_knn(tmp_path):
     assert dict(summary.end_rows(tmp_path, 5.0, 3))["time"] == "5 seconds since step 3"
     assert "time" not in dict(summary.end_rows(tmp_path, 0.0, 4))
     assert not list(summary.end_rows(tmp_path / "none", 0.0, 0))
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "words"),
+    [
+        (
+            "moco",
+            {"moco.queue": 1408},
+            r"moco.queue is 1,408, .* 1,347 tr.* --config.moco.queue=640",
+        ),
+        ("swav", {"swav.queue": 1408}, "--config.swav.queue=640"),
+        ("simclr", {"simclr.memory_bank": 2816}, "--config.simclr.memory_bank=1280"),
+        (
+            "moco",
+            {"batch_size": 64, "model.bn_group_size": 1},
+            "BatchNorm averages over only 8 ",
+        ),
+        ("moco", {"moco.queue": 1280}, ""),
+        ("simclr", {"optim.warmup_epochs": 9.0}, "warmup of 90 steps"),
+    ],
+)
+def test_start_warns_of_settings_that_learn_less_and_its_advice_is_accepted(method, changes, words):
+    config = method_config(method)
+    config.data.num_classes = 10
+    config.update_from_flattened_dict({"batch_size": 128, **changes})
+    warnings = list(summary.start_warnings(Setup(config)))
+    assert len(warnings) == bool(words) and re.search(words, "".join(warnings))
+    if advice := re.findall(r"--config\.(\S+=\d+)", "".join(warnings)):
+        assert not list(summary.start_warnings(Setup(apply_overrides(config, advice))))
+
+
+def test_start_summary_says_that_shuffling_has_no_effect_on_one_device(monkeypatch):
+    monkeypatch.setattr("ssl_jax.train.setup.make_spmd", lambda *a, **k: make_spmd(devices=ONE))
+    for method, shuffle in (("moco", True), ("moco", False), ("simclr", True)):
+        config = method_config(method)
+        config.data.num_classes, config.moco.shuffle = 10, shuffle
+        setup = Setup(config)
+        params = jax.eval_shape(setup.program.init).params
+        devices = dict(summary.start_rows(setup, params, Path("a"), 0))["devices"]
+        expected = "; moco.shuffle has no effect on one device" * (method == "moco" and shuffle)
+        assert devices == f"1 × {ONE[0].device_kind}{expected}"
+
+
+def test_double_precision_is_refused():
+    with jax.enable_x64(True), pytest.raises(UserError, match="JAX_ENABLE_X64 is on, but runs com"):
+        Setup(tiny_config())
+
+
+def test_changed_settings_are_noted_with_what_they_do_not_change():
+    (note,) = summary.settings_notes(["log_every: 10 -> 7"], 2, 4)
+    assert note == "Settings changed (log_every: 10 -> 7); config.json records it."
+    (note,) = summary.settings_notes(["eval.knn_k: 9 -> 7", "init_from.path: a -> b"], 4, 4)
+    assert "keeps its weights" in note and "Existing results stay as measured" in note
+    assert summary.settings_notes([], 2, 4) == []
 
 
 def test_changed_environment_is_noted_with_its_effect_on_losses():
