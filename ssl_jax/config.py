@@ -207,7 +207,7 @@ def apply_overrides(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
     """
     # Through JSON: otherwise one view used under two names would stay a single object, and an
     # override of one would change both.
-    config = from_json(to_json(config))
+    config = _restored(to_json(config))  # not validated yet: an override may correct it
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -277,6 +277,12 @@ def from_json(saved: dict[str, Any]) -> ConfigDict:
     Raises:
       UserError: unknown or missing keys.
     """
+    config = _restored(saved)
+    validate(config)
+    return config
+
+
+def _restored(saved: dict[str, Any]) -> ConfigDict:
     config = default_config()
     with config.unlocked():
         views = saved.get("views")
@@ -297,7 +303,6 @@ def from_json(saved: dict[str, Any]) -> ConfigDict:
         )
     for key, value in values.items():
         _assign(config, key, tuple(value) if isinstance(value, list) else value)
-    validate(config)
     return config
 
 

@@ -144,16 +144,8 @@ def write_config(
     kept = has_checkpoint(workdir)
     if path.exists():
         record = read_record(workdir)
-        before, now = to_json(from_json(record["config"])), to_json(config)
-        changed = differences(before, now, ignore=("results", "nothing"))
-        for group, key in (("init_from", "path"), ("distill", "teacher")):
-            # A source may have been renamed, but not added or removed.
-            if bool(before[group][key]) != bool(now[group][key]):
-                changed.append(f"{group}.{key}: {before[group][key]!r} -> {now[group][key]!r}")
-        for what, name, found in (
-            ("training", "data", data),
-            ("held-out", "test_data", test_data),
-        ):
+        changed = _affecting_training(to_json(from_json(record["config"])), to_json(config))
+        for what, name, found in (("training", "data", data), ("held-out", "test_data", test_data)):
             if record.get(name, found) != found:
                 changed.append(f"the {what} data: {record[name] or 'none'} -> {found or 'none'}")
         if changed:
@@ -178,6 +170,16 @@ def write_config(
         **environment(),
     }
     _write_record(workdir, record)
+
+
+def _affecting_training(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Differences with which a run can't be resumed."""
+    changed = differences(before, now, ignore=("results", "nothing"))
+    for group, key in (("init_from", "path"), ("distill", "teacher")):
+        # A source may have been renamed, but not added or removed.
+        if bool(before[group][key]) != bool(now[group][key]):
+            changed.append(f"{group}.{key}: {before[group][key]!r} -> {now[group][key]!r}")
+    return changed
 
 
 def has_checkpoint(workdir: Path) -> bool:

@@ -151,9 +151,6 @@ def start_run(
       verbosity: how much to print; see `Progress`.
       in_place: see `Run`.
 
-    Returns:
-      The run and its state.
-
     Raises:
       UserError: processes see different data or checkpoints, or a checkpoint can't be read.
     """
@@ -170,16 +167,6 @@ def start_run(
     state, start = _resume(setup, workdir, state, checkpoints, progress)
     evaluator = Evaluator(config, setup.spmd, setup.train, setup.test)
     fetch = Fetcher()
-    guard = NonfiniteGuard(
-        config.max_nonfinite_steps,
-        workdir,
-        lambda step: setup.index.local_ids(step, np.arange(config.batch_size)),
-        fetch(state.nonfinite)[0] if start else 0,
-    )
-    detector = CollapseDetector(**setup.watched)
-    for record in read_metrics(workdir / "metrics.jsonl") if primary else []:
-        if record["step"] <= start:
-            detector.check(record["step"], record)  # these warnings have been given
     log: MetricsLog | NoLog = NoLog()
     with processes.raise_on_all_processes():
         if primary:
@@ -199,13 +186,27 @@ def start_run(
         checkpoints=checkpoints,
         progress=progress,
         log=log,
-        guard=guard,
-        detector=detector,
+        guard=_guard(setup, workdir, fetch(state.nonfinite)[0] if start else 0),
+        detector=_detector(setup, workdir, start),
         fetch=fetch,
         in_place=in_place,
         began=began,
     )
     return run, state
+
+
+def _guard(setup: Setup, workdir: Path, seen: int) -> NonfiniteGuard:
+    allowed, rows = setup.config.max_nonfinite_steps, np.arange(setup.config.batch_size)
+    return NonfiniteGuard(allowed, workdir, lambda step: setup.index.local_ids(step, rows), seen)
+
+
+def _detector(setup: Setup, workdir: Path, start: int) -> CollapseDetector:
+    """The detector after the steps before `start`, whose warnings have been given."""
+    detector = CollapseDetector(**setup.watched)
+    for record in read_metrics(workdir / "metrics.jsonl") if processes.is_primary() else []:
+        if record["step"] <= start:
+            detector.check(record["step"], record)
+    return detector
 
 
 def _resume(

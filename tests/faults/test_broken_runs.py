@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -388,6 +389,11 @@ def test_image_that_breaks_during_a_run_is_named_and_resume_is_bit_exact(
     # libjpeg adds messages of its own.
     (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
     assert str(image) in line and "Traceback" not in error
+    if how == "cut short":  # follow the message's other advice
+        (advice,) = re.findall(r"add (--config\S+),", line)
+        skipping = Path(shutil.copytree(workdir, tmp_path / "skipping"))
+        out = run_here(root / "config.py", skipping, flag, advice)
+        assert "data.on_bad_image: fatal -> skip" in out and "Resuming from step" in out
     image.write_bytes(good)
     assert "Resuming from step" in run_here(root / "config.py", workdir, flag)
     assert_same(workdir, undisturbed)

@@ -75,6 +75,15 @@ def test_wandb_errors_at_start_are_user_errors(monkeypatch, tmp_path, error, wor
         WandbWriter("tries", tmp_path, {}, print)
 
 
+def test_link_in_place_of_the_wandb_folder_is_refused(monkeypatch, tmp_path):
+    """A run's folder may come from someone else, and the package writes through links."""
+    monkeypatch.setattr(wandb, "init", lambda **settings: pytest.fail("started"))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "wandb").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="a link or a file in place of a folder"):
+        WandbWriter("tries", tmp_path, {}, print)
+
+
 class FakeRun:
     """A wandb run that records its calls, and raises an error in each."""
 
