@@ -1,7 +1,7 @@
-"""Known vulnerabilities of the versions in constraints.txt, as far as the package index tells them.
+"""Prints known vulnerabilities of the versions in constraints.txt.
 
-Ends with code 1 where there are some, or where they can't be looked for; an index that doesn't
-answer is told and no error, for it says nothing about the versions.
+Exits with code 1 if there are any, or if the check itself fails. If the package index doesn't
+respond, a message is printed and the code is 0, because that says nothing about the versions.
 """
 
 import json
@@ -10,30 +10,30 @@ import subprocess
 import sys
 from pathlib import Path
 
-# What pip_audit says then; else it is not installed, or doesn't know what it is asked.
-SILENT = ("requests.exceptions.", "ServiceError", "your network may be blocking")
+# Parts of pip_audit's output if the index doesn't respond; other failures are errors.
+NO_RESPONSE = ("requests.exceptions.", "ServiceError", "your network may be blocking")
 pins = Path(__file__).parents[1] / "constraints.txt"
 command = [sys.executable, "-m", "pip_audit", "-r", str(pins), "--no-deps", "--disable-pip"]
-# pip's certificates are the index's.
-trusted = {"REQUESTS_CA_BUNDLE": os.environ.get("PIP_CERT", "")} | os.environ
+# pip_audit uses the certificates that are set for pip.
+environment = {"REQUESTS_CA_BUNDLE": os.environ.get("PIP_CERT", "")} | os.environ
 done = subprocess.run(
     [*command, "--format=json", "--progress-spinner=off"],
     capture_output=True,
     text=True,
-    env=trusted,
+    env=environment,
 )
 try:
     found = json.loads(done.stdout)["dependencies"]
 except (ValueError, KeyError):
-    said = done.stderr.strip().splitlines() or ["nothing"]
-    silent = any(words in done.stderr for words in SILENT)
-    told = "the index doesn't answer, nothing is known" if silent else "pip_audit failed"
-    print(f"audit: {told} ({said[-1][:200]})")
-    sys.exit(not silent)
+    errors = done.stderr.strip().splitlines() or ["no output"]
+    no_response = any(part in done.stderr for part in NO_RESPONSE)
+    reason = "the package index doesn't respond" if no_response else "pip_audit failed"
+    print(f"audit: {reason} ({errors[-1][:200]})")
+    sys.exit(not no_response)
 vulnerable = [package for package in found if package.get("vulns")]
 for package in vulnerable:
-    told = ", ".join(vulnerability["id"] for vulnerability in package["vulns"])
-    print(f"audit: {package['name']} {package['version']}: {told}")
+    identifiers = ", ".join(vulnerability["id"] for vulnerability in package["vulns"])
+    print(f"audit: {package['name']} {package['version']}: {identifiers}")
 unknown = sum("skip_reason" in package for package in found)
 print(f"audit: {len(found)} packages, {len(vulnerable)} vulnerable, {unknown} unknown to the index")
 sys.exit(bool(vulnerable))

@@ -1,8 +1,8 @@
-"""Breaks the package on purpose, one place at a time: a test of `make test` must fail each time.
+"""Mutation tests: introduces one bug at a time and checks that a test of `make test` fails.
 
-A test suite is only as good as what it notices. Each mutation below is a mistake somebody could
-make; its test files, less the long tests, are run in a copy of the checkout that has the mistake.
-`make mutations` runs all; a part of a name as the argument runs those that match it.
+Each mutation below is a plausible bug. It is applied to a copy of the checkout, and its test files
+are run there, without the long tests. `make mutations` runs all mutations; with part of a name as
+the argument, only those that match.
 """
 
 import argparse
@@ -20,14 +20,14 @@ ROOT = Path(__file__).parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class Mutation:
-    """One mistake.
+    """One bug.
 
     Attributes:
-      name: what is broken.
-      file: of the package, where `old` occurs once.
-      old: the right code.
-      new: the wrong code.
-      tests: files that must notice, space-separated, with options of pytest's.
+      name: describes the bug.
+      file: contains `old` exactly once.
+      old: the correct code.
+      new: the code with the bug.
+      tests: test files of which one must fail, and pytest options, separated by spaces.
     """
 
     name: str
@@ -39,14 +39,14 @@ class Mutation:
 
 MUTATIONS = [
     Mutation(
-        "EMA in the wrong order",
+        "EMA weights are swapped",
         "ssl_jax/ema.py",
         "optax.incremental_update(online, target, step_size)",
         "optax.incremental_update(target, online, step_size)",
         "tests/test_ema.py",
     ),
     Mutation(
-        "gradients are summed over devices, not averaged",
+        "gradients are summed over devices instead of averaged",
         "ssl_jax/step.py",
         "gradients, stats = jax.tree.map(method.mean, (gradients, stats))\n    return",
         "gradients = jax.tree.map(lambda g: jax.lax.psum(g, method.axis_name), gradients)\n"
@@ -89,21 +89,21 @@ MUTATIONS = [
         "tests/test_losses.py",
     ),
     Mutation(
-        "MoCo's queue is filled one batch too far on",
+        "MoCo's queue is filled one batch ahead",
         "ssl_jax/methods/moco.py",
         "start = step % (options.queue // keys.shape[1]) * keys.shape[1]",
         "start = (step + 1) % (options.queue // keys.shape[1]) * keys.shape[1]",
         "tests/methods/test_moco.py",
     ),
     Mutation(
-        "MoCo's keys come back in the wrong order",
+        "MoCo's keys are unshuffled in the wrong order",
         "ssl_jax/methods/moco.py",
         "lambda x: all_to_all(x)[jnp.argsort(order)]",
         "lambda x: all_to_all(x)[order]",
         "tests/methods/test_moco.py",
     ),
     Mutation(
-        "SwAV's queue holds the oldest",
+        "SwAV's queue keeps the oldest features",
         "ssl_jax/methods/swav.py",
         'jnp.concatenate([new, state["queue"]], axis=1)',
         'jnp.concatenate([state["queue"], new], axis=1)',
@@ -124,14 +124,14 @@ MUTATIONS = [
         "tests/methods/test_regression.py",
     ),
     Mutation(
-        "epochs have one order",
+        "every epoch has the same order",
         "ssl_jax/data/index.py",
         "np.array([seed, epoch], np.uint64)",
         "np.array([seed, 0], np.uint64)",
         "tests/data/test_index.py",
     ),
     Mutation(
-        "both views of an image are cropped alike",
+        "both views of an image have the same crop",
         "ssl_jax/data/index.py",
         "in_axes=(0, None))(example_keys(key, ids), number)",
         "in_axes=(0, None))(example_keys(key, ids), 0)",
@@ -152,21 +152,21 @@ MUTATIONS = [
         "tests/test_optim.py",
     ),
     Mutation(
-        "a checkpoint's size alone is compared",
+        "only the sizes of a checkpoint's files are compared",
         "ssl_jax/run/checkpoint.py",
         "if found != expected:",
         "if found[:1] != expected[:1]:",
         "tests/run/test_checkpoint.py",
     ),
     Mutation(
-        "a run resumes with another config",
+        "a run resumes with a different config",
         "ssl_jax/run/folder.py",
         "        if changed:\n            hint",
         "        if False:\n            hint",
         "tests/run/test_run_folder.py tests/train/test_loop.py",
     ),
     Mutation(
-        "two processes hold one folder",
+        "two processes lock the same folder",
         "ssl_jax/run/folder.py",
         "fcntl.LOCK_EX | fcntl.LOCK_NB",
         "fcntl.LOCK_SH | fcntl.LOCK_NB",
@@ -180,14 +180,14 @@ MUTATIONS = [
         "tests/run/test_checkpoint.py",
     ),
     Mutation(
-        "a step that isn't finite changes the state",
+        "a non-finite step changes the state",
         "ssl_jax/step.py",
         "jnp.where(finite, new, old)",
         "jnp.where(True, new, old)",
         "tests/run/test_nonfinite.py",
     ),
     Mutation(
-        "microbatches see other random numbers in the second pass",
+        "the second pass over microbatches has different random numbers",
         "ssl_jax/step.py",
         "_, pull = jax.vjp(lambda params: forward(params, index)[0], state.params)",
         "other = (index + 1) % microbatches\n"
@@ -202,14 +202,14 @@ MUTATIONS = [
         "tests/models/test_resnet.py",
     ),
     Mutation(
-        "a neighbor's vote weighs less the nearer it is",
+        "nearer neighbors have smaller weights",
         "ssl_jax/evals/knn.py",
         "weight = np.exp((similarity - similarity[:, :1]) / temperature)",
         "weight = np.exp((similarity[:, :1] - similarity) / temperature)",
         "tests/evals/test_knn.py",
     ),
     Mutation(
-        "the report trusts names to be plain text",
+        "the report doesn't escape names",
         "ssl_jax/report/page.py",
         "autoescape=True",
         "autoescape=False",
@@ -218,12 +218,13 @@ MUTATIONS = [
     Mutation(
         "a file is written in place",
         "ssl_jax/files.py",
-        "        yield temporary\n        os.replace(temporary, file)",
+        "        yield temporary\n        temporary.chmod(0o666 & ~_umask())\n"
+        "        _sync(temporary)\n        os.replace(temporary, file)",
         "        yield file",
         "tests/test_files.py",
     ),
     Mutation(
-        "a projected shortcut has another name in PyTorch",
+        "a projected shortcut is exported under a different name",
         "ssl_jax/interop/torch_names.py",
         '"downsample.0"',
         '"downsample.5"',
@@ -233,7 +234,7 @@ MUTATIONS = [
 
 
 def copy_checkout(folder: Path) -> None:
-    """Copies what git tracks, as it is in the checkout."""
+    """Copies the tracked files, with uncommitted changes."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
     for name in listed.stdout.decode().split("\0"):
         if name and (ROOT / name).exists():
@@ -242,7 +243,7 @@ def copy_checkout(folder: Path) -> None:
 
 
 def run_tests(tests: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs test files in the copy up to the first that fails; a mistake may make one hang."""
+    """Runs test files in the copy until one fails; a timeout ends tests that hang."""
     options = ["-x", "-q", "-m", "not long", "-p", "no:cacheprovider", "-p", "no:randomly"]
     command = [sys.executable, "-m", "pytest", *options, *tests.split()]
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -251,15 +252,15 @@ def run_tests(tests: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def is_noticed(mutation: Mutation, folder: Path) -> bool:
-    """Whether a test fails in the copy with that mistake, which is taken back after."""
+def is_detected(mutation: Mutation, folder: Path) -> bool:
+    """Whether a test fails in the copy with the bug, which is then reverted."""
     file = folder / mutation.file
-    right = file.read_text()
-    if right.count(mutation.old) != 1:
-        sys.exit(f"{mutation.file} contains {mutation.old!r} {right.count(mutation.old)} times.")
-    file.write_text(right.replace(mutation.old, mutation.new))
+    correct = file.read_text()
+    if correct.count(mutation.old) != 1:
+        sys.exit(f"{mutation.file} contains {mutation.old!r} {correct.count(mutation.old)} times.")
+    file.write_text(correct.replace(mutation.old, mutation.new))
     done = run_tests(mutation.tests, folder)
-    file.write_text(right)
+    file.write_text(correct)
     if done.returncode not in (0, 1):
         sys.exit(f"{mutation.name}: pytest ended with {done.returncode}.\n{done.stdout[-3000:]}")
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
@@ -268,27 +269,29 @@ def is_noticed(mutation: Mutation, folder: Path) -> bool:
 
 
 def main() -> int:
-    """Runs the mutations; 1 if any is not noticed."""
+    """Runs the mutations; returns 1 if any goes undetected."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", nargs="?", default="", help="part of the names to run")
+    parser.add_argument(
+        "name", nargs="?", default="", help="run only mutations with this in the name"
+    )
     name = parser.parse_args().name
-    missed = []
+    undetected = []
     chosen = [mutation for mutation in MUTATIONS if name in mutation.name]
     with tempfile.TemporaryDirectory() as temporary:
         copy_checkout(Path(temporary))
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{temporary}/compiled")
         for tests in sorted({mutation.tests for mutation in chosen}):
             if run_tests(tests, Path(temporary)).returncode:
-                sys.exit(f"{tests} fails without a mistake: mend that first.")
+                sys.exit(f"{tests} fails without a mutation. Fix it first.")
         for number, mutation in enumerate(chosen, start=1):
             print(f"{number}/{len(chosen)} {mutation.name}: {mutation.tests}", flush=True)
             began = time.monotonic()
-            if not is_noticed(mutation, Path(temporary)):
-                missed.append(mutation.name)
-                print("NOT NOTICED")
+            if not is_detected(mutation, Path(temporary)):
+                undetected.append(mutation.name)
+                print("NOT DETECTED")
             print(f"{time.monotonic() - began:.0f} s", flush=True)
-    print(f"{len(chosen) - len(missed)} of {len(chosen)} mutations fail a test.")
-    return bool(missed)
+    print(f"{len(chosen) - len(undetected)} of {len(chosen)} mutations were detected.")
+    return bool(undetected)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ssl_jax.config import load_config
+from ssl_jax.errors import require_choice
 
 _HERE = Path(__file__).parent
 _DIGITS = {"epochs": 80.0, "eval.knn_every_epochs": 20.0, "checkpoint.every_epochs": 0.0}
@@ -64,7 +65,9 @@ ABLATIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
 
 def get_config(variant: str = "head-mlp2") -> ConfigDict:
     """Returns the config."""
-    base, changes = {k: v for group in ABLATIONS.values() for k, v in group.items()}[variant]
+    ablations = {name: each for group in ABLATIONS.values() for name, each in group.items()}
+    require_choice("The variant of ablations.py", variant, ablations)
+    base, changes = ablations[variant]
     file, _, setting = base.partition(":")
     config = load_config(f"{_HERE / file}.py" + (f":{setting}" if setting else ""))
     if file.endswith("_digits"):

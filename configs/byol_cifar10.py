@@ -1,4 +1,4 @@
-"""BYOL on CIFAR-10; the variant is the setting: `lightly` or `solo`.
+"""BYOL on CIFAR-10; the variant is the setting: `lightly`, `solo` or `cpu`.
 
 Paper: Grill et al., 2020, arXiv:2006.07733; the official code has no CIFAR command. Published: kNN
 86.8 % (lightly, 200 epochs), 92.6 % online linear (solo-learn). Cost: 4.4 GFLOP per view. Data:

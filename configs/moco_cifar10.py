@@ -1,4 +1,4 @@
-"""MoCo v2 on CIFAR-10; the variant is the setting: `lightly` or `solo` (MoCo v2+).
+"""MoCo v2 on CIFAR-10; the variant is the setting: `lightly`, `solo` (MoCo v2+) or `cpu`.
 
 Paper: Chen et al., 2020, arXiv:2003.04297; the official code has no CIFAR command. The loss is
 symmetric in both. Published: kNN 84.7 % (lightly, 200 epochs), 92.9 % online linear (solo-learn).

@@ -1,4 +1,4 @@
-"""SimCLR on CIFAR-10; the variant is the setting: `official`, `lightly` or `solo`.
+"""SimCLR on CIFAR-10; the variant is the setting: `official`, `lightly`, `solo` or `cpu`.
 
 Paper: Chen et al., 2020, arXiv:2002.05709, appendix B.9; google-research/simclr's CIFAR command:
 ResNet-18, batch 512, LARS 1.0·B/256, the three-layer projector, 1,000 epochs. Published: about 91 %

@@ -1,4 +1,4 @@
-"""SimCLR v1 on ImageNet, the official recipe; the variant is the batch: `simclr_imagenet.py:8192`.
+"""SimCLR v1 on ImageNet, the official recipe; the variant is the batch, such as `8192`.
 
 Paper: Chen et al., 2020, arXiv:2002.05709; google-research/simclr. ResNet-50, 1,000 epochs, batch
 4096, LARS 0.3·B/256, weight decay 1e-6. Published: 69.1 % linear. Cost: 49 GFLOP per image, 1.3e9

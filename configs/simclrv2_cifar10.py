@@ -1,4 +1,4 @@
-"""SimCLR v2 on CIFAR-10, with the paper's memory bank.
+"""SimCLR v2 on CIFAR-10, with the paper's memory bank; the variant is `full` or `cpu`.
 
 Paper: Chen et al., 2020, arXiv:2006.10029, section 2. The official CIFAR command is that of
 `simclr_cifar10.py`, with v2's three-layer projector; this config adds a memory bank of 8,192

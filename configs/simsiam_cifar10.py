@@ -1,4 +1,4 @@
-"""SimSiam on CIFAR-10; the variant is the setting: `paper`, `lightly` or `solo`.
+"""SimSiam on CIFAR-10; the variant is the setting: `paper`, `lightly`, `solo` or `cpu`.
 
 Paper: Chen & He, 2020, arXiv:2011.10566, appendix D (the released code has no CIFAR command):
 ResNet-18, batch 512, SGD .03·B/256, 800 epochs, a two-layer projector. Published: 91.8 % linear

@@ -1,4 +1,4 @@
-"""Supervised cross-entropy on CIFAR-10: the baseline with all labels.
+"""Supervised baseline with all labels on CIFAR-10; the variant is `full` or `cpu`.
 
 ResNet-18 with the CIFAR stem on SimSiam's views, 200 epochs, batch 256, SGD 0.1 with a cosine
 schedule: what labels achieve on the same pipeline. No published setting; not measured yet. Cost:

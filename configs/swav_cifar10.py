@@ -1,4 +1,4 @@
-"""SwAV on CIFAR-10; the variant is the setting: `lightly` or `solo`.
+"""SwAV on CIFAR-10; the variant is the setting: `lightly`, `solo` or `cpu`.
 
 Paper: Caron et al., 2020, arXiv:2006.09882; the official code has no CIFAR command. Two crops of
 32×32, no small crops. Published: kNN 84.2 % (lightly, 200 epochs), 89.2 % online linear

@@ -10,5 +10,5 @@ from ssl_jax.run.folder import read_config
 from ssl_jax.train import pretrain
 
 run = Path(sys.argv[1])
-state = pretrain(read_config(run), run)
-print(f"{run}: step {int(state.step)}")
+result = pretrain(read_config(run), run)
+print(f"{run}: step {result.step}")

@@ -25,6 +25,16 @@ from ssl_jax.errors import UserError, did_you_mean
 from ssl_jax.files import local_path, reading
 from ssl_jax.schema import SCHEMA, VIEW, Group, Key
 
+# Names that other libraries give to keys of the schema.
+_USUAL_NAMES = {
+    "base_lr": "lr",
+    "learning_rate": "lr",
+    "max_epochs": "epochs",
+    "num_epochs": "epochs",
+    "num_workers": "threads",
+    "wd": "weight_decay",
+    "workers": "threads",
+}
 # Groups of keys of methods registered from outside the package.
 _REGISTERED: dict[str, dict[str, Key]] = {}
 
@@ -179,13 +189,15 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
         raise UserError(
             f"The config file {file} is not valid Python: line {error.lineno}, {error.msg}."
         ) from error
-    except KeyError as error:
-        if error.args != (variant,):
-            raise UserError(f"The config file {file} is not valid: no key {error}.") from error
-        raise UserError(
-            f"{file} has no variant '{variant}'. The first line of its docstring lists them."
-        ) from error
-    except (AttributeError, ImportError, LookupError, NameError, TypeError, ValueError) as error:
+    except (KeyError, ValueError) as error:
+        if error.args == (variant,) or (variant and repr(variant) in str(error)):
+            described = (ast.get_docstring(ast.parse(Path(file).read_text())) or "").splitlines()
+            raise UserError(
+                f"{file} has no variant '{variant}'. {' '.join(described[:1])}".strip()
+            ) from error
+        message = f"no key {error}." if isinstance(error, KeyError) else _short_message(error)
+        raise UserError(f"The config file {file} is not valid: {message}") from error
+    except (AttributeError, ImportError, LookupError, NameError, TypeError) as error:
         raise UserError(f"The config file {file} is not valid: {_short_message(error)}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config() in {file} returns {config!r}. Return a ConfigDict.")
@@ -395,9 +407,16 @@ def _set(config: ConfigDict, key: str, text: str) -> None:
     _assign(config, key, value)
 
 
+def keys_named(name: str, config: ConfigDict | None = None) -> list[str]:
+    """The keys of a config, by default of the schema, with this last part or its usual meaning."""
+    name = _USUAL_NAMES.get(name, name)
+    keys = flatten((config or default_config()).to_dict())
+    return [key for key in keys if key.rpartition(".")[2] == name]
+
+
 def _key_hint(config: ConfigDict, group: ConfigDict, parts: Sequence[str], wrong: str) -> str:
     """A hint for an unknown key: the same name in another group, the method's own first."""
-    named = [key for key in flatten(config.to_dict()) if key.rpartition(".")[2] == parts[-1]]
+    named = keys_named(parts[-1], config)
     own = [key for key in named if key.startswith(f"{config.method}.")]
     if len(named) == 1 or own:
         return f" Did you mean 'config.{(own or named)[0]}'?"

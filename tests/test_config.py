@@ -266,6 +266,8 @@ def test_saved_config_with_unknown_or_missing_keys_is_refused():
     ("typed", "meant"),
     [
         ("lr=0.5", "Did you mean 'config.optim.lr'"),
+        ("optim.learning_rate=0.5", "Did you mean 'config.optim.lr'"),
+        ("optim.wd=0.5", "Did you mean 'config.optim.weight_decay'"),
         ("temperature=0.2", "Did you mean 'config.simclr.temperature'"),
         ("loss.temperature=0.2", "Did you mean 'config.simclr.temperature'"),
         ("optim.batch_sise=3", "config.optim has no key 'batch_sise'"),

@@ -226,11 +226,20 @@ def test_swav_imagenet_blurs_small_crops_by_three_sigma():
     assert taps == {224: 22, 96: 13}
 
 
-def test_unknown_variant_is_refused():
-    with pytest.raises(UserError, match="moco_cifar10.py has no variant 'sol'"):
-        load_config(str(ROOT / "configs/moco_cifar10.py:sol"))
-    with pytest.raises(UserError, match="simclr_digits.py has no variants, so no 'foo'. Use"):
-        load_config(f"{ROOT}/configs/simclr_digits.py:foo")
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_unknown_variant_is_refused_and_the_variants_are_listed(file):
+    with pytest.raises(UserError) as caught:
+        load_config(f"{file}:foo")
+    message = str(caught.value)
+    variants = VARIANTS.get(file.stem, [])
+    if "(variant:" not in file.read_text():
+        assert f"{file.name} has no variants, so no 'foo'. Use" in message
+    elif file.stem == "ablations":
+        assert "The variant of ablations.py is 'foo'. Use one of: crop-and-color, " in message
+    else:
+        assert f"{file.name} has no variant 'foo'. " in message
+        cpu = ["cpu"] if file.stem.endswith("_cifar10") else []
+        assert all(f"`{name}`" in message for name in [*variants, *cpu])
 
 
 @pytest.fixture(scope="module")

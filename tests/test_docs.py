@@ -45,6 +45,14 @@ QUICKSTARTS = {"--workdir=runs/quickstart", "--workdir=runs/stopped"}
 # Prefixes of lines and blocks that this file doesn't run, and why.
 ELSEWHERE = {
     "make ": "CI runs these targets: test_make_targets_exist",
+    "git clone REPOSITORY": "needs the repository's address",
+    "python3 -m venv ": "CI creates the environment by make",
+    "for lr in ": "a loop over a command of the same page",
+    "python run_pretrain.py --config=configs/simclr_digits.py --workdir=runs/lr_": (
+        "like runs/a of the README; test_configs_in_commands_load_with_their_overrides"
+    ),
+    "ssl-jax report runs/lr_": "like the comparison in docs/quickstart.md",
+    "[###  ": "the output of a run",
     "pip install ": "installs from an index; CI does so by make",
     "python3.11 -m venv peers": "installs another library for comparison",
     "peers/bin/pip install ": "the same",
@@ -67,6 +75,8 @@ ELSEWHERE = {
     "ssl-jax knn --from=runs/mine --import=": "the same",
     "python -m pytest tests/test_my_method.py": "the same",
 }
+# Scripts and outputs that are kept whole.
+WHOLE = ("topology   ", "gcloud ", "#!/bin/bash", "apiVersion", "export JAX", "for lr in ")
 PYTHON_ELSEWHERE = {
     '"""Barlow Twins': "tests/test_new_method.py",
     "import jax\nfrom test_step import ONE": "the same",
@@ -93,7 +103,7 @@ def commands(page):
     """Returns a page's commands, one per line; scripts and outputs are kept whole."""
     lines = []
     for block in blocks(page):
-        if block.startswith(("topology   ", "gcloud ", "#!/bin/bash", "apiVersion", "export JAX")):
+        if block.startswith(WHOLE):
             lines.append(block)
         else:
             lines += block.replace("\\\n", " ").splitlines()
@@ -337,7 +347,7 @@ def test_configs_in_commands_load_with_their_overrides():
                 found = re.search(r"--config=(configs/\S+)", line)
                 if not found or "posterize" in line:
                     continue
-                overrides = re.findall(r"--config\.([\w.]+=[^\s\"]+)", line)
+                overrides = re.findall(r"--config\.([\w.]+=[^\s\"$]+)", line)
                 load_config(str(ROOT / found[1]), overrides)
                 tried += 1
     assert tried > 15

@@ -23,8 +23,8 @@ OPTIONAL_PACKAGES = {"array_record", "matplotlib", "pyarrow", "tensorflow", "ten
 OPTIONAL_PACKAGES |= {"wandb"}
 # `ssl_jax.load` doesn't slow down `import ssl_jax`; doctor survives a broken JAX.
 LAZY_IMPORTS = {("__init__.py", "ssl_jax.interop.load"), ("cli/doctor.py", "jax")}
-# Calls of `importlib.import_module`: modules of packages and TensorFlow are imported on first use, main
-# imports the command, and doctor checks each package.
+# Calls of `importlib.import_module`: modules of packages and TensorFlow are imported on first use,
+# main imports the command, and doctor checks each package.
 DYNAMIC_IMPORTS = {"lazy.py": 1, "cli/main.py": 1, "cli/doctor.py": 1, "data/tensorflow.py": 2}
 
 Check = Callable[[str, ast.Module], Iterator[str]]

@@ -124,8 +124,8 @@ def share_steps(monkeypatch):
     def program(config, schedule, spmd, plain=setup.Program):
         return shared(lambda: plain(config, schedule, spmd), key(config), schedule, spmd)
 
-    def evaluator(config, spmd, *splits, plain=start.Evaluator):
-        made = plain(config, spmd, *splits)
+    def evaluator(config, spmd, *splits, plain=start.Evaluator, **progress):
+        made = plain(config, spmd, *splits, **progress)
         classes = [split and split.num_classes for split in splits]
         first = shared(lambda: made, key(config), "evaluator", spmd, *classes)
         for name in ("_encode", "_small", "_classify", "_augment_fn"):

@@ -295,6 +295,11 @@ def _prepare_evaluation(args: argparse.Namespace) -> None:
         require_folder_of(args.out)
     elif args.command == "knn":
         _require_vote(args)
+    elif args.command == "finetune" and not 0 < args.labels <= 1:
+        raise UserError(
+            f"--labels={args.labels:g} is not a fraction of the training labels. Set it above 0 "
+            "and up to 1, such as --labels=0.1."
+        )
     elif args.command == "linear" and args.workdir and args.recipe == FAST:
         raise UserError(f"--recipe={FAST} creates no run. Remove --workdir, or choose a recipe.")
     elif args.command == "transfer":

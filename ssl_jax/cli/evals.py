@@ -39,6 +39,7 @@ from ssl_jax.interop.load import config_at, results_folder, weights_at
 from ssl_jax.models.resnet import resnet_name
 from ssl_jax.report import write_report
 from ssl_jax.run import processes
+from ssl_jax.run.log import Progress
 
 # Settings that the description of a result mentions by itself.
 _DESCRIBED = (
@@ -89,13 +90,16 @@ def _evaluate_features(args: argparse.Namespace) -> None:
     if args.projector_layer is not None:
         config.eval.projector_layer = args.projector_layer
     votes = ("eval.knn_k=", "eval.knn_temperature=") if args.command == "knn" else ()
+    progress = Progress(sys.stderr, "warnings" if args.quiet else "line")
     features = run_features(
         args.run,
         step=args.step,
         projector_layer=args.projector_layer,
         overrides=[override for override in args.overrides if not override.startswith(votes)],
         labeled_only=args.command != "features",
+        progress=progress,
     )
+    progress.end()
     if args.command == "features":
         _save(args, features)
         return

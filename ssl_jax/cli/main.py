@@ -29,8 +29,10 @@ _OVERRIDE = "--config."
 _WITHOUT_JAX = ("config", "data", "doctor")
 _WITHOUT_CACHE = (*_WITHOUT_JAX, "plan", "report")
 # Numbers of this process among several, by JAX itself, Slurm, Open MPI, TPU pods and Kubernetes.
-_RANKS = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID")
-_RANKS += ("JOB_COMPLETION_INDEX",)
+_RANKS = (
+    *("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID"),
+    "JOB_COMPLETION_INDEX",
+)
 _EPILOG = """\
 example:
   ssl-jax pretrain --config=configs/simclr_digits.py --workdir=runs/a

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ssl_jax.config import close_path, default_config, flatten
+from ssl_jax.config import close_path, default_config, flatten, keys_named
 from ssl_jax.errors import UserError, did_you_mean
 from ssl_jax.files import ANOTHER, local_path, reading, require_writable, writing
 
@@ -164,10 +164,12 @@ def require_known(parser: Parser, argv: Sequence[str]) -> None:
 
 def _suggestion(parser: Parser, name: str) -> str:
     """What to type instead of an unknown option."""
-    key = name.lstrip("-")
+    key = name.lstrip("-").replace("-", "_")
     head, _, rest = name.partition(".")
     if parser.takes_config and key in flatten(default_config().to_dict()):
         return f"Set the config key with --config.{key}=VALUE."
+    if parser.takes_config and (keys := keys_named(key)):
+        return f"Set the config key with {' or '.join(f'--config.{k}=VALUE' for k in keys[:4])}."
     if parser.takes_config and rest and difflib.get_close_matches(head, ["--config"]):
         return f"Did you mean --config.{rest}?"
     known = [option for option in parser.options if option != _KEY]

@@ -11,6 +11,7 @@ from humanize import metric, naturalsize
 from ssl_jax.files import local_path
 from ssl_jax.plan.chips import Topology
 from ssl_jax.plan.plan import GPU_STEP, Plan, fitting, read_plan
+from ssl_jax.report.words import counted
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,14 +49,15 @@ def describe(plan: Plan) -> str:
 
 def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     about = "about " if plan.estimate else ""
-    cores = "" if plan.estimate else f"{plan.cores} cores, "
-    yield "topology", f"{plan.topology}: {plan.chips} chips, {cores}{plan.devices} devices"
+    cores = [] if plan.estimate else [counted(plan.cores, "core")]
+    parts = [counted(plan.chips, "chip"), *cores, counted(plan.devices, "device")]
+    yield "topology", f"{plan.topology}: {', '.join(parts)}"
     yield "run", f"{plan.method}, {plan.model}, {plan.dtype}, {plan.steps:,} steps"
     micro = f", microbatches of {plan.microbatch:,}" if plan.microbatch else ""
     yield (
         "batch",
-        f"{plan.batch:,} total, {plan.batch_of_a_device:,} per device{micro}; {plan.views} views "
-        f"per image; BatchNorm over {plan.batchnorm_images:,} images",
+        f"{plan.batch:,} total, {plan.batch_of_a_device:,} per device{micro}; "
+        f"{counted(plan.views, 'view')} per image; BatchNorm over {plan.batchnorm_images:,} images",
     )
     kinds = ", ".join(f"{name} {_gib(n)}" for name, n in plan.memory.items() if name != "peak")
     yield (
@@ -92,11 +94,18 @@ def _cost_rows(plan: Plan, model: float) -> Iterator[tuple[str, str]]:
     seconds = ", ".join(f"{name} {1e3 * s:.1f}" for name, s in plan.seconds.items())
     low, high = (f"{1e3 * bound:.1f}" for bound in plan.step_seconds)
     yield "step time", f"{about}{low} to {high} ms ({seconds})"
-    hours, chip_hours = (" to ".join(map(_number, h)) for h in (plan.hours, plan.chip_hours))
+    total, of_chips = _duration(plan.hours), _duration(plan.chip_hours, "chip-")
     how = "full overlap to none, at peak rates"
     if plan.estimate:
         how = f"no overlap at peak rates, to {GPU_STEP[1]:g} times that, as measured on an H200"
-    yield "total time", f"{about}{hours} hours, {chip_hours} chip-hours ({how})"
+    yield "total time", f"{about}{total}, {of_chips} ({how})"
+
+
+def _duration(hours: tuple[float, ...], of: str = "") -> str:
+    """Formats a range of hours, in minutes or seconds if it is short."""
+    units = {"hours": 1, "minutes": 60, "seconds": 3600}
+    unit = next((unit for unit, n in units.items() if n * max(hours) >= 1), "seconds")
+    return f"{' to '.join(_number(units[unit] * each) for each in hours)} {of}{unit}"
 
 
 def _cycles(parts: dict[str, int]) -> str:
@@ -114,6 +123,10 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def _without_exponent(value: float) -> str:
+    return f"{value:,.4g}" if value >= 1e-4 or value == 0 else f"{value:.8f}"
+
+
 def compare(plan: Plan, other: Plan) -> str:
     """Formats two plans as columns, with the ratios of their numbers."""
     lines = [f"{'':<34}{plan.topology:>16}{other.topology:>16}{'ratio':>9}"]
@@ -123,7 +136,7 @@ def compare(plan: Plan, other: Plan) -> str:
     for name in first | second:
         a, b = first.get(name), second.get(name)
         ratio = f"{b / a:.3f}" if a and b is not None else ""
-        shown = ["" if x is None else f"{x:,.4g}" for x in (a, b)]
+        shown = ["" if x is None else _without_exponent(x) for x in (a, b)]
         lines.append(f"{name:<34}{shown[0]:>16}{shown[1]:>16}{ratio:>9}")
     return "\n".join(lines)
 

@@ -98,7 +98,7 @@ def train_classifier(
     """
     train, test = make_sources(config)
     require_labels(train, test, learned=config.method != "distill" or config.distill.labels > 0)
-    state = pretrain(config, workdir, command, verbosity=verbosity)
+    state = pretrain(config, workdir, command, verbosity=verbosity).state
     # A run that was stopped during its evaluation lacks the last file.
     done = processes.is_primary() and (local_path(workdir) / LAST_FILE).exists()
     result = read_result(local_path(workdir), "classifier") if done else None

@@ -20,6 +20,7 @@ from ssl_jax.evals.linear import PENALTIES, fit_linear
 from ssl_jax.evals.metrics import classification_metrics
 from ssl_jax.files import asked_for
 from ssl_jax.interop.load import config_at, load
+from ssl_jax.run.log import Progress
 from ssl_jax.spmd import make_spmd
 
 # Prefixes of the config keys that change a frozen encoder's features, and the keys of its first
@@ -129,6 +130,7 @@ def run_features(
     projector_layer: int | None = None,
     overrides: Iterable[str] = (),
     labeled_only: bool = False,
+    progress: Progress | None = None,
 ) -> Features:
     """Extracts the features of a data set with a run's encoder.
 
@@ -139,6 +141,7 @@ def run_features(
       overrides: strings `a.b=VALUE` that change the run's config: `data.…` names other data,
         `data.subset` a share of it, and `eval.…` sets how images are prepared.
       labeled_only: leave out images without a label, as `knn_metrics` and `linear_metrics` need.
+      progress: shows how many images have been encoded; None for nothing.
 
     Returns:
       The features, in the order of the sources.
@@ -159,7 +162,7 @@ def run_features(
         train, test = labeled(train), test and labeled(test)
     encoder = load(path, step, projector_layer=config.eval.projector_layer)
     spmd = make_spmd()
-    evaluator = Evaluator(config, spmd, train, test)
+    evaluator = Evaluator(config, spmd, train, test, progress=progress)
     variables = spmd.replicate(encoder.variables)
     train_features = evaluator.features(variables, train)
     test_features = None if test is None else evaluator.features(variables, test)

@@ -39,9 +39,10 @@ from ssl_jax.evals.results import (
     write_result,
 )
 from ssl_jax.files import writing
-from ssl_jax.methods import make_method
+from ssl_jax.methods import make_method, title
 from ssl_jax.methods.base import evaluated_names
 from ssl_jax.run import processes
+from ssl_jax.run.log import Progress
 from ssl_jax.run.memory import enough_memory
 from ssl_jax.spmd import AXIS, Spmd
 
@@ -58,7 +59,15 @@ class Evaluator:
       not_scored: why accuracies of frozen features can't be measured; "" if they can.
     """
 
-    def __init__(self, config: ConfigDict, spmd: Spmd, train: Source, test: Source | None) -> None:
+    def __init__(
+        self,
+        config: ConfigDict,
+        spmd: Spmd,
+        train: Source,
+        test: Source | None,
+        *,
+        progress: Progress | None = None,
+    ) -> None:
         """Prepares the compiled functions.
 
         Args:
@@ -66,9 +75,11 @@ class Evaluator:
           spmd: the mesh; images are split over it.
           train: the split with labels to learn from.
           test: held-out split, or None.
+          progress: shows what is being evaluated; None for nothing.
         """
         self.config, self.train, self.test = config, train, test
         self.not_scored = why_not_scored(train, test)
+        self._progress = progress or Progress(verbosity="warnings")
         method = make_method(config, Schedule(1, 1))
         layer = config.eval.projector_layer
 
@@ -141,6 +152,7 @@ class Evaluator:
                 place=self._place,
                 keep=processes.is_primary(),
                 timeout_s=self.config.data.timeout_s,
+                update=self._progress.update,
             )
 
     def measure(self, state: Any) -> dict[str, float]:
@@ -281,12 +293,14 @@ class Evaluator:
         for name, encode, weights in encoders:
             if stopping():
                 raise processes.StoppedError
+            self._progress.line(f"Evaluating {title(name)}: features …")
             splits = [self._extract(encode, weights, split) for split in (train, test)]
             if not first:
                 continue  # it has encoded its share
             if name == self.config.method:
                 pictures |= retrieval_pictures(train, test, *splits, labeled=not self.not_scored)
             if not self.not_scored:
+                self._progress.line(f"Evaluating {title(name)}: classifiers …")
                 rows.append(self._row(name, *splits))
             del splits  # before the next are extracted
         if rows:

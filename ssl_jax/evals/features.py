@@ -25,6 +25,7 @@ def extract_features(
     first: int | None = None,
     keep: bool = True,
     timeout_s: float = 0.0,
+    update: Callable[[str], None] = lambda text: None,
 ) -> Float[np.ndarray, "n d"]:
     """Extracts the features of every image of a source, in the order of the ids.
 
@@ -40,6 +41,7 @@ def extract_features(
       first: number of images, starting at id 0; default all.
       keep: whether this process collects the features, or only computes its share.
       timeout_s: maximum time to wait for a batch of images, in seconds; 0 for no limit.
+      update: receives the progress as text, after each batch.
 
     Returns:
       float32 [N, d], or [first, d]; [0, d] unless `keep`.
@@ -57,11 +59,12 @@ def extract_features(
         for start, features in zip(starts, _one_late(computed), strict=True):
             if start == 0:
                 kept_features = np.empty((count if keep else 0, features.shape[1]), np.float32)
+            end = min(start + batch_size, count)
             if keep:
-                end = min(start + batch_size, count)
                 kept_features[start:end] = np.asarray(features, np.float32)[: end - start]
             else:
                 jax.block_until_ready(features)
+            update(f"Extracting features: {end:,} of {count:,} images")
     return kept_features
 
 

@@ -11,6 +11,7 @@ from ssl_jax.report.words import number
 
 _MAX_POINTS = 200  # per line; longer curves are averaged to keep the file small
 _FEW = 30
+_LETTERS = 14  # lines that may have letters at their ends; more would not fit above each other
 _STRIPS = 50  # of a chart with several lines, in which the pointer finds values
 
 # A chart in its own units, which are CSS pixels where it is 380 pixels wide.
@@ -249,7 +250,7 @@ def _strips(
 
 def overlay_chart(
     curves: dict[str, Curve],
-    styles: dict[str, int],
+    styles: dict[str, tuple[int, int]],
     y_label: str,
     last: int,
     *,
@@ -260,7 +261,7 @@ def overlay_chart(
 
     Args:
       curves: by the letter of their run.
-      styles: by letter, the number of its color and dashes.
+      styles: by letter, the numbers of its color and dashes.
       y_label: name of the y axis.
       last: step.
       from_zero: whether the y axis begins at 0.
@@ -279,11 +280,11 @@ def overlay_chart(
     ends = _apart({n: (frame.x(x[-1]) + 5, frame.y(y[-1])) for n, (x, y) in lines.items()})
     series = [
         Series(
-            f"run k{styles[letter]}",
-            f"d{styles[letter]}",
+            f"run k{styles[letter][0]}",
+            f"d{styles[letter][1]}",
             frame.path(x, y),
             _dots(frame, x, y),
-            (letter, *ends[letter]),
+            (letter, *ends[letter]) if len(lines) <= _LETTERS else None,
         )
         for letter, (x, y) in lines.items()
     ]

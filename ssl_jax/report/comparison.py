@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 from urllib.parse import quote
 
@@ -12,7 +13,14 @@ import numpy as np
 
 from ssl_jax.config import flatten
 from ssl_jax.errors import UserError
-from ssl_jax.evals.results import BASELINE, Evaluation, Row, read_evaluation, read_results
+from ssl_jax.evals.results import (
+    BASELINE,
+    Evaluation,
+    Measure,
+    Row,
+    read_evaluation,
+    read_results,
+)
 from ssl_jax.files import local_path
 from ssl_jax.methods import METHODS
 from ssl_jax.report.charts import overlay_chart
@@ -21,9 +29,11 @@ from ssl_jax.report.page import write_page
 from ssl_jax.report.reading import Curve, Metrics, parse_metrics, read, read_run
 from ssl_jax.report.single import write_report
 from ssl_jax.report.training import CHARTS, as_drawn, chart_options, collapse_verdict
-from ssl_jax.report.words import network, number, percent, run_title
+from ssl_jax.report.words import listed, network, number, percent, run_title
 
-_LETTERS = "ABCDEFGH"  # one per color and dash pattern
+# Of 64 runs, each of which has its own pair of a color and a dash pattern.
+_LETTERS = [first + last for first in ("", "A", "B") for last in ascii_uppercase][:64]
+_COLORS = 8  # and as many dash patterns
 
 Lines = list[tuple[str, list[Cell]]]
 
@@ -33,7 +43,7 @@ class _Run:
     """A run of the comparison, and what could be read from its folder."""
 
     letter: str
-    style: int
+    style: tuple[int, int]  # color and dash pattern
     workdir: Path
     name: str
     record: dict[str, Any]
@@ -56,7 +66,7 @@ def write_comparison(workdirs: Sequence[Path], out: Path | None = None) -> Path:
     An existing report that cannot be rewritten, in a read-only folder, is linked unchanged.
 
     Args:
-      workdirs: folders of two to eight runs; the others are compared with the first.
+      workdirs: folders of two to 64 runs; the others are compared with the first.
       out: the file, by default `comparison.html` in the first folder.
 
     Returns:
@@ -82,7 +92,7 @@ def write_comparison(workdirs: Sequence[Path], out: Path | None = None) -> Path:
     runs = [
         _Run(
             _LETTERS[i],
-            i,
+            (i % _COLORS, (i + i // _COLORS) % _COLORS),
             workdir,
             names[i] if names.count(names[i]) == 1 else str(workdir),
             records[i],
@@ -96,7 +106,7 @@ def write_comparison(workdirs: Sequence[Path], out: Path | None = None) -> Path:
     write_page(
         out,
         "comparison.html",
-        title=" against ".join(run.name for run in runs),
+        title=_title(runs),
         lead=_lead(runs),
         runs=runs,
         facts=_facts(runs),
@@ -107,6 +117,12 @@ def write_comparison(workdirs: Sequence[Path], out: Path | None = None) -> Path:
         configs=_configs(runs),
     )
     return out
+
+
+def _title(runs: Sequence[_Run]) -> str:
+    if len(runs) > 4:
+        return f"{runs[0].name} against {len(runs) - 1} runs"
+    return " against ".join(run.name for run in runs)
 
 
 def _report(workdir: Path) -> Path | None:
@@ -124,17 +140,29 @@ def _address(report: Path | None, out: Path) -> str:
 
 
 def _lead(runs: Sequence[_Run]) -> dict[str, Any] | str:
-    rows = {run.letter: run.row for run in runs}
-    common = set.intersection(*(set(row.trials) if row else set() for row in rows.values()))
-    if not common:
-        missing = [run.letter for run in runs if not run.row]
-        if missing:
-            have = "has" if len(missing) == 1 else "have"
-            return f"{' and '.join(missing)} {have} no evaluation yet."
-        return "The runs have no number of labels in common."
-    labels = 5 if 5 in common else min(common)
-    means = {letter: row.trials[labels].mean() for letter, row in rows.items() if row}
-    return {"labels": measure_name(labels), "means": means}
+    """The accuracies of all runs, by the first measure that they have in common."""
+    for measure in (5, *measures(run.row for run in runs)):
+        means = {run.letter: _mean(run.row, measure) for run in runs}
+        if None not in means.values():
+            name = measure_name(measure)
+            return {"by": f"At {name}" if isinstance(measure, int) else name, "means": means}
+    curves = {run.letter: run.metrics.curves if run.metrics else {} for run in runs}
+    if all("knn" in found for found in curves.values()):
+        means = {letter: found["knn"][1][-1] for letter, found in curves.items()}
+        return {"by": "kNN, last during training", "means": means}
+    missing = [run.letter for run in runs if not run.row and "knn" not in curves[run.letter]]
+    if missing:
+        have = "has" if len(missing) == 1 else "have"
+        return f"{listed(missing)} {have} no evaluation yet."
+    return "The runs have no accuracy in common."
+
+
+def _mean(row: Row | None, measure: Measure) -> float | None:
+    if row is None:
+        return None
+    if isinstance(measure, int):
+        return float(row.trials[measure].mean()) if measure in row.trials else None
+    return row.single.get(measure)
 
 
 def _facts(runs: Sequence[_Run]) -> list[tuple[str, list[Any]]]:
@@ -142,11 +170,13 @@ def _facts(runs: Sequence[_Run]) -> list[tuple[str, list[Any]]]:
         "What": lambda run: run_title(run.config),
         "Network": lambda run: network(run.record),
         "Batch": lambda run: run.config.get("batch_size", "?"),
+        "Folder": lambda run: str(run.workdir.resolve()),
         "Steps reached": lambda run: f"{run.metrics.last_step:,}" if run.metrics else "none",
         "Seed": lambda run: run.config.get("seed", "?"),
         "Git revision": lambda run: run.record.get("git") or "not recorded",
     }
-    return [(name, [Cell(of(run)) for run in runs]) for name, of in facts.items()]
+    lines = [(name, [Cell(of(run)) for run in runs]) for name, of in facts.items()]
+    return sorted(lines, key=lambda line: len(set(line[1])) == 1)  # what differs comes first
 
 
 def _accuracies(runs: Sequence[_Run]) -> Lines:

@@ -20,6 +20,7 @@ from ssl_jax.report.reading import Metrics, parse_images, parse_metrics, read, r
 from ssl_jax.report.training import collapse_section, training_section
 from ssl_jax.report.words import (
     counted,
+    devices,
     listing,
     network,
     number,
@@ -56,7 +57,7 @@ def write_report(workdir: Path) -> Path:
         "run.html",
         title=run_title(config),
         lead=_lead(metrics, evaluation),
-        facts=_facts(run, metrics),
+        facts={"Folder": str(workdir.resolve()), **_facts(run, metrics)},
         evaluation=evaluation_section(evaluation) if evaluation else _reason(images, no_evaluation),
         results=results_section(workdir),
         collapse=collapse_section(metrics, run) if metrics else no_metrics,
@@ -142,7 +143,7 @@ def _lead(metrics: Metrics | None, evaluation: Evaluation | None) -> dict[str, A
 def _facts(run: dict[str, Any], metrics: Metrics | None) -> dict[str, Any]:
     config = run["config"]
     count = sum(view.get("count", 1) for view in config.get("views", {}).values())
-    batch = f"{config.get('batch_size', '?')} images"
+    batch = counted(config.get("batch_size", 0), "image")
     if count:
         batch += f", {counted(count, 'view')} of each"
     length = f"{config['steps']:,}" if config.get("steps") else f"{config.get('epochs', 0):g}"
@@ -156,7 +157,7 @@ def _facts(run: dict[str, Any], metrics: Metrics | None) -> dict[str, Any]:
         "Steps" if config.get("steps") else "Epochs": length,
         "Optimizer": config.get("optim", {}).get("name", "?"),
         "Computed in": config.get("dtype", "?"),
-        "Devices": listing(run.get("devices", {})),
+        "Devices": devices(run.get("devices") or {}),
         "Seed": config.get("seed", "?"),
         "Versions": listing(run.get("versions", {})),
     }

@@ -1,6 +1,7 @@
 """Numbers and names as reports, model cards and the terminal write them."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ssl_jax.methods import title
@@ -34,6 +35,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def listed(names: Sequence[str]) -> str:
+    """Joins names: "A", "A and B", "A, B and C"."""
+    return " and ".join([", ".join(names[:-1])] * (len(names) > 1) + [*names[-1:]])
+
+
 def run_title(config: dict[str, Any]) -> str:
     """Describes a run in a few words."""
     data = config.get("data", {}).get("name", "unknown data")
@@ -47,6 +53,18 @@ def network(run: dict[str, Any]) -> str:
     if custom or not model:
         return str(custom or "unknown network")
     return f"{resnet_name(model)}, {model['stem']} stem"
+
+
+def devices(found: Mapping[str, Any]) -> str:
+    """Describes the devices that a run has recorded."""
+    if "count" not in found:
+        return "not recorded"
+    parts = [f"{found['count']} × {found.get('kind', found.get('platform', '?'))}"]
+    if found.get("processes", 1) != 1:
+        parts.append(f"{found['processes']} processes")
+    if "cpu_cores" in found:
+        parts.append(f"{found['cpu_cores']} CPU cores per host")
+    return ", ".join(parts)
 
 
 def listing(value: Any) -> str:

@@ -169,32 +169,35 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
 
 # Kinds of text that each level prints, besides warnings.
 _VERBOSITY = {
-    "all": {"line", "note", "result"},
+    "all": {"starting", "line", "note", "result"},
     "line": {"line"},  # for a run that is one part of a larger command
     "quiet": {"result"},
     "warnings": set(),
 }
+_BAR = (4, 20)  # least and greatest number of columns
+_UPDATE_S = 30.0  # seconds without output after which an update is printed in a log
+_WAITING = 0.01  # share of time spent waiting for data that is worth a mention
 
 
 class Progress:
     """Terminal output: a progress line that is overwritten, or plain lines without a terminal."""
 
-    def __init__(
-        self, total_steps: int, batch_size: int, out: TextIO | None = None, verbosity: str = "all"
-    ) -> None:
-        """Starts the clock.
+    def __init__(self, out: TextIO | None = None, verbosity: str = "all") -> None:
+        """Opens the output; `begin` follows once the run's length is known.
 
         Args:
-          total_steps: of the run.
-          batch_size: images per step.
           out: stream to write to, default standard output.
           verbosity: "all"; "line", only the progress line; "quiet", only the result; or
             "warnings", which every level prints.
         """
         self._out, self._verbosity = out or sys.stdout, _VERBOSITY[verbosity]
-        self._total, self._batch = total_steps, batch_size
         self._live = self._out.isatty()
         self._width = 0  # of the progress line
+        self._written = time.monotonic()
+
+    def begin(self, total_steps: int, steps_per_epoch: int, batch_size: int) -> None:
+        """Sets the run's length, and images per step; starts the clock."""
+        self._total, self._per_epoch, self._batch = total_steps, steps_per_epoch, batch_size
         self.start(0, 0.0)
 
     def start(self, step: int, waited: float) -> None:
@@ -231,23 +234,47 @@ class Progress:
         self._since += time.perf_counter() - start
 
     def show(self, step: int, scalars: dict[str, Any]) -> None:
-        """Shows a step's loss, speed, time left and data wait on the progress line."""
-        parts = [f"step {step}/{self._total}", f"loss {scalars['loss']:.4g}"]
+        """Shows a step's loss, learning rate, speed, time left and data wait, with a bar."""
+        parts = [f"step {step}/{self._total}", f"epoch {step / self._per_epoch:.1f}"]
+        parts.append(f"loss {scalars['loss']:.4g}")
+        if "learning_rate" in scalars:
+            parts.append(f"lr {scalars['learning_rate']:.3g}")
         if "images_per_s" in scalars:
             seconds = round((self._total - step) * self._batch / scalars["images_per_s"])
             eta = str(timedelta(seconds=seconds)).removeprefix("0:").removeprefix("0")
+            parts += [f"{scalars['images_per_s']:,.0f} img/s", f"ETA {eta}"]
             wait = f"data wait {100 * scalars['data_wait']:.1f}%"
             shares = scalars.get("process_data_wait", ())
-            if shares and max(shares) > 0.01:
+            if shares and max(shares) > _WAITING:
                 longest = max(range(len(shares)), key=shares.__getitem__)
                 wait += f" (process {longest}: {100 * shares[longest]:.1f}%)"
-            parts += [f"{scalars['images_per_s']:,.0f} img/s", f"ETA {eta}", wait]
-        self.line(" | ".join(parts))
+            # A terminal has little room.
+            parts += [wait] if not self._live or scalars["data_wait"] > _WAITING else []
+        text = " | ".join(parts)
+        self.line(self._bar(step / self._total, text) + text)
+
+    def _bar(self, done: float, text: str) -> str:
+        """A bar in the columns that a line leaves free on a terminal; "" if they are too few."""
+        free = shutil.get_terminal_size().columns - 1 - len(f"[] {text}")
+        if not self._live or free < _BAR[0]:
+            return ""
+        columns = min(free, _BAR[1])
+        return f"[{'#' * round(columns * done):<{columns}}] "
+
+    def starting(self, text: str) -> None:
+        """Shows what a run does before its first step, until the next text."""
+        if "starting" in self._verbosity:
+            self._write(text, end="" if self._live else "\n")
 
     def line(self, text: str) -> None:
         """Shows a text until the next one."""
         if "line" in self._verbosity:
             self._write(text, end="" if self._live else "\n")
+
+    def update(self, text: str) -> None:
+        """Shows a text of many, most of which are left out without a terminal."""
+        if self._live or time.monotonic() - self._written > _UPDATE_S:
+            self.line(text)
 
     def note(self, *texts: str) -> None:
         """Prints lines."""
@@ -277,6 +304,7 @@ class Progress:
             self._out.flush()
 
     def _write(self, text: str, end: str) -> None:
+        self._written = time.monotonic()
         if not self._live:
             self._out.write(text + end)
         else:

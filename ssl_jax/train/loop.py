@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +19,12 @@ from ssl_jax.files import local_path
 from ssl_jax.report import evaluation_table, write_images, write_report
 from ssl_jax.run import processes
 from ssl_jax.run.folder import lock_text, locked, started_config, write_config
+from ssl_jax.run.log import Progress
 from ssl_jax.run.memory import enough_memory, step_suggestions
 from ssl_jax.run.nonfinite import COUNT, STEP
 from ssl_jax.step import TrainState
 from ssl_jax.train import summary
+from ssl_jax.train.result import PretrainResult
 from ssl_jax.train.setup import Setup
 from ssl_jax.train.start import Run, start_run
 
@@ -35,7 +38,7 @@ _NOT_EVALUATED = (
 
 def pretrain(
     config: ConfigDict, workdir: str | Path, command: str = "", *, verbosity: str = "all"
-) -> TrainState:
+) -> PretrainResult:
     """Pretrains an encoder, or resumes the run in `workdir`; evaluates it and writes the report.
 
     SIGTERM stops the run after a checkpoint. Processes joined by `jax.distributed.initialize` all
@@ -48,13 +51,17 @@ def pretrain(
       verbosity: how much to print; see `Progress`.
 
     Returns:
-      The final state, or the state at which the run was stopped.
+      The run, finished or stopped: its encoder, its metrics and its state.
 
     Raises:
       UserError: bad input; raised on all processes, and nothing is overwritten.
     """
     workdir = local_path(workdir)
+    out = None if processes.is_primary() else open(os.devnull, "w")  # closed with the process
+    progress = Progress(out, verbosity)
     with contextlib.ExitStack() as folder:
+        folder.callback(progress.end)
+        progress.starting("Opening the data …")
         # Errors of the config surface here, before the folder is touched.
         with processes.raise_on_all_processes():
             setup = Setup(config, started_config(workdir))
@@ -67,7 +74,7 @@ def pretrain(
         seen = {"workdir": lock_text(workdir), "config": json.dumps(to_json(config))}
         processes.require_same(seen)
         with enough_memory("The step", step_suggestions(config, setup.spmd.size), _PLAN):
-            run, state = start_run(setup, workdir, verbosity, in_place)
+            run, state = start_run(setup, workdir, progress, in_place)
             # Until here SIGTERM ends the process, whatever it waits for: no step would be lost.
             stop = folder.enter_context(processes.Stop())
             with run.closing():
@@ -78,14 +85,14 @@ def pretrain(
             with contextlib.suppress(processes.StoppedError), stop.at_once():
                 finish(run, state, stop)
                 processes.wait_for_all()
-                return state
+                return PretrainResult(workdir, step, True, state)
             when = ", before it was evaluated"
-        run.progress.warn(
+        progress.warn(
             f"Stopped by SIGTERM at step {step} of {total}{when}. The checkpoint is saved; rerun "
             "the same command to resume."
         )
         processes.wait_for_all()
-    return state
+    return PretrainResult(workdir, step, False, state)
 
 
 def train(run: Run, state: TrainState, stop: processes.Stop) -> tuple[TrainState, int]:
@@ -172,6 +179,7 @@ def evaluate(run: Run, state: TrainState, step: int) -> float | None:
     """Measures and logs the frozen encoder's features; returns the kNN accuracy, if any."""
     jax.block_until_ready(state)  # otherwise the pause would include pending steps
     with run.progress.paused():
+        run.progress.update(f"Evaluating at step {step:,} …")
         measured = run.evaluator.measure(state)
     run.log_evaluation(step, measured)
     return measured.get("knn")
@@ -202,6 +210,7 @@ def finish(run: Run, state: TrainState, stop: processes.Stop) -> None:
         try:
             images = run.evaluator.finish(run.workdir, run.untrained, state, lambda: next(asked))
             if images:
+                run.progress.line("Writing the report …")
                 write_images(run.workdir, images, total)
         except Exception:
             run.progress.warn(_NOT_EVALUATED)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -136,10 +135,7 @@ class Run:
 
 
 def start_run(
-    setup: Setup,
-    workdir: Path,
-    verbosity: str = "all",
-    in_place: Callable[[], None] = lambda: None,
+    setup: Setup, workdir: Path, progress: Progress, in_place: Callable[[], None] = lambda: None
 ) -> tuple[Run, TrainState]:
     """Restores the newest checkpoint or initializes the state, and opens the log.
 
@@ -156,8 +152,8 @@ def start_run(
     """
     began, config, total = time.perf_counter(), setup.config, setup.schedule.total_steps
     primary = processes.is_primary()
-    out = None if primary else open(os.devnull, "w")  # closed with the process
-    progress = Progress(total, config.batch_size, out, verbosity)
+    progress.begin(total, setup.schedule.steps_per_epoch, config.batch_size)
+    progress.starting("Initializing the networks …")
     with processes.raise_on_all_processes():
         if primary:
             progress.warn(*quarantine_corrupt(workdir / "checkpoints", workdir / "corrupt"))
@@ -165,13 +161,14 @@ def start_run(
     device_data, state = setup.spmd.replicate(setup.train.device_data()), setup.program.init()
     untrained = jax.device_get(evaluated_variables(state, config.eval.projector_layer))
     state, start = _resume(setup, workdir, state, checkpoints, progress)
-    evaluator = Evaluator(config, setup.spmd, setup.train, setup.test)
+    evaluator = Evaluator(config, setup.spmd, setup.train, setup.test, progress=progress)
     fetch = Fetcher()
     log: MetricsLog | NoLog = NoLog()
     with processes.raise_on_all_processes():
         if primary:
             log = _open_log(setup, workdir, start, progress)
             if not start:
+                progress.starting("Augmenting the first images …")
                 log.picture(0, "views", evaluator.view_grid(state))
     if start < total:
         progress.note(*summary.lines(summary.start_rows(setup, state.params, workdir, start)))

@@ -15,6 +15,7 @@ from ssl_jax.data.sources import Source, why_not_scored
 from ssl_jax.errors import UserError
 from ssl_jax.plan.flops import traced_flops
 from ssl_jax.plan.plan import memory_kinds
+from ssl_jax.report.words import counted
 from ssl_jax.run.log import read_metrics
 from ssl_jax.train.setup import Setup
 
@@ -43,10 +44,11 @@ def start_rows(setup: Setup, params: Any, workdir: Path, start: int) -> Iterator
       start: the step that it resumes from; 0 for a new run.
     """
     config, schedule, devices = setup.config, setup.schedule, setup.spmd.size
-    views = flat_views(config)
-    sizes = ", ".join(str(size) for size in sorted({view.size for view in views}, reverse=True))
+    each = flat_views(config)
+    views = counted(len(each), "view")
+    sizes = ", ".join(str(size) for size in sorted({view.size for view in each}, reverse=True))
     network = setup.method.encoder_name
-    yield "method", f"{config.method}, {network}, {len(views)} views of {sizes} px, {config.dtype}"
+    yield "method", f"{config.method}, {network}, {views} of {sizes} px, {config.dtype}"
     encoder, frozen = _count(params["encoder"]), setup.method.frozen
     trained = sum(_count(tree) for name, tree in params.items() if name not in frozen)
     counts = [intword(number, "%.3g") for number in (encoder, trained)]
@@ -65,8 +67,9 @@ def start_rows(setup: Setup, params: Any, workdir: Path, start: int) -> Iterator
     yield "devices", f"{devices} × {jax.devices()[0].device_kind}{among}{idle}"
     total, epoch = schedule.total_steps, float(schedule.exact_epoch or schedule.steps_per_epoch)
     left = f", {total - start:,} remaining" if start else ""
-    each = f"{epoch:,.1f}".removesuffix(".0")
-    yield "steps", f"{total:,}{left}, {total / epoch:.4g} epochs of {each}"
+    epochs = "1 epoch" if total == epoch else f"{total / epoch:.4g} epochs"
+    length = f"{epoch:,.1f}".removesuffix(".0") + (" step" if epoch == 1 else " steps")
+    yield "steps", f"{total:,}{left}, {epochs} of {length}"
     yield "workdir", str(workdir)
 
 
@@ -258,7 +261,8 @@ def _memory(analysis: Any) -> str:
 def evaluation_line(setup: Setup, step: int, measured: dict[str, float]) -> str:
     """The terminal line of an evaluation during training."""
     parts = [f"step {step}/{setup.schedule.total_steps}"]
-    for key, name in (("knn", "kNN"), ("test_accuracy", "top-1"), ("probe_accuracy", "probe")):
+    names = {"knn": "kNN", "test_accuracy": "top-1", "probe_accuracy": "online probe"}
+    for key, name in names.items():
         if key in measured:
             parts.append(f"{name} {100 * measured[key]:.2f}%")
     return " | ".join([*parts, f"RankMe {measured['rankme']:.1f}"])

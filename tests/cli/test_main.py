@@ -119,6 +119,15 @@ def test_overrides_are_accepted_with_and_without_equals_sign():
             "ssl-jax pretrain has no option --optim.lr. Set the config key with "
             "--config.optim.lr=VALUE.",
         ),
+        (
+            ["pretrain", "--lr=1"],
+            "ssl-jax pretrain has no option --lr. Set the config key with --config.optim.lr=VALUE.",
+        ),
+        (["pretrain", "--learning-rate=1"], "Set the config key with --config.optim.lr=VALUE."),
+        (
+            ["pretrain", "--size=96"],
+            "with --config.views.view1.size=VALUE or --config.views.view2.size=VALUE.",
+        ),
         (["knn", "--zzz"], "ssl-jax knn has no option --zzz. See `ssl-jax knn --help`."),
         # No abbreviations: their meaning would change when an option is added.
         (["knn", "--maj", "--from=a"], "has no option --maj. Did you mean --majority?"),
@@ -194,6 +203,13 @@ def test_wrong_path_is_reported_with_a_similar_one(capsys, tmp_path):
     ):
         code, _, err = run(capsys, *line)
         assert code == 2 and message in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("labels", ["10", "0", "nan"])
+def test_labels_must_be_a_fraction(capsys, tmp_path, labels):
+    (tmp_path / "config.json").write_text("{}")
+    code, _, err = run(capsys, "finetune", f"--from={tmp_path}", f"--labels={labels}")
+    assert code == 2 and f"--labels={labels} is not a fraction" in err and "data.subset" not in err
 
 
 def test_wrong_path_is_reported_before_jax_is_imported(tmp_path):

@@ -17,8 +17,8 @@ import torch_files
 from flax.traverse_util import flatten_dict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from pickles import EXPENSIVE, HOSTILE, Crafted
+from PIL import Image
 from report_runs import images, map_and_failures, write_run
 from tiny import leaves, tiny_config, with_two_stages
 

@@ -14,7 +14,7 @@ from test_step import ONE
 from tiny import method_config, tiny_config, with_whole_images, without_color
 
 from ssl_jax.cli import main as cli
-from ssl_jax.cli.plan import _numbers, compare, describe
+from ssl_jax.cli.plan import _duration, _numbers, compare, describe
 from ssl_jax.config import Schedule, load_config
 from ssl_jax.data.pipeline import Prefetcher
 from ssl_jax.errors import UserError
@@ -212,7 +212,7 @@ def test_plan_for_gpus_is_marked_as_an_estimate(tmp_path):
     total = sum(made.seconds.values())
     assert made.step_seconds == (total, 1.3 * total)  # as measured
     text = describe(made)
-    for part in ("8 chips, 8 devices", "moco, ResNet-4", "about", "fits", "chip-hours", "all-"):
+    for part in ("8 chips, 8 devices", "moco, ResNet-4", "about", "fits", "chip-seconds (", "all-"):
         assert part in text
     assert " cores" not in text
     assert "h100:8: memory and times are estimates" in compare(made, made)
@@ -229,6 +229,18 @@ def test_float32_plans_for_gpus_use_the_rate_of_tf32(tiny_plan):
         seconds = [each.seconds["compute"] for each in made]
         assert seconds[0] == tiny_plan.traced_flops / topology.chip.peak
         assert seconds[0] == pytest.approx(share * seconds[1])
+
+
+@pytest.mark.parametrize(
+    ("hours", "text"),
+    [
+        ((2.34, 3.42), "2.34 to 3.42 hours"),
+        ((0.5, 0.9), "30 to 54 minutes"),
+        ((2.7e-05, 5.5e-05), "0.0972 to 0.198 seconds"),
+    ],
+)
+def test_durations_have_a_fitting_unit(hours, text):
+    assert _duration(hours) == text
 
 
 def test_every_microbatch_counts(tiny_plan):

@@ -205,7 +205,8 @@ def test_report_shows_the_config_and_the_command(workdir):
     run = page.section("run")
     for words in ("SimCLR", "digits", "ResNet-50, imagenet stem", "256 images, 2 views of each"):
         assert words in run
-    for words in ("100, reached step 200", "lars", "count 8", "jax 0.10.2", "float32"):
+    assert str(workdir) in run
+    for words in ("100, reached step 200", "lars", "8 × cpu", "jax 0.10.2", "float32"):
         assert words in run
     again = page.section("reproduce")
     assert "3f2c9ab" in again

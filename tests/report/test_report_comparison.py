@@ -192,6 +192,43 @@ def test_runs_that_have_just_started_are_compared(tmp_path):
     assert "or not evaluated" in page.section("differences")
 
 
+def test_runs_with_knn_only_are_compared_by_it(tmp_path):
+    """Whether measured at the end or only during training."""
+    few = {"rows": [{"name": "simclr", "knn": 0.9}], "test_examples": 450, "trials": 0}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_config(tmp_path / name)
+        write_metrics(tmp_path / name, records())
+    folders = [tmp_path / "a", tmp_path / "b"]
+    assert Page(write_comparison(folders)).lead() == (
+        "kNN, last during training: A 90.0 %, B 90.0 %."
+    )
+    for folder in folders:
+        (folder / "evaluation.json").write_text(json.dumps(few))
+    assert Page(write_comparison(folders)).lead() == "kNN: A 90.0 %, B 90.0 %."
+
+
+def test_many_runs_have_their_own_letters_colors_and_dashes(tmp_path):
+    for number in range(30):
+        (tmp_path / str(number)).mkdir()
+        write_config(tmp_path / str(number))
+        write_metrics(tmp_path / str(number), records(20))
+    page = Page(write_comparison([tmp_path / str(number) for number in range(30)]))
+    keys = page.all("span", "key")[:30]
+    assert [key["text"] for key in keys][-5:] == ["Z", "AA", "AB", "AC", "AD"]
+    styles = re.findall(r'<g class="(run k\d)"><line class="(line d\d)"', page.source)[:30]
+    assert len(set(styles)) == 30
+    assert not page.all("text", "letter")  # they would not fit at the ends of the lines
+
+
+def test_what_differs_comes_before_results_and_what_is_equal(runs):
+    page = Page(write_comparison(runs))
+    sections = [e["attrs"]["aria-labelledby"] for e in page.all("section")]
+    assert sections == ["runs", "configs", "results", "differences", "curves"]
+    text = page.section("runs")
+    assert text.index("Batch") < text.index("Network") and str(runs[1]) in text
+
+
 def test_invalid_folders_raise_user_error_before_anything_is_written(tmp_path):
     run = write_run(tmp_path / "a")
     (tmp_path / "empty").mkdir()
@@ -200,8 +237,8 @@ def test_invalid_folders_raise_user_error_before_anything_is_written(tmp_path):
             write_comparison([run, tmp_path / other])
     with pytest.raises(UserError, match="given twice"):
         write_comparison([run, tmp_path / "a" / ".." / "a"])
-    with pytest.raises(UserError, match="two to 8 runs, not 9"):
-        write_comparison([run] * 9)
+    with pytest.raises(UserError, match="two to 64 runs, not 65"):
+        write_comparison([run] * 65)
     assert not (run / "report.html").exists() and not (run / "comparison.html").exists()
 
 

@@ -117,7 +117,7 @@ def test_fetcher_counts():
 def test_rates_are_measured_since_the_last_call(monkeypatch):
     clock = iter([0.0, 10.0, 14.0, 100.0, 103.0, 108.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    progress = Progress(100, batch_size=8, out=io.StringIO())
+    progress = begun(io.StringIO(), 100)
     progress.start(2, 0.5)  # at 10 s
     assert progress.rates(4, 1.5) == {"images_per_s": 4.0, "data_wait": 0.25}  # at 14 s
     with progress.paused():  # 100 to 103 s
@@ -130,26 +130,55 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_line_has_loss_speed_eta_and_data_wait(monkeypatch):
-    scalars = {"loss": 4.25, "images_per_s": 1280.0, "data_wait": 0.031}
-    for out, ending in ((io.StringIO(), "\n"), (Terminal(), "")):
-        progress = Progress(700, batch_size=128, out=out)
-        progress.show(100, scalars)
-        line = "step 100/700 | loss 4.25 | 1,280 img/s | ETA 1:00 | data wait 3.1%"
-        assert out.getvalue().removeprefix("\r") == line + ending
+def begun(out, total_steps, batch_size=8):
+    progress = Progress(out)
+    progress.begin(total_steps, 40, batch_size)
+    return progress
+
+
+def test_progress_line_has_epoch_loss_rate_speed_eta_and_data_wait():
+    scalars = {"loss": 4.25, "learning_rate": 0.3, "images_per_s": 1280.0, "data_wait": 0.031}
+    line = "step 100/700 | epoch 2.5 | loss 4.25 | lr 0.3 | 1,280 img/s | ETA 1:00 | data wait 3.1%"
+    log, terminal = io.StringIO(), Terminal()
+    for out in (log, terminal):
+        begun(out, 700, batch_size=128).show(100, scalars)
+    assert log.getvalue() == line + "\n" and terminal.getvalue() == "\r" + line[:79]
+
+
+@pytest.mark.parametrize(
+    ("columns", "bar"), [(120, "[###                 ] "), (80, "[#     ] "), (76, "")]
+)
+def test_progress_bar_fills_what_the_line_leaves_of_a_terminal(monkeypatch, columns, bar):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    scalars = {"loss": 4.25, "learning_rate": 0.3, "images_per_s": 1280.0, "data_wait": 0.001}
+    out = Terminal()
+    begun(out, 700, batch_size=128).show(100, scalars)
+    line = "step 100/700 | epoch 2.5 | loss 4.25 | lr 0.3 | 1,280 img/s | ETA 1:00"
+    assert out.getvalue() == f"\r{bar}{line}" and len(out.getvalue()) <= columns
+
+
+def test_updates_are_rare_without_a_terminal(monkeypatch):
+    log, terminal = io.StringIO(), Terminal()
+    for out in (log, terminal):
+        clock = iter([0.0, 1.0, 29.0, 31.0, 31.0, 40.0, 62.0, 62.0])
+        monkeypatch.setattr("time.monotonic", lambda clock=clock: next(clock))
+        progress = Progress(out)
+        for text in "abcd":
+            progress.update(text)
+    assert log.getvalue() == "c\n" and terminal.getvalue() == "\ra\rb\rc\rd"
 
 
 def test_progress_line_names_the_process_that_waits_longest_for_data():
     out = io.StringIO()
     scalars = {"loss": 1.0, "images_per_s": 8.0, "data_wait": 0.0}
-    progress = Progress(10, batch_size=8, out=out)
+    progress = begun(out, 10)
     progress.show(1, scalars | {"process_data_wait": [0.0, 0.25]})
     assert out.getvalue().endswith("data wait 0.0% (process 1: 25.0%)\n")
 
 
 def test_note_on_a_terminal_overwrites_the_progress_line():
     out = Terminal()
-    progress = Progress(10, batch_size=1, out=out)
+    progress = begun(out, 10, batch_size=1)
     progress.show(1, {"loss": 1.0, "images_per_s": 1.0, "data_wait": 0.0})
     line = len(out.getvalue()) - 1
     progress.note("short")
@@ -158,7 +187,7 @@ def test_note_on_a_terminal_overwrites_the_progress_line():
 
 def test_progress_line_has_no_rate_if_no_step_was_timed():
     out = io.StringIO()
-    progress = Progress(10**7, batch_size=8, out=out)
+    progress = begun(out, 10**7)
     progress.start(5, 0.0)
     assert progress.rates(5, 0.0) == {}
     progress.show(5, {"loss": 1.0})
@@ -177,14 +206,14 @@ def test_progress_line_has_no_rate_if_no_step_was_timed():
 )
 def test_eta_has_as_many_units_as_it_needs(steps, eta):
     out = io.StringIO()
-    Progress(steps, 8, out).show(0, {"loss": 1.0, "images_per_s": 800.0, "data_wait": 0.0})
+    begun(out, steps).show(0, {"loss": 1.0, "images_per_s": 800.0, "data_wait": 0.0})
     assert f"| ETA {eta} |" in out.getvalue()
 
 
 def test_progress_line_never_wraps(monkeypatch):
     monkeypatch.setenv("COLUMNS", "30")
     out = Terminal()
-    progress = Progress(1000, batch_size=8, out=out)
+    progress = Progress(out)
     progress.line("a" * 100)
     progress.line("b" * 10)
     monkeypatch.setenv("COLUMNS", "20")
@@ -198,14 +227,15 @@ def test_progress_line_never_wraps(monkeypatch):
 
 def test_verbosity_selects_what_is_printed():
     for verbosity, expected in (
-        ("all", "line note result warning "),
+        ("all", "starting line note result warning "),
         ("line", "line warning "),
         ("quiet", "result warning "),
         ("warnings", "warning "),
     ):
         out = io.StringIO()
-        progress = Progress(10, batch_size=8, out=out, verbosity=verbosity)
+        progress = Progress(out, verbosity)
         for write, text in (
+            (progress.starting, "starting"),
             (progress.line, "line"),
             (progress.note, "note"),
             (progress.result, "result"),
@@ -218,7 +248,7 @@ def test_verbosity_selects_what_is_printed():
 def test_end_leaves_the_progress_line():
     whole, part = Terminal(), Terminal()
     for out, verbosity in ((whole, "all"), (part, "line")):
-        progress = Progress(10, batch_size=8, out=out, verbosity=verbosity)
+        progress = Progress(out, verbosity)
         progress.line("step 10/10")
         progress.end()
         progress.end()

@@ -29,7 +29,7 @@ from ssl_jax.evals.results import read_evaluation
 from ssl_jax.interop.load import restore_state
 from ssl_jax.report import write_report
 from ssl_jax.run.folder import write_config
-from ssl_jax.run.log import read_metrics
+from ssl_jax.run.log import Progress, read_metrics
 from ssl_jax.run.nonfinite import COUNT, STEP
 from ssl_jax.run.processes import Stop
 from ssl_jax.spmd import Spmd
@@ -146,7 +146,7 @@ def finished(tmp_path_factory):
     before = os.umask(0o022)  # the usual default
     try:
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            state = pretrain(config, workdir, "the command")
+            state = pretrain(config, workdir, "the command").state
     finally:
         os.umask(before)
     return config, workdir, jax.device_get(state), out.getvalue()
@@ -158,7 +158,8 @@ def test_finished_run_is_evaluated_and_reported(finished):
     assert "BatchNorm over 320 images" in out
     # Patience is one epoch: 1347 images in batches of 320.
     assert record["derived"] == {"batchnorm_images": 320, "trivial_loss": None, "patience": 4}
-    for part in ("raw pixels", "random init", "SimCLR", "Linear probe", "kNN", "report.html"):
+    parts = ("raw pixels", "random init", "SimCLR", "Linear probe", "kNN", "report.html")
+    for part in (*parts, "Evaluating SimCLR: features", "Evaluating raw pixels: classifiers"):
         assert part in out
     evaluation = json.loads((workdir / "evaluation.json").read_text())
     assert [row["name"] for row in evaluation["rows"]] == ["raw pixels", "random init", "simclr"]
@@ -192,7 +193,11 @@ def test_rerunning_a_finished_run_trains_no_further(finished, tmp_path):
     workdir = Path(shutil.copytree(done, tmp_path / "run"))
     before = (workdir / "metrics.jsonl").read_bytes()
     again = pretrain(config, workdir, "the command")
-    assert int(again.step) == int(state.step)
+    assert again.finished and again.step == int(state.step) == int(again.state.step)
+    assert repr(again) == f"PretrainResult(workdir={workdir!r}, step=4, finished=True)"
+    last = [r for r in read_metrics(workdir / "metrics.jsonl") if r["step"] == 4]
+    assert again.metrics == {k: v for r in last for k, v in r.items() if k != "step"}
+    assert again.encoder.step == 4 and again.encoder is again.encoder
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
@@ -511,7 +516,7 @@ def test_collapse_detector_remembers_the_spread_of_embeddings_after_a_resume(tmp
     config.checkpoint.every_epochs = 0.05
     pretrain(config, tmp_path)
     seen = [r["embedding_std"] for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r]
-    run, _ = start.start_run(setup.Setup(config), tmp_path)
+    run, _ = start.start_run(setup.Setup(config), tmp_path, Progress())
     with run.closing():
         halved = {"embedding_std": max(seen) * 0.49}
         warnings = run.detector.check(5, halved) + run.detector.check(6, halved)

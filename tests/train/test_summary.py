@@ -43,9 +43,18 @@ def test_start_summary_has_network_batch_and_devices():
     assert rows["held out"] == "450 images, 8×8 px"
     assert rows["batch"] == ("320, 40 per device in microbatches of 160, BatchNorm over 160 images")
     assert rows["devices"] == f"8 × {jax.devices()[0].device_kind}"
-    assert rows["steps"] == "8, 2 epochs of 4" and rows["workdir"] == "runs/a"
+    assert rows["steps"] == "8, 2 epochs of 4 steps" and rows["workdir"] == "runs/a"
     rows = dict(summary.start_rows(setup, params, Path("runs/a"), 3))
-    assert rows["steps"] == "8, 5 remaining, 2 epochs of 4"
+    assert rows["steps"] == "8, 5 remaining, 2 epochs of 4 steps"
+
+
+def test_one_view_and_one_epoch_are_singular():
+    config = tiny_config(method="supervised", batch_size=320, epochs=1.0)
+    with config.unlocked():
+        config.views = {"view": config.views.view1}
+    setup = Setup(config)
+    rows = dict(summary.start_rows(setup, jax.eval_shape(setup.program.init).params, Path("a"), 0))
+    assert ", 1 view of 8 px, " in rows["method"] and rows["steps"] == "4, 1 epoch of 4 steps"
 
 
 def of_data(train, test=None, **data):
@@ -258,7 +267,7 @@ def test_evaluation_line_has_the_accuracies_that_were_measured():
     assert line == "step 4/8 | kNN 87.50% | RankMe 12.3"
     accuracies = {"test_accuracy": 0.5, "probe_accuracy": 0.25, "rankme": 1.0}
     line = summary.evaluation_line(setup, 8, accuracies)
-    assert line == "step 8/8 | top-1 50.00% | probe 25.00% | RankMe 1.0"
+    assert line == "step 8/8 | top-1 50.00% | online probe 25.00% | RankMe 1.0"
 
 
 def test_verbosity_of_a_run(tmp_path, capsys, monkeypatch):
@@ -272,9 +281,9 @@ def test_verbosity_of_a_run(tmp_path, capsys, monkeypatch):
     pretrain(config, tmp_path / "all")
     lines = capsys.readouterr().out.splitlines()
     names = [line.partition(" ")[0] for line in lines]
-    begin = ["method", "parameters", "images", "classes", "held", "batch", "devices", "steps"]
-    begin += ["workdir", "warning:"]
-    assert names[:14] == [*begin, "Compiling", "compilation", "FLOPs", "memory"]
+    begin = ["Opening", "Initializing", "Augmenting", "method", "parameters", "images", "classes"]
+    begin += ["held", "batch", "devices", "steps", "workdir", "warning:"]
+    assert names[:17] == [*begin, "Compiling", "compilation", "FLOPs", "memory"]
     assert names[-4:] == ["time", "speed", "kNN", "Report:"]
     # A finished run that is part of a larger command prints nothing.
     pretrain(config, tmp_path / "all", verbosity="line")
