@@ -107,6 +107,8 @@ def train(run: Run, state: TrainState, stop: processes.Stop) -> tuple[TrainState
     step, first, place = run.start, run.start + 1, setup.spmd.place_batch
     metrics: dict[str, jax.Array] = {}
     unlogged: dict[str, jax.Array] | None = None
+    if run.owes_evaluation(evaluate_every):
+        evaluate(run, state, run.start)
     # The cadence, after each step:
     # 1. Log the previous step, one step late. Fetching metrics waits for their step; meanwhile the
     #    devices are busy with the step just dispatched.
@@ -117,8 +119,6 @@ def train(run: Run, state: TrainState, stop: processes.Stop) -> tuple[TrainState
     # 4. Evaluate, then save: the best checkpoint is chosen by kNN accuracy. If a stop is requested,
     #    only save, because little time may be left.
     # 5. Stop. The last step is always logged, evaluated and saved.
-    if run.owes_evaluation(evaluate_every):
-        evaluate(run, state, run.start)
     span = (run.start, total, config.data.timeout_s)
     with Prefetcher(setup.train, setup.index, setup.rows, place, *span) as batches:
         for step in range(first, total + 1):
