@@ -12,7 +12,7 @@ from ssl_jax.downstream.features import knn_metrics, linear_metrics, run_feature
 from ssl_jax.evals import few_label_accuracies
 from ssl_jax.evals.metrics import metrics_line
 
-features = run_features(sys.argv[1])
+features = run_features(sys.argv[1], labeled=True)
 print("kNN   ", metrics_line(knn_metrics(features, k=20)))
 metrics, penalty = linear_metrics(features)
 print("linear", metrics_line(metrics), f"(penalty {penalty:g})")

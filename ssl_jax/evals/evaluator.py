@@ -43,7 +43,7 @@ from ssl_jax.methods import make_method, title
 from ssl_jax.methods.base import evaluated_names
 from ssl_jax.run import processes
 from ssl_jax.run.log import Progress
-from ssl_jax.run.memory import enough_memory
+from ssl_jax.run.memory import enough_memory, require_host_memory
 from ssl_jax.spmd import AXIS, Spmd
 
 Pytree = Any
@@ -76,11 +76,22 @@ class Evaluator:
           train: the split with labels to learn from.
           test: held-out split, or None.
           progress: shows what is being evaluated; None for nothing.
+
+        Raises:
+          UserError: the features of both splits can't fit in the primary process's memory.
         """
         self.config, self.train, self.test = config, train, test
         self.not_scored = why_not_scored(train, test)
         self._progress = progress or Progress(verbosity="warnings")
         method = make_method(config, Schedule(1, 1))
+        if test is not None and processes.is_primary():
+            # A custom encoder may not tell its number of features.
+            width = getattr(method.encoder, "num_features", 0)
+            require_host_memory(
+                4 * (train.num_examples + test.num_examples) * width,
+                "The features of all training and held-out images, which are evaluated together,",
+                "Evaluate fewer images, such as --config.data.subset=0.1.",
+            )
         layer = config.eval.projector_layer
 
         def encode(variables: Pytree, images: Array) -> Array:

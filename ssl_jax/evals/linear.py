@@ -114,13 +114,12 @@ def few_label_accuracies(
       Accuracy on the test features for each trial, in [0, 1].
     """
     generator = np.random.default_rng([seed, labels_per_class])
+    # Searched once: with a thousand classes, each search of ImageNet's labels takes a second.
+    members = [np.flatnonzero(train_labels == c) for c in np.unique(train_labels)]
     accuracies = []
     for _ in range(trials):
         seen = np.concatenate(
-            [
-                generator.choice(np.flatnonzero(train_labels == c), labels_per_class, replace=False)
-                for c in np.unique(train_labels)
-            ]
+            [generator.choice(ids, labels_per_class, replace=False) for ids in members]
         )
         predicted = linear_probe(train_features[seen], train_labels[seen], test_features)
         accuracies.append(np.mean(predicted == test_labels))

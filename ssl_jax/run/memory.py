@@ -1,9 +1,12 @@
-"""The error of a device that is out of memory, with suggestions."""
+"""Memory that is not enough, of a device or of the host, with suggestions."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import jax
+from humanize import naturalsize
 from ml_collections import ConfigDict
 
 from ssl_jax.errors import UserError, first_line
@@ -31,6 +34,31 @@ def enough_memory(what: str, suggestions: Sequence[str], rest: str = "") -> Iter
             f"{what} doesn't fit in the memory of {jax.devices()[0].device_kind} "
             f"({first_line(error)[:200]}). Try {', '.join(suggestions) or 'more devices'}{rest}."
         ) from error
+
+
+def require_host_memory(size: int, what: str, fix: str) -> None:
+    """Refuses what can't fit in this machine's memory, before it is computed.
+
+    Args:
+      size: of what will be kept, in bytes.
+      what: it is, the subject of the message, in the plural.
+      fix: how to do with less.
+
+    Raises:
+      UserError: the memory of this machine, or of this container, is smaller.
+    """
+    if size > (whole := host_memory()):
+        kept, of = (naturalsize(each, binary=True) for each in (size, whole))
+        raise UserError(f"{what} take {kept}, but this machine has {of} of memory. {fix}")
+
+
+def host_memory() -> int:
+    """The memory that this process may use, in bytes: the machine's, or the container's limit."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroups v2 and v1
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+            whole = min(whole, int((Path("/sys/fs/cgroup") / name).read_text()))
+    return whole
 
 
 def step_suggestions(config: ConfigDict, devices: int) -> list[str]:

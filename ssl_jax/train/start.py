@@ -161,7 +161,8 @@ def start_run(
     device_data, state = setup.spmd.replicate(setup.train.device_data()), setup.program.init()
     untrained = jax.device_get(evaluated_variables(state, config.eval.projector_layer))
     state, start = _resume(setup, workdir, state, checkpoints, progress)
-    evaluator = Evaluator(config, setup.spmd, setup.train, setup.test, progress=progress)
+    with processes.raise_on_all_processes():
+        evaluator = Evaluator(config, setup.spmd, setup.train, setup.test, progress=progress)
     fetch = Fetcher()
     log: MetricsLog | NoLog = NoLog()
     with processes.raise_on_all_processes():

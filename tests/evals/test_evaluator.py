@@ -23,6 +23,7 @@ from ssl_jax.evals.results import (
     write_result,
 )
 from ssl_jax.report import evaluation_table, write_images, write_report
+from ssl_jax.run import memory
 from ssl_jax.run.folder import FORMAT
 from ssl_jax.spmd import make_spmd
 from ssl_jax.step import Program
@@ -249,3 +250,13 @@ def test_notes_explain_missing_columns_and_encoders_that_have_seen_labels(tmp_pa
     write_evaluation(tmp_path, Evaluation([row], 24, "", 1, (seen, missing)))
     assert read_evaluation(tmp_path / "evaluation.json").notes == (seen, missing)
     assert evaluation_table(tmp_path)[2:] == [seen, missing]
+
+
+def test_features_that_cannot_fit_in_memory_are_refused_at_the_start(monkeypatch):
+    train = random_source(24)
+    size = 4 * 48 * 8  # 48 images with 8 features, float32
+    monkeypatch.setattr(memory, "host_memory", lambda: size)
+    evaluator_of(train, train)
+    monkeypatch.setattr(memory, "host_memory", lambda: size - 1)
+    with pytest.raises(UserError, match=r"take 1.5 KiB, but this machine has 1.5 KiB.*subset"):
+        evaluator_of(train, train)
