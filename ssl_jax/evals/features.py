@@ -22,7 +22,6 @@ def extract_features(
     batch_size: int,
     rows: Int[np.ndarray, " local"],
     place: Callable[[np.ndarray], Any],
-    first: int | None = None,
     keep: bool = True,
     timeout_s: float = 0.0,
     update: Callable[[str], None] = lambda text: None,
@@ -38,18 +37,17 @@ def extract_features(
         image is dropped and only one shape is compiled.
       rows: indices within a batch of the images that this process reads.
       place: puts this process's images on its devices.
-      first: number of images, starting at id 0; default all.
       keep: whether this process collects the features, or only computes its share.
       timeout_s: maximum time to wait for a batch of images, in seconds; 0 for no limit.
       update: receives the progress as text, after each batch.
 
     Returns:
-      float32 [N, d], or [first, d]; [0, d] unless `keep`.
+      float32 [N, d]; [0, d] unless `keep`.
 
     Raises:
       UserError: images can't be read, or not within `timeout_s`.
     """
-    count = min(first or source.num_examples, source.num_examples)
+    count = source.num_examples
     kept_features = np.empty((0, 0), np.float32)
     ids = (batch[rows] for batch, _ in padded_batches(count, batch_size))
     starts = range(0, count, batch_size)
