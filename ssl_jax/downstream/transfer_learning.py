@@ -108,7 +108,7 @@ def read_sets(path: str | Path) -> list[DataSet]:
         listed = json.loads(text)
         if not isinstance(listed, dict) or not listed:
             raise ValueError('write {"NAME": {"metric": "top1", "data": {"name": "tfds"}}}')
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"Cannot read the list of data sets {path} ({error}).") from error
     return [_data_set(str(path), name, entry) for name, entry in listed.items()]
 

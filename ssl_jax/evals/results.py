@@ -191,7 +191,9 @@ def read_result(workdir: Path, name: str) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads((workdir / _FOLDER / f"{name}.json").read_text())
         result_line(record)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    except (OverflowError, RecursionError):  # numbers and nesting that this program never writes
         return None
     return record
 

@@ -236,7 +236,7 @@ def _timm_preprocessing(config: ConfigDict, path: Path) -> None:
         mean, std = tuple(map(float, timm["mean"])), tuple(map(float, timm["std"]))
         size, fraction = int(timm["input_size"][-1]), float(timm["crop_pct"])
         interpolation = timm["interpolation"]
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
         return
     if interpolation not in ("bicubic", "bilinear") or not 0 < fraction <= 1 or size < 1:
         return

@@ -16,6 +16,7 @@ import pickle
 import pickletools
 import re
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -438,7 +439,8 @@ def read_torch(file: Path) -> Any:
 
 def _reading(file: Path, read: Callable[[BinaryIO, int], Any]) -> Any:
     try:
-        with file.open("rb") as opened:
+        # Odd escapes in texts are warnings.
+        with file.open("rb") as opened, warnings.catch_warnings(action="ignore"):
             return read(opened, file.stat().st_size)
     except _ERRORS as error:
         reason = first_line(error)[:200]

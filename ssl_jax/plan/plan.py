@@ -133,7 +133,7 @@ def read_plan(path: Path) -> Plan:
         text = path.read_bytes()
     try:
         return _from_json(json.loads(text))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} is not a plan ({error}). Write one with `ssl-jax plan --json`."
         ) from error

@@ -283,7 +283,7 @@ def replaced(value, rng):
         for key in path:
             inside = inside[key]
         if rng.integers(6) or last == "":
-            inside[last] = ODD[rng.integers(len(ODD))]
+            inside[last] = copy.deepcopy(ODD[rng.integers(len(ODD))])
         else:
             del inside[last]
     return value[""]
@@ -316,7 +316,7 @@ def test_reports_of_foreign_json_are_written_or_a_one_line_error(tmp_path, name)
         RESULT["metrics"]["examples"] = 9
         file.write_text(json.dumps(RESULT))
     good, written = json.loads(file.read_text()), 0
-    for number in range(700):
+    for number in range(400):
         file.write_text(nested(rng) if number % 50 == 0 else json.dumps(replaced(good, rng)))
         written += reported(tmp_path)
         if name == "config.json":
@@ -331,7 +331,7 @@ def test_reports_of_foreign_logs_are_written(tmp_path):
     file = tmp_path / "metrics.jsonl"
     good = [json.loads(line) for line in file.read_text().splitlines()]
     seeds = ['{"step": 1e400}', '{"step": 1e400, "loss": 1e400}', '{"step": 1, "loss": 1e400}']
-    for number in range(400):
+    for number in range(100):
         records = [replaced(record, rng) if rng.integers(3) else record for record in good]
         data = "\n".join([*seeds, *map(json.dumps, records), nested(rng)]).encode()
         file.write_bytes(mutated(data, rng) if number % 4 == 0 else data)
@@ -343,7 +343,8 @@ def odd_array(array, rng):
     """An array of another dtype, shape or range."""
     what = rng.integers(7)
     if what == 0:
-        return array.astype(["u1", "f4", "f8", "i8", "U3", "?", "c8"][rng.integers(7)])
+        numbers = ["u1", "f4", "f8", "i8", "?", "c8"] if array.dtype.kind != "U" else ["S9"]
+        return array.astype(["U3", *numbers][rng.integers(1 + len(numbers))])
     if what == 1:
         return array[..., None]
     if what == 2:
@@ -362,9 +363,9 @@ def test_reports_of_foreign_images_are_written(tmp_path):
     rng, drawn = np.random.default_rng(0), 0
     write_run(tmp_path)
     file, good = tmp_path / "report_images.npz", images() | map_and_failures()
-    for number in range(700):
+    for number in range(400):
         arrays = dict(good)
-        for name in rng.choice(list(arrays), rng.integers(1, 3)):
+        for name in rng.choice(list(arrays), rng.integers(1, 3), replace=False):
             arrays[name] = odd_array(arrays[name], rng)
             if not rng.integers(8):
                 del arrays[name]
@@ -373,9 +374,10 @@ def test_reports_of_foreign_images_are_written(tmp_path):
             file.write_bytes(mutated(file.read_bytes(), rng))
         assert reported(tmp_path)
         drawn += read(file, parse_images)[0] is not None
-    assert 50 < drawn < 650
+    assert 50 < drawn < 350
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of casts here
 def test_packed_files_are_read_or_a_one_line_error(tmp_path):
     rng, file, refused = np.random.default_rng(0), tmp_path / "a.npz", 0
     labels, names = np.arange(12) % 3, np.array(["a", "b", "c"])
