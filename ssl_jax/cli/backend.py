@@ -15,6 +15,14 @@ _CPU_VALUE = "-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
 _VERSIONS_WITH_FLAG = ("0.10.2", "0.11.2", "0.12.0.1")
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 _CACHE_BYTES = 2 << 30  # size to which the cache is cut when a command starts
+# Numbers of this process among several, by JAX itself, Slurm, Open MPI, TPU pods and Kubernetes.
+RANKS = (
+    "JAX_PROCESS_ID",
+    "SLURM_PROCID",
+    "OMPI_COMM_WORLD_RANK",
+    "TPU_WORKER_ID",
+    "JOB_COMPLETION_INDEX",
+)
 _ACCELERATOR_PACKAGES = ("libtpu", "jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin")
 
 

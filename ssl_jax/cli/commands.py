@@ -98,7 +98,9 @@ def _prepare_experiment(args: argparse.Namespace) -> None:
 
 def _prepare_training(args: argparse.Namespace) -> None:
     _prepare_experiment(args)
-    require_data(args.experiment)
+    # Several processes check together, when they have joined: one that ends alone is waited for.
+    if not any(name in os.environ for name in backend.RANKS):
+        require_data(args.experiment)
 
 
 def add_pretrain(parser: Parser) -> None:

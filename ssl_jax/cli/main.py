@@ -28,11 +28,6 @@ _OVERRIDE = "--config."
 # for this machine.
 _WITHOUT_JAX = ("config", "data", "doctor")
 _WITHOUT_CACHE = (*_WITHOUT_JAX, "plan", "report")
-# Numbers of this process among several, by JAX itself, Slurm, Open MPI, TPU pods and Kubernetes.
-_RANKS = (
-    *("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID"),
-    "JOB_COMPLETION_INDEX",
-)
 _EPILOG = """\
 example:
   ssl-jax pretrain --config=configs/simclr_digits.py --workdir=runs/a
@@ -122,7 +117,7 @@ def _execute(args: argparse.Namespace) -> int:
 
 def _print_once(text: str) -> None:
     """Prints a line on stderr in the first of several processes, which haven't joined yet."""
-    if text and all(os.environ.get(name, "0") == "0" for name in _RANKS):
+    if text and all(os.environ.get(name, "0") == "0" for name in backend.RANKS):
         print(text, file=sys.stderr, flush=True)
 
 

@@ -87,11 +87,7 @@ class Evaluator:
         if test is not None and processes.is_primary():
             # A custom encoder may not tell its number of features.
             width = getattr(method.encoder, "num_features", 0)
-            require_host_memory(
-                4 * (train.num_examples + test.num_examples) * width,
-                "The features of all training and held-out images, which are evaluated together,",
-                "Evaluate fewer images, such as --config.data.subset=0.1.",
-            )
+            _require_memory(train.num_examples + test.num_examples, width)
         layer = config.eval.projector_layer
 
         def encode(variables: Pytree, images: Array) -> Array:
@@ -315,8 +311,7 @@ class Evaluator:
                 rows.append(self._row(name, *splits))
             del splits  # before the next are extracted
         if rows:
-            # The run's own row comes last.
-            rows = rows[1:] + rows[:1]
+            rows = rows[1:] + rows[:1]  # the run's own comes last
             split = f"{train.num_examples} training images with their labels"
             found = Evaluation(rows, test.num_examples, split, int(state.step), self._notes())
             with writing(workdir):
@@ -424,6 +419,15 @@ class Evaluator:
         images = {name: array[ids] for name, array in self.train.device_data().items()}
         batch = self._augment_fn(raw | images, {}, key)
         return [np.asarray(view) for view in batch["views"]]
+
+
+def _require_memory(images: int, width: int) -> None:
+    """Refuses features, float32, that don't fit in the host's memory."""
+    require_host_memory(
+        4 * images * width,
+        "The features of all training and held-out images, which are evaluated together,",
+        "Evaluate fewer images, such as --config.data.subset=0.1.",
+    )
 
 
 def _labeled_everywhere(source: Source) -> Source:

@@ -201,9 +201,9 @@ class _Reader:
                 items, self._stack = self._stack, self._below.pop()
                 self._take(name, arg, items)
             elif name in ("GET", "BINGET", "LONG_BINGET"):
-                self._stack.append(self._memo[arg])
+                self._stack.append(self._memo[int(arg or 0)])
             elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-                self._memo[arg] = self._stack[-1]
+                self._memo[int(arg or 0)] = self._stack[-1]
             elif name == "MEMOIZE":
                 self._memo[len(self._memo)] = self._stack[-1]
             elif name == "STOP":

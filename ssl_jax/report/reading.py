@@ -245,14 +245,15 @@ def _check_images(images: dict[str, np.ndarray]) -> None:
     names = images.get("class_names", np.empty(0))
     for name in (*_LABELS, "map_neighbor"):
         indices = images.get(name, np.empty(0))
-        count = sizes.get("m", 0) if name == "map_neighbor" else len(names)
+        beyond = sizes.get("m", 0) if name == "map_neighbor" else len(names)
         if name in _LABELS and "class_names" not in images:
             continue
-        if indices.size and not 0 <= indices.min() <= indices.max() < count:
+        if indices.size and not 0 <= indices.min() <= indices.max() < beyond:
             raise ValueError(f"{name} has indices out of range")
     if "map_images" in images and not images["map_images"].size:
         raise ValueError("the map is empty")
     count, queries = images.get("failures_count", 0), images.get("failures_queries", 1)
-    shown = all(name in images for name in _ARRAYS if re.match("failures_[^c]", name))
+    needed = [name for name in _ARRAYS if re.fullmatch("failures_[^c].*(?<!_name)", name)]
+    shown = all(name in images for name in needed)
     if not 0 <= count <= queries or queries < 1 or count and not shown:
         raise ValueError("the failures don't match their number")

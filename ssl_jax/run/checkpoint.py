@@ -297,7 +297,7 @@ def _damage(folder: Path) -> str:
     if not file.exists():
         return "" if any(file.is_file() for file in folder.rglob("*")) else "it is empty"
     if not file.is_file():  # a device, for example, may have no end
-        return f"its {_SUMS} is unreadable"
+        return f"its {_SUMS} is invalid"
     try:
         sums = json.loads(file.read_text())
     except (ValueError, RecursionError):

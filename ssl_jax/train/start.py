@@ -144,7 +144,7 @@ def start_run(
     Args:
       setup: what the run is built from.
       workdir: the run's folder.
-      verbosity: how much to print; see `Progress`.
+      progress: shows what is being done.
       in_place: see `Run`.
 
     Raises:

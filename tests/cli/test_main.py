@@ -340,7 +340,7 @@ def test_url_in_place_of_a_path_is_refused_before_anything_is_created(
 def test_every_option_that_takes_a_path_is_parsed_as_one():
     for typed, parser in parsers().items():
         found = {action.dest for action in parser._actions if action.type is path_argument}
-        named = {"workdir", "out", "run", "folder", "file", "sets", "imported", "others"}
+        named = {"workdir", "out", "run", "folder", "file", "sets", "imported", "others", "results"}
         expected = named & {action.dest for action in parser._actions}
         assert found == expected - OTHER_PATHS.get(typed, set()), typed
 

@@ -54,10 +54,11 @@ def places():
     tensorflow.io.gfile.exists("run")
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         here = Path(name)
-        here.chmod(0o755)
+        here.chmod(0o777)
         patch.chdir(here)
         (here / "run").mkdir()
         write_config(here / "run", default_config(), "")
+        (here / "run").chmod(0o777)
         (here / "images" / "a").mkdir(parents=True)
         (here / "images" / "a" / "0.png").write_bytes(b"")
         for suffix in ("", ".safetensors", ".npz"):

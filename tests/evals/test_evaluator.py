@@ -233,15 +233,15 @@ def test_run_without_its_images_is_not_done(tmp_path):
     assert evaluator.is_done(tmp_path)
     (tmp_path / "report_images.npz").write_bytes(b"")
     assert not evaluator.is_done(tmp_path)
-    assert evaluator.plan().startswith("The encoder is not evaluated, as there are no held-out")
+    assert evaluator.plan().startswith("Not evaluated. There are no held-out images.")
 
 
 def test_notes_explain_missing_columns_and_encoders_that_have_seen_labels(tmp_path):
     images = random_source(24).images
-    train = ArraySource(images, np.minimum(np.arange(24) // 8, 2), "abd")
+    train = ArraySource(images, np.minimum(np.arange(24) // 8, 2), list("abcd"))
     train.labels[16:] = np.where(np.arange(8) < 3, 3, 0)  # no image is of class 2
     evaluator = evaluator_of(train, train)
-    missing = "Not measured: 5 labels per class, as class '3' has only 3 in the training images."
+    missing = "Not measured: 5 labels per class, as class 'd' has only 3 in the training images."
     assert evaluator._notes() == (missing,)
     evaluator._needs_labels = True
     seen, _ = evaluator._notes()

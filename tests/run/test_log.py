@@ -20,13 +20,13 @@ def test_records_and_events_are_appended(tmp_path):
         {"step": 1, "loss": 2.5},
         {"step": 2, "loss": 2.0, "knn": 0.5},
     ]
-    assert list(tmp_path.glob("events.out.tfevents*"))
+    assert list(tmp_path.glob("events.*.out.tfevents*"))
 
 
 def events(folder):
     """Events as TensorFlow reads them: (step, tag, value), oldest first."""
     found = []
-    for file in sorted(folder.glob("events.out.tfevents*")):
+    for file in sorted(folder.glob("events.*.out.tfevents*")):
         for event in tf.compat.v1.train.summary_iterator(str(file)):
             for value in event.summary.value:
                 kind = value.WhichOneof("value")

@@ -305,7 +305,7 @@ def test_run_resumes_with_changed_settings_moved_data_and_renamed_source(
     moved.mkdir()
     config = four_steps(tmp_path / "images.npz")
     config.init_from.path = str(source)
-    state = pretrain(config, workdir)
+    state = pretrain(config, workdir).state
     shutil.rmtree(workdir / "checkpoints" / "4")
     source.rename(tmp_path / "renamed")
     (tmp_path / "images.npz").rename(moved / "images.npz")
@@ -313,7 +313,7 @@ def test_run_resumes_with_changed_settings_moved_data_and_renamed_source(
     config.data.dir = str(moved / "images.npz")
     config.log_every, config.eval.knn_every_epochs = 3, 5.0
     capsys.readouterr()
-    again = pretrain(config, workdir)
+    again = pretrain(config, workdir).state
     out = capsys.readouterr().out
     assert "Resuming from step 2 of 4." in out
     (line,) = [line for line in out.splitlines() if line.startswith("Settings changed (")]
