@@ -16,6 +16,7 @@ from images import noise_files
 from tiny import leaves, share_steps
 
 from ssl_jax.cli.main import pretrain_main
+from ssl_jax.data.records import convert
 from ssl_jax.interop.load import restore_state
 from ssl_jax.run.log import read_metrics
 
@@ -414,6 +415,53 @@ def test_images_that_break_during_a_run_may_be_replaced_and_are_counted(image_ru
     assert code == 0, error
     assert "2 unreadable images were replaced" in out
     assert int(restore_state(workdir).step) == IMAGE_STEPS
+
+
+# Records stop being read after some hundred; a late image is reported soon.
+STALL = """
+import time
+from ssl_jax.data import reader, records
+
+reader._SLOW_S, left, plain = 0.5, [300], records.ArrayRecords._one
+
+def one(self, number):
+    left[0] -= 1
+    if left[0] < 0:
+        time.sleep(3600)
+    return plain(self, number)
+
+records.ArrayRecords._one = one
+"""
+
+
+@pytest.fixture
+def stalled(image_runs, tmp_path):
+    """A folder of records, and the arguments of a run that stalls while reading it."""
+    convert(str(image_runs[0] / "images"), str(tmp_path / "records"), 4)
+    (tmp_path / "config.py").write_text(IMAGES + STALL)
+    flags = ["--config.data.name=records", f"--config.data.dir={tmp_path / 'records'}"]
+    flags += ["--config.data.timeout_s=10"]
+    return tmp_path / "records", command(tmp_path / "config.py", tmp_path / "run", *flags)
+
+
+def test_stalled_records_end_the_run_with_an_error(stalled):
+    """Python would wait at its exit for the threads of an executor."""
+    done = subprocess.run(stalled[1], capture_output=True, text=True, timeout=60 * MINUTES)
+    assert done.returncode == 2, done.stderr
+    assert "warning: no images for 0.5 s" in done.stderr
+    assert "error: Data loader timed out: no batch for 10 s" in done.stderr
+
+
+def test_sigterm_ends_a_run_that_stalls_at_its_start(stalled, tmp_path):
+    folder, line = stalled
+    (folder / "index.npz").unlink()
+    os.mkfifo(folder / "index.npz")  # opening it waits for a writer
+    err = tmp_path / "err"
+    with err.open("w") as error:
+        process = subprocess.Popen(line, stdout=error, stderr=error)
+        wait_until(lambda: "no images for 0.5 s" in err.read_text(), process, err.read_text)
+        process.terminate()
+        assert process.wait(60 * MINUTES) == -signal.SIGTERM
 
 
 def test_error_in_the_reading_thread_ends_the_run_and_resume_is_bit_exact(
