@@ -56,8 +56,8 @@ MUTATIONS = [
     Mutation(
         "NT-Xent's gradient is divided by the global batch",
         "ssl_jax/losses.py",
-        "dz *= cotangent / (2 * n * temperature)",
-        "dz *= cotangent / (2 * columns.shape[0] // 2 * temperature)",
+        "dz *= cotangents[0] / (2 * n * temperature)",
+        "dz *= cotangents[0] / (2 * columns.shape[0] // 2 * temperature)",
         "tests/test_losses.py",
     ),
     Mutation(
