@@ -418,7 +418,7 @@ def test_foreign_checksums_never_lead_out_of_the_checkpoint(tmp_path):
     (folder / "b").write_bytes(b"")
     crc = zlib.crc32(b"some bytes")
     good = {"d/a": [10, crc], "b": [0, 0]}
-    for number in range(3000):
+    for number in range(1500):
         sums = replaced(good, rng)
         if isinstance(sums, dict) and rng.integers(2):
             odd = ["/dev/zero", "../x", "", "d", "a\0", "\ud800", "x" * 5000, "d/" * 3000]
@@ -437,7 +437,7 @@ def test_pickles_with_budget_are_read_or_a_one_line_error(tmp_path):
     ]
     small = [seed for seed in seeds if len(seed) < 5000]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for number in range(6000):
+    for number in range(1500):
         data = small[number % len(small)] if number >= len(seeds) else seeds[number]
         # Two pickles in one share what the first has made.
         other = small[rng.integers(len(small))]
