@@ -224,6 +224,8 @@ def test_swav_imagenet_blurs_small_crops_by_three_sigma():
     taps = {view.size: blur_taps(view.size, view) for view in flat_views(config)}
     # A tenth of the side at 224 pixels, an odd number, is more.
     assert taps == {224: 22, 96: 13}
+    # The border mirrors at most the whole image.
+    assert blur_taps(6, config.views.small) == 11
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -11,6 +11,7 @@ from encoders import same
 from ssl_jax.config import Schedule, run_schedule
 from ssl_jax.downstream.linear_recipes import linear_config
 from ssl_jax.interop.load import restore_state
+from ssl_jax.methods.supervised import Classifier
 from ssl_jax.optim import learning_rate_schedule
 from ssl_jax.run.folder import read_config
 from ssl_jax.step import assemble
@@ -65,6 +66,14 @@ def test_linear_recipes_have_the_official_rate_at_every_step(run, recipe, images
     rate = jax.jit(learning_rate_schedule(config.optim, config.batch_size, schedule))
     actual = rate(np.arange(steps, dtype=np.int32))
     np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-15 * peak)
+
+
+def test_byol_recipe_starts_as_a_haiku_linear():
+    """Truncated normal at two standard deviations of 1 / sqrt(inputs); no bias."""
+    classifier = Classifier(50, "haiku").init(jax.random.key(0), np.zeros((1, 400)), True)
+    dense = jax.device_get(classifier["params"]["Dense_0"])
+    assert np.abs(dense["kernel"]).max() <= 2 / 20 and not dense["bias"].any()
+    assert dense["kernel"].std() == pytest.approx(0.8796 / 20, rel=0.02)
 
 
 def test_moco_recipe_drops_the_rate_at_epochs_60_and_80_of_100(run):
