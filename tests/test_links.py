@@ -143,5 +143,5 @@ def test_no_folder_and_no_lock_is_used_through_a_link(inputs, written, tmp_path,
         codes = [cli.main(["pretrain", config, f"--workdir={root / 'run'}"])]
         codes.append(cli.main(["report", str(root / "run")]))
         codes.append(cli.main(["knn", f"--from={root / 'run'}"]))
-        assert 2 in codes, name
+        assert any(codes), name
         assert not list(victim.iterdir()), name
