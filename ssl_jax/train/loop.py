@@ -71,8 +71,9 @@ def pretrain(
                 in_place = folder.enter_context(locked(workdir))
                 data = (setup.train.fingerprint, setup.test.fingerprint if setup.test else "")
                 write_config(workdir, setup.config, command, *data, setup.derived)
-        seen = {"workdir": lock_text(workdir), "config": json.dumps(to_json(config))}
-        processes.require_same(seen)
+        same = to_json(config)
+        same["data"] |= {"dir": "", "test_dir": ""}  # compared by the images' fingerprints
+        processes.require_same({"workdir": lock_text(workdir), "config": json.dumps(same)})
         with enough_memory("The step", step_suggestions(config, setup.spmd.size), _PLAN):
             run, state = start_run(setup, workdir, progress, in_place)
             # Until here SIGTERM ends the process, whatever it waits for: no step would be lost.

@@ -215,8 +215,13 @@ def _resume(
     if not start:
         state = load_initial_weights(state, setup.config)
     state = setup.spmd.replicate(state)
+    held_out = setup.test.fingerprint if setup.test is not None else ""
     processes.require_same(
-        {"training set": setup.train.fingerprint, "newest checkpoint": str(start)}
+        {
+            "training set": setup.train.fingerprint,
+            "held-out set": held_out,
+            "newest checkpoint": str(start),
+        }
     )
     if start:
         start, state, warnings = checkpoints.restore_newest(state, workdir / "corrupt")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,26 +47,35 @@ def on_images(config_file, images):
     return [f"--config={config_file}", "--config.heartbeat_timeout_s=10", *overrides]
 
 
-def pair_of(arguments, workdir, *more):
+def pair_of(arguments, workdir, *more, second=()):
     """Starts a run of two processes, the second with slow storage, then more commands.
+
+    Args:
+      arguments: of the run.
+      workdir: of the run.
+      *more: commands, a pair each.
+      second: more arguments of the second process.
 
     Returns:
       The results of `in_turn`.
     """
     brief = ["--config.eval.at_end=True", "--config.eval.labels_per_class=()"]
     run = ["pretrain", *arguments, *brief, f"--workdir={workdir}"]
-    return in_turn(2, [(run, run), *more], IDS=str(workdir / "ids"), SLOW="1")
+    return in_turn(2, [(run, [*run, *second]), *more], IDS=str(workdir / "ids"), SLOW="1")
 
 
 @pytest.fixture(scope="module")
-def ended(on_images, tmp_path_factory):
+def ended(on_images, images, tmp_path_factory):
     """Results of commands of two processes, by name; a result per process.
+
+    The second process reads a copy of the images, as from a disk of its own.
 
     The commands share their processes, as starting these takes longer than several commands.
     """
     root = tmp_path_factory.mktemp("ended")
     workdir = root / "run"
     workdir.mkdir()
+    copy = shutil.copytree(images, root / "copy")
 
     def pretraining(name, *changes):
         return ["pretrain", *on_images, f"--workdir={root / name}", *changes]
@@ -75,7 +85,8 @@ def ended(on_images, tmp_path_factory):
         "not shared": (pretraining("b"), pretraining("c")),
         "no images": (pretraining("d"), pretraining("d", "--config.data.dir=/nowhere")),
     }
-    results = pair_of(on_images, workdir, *more.values())
+    own = [f"--config.data.{key}={copy}" for key in ("dir", "test_dir")]
+    results = pair_of(on_images, workdir, *more.values(), second=own)
     return root, dict(zip(["whole run", *more], results, strict=True))
 
 
