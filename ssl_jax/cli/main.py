@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from ssl_jax.cli import backend
 from ssl_jax.cli.commands import add_commands, add_pretrain, resumes
@@ -93,8 +94,8 @@ def _run(parser: Parser, argv: list[str], program: list[str]) -> int:
         # Orbax and absl log every step of every checkpoint, and every error that they raise.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    if args.command not in _WITHOUT_CACHE:
-        _print_once(backend.cache_compilations())
+    if args.command not in _WITHOUT_CACHE and (warning := backend.cache_compilations()):
+        _print_once(warning, sys.stderr)
     try:
         return _execute(args)
     except KeyboardInterrupt as error:
@@ -108,17 +109,23 @@ def _execute(args: argparse.Namespace) -> int:
     args.prepare(args)
     if getattr(args, "imported", None):
         _register(args.imported)
-    # Importing JAX and starting its devices takes seconds.
     if args.command not in _WITHOUT_JAX and "jax" not in sys.modules and not args.quiet:
-        _print_once("Starting JAX …")
+        _announce_jax(args)
     implementation = importlib.import_module(f"ssl_jax.cli.{args.module}")
     return implementation.run(args) or 0
 
 
-def _print_once(text: str) -> None:
-    """Prints a line on stderr in the first of several processes, which haven't joined yet."""
-    if text and all(os.environ.get(name, "0") == "0" for name in backend.RANKS):
-        print(text, file=sys.stderr, flush=True)
+def _announce_jax(args: argparse.Namespace) -> None:
+    """Prints why the next seconds are silent, where other progress is printed."""
+    prints_progress = resumes(args) and not getattr(args, "json", False)
+    if prints_progress or sys.stderr.isatty():  # otherwise stderr is for errors only
+        _print_once("Starting JAX …", sys.stdout if prints_progress else sys.stderr)
+
+
+def _print_once(text: str, file: TextIO) -> None:
+    """Prints a line in the first of several processes, which haven't joined yet."""
+    if all(os.environ.get(name, "0") == "0" for name in backend.RANKS):
+        print(text, file=file, flush=True)
 
 
 def _register(file: Path) -> None:

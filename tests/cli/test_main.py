@@ -225,16 +225,27 @@ def test_wrong_path_is_reported_before_jax_is_imported(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("rank", "flags"), [("0", []), ("1", []), ("0", ["--quiet"])])
-def test_start_of_jax_is_announced_once(capsys, monkeypatch, tmp_path, rank, flags):
+@pytest.mark.parametrize(
+    ("line", "rank", "terminal", "out", "err"),
+    [
+        (["finetune"], "0", False, "Starting JAX …\n", ""),
+        (["finetune"], "1", False, "", ""),
+        (["finetune", "--quiet"], "0", True, "", ""),
+        (["finetune", "--json"], "0", True, "", "Starting JAX …\n"),
+        (["knn"], "0", True, "", "Starting JAX …\n"),
+        (["knn"], "0", False, "", ""),
+    ],
+)
+def test_start_of_jax_is_announced_where_progress_is_printed(
+    capsys, monkeypatch, tmp_path, line, rank, terminal, out, err
+):
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setenv("SLURM_PROCID", rank)
     monkeypatch.delitem(sys.modules, "jax")
-    report = types.SimpleNamespace(run=lambda args: print("done"))
-    monkeypatch.setattr(cli.importlib, "import_module", lambda name: report)
-    found = run(capsys, "report", str(tmp_path), *flags)
-    announced = rank == "0" and not flags
-    assert found == (0, "done\n", "Starting JAX …\n" * announced)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    command = types.SimpleNamespace(run=lambda args: None)
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: command)
+    assert run(capsys, *line, f"--from={tmp_path}") == (0, out, err)
 
 
 BROKEN = """
