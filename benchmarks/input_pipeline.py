@@ -119,7 +119,7 @@ def tolerate_missing_lightning() -> None:
 
 
 class Photos:
-    """Files as an endless torch data set, read with PIL as by torchvision's ImageFolder."""
+    """Files as an endless torch dataset, read with PIL as by torchvision's ImageFolder."""
 
     def __init__(self, files: Sequence[str], transform: Callable[[Any], list[Any]]) -> None:
         self.files, self.transform = files, transform

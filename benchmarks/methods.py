@@ -1,4 +1,4 @@
-"""All methods on one data set with one network, in a table with raw pixels and random features.
+"""All methods on one dataset with one network, in a table with raw pixels and random features.
 
 Each method is a run in --workdir. Interrupted runs are resumed and finished ones kept, so rerun the
 command until the table is complete.

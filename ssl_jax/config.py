@@ -135,7 +135,7 @@ def run_schedule(config: ConfigDict, num_examples: int) -> Schedule:
       The schedule: `config.steps`, or `config.epochs` as `config.count_steps` counts them.
 
     Raises:
-      UserError: the batch is larger than the data set.
+      UserError: the batch is larger than the dataset.
     """
     per_epoch = num_examples // config.batch_size
     if per_epoch == 0:

@@ -155,7 +155,7 @@ def cannot_write(path: str | Path, error: Exception, fix: str = RESUME) -> UserE
 
 
 @contextlib.contextmanager
-def asked_for(file: Path) -> Iterator[Path]:
+def writing_output(file: Path) -> Iterator[Path]:
     """`replacing` for a file that the user has named.
 
     Raises:

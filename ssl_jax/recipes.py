@@ -101,7 +101,7 @@ def byol_views(size: int = 224) -> dict[str, Any]:
 def imagenet_config(interpolation: str = "bicubic") -> ConfigDict:
     """Common settings on ImageNet: TFDS's `imagenet2012`, ResNet-50, bfloat16.
 
-    `tfds build imagenet2012` prepares the data set once; --config.data.dir=PATH is its data_dir.
+    `tfds build imagenet2012` prepares the dataset once; --config.data.dir=PATH is its data_dir.
     For folders of images, set --config.data.name=folder --config.data.dir=PATH/train
     --config.data.test_dir=PATH/val; for sharded records of `ssl-jax data convert`, the same with
     --config.data.name=records.

@@ -37,9 +37,9 @@ DOCS = ROOT / "docs"
 PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in DOCS.glob("*.md"))]
 SMALL = ("model.depth=4", "model.width=0.0625", "eval.trials=2")
 BRIEF = ("steps=2", "log_every=100", "eval.knn_every_epochs=0", "checkpoint.every_epochs=0")
-# Augmentation and bfloat16 take most of a step's compile time. Only `AS_IT_IS` and the quickstart
+# Augmentation and bfloat16 take most of a step's compile time. Only `UNCHANGED` and the quickstart
 # keep their configs' settings; the other commands train on whole images in float32.
-AS_IT_IS = "configs/moco_cifar10.py:solo"
+UNCHANGED = "configs/moco_cifar10.py:solo"
 QUICKSTARTS = {"--workdir=runs/quickstart", "--workdir=runs/stopped"}
 
 # Prefixes of lines and blocks that this file doesn't run, and why.
@@ -211,7 +211,7 @@ def changes(name, arguments):
         small += ["batch_size=64"] if digits else FEW_IMAGES
         if "--workdir=runs/quickstart" not in arguments:
             small.append("eval.at_end=False")
-        if config != AS_IT_IS and not {*arguments} & QUICKSTARTS:
+        if config != UNCHANGED and not {*arguments} & QUICKSTARTS:
             small += plain(loaded.views)
         small += ["simclr.memory_bank=0"] if "simclrv2" in config else []
         small += ["moco.queue=64", "model.bn_group_size=0"] if "moco" in config else []

@@ -7,7 +7,6 @@ import pytest
 from ssl_jax.errors import UserError
 from ssl_jax.files import (
     appending,
-    asked_for,
     local_path,
     private_folder,
     reading,
@@ -15,6 +14,7 @@ from ssl_jax.files import (
     replacing,
     subfolder,
     writing,
+    writing_output,
 )
 
 
@@ -37,7 +37,7 @@ def test_unwritable_file_named_by_the_user_is_a_user_error(tmp_path):
     file = tmp_path / "absent" / "a.txt"
     message = r"Cannot write .*a.txt \(No such file or directory\)\. .* or choose another path\.$"
     with pytest.raises(UserError, match=message):
-        with asked_for(file) as temporary:
+        with writing_output(file) as temporary:
             temporary.write_text("x")
 
 

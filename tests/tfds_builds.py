@@ -1,4 +1,4 @@
-"""Prepares small TFDS data sets from image files."""
+"""Prepares small TFDS datasets from image files."""
 
 import tensorflow_datasets as tfds
 from images import COLORS
@@ -13,7 +13,7 @@ def build(
     splits=("train", "test"),
     classes=3,
 ):
-    """Prepares a data set from the PNG files under `images`, in several shards.
+    """Prepares a dataset from the PNG files under `images`, in several shards.
 
     A split called "unlabeled" has the label -1, like ImageNet's test split.
     """

@@ -84,7 +84,7 @@ def random_source(n=64, size=8, seed=0, classes=4):
     return ArraySource(images.astype(np.uint8), labels, [str(c) for c in range(classes)])
 
 
-def as_it_is(raw, device_data, key):
+def unaugmented(raw, device_data, key):
     """Replaces `make_augment_fn` if the batch has its views; such a step compiles fast."""
     return raw
 
@@ -166,7 +166,7 @@ def make_step(config, spmd, source, augment_fn=None):
 
 
 def ready_views(config, ids):
-    """Returns views in [0, 1] for `as_it_is`: each is the image plus independent noise."""
+    """Returns views in [0, 1] for `unaugmented`: each is the image plus independent noise."""
     rng = np.random.default_rng(1)
     image = rng.integers(0, 128, (len(ids), 8, 8, 3))
     return tuple(

@@ -1,8 +1,8 @@
-"""Geometry on the device, for data sets held there: random crops, resizing, rotation.
+"""Geometry on the device, for datasets held there: random crops, resizing, rotation.
 
 Boxes are sampled as in the official codes and resampled by two small matrix products per image, one
 along its rows and one along its columns. There is no gather, which suits TPUs; the cost grows with
-the sides of the source images, which are small in a data set that fits on a device.
+the sides of the source images, which are small in a dataset that fits on a device.
 """
 
 import math

@@ -10,7 +10,7 @@ from PIL import Image
 from ssl_jax.data.arrays import ArraySource
 from ssl_jax.data.listing import list_images, require_packed
 from ssl_jax.errors import UserError
-from ssl_jax.files import asked_for, reading
+from ssl_jax.files import reading, writing_output
 
 _KEYS = {"images", "labels", "class_names"}
 
@@ -45,7 +45,7 @@ def pack(folder: str | Path, out: str | Path) -> int:
                 "Resize them, or set config.data.name to 'folder'."
             )
         row[...] = image
-    with asked_for(out) as temporary, temporary.open("wb") as handle:
+    with writing_output(out) as temporary, temporary.open("wb") as handle:
         np.savez(
             handle,
             images=images,

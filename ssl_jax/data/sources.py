@@ -28,7 +28,7 @@ from ssl_jax.errors import UserError, require_choice
 
 
 class Source(Protocol):
-    """A split of a data set with ids 0 … N-1.
+    """A split of a dataset with ids 0 … N-1.
 
     Attributes:
       num_examples: number of images, N.
@@ -59,7 +59,7 @@ class Source(Protocol):
         ...
 
     def names(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """The images' paths in the folder of the data, or their ids in the data set as texts.
+        """The images' paths in the folder of the data, or their ids in the dataset as texts.
 
         An unreadable image has the name of the image that replaces it.
         """
@@ -339,7 +339,7 @@ def _dir_sources(
     differing = sorted(set(train.class_names) ^ set(test.class_names))
     if differing:
         raise UserError(
-            f"Only one of {dirs} has the class {some(differing)}. Use two splits of one data set."
+            f"Only one of {dirs} has the class {some(differing)}. Use two splits of one dataset."
         )
     raise UserError(
         f"{dirs} name the same classes in a different order, so their labels don't match. Number "

@@ -1,4 +1,4 @@
-"""Data sets prepared by TensorFlow Datasets as ArrayRecord or TFRecord files, read by id."""
+"""Datasets prepared by TensorFlow Datasets as ArrayRecord or TFRecord files, read by id."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tfds_sources(config: ConfigDict) -> tuple[TfdsSource, TfdsSource | None]:
       The training source, and the held-out one or None if `config.data.test_split` is empty.
 
     Raises:
-      UserError: an unknown or unprepared data set, an unknown split or feature, or a view that
+      UserError: an unknown or unprepared dataset, an unknown split or feature, or a view that
         can't be made on the host.
     """
     builder = _builder(config)
@@ -44,7 +44,7 @@ def tfds_sources(config: ConfigDict) -> tuple[TfdsSource, TfdsSource | None]:
 
 
 class TfdsSource(HostSource):
-    """A split of a data set; ids follow the order of its files.
+    """A split of a dataset; ids follow the order of its files.
 
     ArrayRecord files are read by record number. TFRecord files have no index, so the headers of all
     records are read first, without their contents.
@@ -55,7 +55,7 @@ class TfdsSource(HostSource):
 
         Args:
           config: the run's config.
-          builder: the data set's builder.
+          builder: the dataset's builder.
           key: the key of `config.data` that names the split, "split" or "test_split".
 
         Raises:
@@ -176,12 +176,12 @@ def _builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
     name, folder = config.data.dataset, os.path.expanduser(config.data.dir) or None
     if not name:
         raise UserError(
-            "config.data.dataset is empty. Set it to a TFDS data set, such as imagenet2012."
+            "config.data.dataset is empty. Set it to a TFDS dataset, such as imagenet2012."
         )
     if re.match(r"[^:]*:[^\d*]", name):  # a colon before a digit or * starts a version
         raise UserError(
-            f"config.data.dataset is '{name}', a community data set, which TFDS would download. "
-            "Set it to a data set that is already prepared, and config.data.dir to the folder that "
+            f"config.data.dataset is '{name}', a community dataset, which TFDS would download. "
+            "Set it to a dataset that is already prepared, and config.data.dir to the folder that "
             "contains it."
         )
     try:

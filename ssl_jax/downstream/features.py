@@ -18,7 +18,7 @@ from ssl_jax.evals.evaluator import Evaluator
 from ssl_jax.evals.knn import knn_votes
 from ssl_jax.evals.linear import PENALTIES, fit_linear
 from ssl_jax.evals.metrics import classification_metrics
-from ssl_jax.files import asked_for
+from ssl_jax.files import writing_output
 from ssl_jax.interop.load import config_at, load
 from ssl_jax.run.log import Progress
 from ssl_jax.spmd import make_spmd
@@ -32,7 +32,7 @@ _SEEN_OF_VIEW = ("size", "mean", "std", "crop.sampler")
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Features of the two splits of a data set.
+    """Features of the two splits of a dataset.
 
     Attributes:
       train, test: float32 [n, d] and [m, d]; `test` is None without a held-out split.
@@ -64,7 +64,7 @@ class Features:
         Raises:
           UserError: the file can't be written.
         """
-        with asked_for(file) as temporary:
+        with writing_output(file) as temporary:
             if file.suffix == ".parquet":
                 self._write_parquet(temporary)
                 return
@@ -132,7 +132,7 @@ def run_features(
     labeled_only: bool = False,
     progress: Progress | None = None,
 ) -> Features:
-    """Extracts the features of a data set with a run's encoder.
+    """Extracts the features of a dataset with a run's encoder.
 
     Args:
       path: the run's workdir.

@@ -19,7 +19,7 @@ _RECIPE: dict[str, Any] = {
     "optim": {"lr": 0.005, "lr_scaling": "sqrt", "weight_decay": 0.0, "warmup_epochs": 0.0},
 }
 _RATE_OF_LARGER = 0.002
-# ImageNet's published subsets of labels, which are TFDS data sets (1 % is TFDS's default).
+# ImageNet's published subsets of labels, which are TFDS datasets (1 % is TFDS's default).
 _SHARES = {"imagenet2012_subset": 0.01, "imagenet2012_subset/1pct": 0.01}
 _SHARES |= {"imagenet2012_subset/10pct": 0.1}
 

@@ -1,8 +1,8 @@
-"""Transfer: one encoder on a list of other data sets, linear and fine-tuned, in one table.
+"""Transfer: one encoder on a list of other datasets, linear and fine-tuned, in one table.
 
 As in SimCLR's appendix B.8 (arXiv:2002.05709; after Kornblith et al., 2019, arXiv:1805.08974):
 settings are chosen on held-out training images, then the classifier is trained on all of them and
-evaluated once on the test split, by the data set's own metric.
+evaluated once on the test split, by the dataset's own metric.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from ssl_jax.run.nonfinite import NonFiniteError
 
 RATES = (0.1, 0.01, 0.001)
 DECAYS = (0.0, 1e-4)
-# SimCLR's appendix B.8; learning rate and weight decay are chosen for each data set.
+# SimCLR's appendix B.8; learning rate and weight decay are chosen for each dataset.
 _RECIPE: dict[str, Any] = {
     "batch_size": 256,
     "steps": 20_000,
@@ -55,7 +55,7 @@ _SAVE_STEPS = 1000  # between checkpoints
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """An entry of the list of data sets.
+    """An entry of the list of datasets.
 
     Attributes:
       name: in the table and of its folder.
@@ -70,11 +70,11 @@ class DataSet:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """An encoder's results on one data set.
+    """An encoder's results on one dataset.
 
     Attributes:
       dataset: its name.
-      metric: of the data set.
+      metric: of the dataset.
       linear: `classification_metrics` of a linear classifier on features.
       finetune: the same of the fine-tuned network; None without fine-tuning, like the next two.
       rate: chosen learning rate.
@@ -94,7 +94,7 @@ class Row:
 
 
 def read_sets(path: str | Path) -> list[DataSet]:
-    """Reads a list of data sets, JSON: {NAME: {"metric": "top1", "data": {KEY: VALUE}}}.
+    """Reads a list of datasets, JSON: {NAME: {"metric": "top1", "data": {KEY: VALUE}}}.
 
     Args:
       path: the file; keys are those of `config.data`, with their defaults.
@@ -109,7 +109,7 @@ def read_sets(path: str | Path) -> list[DataSet]:
         if not isinstance(listed, dict) or not listed:
             raise ValueError('write {"NAME": {"metric": "top1", "data": {"name": "tfds"}}}')
     except (ValueError, RecursionError) as error:
-        raise UserError(f"Cannot read the list of data sets {path} ({error}).") from error
+        raise UserError(f"Cannot read the list of datasets {path} ({error}).") from error
     return [_data_set(str(path), name, entry) for name, entry in listed.items()]
 
 
@@ -117,7 +117,7 @@ def _data_set(path: str, name: str, entry: Any) -> DataSet:
     if not isinstance(entry, dict) or not isinstance(entry.get("data"), dict):
         raise UserError(f'{path}: {name} needs a group "data" with keys of config.data.')
     if not name or Path(name).name != name or name.startswith("."):
-        raise UserError(f"{path}: '{name}' can't be the name of a folder. Rename the data set.")
+        raise UserError(f"{path}: '{name}' can't be the name of a folder. Rename the dataset.")
     for key in entry:
         if key not in ("data", "metric"):
             hint = did_you_mean(key, ("data", "metric"))
@@ -147,7 +147,7 @@ def _data_set(path: str, name: str, entry: Any) -> DataSet:
 def transfer_config(
     path: str | Path, overrides: Iterable[str] = (), step: int | None = None
 ) -> ConfigDict:
-    """The config of fine-tuning a run's whole encoder with a classifier on another data set.
+    """The config of fine-tuning a run's whole encoder with a classifier on another dataset.
 
     Args:
       path: the run's workdir.
@@ -182,7 +182,7 @@ def transfer(
     log: Callable[[str], None] = lambda text: None,
     verbosity: str = "warnings",
 ) -> list[Row]:
-    """Evaluates a run's encoder on other data sets, linear and fine-tuned, or resumes.
+    """Evaluates a run's encoder on other datasets, linear and fine-tuned, or resumes.
 
     Args:
       path: the run's workdir.
@@ -193,14 +193,14 @@ def transfer(
       rates: learning rates of fine-tuning at a batch of 256, each tried with each of `decays`;
         empty: no fine-tuning.
       decays: weight decays.
-      overrides: strings `a.b=VALUE` that change the fine-tuning config for every data set; `data`,
+      overrides: strings `a.b=VALUE` that change the fine-tuning config for every dataset; `data`,
         `dtype` and the keys of `eval` that prepare images apply to the linear classifier, too.
       command: recorded with the results.
       log: receives a line per result.
       verbosity: how much the fine-tuning runs print, as for `pretrain`.
 
     Returns:
-      A row per data set; fewer if SIGTERM stopped a run.
+      A row per dataset; fewer if SIGTERM stopped a run.
 
     Raises:
       UserError: bad input; raised before training.
@@ -248,7 +248,7 @@ def _check_settings(
 
 def table(rows: Sequence[Row]) -> list[str]:
     """Formats rows as lines of a Markdown table, in percent with 95 % intervals."""
-    head = ["data set", "metric", "linear", "fine-tuned", "rate, weight decay"]
+    head = ["dataset", "metric", "linear", "fine-tuned", "rate, weight decay"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         results = [interval_text(each[row.metric]) for each in (row.linear, row.finetune) if each]
@@ -260,7 +260,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 @dataclasses.dataclass
 class _Job:
-    """Transfer of a run's encoder to one data set."""
+    """Transfer of a run's encoder to one dataset."""
 
     path: Path
     data_set: DataSet
@@ -327,7 +327,7 @@ class _Job:
         return metrics
 
     def log_result(self, what: str, metrics: dict[str, Any]) -> None:
-        """Logs the data set's own metric."""
+        """Logs the dataset's own metric."""
         value = metrics[self.data_set.metric]["value"]
         self.log(f"{self.data_set.name}: {what} {100 * value:.2f} %")
 

@@ -204,7 +204,7 @@ def _record(path: str | Path) -> dict[str, Any]:
 
 
 def _data(path: str | Path, config: ConfigDict) -> str:
-    """The data set's name and size, without paths."""
+    """The dataset's name and size, without paths."""
     data = config.data
     named = data.dataset if data.name == "tfds" else data.name
     size = str(_record(path).get("data", "")).partition(",")[0]

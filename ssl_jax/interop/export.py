@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import Schedule, flat_views, from_json, to_json
 from ssl_jax.errors import UserError
-from ssl_jax.files import ANOTHER, asked_for, local_path, reading, writing
+from ssl_jax.files import ANOTHER, local_path, reading, writing, writing_output
 from ssl_jax.interop.card import model_card
 from ssl_jax.interop.load import Encoder, load, weights_at
 from ssl_jax.interop.metadata import is_torchvisions, preprocessing, unlike_torchvisions
@@ -204,7 +204,7 @@ def _program(encoder: Encoder) -> Callable[[jax.Array], jax.Array]:
 
 
 def _write(file: Path, data: bytes) -> None:
-    with asked_for(file) as temporary:
+    with writing_output(file) as temporary:
         temporary.write_bytes(data)
 
 

@@ -199,7 +199,7 @@ def _heads(config: ConfigDict, found: Found) -> None:
 
 
 def _preprocessing(config: ConfigDict, kind: str, path: Path) -> None:
-    """Sets the preprocessing that the code evaluates with, and the likely data set."""
+    """Sets the preprocessing that the code evaluates with, and the likely dataset."""
     small = config.model.stem != "imagenet"
     normalization = {"simclr": {}, "swav": IMAGENET_SWAV, "supcontrast": CIFAR10_SUPCONTRAST}.get(
         kind, IMAGENET

@@ -27,7 +27,7 @@ from ssl_jax.data.labels import NO_LABEL
 from ssl_jax.data.pipeline import make_augment_fn, unnormalized
 from ssl_jax.data.sources import Source, make_sources
 from ssl_jax.errors import UserError, install_extra
-from ssl_jax.files import asked_for
+from ssl_jax.files import writing_output
 
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -140,7 +140,7 @@ def write_views(
     data = config.data.dataset if config.data.name == "tfds" else config.data.name
     title = f"Views of {data} at step {step}"
     picture = draw(samples, title, command)
-    with asked_for(out) as file:
+    with writing_output(out) as file:
         picture.save(file, "PNG")
     return len(samples.ids)
 
@@ -149,7 +149,7 @@ def collect(config: ConfigDict, images: int, step: int) -> Samples:
     """Collects the first images of a step's batch and the views that training makes of them.
 
     Args:
-      config: of a run. Its batch may be larger than the data set.
+      config: of a run. Its batch may be larger than the dataset.
       images: their number, at most the batch size.
       step: counted from 0.
 

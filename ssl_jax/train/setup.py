@@ -66,7 +66,7 @@ class Setup:
         if self.method.classifies and classes > config.data.num_classes:
             raise UserError(
                 f"The held-out images are of {classes} classes, but the classifier has "
-                f"{config.data.num_classes}. Use two splits of one data set."
+                f"{config.data.num_classes}. Use two splits of one dataset."
             )
         optim = config.optim
         # A loss may start at its value for constant outputs and leave it as the rate warms up.

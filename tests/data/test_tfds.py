@@ -149,7 +149,7 @@ def test_grayscale_images_become_rgb(tmp_path):
         ({"dataset": ""}, "config.data.dataset is empty. Set it to a TFDS"),
         ({"dataset": "imagenet2021"}, "which is not in TFDS .* Did you mean 'imagenet2012'"),
         ({"dataset": "my set"}, "'my set', which is not in TFDS or "),
-        ({"dataset": "kubric:movi_a"}, "'kubric:movi_a', a community data set, .* Set it to"),
+        ({"dataset": "kubric:movi_a"}, "'kubric:movi_a', a community dataset, .* Set it to"),
         ({"dataset": "cifar10:3.0.2"}, "cifar10/3.0.2 is not prepared in"),
         ({"dataset": "cifar10"}, "cifar10/3.0.2 is not prepared in .* Run `tfds build cifar10`"),
         (

@@ -1,4 +1,4 @@
-"""Transfer of a tiny run to two data sets: settings chosen on held-out images, resumable."""
+"""Transfer of a tiny run to two datasets: settings chosen on held-out images, resumable."""
 
 import json
 import re

@@ -3,7 +3,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import as_it_is, make_step, method_config, random_source, ready_views, with_whole_images
+from tiny import (
+    make_step,
+    method_config,
+    random_source,
+    ready_views,
+    unaugmented,
+    with_whole_images,
+)
 
 from ssl_jax import losses
 from ssl_jax.config import Schedule
@@ -47,7 +54,7 @@ def test_shuffle_uses_all_to_all_and_never_gathers_images():
     config, spmd = with_whole_images(method_config("moco")), make_spmd()
     config.model.bn_group_size = 1
     source = random_source()
-    _, step, state, _ = make_step(config, spmd, source, as_it_is)
+    _, step, state, _ = make_step(config, spmd, source, unaugmented)
     ids = np.arange(64, dtype=np.int32)
     batch = {"id": ids, "label": source.labels[ids], "views": ready_views(config, ids)}
     program = step.lower(state, spmd.place_batch(batch), {}).compile().as_text()
@@ -103,7 +110,7 @@ def info_nce_oracle(query, key, queue, temperature):
 def test_queue_does_not_hold_the_current_batch_in_the_loss():
     config = with_whole_images(method_config("moco"))
     source, spmd = random_source(), make_spmd(devices=ONE)
-    method, step, state, _ = make_step(config, spmd, source, as_it_is)
+    method, step, state, _ = make_step(config, spmd, source, unaugmented)
     ids = np.arange(64, dtype=np.int32)
     batch = {"id": ids, "label": source.labels[ids], "views": ready_views(config, ids)}
     before = jax.device_get(state)

@@ -9,7 +9,6 @@ import pytest
 from test_step import ONE, gradients_on
 from tiny import (
     METHODS,
-    as_it_is,
     assert_replicated,
     assert_trees_close,
     leaves,
@@ -17,6 +16,7 @@ from tiny import (
     method_config,
     random_source,
     ready_views,
+    unaugmented,
 )
 
 from ssl_jax.config import Schedule, view
@@ -47,7 +47,7 @@ def test_gradients_agree_between_1_and_8_devices(method, mode):
 def test_state_stays_bit_identical_on_all_devices(method):
     source, spmd, config = random_source(), make_spmd(), method_config(method)
     config.model.bn_group_size = 1  # each device its own statistics: what would diverge
-    _, step, state, device_data = make_step(config, spmd, source, as_it_is)
+    _, step, state, device_data = make_step(config, spmd, source, unaugmented)
     for number in range(2):
         ids = np.roll(np.arange(config.batch_size, dtype=np.int32), number)
         raw = {"id": ids, "label": source.labels[ids], "views": ready_views(config, ids)}

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import (
-    as_it_is,
     leaves,
     make_step,
     method_config,
     random_source,
     ready_views,
+    unaugmented,
     with_whole_images,
 )
 
@@ -34,7 +34,7 @@ def made(name):
 
 def run_steps(config, steps):
     spmd, source = make_spmd(devices=jax.devices()[:1]), random_source()
-    _, step, state, _ = make_step(with_whole_images(config), spmd, source, as_it_is)
+    _, step, state, _ = make_step(with_whole_images(config), spmd, source, unaugmented)
     states = [jax.device_get(state)]
     ids = np.arange(64, dtype=np.int32)
     views = ready_views(config, ids)

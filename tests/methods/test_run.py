@@ -9,7 +9,15 @@ import numpy as np
 import optax
 import pytest
 from test_step import ONE
-from tiny import METHODS, as_it_is, leaves, make_step, method_config, random_source, with_two_stages
+from tiny import (
+    METHODS,
+    leaves,
+    make_step,
+    method_config,
+    random_source,
+    unaugmented,
+    with_two_stages,
+)
 
 from ssl_jax.config import flat_views, run_schedule
 from ssl_jax.data.index import Index
@@ -118,7 +126,7 @@ def losses_on_digits(method, steps):
     config.swav.update(queue=0, prototypes=48, out=6, hidden=32, epsilon=0.02, temperature=0.2)
     config.simclr.memory_bank = 512 if method == "simclr_memory" else 0
     spmd = make_spmd(devices=ONE)
-    _, step, state, _ = make_step(config, spmd, source, as_it_is)
+    _, step, state, _ = make_step(config, spmd, source, unaugmented)
     index = Index(source.num_examples, config.batch_size, config.seed)
     series, rng = [], np.random.default_rng(0)
     for number in range(steps):

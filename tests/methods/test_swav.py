@@ -2,7 +2,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import as_it_is, make_step, method_config, random_source, ready_views, with_whole_images
+from tiny import (
+    make_step,
+    method_config,
+    random_source,
+    ready_views,
+    unaugmented,
+    with_whole_images,
+)
 
 from ssl_jax import losses
 from ssl_jax.config import Schedule
@@ -23,7 +30,7 @@ def test_prototypes_are_unit_vectors_and_frozen_for_exactly_frozen_steps():
     source = random_source()
     config.epochs = 10.0
     config.optim.update(frozen_steps=2, weight_decay=0.1)
-    _, step, state, _ = make_step(config, spmd, source, as_it_is)
+    _, step, state, _ = make_step(config, spmd, source, unaugmented)
     initial = np.asarray(state.params["prototypes"]["kernel"])
     ids = np.arange(64, dtype=np.int32)
     views = ready_views(config, ids)

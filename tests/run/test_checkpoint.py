@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import (
-    as_it_is,
     assert_trees_close,
     make_step,
     method_config,
     random_source,
     ready_views,
+    unaugmented,
 )
 
 from ssl_jax.data.index import Index
@@ -352,7 +352,7 @@ def test_resume_on_fewer_or_more_devices_matches_an_uninterrupted_run(method, tm
     def on(devices):
         if devices not in made:
             spmd = make_spmd(devices=jax.devices()[:devices])
-            step, like = make_step(config, spmd, source, as_it_is)[1:3]
+            step, like = make_step(config, spmd, source, unaugmented)[1:3]
             made[devices] = spmd, step, like
         return made[devices]
 

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 from tiny import (
-    as_it_is,
     assert_replicated,
     leaves,
     make_step,
@@ -16,6 +15,7 @@ from tiny import (
     ready_views,
     share_steps,
     tiny_config,
+    unaugmented,
     with_whole_images,
 )
 
@@ -39,7 +39,7 @@ def stepped(name, at, max_nonfinite_steps, steps=4):
     config = method_config(name)
     config.max_nonfinite_steps = max_nonfinite_steps
     source, spmd = random_source(), make_spmd()
-    _, step, state, device_data = make_step(config, spmd, source, augment_fn=as_it_is)
+    _, step, state, device_data = make_step(config, spmd, source, augment_fn=unaugmented)
     ids = np.arange(64, dtype=np.int32)
     states, counted = [jax.device_get(state)], []
     for number in range(steps):
