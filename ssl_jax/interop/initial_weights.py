@@ -1,6 +1,5 @@
 """Initial weights from another run or a file: `config.init_from`, and the teacher to distill."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,18 +8,13 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import Schedule
 from ssl_jax.errors import UserError
-from ssl_jax.files import local_path
 from ssl_jax.interop.load import config_at, weights_at
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import make_encoder
 from ssl_jax.models.resnet import architecture
 from ssl_jax.step import TrainState
 
-# Keys of `config.distill` that come from the teacher's config.
-_FROM_TEACHER = (
-    *("depth", "width", "sk", "stem", "padding"),
-    *("projector_layer", "projector_hidden"),
-)
+_PROJECTOR_KEYS = ("projector_layer", "projector_hidden")
 
 
 def resolve_initial_weights(config: ConfigDict, started: ConfigDict | None = None) -> None:
@@ -37,7 +31,8 @@ def resolve_initial_weights(config: ConfigDict, started: ConfigDict | None = Non
     if started is not None:
         if config.init_from.path:
             config.supervised.projector_hidden = started.supervised.projector_hidden
-        config.distill.update({key: started.distill[key] for key in _FROM_TEACHER})
+        config.distill.update(architecture(started.distill))
+        config.distill.update({key: started.distill[key] for key in _PROJECTOR_KEYS})
         return
     if config.init_from.path:
         _resolve_encoder(config)
@@ -46,7 +41,7 @@ def resolve_initial_weights(config: ConfigDict, started: ConfigDict | None = Non
 
 
 def _resolve_encoder(config: ConfigDict) -> None:
-    source = config_at(_path(config.init_from.path))
+    source = config_at(config.init_from.path)
     kept, custom = (make_method(each, Schedule(1, 1)).custom_encoder for each in (source, config))
     if kept != custom:
         raise UserError(
@@ -91,16 +86,15 @@ def _resolve_encoder(config: ConfigDict) -> None:
 
 
 def _resolve_teacher(config: ConfigDict) -> None:
-    source = config_at(_path(config.distill.teacher))
+    source = config_at(config.distill.teacher)
     if source.method not in ("supervised", "distill"):
         raise UserError(
             f"{config.distill.teacher} (config.distill.teacher) is a run of '{source.method}', "
             "which has no classifier to learn from: fine-tune it first with ssl-jax finetune."
         )
     config.distill.update(architecture(source.model))
-    kept = source.supervised if source.method == "supervised" else None
-    config.distill.projector_layer = kept.projector_layer if kept else 0
-    config.distill.projector_hidden = kept.projector_hidden if kept else 0
+    kept = source.supervised if source.method == "supervised" else dict.fromkeys(_PROJECTOR_KEYS, 0)
+    config.distill.update({key: kept[key] for key in _PROJECTOR_KEYS})
     if config.data.num_classes != source.data.num_classes:
         raise UserError(
             f"config.data.num_classes is {config.data.num_classes}, but the teacher in "
@@ -124,7 +118,7 @@ def load_initial_weights(state: TrainState, config: ConfigDict) -> TrainState:
     """
     params, method_state = dict(state.params), dict(state.method_state)
     if config.init_from.path:
-        source = weights_at(_path(config.init_from.path), config.init_from.step or None)
+        source = weights_at(config.init_from.path, config.init_from.step or None)
         stats = dict(method_state["batch_stats"])
         for name in _names(config, params):
             if name not in source.params:
@@ -141,7 +135,7 @@ def load_initial_weights(state: TrainState, config: ConfigDict) -> TrainState:
                 method_state["target"] = {**method_state["target"], name: copied}
         method_state["batch_stats"] = stats
     if "teacher" in method_state:
-        source = weights_at(_path(config.distill.teacher), config.distill.step or None)
+        source = weights_at(config.distill.teacher, config.distill.step or None)
         stats = source.batch_stats
         method_state["teacher"] = {
             "params": _copy_params(method_state["teacher"]["params"], source.params, "teacher"),
@@ -174,7 +168,3 @@ def _copy_params(initial: Any, source: Any, name: str) -> Any:
             "from."
         )
     return {key: _copy_params(initial[key], source[key], name) for key in initial}
-
-
-def _path(text: str) -> Path:
-    return local_path(text)

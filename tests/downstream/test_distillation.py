@@ -47,6 +47,15 @@ def test_distillation_from_a_run_without_classifier_is_refused(run):
         make_method(config, Schedule(1, 1))
 
 
+def test_resumed_distillation_keeps_all_keys_of_its_teacher():
+    started = tiny_config(method="distill")
+    networks = {"depth": 18, "width": 0.125, "sk": True, "stem": "cifar", "padding": "same"}
+    started.distill.update(networks, project_first=True, projector_layer=1, projector_hidden=7)
+    config = tiny_config(method="distill")
+    resolve_initial_weights(config, started)
+    assert config.distill == started.distill
+
+
 def test_student_learns_from_unlabeled_images_and_keeps_the_teacher_constant(
     teacher, unlabeled, tmp_path
 ):
