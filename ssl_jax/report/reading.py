@@ -90,14 +90,17 @@ def read_run(workdir: Path) -> dict[str, Any]:
         _require_types(config, to_json(default_config()), "config")
         for name, each in config.get("views", {}).items():
             _require_types({"view": each}, {"view": to_json(view())}, f"config.views.{name}")
-        for each in (record, *_listed(record.get("continued"))):
+        resumed = record.get("resumed", [])
+        if not isinstance(resumed, list):
+            raise ValueError("resumed is not a list")
+        for each in (record, *resumed):
             # Most methods have no trivial loss.
             known = {k: v for k, v in (each.get("derived") or {}).items() if v is not None}
             _require_types(known, {"trivial_loss": 0.0, "patience": 0}, "derived")
     except (ValueError, RecursionError, AttributeError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(
-            f"Cannot read {workdir / 'config.json'} ({reason}): restore it from a backup."
+            f"Cannot read {workdir / 'config.json'} ({why}): restore it from a backup."
         ) from error
     return record
 
@@ -115,10 +118,6 @@ def _require_types(values: Any, defaults: dict[str, Any], where: str) -> None:
                 raise ValueError(f"{where}.{key} is not a number that can be shown")
         elif not isinstance(value, type(default)):
             raise ValueError(f"{where}.{key} is not of type {type(default).__name__}")
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def read(path: Path, parse: Callable[[Path], _T]) -> tuple[_T | None, str]:

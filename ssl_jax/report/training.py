@@ -204,7 +204,7 @@ def _watched(run: dict[str, Any]) -> tuple[float | None, int]:
     for record in (run, *run.get("resumed", ())):
         derived |= record.get("derived") or {}
     if "trivial_loss" in derived:
-        return derived["trivial_loss"], derived["patience"]
+        return derived["trivial_loss"], derived.get("patience", 0)
     # A run from before they were recorded.
     config = run["config"]
     prototypes = config.get("swav", {}).get("prototypes", 0)

@@ -310,7 +310,7 @@ RESULT = {"what": "kNN", "k": 5, "metrics": {"top1": {"value": 0.5, "low": 0.4, 
 def test_reports_of_foreign_json_are_written_or_a_one_line_error(tmp_path, name):
     rng, file = np.random.default_rng(0), tmp_path / name
     derived = {"trivial_loss": 1.5, "patience": 3, "encoder": "ViT"}
-    write_run(tmp_path, derived=derived, continued=[{"step": 3, "derived": derived}])
+    write_run(tmp_path, derived=derived, resumed=[{"step": 3, "derived": derived}])
     (tmp_path / "evals").mkdir()
     (tmp_path / "report_images.npz").unlink()  # the rest of a report takes most of the time
     write_metrics(tmp_path, records(20))

@@ -533,11 +533,11 @@ def test_config_of_other_types_raises_user_error(tmp_path, group, key, value):
 
 @pytest.mark.parametrize("derived", [{"patience": "x"}, {"trivial_loss": 1e400}, 3])
 def test_derived_values_of_other_types_raise_user_error(tmp_path, derived):
-    for changes in ({"derived": derived}, {"continued": [{"derived": derived}]}):
+    for changes in ({"derived": derived}, {"resumed": [{"derived": derived}]}, {"resumed": 3}):
         write_config(tmp_path, **changes)
         with pytest.raises(UserError, match=r"Cannot read .*config\.json"):
             write_report(tmp_path)
-    write_config(tmp_path, derived={"trivial_loss": None, "patience": 3}, continued=3)
+    write_config(tmp_path, derived={"trivial_loss": None, "patience": 3})
     assert write_report(tmp_path)
 
 
