@@ -29,7 +29,6 @@ from ssl_jax.train.setup import Setup
 from ssl_jax.train.start import Run, start_run
 
 _PLAN = "; `ssl-jax plan` reports a step's memory, and the largest microbatch, without the hardware"
-
 _NOT_EVALUATED = (
     "warning: The run is trained and its checkpoint saved, but its evaluation failed. `ssl-jax "
     "report` and `ssl-jax knn` work on it; rerun the same command to evaluate it again."
@@ -59,8 +58,8 @@ def pretrain(
     workdir = local_path(workdir)
     out = None if processes.is_primary() else open(os.devnull, "w")  # closed with the process
     progress = Progress(out, verbosity)
-    with contextlib.ExitStack() as folder:
-        folder.callback(progress.end)
+    with contextlib.ExitStack() as stack:
+        stack.callback(progress.end)
         progress.starting("Opening the data …")
         # Errors of the config surface here, before the folder is touched.
         with processes.raise_on_all_processes():
@@ -68,7 +67,7 @@ def pretrain(
         in_place: Callable[[], None] = lambda: None  # noqa: E731
         with processes.raise_on_all_processes():
             if processes.is_primary():
-                in_place = folder.enter_context(locked(workdir))
+                in_place = stack.enter_context(locked(workdir))
                 data = (setup.train.fingerprint, setup.test.fingerprint if setup.test else "")
                 write_config(workdir, setup.config, command, *data, setup.derived)
         same = to_json(config)
@@ -77,7 +76,7 @@ def pretrain(
         with enough_memory("The step", step_suggestions(config, setup.spmd.size), _PLAN):
             run, state = start_run(setup, workdir, progress, in_place)
             # Until here SIGTERM ends the process, whatever it waits for: no step would be lost.
-            stop = folder.enter_context(processes.Stop())
+            stop = stack.enter_context(processes.Stop())
             with run.closing():
                 state, step = train(run, state, stop)
         # The state is saved, so from here on SIGTERM stops the evaluation at once.
