@@ -23,7 +23,7 @@ _KNOWN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, *_UNREACHABLE)
 RESUME = "then rerun the same command to resume"
 RERUN = "then rerun the same command"
 ANOTHER = "or choose another path"
-LOOK = "Check the path and its permissions"
+CHECK_PATH = "Check the path and its permissions"
 
 
 def local_path(path: str | Path) -> Path:
@@ -43,12 +43,12 @@ def local_path(path: str | Path) -> Path:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.stat()
     except (OSError, RuntimeError) as error:  # RuntimeError: no such user, as in ~nobody/x
-        raise UserError(f"Cannot use the path {path} ({reason(error)}). {LOOK}.") from error
+        raise UserError(f"Cannot use the path {path} ({reason(error)}). {CHECK_PATH}.") from error
     return path
 
 
 @contextlib.contextmanager
-def reading(path: str | Path, fix: str = LOOK, *more: type[Exception]) -> Iterator[None]:
+def reading(path: str | Path, fix: str = CHECK_PATH, *more: type[Exception]) -> Iterator[None]:
     """Turns an `OSError`, or one of `more`, in the block into `cannot_read`'s `UserError`."""
     errors: tuple[type[Exception], ...] = (OSError, *more)
     try:
@@ -57,7 +57,7 @@ def reading(path: str | Path, fix: str = LOOK, *more: type[Exception]) -> Iterat
         raise cannot_read(path, error, fix) from error
 
 
-def cannot_read(path: str | Path, error: Exception, fix: str = LOOK) -> UserError:
+def cannot_read(path: str | Path, error: Exception, fix: str = CHECK_PATH) -> UserError:
     """The error of a file or folder that can't be read, or of one in it; `fix` ends its message."""
     inside = error.filename if isinstance(error, OSError) else None
     shown = inside if isinstance(inside, str) else path

@@ -27,7 +27,7 @@ from ssl_jax.data.listing import list_images
 from ssl_jax.data.reader import in_parallel
 from ssl_jax.data.tensorflow import array_record_data_source, array_record_module, tf
 from ssl_jax.errors import UserError, first_line
-from ssl_jax.files import LOOK, local_path, reading, replacing, writing
+from ssl_jax.files import CHECK_PATH, local_path, reading, replacing, writing
 
 _INDEX = "index.npz"
 _READERS = 64  # parallel reads, which hide the latency of a disk or a bucket
@@ -53,7 +53,7 @@ def convert(folder: str, out: str, num_shards: int = 0) -> int:
         raise UserError(f"The number of shards is {num_shards}: use 1 or more, or 0 to choose it.")
     out = _expanded(out)
     files, labels, class_names = list_images(folder, "the folder to convert")
-    with reading(out, LOOK, tf.errors.OpError):
+    with reading(out, CHECK_PATH, tf.errors.OpError):
         exists = tf.io.gfile.exists(_join(out, _INDEX))
     if exists:
         raise UserError(f"{out} already holds records. Choose another folder, or remove it.")
@@ -189,7 +189,7 @@ def _read_index(folder: str, key: str) -> dict[str, Any]:
     if not folder:
         raise UserError(f"{key} is empty. Set it to a folder written by `ssl-jax data convert`.")
     path = _join(folder, _INDEX)
-    with reading(path, LOOK, tf.errors.OpError):
+    with reading(path, CHECK_PATH, tf.errors.OpError):
         try:
             with tf.io.gfile.GFile(path, "rb") as handle:
                 contents = handle.read()

@@ -17,7 +17,7 @@ from ssl_jax.data.reader import in_parallel
 from ssl_jax.data.records import ArrayRecords
 from ssl_jax.data.tensorflow import tf, tfds
 from ssl_jax.errors import UserError, did_you_mean
-from ssl_jax.files import LOOK, reading
+from ssl_jax.files import CHECK_PATH, reading
 
 # A TFRecord: 8 bytes of payload length and 4 of its checksum, the payload, and 4 of its checksum.
 _BEFORE, _AFTER = 12, 4
@@ -185,7 +185,7 @@ def _builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
             "contains it."
         )
     try:
-        with reading(folder or "TFDS's folder", LOOK, tf.errors.OpError):
+        with reading(folder or "TFDS's folder", CHECK_PATH, tf.errors.OpError):
             builder = tfds.builder(name, data_dir=folder, try_gcs=False)
             prepared = builder.is_prepared()
     except (tfds.core.DatasetNotFoundError, ValueError) as error:

@@ -79,7 +79,7 @@ def read_state(state: Arrays, kind: str, path: Path) -> Found:
     if kind and kind not in _CODES:
         raise UserError(f"{path} is not a file of '{kind}': omit the kind, or give another.")
     original = _unwrapped(state, path)
-    state = {name: state[theirs] for name, theirs in original.items()}
+    state = {name: state[stored] for name, stored in original.items()}
     prefixes = _resnets(state)
     kind = kind or _infer(state, prefixes, path)
     prefix, outer = _encoder_prefix(kind, prefixes, path)
@@ -87,8 +87,8 @@ def read_state(state: Arrays, kind: str, path: Path) -> Found:
     small = "2.0.conv1.weight" in names
     if any(re.match(r"\d+\.", name) for name in names):
         renamed = sequential(names)
-        names = {renamed[name]: theirs for name, theirs in names.items()}
-    encoder = {name: state[theirs] for name, theirs in names.items()}
+        names = {renamed[name]: stored for name, stored in names.items()}
+    encoder = {name: state[stored] for name, stored in names.items()}
     params, stats, unknown = from_torch(encoder, split=kind == "lightly")
     beyond = [name for name in unknown if re.match(r"layer\d\.", name)]
     if beyond:
@@ -97,7 +97,7 @@ def read_state(state: Arrays, kind: str, path: Path) -> Found:
             f"such as {original[names[beyond[0]]]}."
         )
     found = Found(kind, {"encoder": params}, {"encoder": stats}, small_stem=small)
-    taken = {theirs for name, theirs in names.items() if name not in unknown}
+    taken = {stored for name, stored in names.items() if name not in unknown}
     for head, (start, layers) in _CODES[kind].heads.items():
         taken |= _head(found, head, state, start.format(encoder=prefix, outer=outer), layers)
     if kind in ("torchvision", "timm") and f"{prefix}fc.weight" in state:
