@@ -10,7 +10,7 @@ from PIL import Image
 from ssl_jax.data.arrays import ArraySource
 from ssl_jax.data.listing import list_images, require_packed
 from ssl_jax.errors import UserError
-from ssl_jax.files import reading, writing_output
+from ssl_jax.files import local_path, reading, writing_output
 
 _KEYS = {"images", "labels", "class_names"}
 
@@ -30,7 +30,7 @@ def pack(folder: str | Path, out: str | Path) -> int:
       UserError: as `list_images`, an image can't be decoded or has a different size, or the file
         can't be written. No file is left behind.
     """
-    out = Path(out)
+    out = local_path(out)
     if out.suffix != ".npz":
         raise UserError(f"The output file is {out}. Give it a name that ends in .npz.")
     files, labels, class_names = list_images(str(folder), "the folder to pack")

@@ -85,9 +85,7 @@ class Evaluator:
         self._progress = progress or Progress(verbosity="warnings")
         method = make_method(config, Schedule(1, 1))
         if test is not None and processes.is_primary():
-            # A custom encoder may not tell its number of features.
-            width = getattr(method.encoder, "num_features", 0)
-            _require_memory(train.num_examples + test.num_examples, width)
+            _require_memory(train.num_examples + test.num_examples, method.num_features)
         layer = config.eval.projector_layer
 
         def encode(variables: Pytree, images: Array) -> Array:
@@ -122,12 +120,12 @@ class Evaluator:
 
     @functools.cached_property
     def _labeled_train(self) -> Source:
-        """The training images that have labels; all processes ask for it together."""
+        """The training images that have labels; all processes use it first together."""
         return _labeled_everywhere(self.train)
 
     @functools.cached_property
     def _labeled_test(self) -> Source:
-        """The held-out images that have labels; all processes ask for it together."""
+        """The held-out images that have labels; all processes use it first together."""
         assert self.test is not None
         return _labeled_everywhere(self.test)
 
@@ -237,7 +235,7 @@ class Evaluator:
         return self._extracts and not self.not_scored
 
     def plan(self) -> str:
-        """Describes what `finish` measures of the encoder; "" if nothing was asked for."""
+        """Describes what `finish` measures of the encoder; "" if that is turned off."""
         if self._fits_rows:
             return "Evaluating the frozen encoder and its baselines."
         if not self.config.eval.at_end or self.config.supervised.freeze:
@@ -319,7 +317,7 @@ class Evaluator:
         return pictures
 
     def _notes(self) -> tuple[str, ...]:
-        """What a reader of the accuracies has to know."""
+        """Limits of the accuracies, as sentences for the report."""
         notes = []
         fewest, name = self._smallest_class()
         if self._needs_labels and min(self.config.eval.labels_per_class, default=fewest) < fewest:

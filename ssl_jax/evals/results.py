@@ -52,7 +52,7 @@ class Evaluation:
       test_examples: number of held-out images.
       split: describes the split, in words.
       step: of the run's checkpoint; None in an older file.
-      notes: sentences that a reader of the accuracies has to know.
+      notes: limits of the accuracies, as sentences.
     """
 
     rows: list[Row]

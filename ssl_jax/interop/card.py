@@ -11,7 +11,8 @@ from ssl_jax.config import Schedule
 from ssl_jax.data.augment import augmentations
 from ssl_jax.errors import UserError
 from ssl_jax.evals.metrics import interval_text
-from ssl_jax.evals.results import Evaluation, read_evaluation, read_results
+from ssl_jax.evals.results import EVALUATION, Evaluation, read_evaluation, read_results
+from ssl_jax.files import local_path
 from ssl_jax.interop.load import results_folder
 from ssl_jax.interop.metadata import is_torchvisions, preprocessing
 from ssl_jax.interop.weights import Weights
@@ -198,7 +199,7 @@ def _view(view: ConfigDict) -> str:
 
 def _record(path: str | Path) -> dict[str, Any]:
     try:
-        return read_record(Path(path))
+        return read_record(local_path(path))
     except UserError:
         return {}
 
@@ -262,7 +263,7 @@ def _frozen(evaluation: Evaluation) -> Iterator[str]:
 def _evaluation(folder: Path, step: int) -> Evaluation | None:
     """The run's last evaluation, if it is readable and of this checkpoint."""
     try:
-        found = read_evaluation(folder / "evaluation.json")
+        found = read_evaluation(folder / EVALUATION)
     except (OSError, ValueError):
         return None
     return found if found.step == step else None

@@ -15,6 +15,7 @@ from ssl_jax.config import flatten
 from ssl_jax.errors import UserError
 from ssl_jax.evals.results import (
     BASELINE,
+    EVALUATION,
     Evaluation,
     Measure,
     Row,
@@ -97,7 +98,7 @@ def write_comparison(workdirs: Sequence[Path], out: Path | None = None) -> Path:
             names[i] if names.count(names[i]) == 1 else str(workdir),
             records[i],
             read(workdir / "metrics.jsonl", parse_metrics)[0],
-            read(workdir / "evaluation.json", read_evaluation)[0],
+            read(workdir / EVALUATION, read_evaluation)[0],
         )
         for i, workdir in enumerate(workdirs)
     ]

@@ -27,7 +27,7 @@ from ssl_jax.data.labels import NO_LABEL
 from ssl_jax.data.pipeline import make_augment_fn, unnormalized
 from ssl_jax.data.sources import Source, make_sources
 from ssl_jax.errors import UserError, install_extra
-from ssl_jax.files import writing_output
+from ssl_jax.files import local_path, writing_output
 
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -129,7 +129,7 @@ def write_views(
       UserError: not a .png file or not writable, fewer than 1 image, a negative step, or an error
         in the config's data and views.
     """
-    out = Path(out)
+    out = local_path(out)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out is {out}, not a .png file: give it a name that ends in .png.")
     if images < 1:

@@ -9,7 +9,13 @@ import numpy as np
 
 from ssl_jax.config import flatten
 from ssl_jax.evals.intervals import mean_interval
-from ssl_jax.evals.results import BASELINE, Evaluation, read_evaluation
+from ssl_jax.evals.results import (
+    BASELINE,
+    EVALUATION,
+    LAST_FILE,
+    Evaluation,
+    read_evaluation,
+)
 from ssl_jax.files import local_path
 from ssl_jax.methods import title
 from ssl_jax.report.evaluation import evaluation_section, measure_name, results_section, row_name
@@ -49,8 +55,8 @@ def write_report(workdir: Path) -> Path:
     run = read_run(workdir)
     config = run["config"]
     metrics, no_metrics = read(workdir / "metrics.jsonl", parse_metrics)
-    evaluation, no_evaluation = read(workdir / "evaluation.json", read_evaluation)
-    images, no_images = read(workdir / "report_images.npz", parse_images)
+    evaluation, no_evaluation = read(workdir / EVALUATION, read_evaluation)
+    images, no_images = read(workdir / LAST_FILE, parse_images)
     path = workdir / "report.html"
     write_page(
         path,
@@ -121,7 +127,12 @@ def _lead(metrics: Metrics | None, evaluation: Evaluation | None) -> dict[str, A
         return _unfinished(metrics)
     if not trained.trials:
         found = percent(trained.single["linear"])
-        return dict(name=row_name(trained), accuracy=found, labels="a linear probe", gain="")
+        return {
+            "name": row_name(trained),
+            "accuracy": found,
+            "labels": "a linear probe",
+            "gain": "",
+        }
     labels = 5 if 5 in trained.trials else min(trained.trials)
     mean, _ = mean_interval(trained.trials[labels])
     lead = {"name": row_name(trained), "accuracy": percent(mean), "labels": measure_name(labels)}
