@@ -100,7 +100,7 @@ def register_options(method: str, options: Mapping[str, Any]) -> None:
 class Schedule:
     """A run's length in optimizer steps, and how many steps other numbers of epochs take.
 
-    Every `steps_per_epoch` steps the images are permuted again, whatever `config.count_steps` says;
+    Every `steps_per_epoch` steps the images are permuted again, whatever `config.count_steps` is;
     a run may end within such an epoch.
 
     Attributes:
@@ -324,8 +324,8 @@ def differences(
     """Lines `key: old -> new` for every key in which two `to_json` configs differ.
 
     Args:
-      old: config.
-      new: config.
+      old: a config from `to_json`.
+      new: another one.
       ignore: leaves out keys that affect only this; see `ssl_jax.schema.Key`.
     """
     a, b = flatten(old), flatten(new)
@@ -408,7 +408,12 @@ def _set(config: ConfigDict, key: str, text: str) -> None:
 
 
 def keys_named(name: str, config: ConfigDict | None = None) -> list[str]:
-    """The keys of a config, by default of the schema, with this last part or its usual meaning."""
+    """Finds keys by their last part, or by the name that other libraries give it.
+
+    Args:
+      name: the last part of a key, such as "lr", or another library's name, such as "base_lr".
+      config: whose keys are searched; None for the default config.
+    """
     name = _USUAL_NAMES.get(name, name)
     keys = flatten((config or default_config()).to_dict())
     return [key for key in keys if key.rpartition(".")[2] == name]

@@ -27,7 +27,7 @@ CHECK_PATH = "Check the path and its permissions"
 
 
 def local_path(path: str | Path) -> Path:
-    """Expands `~` in a path, once, where it enters; `exists` and the like won't raise after that.
+    """Expands `~` in a path where it enters, and checks that `exists` and the like won't raise.
 
     Raises:
       UserError: a URL, which Python would take for a folder of that name; or a path that the system
@@ -166,7 +166,7 @@ def writing_output(file: Path) -> Iterator[Path]:
 
 
 def require_writable(folder: Path) -> None:
-    """Checks that files can be created in a folder, before what they will hold is computed.
+    """Checks that files can be created in a folder, before their content is computed.
 
     Raises:
       OSError: they cannot.

@@ -52,7 +52,7 @@ def cache_compilations() -> str:
         return ""
     parent = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        if not parent.is_absolute():  # as the XDG specification says
+        if not parent.is_absolute():  # as the XDG specification requires
             parent = Path.home() / ".cache"
         folder = private_folder(parent / "ssl_jax")
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home

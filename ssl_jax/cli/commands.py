@@ -98,7 +98,8 @@ def _prepare_experiment(args: argparse.Namespace) -> None:
 
 def _prepare_training(args: argparse.Namespace) -> None:
     _prepare_experiment(args)
-    # Several processes check together, when they have joined: one that ends alone is waited for.
+    # Several processes check together after they have joined: the others would wait for one that
+    # has ended before.
     if not any(name in os.environ for name in backend.RANKS):
         require_data(args.experiment)
 

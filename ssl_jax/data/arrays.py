@@ -29,7 +29,7 @@ class ArraySource:
           images: at least one.
           labels: class of each image, -1 for an image without a label; None without labels.
           class_names: by label; empty: the classes are named by number.
-          where: what contains the arrays, such as a file, for messages.
+          where: the file that contains the arrays, for messages.
           labels_from: see `Source`.
 
         Raises:
@@ -54,7 +54,7 @@ class ArraySource:
         self.fingerprint = f"{self.num_examples} images, checksum {checksum:08x}"
 
     def names(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """The ids, as texts."""
+        """The ids as strings."""
         return [str(id) for id in np.asarray(ids).tolist()]
 
     def device_data(self) -> dict[str, np.ndarray]:

@@ -158,8 +158,8 @@ def eval_box(height: int, width: int, size: int, crop_fraction: float) -> tuple[
     This is the central square, as in SimCLR's and BYOL's evaluation; torchvision's "resize 256,
     crop 224" is also a fraction of 0.875 and differs only at the border pixels. An image that
     already has the view's size is used whole: small images such as CIFAR's are not cropped, and the
-    host's crops aren't cropped again. That depends on the image only, not on the rest of its data
-    set.
+    host's crops aren't cropped again. That depends on the image only, not on the rest of its
+    dataset.
 
     Args:
       height: of the image, pixels.

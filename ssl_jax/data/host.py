@@ -206,7 +206,7 @@ class HostSource:
         ((_, _, (boxes, sizes)),) = read_all(self._read(steps, self._draw), self._timeout_s)
         return boxes, sizes
 
-    # What is made of an image: `PerImage`.
+    # Each is a `PerImage`. They are methods, not closures, so that every pass finds its pipeline.
 
     def _nothing(
         self, contents: tf.Tensor, step: tf.Tensor, id: tf.Tensor

@@ -92,9 +92,10 @@ def permutation(seed: int, epoch: int, num_examples: int) -> Int[np.ndarray, " n
 
 
 def fixed_sample(count: int, most: int) -> Int[np.ndarray, " n"]:
-    """Samples the images on which what needs only some of a split is measured, or that are shown.
+    """Samples images of a split for measurements and pictures that need only some of them.
 
-    The first ids would be of one or two classes in a split that is sorted by class.
+    A random sample, because the first ids of a split that is sorted by class are of one or two
+    classes.
 
     Args:
       count: number of images in the split.

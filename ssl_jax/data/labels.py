@@ -1,4 +1,4 @@
-"""The check of labels and class names where they enter; no code behind a source repeats it."""
+"""Checks labels and class names where they enter; code that uses a source doesn't check again."""
 
 import os
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from ssl_jax.data.listing import utf8
 from ssl_jax.errors import UserError
 
 NO_LABEL = -1
-_MOST_UNNAMED = 1_000_000  # classes without names, whose number is only known from the labels
+_MOST_UNNAMED = 1_000_000  # classes without names, whose number follows from the labels only
 
 
 def checked_labels(
@@ -23,7 +23,7 @@ def checked_labels(
       labels: class of each image, integers [n]; -1 for an image without a label.
       class_names: by label; empty: the classes are named by number.
       count: number of images, n.
-      where: what contains the labels, such as a file, for messages.
+      where: the file or folder that contains the labels, for messages.
 
     Returns:
       Labels, int32 [n], each -1 or an index of the names, and the names; None and () if no image
@@ -57,11 +57,11 @@ def checked_labels(
 
 
 def checked_names(names: Any, where: str) -> tuple[str, ...]:
-    """Class names that can be written as UTF-8.
+    """Returns class names as strings that can be written as UTF-8.
 
     Args:
-      names: a list or array of strings or bytes; what is not UTF-8 is escaped.
-      where: what contains them, for messages.
+      names: a list or array of strings or bytes; bytes that are not UTF-8 are escaped.
+      where: the file or folder that contains them, for messages.
 
     Raises:
       UserError: not a list of names.

@@ -56,7 +56,7 @@ def list_images(folder: str, key: str) -> tuple[list[str], list[int] | None, tup
 
 
 def utf8(name: str) -> str:
-    """A name that can be written and printed: what is not UTF-8 in it is escaped."""
+    """Escapes the bytes of a name that are not UTF-8, so that it can be written and printed."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 

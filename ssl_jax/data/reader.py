@@ -16,7 +16,7 @@ from typing import Any, Generic, Self, TypeVar
 from ssl_jax.errors import UserError
 
 _DEPTH = 1  # items waiting, besides the one in use and the one being read
-_SLOW_S = 30.0  # seconds without an item until the user is told
+_SLOW_S = 30.0  # seconds without an item until a warning is logged
 _log = logging.getLogger("ssl_jax.data")
 
 S = TypeVar("S")

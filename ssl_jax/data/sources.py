@@ -59,7 +59,7 @@ class Source(Protocol):
         ...
 
     def names(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """The images' paths in the folder of the data, or their ids in the dataset as texts.
+        """The images' paths in the folder of the data, or their ids in the dataset as strings.
 
         An unreadable image has the name of the image that replaces it.
         """

@@ -157,7 +157,7 @@ def _map(test: Source, features: np.ndarray, labeled: bool) -> dict[str, np.ndar
 
 
 def image_names(source: Source, ids: Int[np.ndarray, "*shape"]) -> np.ndarray:
-    """The images' names, an array of texts of the shape of the ids."""
+    """The images' names, an array of strings in the shape of the ids."""
     return np.array(source.names(ids.reshape(-1)), str).reshape(ids.shape)
 
 

@@ -146,7 +146,7 @@ def export_program(
     The program maps uint8 images [n, size, size, 3], for any n, to float32 features [n, d],
     computed in float32 throughout. On CPUs, GPUs and TPUs, run it by
 
-        jax.export.deserialize(bytearray(local_path(file).read_bytes())).call(images)
+        jax.export.deserialize(bytearray(Path(file).read_bytes())).call(images)
 
     Args:
       path: a run's workdir, or a file of weights.

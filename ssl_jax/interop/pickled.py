@@ -4,7 +4,7 @@ A pickle is a program that can call any function by name. It is interpreted here
 constructors of arrays and containers have a meaning, and all others become inert objects that store
 their arguments. PyTorch's files are such pickles with the tensors' data next to them.
 
-A small file can describe huge objects, by using its parts many times. What is made of a file is
+A small file can describe huge objects, by using its parts many times. The memory of the objects is
 therefore counted, and limited to a multiple of the file's size.
 """
 

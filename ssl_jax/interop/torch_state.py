@@ -32,8 +32,8 @@ class _Code:
     Attributes:
       encoders: prefixes that the encoder's names may have.
       heads: by network: the prefix of the names, relative to the `encoder` or to its `outer`
-        module, and our layers by the numbers of a `Sequential` of linear layers, BatchNorms and
-        ReLUs.
+        module, and ssl_jax's layers by the numbers of a `Sequential` of linear layers, BatchNorms
+        and ReLUs.
     """
 
     encoders: tuple[str, ...]
@@ -59,14 +59,14 @@ _CODES = {
     "timm": _Code(("",)),
 }
 KINDS = tuple(_CODES)
-# Codes that nothing but their encoder's prefix tells apart, and is enough.
+# Codes that are recognized by their encoder's prefix only.
 _OWN_PREFIX = ("moco", "moco_v3", "vissl", "dino")
-# Codes whose names others use, with other small stems.
+# Codes whose names are used by other codes with a different small stem.
 _COMMON = ("torchvision", "barlow_twins", "vicreg")
 
 
 def read_state(state: Arrays, kind: str, path: Path) -> Found:
-    """Converts a state dict to our tree.
+    """Converts a state dict to ssl_jax's tree.
 
     Args:
       state: arrays by name.

@@ -72,7 +72,7 @@ def portable_config(config: ConfigDict) -> dict[str, Any]:
     """A run's config as JSON for other users of its weights: no W&B project, no local paths."""
     plain = {**to_json(config), "wandb": ""}
     for group, key in _PATHS:
-        # The last part tells what the data were.
+        # The last part still names the data.
         plain[group] = {**plain[group], key: PurePath(plain[group][key]).name}
     return plain
 

@@ -31,9 +31,8 @@ from ssl_jax.models.resnet import architecture, resnet_name
 from ssl_jax.optim import role_labels
 
 Pytree = Any
-Batch = dict[
-    str, Any
-]  # views: tuple of [n, H, W, 3] float32; id [n]; label [n], -1 for none, for labeled data
+# "views", a tuple of [n, H, W, 3] float32; "id" [n]; for labeled data "label" [n], -1 for none.
+Batch = dict[str, Any]
 
 
 class Method:

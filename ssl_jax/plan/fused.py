@@ -1,9 +1,10 @@
 """Estimates the memory and the memory traffic of a traced program on GPUs, without their compiler.
 
-XLA for GPUs computes convolutions, matrix products and reductions one by one and fuses everything
-else into what reads it. So an array is written to memory if it is the result of one of these, or an
-operand of a convolution or a matrix product; all others exist only inside a kernel. Compiling for a
-CPU can't show this: it fuses less, and computes bfloat16 in float32.
+XLA for GPUs computes convolutions, matrix products and reductions one by one, and fuses all other
+operations into the kernels that read their results. So an array is written to memory if it is the
+result of a convolution, product or reduction, or an operand of a convolution or product; all others
+exist only inside a kernel. Compiling for a CPU can't show this: it fuses less, and computes
+bfloat16 in float32.
 """
 
 import dataclasses
@@ -135,7 +136,7 @@ def _peak(
 
 
 def _steps(jaxpr: Any, arrays: dict[Any, _Array]) -> Iterator[_Step]:
-    """Yields the operations of a jaxpr and of those that it calls; adds their results to arrays."""
+    """Yields the operations of a jaxpr and of its calls; adds their results to `arrays`."""
     for equation in jaxpr.eqns:
         name, parameters = equation.primitive.name, equation.params
         inputs = [_Array(0) if _is_literal(v) else arrays[v] for v in equation.invars]

@@ -99,7 +99,7 @@ def views_section(images: dict[str, np.ndarray]) -> dict[str, Any] | str:
 
 
 def image_names(images: dict[str, np.ndarray], key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The first names of images, an array of texts of that shape; empty texts if there are none."""
+    """The first names of images, strings in an array of that shape; "" if there are no names."""
     names = np.atleast_1d(images.get(key, np.empty(0)))[: shape[0]]
     return names if names.shape == shape and names.dtype.kind == "U" else np.full(shape, "")
 

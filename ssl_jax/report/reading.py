@@ -206,7 +206,7 @@ def parse_images(path: Path) -> dict[str, np.ndarray]:
 def _read_array(opened: IO[bytes], size: int) -> np.ndarray:
     """Reads an array from a `.npy` file of that size in bytes.
 
-    `np.load` would allocate what the header promises.
+    `np.load` would allocate the size in the header, which may be any.
     """
     version = np.lib.format.read_magic(opened)
     read = {

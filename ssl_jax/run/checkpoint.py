@@ -284,7 +284,7 @@ def damage(folder: Path) -> str:
     a run that resumes from it adds them (`Checkpoints.restore_newest`).
 
     Raises:
-      UserError: a file exists but can't be read now, which doesn't tell whether it is damaged.
+      UserError: a file exists but can't be read now, so it may be intact.
     """
     try:
         return _damage(folder)

@@ -76,7 +76,7 @@ class MetricsLog:
                 file.write_text("".join(json.dumps(record) + "\n" for record in keep))
             self._file = appending(self._path)
             # Written in this thread: tensorboardX's writer thread dies silently on a full disk.
-            # A name that nobody can have put a link at.
+            # An unpredictable name, so that nobody can have put a link there.
             self._events = EventsWriter(str(workdir / f"events.{secrets.token_hex(8)}"))
             # TensorBoard then discards events of later steps, written before the interruption.
             began = {"step": resume_step + 1, "wall_time": time.time()}
@@ -176,7 +176,7 @@ _VERBOSITY = {
 }
 _BAR = (4, 20)  # least and greatest number of columns
 _UPDATE_S = 30.0  # seconds without output after which an update is printed in a log
-_WAITING = 0.01  # share of time spent waiting for data that is worth a mention
+_WAITING = 0.01  # share of time spent waiting for data from which on it is shown
 
 
 class Progress:

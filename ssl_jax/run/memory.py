@@ -1,4 +1,4 @@
-"""Memory that is not enough, of a device or of the host, with suggestions."""
+"""Errors of too little memory, on a device or on the host, with suggestions."""
 
 import contextlib
 import os
@@ -37,12 +37,12 @@ def enough_memory(what: str, suggestions: Sequence[str], rest: str = "") -> Iter
 
 
 def require_host_memory(size: int, what: str, fix: str) -> None:
-    """Refuses what can't fit in this machine's memory, before it is computed.
+    """Refuses arrays that can't fit in this machine's memory, before they are computed.
 
     Args:
-      size: of what will be kept, in bytes.
-      what: it is, the subject of the message, in the plural.
-      fix: how to do with less.
+      size: of the arrays, in bytes.
+      what: names the arrays in the plural, as the subject of the message.
+      fix: how to use less memory, the end of the message.
 
     Raises:
       UserError: the memory of this machine, or of this container, is smaller.

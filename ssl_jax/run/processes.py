@@ -102,7 +102,7 @@ def uses_all_devices() -> bool:
 
 
 def _processes_on_node() -> int | None:
-    """How many processes of the run are on this node; None if the launcher doesn't say."""
+    """The number of the run's processes on this node; None if the launcher doesn't set it."""
     if "OMPI_COMM_WORLD_LOCAL_SIZE" in os.environ:
         return int(os.environ["OMPI_COMM_WORLD_LOCAL_SIZE"])
     # "4(x2),3": four tasks on each of two nodes and three on the last.

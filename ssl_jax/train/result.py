@@ -1,4 +1,4 @@
-"""What `pretrain` returns."""
+"""The result of `pretrain`."""
 
 import dataclasses
 from functools import cached_property

@@ -98,7 +98,7 @@ class Run:
     def owes_evaluation(self, every: int) -> bool:
         """Whether the step that the run starts from is due to be evaluated and hasn't been.
 
-        Its evaluation failed, or the run was asked to stop.
+        Either its evaluation failed, or a stop was requested before it.
 
         Args:
           every: steps between evaluations; 0: only at the end.

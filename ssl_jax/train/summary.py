@@ -23,7 +23,6 @@ Row = tuple[str, str]
 # Keys with the number of past features in a method's loss, and how many an image adds per step.
 _QUEUES = {"moco": ("queue", 1), "swav": ("queue", 1), "simclr": ("memory_bank", 2)}
 _FEW = 16  # images that BatchNorm's statistics should average over at least
-
 _SHOWN = 10  # class names
 _SAMPLED = 8  # images whose size is read
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -74,7 +73,7 @@ def start_rows(setup: Setup, params: Any, workdir: Path, start: int) -> Iterator
 
 
 def data_rows(setup: Setup) -> Iterator[Row]:
-    """Summarizes what was understood of the data."""
+    """Summarizes the data as it was read: numbers, sizes, classes, labels, held-out images."""
     train, test = setup.train, setup.test
     yield "images", f"{train.num_examples:,} for training, {_sizes(train)}"
     if not train.num_classes:
@@ -113,7 +112,7 @@ def _sizes(source: Source) -> str:
 
 
 def data_warnings(setup: Setup) -> list[str]:
-    """Warnings of classes that are probably not meant."""
+    """Warnings of classes that are probably a mistake."""
     train, data, found = setup.train, setup.config.data, []
     splits = [name for name in train.class_names if name.lower() in _SPLITS]
     if len(splits) > 1 or splits and len(splits) == train.num_classes:
