@@ -91,15 +91,16 @@ def _evaluate_features(args: argparse.Namespace) -> None:
         config.eval.projector_layer = args.projector_layer
     votes = ("eval.knn_k=", "eval.knn_temperature=") if args.command == "knn" else ()
     progress = Progress(sys.stderr, "warnings" if args.quiet else "line")
-    features = run_features(
-        args.run,
-        step=args.step,
-        projector_layer=args.projector_layer,
-        overrides=[override for override in args.overrides if not override.startswith(votes)],
-        labeled_only=args.command != "features",
-        progress=progress,
-    )
-    progress.end()
+    with contextlib.ExitStack() as stack:
+        stack.callback(progress.end)  # also before an error is printed
+        features = run_features(
+            args.run,
+            step=args.step,
+            projector_layer=args.projector_layer,
+            overrides=[override for override in args.overrides if not override.startswith(votes)],
+            labeled_only=args.command != "features",
+            progress=progress,
+        )
     if args.command == "features":
         _save(args, features)
         return
