@@ -96,7 +96,7 @@ def _prepare_experiment(args: argparse.Namespace) -> None:
     args.experiment = load_config(args.config, args.overrides)
 
 
-def _prepare_training(args: argparse.Namespace) -> None:
+def _prepare_with_data(args: argparse.Namespace) -> None:
     _prepare_experiment(args)
     # Several processes check together after they have joined: the others would wait for one that
     # has ended before.
@@ -108,7 +108,7 @@ def add_pretrain(parser: Parser) -> None:
     """Adds the arguments of `pretrain`, which are also those of `run_pretrain.py`."""
     _add_config(parser)
     _add_path(parser, "--workdir", "folder of the run", required=True)
-    parser.set_defaults(module="pretrain", prepare=_prepare_training)
+    parser.set_defaults(module="pretrain", prepare=_prepare_with_data)
 
 
 def _add_config_keys(parser: Parser) -> None:
@@ -142,7 +142,7 @@ def _add_views(parser: Parser) -> None:
 
 def _prepare_views(args: argparse.Namespace) -> None:
     require_folder_of(args.out)
-    _prepare_training(args)
+    _prepare_with_data(args)
 
 
 def _add_plan(parser: Parser) -> None:

@@ -64,17 +64,17 @@ def pretrain(
         # Errors of the config surface here, before the folder is touched.
         with processes.raise_on_all_processes():
             setup = Setup(config, started_config(workdir))
-        in_place: Callable[[], None] = lambda: None  # noqa: E731
+        check_folder: Callable[[], None] = lambda: None  # noqa: E731
         with processes.raise_on_all_processes():
             if processes.is_primary():
-                in_place = stack.enter_context(locked(workdir))
+                check_folder = stack.enter_context(locked(workdir))
                 data = (setup.train.fingerprint, setup.test.fingerprint if setup.test else "")
                 write_config(workdir, setup.config, command, *data, setup.derived)
         same = to_json(config)
         same["data"] |= {"dir": "", "test_dir": ""}  # compared by the images' fingerprints
         processes.require_same({"workdir": lock_text(workdir), "config": json.dumps(same)})
         with enough_memory("The step", step_suggestions(config, setup.spmd.size), _PLAN):
-            run, state = start_run(setup, workdir, progress, in_place)
+            run, state = start_run(setup, workdir, progress, check_folder)
             # Until here SIGTERM ends the process, whatever it waits for: no step would be lost.
             stop = stack.enter_context(processes.Stop())
             with run.closing():

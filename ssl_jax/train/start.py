@@ -39,7 +39,7 @@ class Run:
       evaluator, checkpoints, progress, log: measure, save, print and write.
       guard, detector: follow the metrics for non-finite steps and for collapse.
       fetch: copies metrics to the host, counted.
-      in_place: raises a `UserError` if the folder was renamed; see `locked`.
+      check_folder: raises a `UserError` if the folder was renamed; see `locked`.
       began: `time.perf_counter()` at the start.
     """
 
@@ -55,7 +55,7 @@ class Run:
     guard: NonfiniteGuard
     detector: CollapseDetector
     fetch: Fetcher
-    in_place: Callable[[], None]
+    check_folder: Callable[[], None]
     began: float
 
     def log_step(self, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
@@ -87,7 +87,7 @@ class Run:
     def require_in_place(self) -> None:
         """Raises a `UserError`, on all processes, if the run's folder was renamed or removed."""
         with processes.raise_on_all_processes():
-            self.in_place()
+            self.check_folder()
 
     def log_evaluation(self, step: int, measured: dict[str, float]) -> None:
         """Logs what was measured on the frozen encoder's features."""
@@ -135,7 +135,7 @@ class Run:
 
 
 def start_run(
-    setup: Setup, workdir: Path, progress: Progress, in_place: Callable[[], None] = lambda: None
+    setup: Setup, workdir: Path, progress: Progress, check_folder: Callable[[], None] = lambda: None
 ) -> tuple[Run, TrainState]:
     """Restores the newest checkpoint or initializes the state, and opens the log.
 
@@ -145,7 +145,7 @@ def start_run(
       setup: what the run is built from.
       workdir: the run's folder.
       progress: shows what is being done.
-      in_place: see `Run`.
+      check_folder: see `Run`.
 
     Raises:
       UserError: processes see different data or checkpoints, or a checkpoint can't be read.
@@ -187,7 +187,7 @@ def start_run(
         guard=_guard(setup, workdir, fetch(state.nonfinite)[0] if start else 0),
         detector=_detector(setup, workdir, start),
         fetch=fetch,
-        in_place=in_place,
+        check_folder=check_folder,
         began=began,
     )
     return run, state
