@@ -92,7 +92,7 @@ class Key:
         if self.choices:
             require_choice(name, value, self.choices)
         elif isinstance(value, str) and value.lower() in ("true", "false", "none", "null"):
-            raise UserError(f"{name} is '{value}'. Set a name, or leave it empty: --{name}=")
+            raise UserError(f"{name} is '{value}'. Set a name, or --{name}= for none.")
         if self.bounds is None:
             return
         if not isinstance(value, tuple):
