@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 1000  # characters of a message; the fix is at its end
+
 
 class UserError(Exception):
     """Bad input: the message names the key, file or value at fault, then the fix.
@@ -20,12 +22,11 @@ class UserError(Exception):
     printed_here = True
 
     def __init__(self, message: object = "") -> None:
-        """Escapes unprintable characters, so that quoted input cannot break the line."""
-        super().__init__(
-            "".join(
-                c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message)
-            )
+        """Escapes unprintable characters and shortens: quoted input can't break or flood the line."""
+        text = "".join(
+            c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message)
         )
+        super().__init__(text if len(text) < _LONGEST else f"{text[:600]} … {text[-300:]}")
 
 
 def first_line(error: BaseException) -> str:

@@ -246,7 +246,9 @@ def test_differences_name_both_values_and_skip_keys_by_what_they_affect():
 
 @pytest.mark.parametrize("text", ["False", "none"])
 def test_switch_in_place_of_a_name_is_refused(text):
-    with pytest.raises(UserError, match=f"config.wandb is '{text}'. Set a name, or --config.wandb="):
+    with pytest.raises(
+        UserError, match=f"config.wandb is '{text}'. Set a name, or --config.wandb="
+    ):
         apply_overrides(default_config(), [f"wandb={text}"])
     assert apply_overrides(default_config(), ["optim.lr_scaling=none"]).optim.lr_scaling == "none"
     assert apply_overrides(default_config(), ["wandb="]).wandb == ""

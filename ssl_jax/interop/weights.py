@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from ssl_jax.config import from_json, to_json
 from ssl_jax.errors import UserError
-from ssl_jax.files import ANOTHER, local_path, reading, replacing, writing
+from ssl_jax.files import ANOTHER, local_path, reading, reason, replacing, writing
 
 Pytree = Any
 FORMAT = "1"
@@ -123,7 +123,7 @@ def _opened(file: Path) -> Iterator[Any]:
             yield opened
     except (OSError, SafetensorError, TypeError, ValueError) as error:
         raise UserError(
-            f"Cannot read {file} as safetensors ({error}): download or export it again."
+            f"Cannot read {file} as safetensors ({reason(error)}): download or export it again."
         ) from error
 
 

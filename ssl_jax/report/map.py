@@ -111,7 +111,8 @@ def map_section(images: dict[str, np.ndarray], encoder: str) -> dict[str, Any] |
     positions = images["map_positions"]
     if not np.isfinite(positions).all():
         return "Not drawn: not all features are finite."
-    labels, names = images.get("map_label"), [str(n) for n in images.get("class_names", ())]
+    names = [str(name) for name in images.get("class_names", ())]
+    labels = images.get("map_label") if names else None
     shown = [] if labels is None else sorted({int(label) for label in labels})
     text = (
         f"{len(positions):,} held-out images, placed by t-SNE so that images with similar features "

@@ -52,6 +52,7 @@ _ARRAYS = {
     "map_neighbor": ("iu", "mi"),
     "map_similarity": ("f", "mi"),
     "map_label": ("iu", "m"),
+    "map_name": ("U", "m"),
     "class_names": ("U", "c"),
 }
 _LABELS = tuple(name for name in _ARRAYS if name.endswith("label"))

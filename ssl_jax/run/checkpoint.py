@@ -333,7 +333,8 @@ def _is_inside(folder: Path, name: str) -> bool:
         file = (folder / name).resolve()
     except (OSError, ValueError, RuntimeError):  # a name with a null byte, a loop of links
         return False
-    valid = len(os.fsencode(file.name)) < 256
+    sizes = [len(os.fsencode(part)) for part in file.parts]
+    valid = max(sizes) < 256 and sum(sizes) + len(sizes) < 4096  # what Linux accepts
     return valid and file.is_relative_to(folder.resolve()) and file != folder.resolve()
 
 
