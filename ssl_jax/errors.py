@@ -22,7 +22,7 @@ class UserError(Exception):
     printed_here = True
 
     def __init__(self, message: object = "") -> None:
-        """Escapes unprintable characters and shortens: quoted input can't break or flood the line."""
+        """Escapes unprintable characters and cuts the middle: quoted input can't break the line."""
         text = "".join(
             c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message)
         )
