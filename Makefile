@@ -26,7 +26,7 @@ test: lint types contracts  ## all that CI checks; the tests last
 	$(BIN)/python -m pytest -n 2 --dist worksteal -p no:randomly -m "not long"
 
 long: .venv/.dev  ## tests that take minutes: runs that are killed, corrupt and starved, several processes, fuzzing
-	$(UNCHECKED) $(BIN)/python -m pytest -n 2 --dist loadfile -p no:randomly -m long
+	$(UNCHECKED) $(BIN)/python -m pytest -n 2 --dist worksteal -p no:randomly -m long
 
 flaky: .venv/.dev  ## the tests of `make test` five times in random order
 	@cache=$$(mktemp -d); trap 'rm -rf "$$cache"' EXIT; for seed in 1 2 3 4 5; do \

@@ -24,7 +24,7 @@ def functions():
     from tensorflow.python.ops import script_ops
     print("Python functions in TensorFlow:", script_ops._py_funcs.size())
 
-def get_config(variant):
+def get_config(variant=""):
     config = without_color(tiny_config(batch_size=16, log_every=20))
     config.optim.lr = 0.1
     config.eval.knn_every_epochs = 5.0
