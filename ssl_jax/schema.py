@@ -471,7 +471,7 @@ SCHEMA: Group = {
             "",
             "Initial weights: a run's workdir or a weights file; empty: random. Without heads, "
             "only the encoder and the layers of supervised.projector_layer are loaded",
-            affects="results",  # read only when a run starts
+            affects="results",  # read only when a run starts; compared by the weights
         ),
         "step": Key(0, "Step of the run's checkpoint; 0: the newest", AT_LEAST_0),
         "heads": Key(False, "Load all networks, from a run of the same method"),

@@ -1,5 +1,7 @@
 """Initial weights from another run or a file: `config.init_from`, and the teacher to distill."""
 
+import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,7 +10,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import Schedule
 from ssl_jax.errors import UserError
-from ssl_jax.interop.load import config_at, weights_at
+from ssl_jax.interop.load import config_at, weights_at, weights_fingerprint
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import make_encoder
 from ssl_jax.models.resnet import architecture
@@ -101,6 +103,32 @@ def _resolve_teacher(config: ConfigDict) -> None:
             f"{config.distill.teacher} has {source.data.num_classes} classes: set "
             f"config.data.num_classes={source.data.num_classes}."
         )
+
+
+def source_fingerprints(
+    config: ConfigDict, recorded: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Identifies the weights that a run starts from.
+
+    Args:
+      config: of the run.
+      recorded: the fingerprints when the run started, {} for a new run. They name the checkpoints
+        to compare with, because a source in progress has newer ones.
+
+    Returns:
+      `weights_fingerprint` of `config.init_from.path` and of `config.distill.teacher`, by the name
+      of the group; without those that are not set or can't be read.
+    """
+    init_from, distill = config.init_from, config.distill
+    sources = {"init_from": (init_from.path, init_from.step)}
+    sources["distill"] = (distill.teacher, distill.step)
+    found = {}
+    for name, (path, step) in sources.items():
+        if path:
+            step = recorded.get(name, {}).get("step") or step
+            with contextlib.suppress(UserError):
+                found[name] = weights_fingerprint(path, step or None)
+    return found
 
 
 def load_initial_weights(state: TrainState, config: ConfigDict) -> TrainState:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import zlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +16,12 @@ from ml_collections import ConfigDict
 from ssl_jax.config import Schedule
 from ssl_jax.data.pipeline import prepare_eval
 from ssl_jax.errors import UserError
-from ssl_jax.files import local_path
+from ssl_jax.files import local_path, reading
 from ssl_jax.interop.import_weights import is_weights_file, read_weights, read_weights_config
 from ssl_jax.interop.infer_architecture import require_finite
 from ssl_jax.interop.weights import Weights
 from ssl_jax.methods import Method, make_method
-from ssl_jax.run.checkpoint import Checkpoints
+from ssl_jax.run.checkpoint import Checkpoints, fingerprint
 from ssl_jax.run.folder import read_config
 from ssl_jax.spmd import make_spmd
 from ssl_jax.step import TrainState, assemble, init_state
@@ -221,6 +222,33 @@ def newest_step(path: str | Path) -> int:
         return 0
     with _checkpoints(path) as checkpoints:
         return int(checkpoints.steps[-1])
+
+
+def weights_fingerprint(path: str | Path, step: int | None = None) -> dict[str, Any]:
+    """Identifies the weights of a run or a file, wherever it lies.
+
+    Args:
+      path: the run's workdir, or the file.
+      step: of the run's checkpoint, the newest by default.
+
+    Returns:
+      "step" of the checkpoint, 0 for a file, and "checksum" of its files.
+
+    Raises:
+      UserError: there is no such run, file or checkpoint, or it can't be read.
+    """
+    file, step = local_path(path), step or newest_step(path)
+    with reading(file):
+        if is_weights_file(path):
+            with file.open("rb") as opened:
+                checksum = 0
+                while part := opened.read(1 << 22):
+                    checksum = zlib.crc32(part, checksum)
+            return {"step": 0, "checksum": f"{checksum:08x}"}
+        folder = file / "checkpoints" / str(step)
+        if not folder.is_dir():
+            raise UserError(f"{path} has no checkpoint of step {step}.")
+        return {"step": step, "checksum": fingerprint(folder)}
 
 
 def restore_state(path: str | Path, step: int | None = None) -> TrainState:

@@ -277,6 +277,19 @@ def _checksum(file: Path) -> list[int]:
     return [size, crc]
 
 
+def fingerprint(folder: Path) -> str:
+    """A checksum of a checkpoint's files, the same for a copy of it.
+
+    Raises:
+      OSError: a file can't be read.
+    """
+    sums: Any = None
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        sums = json.loads((folder / _SUMS).read_text())
+    text = json.dumps(sums or _checksums(folder), sort_keys=True)
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
 def damage(folder: Path) -> str:
     """Describes the damage to a checkpoint's files; "" if they match their checksums.
 

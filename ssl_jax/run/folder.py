@@ -123,6 +123,7 @@ def write_config(
     data: str = "",
     test_data: str = "",
     derived: dict[str, Any] | None = None,
+    weights: dict[str, dict[str, Any]] | None = None,
 ) -> None:
     """Writes `config.json`, or checks that the run in the folder can be resumed with this config.
 
@@ -135,6 +136,8 @@ def write_config(
       data: fingerprint of the training data.
       test_data: fingerprint of the held-out data; "" if there is none.
       derived: values that follow from the config and the devices, for the record.
+      weights: fingerprints of the weights that the run starts from, by the name of the group that
+        sets them; without those that can't be read any more.
 
     Raises:
       UserError: the folder holds a run with a different config or data; the message lists the
@@ -144,7 +147,9 @@ def write_config(
     kept = has_checkpoint(workdir)
     if path.exists():
         record = read_record(workdir)
-        changed = _affecting_training(to_json(from_json(record["config"])), to_json(config))
+        before, now = to_json(from_json(record["config"])), to_json(config)
+        changed = differences(before, now, ignore=("results", "nothing"))
+        changed += _other_sources(before, now, started_weights(workdir), weights or {})
         for what, name, found in (("training", "data", data), ("held-out", "test_data", test_data)):
             if record.get(name, found) != found:
                 changed.append(f"the {what} data: {record[name] or 'none'} -> {found or 'none'}")
@@ -154,6 +159,8 @@ def write_config(
                 f"{workdir} holds a run with a different config ({'; '.join(changed)}). "
                 f"Use its config, or choose another --workdir{hint}."
             )
+        if not kept and record.get("weights", {}) != (weights or {}):  # it starts from these now
+            _write_record(workdir, record | {"weights": weights or {}})
         return
     if kept:
         raise UserError(
@@ -166,19 +173,34 @@ def write_config(
         "derived": derived or {},
         "data": data,
         "test_data": test_data,
+        "weights": weights or {},
         "command": command,
         **environment(),
     }
     _write_record(workdir, record)
 
 
-def _affecting_training(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Differences with which a run can't be resumed."""
-    changed = differences(before, now, ignore=("results", "nothing"))
+def _other_sources(
+    before: dict[str, Any],
+    now: dict[str, Any],
+    started: dict[str, dict[str, Any]],
+    found: dict[str, dict[str, Any]],
+) -> list[str]:
+    """Sources of weights other than those that a run was started from.
+
+    A source may have been renamed, or removed since.
+    """
+    changed = []
     for group, key in (("init_from", "path"), ("distill", "teacher")):
-        # A source may have been renamed, but not added or removed.
-        if bool(before[group][key]) != bool(now[group][key]):
-            changed.append(f"{group}.{key}: {before[group][key]!r} -> {now[group][key]!r}")
+        old, new = before[group][key], now[group][key]
+        if bool(old) != bool(new):
+            changed.append(f"{group}.{key}: {old!r} -> {new!r}")
+        elif group in started and started[group] != found.get(group, started[group]):
+            changed.append(f"{group}.{key}: {old} -> {new}, which has other weights")
+        elif group in started and group not in found and old != new:
+            step = started[group].get("step")
+            where = f"step {step} of which" if step else "which"
+            changed.append(f"{group}.{key}: {old} -> {new}, {where} can't be read to compare them")
     return changed
 
 
@@ -192,6 +214,15 @@ def started_config(workdir: Path) -> ConfigDict | None:
     if has_checkpoint(workdir) and (workdir / "config.json").exists():
         return read_config(workdir)
     return None
+
+
+def started_weights(workdir: Path) -> dict[str, dict[str, Any]]:
+    """Fingerprints of the weights that the run in a folder was started from; {} for a new run."""
+    if has_checkpoint(workdir) and (workdir / "config.json").exists():
+        weights = read_record(workdir).get("weights")
+        if isinstance(weights, dict):
+            return {name: each for name, each in weights.items() if isinstance(each, dict)}
+    return {}
 
 
 def read_record(workdir: Path) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from ssl_jax.config import is_due, to_json
 from ssl_jax.data.pipeline import Prefetcher
 from ssl_jax.errors import UserError
 from ssl_jax.files import local_path
+from ssl_jax.interop.initial_weights import source_fingerprints
 from ssl_jax.report import evaluation_table, write_images, write_report
 from ssl_jax.run import processes
-from ssl_jax.run.folder import lock_text, locked, started_config, write_config
+from ssl_jax.run.folder import lock_text, locked, started_config, started_weights, write_config
 from ssl_jax.run.log import Progress
 from ssl_jax.run.memory import enough_memory, step_suggestions
 from ssl_jax.run.nonfinite import COUNT, STEP
@@ -69,7 +70,8 @@ def pretrain(
             if processes.is_primary():
                 check_folder = stack.enter_context(locked(workdir))
                 data = (setup.train.fingerprint, setup.test.fingerprint if setup.test else "")
-                write_config(workdir, setup.config, command, *data, setup.derived)
+                weights = source_fingerprints(setup.config, started_weights(workdir))
+                write_config(workdir, setup.config, command, *data, setup.derived, weights)
         same = to_json(config)
         same["data"] |= {"dir": "", "test_dir": ""}  # compared by the images' fingerprints
         processes.require_same({"workdir": lock_text(workdir), "config": json.dumps(same)})

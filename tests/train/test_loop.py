@@ -322,6 +322,16 @@ def test_run_resumes_with_changed_settings_moved_data_and_renamed_source(
     assert "The run keeps its weights" in line
     for name, leaf in leaves(state).items():
         np.testing.assert_array_equal(leaf, leaves(again)[name], err_msg=name)
+    shutil.copytree(tmp_path / "renamed", tmp_path / "other")
+    (sums,) = (tmp_path / "other" / "checkpoints").glob("*/checksums.json")
+    sums.write_text('{"params": [1, 2]}')
+    config.init_from.path = str(tmp_path / "other")
+    with pytest.raises(UserError, match="renamed -> .*other, which has other weights"):
+        pretrain(config, workdir)
+    shutil.rmtree(tmp_path / "other")
+    with pytest.raises(UserError, match="other, step .* of which can't be read to compare them"):
+        pretrain(config, workdir)
+    config.init_from.path = str(tmp_path / "renamed")
     shutil.rmtree(workdir / "checkpoints" / "4")
     shutil.rmtree(tmp_path / "renamed")  # the same command needs the source no more
     assert int(pretrain(config, workdir).step) == 4
