@@ -192,7 +192,7 @@ _DATA: Group = {
     "test_dir": Key("", "Held-out images, as in data.dir", affects="results"),
     "dataset": Key("", "TFDS dataset"),
     "split": Key("train", "TFDS split for training; slices such as train[:10%] are allowed"),
-    "test_split": Key("", "TFDS split for evaluation"),
+    "test_split": Key("", "TFDS split for evaluation", affects="results"),
     "image_key": Key("image", "TFDS feature that holds the image"),
     "label_key": Key("label", "TFDS feature that holds the label; empty: no labels"),
     "on_bad_image": Key(

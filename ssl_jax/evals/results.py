@@ -43,6 +43,12 @@ class Row:
         return self.name not in (BASELINE, UNTRAINED)
 
 
+def has_results(workdir: Path) -> bool:
+    """Whether accuracies of a run's end have been written, all of them or some."""
+    files = (LAST_FILE, EVALUATION, "evals/classifier.json")
+    return any((workdir / name).exists() for name in files)
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The rows of an `evaluation.json`, and the images and the step they were measured at.

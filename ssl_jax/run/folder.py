@@ -124,6 +124,7 @@ def write_config(
     test_data: str = "",
     derived: dict[str, Any] | None = None,
     weights: dict[str, dict[str, Any]] | None = None,
+    evaluated: bool = False,
 ) -> None:
     """Writes `config.json`, or checks that the run in the folder can be resumed with this config.
 
@@ -138,6 +139,7 @@ def write_config(
       derived: values that follow from the config and the devices, for the record.
       weights: fingerprints of the weights that the run starts from, by the name of the group that
         sets them; without those that can't be read any more.
+      evaluated: the run's results have been measured, so its held-out data is fixed.
 
     Raises:
       UserError: the folder holds a run with a different config or data; the message lists the
@@ -150,9 +152,10 @@ def write_config(
         before, now = to_json(from_json(record["config"])), to_json(config)
         changed = differences(before, now, ignore=("results", "nothing"))
         changed += _other_sources(before, now, started_weights(workdir), weights or {})
-        for what, name, found in (("training", "data", data), ("held-out", "test_data", test_data)):
-            if record.get(name, found) != found:
-                changed.append(f"the {what} data: {record[name] or 'none'} -> {found or 'none'}")
+        if record.get("data", data) != data:
+            changed.append(f"the training data: {record['data'] or 'none'} -> {data or 'none'}")
+        if evaluated and record.get("test_data"):
+            changed += _other_held_out(record, test_data)
         if changed:
             hint = "" if kept else "; this one has no checkpoint yet and can be deleted"
             raise UserError(
@@ -254,13 +257,33 @@ def read_record(workdir: Path) -> dict[str, Any]:
     return record
 
 
-def changed_settings(workdir: Path, config: ConfigDict) -> list[str]:
-    """The keys of the recorded config that a resumed run changes, as lines `key: old -> new`."""
-    return differences(to_json(read_config(workdir)), to_json(config))
+def changed_settings(workdir: Path, config: ConfigDict, test_data: str | None = None) -> list[str]:
+    """Compares a resumed run with what is recorded.
+
+    Args:
+      workdir: of the run.
+      config: of the resumed run.
+      test_data: fingerprint of its held-out data; None: not compared.
+
+    Returns:
+      The differences, as lines `key: old -> new`.
+    """
+    record = read_record(workdir)
+    changed = differences(to_json(from_json(record["config"])), to_json(config))
+    return changed + ([] if test_data is None else _other_held_out(record, test_data))
+
+
+def _other_held_out(record: dict[str, Any], found: str) -> list[str]:
+    old = record.get("test_data", found)
+    return [] if old == found else [f"the held-out data: {old or 'none'} -> {found or 'none'}"]
 
 
 def note_resumption(
-    workdir: Path, step: int, config: ConfigDict, derived: dict[str, Any] | None = None
+    workdir: Path,
+    step: int,
+    config: ConfigDict,
+    derived: dict[str, Any] | None = None,
+    test_data: str | None = None,
 ) -> list[str]:
     """Records that the run is resumed, with which changed settings, and in which environment.
 
@@ -269,14 +292,17 @@ def note_resumption(
       step: of the restored checkpoint; 0 without one.
       config: replaces the recorded config.
       derived: values that follow from the config and the devices.
+      test_data: fingerprint that replaces the recorded one of the held-out data; None: it stays.
 
     Returns:
       Differences from the environment in which the run started, any of which may break bitwise
       equality.
     """
     record, now = read_record(workdir), {"derived": derived or {}, **environment()}
-    changed = changed_settings(workdir, config)
+    changed = changed_settings(workdir, config, test_data)
     record["config"] = to_json(config)
+    if test_data is not None:
+        record["test_data"] = test_data
     record.setdefault("resumed", []).append({"step": step, "changed": changed, **now})
     _write_record(workdir, record)
     elsewhere = differences({key: record.get(key) for key in now}, now)

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from ssl_jax.config import is_due, to_json
 from ssl_jax.data.pipeline import Prefetcher
 from ssl_jax.errors import UserError
+from ssl_jax.evals.results import has_results
 from ssl_jax.files import local_path
 from ssl_jax.interop.initial_weights import source_fingerprints
 from ssl_jax.report import evaluation_table, write_images, write_report
@@ -71,7 +72,8 @@ def pretrain(
                 check_folder = stack.enter_context(locked(workdir))
                 data = (setup.train.fingerprint, setup.test.fingerprint if setup.test else "")
                 weights = source_fingerprints(setup.config, started_weights(workdir))
-                write_config(workdir, setup.config, command, *data, setup.derived, weights)
+                known = (setup.derived, weights, has_results(workdir))
+                write_config(workdir, setup.config, command, *data, *known)
         same = to_json(config)
         same["data"] |= {"dir": "", "test_dir": ""}  # compared by the images' fingerprints
         processes.require_same({"workdir": lock_text(workdir), "config": json.dumps(same)})

@@ -231,9 +231,9 @@ def _resume(
         progress.note("No checkpoint found; restarting from step 0.")
     with processes.raise_on_all_processes():
         if processes.is_primary():
-            changed = changed_settings(workdir, setup.config)
+            changed = changed_settings(workdir, setup.config, held_out)
             if changed or 0 < start < total:
-                elsewhere = note_resumption(workdir, start, setup.config, setup.derived)
+                elsewhere = note_resumption(workdir, start, setup.config, setup.derived, held_out)
                 progress.note(*summary.settings_notes(changed, start, total))
                 progress.note(*summary.environment_notes(elsewhere if 0 < start < total else []))
     return state, start

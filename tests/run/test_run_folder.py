@@ -240,13 +240,20 @@ def test_record_is_plain_json(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["config"]["views"]["view1"]["size"]
 
 
-def test_different_data_is_refused(tmp_path):
+def test_other_training_data_is_refused_and_other_held_out_data_once_evaluated(tmp_path):
     write_config(tmp_path, default_config(), "", data="64 images, checksum 1")
     write_config(tmp_path, default_config(), "", data="64 images, checksum 1")
     with pytest.raises(UserError, match="training data: 64 images, .* -> 65 images"):
         write_config(tmp_path, default_config(), "", data="65 images, checksum 2")
-    with pytest.raises(UserError, match="held-out data: none -> 9 images"):
-        write_config(tmp_path, default_config(), "", "64 images, checksum 1", "9 images")
+    again = (tmp_path, default_config(), "", "64 images, checksum 1")
+    write_config(*again, "9 images", evaluated=True)  # there were none to evaluate on
+    write_config(*again, "9 images")
+    note_resumption(tmp_path, 5, default_config(), test_data="9 images")
+    (change,) = read_record(tmp_path)["resumed"][0]["changed"]
+    assert change == "the held-out data: none -> 9 images"
+    write_config(*again, "")
+    with pytest.raises(UserError, match="the held-out data: 9 images -> none"):
+        write_config(*again, "", evaluated=True)  # or results would be taken for those of others
 
 
 def test_run_counts_as_started_from_its_first_checkpoint(tmp_path):

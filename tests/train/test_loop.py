@@ -311,13 +311,19 @@ def test_run_resumes_with_changed_settings_moved_data_and_renamed_source(
     (tmp_path / "images.npz").rename(moved / "images.npz")
     config.init_from.path = str(tmp_path / "renamed")
     config.data.dir = str(moved / "images.npz")
+    config.data.test_dir = packed(moved / "test.npz", random_source(8, seed=2))
     config.log_every, config.eval.knn_every_epochs = 3, 5.0
     capsys.readouterr()
     again = pretrain(config, workdir).state
     out = capsys.readouterr().out
     assert "Resuming from step 2 of 4." in out
     (line,) = [line for line in out.splitlines() if line.startswith("Settings changed (")]
-    for key in ("data.dir: ", "eval.knn_every_epochs: 0.0 -> 5.0", "log_every: 1 -> 3"):
+    for key in (
+        "data.dir: ",
+        "the held-out data: none -> 8 images",
+        "eval.knn_every_epochs: 0.0 -> 5.0",
+        "log_every: 1 -> 3",
+    ):
         assert key in line
     assert "The run keeps its weights" in line
     for name, leaf in leaves(state).items():
