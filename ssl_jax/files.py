@@ -1,7 +1,8 @@
 """The only writer of files: atomic, durable, never through a link; and the messages of I/O errors.
 
 A workdir may come from someone else and hold links in place of files. None is followed: files are
-replaced under an unpredictable temporary name, and appended to only if they are regular files.
+replaced under an unpredictable temporary name, and appended to only if they are regular files. Only
+regular files up to a limit are read: a device has no end, and a pipe may never have a beginning.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ RESUME = "then rerun the same command to resume"
 RERUN = "then rerun the same command"
 ANOTHER = "or choose another path"
 CHECK_PATH = "Check the path and its permissions"
+MAX_JSON = 2**26  # bytes of a JSON file that this library has written
 
 
 def local_path(path: str | Path) -> Path:
@@ -62,6 +64,34 @@ def cannot_read(path: str | Path, error: Exception, fix: str = CHECK_PATH) -> Us
     inside = error.filename if isinstance(error, OSError) else None
     shown = inside if isinstance(inside, str) else path
     return UserError(f"Cannot read {shown} ({reason(error)}). {fix}.")
+
+
+def open_regular(path: str | Path, limit: int) -> IO[bytes]:
+    """Opens a regular file, or a link to one, for reading.
+
+    Raises:
+      OSError: it is something else, such as a pipe or a device, or larger than `limit` bytes.
+    """
+    # Without O_NONBLOCK, opening a pipe would wait for its other end.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    found = os.fstat(descriptor)
+    code, why = 0, ""
+    if stat.S_ISDIR(found.st_mode):
+        code, why = errno.EISDIR, os.strerror(errno.EISDIR)
+    elif not stat.S_ISREG(found.st_mode):
+        code, why = errno.EINVAL, "not a regular file"
+    elif found.st_size > limit:
+        code, why = errno.EFBIG, f"larger than {limit:,} bytes"
+    if code:
+        os.close(descriptor)
+        raise OSError(code, why, str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: str | Path, limit: int = MAX_JSON) -> bytes:
+    """Reads what `open_regular` opens."""
+    with open_regular(path, limit) as file:
+        return file.read(limit)
 
 
 @contextlib.contextmanager

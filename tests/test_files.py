@@ -9,6 +9,7 @@ from ssl_jax.files import (
     appending,
     local_path,
     private_folder,
+    read_regular,
     reading,
     reason,
     replacing,
@@ -89,6 +90,37 @@ def test_only_regular_files_are_appended_to(tmp_path, kind):
     with pytest.raises(OSError):
         appending(file)
     assert target.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("device", "not a regular file"),
+        ("pipe", "not a regular file"),
+        ("folder", "Is a directory"),
+        ("huge", "larger than 67,108,864 bytes"),
+        ("missing", "No such file"),
+    ],
+)
+def test_only_regular_files_up_to_a_limit_are_read(tmp_path, kind, why):
+    """A device has no end, and opening a pipe waits for a writer."""
+    file = tmp_path / "config.json"
+    {
+        "device": lambda: file.symlink_to("/dev/zero"),
+        "pipe": lambda: os.mkfifo(file),
+        "folder": file.mkdir,
+        "huge": lambda: (file.touch(), os.truncate(file, 2**40)),
+        "missing": lambda: None,
+    }[kind]()
+    with pytest.raises(OSError, match=why) as error:
+        read_regular(file)
+    assert error.value.filename == str(file)
+
+
+def test_links_to_regular_files_are_read(tmp_path):
+    (tmp_path / "a").write_bytes(b"one")
+    (tmp_path / "b").symlink_to("a")
+    assert read_regular(tmp_path / "b", 3) == b"one"
 
 
 def test_appending_creates_the_file_and_keeps_its_lines(tmp_path):

@@ -1,6 +1,7 @@
 """Evaluates a run: kNN during training; at the end accuracies of the run and its baselines."""
 
 import functools
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,7 @@ from ssl_jax.evals.results import (
     write_evaluation,
     write_result,
 )
-from ssl_jax.files import writing
+from ssl_jax.files import open_regular, writing
 from ssl_jax.methods import make_method, title
 from ssl_jax.methods.base import evaluated_names
 from ssl_jax.run import processes
@@ -215,11 +216,12 @@ class Evaluator:
 
     def is_done(self, workdir: Path) -> bool:
         """Whether the files of the run's end have all been written and can be read."""
-        if not zipfile.is_zipfile(workdir / LAST_FILE):
-            return False
         if self._classifier and read_result(workdir, "classifier") is None:
             return False
         try:
+            with open_regular(workdir / LAST_FILE, sys.maxsize) as file:
+                if not zipfile.is_zipfile(file):
+                    return False
             return not self._fits_rows or bool(read_evaluation(workdir / EVALUATION))
         except (OSError, ValueError):
             return False

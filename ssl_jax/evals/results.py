@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.evals.metrics import metrics_line
-from ssl_jax.files import replacing, require_writable, subfolder, writing
+from ssl_jax.files import read_regular, replacing, require_writable, subfolder, writing
 
 EVALUATION = "evaluation.json"
 LAST_FILE = "report_images.npz"  # the last file that the end of a run writes
@@ -125,7 +125,7 @@ def read_evaluation(path: Path) -> Evaluation:
       ValueError: it is corrupt.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_regular(path))
         rows = [_parse_row(entry) for entry in data["rows"]]
         evaluation = Evaluation(
             rows,
@@ -195,7 +195,7 @@ def require_writable_results(workdir: Path) -> None:
 def read_result(workdir: Path, name: str) -> dict[str, Any] | None:
     """Reads the result of that name; None if it is missing or corrupt."""
     try:
-        record: dict[str, Any] = json.loads((workdir / _FOLDER / f"{name}.json").read_text())
+        record: dict[str, Any] = json.loads(read_regular(workdir / _FOLDER / f"{name}.json"))
         result_line(record)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import Schedule, flat_views, from_json, to_json
 from ssl_jax.errors import UserError
-from ssl_jax.files import ANOTHER, local_path, reading, writing, writing_output
+from ssl_jax.files import ANOTHER, local_path, read_regular, reading, writing, writing_output
 from ssl_jax.interop.card import model_card
 from ssl_jax.interop.load import Encoder, load, weights_at
 from ssl_jax.interop.metadata import is_torchvisions, preprocessing, unlike_torchvisions
@@ -117,7 +117,7 @@ def _loader(folder: Path) -> Path:
     file = folder / _LOADER
     first = _source().partition(b"\n")[0]
     with reading(file):
-        if file.is_file() and not file.read_bytes().startswith(first):
+        if file.is_file() and not read_regular(file).startswith(first):
             raise UserError(
                 f"{file} was not written by ssl_jax: move it, or choose another output folder."
             )
@@ -257,7 +257,7 @@ def _require_no_other_files(folder: Path) -> None:
 def _is_export(file: Path) -> bool:
     """Whether a file is the `config.json` of an exported folder."""
     try:
-        found = json.loads(file.read_bytes()) if file.is_file() else {}
+        found = json.loads(read_regular(file)) if file.is_file() else {}
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and {"ssl_jax", "pretrained_cfg"} <= found.keys()

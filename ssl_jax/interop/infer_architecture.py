@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import Schedule, default_config, flat_views, view
 from ssl_jax.errors import UserError
+from ssl_jax.files import read_regular
 from ssl_jax.interop.weights import Pytree, Weights
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import init_networks
@@ -232,7 +233,7 @@ def _set_views(
 def _timm_preprocessing(config: ConfigDict, path: Path) -> None:
     """Takes the preprocessing from timm's `config.json` next to the weights, if it is valid."""
     try:
-        timm = json.loads(path.with_name("config.json").read_text())["pretrained_cfg"]
+        timm = json.loads(read_regular(path.with_name("config.json")))["pretrained_cfg"]
         mean, std = tuple(map(float, timm["mean"])), tuple(map(float, timm["std"]))
         size, fraction = int(timm["input_size"][-1]), float(timm["crop_pct"])
         interpolation = timm["interpolation"]

@@ -7,6 +7,7 @@ and the config as JSON in its header. Reading it executes nothing.
 import contextlib
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors.numpy import save_file
 
 from ssl_jax.config import from_json, to_json
 from ssl_jax.errors import UserError
-from ssl_jax.files import ANOTHER, local_path, reading, reason, replacing, writing
+from ssl_jax.files import ANOTHER, local_path, open_regular, reading, reason, replacing, writing
 
 Pytree = Any
 FORMAT = "1"
@@ -117,7 +118,7 @@ def read_header(file: Path) -> dict[str, str]:
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     with reading(file):
-        file.open("rb").close()
+        open_regular(file, sys.maxsize).close()
     try:
         with safe_open(file, framework="numpy") as opened:
             yield opened

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from ssl_jax.config import Schedule, flat_views, run_schedule
 from ssl_jax.data.sources import make_sources
 from ssl_jax.errors import UserError, first_line, install_extra
-from ssl_jax.files import reading
+from ssl_jax.files import read_regular, reading
 from ssl_jax.interop.initial_weights import resolve_initial_weights
 from ssl_jax.plan.chips import BETWEEN_HOSTS, EXAMPLES, GPUS_PER_HOST, Topology
 from ssl_jax.plan.flops import jaxpr_flops, model_flops
@@ -130,7 +130,7 @@ def read_plan(path: Path) -> Plan:
       UserError: The file is not a plan.
     """
     with reading(path):
-        text = path.read_bytes()
+        text = read_regular(path)
     try:
         return _from_json(json.loads(text))
     except (ValueError, LookupError, TypeError, RecursionError) as error:

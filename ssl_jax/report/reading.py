@@ -13,15 +13,15 @@ import numpy as np
 
 from ssl_jax.config import default_config, to_json, view
 from ssl_jax.errors import UserError
-from ssl_jax.files import reason
+from ssl_jax.files import open_regular, read_regular, reason
 from ssl_jax.run.folder import read_record
-from ssl_jax.run.log import parse_record
+from ssl_jax.run.log import MAX_LOG, parse_record
 
 _T = TypeVar("_T")
 
 _HUGE = 1e300  # of a curve's values
 _FAR = 1e30  # of positions and similarities
-_MAX_BYTES = 2**30  # of all images of a report
+_MAX_BYTES = 2**30  # of a file, and of all images of a report
 _MAX_DRAWN = {"m": 10_000, "v": 1000, "k": 1000, "j": 1000, "i": 1000}  # by axis
 
 # Arrays of `report_images.npz`: kinds of their dtype, and their axes. A letter is the same number
@@ -128,9 +128,9 @@ def read(path: Path, parse: Callable[[Path], _T]) -> tuple[_T | None, str]:
       The content and ""; or None and a sentence with the reason.
     """
     try:
-        if not path.is_file():
-            return None, f"Missing: the run has not written {path.name}."
-        path.open("rb").close()
+        open_regular(path, _MAX_BYTES).close()
+    except FileNotFoundError:
+        return None, f"Missing: the run has not written {path.name}."
     except OSError as error:
         return None, f"Not shown: {path.name} can't be read ({reason(error)})."
     try:
@@ -158,7 +158,7 @@ def parse_metrics(path: Path) -> Metrics:
     """Parses the curves of a `metrics.jsonl`."""
     points: dict[str, dict[int, float]] = {}
     unreadable = 0
-    for line in path.read_bytes().splitlines():
+    for line in read_regular(path, MAX_LOG).splitlines():
         record = parse_record(line) if line.strip() else {}
         if record is None:
             unreadable += 1  # a killed run leaves a partial line, and the resumed one appends to it

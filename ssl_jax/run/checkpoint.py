@@ -16,7 +16,15 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from ssl_jax.errors import UserError
-from ssl_jax.files import cannot_write, reason, replacing, subfolder, unreachable
+from ssl_jax.files import (
+    MAX_JSON,
+    cannot_write,
+    read_regular,
+    reason,
+    replacing,
+    subfolder,
+    unreachable,
+)
 
 Pytree = Any
 _SUMS = "checksums.json"
@@ -309,10 +317,10 @@ def _damage(folder: Path) -> str:
     file = folder / _SUMS
     if not file.exists():
         return "" if any(file.is_file() for file in folder.rglob("*")) else "it is empty"
-    if not file.is_file():  # a device, for example, may have no end
+    if not file.is_file() or file.stat().st_size > MAX_JSON:  # a device may have no end
         return f"its {_SUMS} is invalid"
     try:
-        sums = json.loads(file.read_text())
+        sums = json.loads(read_regular(file))
     except (ValueError, RecursionError):
         return f"its {_SUMS} is unreadable"
     if not isinstance(sums, dict) or not sums:

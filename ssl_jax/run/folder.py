@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import differences, from_json, to_json
 from ssl_jax.errors import UserError
-from ssl_jax.files import appending, reason, replacing, writing
+from ssl_jax.files import appending, read_regular, reason, replacing, writing
 from ssl_jax.version import __version__
 
 # Version of a run's folder: the keys of config.json other than the config, and the tree of
@@ -28,6 +28,7 @@ from ssl_jax.version import __version__
 FORMAT = 3
 # Derived values that affect warnings, not training.
 _WARNING_ONLY = ("derived.trivial_loss:", "derived.patience:")
+_MAX_LOCK = 4096  # bytes
 _log = logging.getLogger("ssl_jax.run.folder")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "numpy")
 
@@ -58,7 +59,7 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = file.read(_MAX_LOCK).strip() or "another process"
             raise UserError(
                 f"Another run is using {workdir} ({holder}). Wait for it to finish, or choose "
                 "another --workdir."
@@ -108,8 +109,8 @@ def lock_text(workdir: Path, patience_s: float = 10.0) -> str:
     """
     until = time.monotonic() + patience_s
     while True:
-        with contextlib.suppress(OSError):
-            if text := (workdir / ".lock").read_text():
+        with contextlib.suppress(OSError, ValueError):
+            if text := read_regular(workdir / ".lock", _MAX_LOCK).decode():
                 return text
         if time.monotonic() > until:
             return ""
@@ -236,7 +237,7 @@ def read_record(workdir: Path) -> dict[str, Any]:
     """
     path = workdir / "config.json"
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
+        record: dict[str, Any] = json.loads(read_regular(path))
         if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
             raise ValueError("it contains no config")
     except FileNotFoundError:

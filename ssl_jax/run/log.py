@@ -18,10 +18,11 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from ssl_jax.files import appending, reading, replacing, writing
+from ssl_jax.files import appending, read_regular, reading, replacing, writing
 
 Pytree = Any
 _MAX_STEP = 2**53
+MAX_LOG = 2**30  # bytes of a metrics.jsonl
 
 
 class Fetcher:
@@ -149,7 +150,7 @@ class NoLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`; skips lines that are corrupt or cut off by a kill."""
     with reading(path):
-        lines = path.read_bytes().splitlines() if path.is_file() else []
+        lines = read_regular(path, MAX_LOG).splitlines() if path.is_file() else []
     return [record for line in lines if (record := parse_record(line)) is not None]
 
 

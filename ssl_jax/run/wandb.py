@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from ssl_jax.errors import UserError, first_line, install_extra
-from ssl_jax.files import replacing, subfolder
+from ssl_jax.files import read_regular, replacing, subfolder
 
 _ID_FILE = "wandb_id"
 
@@ -73,7 +73,7 @@ class WandbWriter:
                     temporary.write_text(secrets.token_hex(4) + "\n")
             self._run = wandb.init(
                 project=project,
-                id=file.read_text().strip(),
+                id=read_regular(file, 100).decode().strip(),
                 name=workdir.resolve().name,
                 dir=str(workdir),
                 config=config,

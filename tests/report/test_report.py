@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -371,6 +372,28 @@ def test_unusable_lines_and_numbers_of_a_log_are_counted_and_not_drawn(workdir):
     page = Page(write_report(workdir))
     assert f"{len(LINES)} lines of metrics.jsonl could not be read" in page.section("training")
     assert len(read_metrics(workdir / "metrics.jsonl")) == len(records()) + 2
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "huge"])
+def test_files_that_are_not_regular_or_huge_are_not_read(workdir, kind):
+    """A run's folder may come from someone else."""
+    names = ("metrics.jsonl", "evaluation.json", "report_images.npz", "evals/knn.json")
+    (workdir / "evals").mkdir()
+    (workdir / "huge").touch()
+    os.truncate(workdir / "huge", 2**42)
+    target = {"device": "/dev/zero", "pipe": workdir / "pipe", "huge": workdir / "huge"}[kind]
+    os.mkfifo(workdir / "pipe")
+    for name in names:
+        (workdir / name).unlink(missing_ok=True)
+        (workdir / name).symlink_to(target)
+    source = Page(write_report(workdir)).source
+    for name in names[:3]:
+        assert re.search(rf"Not shown: {name} can.{{1,6}}t be read", source)
+    assert kind == "huge" or read_metrics(workdir / "metrics.jsonl") == []
+    (workdir / "config.json").unlink()
+    (workdir / "config.json").symlink_to(target)
+    with pytest.raises(UserError, match=r"Cannot read .*config\.json \((not a reg|larger than)"):
+        write_report(workdir)
 
 
 def test_classes_with_the_same_name_are_distinct(workdir):

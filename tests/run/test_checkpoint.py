@@ -121,8 +121,12 @@ def test_checksums_of_files_outside_the_folder_are_invalid_and_not_read(
     assert damage(folder)
 
 
-def test_checksums_that_are_no_file_are_not_read(tmp_path):
-    (tmp_path / "checksums.json").symlink_to("/dev/zero")
+@pytest.mark.parametrize("huge", [False, True])
+def test_checksums_that_are_no_file_or_huge_are_not_read(tmp_path, huge):
+    (tmp_path / "checksums.json").symlink_to(tmp_path / "huge" if huge else "/dev/zero")
+    if huge:
+        (tmp_path / "huge").touch()
+        os.truncate(tmp_path / "huge", 2**40)
     assert damage(tmp_path) == "its checksums.json is invalid"
 
 
@@ -192,9 +196,14 @@ def test_file_that_cannot_be_read_now_is_not_taken_for_damage(tmp_path, monkeypa
             raise OSError(code, os.strerror(code), str(file))
         return plain(file, *args, **options)
 
+    def unreadable_sums(file):
+        with file.open("rb") as opened:
+            return opened.read()
+
     assert damage(folder) == ""
     with monkeypatch.context() as patched:
         patched.setattr(Path, "open", unreadable)
+        patched.setattr(checkpoint, "read_regular", unreadable_sums)
         message = rf"Cannot read .*7/.* \({os.strerror(code)}\)\. Check the file system, then rerun"
         with pytest.raises(UserError, match=message):
             quarantine_corrupt(tmp_path / "c", tmp_path / "corrupt")
