@@ -124,14 +124,16 @@ def appending(file: Path) -> IO[str]:
     """Opens a text file for reading and appending, creating it if necessary.
 
     Raises:
-      OSError: the file is a link, or not a regular file.
+      OSError: the file is a link, has other names (hard links), or is not a regular file.
     """
     # Without O_NONBLOCK, opening a pipe would wait for its other end.
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     descriptor = os.open(file, flags, 0o666)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", str(file))
+        why = "it has other names, hard links" if found.st_nlink > 1 else "not a regular file"
+        raise OSError(errno.EINVAL, why, str(file))
     return os.fdopen(descriptor, "a+")
 
 

@@ -78,12 +78,13 @@ def test_temporary_names_are_unpredictable_and_final_permissions_follow_the_umas
     assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
-@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+@pytest.mark.parametrize("kind", ["link", "hard link", "pipe", "folder"])
 def test_only_regular_files_are_appended_to(tmp_path, kind):
     target, file = tmp_path / "target", tmp_path / "log"
     target.write_text("mine")
     {
         "link": lambda: file.symlink_to(target),
+        "hard link": lambda: file.hardlink_to(target),
         "pipe": lambda: os.mkfifo(file),
         "folder": file.mkdir,
     }[kind]()

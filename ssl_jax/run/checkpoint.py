@@ -238,8 +238,10 @@ class Checkpoints:
 
 def _refuse_links(directory: Path) -> None:
     """Creates the directory, and refuses links: Orbax would write through them."""
-    with os.scandir(subfolder(directory.parent, directory.name)) as entries:
-        links = [entry.path for entry in entries if entry.is_symlink()]
+    links = [str(directory)] * directory.is_symlink()
+    if not links:
+        with os.scandir(subfolder(directory.parent, directory.name)) as entries:
+            links = [entry.path for entry in entries if entry.is_symlink()]
     if links:
         raise UserError(
             f"{links[0]} is a link, through which a run doesn't write. Move the folder there; only "
@@ -381,8 +383,10 @@ def quarantine_corrupt(directory: Path, aside: Path) -> list[str]:
       A warning for each checkpoint moved away.
 
     Raises:
-      UserError: no checkpoint is intact, or one can't be moved.
+      UserError: no checkpoint is intact, one can't be moved, or one or the directory is a link.
     """
+    if directory.is_dir():
+        _refuse_links(directory)  # behind a link, another run's checkpoints would be moved
     steps = _steps_in(directory)[::-1]
     found: dict[int, str] = {}
     for step in steps:

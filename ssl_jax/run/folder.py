@@ -29,6 +29,7 @@ FORMAT = 3
 # Derived values that affect warnings, not training.
 _WARNING_ONLY = ("derived.trivial_loss:", "derived.patience:")
 _MAX_LOCK = 4096  # bytes
+_SUBFOLDERS = ("checkpoints", "corrupt", "evals", "projector", "wandb")  # that a run writes
 _log = logging.getLogger("ssl_jax.run.folder")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "numpy")
 
@@ -48,11 +49,14 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
       written by its path would otherwise end up in a second folder.
 
     Raises:
-      UserError: another run (named in the message) holds it, or it can't be written.
+      UserError: another run (named in the message) holds it, it can't be written, or it has a link
+        where the run writes a folder.
     """
     lock = workdir / ".lock"
     with writing(workdir, "or choose another --workdir"):
         workdir.mkdir(parents=True, exist_ok=True)
+    _require_own_folders(workdir)
+    with writing(lock, "remove it, or choose another --workdir"):
         file = appending(lock)
     with file, _require_in_place(workdir) as require_in_place:
         try:
@@ -76,6 +80,16 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
             file.truncate(0)
             os.write(file.fileno(), holder.encode())  # unbuffered, or closing would write it
         yield require_in_place
+
+
+def _require_own_folders(workdir: Path) -> None:
+    """Refuses links in place of folders before anything is computed or moved."""
+    for folder in (workdir / name for name in _SUBFOLDERS):
+        if folder.is_symlink() or folder.exists() and not folder.is_dir():
+            raise UserError(
+                f"{folder} is a link or a file, where a run writes a folder. Remove it, then rerun "
+                "the same command."
+            )
 
 
 @contextlib.contextmanager

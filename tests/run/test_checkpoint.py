@@ -235,11 +235,13 @@ def test_link_in_place_of_a_checkpoint_folder_is_refused(tmp_path, place):
     elsewhere.mkdir()
     (tmp_path / place).parent.mkdir(exist_ok=True)
     (tmp_path / place).symlink_to(elsewhere)
-    with pytest.raises(
-        UserError, match=r"Cannot read .* \(a link or|is a link, through which a run doe"
-    ):
-        Checkpoints(tmp_path / "c")
-    assert not list(elsewhere.iterdir())
+    (elsewhere / "1").mkdir()  # corrupt, as it is empty
+    (elsewhere / "2").mkdir()
+    (elsewhere / "2" / "a").write_bytes(b"x")
+    for use in (Checkpoints, lambda directory: quarantine_corrupt(directory, tmp_path / "aside")):
+        with pytest.raises(UserError, match="is a link, through which a run doesn't write"):
+            use(tmp_path / "c")
+    assert sorted(entry.name for entry in elsewhere.iterdir()) == ["1", "2"]
 
 
 NOISE = np.random.default_rng(0).normal(size=(300, 300)).astype(np.float32)

@@ -230,6 +230,26 @@ def trees():
     return found
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "corrupt", "evals", "projector", "wandb"])
+def test_links_in_place_of_a_runs_folders_are_refused_at_the_start(tmp_path, name):
+    """Otherwise the last of them would be found once all is computed."""
+    (tmp_path / name).symlink_to(tmp_path)
+    with (
+        pytest.raises(UserError, match=f"/{name} is a link or a file, .* Remove it"),
+        locked(tmp_path),
+    ):
+        pass
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_lock_with_another_name_is_refused_and_unchanged(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".lock").hardlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match=r"\.lock \(it has other names, hard"), locked(tmp_path):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 def test_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(UserError, match="no run in"):
         read_record(tmp_path)
