@@ -44,7 +44,8 @@ def local_path(path: str | Path) -> Path:
         path = Path(path).expanduser()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.stat()
-    except (OSError, RuntimeError) as error:  # RuntimeError: no such user, as in ~nobody/x
+    # RuntimeError: no such user, as in ~nobody/x; ValueError: a null byte
+    except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"Cannot use the path {path} ({reason(error)}). {CHECK_PATH}.") from error
     return path
 

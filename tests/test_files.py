@@ -194,6 +194,7 @@ def test_paths_are_expanded_and_refused_where_they_enter(tmp_path, monkeypatch):
         (tmp_path / "loop", "Too many levels of symbolic links"),
         (tmp_path / ("x" * 300), "File name too long"),
         ("~no.such.user/a", "Could not determine home directory"),
+        ("a\0b", "embedded null byte"),
     ):
         with pytest.raises(UserError, match=rf"^Cannot use the path .* \({cause}\)\. Check"):
             local_path(path)

@@ -91,10 +91,7 @@ def read_run(workdir: Path) -> dict[str, Any]:
         _require_types(config, to_json(default_config()), "config")
         for name, each in config.get("views", {}).items():
             _require_types({"view": each}, {"view": to_json(view())}, f"config.views.{name}")
-        resumed = record.get("resumed", [])
-        if not isinstance(resumed, list):
-            raise ValueError("resumed is not a list")
-        for each in (record, *resumed):
+        for each in (record, *record.get("resumed", [])):
             # Most methods have no trivial loss.
             known = {k: v for k, v in (each.get("derived") or {}).items() if v is not None}
             _require_types(known, {"trivial_loss": 0.0, "patience": 0}, "derived")

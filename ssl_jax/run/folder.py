@@ -254,6 +254,9 @@ def read_record(workdir: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(read_regular(path))
         if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
             raise ValueError("it contains no config")
+        resumed = record.get("resumed", [])
+        if not isinstance(resumed, list) or not all(isinstance(each, dict) for each in resumed):
+            raise ValueError("resumed is not a list of groups of keys")
     except FileNotFoundError:
         raise UserError(f"There is no run in {workdir}: it has no config.json.") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -185,6 +185,15 @@ def test_corrupt_record_is_named(tmp_path, text):
         read_record(tmp_path)
 
 
+@pytest.mark.parametrize("resumed", [5, [5], {"a": 1}])
+def test_record_with_malformed_resumptions_is_refused(tmp_path, resumed):
+    write_config(tmp_path, default_config(), "")
+    record = read_record(tmp_path) | {"resumed": resumed}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"Cannot read .*\(resumed is not a list of gro"):
+        read_record(tmp_path)
+
+
 @pytest.mark.parametrize("change", [{"views": 10**30}, {"epochs": 10**400}, {"views": [1]}])
 def test_config_of_other_types_is_refused(tmp_path, change):
     write_config(tmp_path, default_config(), "")
