@@ -140,17 +140,17 @@ VIEW: Group = {
         "interpolation": Key("bicubic", "Interpolation of the resize", choices=_INTERPOLATIONS),
     },
     "affine": {
-        "degrees": Key(0.0, "Maximum rotation, degrees"),
-        "shear": Key(0.0, "Maximum shear, degrees"),
-        "translate": Key(0.0, "Maximum shift, as a share of the side length"),
+        "degrees": Key(0.0, "Maximum rotation, degrees", FINITE),
+        "shear": Key(0.0, "Maximum shear, degrees", FINITE),
+        "translate": Key(0.0, "Maximum shift, as a share of the side length", FINITE),
     },
     "flip": Key(0.5, "Probability of a horizontal flip", FRACTION),
     "jitter": {
         "prob": Key(0.8, "Probability of color jitter", FRACTION),
-        "brightness": Key(0.8, "Strength of the brightness change"),
-        "contrast": Key(0.8, "Strength of the contrast change"),
-        "saturation": Key(0.8, "Strength of the saturation change"),
-        "hue": Key(0.2, "Strength of the hue change, as a share of the color circle"),
+        "brightness": Key(0.8, "Strength of the brightness change", FINITE),
+        "contrast": Key(0.8, "Strength of the contrast change", FINITE),
+        "saturation": Key(0.8, "Strength of the saturation change", FINITE),
+        "hue": Key(0.2, "Strength of the hue change, as a share of the color circle", FINITE),
         "style": Key("tf", "Whose definitions of jitter and blur", choices=("tf", "torchvision")),
         "brightness_mode": Key(
             "multiply", "Scale the brightness, or add to it (BYOL)", choices=("multiply", "add")
@@ -166,13 +166,14 @@ VIEW: Group = {
             0,
             "Kernel size in pixels; 0: a tenth of the side length, or with "
             "jitter.style=torchvision three sigma on both sides if that is more",
+            AT_LEAST_0,
         ),
     },
     "solarize": {
         "prob": Key(0.0, "Probability of solarization", FRACTION),
         "threshold": Key(0.5, "Pixels at or above this value are inverted"),
     },
-    "noise": Key(0.0, "Standard deviation of Gaussian noise"),
+    "noise": Key(0.0, "Standard deviation of Gaussian noise", FINITE),
     "mean": Key((), "Subtracted per channel, for pixels in 0 to 1; empty: nothing"),
     "std": Key((), "Divides each channel after the mean is subtracted; empty: nothing"),
 }
@@ -274,17 +275,17 @@ _OPTIM: Group = {
     "momentum": Key(0.9, "Momentum of SGD, LARS and LARC", FRACTION),
     "nesterov": Key(False, "Nesterov momentum, for SGD"),
     "weight_decay": Key(1e-6, "Weight decay; see decay_norm_bias", FINITE),
-    "trust_coefficient": Key(0.001, "Trust coefficient η of LARS and LARC"),
+    "trust_coefficient": Key(0.001, "Trust coefficient η of LARS and LARC", FINITE),
     "decay_norm_bias": Key(False, "Decay biases and normalization parameters, too"),
     "schedule": Key("cosine", "Schedule after the warmup", choices=("cosine", "step", "constant")),
     "warmup_epochs": Key(10.0, "Length of the linear warmup", FINITE),
-    "warmup_start": Key(0.0, "Learning rate at the start of the warmup, not scaled"),
+    "warmup_start": Key(0.0, "Learning rate at the start of the warmup, not scaled", FINITE),
     "warmup_inclusive": Key(
         False, "Reach the peak at the warmup's last step (SwAV, solo-learn), not at the next one"
     ),
-    "final_lr": Key(0.0, "Learning rate at the end of the cosine schedule, not scaled"),
+    "final_lr": Key(0.0, "Learning rate at the end of the cosine schedule, not scaled", FINITE),
     "step_epochs": Key((), "Epochs at which the step schedule lowers the learning rate"),
-    "step_gamma": Key(0.1, "Factor applied at each of step_epochs"),
+    "step_gamma": Key(0.1, "Factor applied at each of step_epochs", FINITE),
     "per_epoch": Key(False, "Update the learning rate once per epoch, as in MoCo's code"),
     "frozen_steps": Key(0, "SwAV: initial steps with frozen prototypes", AT_LEAST_0),
 }
@@ -300,7 +301,9 @@ _EVAL: Group = {
     "crop_fraction": _Evaluation(
         0.875, "Center crop as a share of the side; 1: none", Bounds(1e-3, 1)
     ),
-    "interpolation": _Evaluation("bicubic", "Interpolation when resizing for evaluation"),
+    "interpolation": _Evaluation(
+        "bicubic", "Interpolation when resizing for evaluation", choices=_INTERPOLATIONS
+    ),
     "batch_size": Key(256, "Batch size for feature extraction", POSITIVE, affects="nothing"),
     "labels_per_class": _Evaluation(
         (1, 5, 10), "Labels per class of few-label evaluations", POSITIVE
@@ -327,9 +330,9 @@ _METHODS: Group = {
     "simclr": {
         "temperature": Key(0.1, "Temperature of NT-Xent", POSITIVE),
         "hidden": Key(0, _HIDDEN, AT_LEAST_0),
-        "out": Key(128, "Width of the projections"),
+        "out": Key(128, "Width of the projections", AT_LEAST_1),
         "layers": Key(2, "Layers of the projector; 0: no projector", AT_LEAST_0),
-        "loss_scale": Key(1.0, "Factor of the loss; the official code trains with 2"),
+        "loss_scale": Key(1.0, "Factor of the loss; the official code trains with 2", POSITIVE),
         "block_size": Key(0, "Anchors per block of the loss; 0: automatic", AT_LEAST_0),
         "memory_bank": Key(
             0, "Past projections as extra negatives (SimCLR v2); 0: none", AT_LEAST_0
@@ -342,7 +345,7 @@ _METHODS: Group = {
         "ema_decay_end": Key(0.999, _DECAY_END, FRACTION),
         "temperature": Key(0.2, "Temperature of InfoNCE; v1: 0.07", POSITIVE),
         "hidden": Key(0, _HIDDEN, AT_LEAST_0),
-        "out": Key(128, "Width of queries and keys"),
+        "out": Key(128, "Width of queries and keys", AT_LEAST_1),
         "layers": Key(2, "Layers of the projector; v1: 1", AT_LEAST_1),
         "symmetric": Key(False, "Use each view as query and as key (lightly, solo-learn)"),
         "shuffle": Key(
@@ -353,8 +356,8 @@ _METHODS: Group = {
     },
     "swav": {
         "prototypes": Key(3000, "Number of prototypes", AT_LEAST_1),
-        "hidden": Key(2048, "Width of the projector's hidden layer"),
-        "out": Key(128, "Width of the embeddings"),
+        "hidden": Key(2048, "Width of the projector's hidden layer", AT_LEAST_1),
+        "out": Key(128, "Width of the embeddings", AT_LEAST_1),
         "temperature": Key(0.1, "Temperature of the predictions", POSITIVE),
         "epsilon": Key(0.05, "ε of Sinkhorn-Knopp; smaller is sharper", POSITIVE),
         "iterations": Key(3, "Iterations of Sinkhorn-Knopp", AT_LEAST_1),
@@ -362,18 +365,18 @@ _METHODS: Group = {
         "queue_from_epoch": Key(15.0, "Epoch at which the queue starts to fill", FINITE),
     },
     "byol": {
-        "hidden": Key(4096, "Width of the hidden layers of projector and predictor"),
-        "out": Key(256, "Width of predictions and targets"),
+        "hidden": Key(4096, "Width of the hidden layers of projector and predictor", AT_LEAST_1),
+        "out": Key(256, "Width of predictions and targets", AT_LEAST_1),
         "ema_decay": Key(0.996, "EMA decay of the target at the first step", FRACTION),
         "ema_decay_end": Key(1.0, _DECAY_END, FRACTION),
         "head_bn": Key(True, "BatchNorm in projector and predictor"),
-        "loss_scale": Key(1.0, "Factor of the loss; lightly: 0.25"),
+        "loss_scale": Key(1.0, "Factor of the loss; lightly: 0.25", POSITIVE),
     },
     "simsiam": {
         "hidden": Key(0, _HIDDEN, AT_LEAST_0),
-        "out": Key(2048, "Width of projections and predictions"),
+        "out": Key(2048, "Width of projections and predictions", AT_LEAST_1),
         "layers": Key(3, "Layers of the projector", AT_LEAST_1),
-        "predictor_hidden": Key(512, "Width of the predictor's hidden layer"),
+        "predictor_hidden": Key(512, "Width of the predictor's hidden layer", AT_LEAST_1),
         "predictor_constant_lr": Key(True, "Do not decay the predictor's learning rate"),
         "stop_gradient": Key(True, "Stop the gradient of the target; False shows the collapse"),
     },

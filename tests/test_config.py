@@ -1,6 +1,7 @@
 """Config files, overrides, validation and the JSON form of configs."""
 
 import json
+import re
 
 import pytest
 
@@ -185,6 +186,19 @@ def test_defaults_are_within_their_bounds_and_choices():
     for name, key in schema_keys().items():
         key.require(name, key.default)
         assert key.doc, name
+
+
+def test_values_that_would_fail_late_are_refused():
+    for key, value in (
+        ("eval.interpolation", "foo"),
+        ("optim.final_lr", -1.0),
+        ("views.*.jitter.hue", float("nan")),
+        ("views.*.blur.kernel_size", -3),
+        ("simclr.out", 0),
+        ("byol.loss_scale", 0.0),
+    ):
+        with pytest.raises(UserError, match=f"^{re.escape(key)} is {value!r}"):
+            schema_keys()[key].require(key, value)
 
 
 @pytest.mark.parametrize(
