@@ -22,11 +22,14 @@ class UserError(Exception):
     printed_here = True
 
     def __init__(self, message: object = "") -> None:
-        """Escapes unprintable characters and cuts the middle: quoted input can't break the line."""
-        text = "".join(
-            c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message)
-        )
+        """Escapes and shortens: quoted input can't break or flood the line."""
+        text = printable(str(message))
         super().__init__(text if len(text) < _LONGEST else f"{text[:600]} … {text[-300:]}")
+
+
+def printable(text: str) -> str:
+    """Escapes line breaks, terminal codes and other characters that can't be printed."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def first_line(error: BaseException) -> str:

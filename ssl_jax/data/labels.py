@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from ssl_jax.data.listing import utf8
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, printable
 
 NO_LABEL = -1
 _MOST_UNNAMED = 1_000_000  # classes without names, whose number follows from the labels only
@@ -38,7 +38,7 @@ def checked_labels(
             f"{where} has {count} images but labels of shape {list(given.shape)}. "
             "Give one label per image."
         )
-    if not np.issubdtype(given.dtype, np.integer):
+    if given.dtype.kind not in "iu":  # for NumPy, time spans are integers, too
         raise UserError(
             f"{where} has labels of dtype {given.dtype}. Give integers: the index of the class, "
             f"or {NO_LABEL} for an image without a label."
@@ -57,10 +57,10 @@ def checked_labels(
 
 
 def checked_names(names: Any, where: str) -> tuple[str, ...]:
-    """Returns class names as strings that can be written as UTF-8.
+    """Returns class names as strings that can be printed and written as UTF-8.
 
     Args:
-      names: a list or array of strings or bytes; bytes that are not UTF-8 are escaped.
+      names: a list or array of strings or bytes; what is not UTF-8 or not printable is escaped.
       where: the file or folder that contains them, for messages.
 
     Raises:
@@ -68,4 +68,4 @@ def checked_names(names: Any, where: str) -> tuple[str, ...]:
     """
     if not isinstance(names, Sequence | np.ndarray) or np.ndim(names) != 1:
         raise UserError(f"{where} has class names of shape {list(np.shape(names))}. Give a list.")
-    return tuple(utf8(os.fsdecode(x) if isinstance(x, bytes) else str(x)) for x in names)
+    return tuple(printable(utf8(os.fsdecode(x) if isinstance(x, bytes) else str(x))) for x in names)

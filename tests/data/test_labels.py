@@ -27,10 +27,11 @@ def test_unnamed_classes_are_named_by_number():
     assert checked_labels([2, 0], (), 2, "file")[1] == ("0", "1", "2")
 
 
-def test_class_names_that_are_not_utf8_can_be_written():
+def test_class_names_that_are_not_utf8_or_not_printable_are_escaped():
     _, names = checked_labels([0, 1], ["caf\udce9", "café"], 2, "file")
     assert names == ("caf\\udce9", "café") and all(name.encode() for name in names)
     assert checked_labels([0], np.array([b"caf\xe9"]), 1, "file")[1] == ("caf\\udce9",)
+    assert checked_labels([0], ["a\n\x1b[31mb"], 1, "file")[1] == ("a\\n\\x1b[31mb",)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,7 @@ def test_class_names_that_are_not_utf8_can_be_written():
         (np.uint64([0, 0, 0, 2**64 - 1]), NAMES, "the label 18446744073709551615"),
         ([0.0, 1.0, 2.0, 3.0], NAMES, "file has labels of dtype float64. Give integers"),
         (["a", "b", "a", "b"], NAMES, "labels of dtype <U1"),
+        (np.arange(4).astype("timedelta64[s]"), NAMES, "labels of dtype timedelta64.s.. Give"),
         ([0, 1], NAMES, r"file has 4 images but labels of shape \[2\]. Give one label per image"),
         ([[0], [1], [2], [3]], NAMES, r"labels of shape \[4, 1\]"),
         ([0, 1, 2, 3], NAMES.reshape(2, 2), r"class names of shape \[2, 2\]. Give a list"),
