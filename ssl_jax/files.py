@@ -26,18 +26,25 @@ RERUN = "then rerun the same command"
 ANOTHER = "or choose another path"
 CHECK_PATH = "Check the path and its permissions"
 MAX_JSON = 2**26  # bytes of a JSON file that this library has written
+# `Path` makes one slash of two. A folder such as run1:/x is none.
+_URL = re.compile(r"[a-zA-Z][\w+.-]*://|(gs|s3|hdfs|https?|file):/")
 
 
-def local_path(path: str | Path) -> Path:
+def local_path(path: str | Path, key: str = "") -> Path:
     """Expands `~` in a path where it enters, and checks that `exists` and the like won't raise.
+
+    Args:
+      path: to expand.
+      key: name of the setting that gave the path, for messages.
 
     Raises:
       UserError: a URL, which Python would take for a folder of that name; or a path that the system
         refuses, even for a new file: too long, a link to itself, in a locked folder.
     """
-    if re.match(r"\w+:/", str(path)):
+    if _URL.match(str(path)):
+        subject = f"{key} is {path}," if key else f"{path} is"
         raise UserError(
-            f"{path} is a URL, not a path. Mount the bucket as a folder (gcsfuse, mountpoint-s3), "
+            f"{subject} a URL, not a path. Mount the bucket as a folder (gcsfuse, mountpoint-s3), "
             "and pass that."
         )
     try:

@@ -1,6 +1,7 @@
 """Atomic file writing and its error messages."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -198,5 +199,9 @@ def test_paths_are_expanded_and_refused_where_they_enter(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=rf"^Cannot use the path .* \({cause}\)\. Check"):
             local_path(path)
-    with pytest.raises(UserError, match="gs://bucket/run is a URL"):
-        local_path("gs://bucket/run")
+    for url in ("gs://bucket/run", "s3:/bucket/run", Path("hdfs://host/run"), "abc://x"):
+        with pytest.raises(UserError, match=f"^{url} is a URL"):
+            local_path(url)
+    with pytest.raises(UserError, match="^config.data.dir is gs://b, a URL, not a path. Mount"):
+        local_path("gs://b", "config.data.dir")
+    assert local_path("run1:/x") == Path("run1:/x")

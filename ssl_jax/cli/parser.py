@@ -180,6 +180,8 @@ def _suggestion(parser: Parser, name: str) -> str:
 
 def path_argument(text: str) -> Path:
     """The `type` of arguments that are local paths."""
+    if not text:  # for Python, the current folder
+        raise argparse.ArgumentTypeError("the path is empty. Give a path, or . for this folder")
     try:
         return local_path(text)
     except UserError as error:

@@ -78,7 +78,7 @@ def require_data(config: ConfigDict) -> None:
 def _require_folder(folder: str, key: str) -> Path:
     if not folder:
         raise UserError(f"{key} is empty. Set it to a folder of images with --{key}=FOLDER.")
-    root = local_path(folder)
+    root = local_path(folder, key)
     if not root.is_dir():
         raise UserError(
             f"{key} is {folder}, which is not a folder. Set it to a folder of images."
@@ -101,7 +101,7 @@ def require_packed(path: str, key: str) -> Path:
         raise UserError(
             f"{key} is empty. Set it to a file written by `ssl-jax data pack FOLDER FILE.npz`."
         )
-    file = local_path(path)
+    file = local_path(path, key)
     if not file.exists():
         raise UserError(
             f"{key} is {path}, which doesn't exist. "

@@ -338,13 +338,16 @@ OTHER_PATHS = {"data convert": {"folder", "out"}, "plan": {"compare"}}
 @pytest.mark.parametrize(
     ("typed", "action"), PATHS, ids=[f"{typed} {action.dest}" for typed, action in PATHS]
 )
-def test_url_in_place_of_a_path_is_refused_before_anything_is_created(
+def test_url_or_nothing_in_place_of_a_path_is_refused_before_anything_is_created(
     capsys, tmp_path, monkeypatch, typed, action
 ):
     monkeypatch.chdir(tmp_path)
     words = [f"{action.option_strings[0]}=gs://b/x"] if action.option_strings else ["gs://b/x"]
     code, _, err = run(capsys, *typed.split(), *words, *["a"] * (typed == "data pack"))
     assert code == 2 and "gs://b/x is a URL, not a path. Mount the bucket as a folder" in err
+    words = [f"{action.option_strings[0]}="] if action.option_strings else [""]
+    code, _, err = run(capsys, *typed.split(), *words, *["a"] * (typed == "data pack"))
+    assert code == 2 and f"{words[0].rstrip('=')}: the path is empty. Give a path, or ." in err
     assert not list(tmp_path.iterdir())
 
 
