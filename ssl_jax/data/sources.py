@@ -332,8 +332,10 @@ def _dir_sources(
     if not config.data.test_dir:
         return train, None
     test = open_source(config, "test_dir")
-    # Either split may have no labels.
-    if not train.num_classes or not test.num_classes or train.class_names == test.class_names:
+    # Either split may have no labels, and its labels may not reach the last of unnamed classes.
+    numbered = test.class_names == tuple(map(str, range(test.num_classes)))
+    known = train.class_names[: test.num_classes if numbered else None]
+    if not train.num_classes or not test.num_classes or known == test.class_names:
         return train, test
     dirs = f"config.data.dir ({config.data.dir}) and config.data.test_dir ({config.data.test_dir})"
     differing = sorted(set(train.class_names) ^ set(test.class_names))

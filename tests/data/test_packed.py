@@ -97,6 +97,17 @@ def test_splits_with_different_classes_raise_user_error(folder, tmp_path):
         make_sources(packed_config(dir=str(tmp_path / "a.npz"), test_dir=str(tmp_path / "b.npz")))
 
 
+def test_held_out_split_may_lack_the_last_of_unnamed_classes(tmp_path):
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    for name, labels in (("a", [0, 1, 2, 3]), ("b", [0, 1, 2, 2])):
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=labels, class_names=[])
+    a, b = str(tmp_path / "a.npz"), str(tmp_path / "b.npz")
+    train, test = make_sources(packed_config(dir=a, test_dir=b))
+    assert (train.num_classes, test.num_classes) == (4, 3)
+    with pytest.raises(UserError, match="Only one of .* has the class 3"):
+        make_sources(packed_config(dir=b, test_dir=a))
+
+
 ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2))
 ADAM7 = (*ADAM7, (1, 0, 2, 1))  # first row, first column, and steps of both
 
