@@ -99,7 +99,7 @@ def require_complete(weights: Weights, path: Path) -> None:
 
 
 def require_finite(weights: Weights, path: str | Path) -> None:
-    """Checks that no weight is NaN or infinite.
+    """Checks that no weight is NaN or infinite, and no running variance negative.
 
     Args:
       weights: of a run or a file.
@@ -115,6 +115,11 @@ def require_finite(weights: Weights, path: str | Path) -> None:
                 raise UserError(
                     f"{path} has {wrong:,} NaN or infinite values in {name} of its {kind}, as of a "
                     "run that diverged. Use an earlier checkpoint, or download the file again."
+                )
+            if tree is weights.batch_stats and name.endswith("var") and np.any(value < 0):
+                raise UserError(
+                    f"{path} has negative variances in {name} of its {kind}, so the file is "
+                    "damaged. Download or export it again."
                 )
 
 

@@ -207,6 +207,9 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, drawn, state,
     sentence = "has 2 NaN or infinite values in encoder/stage1_block1/bn1/var of its running stat"
     with pytest.raises(UserError, match=sentence):
         read_weights(saved(tmp_path, theirs))
+    theirs["layer1.0.bn1.running_var"][:2] = -1
+    with pytest.raises(UserError, match="negative variances in encoder/stage1_block1/bn1/var of"):
+        read_weights(saved(tmp_path, theirs))
     mine = jax.tree.map(np.copy, drawn)
     mine["params"]["stem"]["conv1"]["kernel"][0, 0, 0] = value
     write_weights(ours(mine), tmp_path / "ours.safetensors")
