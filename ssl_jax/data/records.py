@@ -11,6 +11,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 import resource
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -90,15 +91,16 @@ class RecordsSource(HostSource):
           key: the key of `config.data` that names the folder, "dir" or "test_dir".
 
         Raises:
-          UserError: no records in the folder, labels that don't match the records or the class
-            names, or a view that can't be made on the host.
+          UserError: no records in the folder, an index that `convert` doesn't write, or a view that
+            can't be made on the host.
         """
         folder = _expanded(config.data[key])
         index = _read_index(folder, f"config.data.{key}")
         names = index["names"].tobytes()
-        super().__init__(config, f"config.data.{key} ({folder})", len(index["label"]), names)
+        num_examples = int(index["counts"].sum())
+        super().__init__(config, f"config.data.{key} ({folder})", num_examples, names)
         labels, self.class_names = checked_labels(
-            index["label"], index["class_names"], int(index["counts"].sum()), _join(folder, _INDEX)
+            index["label"], index["class_names"], num_examples, _join(folder, _INDEX)
         )
         self.num_classes, self.labels_from = len(self.class_names), _join(folder, _INDEX)
         self._labels = index["label"].astype(np.int32) if labels is None else labels
@@ -202,9 +204,34 @@ def _read_index(folder: str, key: str) -> dict[str, Any]:
         with np.load(io.BytesIO(contents), allow_pickle=False) as arrays:
             if set(arrays.files) != _KEYS:
                 raise ValueError("unexpected arrays")
-            return dict(arrays)
+            index = dict(arrays)
     except Exception as error:  # a corrupt file fails in many ways
         raise UserError(f"{path} is corrupt. Convert the images again.") from error
+    if fault := _fault(index):
+        raise UserError(f"{path} has {fault}. Convert the images again.")
+    return index
+
+
+def _fault(index: dict[str, np.ndarray]) -> str:
+    """How shards, counts and names differ from what `convert` writes; "" if they don't."""
+    shards, counts, names = (index[key] for key in ("shards", "counts", "names"))
+    for key, array, kinds in (("shards", shards, "U"), ("counts", counts, "iu")):
+        if array.ndim != 1 or array.dtype.kind not in kinds or not array.size:
+            return f"{key} of dtype {array.dtype} and shape {list(array.shape)}"
+    if len(shards) != len(counts):
+        return f"{len(shards)} shards but {len(counts)} counts"
+    # A name with a slash would lead out of the folder.
+    if wrong := [shard for shard in shards.tolist() if not re.fullmatch(r"\w[\w.-]*", shard)]:
+        return f"the shard '{wrong[0]}', which is not a plain file name"
+    if counts.min() < 1:
+        return f"a shard of {counts.min()} records"
+    text, total = names.tobytes(), sum(counts.tolist())
+    ends = text[:1] + text[-1:]
+    if names.dtype != np.uint8 or b"\0" in ends or b"\0\0" in text or not text:
+        return "names that are empty or not bytes"
+    if text.count(b"\0") + 1 != total:
+        return f"{text.count(bytes(1)) + 1} names for {total} records"
+    return ""
 
 
 def _default_shards(files: Sequence[str]) -> int:

@@ -132,6 +132,43 @@ def test_corrupt_or_missing_files_raise_user_errors(tmp_path):
         read(source, [(0, [1, 10])])
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("label", np.array(0), r"labels of shape \[\]"),
+        ("label", np.zeros(11, int), r"12 images but labels of shape \[11\]"),
+        ("shards", np.array("a"), r"shards of dtype <U1 and shape \[\]"),
+        ("shards", np.array([1, 2]), "shards of dtype int64"),
+        ("shards", np.array([], str), r"shards of dtype <U1 and shape \[0\]"),
+        ("shards", np.array(["a", "b", "c"]), "3 shards but 2 counts"),
+        ("shards", np.array(["a", "../rec/b"]), "the shard '../rec/b', which is not a plain file"),
+        ("shards", np.array(["a", ".."]), "the shard '..', which is not a plain file name"),
+        ("counts", np.array([6.0, 6.0]), "counts of dtype float64"),
+        ("counts", np.array(["6", "6"]), "counts of dtype <U1"),
+        ("counts", np.array([[6, 6]]), r"counts of dtype int64 and shape \[1, 2\]"),
+        ("counts", np.array([13, -1]), "a shard of -1 records"),
+        ("counts", np.array([6, 7]), "12 names for 13 records"),
+        ("names", np.frombuffer(b"a\0b", np.uint8), "2 names for 12 records"),
+        ("names", np.frombuffer(b"a" + bytes(11), np.uint8), "names that are empty"),
+        ("names", np.zeros(12), "names that are empty or not bytes"),
+        ("class_names", np.array("a"), r"class names of shape \[\]"),
+    ],
+)
+def test_index_of_other_shapes_types_or_paths_is_refused(tmp_path, key, value, words):
+    index = {
+        "shards": np.array(["a", "b"]),
+        "counts": np.array([6, 6]),
+        "label": np.zeros(12, int),
+        "names": np.frombuffer(b"\0".join([b"a"] * 12), np.uint8),
+        "class_names": np.array(["cat"]),
+    }
+    np.savez(tmp_path / "index.npz", **index)
+    assert source_of(tmp_path).num_examples == 12
+    np.savez(tmp_path / "index.npz", **{**index, key: value})
+    with pytest.raises(UserError, match=f"index.npz has .*{words}"):
+        source_of(tmp_path)
+
+
 @pytest.mark.parametrize("on_bad_image", ["fatal", "skip"])
 def test_file_cut_at_a_block_boundary_raises_user_error(tmp_path, on_bad_image):
     """ArrayRecord reads all records of such a file as empty, and raises nothing."""
