@@ -15,6 +15,7 @@ from ssl_jax.data.labels import NO_LABEL, checked_names
 from ssl_jax.data.listing import list_images
 from ssl_jax.data.tensorflow import tf
 from ssl_jax.files import RESUME, local_path, reading
+from ssl_jax.fingerprint import files_fingerprint
 
 
 class FolderSource(HostSource):
@@ -36,7 +37,8 @@ class FolderSource(HostSource):
         folder = config.data[key]
         files, labels, class_names = list_images(folder, f"config.data.{key}")
         names = "\0".join(os.path.relpath(file, local_path(folder)) for file in files)
-        super().__init__(config, f"config.data.{key} ({folder})", len(files), os.fsencode(names))
+        fingerprint = files_fingerprint(len(files), os.fsencode(names), files, os.path.getsize)
+        super().__init__(config, f"config.data.{key} ({folder})", len(files), fingerprint)
         self.class_names = checked_names(class_names, folder)
         self.num_classes, self.labels_from = len(class_names), f"subfolders of {folder}"
         self._folder = local_path(folder)

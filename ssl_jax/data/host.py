@@ -14,7 +14,6 @@ import itertools
 import logging
 import os
 import threading
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
@@ -56,21 +55,21 @@ class HostSource:
       class_names: names of the classes, in the order of the labels.
       labels_from: where the labels come from, in words.
       bad: names of the undecodable images found so far.
-      fingerprint: changes with the order, number or labels of the images.
+      fingerprint: changes with the order, number or labels of the images, and the files' sizes.
     """
 
     class_names: tuple[str, ...] = ()
     num_classes: int = 0
     labels_from: str = ""
 
-    def __init__(self, config: ConfigDict, where: str, num_examples: int, names: bytes) -> None:
+    def __init__(self, config: ConfigDict, where: str, num_examples: int, fingerprint: str) -> None:
         """Opens nothing.
 
         Args:
           config: the run's config.
           where: the config keys and values that locate the images, for messages.
           num_examples: number of images, N.
-          names: the images' names, for the fingerprint.
+          fingerprint: `files_fingerprint` of the images.
 
         Raises:
           UserError: TensorFlow isn't installed, or a view can't be made on the host.
@@ -82,7 +81,7 @@ class HostSource:
         self._views = flat_views(config)
         self.num_examples = num_examples
         self.bad: list[str] = []
-        self.fingerprint = f"{num_examples} images, checksum of names {zlib.crc32(names):08x}"
+        self.fingerprint = fingerprint
         # For each id, the id whose image is used.
         self._source_id = np.arange(num_examples, dtype=np.int32)
         self._lock = threading.Lock()

@@ -29,6 +29,7 @@ from ssl_jax.data.reader import in_parallel
 from ssl_jax.data.tensorflow import array_record_data_source, array_record_module, tf
 from ssl_jax.errors import UserError, first_line
 from ssl_jax.files import CHECK_PATH, local_path, reading, replacing, writing
+from ssl_jax.fingerprint import files_fingerprint
 
 _INDEX = "index.npz"
 _READERS = 64  # parallel reads, which hide the latency of a disk or a bucket
@@ -98,14 +99,16 @@ class RecordsSource(HostSource):
         index = _read_index(folder, f"config.data.{key}")
         names = index["names"].tobytes()
         num_examples = int(index["counts"].sum())
-        super().__init__(config, f"config.data.{key} ({folder})", num_examples, names)
+        paths = [_join(folder, str(shard)) for shard in index["shards"]]
+        identity = b"\0".join([names, *(index[each].tobytes() for each in ("label", "counts"))])
+        fingerprint = files_fingerprint(num_examples, identity, paths, file_size)
+        super().__init__(config, f"config.data.{key} ({folder})", num_examples, fingerprint)
         labels, self.class_names = checked_labels(
             index["label"], index["class_names"], num_examples, _join(folder, _INDEX)
         )
         self.num_classes, self.labels_from = len(self.class_names), _join(folder, _INDEX)
         self._labels = index["label"].astype(np.int32) if labels is None else labels
         self._names = names
-        paths = [_join(folder, str(shard)) for shard in index["shards"]]
         self._records = ArrayRecords(
             [(path, 0, count) for path, count in zip(paths, index["counts"], strict=True)]
         )
@@ -129,6 +132,18 @@ class RecordsSource(HostSource):
     def file_name(self, id: int) -> str:
         """The file's path in the converted folder."""
         return os.fsdecode(self._file_names[id])
+
+
+def file_size(path: str) -> int:
+    """The size in bytes of a local file or one in a bucket.
+
+    Raises:
+      OSError: there is no such file, or it can't be read.
+    """
+    try:
+        return int(tf.io.gfile.stat(path).length)
+    except tf.errors.OpError as error:
+        raise OSError(error.message) from error
 
 
 class ArrayRecords:

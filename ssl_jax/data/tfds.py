@@ -14,10 +14,11 @@ from ml_collections import ConfigDict
 from ssl_jax.data.host import HostSource
 from ssl_jax.data.labels import NO_LABEL
 from ssl_jax.data.reader import in_parallel
-from ssl_jax.data.records import ArrayRecords
+from ssl_jax.data.records import ArrayRecords, file_size
 from ssl_jax.data.tensorflow import tf, tfds
 from ssl_jax.errors import UserError, did_you_mean
 from ssl_jax.files import CHECK_PATH, reading
+from ssl_jax.fingerprint import files_fingerprint
 
 # A TFRecord: 8 bytes of payload length and 4 of its checksum, the payload, and 4 of its checksum.
 _BEFORE, _AFTER = 12, 4
@@ -68,7 +69,9 @@ class TfdsSource(HostSource):
         self._examples = _open(builder, instructions)
         full_name = f"{builder.info.full_name} {split}".encode()
         where = f"config.data.dataset ({name}, split {split})"
-        super().__init__(config, where, len(self._examples), full_name)
+        files = [os.fspath(instruction.filename) for instruction in instructions]
+        fingerprint = files_fingerprint(len(self._examples), full_name, files, file_size)
+        super().__init__(config, where, len(self._examples), fingerprint)
         if not self.num_examples:
             raise UserError(f"{where} has no images. Set config.data.{key} to a split with images.")
         self._image, self._label = config.data.image_key, config.data.label_key if label else ""

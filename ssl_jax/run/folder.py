@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from ssl_jax.config import differences, from_json, to_json
 from ssl_jax.errors import UserError
 from ssl_jax.files import appending, read_regular, reason, replacing, writing
+from ssl_jax.fingerprint import same_images
 from ssl_jax.version import __version__
 
 # Version of a run's folder: the keys of config.json other than the config, and the tree of
@@ -152,8 +153,7 @@ def write_config(
       data: fingerprint of the training data.
       test_data: fingerprint of the held-out data; "" if there is none.
       derived: values that follow from the config and the devices, for the record.
-      weights: fingerprints of the weights that the run starts from, by the name of the group that
-        sets them; without those that can't be read any more.
+      weights: fingerprints of the run's initial weights and teacher, by the name of their group.
       evaluated: the run's results have been measured, so its held-out data is fixed.
 
     Raises:
@@ -164,11 +164,7 @@ def write_config(
     kept = has_checkpoint(workdir)
     if path.exists():
         record = read_record(workdir)
-        before, now = to_json(from_json(record["config"])), to_json(config)
-        changed = differences(before, now, ignore=("results", "nothing"))
-        changed += _other_sources(before, now, started_weights(workdir), weights or {})
-        if record.get("data", data) != data:
-            changed.append(f"the training data: {record['data'] or 'none'} -> {data or 'none'}")
+        changed = _affecting_training(record, config, data, started_weights(workdir), weights or {})
         if evaluated and record.get("test_data"):
             changed += _other_held_out(record, test_data)
         if changed:
@@ -196,6 +192,22 @@ def write_config(
         **environment(),
     }
     _write_record(workdir, record)
+
+
+def _affecting_training(
+    record: dict[str, Any],
+    config: ConfigDict,
+    data: str,
+    started: dict[str, dict[str, Any]],
+    found: dict[str, dict[str, Any]],
+) -> list[str]:
+    """Differences with which a run can't be resumed."""
+    before, now = to_json(from_json(record["config"])), to_json(config)
+    changed = differences(before, now, ignore=("results", "nothing"))
+    changed += _other_sources(before, now, started, found)
+    if not same_images(str(record.get("data", data)), data):
+        changed.append(f"the training data: {record['data'] or 'none'} -> {data or 'none'}")
+    return changed
 
 
 def _other_sources(
@@ -293,7 +305,9 @@ def changed_settings(workdir: Path, config: ConfigDict, test_data: str | None = 
 
 def _other_held_out(record: dict[str, Any], found: str) -> list[str]:
     old = record.get("test_data", found)
-    return [] if old == found else [f"the held-out data: {old or 'none'} -> {found or 'none'}"]
+    if same_images(str(old), found):
+        return []
+    return [f"the held-out data: {old or 'none'} -> {found or 'none'}"]
 
 
 def note_resumption(

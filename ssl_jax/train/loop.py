@@ -72,8 +72,8 @@ def pretrain(
                 check_folder = stack.enter_context(locked(workdir))
                 data = (setup.train.fingerprint, setup.test.fingerprint if setup.test else "")
                 weights = source_fingerprints(setup.config, started_weights(workdir))
-                known = (setup.derived, weights, has_results(workdir))
-                write_config(workdir, setup.config, command, *data, *known)
+                more: Any = {"weights": weights, "evaluated": has_results(workdir)}
+                write_config(workdir, setup.config, command, *data, setup.derived, **more)
         same = to_json(config)
         same["data"] |= {"dir": "", "test_dir": ""}  # compared by the images' fingerprints
         processes.require_same({"workdir": lock_text(workdir), "config": json.dumps(same)})

@@ -61,8 +61,12 @@ def test_fingerprint_depends_on_the_files_and_not_on_the_folders_path(tmp_path, 
     monkeypatch.chdir(tmp_path / "scratch")
     for path in ("~/a", "../a", "b", tmp_path / "scratch" / "b"):
         assert source_of(path).fingerprint == expected, path
-    (tmp_path / "a" / "cat" / "0.png").rename(tmp_path / "a" / "cat" / "9.png")
+    cat = tmp_path / "a" / "cat" / "0.png"
+    cat.write_bytes(cat.read_bytes() + bytes(3))
     assert source_of(tmp_path / "a").fingerprint != expected
+    copied = tmp_path / "scratch" / "b" / "cat" / "0.png"
+    copied.rename(copied.with_name("9.png"))
+    assert source_of("b").fingerprint != expected
 
 
 def test_a_flat_folder_has_no_labels(tmp_path):

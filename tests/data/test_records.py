@@ -39,6 +39,11 @@ def test_records_equal_the_converted_folder(tmp_path):
     assert source.class_names == expected.class_names and source.device_data() == {}
     np.testing.assert_array_equal(source.labels, expected.labels)
     assert source.names(range(12)) == expected.names(range(12))
+    index = dict(np.load(folder / "index.npz"))
+    shutil.copytree(folder, tmp_path / "changed")
+    assert source_of(tmp_path / "changed").fingerprint == source.fingerprint
+    np.savez(tmp_path / "changed" / "index.npz", **index | {"label": index["label"][::-1]})
+    assert source_of(tmp_path / "changed").fingerprint != source.fingerprint
     index = Index(12, 4, seed=0)
     steps = [(step, index.ids(step)) for step in range(7)]
     batches, from_files = read(source, steps), read(expected, steps)
