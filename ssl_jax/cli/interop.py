@@ -36,8 +36,10 @@ def _export(args: argparse.Namespace) -> None:
             f"[n, {shape['features']}]; load with jax.export.deserialize"
         )
     else:
-        export.export_folder(args.run, args.out, step=args.step)
+        kept = export.export_folder(args.run, args.out, step=args.step)
         print(f"{args.out}: choose a license in its README.md before you publish it")
+        if kept:
+            print("  its README.md was kept; for a new card, remove it and export again")
 
 
 def _import(args: argparse.Namespace) -> None:

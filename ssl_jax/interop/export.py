@@ -28,10 +28,10 @@ from ssl_jax.models.resnet import architecture
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 _LOADER = "torch_encoder.py"
-_WEIGHTS = "model.safetensors"
+_WEIGHTS, _ALL_WEIGHTS = "model.safetensors", "ssl_jax.safetensors"
 _FOLDER_FILES = (
-    *("README.md", "config.json", "preprocessor_config.json", "ssl_jax.safetensors"),
-    *(_WEIGHTS, _LOADER),
+    *("README.md", "config.json", "preprocessor_config.json"),
+    *(_ALL_WEIGHTS, _WEIGHTS, _LOADER),
 )
 # Limit of a serialized program's constants; its format ends at 2 GiB.
 _MAX_BYTES = 2**31 - 2**24
@@ -150,7 +150,7 @@ def export_program(
 
     Args:
       path: a run's workdir, or a file of weights.
-      file: the output.
+      file: the output, `*.bin`.
       step: of the run's checkpoint, the newest by default.
       projector_layer: return the output of this hidden layer of the projector.
 
@@ -159,8 +159,11 @@ def export_program(
 
     Raises:
       UserError: there is nothing to export, the network is too big for one program, or the file
-        can't be written.
+        has another suffix or can't be written.
     """
+    file = local_path(file)
+    if file.suffix != ".bin":
+        raise UserError(f"Cannot write {file}: use a name that ends in .bin.")
     encoder = load(path, step, projector_layer=projector_layer)
     config = from_json(to_json(encoder.config))
     config.dtype = "float32"
@@ -177,7 +180,7 @@ def export_program(
     # By default, convolutions on GPUs and TPUs round their inputs.
     with _without_source_paths(), jax.default_matmul_precision("highest"):
         exported = jax_export.export(jax.jit(function), platforms=PLATFORMS)(images)
-    _write(local_path(file), bytes(exported.serialize()))
+    _write(file, bytes(exported.serialize()))
     return {"size": size, "features": int(exported.out_avals[0].shape[1])}
 
 
@@ -208,7 +211,7 @@ def _write(file: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def export_folder(path: str | Path, folder: str | Path, *, step: int | None = None) -> None:
+def export_folder(path: str | Path, folder: str | Path, *, step: int | None = None) -> bool:
     """Writes a Hugging Face folder: config, weights, preprocessing and a model card.
 
     `timm.create_model("local-dir:FOLDER")` loads a network that torchvision has, `torch_encoder.py`
@@ -218,6 +221,10 @@ def export_folder(path: str | Path, folder: str | Path, *, step: int | None = No
       path: a run's workdir, or a file of weights.
       folder: the output; created if it doesn't exist.
       step: of the run's checkpoint, the newest by default.
+
+    Returns:
+      Whether the folder's README.md was kept: the user may have edited the card of an earlier
+      export.
 
     Raises:
       UserError: there is nothing to export, the folder has files of these names that are not from
@@ -236,18 +243,25 @@ def export_folder(path: str | Path, folder: str | Path, *, step: int | None = No
             (folder / _WEIGHTS).unlink(missing_ok=True)
     # First: the file marks the folder as an export, so that an interrupted one can be repeated.
     _write_json(folder / "config.json", _hub_config(config))
-    write_weights(weights, folder / "ssl_jax.safetensors")
+    write_weights(weights, folder / _ALL_WEIGHTS)
     if not config.model.sk:
         _write_torch(weights, folder / _WEIGHTS)
         _write(loader, _source())
     _write_json(folder / "preprocessor_config.json", _hub_preprocessing(config))
-    _write(folder / "README.md", model_card(path, weights).encode())
+    file, card = folder / "README.md", model_card(path, weights).encode()
+    if os.path.lexists(file):
+        with reading(file):
+            return read_regular(file) != card
+    _write(file, card)
+    return False
 
 
 def _require_no_other_files(folder: Path) -> None:
     """Refuses a folder, such as a run or a project, whose files an export would replace."""
     others = [name for name in _FOLDER_FILES if os.path.lexists(folder / name)]
-    if others and not _is_export(folder / "config.json"):
+    begun = others == ["config.json"]
+    whole = any((folder / name).is_file() for name in (_WEIGHTS, _ALL_WEIGHTS))
+    if others and not (_is_export(folder / "config.json") and (begun or whole)):
         raise UserError(
             f"{folder} contains a {others[0]} that is not from an earlier export: choose another "
             "--out folder, which may be a new one."

@@ -74,8 +74,8 @@ def write_comparison(workdirs: Sequence[Path], out: Path | None = None) -> Path:
       The path of the page.
 
     Raises:
-      UserError: a folder contains no run or is given twice, there are too many, or the page cannot
-        be written.
+      UserError: a folder contains no run or is given twice, there are too many, or the page is not
+        a .html file or cannot be written.
     """
     workdirs = [local_path(workdir) for workdir in workdirs]
     if not 2 <= len(workdirs) <= len(_LETTERS):
@@ -87,6 +87,9 @@ def write_comparison(workdirs: Sequence[Path], out: Path | None = None) -> Path:
     for i, workdir in enumerate(resolved):
         if workdir in resolved[:i]:
             raise UserError(f"{workdirs[i]} is given twice. Pass each run once.")
+    out = local_path(out) if out else workdirs[0] / "comparison.html"
+    if out.suffix.lower() != ".html":
+        raise UserError(f"--out is {out}, not a .html file: give it a name that ends in .html.")
     # Read all records before writing anything.
     records = [read_run(workdir) for workdir in workdirs]
     names = [workdir.name for workdir in resolved]
@@ -102,7 +105,6 @@ def write_comparison(workdirs: Sequence[Path], out: Path | None = None) -> Path:
         )
         for i, workdir in enumerate(workdirs)
     ]
-    out = local_path(out) if out else workdirs[0] / "comparison.html"
     reports = [_report(workdir) for workdir in workdirs]
     write_page(
         out,

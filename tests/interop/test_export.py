@@ -245,6 +245,19 @@ def test_folder_export_replaces_no_files_but_an_earlier_exports(run, tmp_path, c
         assert before == {file: file.read_bytes() for file in out.iterdir() if file.is_file()}
 
 
+def test_repeated_folder_export_keeps_an_edited_card(run, tmp_path, capsys):
+    line = ["export", f"--from={run}", "--format=folder", f"--out={tmp_path / 'hub'}"]
+    for _ in range(2):
+        assert "kept" not in command(capsys, *line)
+    (tmp_path / "hub" / "README.md").write_text("license: mit")
+    assert "README.md was kept; for a new card, remove it" in command(capsys, *line)
+    assert (tmp_path / "hub" / "README.md").read_text() == "license: mit"
+    for name in ("model.safetensors", "ssl_jax.safetensors"):
+        (tmp_path / "hub" / name).unlink()
+    assert cli.main(line) == 2
+    assert "that is not from an earlier export" in capsys.readouterr().err
+
+
 def test_exported_headers_contain_no_local_paths(selective, tmp_path):
     weights = read_weights(selective)
     config = from_json(to_json(weights.config))
@@ -261,6 +274,7 @@ def test_exported_headers_contain_no_local_paths(selective, tmp_path):
     ("flags", "sentence"),
     [
         (("--format=torch", "--out=a.bin"), "use a name that ends in .safetensors"),
+        (("--format=program", "--out=config.json"), "use a name that ends in .bin"),
         (("--format=jax", "--out=/nowhere/a.safetensors"), "no folder /nowhere (--out)"),
         (("--format=jax", "--out=a.safetensors", "--step=9"), "no checkpoint of step 9"),
         (("--format=jax", "--out=a.safetensors", "--projector-layer=1"), "is for --format=program"),

@@ -59,6 +59,13 @@ def test_comparison_is_one_page_in_the_first_folder_with_links_to_both_reports(r
     assert "$" not in page.source and len(page.all("script")) == 1
 
 
+def test_comparison_is_written_to_html_files_only(runs, tmp_path):
+    (tmp_path / "mine.md").write_text("mine")
+    with pytest.raises(UserError, match=r"not a \.html file"):
+        write_comparison(runs, tmp_path / "mine.md")
+    assert (tmp_path / "mine.md").read_text() == "mine"
+
+
 def test_links_are_relative_to_the_page(runs, tmp_path):
     (tmp_path / "out").mkdir()
     page = Page(write_comparison(runs, tmp_path / "out" / "c.html"))
