@@ -167,6 +167,7 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
         try:
+            _require_shapes(self.directory / str(step) / "default", abstract)
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except jax.errors.JaxRuntimeError:
             raise  # a process is lost, or a device is out of memory
@@ -234,6 +235,26 @@ class Checkpoints:
         finally:
             self._sealed()
         self._manager.close()
+
+
+def _require_shapes(folder: Path, like: Pytree) -> None:
+    """Compares shapes with the stored ones.
+
+    Orbax 0.12 would find a difference while it reads other arrays, and print errors of those.
+
+    Raises:
+      ValueError: an array is stored with another shape.
+    """
+    stored = _by_name(ocp.StandardCheckpointHandler().metadata(folder))
+    for name, wanted in _by_name(like).items():
+        found = getattr(stored.get(name), "shape", wanted.shape)
+        if tuple(found) != wanted.shape:
+            raise ValueError(f"{name} has shape {tuple(found)}, not {wanted.shape}")
+
+
+def _by_name(tree: Pytree) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _refuse_links(directory: Path) -> None:

@@ -72,6 +72,9 @@ def test_checkpoint_of_different_shapes_is_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match="Cannot read the checkpoint of step 1") as caught:
         checkpoints.restore(1, {"step": jnp.int32(0), "other": jnp.zeros(3)})
     assert "\n" not in str(caught.value)
+    larger = jax.tree.map(lambda x: jnp.zeros((*x.shape, 2), x.dtype), state_of(1))
+    with pytest.raises(UserError, match=r"\(step has shape \(\), not \(2,\)\)\. If an"):
+        checkpoints.restore(1, larger)
     checkpoints.close()
 
 
