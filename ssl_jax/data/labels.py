@@ -46,14 +46,32 @@ def checked_labels(
     if (given == NO_LABEL).all():
         return None, ()
     classes = len(names) or min(int(given.max()) + 1, _MOST_UNNAMED)
-    wrong = np.flatnonzero((given < NO_LABEL) | (given >= classes))
+    require_in_range(given, np.arange(count), classes, bool(names), where)
+    return given.astype(np.int32), names or tuple(map(str, range(classes)))
+
+
+def require_in_range(
+    labels: Int[np.ndarray, " n"], ids: Int[np.ndarray, " n"], classes: int, named: bool, where: str
+) -> None:
+    """Checks that each label is -1 or a class.
+
+    Args:
+      labels: to check.
+      ids: of their images, for the message.
+      classes: number of classes.
+      named: whether that is the number of class names.
+      where: the file, folder or split that contains the labels, for messages.
+
+    Raises:
+      UserError: naming the first wrong label and its image.
+    """
+    wrong = np.flatnonzero((labels < NO_LABEL) | (labels >= classes))
     if len(wrong):
-        named = f" but {classes} class names" if names else ""
+        names = f" but {classes} class names" if named else ""
         raise UserError(
-            f"{where} has the label {given[wrong[0]]} (image {wrong[0]}){named}. Number the "
+            f"{where} has the label {labels[wrong[0]]} (image {ids[wrong[0]]}){names}. Number the "
             f"classes from 0 to {classes - 1}; {NO_LABEL} stands for an image without a label."
         )
-    return given.astype(np.int32), names or tuple(map(str, range(classes)))
 
 
 def checked_names(names: Any, where: str) -> tuple[str, ...]:

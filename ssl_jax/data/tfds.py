@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from ssl_jax.data.host import HostSource
-from ssl_jax.data.labels import NO_LABEL
+from ssl_jax.data.host import HostSource, PerImage, Step
+from ssl_jax.data.labels import NO_LABEL, checked_names, require_in_range
 from ssl_jax.data.reader import in_parallel
 from ssl_jax.data.records import ArrayRecords, file_size
 from ssl_jax.data.tensorflow import tf, tfds
@@ -75,8 +75,9 @@ class TfdsSource(HostSource):
         if not self.num_examples:
             raise UserError(f"{where} has no images. Set config.data.{key} to a split with images.")
         self._image, self._label = config.data.image_key, config.data.label_key if label else ""
+        self._classes = label.num_classes if label else 0
         if label is not None and self._is_labeled():
-            self.num_classes, self.class_names = label.num_classes, tuple(label.names)
+            self.num_classes, self.class_names = self._classes, checked_names(label.names, where)
             self.labels_from = f"feature '{self._label}'"
 
     def _is_labeled(self) -> bool:
@@ -98,6 +99,15 @@ class TfdsSource(HostSource):
         if self._label:
             label = tf.cast(example[self._label], tf.int32)
         return example[self._image], label
+
+    def _read(
+        self, steps: Iterator[Step], make: PerImage
+    ) -> Iterator[tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], tuple[np.ndarray, ...]]]:
+        """Also checks the labels, which are not known before the examples are read."""
+        for ids, labels, made in super()._read(steps, make):
+            if self._label:
+                require_in_range(labels, ids, self._classes, True, self._where)
+            yield ids, labels, made
 
     def name(self, id: int) -> str:
         """The example's number and split."""

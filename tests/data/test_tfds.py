@@ -117,6 +117,20 @@ def test_split_whose_labels_are_all_minus_one_has_no_labels(tmp_path):
     assert (labeled(mixed).labels >= 0).all() and labeled(mixed).num_examples == 12
 
 
+def test_label_beyond_the_class_names_is_refused_wherever_labels_are_read(tmp_path):
+    build(tmp_path, fill(tmp_path / "images"), "array_record")
+    (features,) = tmp_path.rglob("features.json")
+    features.write_text(features.read_text().replace('"3"', '"2"'))
+    features.with_name("label.labels.txt").write_text("cat\nd\x1bog\n")
+    source = make_sources(config_for(tmp_path))[0]
+    assert source.class_names == ("cat", "d\\x1bog")
+    for use in (lambda: source.labels, lambda: read(source, [(0, range(12))])):
+        with pytest.raises(
+            UserError, match=r"split train. has the label 2 .image \d+. but 2 class"
+        ):
+            use()
+
+
 def test_undecodable_example_is_named_or_replaced(tmp_path):
     images = fill(tmp_path / "images")
     file = images / "dog" / "2.png"
