@@ -272,6 +272,19 @@ def batchnorm_images(config: ConfigDict, devices: int) -> int:
     return (config.microbatch or config.batch_size) * group // devices
 
 
+def batchnorm_advice(config: ConfigDict, devices: int) -> str:
+    """The settings that make more images share BatchNorm statistics, as an order without period.
+
+    Args:
+      config: the run's config.
+      devices: number of devices in the mesh.
+    """
+    part, keys = config.microbatch, ["config.batch_size", "config.microbatch"]
+    larger = keys[1:] if 0 < part < config.batch_size else keys if part else keys[:1]
+    shared = ", or set config.model.bn_group_size=0" * (0 < config.model.bn_group_size < devices)
+    return f"increase {' and '.join(larger)}{shared}"
+
+
 def make_train_step(
     method: Method,
     optimizer: optax.GradientTransformation,
@@ -387,8 +400,7 @@ class Program:
         self.batchnorm_images = batchnorm_images(config, spmd.size)
         if self.batchnorm_images < 2:
             raise UserError(
-                "BatchNorm would see one image at a time. Increase config.batch_size, "
-                "config.microbatch or config.model.bn_group_size."
+                f"BatchNorm would see one image at a time: {batchnorm_advice(config, spmd.size)}."
             )
         self.config, self.spmd = config, spmd
         self.method, self.optimizer, learning_rate = assemble(config, schedule, AXIS, groups)

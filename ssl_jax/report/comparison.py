@@ -109,6 +109,7 @@ def write_comparison(workdirs: Sequence[Path], out: Path | None = None) -> Path:
     write_page(
         out,
         "comparison.html",
+        "or choose another file with --out",
         title=_title(runs),
         lead=_lead(runs),
         runs=runs,

@@ -13,10 +13,12 @@ from jaxtyping import Int
 from ssl_jax.config import flat_views
 from ssl_jax.data.sources import Source, why_not_scored
 from ssl_jax.errors import UserError
+from ssl_jax.evals.results import LAST_FILE
 from ssl_jax.plan.flops import traced_flops
 from ssl_jax.plan.plan import memory_kinds
 from ssl_jax.report.words import counted
 from ssl_jax.run.log import read_metrics
+from ssl_jax.step import batchnorm_advice
 from ssl_jax.train.setup import Setup
 
 Row = tuple[str, str]
@@ -156,8 +158,8 @@ def start_warnings(setup: Setup) -> Iterator[str]:
     shared = setup.derived["batchnorm_images"]
     if shared < _FEW and not config.supervised.freeze:
         yield (
-            f"warning: BatchNorm averages over only {shared} images. Use at least {_FEW}: increase "
-            "config.batch_size or config.microbatch, or set config.model.bn_group_size=0."
+            f"warning: BatchNorm averages over only {shared} images. Use at least {_FEW}: "
+            f"{batchnorm_advice(config, setup.spmd.size)}."
         )
 
 
@@ -175,7 +177,10 @@ def settings_notes(changed: Sequence[str], start: int, total: int) -> list[str]:
     if start and any(line.startswith(("init_from.", "distill.")) for line in changed):
         note += " The run keeps its weights: initial weights are loaded only when a run starts."
     if start == total and any(line.startswith("eval.") for line in changed):
-        note += " Existing results stay as measured; evaluate again with ssl-jax knn or linear."
+        note += (
+            f" Existing results stay as measured. To measure them again, delete {LAST_FILE} in "
+            "the run's folder and rerun the same command."
+        )
     return [note]
 
 

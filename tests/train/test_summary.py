@@ -212,7 +212,14 @@ def test_end_summary_has_time_speed_and_best_knn(tmp_path):
         (
             "moco",
             {"batch_size": 64, "model.bn_group_size": 1},
-            "BatchNorm averages over only 8 ",
+            "only 8 .*: increase config.batch_size, or set config.model.bn_group_size=0.$",
+        ),
+        ("simclr", {"batch_size": 8}, "only 8 images.*: increase config.batch_size.$"),
+        ("simclr", {"microbatch": 8}, "only 8 images.*: increase config.microbatch.$"),
+        (
+            "simclr",
+            {"batch_size": 8, "microbatch": 8},
+            "increase config.batch_size and config.microbatch.$",
         ),
         ("moco", {"moco.queue": 1280}, ""),
         ("simclr", {"optim.warmup_epochs": 9.0}, "warmup of 90 steps"),
@@ -249,7 +256,7 @@ def test_changed_settings_are_noted_with_what_they_do_not_change():
     (note,) = summary.settings_notes(["log_every: 10 -> 7"], 2, 4)
     assert note == "Settings changed (log_every: 10 -> 7); config.json records it."
     (note,) = summary.settings_notes(["eval.knn_k: 9 -> 7", "init_from.path: a -> b"], 4, 4)
-    assert "keeps its weights" in note and "Existing results stay as measured" in note
+    assert "keeps its weights" in note and "delete report_images.npz in the run's folder" in note
     assert summary.settings_notes([], 2, 4) == []
 
 
