@@ -27,7 +27,7 @@ def configured(method, *overrides):
         ("simclr", ("data.num_classes=3",), r"Set it to (\d+),", "data.num_classes={}"),
         ("simclr", ("method=simcl",), r"Did you mean '(\w+)'", "method={}"),
         ("simclr", ("optim.warmup=3",), r"Did you mean '(\w+)'", "optim.{}=3"),
-        ("simclr", ("wandb=False",), r"--config\.(wandb=)$", "{}"),
+        ("simclr", ("wandb=False",), r"--config\.(wandb=) for none", "{}"),
         ("simclr", ("steps=0", "epochs=0"), r"(Set) one of them", "epochs=1"),
         ("moco", ("moco.queue=100",), r"such as (\d+)\.", "moco.queue={}"),
         ("moco", ("views.view1.count=2",), r"name (two) with count 1", "views.view1.count=1"),
