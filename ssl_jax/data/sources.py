@@ -263,12 +263,18 @@ def digits(config: ConfigDict) -> tuple[Source, Source]:
     data = load_digits()
     gray = np.round(data.images * (255 / 16)).astype(np.uint8)
     images = np.repeat(gray[..., None], 3, axis=-1)
-    train, test = train_test_split(
-        np.arange(len(images)),
-        test_size=config.data.test_fraction,
-        random_state=0,
-        stratify=data.target,
-    )
+    try:
+        train, test = train_test_split(
+            np.arange(len(images)),
+            test_size=config.data.test_fraction,
+            random_state=0,
+            stratify=data.target,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"config.data.test_fraction is {config.data.test_fraction:g}, with which a split lacks "
+            "images of a class. Use 0.01 to 0.99."
+        ) from error
     names = [str(name) for name in data.target_names]
     own = {"labels_from": "scikit-learn"}
     return (

@@ -172,3 +172,10 @@ def test_subset_share_out_of_range_raises_user_error(share):
     config.data.subset = share
     with pytest.raises(UserError, match="config.data.subset is .* above 0 and at most 1"):
         validate(config)
+
+
+def test_digits_split_without_an_image_of_each_class_is_refused():
+    config = default_config()
+    config.data.test_fraction = 0.004
+    with pytest.raises(UserError, match=r"test_fraction is 0.004, .* Use 0.01 to 0.99"):
+        make_sources(config)
