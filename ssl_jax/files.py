@@ -154,8 +154,7 @@ def subfolder(workdir: Path, name: str) -> Path:
     folder = workdir / name
     with contextlib.suppress(FileExistsError):
         folder.mkdir(parents=True)
-    if not stat.S_ISDIR(folder.lstat().st_mode):
-        raise OSError(errno.ENOTDIR, "a link or a file in place of a folder", str(folder))
+    _require_folder(folder)
     return folder
 
 
@@ -168,13 +167,18 @@ def private_folder(folder: Path) -> Path:
     with contextlib.suppress(FileExistsError):
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(0o700)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode):
-        raise OSError(errno.ENOTDIR, "a link or a file in place of a folder", str(folder))
+    found = _require_folder(folder)
     if found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise OSError(errno.EPERM, "others own it or can write to it", str(folder))
     folder.chmod(0o700)
     return folder
+
+
+def _require_folder(folder: Path) -> os.stat_result:
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise OSError(errno.ENOTDIR, "a link or a file in place of a folder", str(folder))
+    return found
 
 
 @contextlib.contextmanager

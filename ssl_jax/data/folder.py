@@ -36,12 +36,12 @@ class FolderSource(HostSource):
         """
         folder = config.data[key]
         files, labels, class_names = list_images(folder, f"config.data.{key}")
-        names = "\0".join(os.path.relpath(file, local_path(folder)) for file in files)
+        self._folder = local_path(folder)  # once: it looks the path up
+        names = "\0".join(os.path.relpath(file, self._folder) for file in files)
         fingerprint = files_fingerprint(len(files), os.fsencode(names), files, os.path.getsize)
         super().__init__(config, f"config.data.{key} ({folder})", len(files), fingerprint)
         self.class_names = checked_names(class_names, folder)
         self.num_classes, self.labels_from = len(class_names), f"subfolders of {folder}"
-        self._folder = local_path(folder)
         self._files = np.array([os.fsencode(file) for file in files], object)
         self._labels = np.array(labels or [NO_LABEL] * len(files), np.int32)
 

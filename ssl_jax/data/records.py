@@ -63,7 +63,8 @@ def convert(folder: str, out: str, num_shards: int = 0) -> int:
         num_shards = min(num_shards or _default_shards(files), len(files))
     shards = [f"{i:05d}-of-{num_shards:05d}.array_record" for i in range(num_shards)]
     chunks = np.array_split(np.arange(len(files)), num_shards)
-    names = [os.path.relpath(file, local_path(folder)) for file in files]
+    root = local_path(folder)  # once: it looks the path up
+    names = [os.path.relpath(file, root) for file in files]
     # ArrayRecord's errors are RuntimeErrors.
     with writing(out, "or choose another folder", RuntimeError, tf.errors.OpError):
         tf.io.gfile.makedirs(out)
