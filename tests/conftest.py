@@ -8,6 +8,7 @@ import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from importlib import metadata
 
 import pytest
@@ -93,6 +94,17 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory):
     from encoders import pretrain_simclr
 
     return pretrain_simclr(tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture(autouse=True)
+def restored_environment() -> Iterator[None]:
+    """Undoes what commands set, such as one simulated device, before other tests inherit it."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    changed = {name: value for name, value in before.items() if os.environ.get(name) != value}
+    os.environ.update(changed)
 
 
 @pytest.fixture

@@ -249,7 +249,17 @@ def run_program(*arguments):
         sys.argv = before
 
 
-@pytest.mark.parametrize("page", [*filter(runnable, PAGES)])
+# `make test` runs the README's commands; `make long` those of all pages.
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        page if page == "README.md" else pytest.param(page, marks=LONG)
+        for page in filter(runnable, PAGES)
+    ],
+)
 def test_every_command_of_the_page_runs(page, typed, here):
     typed.page(page)
 
@@ -261,6 +271,7 @@ def test_commands_that_pages_rely_on_are_in_the_docs():
         assert set(lines) <= every
 
 
+@LONG
 def test_commands_write_the_files_that_pages_describe(typed, here):
     typed.page("README.md")
     typed.page("docs/evaluate.md")
@@ -273,6 +284,7 @@ def test_commands_write_the_files_that_pages_describe(typed, here):
     assert "raw pixels" in (here / "hub" / "README.md").read_text()
 
 
+@LONG
 def test_examples_print_their_results(typed, here):
     printed = typed.page("docs/data.md") + typed.page("docs/quickstart.md")
     assert "optim.lr" in (here / "runs" / "quickstart" / "comparison.html").read_text()
@@ -537,6 +549,7 @@ def test_quickstart_picture_can_be_drawn_from_a_run(here, monkeypatch):
     assert (DOCS / "images" / "quickstart.png").stat().st_size < 150_000
 
 
+@LONG
 def test_stopped_run_is_resumed_by_the_example(here, monkeypatch, capsys):
     monkeypatch.setattr(processes.Stop, "asked", lambda self, step: step == 1)
     run(QUICKSTART.replace("quickstart", "stopped").split())
@@ -604,6 +617,7 @@ def apply_patch(patch, folder):
     raise AssertionError(f"{done.stderr}{STALE}")
 
 
+@LONG
 @pytest.mark.parametrize("other", ["", "bands"])
 def test_diffs_of_new_augmentation_page_add_a_working_augmentation(other, tmp_path):
     """Applies the diffs to the package, and to a copy with another augmentation added before."""

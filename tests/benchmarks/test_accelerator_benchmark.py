@@ -67,6 +67,7 @@ def noise(folder):
         Image.fromarray(pixels).save(folder / f"{i % 2}" / f"{i}.png")
 
 
+@pytest.mark.long
 def test_steps_run_once_and_fill_the_table(run, tmp_path):
     out = f"--out={tmp_path}"
     code, printed, _ = run(out, "--only=cached,loss")
@@ -114,6 +115,7 @@ def packed(tmp_path_factory):
     return f"--train={root}/train.npz", f"--test={root}/test.npz"
 
 
+@pytest.mark.long
 def test_cifar_runs_are_trained_and_listed(run, packed, tmp_path):
     code, printed, _ = run(f"--out={tmp_path}", *packed, "--only=cifar_simclr")
     assert code == 0, (tmp_path / "cifar_simclr.log").read_text()

@@ -31,6 +31,7 @@ def benchmark(monkeypatch):
     return module
 
 
+@pytest.mark.long
 def test_memory_of_the_microbatched_step_is_less_than_of_the_plain_one(benchmark, monkeypatch):
     rows = {row[0]: row[1:] for row in benchmark.memory_rows(1024)}
     assert len(rows) == 5
@@ -47,6 +48,7 @@ def test_peak_begins_at_the_memory_held_now(benchmark):
     assert benchmark.peak_mib() < before - 60
 
 
+@pytest.mark.long
 def test_times_are_compared_with_the_plain_step(benchmark):
     rows = benchmark.time_rows(64, rounds=1)
     assert [row[0] for row in rows] == [

@@ -33,6 +33,7 @@ def benchmark(monkeypatch):
     return module
 
 
+@pytest.mark.long
 def test_a_row_for_each_step_and_where_the_time_goes(benchmark, tmp_path, capsys):
     benchmark.main(
         [
@@ -61,6 +62,7 @@ def test_a_row_for_each_step_and_where_the_time_goes(benchmark, tmp_path, capsys
     subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], check=True)
 
 
+@pytest.mark.long
 def test_other_methods_and_microbatches_run_alone(benchmark, capsys):
     benchmark.main(
         [
@@ -103,6 +105,7 @@ def test_a_profile_is_not_taken_beside_torch():
     assert done.returncode == 2 and "leave torch out of --peers" in done.stderr
 
 
+@pytest.mark.long
 def test_plain_flax_learns(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     step_peers = importlib.import_module("step_peers")

@@ -265,6 +265,7 @@ def test_few_steps_are_read_ahead_and_closing_stops_reading(tmp_path):
     assert len(drawn) == left_at
 
 
+@pytest.mark.long
 def test_four_processes_read_disjoint_shares_with_the_pixels_of_one(tmp_path):
     """Each process reads its share of the steps."""
     images = fill(tmp_path / "images")

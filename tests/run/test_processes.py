@@ -236,6 +236,7 @@ def test_sigterm_to_any_process_stops_all_and_resume_changes_their_number(config
     np.testing.assert_allclose(list(together.values()), list(single.values()), rtol=1e-3)
 
 
+@pytest.mark.long
 def test_two_processes_fine_tune_a_run(evaluated):
     source, (_, (first, second)) = evaluated
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
@@ -251,6 +252,7 @@ def test_two_processes_fine_tune_a_run(evaluated):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.long
 def test_evaluating_a_run_in_two_processes_is_refused(evaluated):
     first, second = evaluated[1][0]
     assert (first[0], second[0]) == (2, 2)
