@@ -462,7 +462,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     parts: dict[str, dict[str, float]] = {}
     for batch in map(int, args.batches.split(",")):
-        changed = [f"batch_size={batch}", f"microbatch={args.microbatch}", "model.bn_group_size=0"]
+        changed = [
+            f"batch_size={batch}",
+            f"microbatch={args.microbatch}",
+            "model.bn_group_size=0",
+            "model.bn_splits=1",
+        ]
         changed += [override.removeprefix("--config.") for override in overrides]
         config = load_config(args.config, changed)
         try:

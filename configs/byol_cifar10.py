@@ -2,9 +2,8 @@
 
 Paper: Grill et al., 2020, arXiv:2006.07733; the official code has no CIFAR command. Published: kNN
 86.8 % (lightly, 200 epochs), 92.6 % online linear (solo-learn). Cost: 4.4 GFLOP per view. Data:
-`recipes.cifar10_config`. Deviations: the target is initialized independently, in lightly and
-solo-learn as a copy; the heads' last layer has no bias, theirs has one; lightly's loss is a quarter
-of BYOL's (`loss_scale`); computed in bfloat16.
+`recipes.cifar10_config`. In both, the target starts as a copy. lightly's loss is a quarter of
+BYOL's (`loss_scale`), less 1. Deviation: computed in bfloat16.
 """
 
 from ml_collections import ConfigDict
@@ -17,6 +16,7 @@ def lightly() -> ConfigDict:
     config = lightly_cifar10_config()
     config.method = "byol"
     config.byol.update(hidden=1024, ema_decay=0.99, ema_decay_end=0.99, loss_scale=0.25)
+    config.byol.update(target_init="copy", hidden_bias=False, out_bias=True)
     return config
 
 
@@ -28,7 +28,7 @@ def solo() -> ConfigDict:
         view.blur.prob = 0.0
     config.views.view2 = config.views.view2.copy_and_resolve_references()
     config.views.view2.solarize.prob = 0.2
-    config.byol.ema_decay = 0.99
+    config.byol.update(ema_decay=0.99, target_init="copy", out_bias=True)
     config.optim.update(lr=1.0, weight_decay=1e-5)
     return config
 

@@ -2,9 +2,9 @@
 
 Paper: Chen et al., 2020, arXiv:2003.04297; the official code has no CIFAR command. The loss is
 symmetric in both. Published: kNN 84.7 % (lightly, 200 epochs), 92.9 % online linear (solo-learn).
-Cost: 4.4 GFLOP per view. Data: `recipes.cifar10_config`. Deviations: BatchNorm statistics are per
-device, in lightly per eighth of the batch (the same on eight devices); each direction of the loss
-has its own queue, lightly has one for both; computed in bfloat16.
+Cost: 4.4 GFLOP per view. Data: `recipes.cifar10_config`. lightly's BatchNorm statistics are per
+eighth of the batch: that is for one device, on eight use --config.model.bn_splits=1. Deviation:
+computed in bfloat16.
 """
 
 from ml_collections import ConfigDict
@@ -17,8 +17,8 @@ def lightly() -> ConfigDict:
     config = lightly_cifar10_config()
     config.method = "moco"
     config.moco.update(queue=8192, ema_decay=0.99, ema_decay_end=0.99, temperature=0.1)
-    config.moco.symmetric = True
-    config.model.bn_group_size = 1
+    config.moco.update(symmetric=True, shared_queue=True)
+    config.model.update(bn_group_size=1, bn_splits=8)
     return config
 
 

@@ -3,8 +3,7 @@
 Paper: Chen & He, 2020, arXiv:2011.10566, appendix D (the released code has no CIFAR command):
 ResNet-18, batch 512, SGD .03·B/256, 800 epochs, a two-layer projector. Published: 91.8 % linear
 (paper), kNN 76.4 % (lightly, 200 epochs), 90.5 % online linear (solo-learn). Cost: 3.3 GFLOP per
-view. Data: `recipes.cifar10_config`. Deviations: the projector's last BatchNorm has no scale and
-shift, lightly's has; computed in bfloat16.
+view. Data: `recipes.cifar10_config`. Deviation: computed in bfloat16.
 """
 
 from ml_collections import ConfigDict
@@ -36,7 +35,8 @@ def lightly() -> ConfigDict:
     """Lightly's benchmark: no scaling of the learning rate, and the predictor's decays, too."""
     config = lightly_cifar10_config()
     config.method = "simsiam"
-    config.simsiam.update(layers=2, hidden=2048, predictor_constant_lr=False)
+    config.simsiam.update(layers=2, hidden=2048, out_bn="full", out_bias=False)
+    config.simsiam.predictor_constant_lr = False
     config.optim.update(lr=0.06, lr_scaling="none")
     return config
 

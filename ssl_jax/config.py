@@ -245,6 +245,12 @@ def validate(config: ConfigDict) -> None:
             f"config.microbatch is {config.microbatch}, which does not divide config.batch_size, "
             f"{config.batch_size}. Use a divisor, or 0 for the whole batch at once."
         )
+    if config.model.bn_splits > 1 and config.model.bn_group_size != 1:
+        raise UserError(
+            f"config.model.bn_splits is {config.model.bn_splits}, which divides each device's "
+            f"images, but config.model.bn_group_size is {config.model.bn_group_size}, which joins "
+            "devices. Set config.model.bn_group_size=1, or bn_splits=1."
+        )
     if config.steps == 0 and config.epochs == 0:
         raise UserError("config.epochs and config.steps are both 0. Set one of them.")
     if not config.views:

@@ -23,7 +23,7 @@ Pytree = Any
 # True or False for all, a pytree of bools, or a function from a params tree to one.
 Mask = bool | Pytree | Callable[[Pytree], Pytree]
 
-OPTIMIZERS = ("lars", "lars_byol", "lars_clipped", "larc", "sgd", "adamw")
+OPTIMIZERS = ("lars", "lars_byol", "lars_clipped", "larc", "sgd", "adam", "adamw")
 SCHEDULES = ("cosine", "step", "constant")
 LR_SCALINGS = ("linear", "sqrt", "none")
 LABELS = ("weight", "norm_bias", "constant_lr", "frozen", "frozen_until")
@@ -222,6 +222,33 @@ def sgd(
     )
 
 
+def adam(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    mask: Mask = True,
+) -> optax.GradientTransformation:
+    """PyTorch's Adam, with the weight decay added to the gradient: u = g + wd·w.
+
+    v ← m·v + (1 - m)·u; s ← .999·s + .001·u²; w ← w - lr·v̂/(√ŝ + 1e-8), where v̂ and ŝ are v and s
+    without the bias of their start at 0 (Kingma & Ba, 2014, arXiv:1412.6980). AdamW would subtract
+    lr·wd·w instead.
+
+    Args:
+      learning_rate: scalar, or a function of the step.
+      momentum: m, also known as β1.
+      weight_decay: wd.
+      mask: tensors to decay.
+
+    Returns:
+      The gradient transformation; its update needs the params.
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask), optax.adam(learning_rate, b1=momentum)
+    )
+
+
 def make_optimizer(
     config: ConfigDict, labels: Pytree, schedule: optax.Schedule, peak: float | None = None
 ) -> optax.GradientTransformation:
@@ -234,7 +261,7 @@ def make_optimizer(
     and biases are distinguished by path.
 
     Args:
-      config: `config.optim`; `momentum` is AdamW's β1.
+      config: `config.optim`; `momentum` is Adam's and AdamW's β1.
       labels: a label for each leaf of the params, or for a prefix of their tree.
       schedule: learning rate by step, see `learning_rate_schedule`.
       peak: learning rate of "constant_lr", see `peak_learning_rate`.
@@ -360,6 +387,8 @@ def _base_optimizer(
     options = {"momentum": config.momentum, "weight_decay": config.weight_decay}
     if config.name == "sgd":
         return sgd(learning_rate, nesterov=config.nesterov, mask=mask, **options)
+    if config.name == "adam":
+        return adam(learning_rate, mask=mask, **options)
     options["trust_coefficient"] = config.trust_coefficient
     if config.name == "larc":
         return larc(learning_rate, **options)
@@ -383,7 +412,7 @@ def _check_options(config: ConfigDict) -> None:
     if config.decay_norm_bias and config.name.startswith("lars"):
         raise UserError(
             f"config.optim.decay_norm_bias doesn't apply to '{config.name}', which excludes biases "
-            "and normalization parameters. Turn it off, or use larc, sgd or adamw."
+            "and normalization parameters. Turn it off, or use larc, sgd, adam or adamw."
         )
 
 

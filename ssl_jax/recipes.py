@@ -136,9 +136,9 @@ def lightly_cifar10_config() -> ConfigDict:
     """Settings of lightly's CIFAR-10 benchmark: batch 512, 200 epochs, SGD .06·B/128.
 
     Its variants are --config.batch_size=128 (with --config.moco.queue=4096) and
-    --config.epochs=800. The cosine schedule moves once per epoch, without warmup. Differences:
-    PyTorch's initializers only in the encoder, heads initialized as in each method's official
-    code; bfloat16.
+    --config.epochs=800. The cosine schedule moves once per epoch, without warmup. The network is
+    lightly's, whose first layer has no ReLU. Differences: bfloat16 (--config.dtype=float32 turns it
+    off); running variances without PyTorch's factor n/(n - 1), which evaluations use.
     """
     config = cifar10_config()
     config.batch_size = 512
@@ -152,7 +152,8 @@ def lightly_cifar10_config() -> ConfigDict:
         **IMAGENET,
     )
     config.views = {"view1": one, "view2": one}
-    config.model.update(conv_init="torch", zero_init_residual=False)
+    config.model.update(stem="cifar_no_relu", conv_init="torch", zero_init_residual=False)
+    config.model.head_init = "torch"
     config.optim.update(name="sgd", lr=0.12, weight_decay=5e-4, decay_norm_bias=True)
     config.optim.update(warmup_epochs=0.0, per_epoch=True)
     return config
@@ -161,8 +162,9 @@ def lightly_cifar10_config() -> ConfigDict:
 def solo_cifar10_config(jitter: tuple[float, float, float, float]) -> ConfigDict:
     """Settings of solo-learn's CIFAR-10 scripts: batch 256, 1,000 epochs, warmup 10, cosine.
 
-    Its stem pads two pixels, giving 34×34 maps; its warmup ends at the peak. Differences: heads
-    initialized as in each method's official code; bfloat16.
+    Its stem pads two pixels, giving 34×34 maps; its warmup ends at the peak. Differences: bfloat16
+    (--config.dtype=float32 turns it off); running variances without PyTorch's factor n/(n - 1),
+    which evaluations use.
 
     Args:
       jitter: strengths of brightness, contrast, saturation and hue.
@@ -179,6 +181,7 @@ def solo_cifar10_config(jitter: tuple[float, float, float, float]) -> ConfigDict
     )
     config.views = {"view1": one, "view2": one}
     config.model.update(stem="cifar_pad2", conv_init="fan_out_normal", zero_init_residual=False)
+    config.model.head_init = "torch"
     config.optim.update(name="lars_clipped", trust_coefficient=0.02)
     config.optim.update(warmup_start=3e-5, warmup_inclusive=True)
     return config

@@ -117,6 +117,10 @@ def _number(value: float) -> str:
 Group = Mapping[str, Union[Key, "Group"]]
 
 _INTERPOLATIONS = ("bicubic", "bilinear")
+_SEPARATE = (
+    "Encode views one after the other, each normalized by its own batch statistics (lightly, "
+    "solo-learn), not all of the same size together"
+)
 _HIDDEN = "Width of the projector's hidden layers; 0: the encoder's width"
 _DECAY_END = "EMA decay at the end of the run, approached by a cosine; equal: constant"
 _TEACHER = "of the teacher's run; filled in from there"
@@ -259,12 +263,27 @@ _MODEL: Group = {
         AT_LEAST_0,
         affects="results",  # compared by the number of images that share them
     ),
+    "bn_splits": Key(
+        1,
+        "Parts of each device's images with BatchNorm statistics of their own, as if each were on "
+        "a device; above 1, model.bn_group_size must be 1",
+        AT_LEAST_1,
+        affects="results",  # as above
+    ),
+    "head_init": Key(
+        "official",
+        "Initialization of projectors and predictors: as each method's official code, or torch: "
+        "kernels and biases uniform in ±1/sqrt(fan in), PyTorch's default (lightly, solo-learn)",
+        choices=("official", "torch"),
+    ),
 }
 _OPTIM: Group = {
     "name": Key(
         "lars",
-        "Optimizer; LARS comes as in SimCLR (lars), BYOL (lars_byol) and solo-learn (lars_clipped)",
-        choices=("lars", "lars_byol", "lars_clipped", "larc", "sgd", "adamw"),
+        "Optimizer; LARS comes as in SimCLR (lars), BYOL (lars_byol) and solo-learn "
+        "(lars_clipped); Adam adds the weight decay to the gradient (adam, as in PyTorch) or to "
+        "the update (adamw)",
+        choices=("lars", "lars_byol", "lars_clipped", "larc", "sgd", "adam", "adamw"),
     ),
     "lr": Key(0.3, "Peak learning rate before lr_scaling", FINITE),
     "lr_scaling": Key(
@@ -272,7 +291,7 @@ _OPTIM: Group = {
         "Scaling of the learning rate with batch size B: B/256 (linear), √B (sqrt), or none",
         choices=("linear", "sqrt", "none"),
     ),
-    "momentum": Key(0.9, "Momentum of SGD, LARS and LARC", FRACTION),
+    "momentum": Key(0.9, "Momentum of SGD, LARS and LARC; β1 of Adam", FRACTION),
     "nesterov": Key(False, "Nesterov momentum, for SGD"),
     "weight_decay": Key(1e-6, "Weight decay; see decay_norm_bias", FINITE),
     "trust_coefficient": Key(0.001, "Trust coefficient η of LARS and LARC", FINITE),
@@ -332,6 +351,13 @@ _METHODS: Group = {
         "hidden": Key(0, _HIDDEN, AT_LEAST_0),
         "out": Key(128, "Width of the projections", AT_LEAST_1),
         "layers": Key(2, "Layers of the projector; 0: no projector", AT_LEAST_0),
+        "head_bn": Key(
+            "scale",
+            "BatchNorm of the projector: after all layers, the last one without shift (scale, "
+            "official) or with it (full, lightly); or none, with biases instead (solo-learn)",
+            choices=("scale", "full", "none"),
+        ),
+        "separate_views": Key(False, _SEPARATE),
         "loss_scale": Key(1.0, "Factor of the loss; the official code trains with 2", POSITIVE),
         "block_size": Key(0, "Anchors per block of the loss; 0: automatic", AT_LEAST_0),
         "memory_bank": Key(
@@ -348,16 +374,31 @@ _METHODS: Group = {
         "out": Key(128, "Width of queries and keys", AT_LEAST_1),
         "layers": Key(2, "Layers of the projector; v1: 1", AT_LEAST_1),
         "symmetric": Key(False, "Use each view as query and as key (lightly, solo-learn)"),
+        "shared_queue": Key(
+            False,
+            "With moco.symmetric, one queue for both directions of the loss: the second one's "
+            "negatives include the first one's keys (lightly)",
+        ),
         "shuffle": Key(
             True,
-            "Shuffle key images across devices if BatchNorm isn't global; without it, per-device "
-            "BatchNorm (model.bn_group_size=1) leaks which key belongs to which query",
+            "Shuffle key images across devices (and model.bn_splits) if BatchNorm isn't global; "
+            "without it, per-device BatchNorm (model.bn_group_size=1) leaks which key belongs to "
+            "which query",
         ),
     },
     "swav": {
         "prototypes": Key(3000, "Number of prototypes", AT_LEAST_1),
         "hidden": Key(2048, "Width of the projector's hidden layer", AT_LEAST_1),
+        "hidden_bias": Key(True, "Bias before the projector's BatchNorm; lightly has none"),
         "out": Key(128, "Width of the embeddings", AT_LEAST_1),
+        "prototype_bias": Key(False, "Add a bias to the scores of the prototypes (lightly)"),
+        "prototype_norm": Key(
+            "unit",
+            "Length of the prototypes: 1, restored after each step (unit), or trained, as in "
+            "PyTorch's weight_norm (weight_norm, solo-learn)",
+            choices=("unit", "weight_norm"),
+        ),
+        "separate_views": Key(False, _SEPARATE),
         "temperature": Key(0.1, "Temperature of the predictions", POSITIVE),
         "epsilon": Key(0.05, "ε of Sinkhorn-Knopp; smaller is sharper", POSITIVE),
         "iterations": Key(3, "Iterations of Sinkhorn-Knopp", AT_LEAST_1),
@@ -369,13 +410,32 @@ _METHODS: Group = {
         "out": Key(256, "Width of predictions and targets", AT_LEAST_1),
         "ema_decay": Key(0.996, "EMA decay of the target at the first step", FRACTION),
         "ema_decay_end": Key(1.0, _DECAY_END, FRACTION),
+        "target_init": Key(
+            "independent",
+            "The target's initial weights: its own (independent, official) or those of the online "
+            "network (copy; lightly, solo-learn)",
+            choices=("independent", "copy"),
+        ),
         "head_bn": Key(True, "BatchNorm in projector and predictor"),
+        "hidden_bias": Key(True, "Bias before that BatchNorm; lightly has none"),
+        "out_bias": Key(
+            False, "Bias of the last layers of projector and predictor (lightly, solo-learn)"
+        ),
         "loss_scale": Key(1.0, "Factor of the loss; lightly: 0.25", POSITIVE),
     },
     "simsiam": {
         "hidden": Key(0, _HIDDEN, AT_LEAST_0),
         "out": Key(2048, "Width of projections and predictions", AT_LEAST_1),
         "layers": Key(3, "Layers of the projector", AT_LEAST_1),
+        "out_bn": Key(
+            "no_affine",
+            "The projector's last BatchNorm: without scale and shift (official), or with both "
+            "(full, lightly)",
+            choices=("no_affine", "full"),
+        ),
+        "out_bias": Key(
+            True, "Bias before that BatchNorm, which is never trained; lightly has none"
+        ),
         "predictor_hidden": Key(512, "Width of the predictor's hidden layer", AT_LEAST_1),
         "predictor_constant_lr": Key(True, "Do not decay the predictor's learning rate"),
         "stop_gradient": Key(True, "Stop the gradient of the target; False shows the collapse"),

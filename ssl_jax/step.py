@@ -1,5 +1,6 @@
 """The train step of every method: forward, loss, gradient, optimizer, method update."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -269,7 +270,8 @@ def batchnorm_images(config: ConfigDict, devices: int) -> int:
       The number of images per BatchNorm group; each image may have several views.
     """
     group = config.model.bn_group_size or devices
-    return (config.microbatch or config.batch_size) * group // devices
+    together = (config.microbatch or config.batch_size) * group // devices
+    return together // config.model.bn_splits
 
 
 def batchnorm_advice(config: ConfigDict, devices: int) -> str:
@@ -281,8 +283,29 @@ def batchnorm_advice(config: ConfigDict, devices: int) -> str:
     """
     part, keys = config.microbatch, ["config.batch_size", "config.microbatch"]
     larger = keys[1:] if 0 < part < config.batch_size else keys if part else keys[:1]
-    shared = ", or set config.model.bn_group_size=0" * (0 < config.model.bn_group_size < devices)
+    shared = ""
+    if config.model.bn_splits > 1:
+        shared = ", or set config.model.bn_splits=1"
+    elif 0 < config.model.bn_group_size < devices:
+        shared = ", or set config.model.bn_group_size=0"
     return f"increase {' and '.join(larger)}{shared}"
+
+
+def _require_batchnorm(config: ConfigDict, devices: int) -> int:
+    """Returns `batchnorm_images`; raises a UserError if they can't be split or are too few."""
+    share, splits = (config.microbatch or config.batch_size) // devices, config.model.bn_splits
+    if share % splits:
+        raise UserError(
+            f"config.model.bn_splits is {splits}, which does not divide the {share} images that a "
+            f"device encodes at a time. Use a divisor of {share}, such as "
+            f"{math.gcd(share, splits)}."
+        )
+    images = batchnorm_images(config, devices)
+    if images < 2:
+        raise UserError(
+            f"BatchNorm would see one image at a time: {batchnorm_advice(config, devices)}."
+        )
+    return images
 
 
 def make_train_step(
@@ -397,11 +420,7 @@ class Program:
           UserError: the config can't be run on these devices.
         """
         groups = device_groups(spmd.size, config.model.bn_group_size)
-        self.batchnorm_images = batchnorm_images(config, spmd.size)
-        if self.batchnorm_images < 2:
-            raise UserError(
-                f"BatchNorm would see one image at a time: {batchnorm_advice(config, spmd.size)}."
-            )
+        self.batchnorm_images = _require_batchnorm(config, spmd.size)
         self.config, self.spmd = config, spmd
         self.method, self.optimizer, learning_rate = assemble(config, schedule, AXIS, groups)
         self.step = spmd.map(

@@ -60,6 +60,7 @@ def shapes(method, config):
 def test_config_builds_its_method_and_optimizer(file, variant):
     config = load_config(f"{file}:{variant}" if variant else str(file))
     config.data.num_classes = 10
+    config.model.bn_splits = min(config.model.bn_splits, 2)  # of the example batch
     method, optimizer, rate = assemble(config, Schedule(5004, 5004 * 10))
     params, state = shapes(method, config)
     jax.eval_shape(optimizer.init, params)
@@ -92,6 +93,7 @@ def test_choices_in_the_schema_equal_the_implemented_ones():
     model, optim = SCHEMA["model"], SCHEMA["optim"]
     assert model["stem"].choices == resnet.STEMS
     assert model["padding"].choices == tuple(resnet.PADDINGS)
+    assert model["head_init"].choices == ("official", "torch")
     assert model["conv_init"].choices == tuple(layers.KERNEL_INITS)
     assert SCHEMA["supervised"]["classifier_init"].choices == tuple(CLASSIFIER_INITS)
     assert optim["name"].choices == OPTIMIZERS
@@ -190,6 +192,11 @@ OFFICIAL = {
     ),
     "moco_imagenet:v2": (IMAGENET, epoch_rates(5004, cosine(EPOCHS, 200, 0.03))),
     "simsiam_imagenet": (IMAGENET, epoch_rates(2502, cosine(EPOCHS[:100], 100, 0.1))),
+    **{
+        f"{name}_cifar10:lightly": (CIFAR, epoch_rates(97, cosine(EPOCHS, 200, peak)))
+        for name, peak in (("simclr", 0.24), ("moco", 0.24), ("byol", 0.24), ("simsiam", 0.06))
+    },
+    "swav_cifar10:lightly": (CIFAR, epoch_rates(97, cosine(EPOCHS, 200, 4e-3))),
     "moco_cifar10:solo": (CIFAR, solo_rates(195, 1000, 10, 3e-5, 0.3)),
     "byol_cifar10:solo": (CIFAR, solo_rates(195, 1000, 10, 3e-5, 1.0)),
 }
@@ -262,7 +269,7 @@ def prepared(tmp_path_factory):
 def shrink(config):
     """Shrinks network, views and batch so that a step compiles and runs in seconds."""
     config.batch_size, config.dtype = 64, "float32"
-    config.model.update(depth=4, width=1 / 8, sk=False)
+    config.model.update(depth=4, width=1 / 8, sk=False, bn_splits=min(config.model.bn_splits, 2))
     for view in config.views.values():
         view.size = max(view.size // 7, 8)
     config.moco.queue, config.simclr.memory_bank = 128, min(config.simclr.memory_bank, 128)

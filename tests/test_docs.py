@@ -214,7 +214,11 @@ def changes(name, arguments):
         if config != UNCHANGED and not {*arguments} & QUICKSTARTS:
             small += plain(loaded.views)
         small += ["simclr.memory_bank=0"] if "simclrv2" in config else []
-        small += ["moco.queue=64", "model.bn_group_size=0"] if "moco" in config else []
+        small += (
+            ["moco.queue=64", "model.bn_group_size=0", "model.bn_splits=1"]
+            if "moco" in config
+            else []
+        )
         return small + sizes
     if name in ("finetune", "distill", "transfer") or any("--recipe" in a for a in arguments):
         return ["steps=2", "eval.trials=2", "batch_size=32", "eval.at_end=False"]

@@ -233,11 +233,12 @@ def test_microbatches_that_do_not_divide_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("microbatch", "bn_group_size", "images"), [(0, 0, 64), (16, 0, 16), (16, 1, 2), (0, 2, 16)]
+    ("microbatch", "bn_group_size", "splits", "images"),
+    [(0, 0, 1, 64), (16, 0, 1, 16), (16, 1, 1, 2), (0, 2, 1, 16), (0, 1, 4, 2)],
 )
-def test_batchnorm_images_counts_the_group(microbatch, bn_group_size, images):
+def test_batchnorm_images_counts_the_group(microbatch, bn_group_size, splits, images):
     config = method_config("simclr", microbatch=microbatch)
-    config.model.bn_group_size = bn_group_size
+    config.model.update(bn_group_size=bn_group_size, bn_splits=splits)
     assert batchnorm_images(config, 8) == images
 
 

@@ -152,6 +152,17 @@ def adamw_oracle(w, gradients, rates, wd, adapt):
     return out
 
 
+def adam_oracle(w, gradients, rates, wd, adapt):
+    first, second, out = 0 * w, 0 * w, []
+    for t, (g, lr) in enumerate(zip(gradients, rates, strict=True), start=1):
+        g = g + wd * w if adapt else g
+        first = MOMENTUM * first + (1 - MOMENTUM) * g
+        second = 0.999 * second + 0.001 * g * g
+        w = w - lr * (first / (1 - MOMENTUM**t)) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8)
+        out.append(w)
+    return out
+
+
 def oracle(name, w, gradients, rates, wd, adapt):
     w = np.asarray(w, np.float64)
     gradients = [np.asarray(g, np.float64) for g in gradients]
@@ -160,13 +171,14 @@ def oracle(name, w, gradients, rates, wd, adapt):
     if name in ("larc", "lars_clipped"):
         adapt = adapt or name == "larc"
         return larc_oracle(w, gradients, rates, wd, adapt, clip=name == "lars_clipped")
-    return {"sgd": sgd_oracle, "adamw": adamw_oracle}[name](w, gradients, rates, wd, adapt)
+    oracles = {"sgd": sgd_oracle, "adam": adam_oracle, "adamw": adamw_oracle}
+    return oracles[name](w, gradients, rates, wd, adapt)
 
 
 def assert_follows(trajectory, path, expected, name=""):
     """Checks that leaf `path` of a trajectory of params follows the oracle."""
     # 1 - 0.999^t, Adam's bias correction, loses three digits in float32.
-    atol = 2e-5 if name == "adamw" else 2e-6
+    atol = 2e-5 if name in ("adam", "adamw") else 2e-6
     for step, (params, value) in enumerate(zip(trajectory, expected, strict=True)):
         ours = params[path[0]][path[1]]
         np.testing.assert_allclose(ours, value, rtol=2e-5, atol=atol, err_msg=f"{path} {step}")

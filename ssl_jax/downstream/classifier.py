@@ -51,7 +51,7 @@ def derived_config(
     defaults = default_config()
     for group in ("optim", "supervised", "distill"):
         config[group].update(defaults[group].to_dict())
-    config.model.bn_group_size = 0
+    config.model.update(bn_group_size=0, bn_splits=1)
     config.data.num_classes = 0  # the data's, which may not be those that the run trained on
     # Fixed now, because a run in progress will have newer checkpoints.
     step = newest_step(path) if step is None else step

@@ -79,6 +79,12 @@ def _resolve_encoder(config: ConfigDict) -> None:
                 f"{config.init_from.path} is a run of '{source.method}', and only SimCLR's "
                 "projectors can be kept: use 0."
             )
+        if source.simclr.head_bn == "none":
+            raise UserError(
+                f"config.supervised.projector_layer is {options.projector_layer}, but "
+                f"{config.init_from.path} has a projector without BatchNorm (simclr.head_bn), "
+                "which can't be kept: use 0."
+            )
     if options.projector_layer > layers:
         raise UserError(
             f"config.supervised.projector_layer is {options.projector_layer}, but the projector in "

@@ -15,7 +15,7 @@ step serves all methods. The rest of the package relies on these conventions:
   order of the global batch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -170,13 +170,53 @@ class Method:
             )
 
     def head(self, **options: Any) -> MLPHead:
-        """Builds an MLP head with the run's precision and BatchNorm groups."""
+        """Builds an MLP head with the run's precision, BatchNorm groups and initialization."""
+        if self.config.model.head_init == "torch":
+            options["kernel_init"] = "torch"
         return MLPHead(
             dtype=self.config.dtype,
             axis_name=self.axis_name,
             axis_index_groups=self.groups,
+            bn_splits=self.config.model.bn_splits,
             **options,
         )
+
+    def apply_to_views(
+        self,
+        networks: Mapping[str, nn.Module],
+        params: Pytree,
+        stats: Pytree,
+        views: Sequence[Array],
+        *,
+        separate: bool,
+    ) -> tuple[list[Array], Pytree]:
+        """Applies networks in sequence to views, in train mode.
+
+        Args:
+          networks: by name; see `apply_networks`.
+          params: by name.
+          stats: batch statistics by name.
+          views: [n, ...] each; all of one shape unless `separate`.
+          separate: apply the networks to each view by itself, in order, so that the running
+            statistics are updated once per view; otherwise once to all views together.
+
+        Returns:
+          Each network's outputs [n, V, ...], and the updated `stats`.
+        """
+        if separate:
+            outputs = []
+            for view in views:
+                of_view, stats = apply_networks(networks, params, stats, view)
+                outputs.append(of_view)
+            return [jnp.stack(each, axis=1) for each in zip(*outputs, strict=True)], stats
+        # A split has all views of its images, as a device does.
+        splits, shape = self.config.model.bn_splits, views[0].shape
+        parts = [view.reshape(splits, shape[0] // splits, *shape[1:]) for view in views]
+        together, stats = apply_networks(
+            networks, params, stats, jnp.concatenate(parts, axis=1).reshape(-1, *shape[1:])
+        )
+        in_parts = [x.reshape(splits, len(views), -1, *x.shape[1:]) for x in together]
+        return [x.swapaxes(1, 2).reshape(-1, len(views), *x.shape[3:]) for x in in_parts], stats
 
     def require_two_views(self) -> None:
         """Raises a UserError unless the config has exactly two views of one size."""
@@ -226,6 +266,7 @@ def make_encoder(
         remat=config.remat,
         axis_name=axis_name,
         axis_index_groups=groups,
+        bn_splits=config.model.bn_splits,
     )
 
 
@@ -276,8 +317,3 @@ def apply_networks(
         outputs.append(x)
         new_stats[name] = changed.get("batch_stats", {})
     return outputs, new_stats
-
-
-def stack_views(x: Float[Array, "vn d"], views: int) -> Float[Array, "n v d"]:
-    """Separates outputs of concatenated views, so that axis 0 holds the examples again."""
-    return jnp.stack(jnp.split(x, views), axis=1)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ssl_jax import ema, losses
-from ssl_jax.methods.base import Batch, Method, Pytree, apply_networks, init_networks
+from ssl_jax.methods.base import Batch, Method, Pytree, init_networks
 
 
 class BYOL(Method):
@@ -25,19 +25,22 @@ class BYOL(Method):
             "hidden": options.hidden,
             "out": options.out,
             "layers": 2,
-            "hidden_bias": True,
+            "hidden_bias": options.hidden_bias,
             "hidden_bn": options.head_bn,
+            "out_bias": options.out_bias,
             "kernel_init": "haiku",
         }
         self.target_networks = {"encoder": self.encoder, "projector": self.head(**head)}
         self.networks = {**self.target_networks, "predictor": self.head(**head)}
 
     def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
-        """Initializes the target independently of the online network, as the official code does."""
+        """Initializes the target independently of the online network (official), or as its copy."""
         rng_online, rng_target = jax.random.split(rng)
         image = batch["views"][0]
         params, stats = init_networks(self.networks, rng_online, image)
         target, target_stats = init_networks(self.target_networks, rng_target, image)
+        if self.config.byol.target_init == "copy":
+            target = {name: jax.tree.map(jnp.copy, params[name]) for name in target}
         return params, {"batch_stats": {**stats, "target": target_stats}, "target": target}
 
     def forward(
@@ -49,19 +52,16 @@ class BYOL(Method):
         """
         stats = dict(state["batch_stats"])
         target_stats = stats.pop("target")
-        predictions, targets, features = [], [], []
-        for view in batch["views"]:
-            (h, _, p), stats = apply_networks(self.networks, params, stats, view)
-            (_, z), target_stats = apply_networks(
-                self.target_networks, state["target"], target_stats, view
-            )
-            features.append(h)
-            predictions.append(p)
-            targets.append(jax.lax.stop_gradient(z))
+        (features, _, prediction), stats = self.apply_to_views(
+            self.networks, params, stats, batch["views"], separate=True
+        )
+        (_, target), target_stats = self.apply_to_views(
+            self.target_networks, state["target"], target_stats, batch["views"], separate=True
+        )
         outputs = {
-            "embedding": features[0],
-            "prediction": jnp.stack(predictions, axis=1),
-            "target": jnp.stack(targets, axis=1),
+            "embedding": features[:, 0],
+            "prediction": prediction,
+            "target": jax.lax.stop_gradient(target),
         }
         return outputs, {**stats, "target": target_stats}
 

@@ -15,14 +15,7 @@ from jaxtyping import Array, Float
 
 from ssl_jax import ema, losses
 from ssl_jax.errors import UserError
-from ssl_jax.methods.base import (
-    Batch,
-    Method,
-    Pytree,
-    apply_networks,
-    init_networks,
-    stack_views,
-)
+from ssl_jax.methods.base import Batch, Method, Pytree, init_networks
 
 
 class SimCLR(Method):
@@ -42,8 +35,10 @@ class SimCLR(Method):
             hidden=options.hidden or self.encoder.num_features,
             out=options.out,
             layers=options.layers,
-            hidden_bn=True,
-            out_bn="scale",
+            hidden_bias=options.head_bn == "none",
+            hidden_bn=options.head_bn != "none",
+            out_bias=options.head_bn == "none",
+            out_bn=options.head_bn,
             kernel_init="normal_0.01",
         )
         self.networks = {"encoder": self.encoder, "projector": projector}
@@ -65,17 +60,19 @@ class SimCLR(Method):
     def forward(
         self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
-        """Encodes both views in one batch; outputs `projection` [n, 2, d]."""
-        images, stats = jnp.concatenate(batch["views"]), dict(state["batch_stats"])
+        """Encodes both views in one batch, or one by one; outputs `projection` [n, 2, d]."""
+        stats, separate = dict(state["batch_stats"]), self.config.simclr.separate_views
         target_stats = stats.pop("target", None)
-        (features, z), stats = apply_networks(self.networks, params, stats, images)
-        outputs = {"embedding": jnp.split(features, 2)[0], "projection": stack_views(z, 2)}
+        (features, z), stats = self.apply_to_views(
+            self.networks, params, stats, batch["views"], separate=separate
+        )
+        outputs = {"embedding": features[:, 0], "projection": z}
         if target_stats is None:
             return outputs, stats
-        (_, key), target_stats = apply_networks(
-            self.networks, state["target"], target_stats, images
+        (_, key), target_stats = self.apply_to_views(
+            self.networks, state["target"], target_stats, batch["views"], separate=separate
         )
-        outputs["key"] = losses.normalize(jax.lax.stop_gradient(stack_views(key, 2)))
+        outputs["key"] = losses.normalize(jax.lax.stop_gradient(key))
         return outputs, {**stats, "target": target_stats}
 
     def loss(

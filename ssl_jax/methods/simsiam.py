@@ -6,11 +6,10 @@ One network, two views, a predictor and a stop-gradient: no negatives, no EMA, n
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ssl_jax import losses
-from ssl_jax.methods.base import Batch, Method, Pytree, apply_networks, init_networks
+from ssl_jax.methods.base import Batch, Method, Pytree, init_networks
 
 
 class SimSiam(Method):
@@ -24,8 +23,8 @@ class SimSiam(Method):
             hidden=options.hidden or self.encoder.num_features,
             out=options.out,
             layers=options.layers,
-            out_bias=True,
-            out_bn="no_affine",
+            out_bias=options.out_bias,
+            out_bn=options.out_bn,
             kernel_init="torch",
         )
         predictor = self.head(
@@ -46,17 +45,13 @@ class SimSiam(Method):
         self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
         """Encodes each view as its own batch; outputs `prediction` and `projection` [n, 2, d]."""
-        stats = state["batch_stats"]
-        predictions, projections, features = [], [], []
-        for view in batch["views"]:
-            (h, z, p), stats = apply_networks(self.networks, params, stats, view)
-            features.append(h)
-            predictions.append(p)
-            projections.append(z)
+        (features, projection, prediction), stats = self.apply_to_views(
+            self.networks, params, state["batch_stats"], batch["views"], separate=True
+        )
         outputs = {
-            "embedding": features[0],
-            "prediction": jnp.stack(predictions, axis=1),
-            "projection": jnp.stack(projections, axis=1),
+            "embedding": features[:, 0],
+            "prediction": prediction,
+            "projection": projection,
         }
         return outputs, stats
 
@@ -76,5 +71,6 @@ class SimSiam(Method):
         labels = super().param_groups(params)
         if self.config.simsiam.predictor_constant_lr:
             labels["predictor"] = jax.tree.map(lambda _: "constant_lr", params["predictor"])
-        labels["projector"][f"dense{self.config.simsiam.layers}"]["bias"] = "frozen"
+        if self.config.simsiam.out_bias:
+            labels["projector"][f"dense{self.config.simsiam.layers}"]["bias"] = "frozen"
         return labels

@@ -17,14 +17,7 @@ from jaxtyping import Array, Float
 from ssl_jax import losses
 from ssl_jax.diagnostics import prototypes_used
 from ssl_jax.errors import UserError
-from ssl_jax.methods.base import (
-    Batch,
-    Method,
-    Pytree,
-    apply_networks,
-    init_networks,
-    stack_views,
-)
+from ssl_jax.methods.base import Batch, Method, Pytree, init_networks
 
 
 class SwAV(Method):
@@ -39,7 +32,7 @@ class SwAV(Method):
             hidden=options.hidden,
             out=options.out,
             layers=2,
-            hidden_bias=True,
+            hidden_bias=options.hidden_bias,
             out_bias=True,
             kernel_init="torch",
         )
@@ -53,7 +46,7 @@ class SwAV(Method):
             )
 
     def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
-        """Creates unit prototypes and an empty queue [2, L, d], newest first, with its count."""
+        """Creates prototypes and an empty queue [2, L, d], newest first, with its count."""
         options = self.config.swav
         rng_networks, rng_prototypes = jax.random.split(rng)
         params, stats = init_networks(self.networks, rng_networks, batch["views"][0])
@@ -61,7 +54,16 @@ class SwAV(Method):
         bound = options.out**-0.5
         shape = (options.prototypes, options.out)
         kernel = jax.random.uniform(rng_prototypes, shape, minval=-bound, maxval=bound)
-        params["prototypes"] = {"kernel": losses.normalize(kernel).T}
+        if options.prototype_norm == "weight_norm":
+            length = jnp.linalg.norm(kernel, axis=1)
+            params["prototypes"] = {"kernel": kernel.T, "length": length}
+        else:
+            params["prototypes"] = {"kernel": losses.normalize(kernel).T}
+        if options.prototype_bias:
+            rng_bias = jax.random.fold_in(rng_prototypes, 1)
+            params["prototypes"]["bias"] = jax.random.uniform(
+                rng_bias, (options.prototypes,), minval=-bound, maxval=bound
+            )
         state = {"batch_stats": stats}
         if options.queue:
             state["queue"] = jnp.zeros((self.assigned, options.queue, options.out))
@@ -71,36 +73,36 @@ class SwAV(Method):
     def forward(
         self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
-        """Encodes crops of equal size together; outputs `projection` [n, V, d], unit rows."""
+        """Outputs `projection` [n, V, d], unit rows.
+
+        Crops of equal size are encoded together, and then all are projected together; with
+        `separate_views`, every crop is encoded and projected by itself.
+        """
         stats, views = state["batch_stats"], batch["views"]
-        encoder = {"encoder": self.encoder}
-        features = []
+        separate = self.config.swav.separate_views
+        encoder, projector = ({name: self.networks[name]} for name in ("encoder", "projector"))
+        features: list[Array] = []
         for _, group in itertools.groupby(views, key=lambda view: view.shape[1]):
-            images = jnp.concatenate(list(group))
-            (h,), stats = apply_networks(encoder, params, stats, images)
-            features.append(h)
-        projector = {"projector": self.networks["projector"]}
-        (z,), stats = apply_networks(projector, params, stats, jnp.concatenate(features))
-        outputs = {
-            "embedding": features[0][: views[0].shape[0]],
-            "projection": losses.normalize(stack_views(z, len(views))),
-        }
-        return outputs, stats
+            (h,), stats = self.apply_to_views(
+                encoder, params, stats, list(group), separate=separate
+            )
+            features += list(jnp.unstack(h, axis=1))
+        (z,), stats = self.apply_to_views(projector, params, stats, features, separate=separate)
+        return {"embedding": features[0], "projection": losses.normalize(z)}, stats
 
     def loss(
         self, params: Pytree, outputs: dict[str, Array], state: Pytree, batch: Batch, step: Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """Computes swapped prediction; assignments use the queue once it is full."""
         options = self.config.swav
-        kernel = params["prototypes"]["kernel"]
-        scores = self.scores(outputs["projection"], kernel)
-        q = self.assign(scores, kernel, state)
+        scores = self.scores(outputs["projection"], params["prototypes"])
+        q = self.assign(scores, params["prototypes"], state)
         loss = losses.swapped_prediction(scores, q, temperature=options.temperature)
         used = prototypes_used(scores[:, 0], self.mean)
         return self.mean(loss), {"prototypes_used": used}
 
     def assign(
-        self, scores: Float[Array, "n v k"], kernel: Array, state: Pytree
+        self, scores: Float[Array, "n v k"], prototypes: Pytree, state: Pytree
     ) -> Float[Array, "n a k"]:
         """Assigns the first crops to prototypes, over the global batch and the queue."""
         options = self.config.swav
@@ -119,7 +121,7 @@ class SwAV(Method):
         if "queue" not in state:
             return balanced(own)
         share = jnp.stack([self.my_share(queue) for queue in state["queue"]], axis=1)
-        queued = jax.lax.stop_gradient(self.scores(share, kernel))
+        queued = jax.lax.stop_gradient(self.scores(share, prototypes))
         # All devices take the same branch, because the count is replicated.
         return jax.lax.cond(
             state["queued"] >= options.queue,
@@ -128,9 +130,15 @@ class SwAV(Method):
         )
 
     @staticmethod
-    def scores(projection: Float[Array, "*n d"], kernel: Array) -> Float[Array, "*n k"]:
+    def scores(projection: Float[Array, "*n d"], prototypes: Pytree) -> Float[Array, "*n k"]:
         """Scores embeddings against prototypes; in full float32, as Sinkhorn-Knopp divides by ε."""
-        return jnp.matmul(projection, kernel, precision="highest")
+        kernel = prototypes["kernel"]
+        if "length" in prototypes:
+            kernel = losses.normalize(kernel.T).T * prototypes["length"][None, :]
+        scores = jnp.matmul(projection, kernel, precision="highest")
+        if "bias" in prototypes:
+            scores += jnp.broadcast_to(prototypes["bias"], scores.shape)
+        return scores
 
     def my_share(self, queue: Float[Array, "l d"]) -> Float[Array, "share d"]:
         """Slices this device's rows of the queue."""
@@ -144,8 +152,9 @@ class SwAV(Method):
         self, params: Pytree, outputs: dict[str, Array], state: Pytree, step: Array
     ) -> tuple[Pytree, Pytree]:
         """Normalizes the prototypes and puts the global batch into the queue."""
-        kernel = losses.normalize(params["prototypes"]["kernel"].T).T
-        params = {**params, "prototypes": {"kernel": kernel}}
+        if self.config.swav.prototype_norm == "unit":
+            kernel = losses.normalize(params["prototypes"]["kernel"].T).T
+            params = {**params, "prototypes": {**params["prototypes"], "kernel": kernel}}
         if "queue" not in state:
             return params, state
         new = self.gather(outputs["projection"][:, : self.assigned]).swapaxes(0, 1)
@@ -160,4 +169,5 @@ class SwAV(Method):
     def param_groups(self, params: Pytree) -> Pytree:
         """Freezes the prototypes for the first `config.optim.frozen_steps` steps."""
         labels = super().param_groups(params)
-        return {**labels, "prototypes": {"kernel": "frozen_until"}}
+        frozen = jax.tree.map(lambda _: "frozen_until", params["prototypes"])
+        return {**labels, "prototypes": frozen}

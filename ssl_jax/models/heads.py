@@ -34,6 +34,16 @@ class MLPHead(nn.Module):
       SimSiam, projector             3       no           yes        yes       no_affine torch
       SimSiam, predictor             2       no           yes        yes       none      torch
 
+    lightly's and solo-learn's, all initialized as "torch"::
+
+                                     layers  hidden_bias  hidden_bn  out_bias  out_bn
+      SimCLR, lightly                2       no           yes        no        full
+      SimCLR, solo-learn             2       yes          no         yes       none
+      MoCo, both                     2       yes          no         yes       none
+      BYOL, SwAV, lightly            2       no           yes        yes       none
+      BYOL, SwAV, solo-learn         2       yes          yes        yes       none
+      SimSiam, projector, lightly    2       no           yes        no        full
+
     Attributes:
       hidden: units per layer except the last; unused with one layer.
       out: units of the last layer.
@@ -48,6 +58,8 @@ class MLPHead(nn.Module):
       dtype: of the linear layers, "float32" or "bfloat16"; all else is float32.
       axis_name: mapped axis of the devices that share BatchNorm statistics, None for a single one.
       axis_index_groups: groups of device positions that share statistics, None for all.
+      bn_splits: parts of a device's examples with statistics of their own; see
+        `layers.batch_norm`.
 
     Raises:
       UserError: on construction, for a value that is not listed above.
@@ -65,6 +77,7 @@ class MLPHead(nn.Module):
     dtype: Any = "float32"
     axis_name: str | None = None
     axis_index_groups: Groups | None = None
+    bn_splits: int = 1
 
     def __post_init__(self) -> None:
         require_choice("The head's out_bn", self.out_bn, OUT_BN)
@@ -109,6 +122,7 @@ class MLPHead(nn.Module):
             train,
             self.axis_name,
             self.axis_index_groups,
+            self.bn_splits,
             dtype=jnp.float32,
             use_fast_variance=False,
         )

@@ -90,6 +90,8 @@ class ResNet(nn.Module):
       remat: keep only the blocks' inputs for the backward pass and recompute the blocks there.
       axis_name: mapped axis of the devices that share BatchNorm statistics, None for a single one.
       axis_index_groups: groups of device positions that share statistics, None for all.
+      bn_splits: parts of a device's examples with statistics of their own; see
+        `layers.batch_norm`.
 
     Raises:
       UserError: on construction, for a value that is not listed above.
@@ -107,6 +109,7 @@ class ResNet(nn.Module):
     remat: bool = False
     axis_name: str | None = None
     axis_index_groups: Groups | None = None
+    bn_splits: int = 1
 
     def __post_init__(self) -> None:
         require_choice("config.model.depth", self.depth, STAGES)
@@ -145,7 +148,9 @@ class ResNet(nn.Module):
         # Flax's fast variance, E[x²] - E[x]², reads the activations once and takes one collective
         # instead of two. Its error in float32, about 1e-7·E[x]², is far below the variance of
         # convolutions' outputs; where it is not, in `SelectiveKernel` and the heads, it is off.
-        norm = batch_norm(train, self.axis_name, self.axis_index_groups, dtype=dtype)
+        norm = batch_norm(
+            train, self.axis_name, self.axis_index_groups, self.bn_splits, dtype=dtype
+        )
         block: Layer = BottleneckBlock if self.depth >= 50 else BasicBlock
         if self.remat:
             block = nn.remat(block)

@@ -26,7 +26,7 @@ from ssl_jax.version import __version__
 # Version of a run's folder: the keys of config.json other than the config, and the tree of
 # checkpoints, which tests/run/test_run_folder.py checks. Raise it when either changes; new config
 # keys don't need it (`ssl_jax.config.from_json`).
-FORMAT = 3
+FORMAT = 4
 # Derived values that affect warnings, not training.
 _WARNING_ONLY = ("derived.trivial_loss:", "derived.patience:")
 _MAX_LOCK = 4096  # bytes

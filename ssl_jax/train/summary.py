@@ -64,7 +64,8 @@ def start_rows(setup: Setup, params: Any, workdir: Path, start: int) -> Iterator
     )
     among = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     idle = "; moco.shuffle has no effect on one device"
-    idle *= devices == 1 and config.method == "moco" and config.moco.shuffle
+    one_group = devices == 1 and config.model.bn_splits == 1
+    idle *= one_group and config.method == "moco" and config.moco.shuffle
     yield "devices", f"{devices} × {jax.devices()[0].device_kind}{among}{idle}"
     total, epoch = schedule.total_steps, float(schedule.exact_epoch or schedule.steps_per_epoch)
     left = f", {total - start:,} remaining" if start else ""

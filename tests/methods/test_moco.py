@@ -130,6 +130,66 @@ def test_queue_does_not_hold_the_current_batch_in_the_loss():
     assert abs(loss - info_nce_oracle(query, key, new, temperature)) > 0.01
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_shared_queue_holds_the_first_directions_keys_in_the_second_direction(devices):
+    method = moco(AXIS, symmetric=True, shared_queue=True, queue=256)
+    rng, spmd = np.random.default_rng(0), make_spmd(devices=jax.devices()[:devices])
+    query, key = (rng.normal(size=(64, 2, 8)).astype(np.float32) for _ in range(2))
+    key /= np.linalg.norm(key, axis=-1, keepdims=True)
+    params, state = jax.eval_shape(method.init, jax.random.key(0), example_batch(method.config))
+    assert state["queue"].shape == (1, 256, 8)
+    queue = losses.normalize(rng.normal(size=(1, 256, 8)).astype(np.float32))
+    params = {"encoder": {}}
+
+    def per_device(outputs, queue, step):
+        loss, _ = method.loss(params, outputs, {"queue": queue}, {}, step[0])
+        state = {"queue": queue, "target": params}
+        return loss, method.update(params, outputs, state, step[0])[1]["queue"]
+
+    mapped = spmd.map(
+        per_device, ("sharded", "replicated", "replicated"), ("replicated", "replicated")
+    )
+    temperature = method.config.moco.temperature
+    batch = spmd.place_batch({"query": query, "key": key})
+    for step in range(3):  # two steps fill the queue
+        loss, new = jax.device_get(mapped(batch, *spmd.replicate((queue, np.int32([step])))))
+        expected, at = np.array(queue[0]), 128 * (step % 2)
+        first = info_nce_oracle(query[:, 0], key[:, 0], expected, temperature)
+        expected[at : at + 64] = key[:, 0]
+        second = info_nce_oracle(query[:, 1], key[:, 1], expected, temperature)
+        expected[at + 64 : at + 128] = key[:, 1]
+        assert float(loss) == pytest.approx((first + second) / 2, rel=1e-5)
+        np.testing.assert_allclose(new[0], expected, rtol=1e-6)
+        queue = new
+
+
+def test_shared_queue_is_refused_without_a_second_direction_or_room_for_two_batches():
+    with pytest.raises(UserError, match="config.moco.symmetric is off. Turn it on"):
+        moco(shared_queue=True)
+    with pytest.raises(UserError, match="queue is 192, .* of 128 .* twice .* such as 128"):
+        moco(shared_queue=True, symmetric=True)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_shuffle_mixes_the_splits_of_a_device_and_is_inverted_exactly(devices):
+    spmd, method = make_spmd(devices=jax.devices()[:devices]), moco(AXIS, bn_group_size=1)
+    method.config.model.bn_splits = 2
+
+    def per_device(x, rng):
+        shuffled, unshuffle = method.shuffle(x, jax.random.wrap_key_data(rng))
+        return shuffled, unshuffle(shuffled)
+
+    mapped = spmd.map(per_device, ("sharded", "replicated"), ("sharded", "sharded"))
+    x = np.arange(64, dtype=np.float32)
+    key = spmd.replicate(jax.random.key_data(jax.random.key(0)))
+    shuffled, back = jax.device_get(mapped(spmd.place_batch(x), key))
+    np.testing.assert_array_equal(back, x)
+    assert sorted(shuffled) == x.tolist()
+    splits = 2 * devices
+    for part in shuffled.reshape(splits, -1):
+        assert len(np.unique(part * splits // 64)) > 1
+
+
 def test_batches_too_small_to_shuffle_are_refused_with_local_batchnorm():
     config = method_config("moco")
     config.model.bn_group_size = 1

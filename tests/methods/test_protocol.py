@@ -1,6 +1,7 @@
 """Every method through the one train step: devices agree, and the state stays one."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,15 @@ from tiny import (
     unaugmented,
 )
 
-from ssl_jax.config import Schedule, view
+from ssl_jax import losses
+from ssl_jax.config import Schedule, load_config, view
 from ssl_jax.errors import UserError
 from ssl_jax.methods import make_method
+from ssl_jax.methods.base import apply_networks
 from ssl_jax.spmd import make_spmd
 from ssl_jax.step import example_batch
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @functools.cache
@@ -41,6 +46,19 @@ def test_gradients_agree_between_1_and_8_devices(method, mode):
     # A bias before BatchNorm has no gradient but rounding.
     assert_trees_close(actual, expected, rtol=1e-3, atol=1e-5)
     assert max(np.abs(g).max() for g in jax.tree.leaves(expected[1])) > 1e-4
+
+
+@pytest.mark.parametrize("method", ["simclr", "moco"])
+def test_eight_splits_on_one_device_equal_eight_devices(method):
+    """Loss, gradients and statistics; SimCLR's splits have both views of their images."""
+    config, source = method_config(method), random_source()
+    config.moco.shuffle = False
+    config.model.bn_group_size = 1
+    expected = gradients_on(config, source, "shard_map", jax.devices())
+    config.model.bn_splits = 8
+    actual = gradients_on(config, source, "shard_map", ONE)
+    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5)
+    assert_trees_close(actual, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -73,6 +91,83 @@ def test_methods_follow_the_protocol_conventions(method):
     assert loss.shape == () and loss.dtype == jnp.float32
     assert jax.tree.structure(made.param_groups(params)) == jax.tree.structure(params)
     assert "encoder" in params and "encoder" in state["batch_stats"]
+
+
+@pytest.mark.parametrize("method", ["simclr", "swav"])
+def test_separate_views_are_encoded_one_after_the_other(method):
+    config = method_config(method)
+    config[method].separate_views = True
+    made = make_method(config, Schedule(1, 10))
+    batch = {"views": ready_views(config, np.arange(4))}
+    params, state = jax.jit(made.init)(jax.random.key(0), batch)
+    apply = jax.jit(functools.partial(apply_networks, made.networks))
+    (outputs, stats), expected = jax.jit(made.forward)(params, state, batch, jax.random.key(1)), []
+    running = state["batch_stats"]
+    for images in batch["views"]:
+        (_, z), running = apply(params, running, images)
+        expected.append(z)
+    z = jnp.stack(expected, axis=1)
+    z = losses.normalize(z) if method == "swav" else z
+    np.testing.assert_allclose(outputs["projection"], z, rtol=1e-4, atol=1e-5)
+    assert_trees_close(stats, running)
+
+
+# The layers of the heads of `recipes.lightly_cifar10_config` and `solo_cifar10_config`.
+HEADS = {
+    "simclr:lightly": ("projector", "dense1 bn1 dense2 bn2"),
+    "simclr:solo": ("projector", "dense1-bias dense2-bias"),
+    "moco:lightly": ("projector", "dense1-bias dense2-bias"),
+    "byol:lightly": ("predictor", "dense1 bn1 dense2-bias"),
+    "byol:solo": ("predictor", "dense1-bias bn1 dense2-bias"),
+    "simsiam:lightly": ("projector", "dense1 bn1 dense2 bn2"),
+    "simsiam:solo": ("projector", "dense1 bn1 dense2 bn2 dense3-bias"),
+    "swav:lightly": ("projector", "dense1 bn1 dense2-bias"),
+    "swav:solo": ("projector", "dense1-bias bn1 dense2-bias"),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_of_lightly_and_solo_learn(name):
+    method, variant = name.split(":")
+    config = load_config(f"{CONFIGS}/{method}_cifar10.py:{variant}")
+    made = make_method(config, Schedule(195, 195))
+    params, _ = jax.eval_shape(made.init, jax.random.key(0), example_batch(config))
+    network, layers = HEADS[name]
+    expected = dict(each.partition("-")[::2] for each in layers.split())
+    assert params[network].keys() == expected.keys()
+    for layer, bias in expected.items():
+        if layer.startswith("dense"):
+            assert ("bias" in params[network][layer]) == bool(bias)
+        else:
+            assert params[network][layer].keys() == {"scale", "bias"}
+
+
+@pytest.mark.parametrize("name", ["simclr", "byol"])
+def test_heads_start_as_torchs_linear_layers_if_configured(name):
+    config = method_config(name)
+    config.model.head_init = "torch"
+    config.byol.out_bias = True
+    params, _ = jax.jit(make_method(config, Schedule(1, 10)).init)(
+        jax.random.key(0), example_batch(config)
+    )
+    for layer, leaf in (("dense1", "kernel"), ("dense2", "kernel"), ("dense2", "bias")):
+        if leaf not in params["projector"][layer]:
+            continue
+        bound = params["projector"][layer]["kernel"].shape[0] ** -0.5
+        largest = np.abs(params["projector"][layer][leaf]).max()
+        assert 0.7 * bound < largest <= bound
+
+
+def test_byols_target_starts_as_a_copy_if_configured():
+    config = method_config("byol")
+    for init, equal in (("copy", True), ("independent", False)):
+        config.byol.target_init = init
+        made = make_method(config, Schedule(1, 10))
+        params, state = jax.jit(made.init)(jax.random.key(0), example_batch(config))
+        for network in state["target"]:
+            kernels = [t[network] for t in (params, state["target"])]
+            first, second = (jax.tree.leaves(t)[-1] for t in kernels)
+            assert np.array_equal(first, second) == equal
 
 
 def test_simclr_without_projector_uses_the_features():

@@ -65,7 +65,8 @@ def test_full_queue_is_used_without_the_current_batch():
     together = losses.sinkhorn(jnp.concatenate([scores[:, 1], queue[1] @ kernel]))[:64]
     for queued, expected in [(0, alone), (127, alone), (128, together)]:
         state = {**method_state, "queue": queue, "queued": jnp.int32(queued)}
-        np.testing.assert_allclose(method.assign(scores, kernel, state)[:, 1], expected, rtol=1e-4)
+        assigned = method.assign(scores, params["prototypes"], state)
+        np.testing.assert_allclose(assigned[:, 1], expected, rtol=1e-4)
     assert not np.allclose(alone, together, rtol=1e-2)
 
 
@@ -105,6 +106,22 @@ def test_prototypes_used_counts_distinct_prototypes():
     assert float(logs["prototypes_used"]) == pytest.approx(1, abs=1e-4)
     # Constant outputs: balanced assignments against one prediction.
     assert float(loss) >= method.trivial_loss - 1e-3
+
+
+def test_prototypes_of_trained_length_start_as_torchs_linear_and_stay_as_trained():
+    """PyTorch's weight_norm: rows w = length·v / |v|, here with a bias."""
+    method = swav(prototype_norm="weight_norm", prototype_bias=True, queue=0)
+    params, state = jax.jit(method.init)(jax.random.key(0), example_batch(method.config))
+    v, length, bias = (np.asarray(params["prototypes"][k]) for k in ("kernel", "length", "bias"))
+    z = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+    np.testing.assert_allclose(method.scores(z, params["prototypes"]), z @ v + bias, atol=1e-5)
+    for uniform in (v, bias):
+        assert 0.25 < np.abs(uniform).max() < 8**-0.5
+    longer = {"kernel": 3 * v, "length": length, "bias": bias}
+    np.testing.assert_allclose(method.scores(z, longer), z @ v + bias, atol=1e-5)
+    updated, _ = method.update({**params, "prototypes": longer}, {}, state, jnp.int32(0))
+    np.testing.assert_array_equal(updated["prototypes"]["kernel"], 3 * v)
+    assert set(method.param_groups(params)["prototypes"].values()) == {"frozen_until"}
 
 
 def test_queue_that_is_no_multiple_of_the_batch_is_refused():

@@ -220,6 +220,20 @@ def test_batch_norm_of_nearly_equal_features_is_exact():
     np.testing.assert_allclose(out, expected, rtol=1e-3, atol=1e-2)
 
 
+def test_splits_are_normalized_like_batches_of_their_own():
+    head, alone = (MLPHead(hidden=7, out=5, out_bn="full", bn_splits=s) for s in (4, 1))
+    variables = random_variables(alone, 6)
+    assert jax.tree.structure(random_variables(head, 6)) == jax.tree.structure(variables)
+    x = np.random.default_rng(1).normal(size=(32, 6)).astype(np.float32)
+    out, new = head.apply(variables, x, train=True, mutable=["batch_stats"])
+    parts = [alone.apply(variables, p, train=True, mutable=["batch_stats"]) for p in np.split(x, 4)]
+    np.testing.assert_allclose(out, np.concatenate([y for y, _ in parts]), rtol=1e-5, atol=1e-5)
+    expected = jax.tree.map(lambda *leaves: sum(leaves) / 4, *(stats for _, stats in parts))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), dict(new), expected)
+    evaluated = [module.apply(variables, x, train=False) for module in (head, alone)]
+    np.testing.assert_array_equal(*evaluated)
+
+
 @pytest.mark.parametrize("group", [0, 1, 2])
 def test_batch_norm_groups_equal_their_images_on_one_device(group):
     """Compares outputs, statistics, and gradients after one mean over devices."""
