@@ -1,0 +1,161 @@
+"""The comparison of learning curves: which runs are made, and their table and pictures."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ssl_jax.config import load_config
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+EPOCHS, STEPS, BATCH = 5, 2, 16
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("curves")
+
+
+@pytest.fixture
+def packed(tmp_path):
+    """Arguments for 40 training and 20 test images in two classes, which colors tell apart."""
+    for name, count in (("train", 40), ("test", 20)):
+        labels = np.arange(count, dtype=np.int32) % 2
+        images = np.broadcast_to(labels[:, None, None, None] * 200, (count, 32, 32, 3))
+        arrays = {"images": images.astype(np.uint8), "labels": labels, "class_names": ["a", "b"]}
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    return [f"--train={tmp_path}/train.npz", f"--test={tmp_path}/test.npz"]
+
+
+def arguments(command):
+    return dict(word.removeprefix("--").split("=", 1) for word in command if "=" in word)
+
+
+def pretend_ssl_jax(command):
+    """Checks the config and writes the metrics of a run."""
+    given = arguments(command)
+    overrides = [word.removeprefix("--config.") for word in command if word.startswith("--config.")]
+    config = load_config(given["config"], overrides)
+    assert (config.epochs, config.batch_size, config.eval.knn_every_epochs) == (EPOCHS, BATCH, 1)
+    assert (config.model.width, config.model.stem, config.dtype) == (0.25, "imagenet", "float32")
+    assert (config.eval.knn_k, config.eval.knn_temperature) == (200, 0.1)
+    assert Path(config.data.dir).name == "train.npz" and not config.eval.at_end
+    workdir = Path(given["workdir"])
+    workdir.mkdir()
+    records = []
+    for step in range(1, EPOCHS * STEPS + 1):
+        rate = {"images_per_s": 32.0} if step > 1 else {}
+        records.append({"step": step, "loss": 1.0 - step / 100, **rate})
+        if step % STEPS == 0:
+            records.append({"step": step, "knn": 0.5 + config.seed / 10, "rankme": 3.0})
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records))
+    return f"ssl_jax {config.method} {config.seed}"
+
+
+def pretend_lightly(command):
+    """Writes the records and the features of a run; one test image of each class is odd."""
+    given = arguments(command)
+    assert (given["every"], given["batch"]) == ("1", str(BATCH))
+    workdir = Path(given["out"])
+    workdir.mkdir()
+    labels = np.arange(20) % 2
+    test = np.eye(2, dtype=np.float32)[np.where(np.arange(20) < 2, 1 - labels, labels)]
+    train = np.eye(2, dtype=np.float32)[np.load(given["train"])["labels"]]
+    lines = []
+    for epoch in range(1, EPOCHS + 1):
+        np.savez(workdir / f"features_{epoch}.npz", train=train, test=test)
+        lines.append({"epoch": epoch, "loss": -0.25, "seconds": 4.0, "images": 32})
+    (workdir / "epochs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    return f"lightly {given['method']} {given['seed']}"
+
+
+@pytest.fixture
+def run(benchmark, packed, tmp_path, monkeypatch, capsys):
+    made = []
+
+    def execute(command):
+        pretend = pretend_lightly if command[0] == "peer" else pretend_ssl_jax
+        made.append(pretend(command))
+
+    monkeypatch.setattr(benchmark, "execute", execute)
+
+    def run(*more):
+        """Returns the runs that were made, and the table."""
+        made.clear()
+        options = [f"--workdir={tmp_path / 'out'}", f"--epochs={EPOCHS}", f"--batch={BATCH}"]
+        benchmark.main([*packed, *options, "--images=32", *more])
+        return list(made), capsys.readouterr().out
+
+    return run
+
+
+def test_sides_alternate_and_finished_runs_are_kept(run, tmp_path):
+    peer = "--peer-python=peer"
+    made, _ = run("--methods=byol", "--seeds=1")
+    assert made == ["ssl_jax byol 0"]
+    made, printed = run(peer, "--methods=byol,moco", "--seeds=2")
+    assert made == [
+        *("lightly byol 0", "ssl_jax moco 0", "lightly moco 0"),
+        *("lightly byol 1", "ssl_jax byol 1", "lightly moco 1", "ssl_jax moco 1"),
+    ]
+    assert run(peer, "--methods=byol,moco", "--seeds=2") == ([], printed)
+    out = tmp_path / "out"
+    assert (out / "curves.md").read_text() == printed
+    with Image.open(out / "curves.png") as drawn:
+        assert drawn.width > 500
+    assert not list(out.glob("*/features_*"))
+    with np.load(out / "train.npz") as chosen:
+        assert np.bincount(chosen["labels"]).tolist() == [16, 16]
+    with pytest.raises(SystemExit, match="holds runs with"):
+        run("--config.optim.lr=1")
+
+
+def test_table_has_means_with_intervals_over_seeds(run, benchmark, monkeypatch):
+    monkeypatch.setattr(benchmark, "draw", lambda *_: None)
+    _, printed = run("--peer-python=peer", "--methods=byol", "--seeds=2")
+    header, _, own, peer = printed.splitlines()
+    assert header.startswith("|  |  | seeds | kNN, epoch 1 |")
+    # Seeds 0 and 1 measure 50 and 60 %: Student's t with one degree of freedom is 12.71.
+    assert own.startswith("| BYOL | ssl_jax | 2 | 55.0 ± 63.5 | ")
+    # The last epoch's losses are .91 and .90. Nine timed steps of half a second.
+    assert own.endswith("| -35.0 ± 63.5 | 0.905 ± 0.000 | 0.1 | 32 |")
+    # BYOL's losses are reported as 1 - cos.
+    assert peer == f"| BYOL | lightly | 2 |{' 90.0 ± 0.0 |' * 5}  | 0.750 ± 0.000 | 0.3 | 8 |"
+
+
+def test_invalid_arguments_and_failing_commands_end_the_benchmark(benchmark, packed, capsys):
+    for wrong, expected in {
+        "--epochs=7": "not a multiple of 5",
+        "--methods=dino": "--methods: dino",
+        "--sedes=2": "unrecognized",
+    }.items():
+        with pytest.raises(SystemExit):
+            benchmark.parse_arguments([*packed, wrong])
+        assert expected in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="exit code 3"):
+        benchmark.execute([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_picture_of_a_run_has_a_row_per_metric(benchmark, tmp_path, monkeypatch):
+    picture = importlib.import_module("curves_picture")
+    config = {"config": {"method": "simclr", "simclr": {"layers": 3}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    records = [{"step": step, "loss": 2.0, "embedding_std": 0.5} for step in range(1, 1001)]
+    records.append({"step": 1000, "knn": 0.25, "rankme": 20.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records))
+    curve = picture.read_run(tmp_path)
+    assert list(curve) == ["loss", "knn", "embedding_std", "rankme"]
+    steps, losses = curve["loss"]
+    assert len(steps) == 250 <= picture.POINTS  # groups of four
+    assert steps[0] == 2.5 and (losses == 2).all() and curve["knn"][1] == [25]
+    assert picture.title(tmp_path) == "SimCLR v2"
+    out = tmp_path / "curves.png"
+    monkeypatch.setattr(sys, "argv", ["curves_picture.py", f"--out={out}", str(tmp_path)])
+    picture.main()
+    with Image.open(out) as drawn:
+        assert drawn.height > 3 * drawn.width / 2 and len(drawn.getcolors()) > 10

@@ -1,0 +1,95 @@
+"""lightly's side of the comparison of learning curves, at toy size."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed here: make peers")
+pytest.importorskip("lightly", reason="lightly is not installed here: make peers")
+torchvision = pytest.importorskip("torchvision")
+
+# The interval of losses of an untrained network.
+LOSSES = {
+    "simclr": (np.log(31) - 1, np.log(31) + 1),
+    "moco": (0, np.log(65) + 1),
+    "byol": (-1, 1),
+    "simsiam": (-1, 1),
+    "swav": (np.log(512) - 1, np.log(512) + 1),
+}
+
+
+@pytest.fixture(scope="module")
+def peer():
+    return importlib.import_module("curves_peer")
+
+
+@pytest.fixture
+def train(peer, tmp_path, monkeypatch):
+    monkeypatch.setattr(peer, "QUEUE", 64)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (32, 32, 32, 3)).astype(np.uint8)
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", images=images)
+
+    def train(method, name="run", epochs=1, stop_in=0):
+        """Trains; stops within an epoch, before its state is saved, if one is given."""
+        out = tmp_path / name
+        words = [f"--method={method}", f"--out={out}", f"--epochs={epochs}", "--every=1"]
+        words += [f"--{split}={tmp_path / split}.npz" for split in ("train", "test")]
+        words += ["--batch=16", "--width=0.0625", "--workers=0", "--seed=1"]
+        if stop_in:
+            out.mkdir()
+            steps = peer.Run(peer.parse_arguments(words), images).train(epochs)
+            for _ in range(stop_in):
+                next(steps)
+        else:
+            peer.main(words)
+        return out
+
+    return train
+
+
+@pytest.mark.parametrize("method", LOSSES)
+def test_every_method_trains_and_leaves_features(train, method):
+    out = train(method)
+    (line,) = [json.loads(line) for line in (out / "epochs.jsonl").read_text().splitlines()]
+    assert line["epoch"] == 1 and line["images"] == 32 and line["seconds"] > 0
+    low, high = LOSSES[method]
+    assert low < line["loss"] < high
+    with np.load(out / "features_1.npz") as features:
+        assert features["train"].shape == features["test"].shape == (32, 32)
+        np.testing.assert_allclose(features["train"], features["test"], rtol=1e-3, atol=1e-3)
+        assert features["train"].std(axis=0).max() > 0
+
+
+def test_killed_run_resumes_with_the_same_steps(train):
+    """MoCo, whose memory bank lightly doesn't save."""
+    whole = train("moco", "whole", epochs=3)
+    train("moco", "killed", epochs=3, stop_in=2)
+    resumed = train("moco", "killed", epochs=3)
+    expected, found = (
+        [json.loads(line)["loss"] for line in (out / "epochs.jsonl").read_text().splitlines()]
+        for out in (whole, resumed)
+    )
+    assert len(found) == 3
+    np.testing.assert_allclose(found, expected, rtol=1e-4)  # torch's sums vary with alignment
+
+
+def test_network_is_torchvisions(peer):
+    theirs, own = torchvision.models.resnet18(), peer.ResNet18(1.0)
+    theirs.fc = torch.nn.Identity()
+    own.load_state_dict(theirs.state_dict())
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(own(images), theirs(images))
+
+
+def test_two_processes_dont_train_in_one_folder(train, peer, tmp_path, monkeypatch):
+    def taken(*_):
+        raise BlockingIOError
+
+    monkeypatch.setattr(peer.fcntl, "flock", taken)
+    with pytest.raises(SystemExit, match="Another process"):
+        train("simclr")
