@@ -91,8 +91,8 @@ MUTATIONS = [
     Mutation(
         "MoCo's queue is filled one batch ahead",
         "ssl_jax/methods/moco.py",
-        "start = step % (options.queue // keys.shape[1]) * keys.shape[1]",
-        "start = (step + 1) % (options.queue // keys.shape[1]) * keys.shape[1]",
+        "start = step % (options.queue // of_step) * of_step",
+        "start = (step + 1) % (options.queue // of_step) * of_step",
         "tests/methods/test_moco.py",
     ),
     Mutation(
@@ -119,8 +119,8 @@ MUTATIONS = [
     Mutation(
         "a gradient flows into BYOL's target",
         "ssl_jax/methods/byol.py",
-        "targets.append(jax.lax.stop_gradient(z))",
-        "targets.append(z)",
+        '"target": jax.lax.stop_gradient(target),',
+        '"target": target,',
         "tests/methods/test_regression.py",
     ),
     Mutation(
