@@ -22,10 +22,10 @@ help:  ## list the targets
 quickstart: .venv/.core  ## pretrain on a CPU in minutes; the report is runs/quickstart/report.html
 	$(BIN)/python run_pretrain.py --config=configs/simclr_digits.py --workdir=runs/quickstart
 
-test: lint types contracts  ## all that CI checks; the tests last
+test: lint types contracts  ## lint, types, import contracts, then the tests, several minutes in all
 	$(BIN)/python -m pytest -n 2 --dist worksteal -p no:randomly -m "not long"
 
-long: .venv/.dev  ## tests that take minutes: runs that are killed, corrupt and starved, several processes, fuzzing
+long: .venv/.dev  ## the slower tests: killed and corrupt runs, several processes, fuzzing, benchmarks, commands of the docs
 	$(UNCHECKED) $(BIN)/python -m pytest -n 2 --dist worksteal -p no:randomly -m long
 
 flaky: .venv/.dev  ## the tests of `make test` five times in random order
