@@ -55,3 +55,13 @@ def same_images(old: str, new: str) -> bool:
         if len(before) != len(after) or sum(a != b for a, b in pairs) > len(pairs) // 4:
             return False
     return True
+
+
+def describe_change(old: str, new: str) -> str:
+    """Describes how two different fingerprints differ, for a message."""
+    before, now = (text.partition(",")[0] or "none" for text in (old, new))
+    if before != now:
+        return f"{before} -> {now}"
+    if _SIZES.sub("", old) == _SIZES.sub("", new):
+        return f"{now}, files of other sizes"
+    return f"{now}, with other names, labels or contents, or in another order"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ssl_jax.fingerprint import files_fingerprint, same_images
+from ssl_jax.fingerprint import describe_change, files_fingerprint, same_images
 
 SIZES = {str(i): 1000 + 7 * i for i in range(100)}
 
@@ -23,6 +23,12 @@ def test_repaired_files_are_the_same_images_and_files_of_other_sizes_are_not():
     assert not same_images(old, fingerprint_of({file: 2 * SIZES[file] for file in SIZES}))
     assert not same_images(old, fingerprint_of({file: SIZES[file] for file in list(SIZES)[:99]}))
     assert not same_images(old, fingerprint_of(identity=b"other names"))
+    assert describe_change(old, "99 images, checksum 1") == "100 images -> 99 images"
+    assert describe_change(old, "") == "100 images -> none"
+    larger = fingerprint_of({file: 2 * SIZES[file] for file in SIZES})
+    assert describe_change(old, larger) == "100 images, files of other sizes"
+    renamed = fingerprint_of(identity=b"other names")
+    assert describe_change(old, renamed).startswith("100 images, with other names, labels or")
     part = "; subset of 3, checksum 1"
     assert same_images(old + part, fingerprint_of(SIZES | {"0": 3}) + part)
     assert not same_images(old + part, old)

@@ -186,8 +186,8 @@ def _probed(timeout: float) -> dict[str, Any]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
     except subprocess.TimeoutExpired:
         error = (
-            f"JAX and its devices did not respond within {timeout:g} s (on a pod, run this on all "
-            "hosts)"
+            f"JAX and its devices did not respond within {timeout:g} s. On a busy machine, raise "
+            "--timeout; on a pod, run this on all hosts"
         )
         return {"broken": {}, "error": error}
     try:

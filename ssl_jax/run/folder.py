@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from ssl_jax.config import differences, from_json, to_json
 from ssl_jax.errors import UserError
 from ssl_jax.files import appending, read_regular, reason, replacing, writing
-from ssl_jax.fingerprint import same_images
+from ssl_jax.fingerprint import describe_change, same_images
 from ssl_jax.version import __version__
 
 # Version of a run's folder: the keys of config.json other than the config, and the tree of
@@ -164,14 +164,20 @@ def write_config(
     kept = has_checkpoint(workdir)
     if path.exists():
         record = read_record(workdir)
-        changed = _affecting_training(record, config, data, started_weights(workdir), weights or {})
+        changed = _affecting_training(record, config, started_weights(workdir), weights or {})
         if evaluated and record.get("test_data"):
             changed += _other_held_out(record, test_data)
+        hint = "" if kept else "; this one has no checkpoint yet and can be deleted"
         if changed:
-            hint = "" if kept else "; this one has no checkpoint yet and can be deleted"
             raise UserError(
                 f"{workdir} holds a run with a different config ({'; '.join(changed)}). "
                 f"Use its config, or choose another --workdir{hint}."
+            )
+        if not same_images(str(record.get("data", data)), data):
+            raise UserError(
+                f"{workdir} holds a run on other training images "
+                f"({describe_change(str(record['data']), data)}). Restore its images, or choose "
+                f"another --workdir{hint}."
             )
         if not kept and record.get("weights", {}) != (weights or {}):  # it starts from these now
             _write_record(workdir, record | {"weights": weights or {}})
@@ -197,17 +203,13 @@ def write_config(
 def _affecting_training(
     record: dict[str, Any],
     config: ConfigDict,
-    data: str,
     started: dict[str, dict[str, Any]],
     found: dict[str, dict[str, Any]],
 ) -> list[str]:
     """Differences with which a run can't be resumed."""
     before, now = to_json(from_json(record["config"])), to_json(config)
     changed = differences(before, now, ignore=("results", "nothing"))
-    changed += _other_sources(before, now, started, found)
-    if not same_images(str(record.get("data", data)), data):
-        changed.append(f"the training data: {record['data'] or 'none'} -> {data or 'none'}")
-    return changed
+    return changed + _other_sources(before, now, started, found)
 
 
 def _other_sources(
@@ -307,7 +309,7 @@ def _other_held_out(record: dict[str, Any], found: str) -> list[str]:
     old = record.get("test_data", found)
     if same_images(str(old), found):
         return []
-    return [f"the held-out data: {old or 'none'} -> {found or 'none'}"]
+    return [f"the held-out data: {describe_change(str(old), found)}"]
 
 
 def note_resumption(

@@ -70,7 +70,7 @@ def start_rows(setup: Setup, params: Any, workdir: Path, start: int) -> Iterator
     total, epoch = schedule.total_steps, float(schedule.exact_epoch or schedule.steps_per_epoch)
     left = f", {total - start:,} remaining" if start else ""
     epochs = "1 epoch" if total == epoch else f"{total / epoch:.4g} epochs"
-    length = f"{epoch:,.1f}".removesuffix(".0") + (" step" if epoch == 1 else " steps")
+    length = f"{epoch:,.2f}".rstrip("0").rstrip(".") + (" step" if epoch == 1 else " steps")
     yield "steps", f"{total:,}{left}, {epochs} of {length}"
     yield "workdir", str(workdir)
 

@@ -272,7 +272,9 @@ def test_record_is_plain_json(tmp_path):
 def test_other_training_data_is_refused_and_other_held_out_data_once_evaluated(tmp_path):
     write_config(tmp_path, default_config(), "", data="64 images, checksum 1")
     write_config(tmp_path, default_config(), "", data="64 images, checksum 1")
-    with pytest.raises(UserError, match="training data: 64 images, .* -> 65 images"):
+    with pytest.raises(
+        UserError, match=r"other training images \(64 images -> 65 images\)\. Restore"
+    ):
         write_config(tmp_path, default_config(), "", data="65 images, checksum 2")
     again = (tmp_path, default_config(), "", "64 images, checksum 1")
     write_config(*again, "9 images", evaluated=True)  # there were none to evaluate on

@@ -342,7 +342,7 @@ def test_run_resumes_with_changed_settings_moved_data_and_renamed_source(
     shutil.rmtree(tmp_path / "renamed")  # the same command needs the source no more
     assert int(pretrain(config, workdir).step) == 4
     config.data.dir = packed(moved / "other.npz", random_source(64, seed=1))
-    with pytest.raises(UserError, match="the training data: 64 images, "):
+    with pytest.raises(UserError, match="other training images \\(64 images, with other"):
         pretrain(config, workdir)
 
 
