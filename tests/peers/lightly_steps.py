@@ -1,0 +1,331 @@
+"""Trains with lightly 1.6.0 and with ssl_jax from the same weights and views, in float64.
+
+`python lightly_steps.py METHOD ...` prints one line of JSON per method: the largest relative
+differences over ten steps of `configs/METHOD_cifar10.py:lightly` on a narrow ResNet-18. The lightly
+half follows its CIFAR-10 benchmark, with its own networks, losses and EMA, and torch's optimizers.
+"""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# ssl_jax casts statistics and losses to float32. Over ten steps of a network with BatchNorm its
+# rounding grows beyond what is compared here, so these casts become casts to float64.
+jax.config.update("jax_enable_x64", True)
+jnp.float32 = jnp.float64
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from loss import tolerate_missing_operators  # noqa: E402
+
+tolerate_missing_operators()
+import torch  # noqa: E402
+from lightly.loss import NegativeCosineSimilarity, NTXentLoss, SwaVLoss  # noqa: E402
+from lightly.models import ResNetGenerator, utils  # noqa: E402
+from lightly.models.batchnorm import SplitBatchNorm  # noqa: E402
+from lightly.models.modules import heads  # noqa: E402
+from torch import nn  # noqa: E402
+
+from ssl_jax.config import Schedule, load_config  # noqa: E402
+from ssl_jax.data.index import stream_key  # noqa: E402
+from ssl_jax.interop.torch_names import from_torch, sequential  # noqa: E402
+from ssl_jax.spmd import AXIS, make_spmd  # noqa: E402
+from ssl_jax.step import assemble, init_state, make_train_step  # noqa: E402
+
+STEPS, PER_EPOCH, BATCH, SIDE, WIDTH = 10, 2, 32, 16, 1 / 8
+FEATURES, HIDDEN, OUT, SPLITS, QUEUE, PROTOTYPES = 64, 48, 16, 8, 128, 24
+SMALL = {
+    "simclr": {"simclr.hidden": FEATURES, "simclr.out": OUT},
+    "moco": {"moco.hidden": FEATURES, "moco.out": OUT, "moco.queue": QUEUE},
+    "byol": {"byol.hidden": HIDDEN, "byol.out": OUT},
+    "simsiam": {"simsiam.hidden": HIDDEN, "simsiam.out": HIDDEN, "simsiam.predictor_hidden": OUT},
+    "swav": {"swav.hidden": FEATURES, "swav.out": OUT, "swav.prototypes": PROTOTYPES},
+}
+
+
+class Lightly:
+    """The benchmark's model of a method: its networks by ssl_jax's names, and a training step."""
+
+    def __init__(self, method):
+        splits = SPLITS if method == "moco" else 0
+        resnet = ResNetGenerator("resnet-18", width=WIDTH, num_splits=splits)
+        backbone = nn.Sequential(*list(resnet.children())[:-1], nn.AdaptiveAvgPool2d(1))
+        self.networks = {"encoder": backbone, "projector": self.projector(method)}
+        self.target = {}
+        if method in ("moco", "byol"):
+            self.target = {name: copy.deepcopy(net) for name, net in self.networks.items()}
+        if method == "byol":
+            self.networks["predictor"] = heads.BYOLPredictionHead(OUT, HIDDEN, OUT)
+        if method == "simsiam":
+            self.networks["predictor"] = heads.SimSiamPredictionHead(HIDDEN, OUT, HIDDEN)
+        if method == "swav":
+            self.networks["prototypes"] = heads.SwaVPrototypes(OUT, PROTOTYPES)
+        self.criterion = {
+            "simclr": NTXentLoss,
+            "moco": lambda: NTXentLoss(temperature=0.1, memory_bank_size=(QUEUE, OUT)),
+            "byol": NegativeCosineSimilarity,
+            "simsiam": NegativeCosineSimilarity,
+            "swav": SwaVLoss,
+        }[method]()
+        for module in (*self.networks.values(), *self.target.values(), self.criterion):
+            module.double().train()
+        self.loss = getattr(self, method)
+        self.parameters = [p for net in self.networks.values() for p in net.parameters()]
+        rate = 0.06 if method == "simsiam" else 0.06 * BATCH / 128
+        if method == "swav":
+            rate = 1e-3 * BATCH / 128
+            self.optimizer = torch.optim.Adam(self.parameters, lr=rate, weight_decay=1e-6)
+        else:
+            self.optimizer = torch.optim.SGD(
+                self.parameters, lr=rate, momentum=0.9, weight_decay=5e-4
+            )
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self.optimizer, STEPS // PER_EPOCH
+        )
+
+    @staticmethod
+    def projector(method):
+        if method == "simsiam":
+            return heads.ProjectionHead(
+                [
+                    (FEATURES, HIDDEN, nn.BatchNorm1d(HIDDEN), nn.ReLU()),
+                    (HIDDEN, HIDDEN, nn.BatchNorm1d(HIDDEN), None),
+                ]
+            )
+        kind, hidden = {
+            "simclr": (heads.SimCLRProjectionHead, FEATURES),
+            "moco": (heads.MoCoProjectionHead, FEATURES),
+            "byol": (heads.BYOLProjectionHead, HIDDEN),
+            "swav": (heads.SwaVProjectionHead, FEATURES),
+        }[method]
+        return kind(FEATURES, hidden, OUT)
+
+    def project(self, images, networks=None):
+        networks = networks or self.networks
+        return networks["projector"](networks["encoder"](images).flatten(start_dim=1))
+
+    def move_target(self, decay=0.99):
+        for name, network in self.target.items():
+            utils.update_momentum(self.networks[name], network, decay)
+
+    def simclr(self, views, shuffles):
+        return self.criterion(*map(self.project, views))
+
+    def moco(self, views, shuffles):
+        self.move_target()
+        losses = []
+        for query, key, order in zip(views, views[::-1], shuffles, strict=True):
+            q = self.project(query)
+            with torch.no_grad():
+                k = utils.batch_unshuffle(self.project(key[order], self.target), order)
+            losses.append(self.criterion(q, k))
+        return sum(losses) / 2
+
+    def byol(self, views, shuffles):
+        self.move_target()
+        predictions, targets = [], []
+        for images in views:
+            predictions.append(self.networks["predictor"](self.project(images)))
+            with torch.no_grad():
+                targets.append(self.project(images, self.target))
+        (p0, p1), (z0, z1) = predictions, targets
+        return (self.criterion(p0, z1) + self.criterion(p1, z0)) / 2
+
+    def simsiam(self, views, shuffles):
+        z0, z1 = map(self.project, views)
+        p0, p1 = map(self.networks["predictor"], (z0, z1))
+        return (self.criterion(z0.detach(), p1) + self.criterion(z1.detach(), p0)) / 2
+
+    def swav(self, views, shuffles):
+        prototypes = self.networks["prototypes"]
+        prototypes.normalize()
+        scores = [prototypes(nn.functional.normalize(self.project(x), dim=1)) for x in views]
+        return self.criterion(scores, [])
+
+    def step(self, number, views, shuffles):
+        """Takes one optimizer step; returns loss, gradient norm and learning rate."""
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.zero_grad()
+        loss = self.loss(views, shuffles)
+        loss.backward()
+        norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in self.parameters]))
+        self.optimizer.step()
+        if (number + 1) % PER_EPOCH == 0:
+            self.schedule.step()
+        return float(loss), float(norm), rate
+
+    def trees(self, networks):
+        """The networks' parameters and running statistics as ssl_jax has them."""
+        params, stats = {}, {}
+        for name, network in networks.items():
+            if name == "prototypes":
+                (linear,) = network.heads
+                weight = nn.functional.normalize(linear.weight.detach(), dim=1)
+                params[name] = {"kernel": weight.numpy().T, "bias": linear.bias.detach().numpy()}
+            else:
+                params[name], stats[name] = network_trees(name, network)
+        return params, stats
+
+
+def network_trees(name, network):
+    """Converts an encoder or a head to ssl_jax's trees."""
+    state = {key: value.numpy() for key, value in network.state_dict().items()}
+    if name == "encoder":
+        names = sequential(state)
+        state = {names[key]: value for key, value in state.items()}
+        params, stats, unknown = from_torch(state, split=True)
+    else:
+        kinds = {nn.Linear: "dense", nn.BatchNorm1d: "bn"}
+        layers, number = {}, 0
+        for position, layer in enumerate(network.layers):
+            if type(layer) in kinds:
+                number += type(layer) is nn.Linear
+                layers[f"layers.{position}"] = f"{kinds[type(layer)]}{number}"
+
+        def place(key):
+            layer, _, leaf = key.rpartition(".")
+            return layers[layer], leaf
+
+        params, stats, unknown = from_torch(state, place)
+    assert not unknown, unknown
+    return params, stats
+
+
+class Passes:
+    """Counts the batches of a network's BatchNorms, and the values that each averages over."""
+
+    def __init__(self, networks):
+        self.seen = {}
+        for network in networks.values():
+            for layer in network.modules():
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                    layer.register_forward_hook(self.hook)
+
+    def hook(self, layer, inputs, output):
+        splits = layer.num_splits if isinstance(layer, SplitBatchNorm) else 1
+        times, _ = self.seen.get(layer, (0, 0))
+        values = inputs[0].numel() // layer.num_features // splits
+        self.seen[layer] = times + 1, values
+
+    def debias(self):
+        """Makes running variances the averages of biased variances, as in ssl_jax."""
+        for layer, (times, values) in self.seen.items():
+            start = (1 - layer.momentum) ** times
+            layer.running_var.sub_(start).mul_((values - 1) / values).add_(start)
+
+
+class Ours:
+    """ssl_jax's train step on one device."""
+
+    def __init__(self, method, lightly):
+        changes = [f"{key}={value}" for key, value in SMALL[method].items()]
+        changes += [f"batch_size={BATCH}", f"model.width={WIDTH}", "eval.probe=False"]
+        changes += ["max_nonfinite_steps=0", f"epochs={STEPS // PER_EPOCH}"]
+        config = load_config(str(ROOT / f"configs/{method}_cifar10.py") + ":lightly", changes)
+        config.dtype = "float64"
+        for view in config.views.values():
+            view.size = SIDE
+        if method == "moco":
+            assert config.model.bn_splits == SPLITS
+        self.spmd = make_spmd(devices=jax.devices()[:1])
+        schedule = Schedule(PER_EPOCH, STEPS)
+        self.method, optimizer, rate = assemble(config, schedule, AXIS)
+        step = make_train_step(self.method, optimizer, lambda raw, *_: raw, rate)
+        inputs, outputs = ("replicated", "sharded", "replicated"), ("replicated", "replicated")
+        self.step_fn = self.spmd.map(step, inputs, outputs)
+        state = jax.device_get(init_state(self.method, optimizer, config))
+        params, _ = lightly.trees(lightly.networks)
+        method_state = dict(state.method_state)
+        if lightly.target:
+            method_state["target"], _ = lightly.trees(lightly.target)
+        if method == "moco":
+            method_state["queue"] = lightly.criterion.memory_bank.bank.numpy()[None]
+        loaded = {"params": params, "method_state": method_state}
+        for name, tree in loaded.items():
+            own = getattr(state, name)
+            assert jax.tree.map(jnp.shape, tree) == jax.tree.map(jnp.shape, own), name
+            loaded[name] = jax.tree.map(lambda new, old: np.asarray(new, old.dtype), tree, own)
+        state = state.replace(**loaded, opt_state=jax.device_get(optimizer.init(loaded["params"])))
+        self.state = self.spmd.replicate(state)
+
+    def step(self, views):
+        ids = np.arange(BATCH, dtype=np.int32)
+        batch = self.spmd.place_batch({"id": ids, "views": tuple(views)})
+        self.state, metrics = self.step_fn(self.state, batch, {})
+        return [float(metrics[name]) for name in ("loss", "gradient_norm", "learning_rate")]
+
+    def shuffles(self, number):
+        """The order in which MoCo encodes the key images of each direction."""
+        if not hasattr(self.method, "shuffle"):
+            return [None, None]
+        rng = stream_key(jax.random.wrap_key_data(self.state.key), "forward", number)
+        mapped = self.spmd.map(
+            lambda x: [self.method.shuffle(x, jax.random.fold_in(rng, i))[0] for i in (0, 1)],
+            ("sharded",),
+            "sharded",
+        )
+        return [np.asarray(order).astype(int) for order in mapped(np.arange(BATCH, dtype=float))]
+
+
+def relative(actual, expected):
+    """The largest difference of two trees, relative to the largest value of each leaf."""
+    differences = jax.tree.map(
+        lambda a, b: float(np.abs(np.asarray(a) - b).max() / np.abs(b).max()), actual, expected
+    )
+    return max(jax.tree.leaves(differences))
+
+
+def compare(method):
+    """Trains both; returns the largest relative differences."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    lightly = Lightly(method)
+    passes = Passes({**lightly.networks, **{f"t_{k}": v for k, v in lightly.target.items()}})
+    ours = Ours(method, lightly)
+    # A split is a block of images in ssl_jax, every SPLITS-th image in lightly.
+    order = np.arange(BATCH)
+    if method == "moco":
+        order = order.reshape(SPLITS, -1).T.reshape(-1)
+    place = np.argsort(order)
+    steps = []
+    for number in range(STEPS):
+        image = rng.normal(size=(BATCH, SIDE, SIDE, 3))
+        views = [image + rng.normal(size=image.shape) for _ in range(2)]
+        shuffles = [
+            None if each is None else torch.tensor(place[each[order]])
+            for each in ours.shuffles(number)
+        ]
+        theirs = [torch.tensor(view[order].transpose(0, 3, 1, 2)) for view in views]
+        steps.append((ours.step(views), lightly.step(number, theirs, shuffles)))
+    passes.debias()
+    lightly.move_target()  # ssl_jax does so at the end of a step
+    mine, peer = (np.array(each).T for each in zip(*steps, strict=True))
+    if method == "byol":
+        mine[0] -= 1  # 1 - cos against -cos
+    names = ("loss", "gradient norm", "learning rate")
+    found = {name: relative(a, b) for name, a, b in zip(names, mine, peer, strict=True)}
+    params, stats = lightly.trees(lightly.networks)
+    state = jax.device_get(ours.state)
+    method_state = state.method_state
+    if lightly.target:
+        target, stats["target"] = lightly.trees(lightly.target)
+        found["target"] = relative(method_state["target"], target)
+    found["parameters"] = relative(state.params, params)
+    with_stats = {name: tree for name, tree in stats.items() if tree}
+    own = {name: method_state["batch_stats"][name] for name in with_stats}
+    found["statistics"] = relative(own, with_stats)
+    if method == "moco":
+        bank = lightly.criterion.memory_bank.bank.numpy().reshape(-1, BATCH, OUT)
+        found["queue"] = relative(method_state["queue"][0].reshape(bank.shape), bank[:, place])
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name in sys.argv[1:]:
+        print(json.dumps({"method": name, **compare(name)}), flush=True)
