@@ -1,7 +1,7 @@
 """Trains with lightly 1.6.0 and with ssl_jax from the same weights and views, in float64.
 
 `python lightly_steps.py METHOD ...` prints one line of JSON per method: the largest relative
-differences over ten steps of `configs/METHOD_cifar10.py:lightly` on a narrow ResNet-18. The lightly
+differences over ten steps of `configs/METHOD_cifar10.py:lightly` on a narrow ResNet-10. The lightly
 half follows its CIFAR-10 benchmark, with its own networks, losses and EMA, and torch's optimizers.
 """
 
@@ -34,11 +34,13 @@ from torch import nn  # noqa: E402
 from ssl_jax.config import Schedule, load_config  # noqa: E402
 from ssl_jax.data.index import stream_key  # noqa: E402
 from ssl_jax.interop.torch_names import from_torch, sequential  # noqa: E402
+from ssl_jax.models.resnet import STAGES  # noqa: E402
 from ssl_jax.spmd import AXIS, make_spmd  # noqa: E402
 from ssl_jax.step import assemble, init_state, make_train_step  # noqa: E402
 
 STEPS, PER_EPOCH, BATCH, SIDE, WIDTH = 10, 2, 32, 16, 1 / 8
 FEATURES, HIDDEN, OUT, SPLITS, QUEUE, PROTOTYPES = 64, 48, 16, 8, 128, 24
+STAGES[10] = (1, 1, 1, 1)  # lightly calls it resnet-9
 SMALL = {
     "simclr": {"simclr.hidden": FEATURES, "simclr.out": OUT},
     "moco": {"moco.hidden": FEATURES, "moco.out": OUT, "moco.queue": QUEUE},
@@ -53,7 +55,7 @@ class Lightly:
 
     def __init__(self, method):
         splits = SPLITS if method == "moco" else 0
-        resnet = ResNetGenerator("resnet-18", width=WIDTH, num_splits=splits)
+        resnet = ResNetGenerator("resnet-9", width=WIDTH, num_splits=splits)
         backbone = nn.Sequential(*list(resnet.children())[:-1], nn.AdaptiveAvgPool2d(1))
         self.networks = {"encoder": backbone, "projector": self.projector(method)}
         self.target = {}
@@ -157,7 +159,7 @@ class Lightly:
         self.optimizer.step()
         if (number + 1) % PER_EPOCH == 0:
             self.schedule.step()
-        return float(loss), float(norm), rate
+        return loss.item(), norm.item(), rate
 
     def trees(self, networks):
         """The networks' parameters and running statistics as ssl_jax has them."""
@@ -224,7 +226,7 @@ class Ours:
 
     def __init__(self, method, lightly):
         changes = [f"{key}={value}" for key, value in SMALL[method].items()]
-        changes += [f"batch_size={BATCH}", f"model.width={WIDTH}", "eval.probe=False"]
+        changes += [f"batch_size={BATCH}", f"model.width={WIDTH}", "model.depth=10", "eval.probe=False"]
         changes += ["max_nonfinite_steps=0", f"epochs={STEPS // PER_EPOCH}"]
         config = load_config(str(ROOT / f"configs/{method}_cifar10.py") + ":lightly", changes)
         config.dtype = "float64"
@@ -251,7 +253,7 @@ class Ours:
             assert jax.tree.map(jnp.shape, tree) == jax.tree.map(jnp.shape, own), name
             loaded[name] = jax.tree.map(lambda new, old: np.asarray(new, old.dtype), tree, own)
         state = state.replace(**loaded, opt_state=jax.device_get(optimizer.init(loaded["params"])))
-        self.state = self.spmd.replicate(state)
+        self.state = self.spmd.replicate(jax.tree.map(with_long_integers, state))
 
     def step(self, views):
         ids = np.arange(BATCH, dtype=np.int32)
@@ -270,6 +272,11 @@ class Ours:
             "sharded",
         )
         return [np.asarray(order).astype(int) for order in mapped(np.arange(BATCH, dtype=float))]
+
+
+def with_long_integers(x):
+    """Converts step counts: in JAX, int32 divided by a Python number is float32, int64 float64."""
+    return x.astype(np.int64) if x.dtype == np.int32 else x
 
 
 def relative(actual, expected):
