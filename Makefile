@@ -39,7 +39,7 @@ mutations: .venv/.dev  ## break the package on purpose, a place at a time: a tes
 
 compat: $(COMPAT:%=compat-%)  ## the tests that compute, on Python 3.12 and 3.13 with the newest JAX, Flax and Optax
 
-peers: .venv-peers/.done  ## beside torchvision, and by the TPU's compiler; installs torch and libtpu, which are big
+peers: .venv-peers/.done  ## beside torchvision and lightly, and by the TPU's compiler; installs torch and libtpu, which are big
 	$(UNCHECKED) .venv-peers/bin/python -m pytest -n 2 --dist loadfile tests/peers tests/tpu
 
 docs: .venv/.dev  ## the documentation as a site, build/docs/index.html; a warning is an error
@@ -77,8 +77,9 @@ clean:  ## remove caches and builds; environments and runs/ stay
 	@touch .venv/.core $@
 
 .venv-peers/.done: setup.py constraints.txt | .venv-peers/bin/pip
-	@echo "Installing ssl_jax, torch and libtpu into .venv-peers (once)"
+	@echo "Installing ssl_jax, torch, lightly and libtpu into .venv-peers (once)"
 	.venv-peers/bin/$(PIP) -e ".[peers,plan]"
+	.venv-peers/bin/$(PIP) --no-deps lightly  # its networks and losses need none of its dependencies but torch
 	@touch $@
 
 # An environment and the tests for one Python, found on the path or among pyenv's; a Python that is

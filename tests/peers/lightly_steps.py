@@ -226,7 +226,12 @@ class Ours:
 
     def __init__(self, method, lightly):
         changes = [f"{key}={value}" for key, value in SMALL[method].items()]
-        changes += [f"batch_size={BATCH}", f"model.width={WIDTH}", "model.depth=10", "eval.probe=False"]
+        changes += [
+            f"batch_size={BATCH}",
+            f"model.width={WIDTH}",
+            "model.depth=10",
+            "eval.probe=False",
+        ]
         changes += ["max_nonfinite_steps=0", f"epochs={STEPS // PER_EPOCH}"]
         config = load_config(str(ROOT / f"configs/{method}_cifar10.py") + ":lightly", changes)
         config.dtype = "float64"
