@@ -89,8 +89,8 @@ class Reader(Generic[T]):
         if limit > patience and not self._warned:
             self._warned = True
             _log.warning(
-                "warning: no images for %g s. Still waiting; check the file system, or whether the machine "
-                "is busy.",
+                "warning: no images for %g s. Still waiting; check the file system, or whether the "
+                "machine is busy.",
                 patience,
             )
         with contextlib.suppress(queue.Empty):

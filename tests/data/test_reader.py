@@ -53,8 +53,8 @@ def test_late_item_is_warned_of_once_before_the_timeout(monkeypatch, caplog):
             r.next()
         answers.set()
     assert caplog.messages == [
-        "warning: no images for 0.05 s. Still waiting; check the file system, or whether the machine "
-        "is busy."
+        "warning: no images for 0.05 s. Still waiting; check the file system, or whether the "
+        "machine is busy."
     ]
 
 
