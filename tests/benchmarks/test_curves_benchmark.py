@@ -75,7 +75,13 @@ def pretend_lightly(command):
 
 
 @pytest.fixture
-def run(benchmark, packed, tmp_path, monkeypatch, capsys):
+def pictures():
+    """The arguments of each picture, instead of drawing it."""
+    return []
+
+
+@pytest.fixture
+def run(benchmark, packed, pictures, tmp_path, monkeypatch, capsys):
     made = []
 
     def execute(command):
@@ -83,6 +89,7 @@ def run(benchmark, packed, tmp_path, monkeypatch, capsys):
         made.append(pretend(command))
 
     monkeypatch.setattr(benchmark, "execute", execute)
+    monkeypatch.setattr(benchmark, "draw", lambda *drawn: pictures.append(drawn))
 
     def run(*more):
         """Returns the runs that were made, and the table."""
@@ -94,7 +101,7 @@ def run(benchmark, packed, tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_sides_alternate_and_finished_runs_are_kept(run, tmp_path):
+def test_sides_alternate_and_finished_runs_are_kept(run, pictures, tmp_path):
     peer = "--peer-python=peer"
     made, _ = run("--methods=byol", "--seeds=1")
     assert made == ["ssl_jax byol 0"]
@@ -106,8 +113,11 @@ def test_sides_alternate_and_finished_runs_are_kept(run, tmp_path):
     assert run(peer, "--methods=byol,moco", "--seeds=2") == ([], printed)
     out = tmp_path / "out"
     assert (out / "curves.md").read_text() == printed
-    with Image.open(out / "curves.png") as drawn:
-        assert drawn.width > 500
+    panels, file, x_label = pictures[-1]
+    assert (file, x_label) == (out / "curves.png", "epoch")
+    counts = {title: [len(runs) for runs in panel.values()] for title, panel in panels.items()}
+    assert counts == {"BYOL": [2, 2], "MoCo": [2, 2]}
+    assert panels["BYOL"]["lightly"][0]["knn"] == ([1, 2, 3, 4, 5], [90] * 5)
     assert not list(out.glob("*/features_*"))
     with np.load(out / "train.npz") as chosen:
         assert np.bincount(chosen["labels"]).tolist() == [16, 16]
@@ -115,8 +125,7 @@ def test_sides_alternate_and_finished_runs_are_kept(run, tmp_path):
         run("--config.optim.lr=1")
 
 
-def test_table_has_means_with_intervals_over_seeds(run, benchmark, monkeypatch):
-    monkeypatch.setattr(benchmark, "draw", lambda *_: None)
+def test_table_has_means_with_intervals_over_seeds(run):
     _, printed = run("--peer-python=peer", "--methods=byol", "--seeds=2")
     header, _, own, peer = printed.splitlines()
     assert header.startswith("|  |  | seeds | kNN, epoch 1 |")
@@ -159,3 +168,8 @@ def test_picture_of_a_run_has_a_row_per_metric(benchmark, tmp_path, monkeypatch)
     picture.main()
     with Image.open(out) as drawn:
         assert drawn.height > 3 * drawn.width / 2 and len(drawn.getcolors()) > 10
+    picture.draw({"BYOL": {"ssl_jax": [curve, curve], "lightly": [curve]}}, out, "epoch")
+    with Image.open(out) as drawn:
+        colors = {color for _, color in drawn.convert("RGB").getcolors(1 << 20)}
+    orange = np.array([0xE3, 0x9C, 0x37])
+    assert min(np.abs(np.array(color) - orange).max() for color in colors) < 16
