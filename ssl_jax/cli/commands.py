@@ -31,6 +31,8 @@ FORMATS = {
     "jax": "all networks, for ssl_jax.load and config.init_from.path",
     "program": "compiled program with its weights, needs only JAX",
     "folder": "Hugging Face Hub layout with a model card",
+    "detectron2": "pickle for detectron2's MODEL.WEIGHTS",
+    "pth": "torch.save with the names of torchvision and MMDetection, needs torch",
 }
 
 

@@ -101,6 +101,7 @@ _FEATURES = (
     _Feature("plans for TPUs", "ssl-jax plan --topology=v4:4x4x4", ("libtpu",), "plan"),
     _Feature("Weights & Biases", "config.wandb=PROJECT", ("wandb",), "wandb"),
     _Feature("export to PyTorch", "ssl-jax export --format=torch", ()),
+    _Feature("export to MMDetection", "ssl-jax export --format=pth", ("torch",)),
     _Feature("PyTorch, to load exports", "docs/interop.md", ("torch",)),
 )
 

@@ -11,6 +11,11 @@ from ssl_jax.interop.metadata import preprocessing
 from ssl_jax.interop.weights import write_weights
 from ssl_jax.models.resnet import resnet_name
 
+_DETECTORS = {
+    "detectron2": ("detectron2", export.export_detectron2),
+    "pth": ("MMDetection", export.export_pth),
+}
+
 
 def run(args: argparse.Namespace) -> None:
     """Executes the command and prints what it has written."""
@@ -22,6 +27,11 @@ def _export(args: argparse.Namespace) -> None:
         lines = export.export_torch(args.run, args.out, step=args.step)
         module = " and torch_encoder.py" if "torch_encoder" in lines[0] else ""
         print(f"{args.out}{module}; load with:")
+        print("\n".join(f"    {line}" for line in lines))
+    elif args.format in _DETECTORS:
+        library, write = _DETECTORS[args.format]
+        lines = write(args.run, args.out, step=args.step)
+        print(f"{args.out}; config for {library}:")
         print("\n".join(f"    {line}" for line in lines))
     elif args.format == "jax":
         export.export_tree(args.run, args.out, step=args.step)

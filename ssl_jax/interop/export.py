@@ -1,7 +1,8 @@
-"""Exports a run's encoder: for PyTorch, as our tree, as a JAX program, as a Hugging Face folder."""
+"""Exports a run's encoder: for PyTorch and its detectors, for JAX, as a Hugging Face folder."""
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -15,11 +16,17 @@ from jax import export as jax_export
 from ml_collections import ConfigDict
 
 from ssl_jax.config import Schedule, flat_views, from_json, to_json
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, first_line
 from ssl_jax.files import ANOTHER, local_path, read_regular, reading, writing, writing_output
 from ssl_jax.interop.card import model_card
+from ssl_jax.interop.detectron2 import detectron2_config, require_detectron2s, to_detectron2
 from ssl_jax.interop.load import Encoder, load, weights_at
-from ssl_jax.interop.metadata import is_torchvisions, preprocessing, unlike_torchvisions
+from ssl_jax.interop.metadata import (
+    is_torchvisions,
+    pixel_statistics,
+    preprocessing,
+    unlike_torchvisions,
+)
 from ssl_jax.interop.torch_names import to_torch
 from ssl_jax.interop.weights import Weights, portable_config, write_safetensors, write_weights
 from ssl_jax.methods import make_method
@@ -85,13 +92,7 @@ def _require_resnet(config: ConfigDict) -> None:
 
 
 def _write_torch(weights: Weights, file: Path) -> None:
-    config = weights.config
-    if config.model.sk:
-        raise UserError(
-            "The encoder has selective kernels, which neither torchvision nor timm implements in "
-            "SimCLR's form: export it with --format=jax or --format=program."
-        )
-    state = to_torch(*_on_host(weights.params["encoder"], weights.batch_stats["encoder"]))
+    config, state = weights.config, _torch_state(weights)
     model = architecture(config.model)
     del model["sk"]  # the loader's `Encoder` has none
     header = {
@@ -101,6 +102,15 @@ def _write_torch(weights: Weights, file: Path) -> None:
         "ssl_jax_config": json.dumps(portable_config(config)),
     }
     write_safetensors(state, file, header)
+
+
+def _torch_state(weights: Weights) -> dict[str, np.ndarray]:
+    if weights.config.model.sk:
+        raise UserError(
+            "The encoder has selective kernels, which neither torchvision nor timm implements in "
+            "SimCLR's form: export it with --format=jax or --format=program."
+        )
+    return to_torch(*_on_host(weights.params["encoder"], weights.batch_stats["encoder"]))
 
 
 def _on_host(*trees: Any) -> Any:
@@ -121,6 +131,86 @@ def _loader(folder: Path) -> Path:
             raise UserError(
                 f"{file} was not written by ssl_jax: move it, or choose another output folder."
             )
+    return file
+
+
+def export_detectron2(path: str | Path, file: str | Path, *, step: int | None = None) -> list[str]:
+    """Writes the encoder as a file for detectron2's `MODEL.WEIGHTS`.
+
+    Args:
+      path: a run's workdir, or a file of weights.
+      file: the output, `*.pkl`: a pickle of NumPy arrays.
+      step: of the run's checkpoint, the newest by default.
+
+    Returns:
+      Lines of the YAML config that belong to the file.
+
+    Raises:
+      UserError: there is nothing to export, detectron2 doesn't have the network, or the file has
+        another suffix or can't be written.
+    """
+    file = _with_suffix(file, ".pkl")
+    weights = weights_at(path, step)
+    _require_resnet(weights.config)
+    require_detectron2s(weights.config)
+    _write(file, to_detectron2(_torch_state(weights)))
+    return detectron2_config(weights.config, file)
+
+
+def export_pth(path: str | Path, file: str | Path, *, step: int | None = None) -> list[str]:
+    """Writes the encoder by `torch.save` with torchvision's names, as MMDetection reads it.
+
+    Args:
+      path: a run's workdir, or a file of weights.
+      file: the output, `*.pth`.
+      step: of the run's checkpoint, the newest by default.
+
+    Returns:
+      Lines of MMDetection's config that belong to the file.
+
+    Raises:
+      UserError: PyTorch is not installed, there is nothing to export, torchvision doesn't have the
+        network, or the file has another suffix or can't be written.
+    """
+    file = _with_suffix(file, ".pth")
+    weights = weights_at(path, step)
+    config = weights.config
+    _require_resnet(config)
+    arrays = _torch_state(weights)
+    unlike = ", ".join(unlike_torchvisions(config))
+    if unlike:
+        raise UserError(
+            f"The encoder has {unlike}, which no ResNet of torchvision and MMDetection has: export "
+            "it with --format=torch, which adds a loader."
+        )
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            f"Cannot write {file} without PyTorch ({first_line(error)}): run pip install torch, or "
+            "use --format=torch, which doesn't need it."
+        ) from error
+    state = {name: torch.from_numpy(np.array(x, order="C")) for name, x in arrays.items()}
+    # Not to the file itself, whose name torch would store.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    _write(file, buffer.getvalue())
+    mean, std = pixel_statistics(config)
+    return [
+        "model = dict(",
+        f"    data_preprocessor=dict(mean={mean}, std={std}, bgr_to_rgb=True),",
+        "    backbone=dict(",
+        f'        depth={config.model.depth}, style="pytorch",',
+        f'        init_cfg=dict(type="Pretrained", checkpoint={json.dumps(str(file))}),',
+        "    ),",
+        ")",
+    ]
+
+
+def _with_suffix(file: str | Path, suffix: str) -> Path:
+    file = local_path(file)
+    if file.suffix != suffix:
+        raise UserError(f"Cannot write {file}: use a name that ends in {suffix}.")
     return file
 
 
@@ -161,9 +251,7 @@ def export_program(
       UserError: there is nothing to export, the network is too big for one program, or the file
         has another suffix or can't be written.
     """
-    file = local_path(file)
-    if file.suffix != ".bin":
-        raise UserError(f"Cannot write {file}: use a name that ends in .bin.")
+    file = _with_suffix(file, ".bin")
     encoder = load(path, step, projector_layer=projector_layer)
     config = from_json(to_json(encoder.config))
     config.dtype = "float32"

@@ -28,6 +28,14 @@ def preprocessing(config: ConfigDict) -> dict[str, Any]:
     }
 
 
+def pixel_statistics(config: ConfigDict) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel of pixels from 0 to 255, as detectors take them."""
+    how = preprocessing(config)
+    mean, std = how["mean"] or [0.0] * 3, how["std"] or [1.0] * 3
+    # Rounded, as 0.485 * 255 is 123.67499999999998.
+    return [round(255 * x, 6) for x in mean], [round(255 * x, 6) for x in std]
+
+
 def is_torchvisions(config: ConfigDict) -> bool:
     """Whether the models of torchvision and timm load the encoder."""
     return not unlike_torchvisions(config)

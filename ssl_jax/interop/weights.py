@@ -89,7 +89,7 @@ def write_safetensors(
     file = local_path(file)
     if file.suffix != ".safetensors":
         raise UserError(f"Cannot write {file}: use a name that ends in .safetensors.")
-    whole = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
+    whole = {k: np.asarray(v, order="C") for k, v in arrays.items()}
     with writing(file, ANOTHER, SafetensorError), replacing(file) as temporary:
         save_file(whole, temporary, dict(header))
 

@@ -22,8 +22,10 @@ from ssl_jax.interop import export  # noqa: E402
 from ssl_jax.interop.import_weights import read_weights  # noqa: E402
 from ssl_jax.interop.weights import Weights, write_weights  # noqa: E402
 from ssl_jax.methods.base import make_encoder  # noqa: E402
+from ssl_jax.models.resnet import STAGES  # noqa: E402
 
 SIZE = 64
+FC = {"fc.weight", "fc.bias"}
 
 
 def random_file(tmp_path, size=SIZE, mean=(0.4, 0.5, 0.6), sampler="tf", **model):
@@ -34,17 +36,20 @@ def random_file(tmp_path, size=SIZE, mean=(0.4, 0.5, 0.6), sampler="tf", **model
     one = view(size=size, crop={"sampler": sampler}, mean=mean, std=std)
     config.views = {"view1": one, "view2": one}
     module = make_encoder(config)
-    variables = module.init(jax.random.key(0), np.zeros((1, size, size, 3)), train=False)
+    blank = jax.eval_shape(
+        lambda: module.init(jax.random.key(0), np.zeros((1, size, size, 3)), train=False)
+    )
     rng = np.random.default_rng(0)
 
     def randomized(path, value):
-        name = path[-1].key
-        low = {"scale": 0.5, "var": 0.5, "mean": -0.3, "bias": -0.3}.get(name)
-        if low is None:
-            return np.asarray(value)
-        return rng.uniform(low, 1.5 if low > 0 else 0.3, value.shape).astype(np.float32)
+        if path[-1].key == "kernel":
+            drawn = rng.standard_normal(value.shape) * (2 / np.prod(value.shape[:-1])) ** 0.5
+        else:
+            low, high = {"scale": (0.5, 1.5), "var": (0.5, 1.5)}.get(path[-1].key, (-0.3, 0.3))
+            drawn = rng.uniform(low, high, value.shape)
+        return drawn.astype(np.float32)
 
-    variables = jax.tree_util.tree_map_with_path(randomized, variables)
+    variables = jax.tree_util.tree_map_with_path(randomized, blank)
     params, stats = variables["params"], variables["batch_stats"]
     file = tmp_path / "ours.safetensors"
     write_weights(Weights(config, {"encoder": params}, {"encoder": stats}, 3), file)
@@ -117,6 +122,46 @@ def test_torch_encoder_loads_other_widths_stems_and_paddings(tmp_path, monkeypat
         ssl_jax.load(tmp_path / "encoder.safetensors").apply(pixels(size)),
         ssl_jax.load(source).apply(pixels(size)),
     )
+
+
+def feature_maps(source, images):
+    """The outputs of the encoder's stages [n, c, h, w]."""
+    encoder = ssl_jax.load(source)
+    config, module = encoder.config, make_encoder(encoder.config)
+    last = [f"stage{i}_block{n}" for i, n in enumerate(STAGES[config.model.depth], start=1)]
+    capture = {"capture_intermediates": lambda module, _: module.name in last}
+
+    def blocks(variables, images):
+        x = prepare_eval(images, config)
+        return module.apply(variables, x, train=False, mutable="intermediates", **capture)[1]
+
+    found = jax.jit(blocks)(encoder.variables, images)["intermediates"]
+    return [np.asarray(found[name]["__call__"][0]).transpose(0, 3, 1, 2) for name in last]
+
+
+@torch.no_grad()
+def test_torchvisions_detector_and_segmenter_compute_the_encoders_feature_maps(tmp_path):
+    source = random_file(tmp_path, depth=50)
+    lines = export.export_pth(source, tmp_path / "encoder.pth")
+    assert "mean=[102.0, 127.5, 153.0], std=[51.0, 63.75, 76.5], bgr_to_rgb=True" in lines[1]
+    assert str(tmp_path).encode() not in (tmp_path / "encoder.pth").read_bytes()
+    state = torch.load(tmp_path / "encoder.pth", weights_only=True)
+    export.export_torch(source, tmp_path / "encoder.safetensors")
+    same = load_file(tmp_path / "encoder.safetensors")
+    assert state.keys() == same.keys() == torchvision.models.resnet50().state_dict().keys() - FC
+    assert all(torch.equal(state[name], same[name]) for name in same)
+
+    images = pixels()
+    mine = feature_maps(source, images)
+    assert [x.shape[1:] for x in mine] == [(256, 16, 16), (512, 8, 8), (1024, 4, 4), (2048, 2, 2)]
+    plain = {"weights": None, "weights_backbone": None}
+    detector = torchvision.models.detection.fasterrcnn_resnet50_fpn(**plain)
+    detector.backbone.body.load_state_dict(state)
+    theirs = detector.eval().backbone.body(normalized(images))
+    for a, b in zip(mine, theirs.values(), strict=True):
+        assert_same(a, b)
+    segmenter = torchvision.models.segmentation.fcn_resnet50(**plain)
+    segmenter.backbone.load_state_dict(state)
 
 
 @pytest.mark.parametrize("mean", [(), (0.4, 0.5, 0.6)])
