@@ -74,6 +74,9 @@ ELSEWHERE = {
     "python run_pretrain.py --config=my_method.py": "tests/test_new_method.py",
     "ssl-jax knn --from=runs/mine --import=": "the same",
     "python -m pytest tests/test_my_method.py": "the same",
+    "ssl-jax export --from=runs/moco --format=": (
+        "needs a ResNet-50: tests/interop/test_detectron2.py, tests/peers/test_export_to_torch.py"
+    ),
 }
 # Scripts and outputs that are kept whole.
 WHOLE = ("topology   ", "gcloud ", "#!/bin/bash", "apiVersion", "export JAX", "for lr in ")
@@ -82,6 +85,8 @@ PYTHON_ELSEWHERE = {
     "import jax\nfrom test_step import ONE": "the same",
     "import safetensors.torch, torch": "needs torch: tests/peers/test_export_to_torch.py",
     "from torch_encoder import": "the same",
+    "import safetensors.torch, torchvision": "the same",
+    "model = dict(": "a config of MMDetection; the same",
 }
 
 
@@ -339,7 +344,7 @@ def test_skipped_commands_are_still_in_the_docs():
     programs = [block for page in PAGES for block in blocks(page, "python")]
     for begins in PYTHON_ELSEWHERE:
         assert any(block.startswith(begins) for block in programs), begins
-    known = {"", "python", "json", "diff"}
+    known = {"", "python", "json", "diff", "yaml"}
     for page in PAGES:
         found = set(re.findall(r"^```(\S+)\n", (ROOT / page).read_text(), re.M))
         assert {kind for kind in found if not kind.startswith("{")} <= known, page

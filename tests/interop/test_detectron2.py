@@ -3,7 +3,9 @@
 import functools
 import pickle
 import pickletools
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,6 +147,10 @@ def test_printed_config_has_the_runs_normalization(tmp_path):
         },
         "INPUT": {"FORMAT": "RGB"},
     }
+    config.model.depth = 50
+    page = (Path(__file__).parents[2] / "docs" / "detection.md").read_text()
+    (shown,) = re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)
+    assert shown.splitlines() == detectron2_config(config, Path("encoder.pkl"))
     config.views.view1.update(mean=(), std=())
     lines = "\n".join(detectron2_config(config, tmp_path / "a.pkl"))
     found = yaml.safe_load(lines)["MODEL"]

@@ -1,5 +1,6 @@
 """Exports load in models of torchvision and timm, and give the same features."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -154,14 +155,13 @@ def test_torchvisions_detector_and_segmenter_compute_the_encoders_feature_maps(t
     images = pixels()
     mine = feature_maps(source, images)
     assert [x.shape[1:] for x in mine] == [(256, 16, 16), (512, 8, 8), (1024, 4, 4), (2048, 2, 2)]
-    plain = {"weights": None, "weights_backbone": None}
-    detector = torchvision.models.detection.fasterrcnn_resnet50_fpn(**plain)
-    detector.backbone.body.load_state_dict(state)
-    theirs = detector.eval().backbone.body(normalized(images))
+    page = (Path(__file__).parents[2] / "docs" / "detection.md").read_text()
+    program, _ = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    names = {}
+    exec(program.replace('"encoder', f'"{tmp_path}/encoder'), names)
+    theirs = names["detector"].eval().backbone.body(normalized(images))
     for a, b in zip(mine, theirs.values(), strict=True):
         assert_same(a, b)
-    segmenter = torchvision.models.segmentation.fcn_resnet50(**plain)
-    segmenter.backbone.load_state_dict(state)
 
 
 @pytest.mark.parametrize("mean", [(), (0.4, 0.5, 0.6)])
