@@ -158,6 +158,32 @@ def subfolder(workdir: Path, name: str) -> Path:
     return folder
 
 
+def own_folder(root: Path, *names: str) -> Path:
+    """The path `root/name/…`, checked where it exists; nothing is created.
+
+    Args:
+      root: named by the user, so it may be a link.
+      *names: of the folders below, which a library writes and which the sender of `root` may have
+        replaced.
+
+    Raises:
+      UserError: one of them is a link or a file.
+    """
+    folder = root
+    for name in names:
+        folder = folder / name
+        if folder.is_symlink():
+            raise UserError(
+                f"{folder} is a link, through which a run doesn't write. If the folder that it "
+                "points to is this run's, move that folder here; otherwise remove the link."
+            )
+        if folder.exists() and not folder.is_dir():
+            raise UserError(
+                f"{folder} is a file, where a run writes a folder. Move it away, {RERUN}."
+            )
+    return folder
+
+
 def private_folder(folder: Path) -> Path:
     """Creates a folder that only this user may enter, if necessary, and returns its path.
 

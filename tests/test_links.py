@@ -6,6 +6,7 @@ be foretold, so nothing can be planted there.
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -30,6 +31,17 @@ def get_config():
     config.eval.update(at_end=True, labels_per_class=(1,))
     return config
 """
+BRIEF = ("steps=1", "batch_size=16", "views.view.crop.sampler=none")
+GRID = ("--rates=0.1", "--decays=0")
+# The command that trains in each default folder.
+TRAINED = {
+    "run/linear_simclr": "linear recipe",
+    "run/finetune_1": "finetune",
+    "run/finetune_1/distill": "distill",
+    "run/transfer": "transfer",
+    "run/transfer/digits": "transfer",
+    "run/transfer/digits/chosen_rate_0.1_decay_0": "transfer",
+}
 _traced: list[str] | None = None
 
 
@@ -51,22 +63,28 @@ def inputs(tmp_path_factory):
     """A config file and a folder of images of one size."""
     root = tmp_path_factory.mktemp("inputs")
     (root / "config.py").write_text(CONFIG)
+    (root / "sets.json").write_text('{"digits": {"data": {}}}')
     fill(root / "images", per_class=1)
     for file in (root / "images").rglob("*.png"):
         file.write_bytes((root / "images" / "cat" / "0.png").read_bytes())
     return root
 
 
-def run_commands(inputs, root):
-    """Runs the commands that write files; returns their exit codes by name."""
+def run_commands(inputs, root, only=()):
+    """Runs the commands that write files, or only some; returns their exit codes by name."""
     run, config = root / "run", f"--config={inputs / 'config.py'}"
     source = f"--from={run}"
+    brief = [f"--config.{each}" for each in BRIEF]
     lines = {
         "pretrain": [config, f"--workdir={run}"],
         "report": [run],
         "knn": [source],
         "linear": [source],
         "features": [source, f"--out={root / 'features.npz'}"],
+        "linear recipe": [source, "--recipe=simclr", *brief],
+        "finetune": [source, *brief],
+        "distill": [f"--from={run / 'finetune_1'}", *brief],
+        "transfer": [source, f"--sets={inputs / 'sets.json'}", *GRID, *brief],
         "views": [config, f"--out={root / 'views.png'}"],
         "export torch": [source, "--format=torch", f"--out={root / 'encoder.safetensors'}"],
         "export jax": [source, "--format=jax", f"--out={root / 'run.safetensors'}"],
@@ -76,7 +94,8 @@ def run_commands(inputs, root):
         "data convert": [inputs / "images", root / "records"],
     }
     codes = {}
-    for name, line in lines.items():
+    for name in only or lines:
+        line = lines[name]
         words = name.split() if name.startswith("data") else name.split()[:1]
         codes[name] = cli.main([*words, *map(str, line)])
     _unexpected(ValueError("x"), run)
@@ -101,14 +120,14 @@ def written(inputs, tmp_path_factory):
             found.append({p.relative_to(root) for p in inside if p.is_relative_to(root)})
     names = found[0] & found[1] - {Path(), Path("run")}
     folders = {name for name in names if (root / name).is_dir() or "orbax" in name.name}
-    return names - folders, folders
+    return names - folders, folders, root / "run"
 
 
 def test_traced_names_include_files_of_all_kinds(written):
-    files, folders = ({str(name) for name in names} for names in written)
+    files, folders = ({str(name) for name in names} for names in written[:2])
     run = {"config.json", ".lock", "metrics.jsonl", "report.html", "error.txt", "nonfinite.json"}
     assert {f"run/{name}" for name in run} | {"hub/README.md", "records/index.npz"} <= files
-    assert {"run/checkpoints", "run/evals", "run/checkpoints/2"} <= folders
+    assert {"run/checkpoints", "run/evals", "run/checkpoints/2", *TRAINED} <= folders
     assert any("orbax-checkpoint-tmp" in name for name in folders | files)
     # Temporary files and TensorBoard's events have names that can't be foretold.
     assert not [name for name in files if "/events." in name or "/." in name.replace("/.lock", "")]
@@ -120,7 +139,7 @@ def test_no_file_is_written_through_a_link(inputs, written, tmp_path, monkeypatc
     root, victims = tmp_path / "root", tmp_path / "victims"
     victims.mkdir()
     planted = [name for name in written[0] if "checkpoints" not in name.parts]
-    planted.remove(Path("run/.lock"))
+    planted = [name for name in planted if name.name != ".lock"]
     for number, name in enumerate(planted):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).symlink_to(victims / str(number))
@@ -130,9 +149,11 @@ def test_no_file_is_written_through_a_link(inputs, written, tmp_path, monkeypatc
 
 def test_no_folder_and_no_lock_is_used_through_a_link(inputs, written, tmp_path, monkeypatch):
     share_steps(monkeypatch)
+    nested = [Path(name) for name in TRAINED]
     names = sorted(name for name in written[1] if name.parts[0] == "run")
-    # Folders inside a checkpoint are in a new folder.
+    # Runs inside the run are tested below. Folders inside a checkpoint are in a new folder.
     names = [name for name in names if len(name.parts) <= 3 or "checkpoints" not in name.parts]
+    names = [name for name in names if not any(name.is_relative_to(each) for each in nested)]
     for number, name in enumerate([*names, Path("run/.lock")]):
         root, victim = tmp_path / str(number), tmp_path / f"victim{number}"
         (root / name).parent.mkdir(parents=True)
@@ -145,3 +166,17 @@ def test_no_folder_and_no_lock_is_used_through_a_link(inputs, written, tmp_path,
         codes.append(cli.main(["knn", f"--from={root / 'run'}"]))
         assert any(codes), name
         assert not list(victim.iterdir()), name
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_no_run_is_trained_through_a_link(inputs, written, tmp_path, monkeypatch, name):
+    share_steps(monkeypatch)
+    root, victim = tmp_path / "root", tmp_path / "victim"
+    inside = shutil.ignore_patterns("linear_simclr", "transfer", "distill")
+    shutil.copytree(written[2], root / "run", ignore=inside)
+    shutil.rmtree(root / name, ignore_errors=True)
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    victim.mkdir()
+    (root / name).symlink_to(victim)
+    assert run_commands(inputs, root, [TRAINED[name]]) == {TRAINED[name]: 2}
+    assert not list(victim.iterdir())

@@ -33,7 +33,7 @@ from ssl_jax.evals.results import (
     result_line,
     write_result,
 )
-from ssl_jax.files import writing
+from ssl_jax.files import own_folder, writing
 from ssl_jax.interop.import_weights import is_weights_file
 from ssl_jax.interop.load import config_at, results_folder, weights_at
 from ssl_jax.models.resnet import resnet_name
@@ -185,7 +185,7 @@ def _train(args: argparse.Namespace) -> None:
     step = config.distill.step if args.command == "distill" else config.init_from.step
     changes = _changes(base, config)  # before training fills in keys
     what += _details(step, config.supervised.projector_layer, changes)
-    workdir = args.workdir or _results(args) / folder
+    workdir = args.workdir or own_folder(_results(args), folder)
     # With --json, stdout is for the result only.
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         state, metrics = train_classifier(

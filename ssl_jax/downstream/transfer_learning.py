@@ -7,6 +7,7 @@ evaluated once on the test split, by the dataset's own metric.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -33,7 +34,7 @@ from ssl_jax.evals.results import (
     require_writable_results,
     write_result,
 )
-from ssl_jax.files import local_path, reading, writing
+from ssl_jax.files import local_path, own_folder, reading, writing
 from ssl_jax.interop.load import newest_step, results_folder
 from ssl_jax.run.nonfinite import NonFiniteError
 
@@ -210,12 +211,10 @@ def transfer(
     grid = [(rate, decay) for rate in rates for decay in decays]
     kept = local_path(results) if results else results_folder(path)
     require_writable_results(kept)
-    folder = local_path(workdir) if workdir else kept / "transfer"
+    folder = local_path(workdir) if workdir else own_folder(kept, "transfer")
     step = newest_step(path) if step is None else step
-    jobs = [
-        _Job(path, each, step, folder / each.name, kept, overrides, command, verbosity, log)
-        for each in sets
-    ]
+    more = (kept, overrides, command, verbosity, log)
+    jobs = [_Job(path, each, step, own_folder(folder, each.name), *more) for each in sets]
     for job in jobs:
         job.check(grid)
     rows: list[Row] = []
@@ -286,6 +285,8 @@ class _Job:
     def check(self, grid: Sequence[tuple[float, float]]) -> None:
         """Opens the data, and refuses what could not be trained and evaluated."""
         try:
+            for pair, chosen in itertools.product(grid, (False, True)):
+                self.trial(*pair, chosen)  # refuses links
             configs = [self.config(*pair, _HELD_OUT) for pair in grid] or [self.config(0.0, 0.0)]
             config = configs[0]
             config.data.validation = 0.0
@@ -345,9 +346,8 @@ class _Job:
         name, metric = self.data_set.name, self.data_set.metric
         best = (-1.0, grid[0])
         for rate, decay in grid if len(grid) > 1 else []:
-            trial = f"rate_{rate:g}_decay_{decay:g}"
             try:
-                metrics = self.trained(trial, rate, decay, _HELD_OUT)
+                metrics = self.trained(rate, decay)
             except NonFiniteError:
                 self.log(f"{name}: rate {rate:g}, decay {decay:g}: diverged")
                 continue
@@ -359,7 +359,7 @@ class _Job:
         if len(grid) > 1 and best[0] < 0:
             raise UserError(f"{name}: fine-tuning diverges at all rates. Lower --rates.")
         rate, decay = best[1]
-        metrics = self.trained(f"chosen_rate_{rate:g}_decay_{decay:g}", rate, decay, 0.0)
+        metrics = self.trained(rate, decay, chosen=True)
         if metrics is None:
             return None
         self.log_result("fine-tuned", metrics)
@@ -374,11 +374,21 @@ class _Job:
         steps = [f"step {self.step}"] if self.step else []  # a file of weights has none
         return "".join(f", {each}" for each in (*steps, *overrides))
 
-    def trained(
-        self, name: str, rate: float, decay: float, validation: float
-    ) -> dict[str, Any] | None:
-        """Metrics of a fine-tuning run; None if it was stopped."""
-        config = self.config(rate, decay, validation)
+    def trial(self, rate: float, decay: float, chosen: bool) -> Path:
+        """The folder of a fine-tuning run."""
+        name = f"rate_{rate:g}_decay_{decay:g}"
+        return own_folder(self.folder, f"chosen_{name}" if chosen else name)
+
+    def trained(self, rate: float, decay: float, chosen: bool = False) -> dict[str, Any] | None:
+        """Metrics of a fine-tuning run; None if it was stopped.
+
+        Args:
+          rate: learning rate.
+          decay: weight decay.
+          chosen: train on all images, not only those with which the setting is chosen.
+        """
+        config = self.config(rate, decay, 0.0 if chosen else _HELD_OUT)
+        workdir = self.trial(rate, decay, chosen)
         # Standard output is for the table.
         with contextlib.redirect_stdout(sys.stderr):
-            return train_classifier(config, self.folder / name, self.command, self.verbosity)[1]
+            return train_classifier(config, workdir, self.command, self.verbosity)[1]

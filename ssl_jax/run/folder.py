@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import differences, from_json, to_json
 from ssl_jax.errors import UserError
-from ssl_jax.files import appending, read_regular, reason, replacing, writing
+from ssl_jax.files import appending, own_folder, read_regular, reason, replacing, writing
 from ssl_jax.fingerprint import describe_change, same_images
 from ssl_jax.version import __version__
 
@@ -56,7 +56,8 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
     lock = workdir / ".lock"
     with writing(workdir, "or choose another --workdir"):
         workdir.mkdir(parents=True, exist_ok=True)
-    _require_own_folders(workdir)
+    for name in _SUBFOLDERS:  # before anything is computed or moved
+        own_folder(workdir, name)
     with writing(lock, "remove it, or choose another --workdir"):
         file = appending(lock)
     with file, _require_in_place(workdir) as require_in_place:
@@ -81,16 +82,6 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
             file.truncate(0)
             os.write(file.fileno(), holder.encode())  # unbuffered, or closing would write it
         yield require_in_place
-
-
-def _require_own_folders(workdir: Path) -> None:
-    """Refuses links in place of folders before anything is computed or moved."""
-    for folder in (workdir / name for name in _SUBFOLDERS):
-        if folder.is_symlink() or folder.exists() and not folder.is_dir():
-            raise UserError(
-                f"{folder} is a link or a file, where a run writes a folder. Remove it, then rerun "
-                "the same command."
-            )
 
 
 @contextlib.contextmanager

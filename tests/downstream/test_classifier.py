@@ -8,6 +8,7 @@ from classifier_runs import first_state
 from encoders import same
 from images import fill
 
+from ssl_jax.cli import main as cli
 from ssl_jax.config import default_config
 from ssl_jax.downstream import classifier, finetune
 from ssl_jax.downstream.distillation import distill_config
@@ -94,3 +95,30 @@ def test_fine_tuning_without_a_labeled_test_split_is_refused_before_training(run
     with pytest.raises(UserError, match="There are no held-out images. Set"):
         finetune(run, tmp_path / "other", overrides=data)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "place"),
+    [
+        ("finetune", "finetune_1"),
+        ("linear --recipe=simclr", "linear_simclr"),
+        ("distill", "distill"),
+        ("transfer --rates=0.1", "transfer"),
+        ("transfer --rates=0.1", "transfer/digits"),
+        ("transfer --rates=0.1 --decays=0", "transfer/digits/chosen_rate_0.1_decay_0"),
+    ],
+)
+def test_link_in_place_of_the_default_folder_of_a_run_is_refused(
+    run, tmp_path, capsys, line, place
+):
+    """The evaluated run may come from someone else."""
+    other, victim, sets = tmp_path / "run", tmp_path / "victim", tmp_path / "sets.json"
+    shutil.copytree(run, other)
+    victim.mkdir()
+    (other / place).parent.mkdir(parents=True, exist_ok=True)
+    (other / place).symlink_to(victim)
+    sets.write_text(json.dumps({"digits": {"data": {}}}))
+    more = [f"--sets={sets}", "--config.batch_size=16"] if "transfer" in line else []
+    assert cli.main([*line.split(), f"--from={other}", *more]) == 2
+    assert f"{other / place} is a link" in capsys.readouterr().err
+    assert not list(victim.iterdir())

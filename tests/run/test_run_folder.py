@@ -242,13 +242,25 @@ def trees():
 @pytest.mark.parametrize("name", ["checkpoints", "corrupt", "evals", "projector", "wandb"])
 def test_links_in_place_of_a_runs_folders_are_refused_at_the_start(tmp_path, name):
     """Otherwise the last of them would be found once all is computed."""
-    (tmp_path / name).symlink_to(tmp_path)
-    with (
-        pytest.raises(UserError, match=f"/{name} is a link or a file, .* Remove it"),
-        locked(tmp_path),
-    ):
+    workdir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    workdir.mkdir(), elsewhere.mkdir()
+    (elsewhere / "kept").write_text("")
+    (workdir / name).symlink_to(elsewhere)
+    advice = f"/{name} is a link, .* If the folder that it points to is this run's, move that"
+    with pytest.raises(UserError, match=advice), locked(workdir):
         pass
-    assert not (tmp_path / ".lock").exists()
+    assert not (workdir / ".lock").exists()
+    # The advice.
+    (workdir / name).unlink()
+    elsewhere.rename(workdir / name)
+    with locked(workdir):
+        assert (workdir / name / "kept").exists()
+
+
+def test_file_in_place_of_a_runs_folder_is_refused_at_the_start(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="checkpoints is a file, .* Move it away"), locked(tmp_path):
+        pass
 
 
 def test_lock_with_another_name_is_refused_and_unchanged(tmp_path):
