@@ -5,7 +5,6 @@ import contextlib
 import json
 import re
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from ssl_jax.downstream.features import (
     run_features,
 )
 from ssl_jax.downstream.finetuning import finetune_config
+from ssl_jax.downstream.keeping import result_name, results_of, source_of
 from ssl_jax.downstream.linear_recipes import linear_config
 from ssl_jax.errors import UserError
 from ssl_jax.evals.results import (
@@ -35,7 +35,7 @@ from ssl_jax.evals.results import (
 )
 from ssl_jax.files import own_folder, writing
 from ssl_jax.interop.import_weights import is_weights_file
-from ssl_jax.interop.load import config_at, results_folder, weights_at
+from ssl_jax.interop.load import config_at, weights_at
 from ssl_jax.models.resnet import resnet_name
 from ssl_jax.report import write_report
 from ssl_jax.run import processes
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _results(args: argparse.Namespace) -> Path:
     """The folder that keeps the results."""
-    return args.results or results_folder(args.run)
+    return results_of(args.run, args.results)
 
 
 def _require_one_process() -> None:
@@ -257,11 +257,11 @@ def _keep(
     changes: dict[str, Any],
 ) -> None:
     """Prints and saves a result; one with changed settings gets a file name of its own."""
-    if changes:
-        name += f"_{zlib.crc32(json.dumps(changes, sort_keys=True).encode()):08x}"
+    folder = _results(args)
+    source = source_of(args.run, folder)
+    name, settings = result_name(name, changes | source), settings | source
     record = {"what": what, **settings, "metrics": metrics}
     _print(args, record, result_line(record))
-    folder = _results(args)
     with writing(folder, ELSEWHERE):
         write_result(folder, name, what, metrics, **settings)
 

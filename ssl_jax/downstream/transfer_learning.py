@@ -25,6 +25,7 @@ from ssl_jax.downstream.classifier import (
     train_classifier,
 )
 from ssl_jax.downstream.features import SEEN, linear_metrics, run_features
+from ssl_jax.downstream.keeping import result_name, results_of, source_of
 from ssl_jax.errors import UserError, did_you_mean, require_choice
 from ssl_jax.evals.linear import METRICS
 from ssl_jax.evals.metrics import interval_text
@@ -35,7 +36,7 @@ from ssl_jax.evals.results import (
     write_result,
 )
 from ssl_jax.files import local_path, own_folder, reading, writing
-from ssl_jax.interop.load import newest_step, results_folder
+from ssl_jax.interop.load import newest_step, weights_fingerprint
 from ssl_jax.run.nonfinite import NonFiniteError
 
 RATES = (0.1, 0.01, 0.001)
@@ -209,11 +210,11 @@ def transfer(
     path, overrides = local_path(path), tuple(overrides)
     _check_settings(overrides, rates, decays)
     grid = [(rate, decay) for rate in rates for decay in decays]
-    kept = local_path(results) if results else results_folder(path)
+    kept = results_of(path, results)
     require_writable_results(kept)
     folder = local_path(workdir) if workdir else own_folder(kept, "transfer")
     step = newest_step(path) if step is None else step
-    more = (kept, overrides, command, verbosity, log)
+    more = (kept, weights_fingerprint(path, step)["checksum"], overrides, command, verbosity, log)
     jobs = [_Job(path, each, step, own_folder(folder, each.name), *more) for each in sets]
     for job in jobs:
         job.check(grid)
@@ -266,6 +267,7 @@ class _Job:
     step: int
     folder: Path
     results: Path
+    weights: str  # their checksum
     overrides: tuple[str, ...]
     command: str
     verbosity: str
@@ -312,10 +314,11 @@ class _Job:
         """Metrics of a linear classifier on features; kept, and reused for the same settings."""
         own = tuple(override for override in self.overrides if override.startswith(SEEN))
         changes = (*self.data_set.overrides, "data.validation=0.0", *own)
-        settings: dict[str, Any] = {"step": self.step, "metric": self.data_set.metric}
+        settings: dict[str, Any] = {"step": self.step, "weights": self.weights}
+        settings["metric"] = self.data_set.metric
         settings |= {"overrides": list(changes), "data": list(self.fingerprints)}
         name = f"transfer_{self.data_set.name}_linear"
-        known = read_result(self.results, name)
+        known = read_result(self.results, self.kept_as(name))
         if known is not None and known.get("settings") == settings:
             metrics: dict[str, Any] = known["metrics"]
             self.log_result("linear", metrics)
@@ -335,7 +338,12 @@ class _Job:
     def keep(self, name: str, what: str, metrics: dict[str, Any], **more: Any) -> None:
         """Writes a result."""
         with writing(self.results, ELSEWHERE):
-            write_result(self.results, name, what, metrics, command=self.command, **more)
+            more |= {"command": self.command, **source_of(self.path, self.results)}
+            write_result(self.results, self.kept_as(name), what, metrics, **more)
+
+    def kept_as(self, name: str) -> str:
+        """The name of a result in its folder."""
+        return result_name(name, source_of(self.path, self.results))
 
     def finetuned(self, grid: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
         """Chooses a setting of the grid and fine-tunes with it on all training images.

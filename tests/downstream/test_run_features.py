@@ -16,6 +16,7 @@ from tiny import random_source
 from ssl_jax.cli import evals
 from ssl_jax.cli import main as cli
 from ssl_jax.downstream.features import Features, require_format
+from ssl_jax.downstream.keeping import result_name, results_of, source_of
 from ssl_jax.errors import UserError
 from ssl_jax.evals.evaluator import Evaluator
 from ssl_jax.evals.results import read_results, write_result
@@ -158,6 +159,26 @@ def test_results_of_a_run_that_may_only_be_read_are_kept_elsewhere(run, tmp_path
     assert "top-1" in out and "Report" not in out
     assert read_results(kept)[0][0]["what"].startswith("200 nearest neighbors")
     assert {file: file.stat().st_mtime_ns for file in other.rglob("*")} == before
+
+
+def test_results_of_several_encoders_are_kept_in_one_folder_but_not_in_another_run(
+    run, tmp_path, capsys
+):
+    other, kept = tmp_path / "other", tmp_path / "results"
+    shutil.copytree(run, other)
+    names = {result_name("knn", source_of(path, kept)) for path in (run, other)}
+    assert len(names) == 2 and "knn" not in names
+    assert result_name("knn", source_of(run, results_of(run, run))) == "knn"
+    for line in ("knn", "finetune"):
+        assert cli.main([line, f"--from={run}", f"--results={other}"]) == 2
+        assert "so it is another run, whose report would show" in capsys.readouterr().err
+
+
+def test_link_in_place_of_the_results_of_a_file_of_weights_is_refused(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    (tmp_path / "a.safetensors_evals").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="a.safetensors_evals is a link"):
+        results_of(tmp_path / "a.safetensors")
 
 
 def test_result_is_printed_before_it_is_stored(run, capsys, monkeypatch):

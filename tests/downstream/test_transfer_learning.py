@@ -212,6 +212,45 @@ def test_fine_tuning_overrides_need_not_fit_the_evaluated_run(tmp_path, capsys):
     assert json.loads(trained.read_text())["config"]["steps"] == 0  # replaced by epochs
 
 
+def test_kept_linear_result_is_reused_for_the_same_weights_only(tmp_path, monkeypatch):
+    config = without_color(method_config("simclr"))
+    config.data.num_classes = 0
+    sets = tmp_path / "sets.json"
+    sets.write_text(json.dumps({"digits": {"data": {}}}))
+    measured = []
+
+    def measure(path, **settings):
+        measured.append(path)
+        return path
+
+    def linear(features, metric):
+        value = {"value": len(measured) / 10, "low": 0.0, "high": 1.0}
+        return {"top1": value, "examples": 9}, 1.0
+
+    monkeypatch.setattr(transfer_learning, "run_features", measure)
+    monkeypatch.setattr(transfer_learning, "linear_metrics", linear)
+
+    def write(name, seed):
+        encoder = random_encoder(config, seed)
+        networks = ({"encoder": encoder[kind]} for kind in ("params", "batch_stats"))
+        write_weights(Weights(config, *networks), tmp_path / name)
+
+    def transferred(name, results):
+        listed = transfer_learning.read_sets(sets)
+        path = tmp_path / name
+        (row,) = transfer_learning.transfer(path, listed, results=results, rates=())
+        return row.linear["top1"]["value"]
+
+    write("a.safetensors", 0)
+    write("b.safetensors", 1)
+    for results in (None, tmp_path / "results"):
+        measured.clear()
+        names = ("a.safetensors", "b.safetensors", "a.safetensors")
+        assert [transferred(name, results) for name in names] == [0.1, 0.2, 0.1]
+    write("a.safetensors", 2)
+    assert transferred("a.safetensors", None) == 0.3
+
+
 def test_read_sets_reads_the_list_in_configs():
     listed = transfer_learning.read_sets(Path(__file__).parents[2] / "configs" / "transfer.json")
     assert {data_set.metric for data_set in listed} == set(METRICS)
