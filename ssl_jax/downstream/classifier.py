@@ -13,9 +13,10 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import default_config, flat_views, from_json, to_json, view
 from ssl_jax.data.sources import make_sources, require_labels
-from ssl_jax.evals.results import LAST_FILE, read_result
+from ssl_jax.evals.results import measured_with, read_result
 from ssl_jax.files import local_path
 from ssl_jax.interop.load import config_at, newest_step
+from ssl_jax.report import images_settings
 from ssl_jax.run import processes
 from ssl_jax.train import pretrain
 
@@ -99,7 +100,7 @@ def train_classifier(
     train, test = make_sources(config)
     require_labels(train, test, learned=config.method != "distill" or config.distill.labels > 0)
     state = pretrain(config, workdir, command, verbosity=verbosity).state
-    # A run that was stopped during its evaluation lacks the last file.
-    done = processes.is_primary() and (local_path(workdir) / LAST_FILE).exists()
+    # A run that was stopped during its evaluation lacks the last file, or has an earlier one's.
+    done = processes.is_primary() and measured_with(images_settings(local_path(workdir)), config)
     result = read_result(local_path(workdir), "classifier") if done else None
     return state, result and result["metrics"]

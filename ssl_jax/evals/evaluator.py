@@ -1,8 +1,6 @@
 """Evaluates a run: kNN during training; at the end accuracies of the run and its baselines."""
 
 import functools
-import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,16 +28,17 @@ from ssl_jax.evals.pictures import PICTURES, image_names, retrieval_pictures, vi
 from ssl_jax.evals.results import (
     BASELINE,
     EVALUATION,
-    LAST_FILE,
     UNTRAINED,
     Evaluation,
     Row,
+    end_settings,
+    measured_with,
     read_evaluation,
     read_result,
     write_evaluation,
     write_result,
 )
-from ssl_jax.files import open_regular, writing
+from ssl_jax.files import writing
 from ssl_jax.methods import make_method, title
 from ssl_jax.methods.base import evaluated_names
 from ssl_jax.run import processes
@@ -214,14 +213,19 @@ class Evaluator:
         logits = probe.scores(jax.device_get(state.probe["params"]), jnp.asarray(test))
         return float(np.mean(np.asarray(logits).argmax(axis=1) == self._labeled_test.labels))
 
-    def is_done(self, workdir: Path) -> bool:
-        """Whether the files of the run's end have all been written and can be read."""
+    def is_done(self, workdir: Path, settings: str | None) -> bool:
+        """Whether the accuracies of the run's end have all been written and can be read.
+
+        Args:
+          workdir: of the run.
+          settings: with which they were measured, from the last file of the run's end; None if it
+            is missing or corrupt.
+        """
+        if not measured_with(settings, self.config):
+            return False
         if self._classifier and read_result(workdir, "classifier") is None:
             return False
         try:
-            with open_regular(workdir / LAST_FILE, sys.maxsize) as file:
-                if not zipfile.is_zipfile(file):
-                    return False
             return not self._fits_rows or bool(read_evaluation(workdir / EVALUATION))
         except (OSError, ValueError):
             return False
@@ -283,6 +287,8 @@ class Evaluator:
         first = processes.is_primary()
         rows: list[Row] = []
         pictures = self._view_pictures(state) if first else {}
+        if first:
+            pictures["settings"] = np.array(end_settings(self.config))
         if first and self.not_scored:
             pictures["not_scored"] = np.array(self.not_scored)
         self._write_classifier(workdir, state)

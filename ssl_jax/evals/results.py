@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from ssl_jax.config import to_json
 from ssl_jax.evals.metrics import metrics_line
 from ssl_jax.files import read_regular, replacing, require_writable, subfolder, writing
 
@@ -17,6 +19,9 @@ _FOLDER = "evals"
 # The fix of results of commands, where the evaluated run may only be read.
 ELSEWHERE = "or keep the results in another folder with --results=DIR"
 BASELINE, UNTRAINED = "raw pixels", "random init"
+
+# Keys of config.eval that the results of a run's end don't depend on.
+_IN_TRAINING = ("knn_every_epochs", "probe", "batch_size")
 
 # What a row holds an accuracy of: a number of labels per class, or a classifier fitted once.
 Measure = int | str
@@ -47,6 +52,23 @@ def has_results(workdir: Path) -> bool:
     """Whether accuracies of a run's end have been written, all of them or some."""
     files = (LAST_FILE, EVALUATION, "evals/classifier.json")
     return any((workdir / name).exists() for name in files)
+
+
+def end_settings(config: ConfigDict, **changes: Any) -> str:
+    """The settings that the results of a run's end depend on, besides data and weights, as JSON."""
+    settings = to_json(config)["eval"]
+    kept = {key: value for key, value in settings.items() if key not in _IN_TRAINING}
+    return json.dumps(kept | changes, sort_keys=True)
+
+
+def measured_with(settings: str | None, config: ConfigDict) -> bool:
+    """Whether results of a run's end are those that the config asks for.
+
+    Args:
+      settings: from `end_settings` when they were measured.
+      config: of the run now; without `eval.at_end` it asks for less.
+    """
+    return settings in (end_settings(config), end_settings(config, at_end=True))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy as np
 
 from ssl_jax.config import default_config, to_json, view
 from ssl_jax.errors import UserError
+from ssl_jax.evals.results import LAST_FILE
 from ssl_jax.files import open_regular, read_regular, reason
 from ssl_jax.run.folder import read_record
 from ssl_jax.run.log import MAX_LOG, parse_record
@@ -27,6 +28,7 @@ _MAX_DRAWN = {"m": 10_000, "v": 1000, "k": 1000, "j": 1000, "i": 1000}  # by axi
 # Arrays of `report_images.npz`: kinds of their dtype, and their axes. A letter is the same number
 # wherever it occurs, "_" any that isn't 0.
 _ARRAYS = {
+    "settings": ("U", ""),
     "not_scored": ("U", ""),
     "originals": ("u", "n__3"),
     "original_name": ("U", "n"),
@@ -180,6 +182,12 @@ def _drawable(value: float) -> float:
     if -_HUGE < value < _HUGE:
         return float(value) if abs(value) > 1 / _HUGE else 0.0
     return math.nan if value != value else math.inf
+
+
+def images_settings(workdir: Path) -> str | None:
+    """The evaluation settings in `report_images.npz`; None if it is missing or can't be shown."""
+    images, _ = read(workdir / LAST_FILE, parse_images)
+    return None if images is None else str(images.get("settings", ""))
 
 
 def parse_images(path: Path) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.evals.results import has_results
 from ssl_jax.files import local_path
 from ssl_jax.interop.initial_weights import source_fingerprints
-from ssl_jax.report import evaluation_table, write_images, write_report
+from ssl_jax.report import evaluation_table, images_settings, write_images, write_report
 from ssl_jax.run import processes
 from ssl_jax.run.folder import lock_text, locked, started_config, started_weights, write_config
 from ssl_jax.run.log import Progress
@@ -199,13 +199,14 @@ def _compiled(run: Run, state: TrainState, batch: Any) -> Any:
 
 
 def finish(run: Run, state: TrainState, stop: processes.Stop) -> None:
-    """Evaluates the run, unless it has been evaluated before, and writes its report.
+    """Evaluates the run, unless it has been with the same settings, and writes its report.
 
     Raises:
       StoppedError: a stop was requested, in a run of several processes.
     """
     total = run.setup.schedule.total_steps
-    done = run.start == total and run.evaluator.is_done(run.workdir)
+    done = run.start == total
+    done = done and run.evaluator.is_done(run.workdir, images_settings(run.workdir))
     if not processes.decided(done):
         if plan := run.evaluator.plan():
             run.progress.note(plan)

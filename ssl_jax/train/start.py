@@ -234,7 +234,7 @@ def _resume(
             changed = changed_settings(workdir, setup.config, held_out)
             if changed or 0 < start < total:
                 elsewhere = note_resumption(workdir, start, setup.config, setup.derived, held_out)
-                progress.note(*summary.settings_notes(changed, start, total))
+                progress.note(*summary.settings_notes(changed, start))
                 progress.note(*summary.environment_notes(elsewhere if 0 < start < total else []))
     return state, start
 

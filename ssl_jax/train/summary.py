@@ -13,7 +13,6 @@ from jaxtyping import Int
 from ssl_jax.config import flat_views
 from ssl_jax.data.sources import Source, why_not_scored
 from ssl_jax.errors import UserError
-from ssl_jax.evals.results import LAST_FILE
 from ssl_jax.plan.flops import traced_flops
 from ssl_jax.plan.plan import memory_kinds
 from ssl_jax.report.words import counted
@@ -164,24 +163,18 @@ def start_warnings(setup: Setup) -> Iterator[str]:
         )
 
 
-def settings_notes(changed: Sequence[str], start: int, total: int) -> list[str]:
+def settings_notes(changed: Sequence[str], start: int) -> list[str]:
     """A note on a resumed run whose settings have changed.
 
     Args:
       changed: differences, as `changed_settings` returns them.
       start: the step that the run resumes from; 0 without a checkpoint.
-      total: steps of the run.
     """
     if not changed:
         return []
     note = f"Settings changed ({'; '.join(changed)}); config.json records it."
     if start and any(line.startswith(("init_from.", "distill.")) for line in changed):
         note += " The run keeps its weights: initial weights are loaded only when a run starts."
-    if start == total and any(line.startswith("eval.") for line in changed):
-        note += (
-            f" Existing results stay as measured. To measure them again, delete {LAST_FILE} in "
-            "the run's folder and rerun the same command."
-        )
     return [note]
 
 

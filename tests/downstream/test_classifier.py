@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from classifier_runs import first_state
 from encoders import same
@@ -11,12 +13,15 @@ from images import fill
 from ssl_jax.cli import main as cli
 from ssl_jax.config import default_config
 from ssl_jax.downstream import classifier, finetune
+from ssl_jax.downstream.classifier import train_classifier
 from ssl_jax.downstream.distillation import distill_config
 from ssl_jax.downstream.finetuning import finetune_config
 from ssl_jax.downstream.linear_recipes import linear_config
 from ssl_jax.errors import UserError
+from ssl_jax.evals.results import end_settings, write_result
 from ssl_jax.interop.load import restore_state
 from ssl_jax.interop.weights import portable_config
+from ssl_jax.report import write_images
 from ssl_jax.run.folder import read_config
 
 
@@ -122,3 +127,16 @@ def test_link_in_place_of_the_default_folder_of_a_run_is_refused(
     assert cli.main([*line.split(), f"--from={other}", *more]) == 2
     assert f"{other / place} is a link" in capsys.readouterr().err
     assert not list(victim.iterdir())
+
+
+def test_metrics_measured_with_other_settings_are_not_returned(run, tmp_path, monkeypatch):
+    """A run that is evaluated again for new settings may be stopped before it is."""
+    config = finetune_config(run)
+    write_images(tmp_path, {"settings": np.array(end_settings(config))}, step=0)
+    metric = {"value": 0.5, "low": 0.4, "high": 0.6}
+    measured = {"examples": 4, "top1": metric}
+    write_result(tmp_path, "classifier", "the run's own classifier", measured)
+    monkeypatch.setattr(classifier, "pretrain", lambda *args, **more: SimpleNamespace(state=0))
+    assert train_classifier(config, tmp_path) == (0, measured)
+    config.eval.crop_fraction = 0.3
+    assert train_classifier(config, tmp_path) == (0, None)

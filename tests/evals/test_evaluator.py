@@ -18,11 +18,12 @@ from ssl_jax.evals.knn import knn_classify
 from ssl_jax.evals.results import (
     Evaluation,
     Row,
+    end_settings,
     read_evaluation,
     write_evaluation,
     write_result,
 )
-from ssl_jax.report import evaluation_table, write_images, write_report
+from ssl_jax.report import evaluation_table, images_settings, write_images, write_report
 from ssl_jax.run import memory
 from ssl_jax.run.folder import FORMAT
 from ssl_jax.spmd import make_spmd
@@ -56,6 +57,14 @@ def labeled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("labeled")
     splits = random_source(96), random_source(40, seed=1)
     return folder, splits, evaluate(folder, *splits)
+
+
+def is_done(evaluator, folder):
+    return evaluator.is_done(folder, images_settings(folder))
+
+
+def images_of_the_end(evaluator, images):
+    return {"originals": images, "settings": np.array(end_settings(evaluator.config))}
 
 
 def saved_images(folder):
@@ -196,7 +205,7 @@ def test_one_class_is_evaluated_as_unlabeled(tmp_path):
     plan = "Evaluating nearest neighbors and a map only. All training images are of one class (0)."
     assert evaluator.plan().startswith(plan)
     evaluate(tmp_path, *splits)
-    assert evaluator.is_done(tmp_path)
+    assert is_done(evaluator, tmp_path)
     assert not (tmp_path / "evaluation.json").exists()
     assert "map_label" not in saved_images(tmp_path)
 
@@ -216,23 +225,50 @@ def test_class_names_that_are_not_utf_8_are_escaped(tmp_path):
 def test_run_with_a_corrupt_evaluation_is_not_done_and_prints_other_results(tmp_path, content):
     train = random_source(24)
     evaluator = evaluator_of(train, train)
-    write_images(tmp_path, {"originals": train.images[:2]}, step=0)
-    assert not evaluator.is_done(tmp_path)
+    write_images(tmp_path, images_of_the_end(evaluator, train.images[:2]), step=0)
+    assert not is_done(evaluator, tmp_path)
     (tmp_path / "evaluation.json").write_text(content)
-    assert not evaluator.is_done(tmp_path)
+    assert not is_done(evaluator, tmp_path)
     metric = {"value": 0.5, "low": 0.4, "high": 0.6}
     write_result(tmp_path, "knn", "kNN", {"examples": 4, "top1": metric})
     first, second = evaluation_table(tmp_path)
     assert "evaluation.json is corrupt" in first and second.startswith("kNN: top-1 50.00")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "done"),
+    [
+        *(("crop_fraction", 0.3, False), ("knn_k", 3, False), ("trials", 3, False)),
+        *(("batch_size", 8, True), ("knn_every_epochs", 2.0, True), ("at_end", False, True)),
+    ],
+)
+def test_run_is_evaluated_again_if_settings_of_its_results_change(tmp_path, key, value, done):
+    evaluator = evaluator_of(random_source(24), None)
+    write_images(tmp_path, images_of_the_end(evaluator, random_source(2).images), step=0)
+    evaluator.config.eval[key] = value
+    assert is_done(evaluator, tmp_path) == done
+
+
+def test_end_of_a_run_records_its_settings(labeled):
+    assert is_done(evaluator_of(*labeled[1]), labeled[0])
+
+
+def flipped(data, place):
+    """The data with one byte changed."""
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
 def test_run_without_its_images_is_not_done(tmp_path):
     evaluator = evaluator_of(random_source(24), None)
-    assert not evaluator.is_done(tmp_path)
-    write_images(tmp_path, {"originals": random_source(2).images}, step=0)
-    assert evaluator.is_done(tmp_path)
-    (tmp_path / "report_images.npz").write_bytes(b"")
-    assert not evaluator.is_done(tmp_path)
+    assert not is_done(evaluator, tmp_path)
+    images = random_source(2).images
+    write_images(tmp_path, images_of_the_end(evaluator, images), step=0)
+    assert is_done(evaluator, tmp_path)
+    file = tmp_path / "report_images.npz"
+    whole = file.read_bytes()
+    for damaged in (b"", flipped(whole, len(whole) // 2), flipped(whole, len(whole) // 4)):
+        file.write_bytes(damaged)
+        assert not is_done(evaluator, tmp_path)
     assert evaluator.plan().startswith("Not evaluated. There are no held-out images.")
 
 
