@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Real
-from scipy import special
+from scipy import sparse, special
 
 from ssl_jax.errors import UserError
 
@@ -35,8 +35,9 @@ def classification_metrics(
       "top1", "top5" (with more than five classes), "mean_per_class" over the classes that occur and
       "calibration_error", each {"value", "low", "high"} in [0, 1] with a 95 % interval that
       contains the value: percentiles; those of the calibration error, which resampling biases
-      upward, are reflected at the value. "examples" is n. "confusion" has counts [c, c] by true and
-      predicted class, without images whose scores are not finite.
+      upward, are reflected at the value. "examples" is n. "confusion" lists [true class, predicted
+      class, number of images] of the pairs that occur, in ascending order, without images whose
+      scores are not finite: a matrix of all pairs would be too large with thousands of classes.
 
     Raises:
       UserError: there are no images, or labels don't match the scores.
@@ -64,13 +65,14 @@ def classification_metrics(
     measured = {name: weights @ correct / len(labels) for name, correct in each.items()}
     measured["mean_per_class"] = _mean_per_class(weights, each["top1"], labels, classes)
     measured["calibration_error"] = _calibration(weights, each["top1"], confident, bins)
-    confusion = np.zeros((classes, classes), int)
-    np.add.at(confusion, (labels[finite], predicted[finite]), 1)
+    pairs = np.stack([labels[finite], predicted[finite]], axis=1)
+    pairs, often = np.unique(pairs, axis=0, return_counts=True)
+    confusion = np.concatenate([pairs, often[:, None]], axis=1).tolist()
     found: dict[str, Any] = {
         name: _interval(values, reflected=name == "calibration_error")
         for name, values in measured.items()
     }
-    return {**found, "examples": len(labels), "confusion": confusion.tolist()}
+    return {**found, "examples": len(labels), "confusion": confusion}
 
 
 def _check(scores: np.ndarray, labels: np.ndarray) -> None:
@@ -99,7 +101,9 @@ def _mean_per_class(
     weights: np.ndarray, correct: np.ndarray, labels: np.ndarray, classes: int
 ) -> np.ndarray:
     """Mean accuracy per resample over the classes that occur in it."""
-    of_class = np.eye(classes)[labels]
+    images = np.arange(len(labels))
+    # Dense, this is gigabytes with thousands of classes.
+    of_class = sparse.csr_array((np.ones(len(labels)), (images, labels)), (len(labels), classes))
     total, hits = weights @ of_class, (weights * correct) @ of_class
     shares = np.divide(hits, total, out=np.zeros_like(hits), where=total > 0)
     mean: np.ndarray = shares.sum(axis=1) / (total > 0).sum(axis=1)
