@@ -181,8 +181,8 @@ def why_not_scored(train: Source, test: Source | None, *, learned: bool = True) 
     if test is None:
         reasons.append("there are no held-out images")
         fixes.append(
-            "Set config.data.test_dir (TFDS: config.data.test_split), or hold out a share of the "
-            "training images with config.data.validation=0.2."
+            "Set config.data.test_dir (TFDS: config.data.test_split). Before training, "
+            "config.data.validation=0.2 holds out a share of the training images instead."
         )
     splits = {"training": train if learned else None, "held-out": test}
     unlabeled = [name for name, split in splits.items() if split and not split.num_classes]

@@ -101,6 +101,7 @@ def train_classifier(
     require_labels(train, test, learned=config.method != "distill" or config.distill.labels > 0)
     state = pretrain(config, workdir, command, verbosity=verbosity).state
     # A run that was stopped during its evaluation lacks the last file, or has an earlier one's.
-    done = processes.is_primary() and measured_with(images_settings(local_path(workdir)), config)
+    settings = images_settings(local_path(workdir)) if processes.is_primary() else None
+    done = measured_with(settings, config, test.fingerprint if test is not None else "")
     result = read_result(local_path(workdir), "classifier") if done else None
     return state, result and result["metrics"]

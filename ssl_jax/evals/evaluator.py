@@ -82,6 +82,7 @@ class Evaluator:
         """
         self.config, self.train, self.test = config, train, test
         self.not_scored = why_not_scored(train, test)
+        self._held_out = test.fingerprint if test is not None else ""
         self._progress = progress or Progress(verbosity="warnings")
         method = make_method(config, Schedule(1, 1))
         if test is not None and processes.is_primary():
@@ -221,7 +222,7 @@ class Evaluator:
           settings: with which they were measured, from the last file of the run's end; None if it
             is missing or corrupt.
         """
-        if not measured_with(settings, self.config):
+        if not measured_with(settings, self.config, self._held_out):
             return False
         if self._classifier and read_result(workdir, "classifier") is None:
             return False
@@ -288,7 +289,7 @@ class Evaluator:
         rows: list[Row] = []
         pictures = self._view_pictures(state) if first else {}
         if first:
-            pictures["settings"] = np.array(end_settings(self.config))
+            pictures["settings"] = np.array(end_settings(self.config, self._held_out))
         if first and self.not_scored:
             pictures["not_scored"] = np.array(self.not_scored)
         self._write_classifier(workdir, state)

@@ -50,25 +50,34 @@ class Row:
 
 def has_results(workdir: Path) -> bool:
     """Whether accuracies of a run's end have been written, all of them or some."""
-    files = (LAST_FILE, EVALUATION, "evals/classifier.json")
+    # The images of the end alone don't count: without labels there are no accuracies.
+    files = (EVALUATION, f"{_FOLDER}/classifier.json")
     return any((workdir / name).exists() for name in files)
 
 
-def end_settings(config: ConfigDict, **changes: Any) -> str:
-    """The settings that the results of a run's end depend on, besides data and weights, as JSON."""
-    settings = to_json(config)["eval"]
+def end_settings(config: ConfigDict, held_out: str, **changes: Any) -> str:
+    """What the results of a run's end depend on, besides weights and training data, as JSON.
+
+    Args:
+      config: of the run.
+      held_out: fingerprint of the held-out images; "" without any.
+      **changes: other values of keys of `config.eval`.
+    """
+    settings = to_json(config)["eval"] | changes
     kept = {key: value for key, value in settings.items() if key not in _IN_TRAINING}
-    return json.dumps(kept | changes, sort_keys=True)
+    return json.dumps({"eval": kept, "held_out": held_out}, sort_keys=True)
 
 
-def measured_with(settings: str | None, config: ConfigDict) -> bool:
+def measured_with(settings: str | None, config: ConfigDict, held_out: str) -> bool:
     """Whether results of a run's end are those that the config asks for.
 
     Args:
       settings: from `end_settings` when they were measured.
       config: of the run now; without `eval.at_end` it asks for less.
+      held_out: fingerprint of the held-out images now.
     """
-    return settings in (end_settings(config), end_settings(config, at_end=True))
+    now = (end_settings(config, held_out), end_settings(config, held_out, at_end=True))
+    return settings in now
 
 
 @dataclass(frozen=True)

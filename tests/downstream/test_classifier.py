@@ -12,6 +12,7 @@ from images import fill
 
 from ssl_jax.cli import main as cli
 from ssl_jax.config import default_config
+from ssl_jax.data.sources import make_sources
 from ssl_jax.downstream import classifier, finetune
 from ssl_jax.downstream.classifier import train_classifier
 from ssl_jax.downstream.distillation import distill_config
@@ -132,7 +133,9 @@ def test_link_in_place_of_the_default_folder_of_a_run_is_refused(
 def test_metrics_measured_with_other_settings_are_not_returned(run, tmp_path, monkeypatch):
     """A run that is evaluated again for new settings may be stopped before it is."""
     config = finetune_config(run)
-    write_images(tmp_path, {"settings": np.array(end_settings(config))}, step=0)
+    _, test = make_sources(config)
+    settings = np.array(end_settings(config, test.fingerprint))
+    write_images(tmp_path, {"settings": settings}, step=0)
     metric = {"value": 0.5, "low": 0.4, "high": 0.6}
     measured = {"examples": 4, "top1": metric}
     write_result(tmp_path, "classifier", "the run's own classifier", measured)

@@ -19,6 +19,7 @@ from ssl_jax.evals.results import (
     Evaluation,
     Row,
     end_settings,
+    has_results,
     read_evaluation,
     write_evaluation,
     write_result,
@@ -64,7 +65,8 @@ def is_done(evaluator, folder):
 
 
 def images_of_the_end(evaluator, images):
-    return {"originals": images, "settings": np.array(end_settings(evaluator.config))}
+    settings = end_settings(evaluator.config, evaluator._held_out)
+    return {"originals": images, "settings": np.array(settings)}
 
 
 def saved_images(folder):
@@ -249,8 +251,23 @@ def test_run_is_evaluated_again_if_settings_of_its_results_change(tmp_path, key,
     assert is_done(evaluator, tmp_path) == done
 
 
-def test_end_of_a_run_records_its_settings(labeled):
-    assert is_done(evaluator_of(*labeled[1]), labeled[0])
+def test_end_of_a_run_records_its_settings_and_held_out_images(labeled):
+    folder, (train, test), _ = labeled
+    assert is_done(evaluator_of(train, test), folder)
+    assert not is_done(evaluator_of(train, random_source(40, seed=2)), folder)
+
+
+def test_labeled_held_out_images_can_replace_unlabeled_ones_after_the_end(tmp_path):
+    """As the run advises when it can't measure accuracies."""
+    train, test = random_source(24), random_source(24, seed=1)
+    evaluator = evaluator_of(train, ArraySource(test.images))
+    assert "Give labels" in evaluator.plan()
+    write_images(tmp_path, images_of_the_end(evaluator, train.images[:2]), step=0)
+    assert is_done(evaluator, tmp_path) and not has_results(tmp_path)  # so the data may change
+    assert not is_done(evaluator_of(train, test), tmp_path)
+    row = Row("simclr", {}, {"linear": 0.7})
+    write_evaluation(tmp_path, Evaluation([row], 24, ""))
+    assert has_results(tmp_path)
 
 
 def flipped(data, place):
