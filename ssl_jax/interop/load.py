@@ -21,7 +21,7 @@ from ssl_jax.interop.import_weights import is_weights_file, read_weights, read_w
 from ssl_jax.interop.infer_architecture import require_finite
 from ssl_jax.interop.weights import Weights
 from ssl_jax.methods import Method, make_method
-from ssl_jax.run.checkpoint import Checkpoints, fingerprint
+from ssl_jax.run.checkpoint import Checkpoints, fingerprint, steps_in
 from ssl_jax.run.folder import read_config
 from ssl_jax.spmd import make_spmd
 from ssl_jax.step import TrainState, assemble, init_state
@@ -220,8 +220,11 @@ def newest_step(path: str | Path) -> int:
     """
     if is_weights_file(path):
         return 0
-    with _checkpoints(path) as checkpoints:
-        return int(checkpoints.steps[-1])
+    read_config(local_path(path))  # refuses a folder without a run
+    steps = steps_in(local_path(path) / "checkpoints")
+    if not steps:
+        raise _no_checkpoint(path)
+    return steps[-1]
 
 
 def weights_fingerprint(path: str | Path, step: int | None = None) -> dict[str, Any]:
@@ -291,7 +294,11 @@ def _checkpoints(path: str | Path) -> Iterator[Checkpoints]:
     checkpoints = Checkpoints(local_path(path) / "checkpoints", read_only=True)
     try:
         if not checkpoints.steps:
-            raise UserError(f"{path} has no checkpoint yet: wait until the run has written one.")
+            raise _no_checkpoint(path)
         yield checkpoints
     finally:
         checkpoints.close()
+
+
+def _no_checkpoint(path: str | Path) -> UserError:
+    return UserError(f"{path} has no checkpoint yet: wait until the run has written one.")

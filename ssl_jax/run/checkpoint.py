@@ -382,14 +382,18 @@ def _is_inside(folder: Path, name: str) -> bool:
     return valid and file.is_relative_to(folder.resolve()) and file != folder.resolve()
 
 
-def _steps_in(directory: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, ascending, readable or not."""
+def steps_in(directory: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, ascending, readable or not.
+
+    Unlike `Checkpoints.steps`, a single process of a run may call it: Orbax would wait for the
+    others when it opens the folder.
+    """
     return sorted(int(folder.name) for folder in directory.glob("*") if folder.name.isdigit())
 
 
 def _corrupt_steps(directory: Path) -> str:
     """Advice about the corrupt checkpoints of a folder; "" without any."""
-    corrupt = [step for step in _steps_in(directory) if damage(directory / str(step))]
+    corrupt = [step for step in steps_in(directory) if damage(directory / str(step))]
     return f" Move the corrupt checkpoints away: {corrupt}." if corrupt else ""
 
 
@@ -408,7 +412,7 @@ def quarantine_corrupt(directory: Path, aside: Path) -> list[str]:
     """
     if directory.is_dir():
         _refuse_links(directory)  # behind a link, another run's checkpoints would be moved
-    steps = _steps_in(directory)[::-1]
+    steps = steps_in(directory)[::-1]
     found: dict[int, str] = {}
     for step in steps:
         corrupt = damage(directory / str(step))

@@ -3,13 +3,14 @@
 import jax
 import numpy as np
 import pytest
-from tiny import method_config
+from tiny import method_config, tiny_config
 
 import ssl_jax
 from ssl_jax.config import Schedule
 from ssl_jax.errors import UserError
-from ssl_jax.interop.load import restore_state
+from ssl_jax.interop.load import newest_step, restore_state, weights_fingerprint
 from ssl_jax.methods import make_method
+from ssl_jax.run.folder import write_config
 
 
 def images(n=3):
@@ -63,3 +64,14 @@ def test_repr_is_one_line_with_network_and_parameter_count(finished_run):
     assert encoder.num_features == 8
     layer = ssl_jax.load(finished_run)
     assert "24 features of projector layer 1" in repr(layer) and layer.num_features == 24
+
+
+def test_newest_weights_are_identified_without_orbax(tmp_path, monkeypatch):
+    """By one process of a run; Orbax would wait for the others."""
+    write_config(tmp_path, tiny_config(), "")
+    with pytest.raises(UserError, match="has no checkpoint yet: wait"):
+        newest_step(tmp_path)
+    for step in (9, 12):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    monkeypatch.setattr("ssl_jax.interop.load.Checkpoints", None)
+    assert weights_fingerprint(tmp_path)["step"] == newest_step(tmp_path) == 12

@@ -80,7 +80,9 @@ def ended(on_images, images, tmp_path_factory):
     def pretraining(name, *changes):
         return ["pretrain", *on_images, f"--workdir={root / name}", *changes]
 
+    from_run = [f"--config.init_from.path={workdir}", "--config.epochs=0.5"]
     more = {
+        "started from a run": (pretraining("e", *from_run), pretraining("e", *from_run)),
         "another config": (pretraining("a"), pretraining("a", "--config.optim.lr=0.5")),
         "not shared": (pretraining("b"), pretraining("c")),
         "no images": (pretraining("d"), pretraining("d", "--config.data.dir=/nowhere")),
@@ -257,6 +259,15 @@ def test_evaluating_a_run_in_two_processes_is_refused(evaluated):
     first, second = evaluated[1][0]
     assert (first[0], second[0]) == (2, 2)
     assert "Run this command on one host" in first[2].replace("\n", " ")
+
+
+def test_two_processes_start_from_the_newest_weights_of_a_run(ended):
+    """Only the primary process compares them with those of a resumed run."""
+    root, results = ended
+    first, second = results["started from a run"]
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    record = json.loads((root / "e" / "config.json").read_text())
+    assert record["weights"]["init_from"]["step"] == 12
 
 
 def test_error_on_one_process_is_printed_once_and_ends_all(ended):
