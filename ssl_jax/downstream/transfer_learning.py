@@ -314,6 +314,8 @@ class _Job:
         """Metrics of a linear classifier on features; kept, and reused for the same settings."""
         own = tuple(override for override in self.overrides if override.startswith(SEEN))
         changes = (*self.data_set.overrides, "data.validation=0.0", *own)
+        # The encoder is a network of its run's method, whose classes are those of that run's data.
+        changes = tuple(each for each in changes if not each.startswith("data.num_classes="))
         settings: dict[str, Any] = {"step": self.step, "weights": self.weights}
         settings["metric"] = self.data_set.metric
         settings |= {"overrides": list(changes), "data": list(self.fingerprints)}

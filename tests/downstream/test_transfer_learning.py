@@ -251,6 +251,20 @@ def test_kept_linear_result_is_reused_for_the_same_weights_only(tmp_path, monkey
     assert transferred("a.safetensors", None) == 0.3
 
 
+@pytest.mark.parametrize("named", [{}, {"num_classes": 10}])
+def test_encoder_of_a_classifier_is_transferred_to_other_classes(tmp_path, named):
+    config = without_color(method_config("supervised"))
+    config.data.num_classes = 7
+    encoder = random_encoder(config)
+    networks = ({"encoder": encoder[kind]} for kind in ("params", "batch_stats"))
+    classifier, file = tmp_path / "classifier.safetensors", tmp_path / "sets.json"
+    write_weights(Weights(config, *networks), classifier)
+    file.write_text(json.dumps({"digits": {"data": named}}))
+    sets = transfer_learning.read_sets(file)
+    (row,) = transfer_learning.transfer(classifier, sets, rates=())
+    assert row.linear["examples"] == 450
+
+
 def test_read_sets_reads_the_list_in_configs():
     listed = transfer_learning.read_sets(Path(__file__).parents[2] / "configs" / "transfer.json")
     assert {data_set.metric for data_set in listed} == set(METRICS)
