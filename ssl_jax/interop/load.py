@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
@@ -235,23 +237,32 @@ def weights_fingerprint(path: str | Path, step: int | None = None) -> dict[str, 
       step: of the run's checkpoint, the newest by default.
 
     Returns:
-      "step" of the checkpoint, 0 for a file, and "checksum" of its files.
+      "step" of the checkpoint, 0 for a file, and "checksum": of the checkpoint's files, or of the
+      arrays in a file, which writes the same arrays in any order. Runs are not read for it, so a
+      run and its export differ.
 
     Raises:
       UserError: there is no such run, file or checkpoint, or it can't be read.
     """
-    file, step = local_path(path), step or newest_step(path)
-    with reading(file):
-        if is_weights_file(path):
-            with file.open("rb") as opened:
-                checksum = 0
-                while part := opened.read(1 << 22):
-                    checksum = zlib.crc32(part, checksum)
-            return {"step": 0, "checksum": f"{checksum:08x}"}
-        folder = file / "checkpoints" / str(step)
+    if is_weights_file(path):
+        return {"step": 0, "checksum": _checksum(read_weights(path))}
+    step = step or newest_step(path)
+    folder = local_path(path) / "checkpoints" / str(step)
+    with reading(folder):
         if not folder.is_dir():
             raise UserError(f"{path} has no checkpoint of step {step}.")
         return {"step": step, "checksum": fingerprint(folder)}
+
+
+def _checksum(weights: Weights) -> str:
+    """A checksum of the names, dtypes, shapes and values of all arrays, in the order of names."""
+    checksum = 0
+    trees = {"params": weights.params, "batch_stats": weights.batch_stats}
+    for name, leaf in sorted(flatten_dict(trees, sep="/").items()):
+        array = np.ascontiguousarray(leaf)
+        checksum = zlib.crc32(f"{name} {array.dtype} {np.shape(leaf)} ".encode(), checksum)
+        checksum = zlib.crc32(array.reshape(-1).view(np.uint8), checksum)
+    return f"{checksum:08x}"
 
 
 def restore_state(path: str | Path, step: int | None = None) -> TrainState:

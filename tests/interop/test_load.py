@@ -1,14 +1,18 @@
 """`ssl_jax.load`: encoders of runs, hidden layers of the projector, input checks."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
+from encoders import random_encoder
 from tiny import method_config, tiny_config
 
 import ssl_jax
 from ssl_jax.config import Schedule
 from ssl_jax.errors import UserError
 from ssl_jax.interop.load import newest_step, restore_state, weights_fingerprint
+from ssl_jax.interop.weights import Weights, write_weights
 from ssl_jax.methods import make_method
 from ssl_jax.run.folder import write_config
 
@@ -75,3 +79,25 @@ def test_newest_weights_are_identified_without_orbax(tmp_path, monkeypatch):
         (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
     monkeypatch.setattr("ssl_jax.interop.load.Checkpoints", None)
     assert weights_fingerprint(tmp_path)["step"] == newest_step(tmp_path) == 12
+
+
+def with_reversed_header(file, out):
+    """Writes a safetensors file with the entries of its header in reverse order."""
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(dict(reversed(json.loads(data[8:end]).items()))).encode()
+    out.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+    return out
+
+
+def test_weights_of_a_file_are_identified_by_its_arrays(tmp_path):
+    """safetensors writes the header in random order, so that exports differ in their bytes."""
+    encoder = random_encoder(tiny_config())
+    networks = [{"encoder": encoder[kind]} for kind in ("params", "batch_stats")]
+    file = tmp_path / "a.safetensors"
+    write_weights(Weights(tiny_config(), *networks), file)
+    again = with_reversed_header(file, tmp_path / "b.safetensors")
+    assert weights_fingerprint(file) == weights_fingerprint(again)
+    networks[1] = jax.tree.map(lambda x: x + np.float32(1e-6), networks[1])
+    write_weights(Weights(tiny_config(), *networks), again)
+    assert weights_fingerprint(file) != weights_fingerprint(again)
