@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import threading
 import zlib
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ class Checkpoints:
           read_only: change nothing, as a run may be using the directory.
 
         Raises:
-          UserError: the directory can't be read, or has a link where a folder is written.
+          UserError: the directory can't be read, or has a link, a pipe or a device in it.
         """
         policy = policies.AnyPreservationPolicy(
             [
@@ -73,6 +74,11 @@ class Checkpoints:
         try:
             if not read_only:
                 _refuse_links(self.directory)
+            if irregular := _irregular(self.directory):
+                raise UserError(
+                    f"{irregular} is a link, a pipe or a device, which isn't read in a checkpoint. "
+                    "Put the file or folder itself there, or move it away."
+                )
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
                 # Without best_fn metrics aren't stored, and a restart doesn't know the best one.
@@ -270,6 +276,21 @@ def _refuse_links(directory: Path) -> None:
         )
 
 
+def _irregular(directory: Path) -> str:
+    """The path of an entry that is neither a regular file nor a folder; "" if there is none.
+
+    Orbax opens whatever has the name of one of its files, when it opens a directory and when it
+    restores: it would wait for the other end of a pipe, or read a device without end.
+    """
+    for folder, folders, files in os.walk(directory):
+        for path in (os.path.join(folder, name) for name in (*folders, *files)):
+            with contextlib.suppress(FileNotFoundError):  # a run is writing here
+                mode = os.lstat(path).st_mode
+                if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                    return path
+    return ""
+
+
 def _seal(folder: Path, written: threading.Event) -> None:
     """Writes a checkpoint's checksums once it is complete, when Orbax gives it its final name."""
     while not folder.exists():
@@ -316,7 +337,7 @@ def fingerprint(folder: Path) -> str:
     """
     sums: Any = None
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        sums = json.loads((folder / _SUMS).read_text())
+        sums = json.loads(read_regular(folder / _SUMS))
     text = json.dumps(sums or _checksums(folder), sort_keys=True)
     return f"{zlib.crc32(text.encode()):08x}"
 
@@ -337,6 +358,14 @@ def damage(folder: Path) -> str:
 
 
 def _damage(folder: Path) -> str:
+    if different := _differing(folder):
+        return different
+    path = _irregular(folder)
+    return f"{os.path.relpath(path, folder)} is a link, a pipe or a device" if path else ""
+
+
+def _differing(folder: Path) -> str:
+    """The first difference from the checksums."""
     file = folder / _SUMS
     if not file.exists():
         return "" if any(file.is_file() for file in folder.rglob("*")) else "it is empty"

@@ -20,7 +20,7 @@ from tiny import (
 from ssl_jax.data.index import Index
 from ssl_jax.errors import UserError
 from ssl_jax.run import checkpoint
-from ssl_jax.run.checkpoint import Checkpoints, _seal, damage, quarantine_corrupt
+from ssl_jax.run.checkpoint import Checkpoints, _seal, damage, fingerprint, quarantine_corrupt
 from ssl_jax.spmd import make_spmd
 
 
@@ -245,6 +245,31 @@ def test_link_in_place_of_a_checkpoint_folder_is_refused(tmp_path, place):
         with pytest.raises(UserError, match="is a link, through which a run doesn't write"):
             use(tmp_path / "c")
     assert sorted(entry.name for entry in elsewhere.iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/null")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_CHECKPOINT_METADATA",
+        "metrics/metrics",
+        "default/_METADATA",
+        "default/manifest.ocdbt",
+        "checksums.json",
+    ],
+)
+def test_pipes_and_links_in_a_checkpoint_are_not_opened(tmp_path, name, make):
+    """Orbax opens these names, and would wait for the pipe's other end."""
+    file = tmp_path / "c" / "2" / name
+    file.parent.mkdir(parents=True)
+    (file.parent / "a").write_bytes(b"x")
+    if name != "checksums.json":
+        _seal(tmp_path / "c" / "2", threading.Event())
+    make(file)
+    assert damage(tmp_path / "c" / "2")
+    assert fingerprint(tmp_path / "c" / "2")
+    with pytest.raises(UserError, match=f"{name} is a link, a pipe or a device, which isn't read"):
+        Checkpoints(tmp_path / "c", read_only=True)
 
 
 NOISE = np.random.default_rng(0).normal(size=(300, 300)).astype(np.float32)
