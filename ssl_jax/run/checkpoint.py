@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import threading
@@ -30,6 +31,7 @@ from ssl_jax.files import (
 Pytree = Any
 _SUMS = "checksums.json"
 _UNSEALED = ("_CHECKPOINT_METADATA", _SUMS)  # Orbax rewrites the first one at the end
+_STEP = re.compile("0|[1-9][0-9]*")  # Orbax's names, without padding
 _POLL_S = 0.05
 _log = logging.getLogger("ssl_jax.run.checkpoint")
 
@@ -417,7 +419,8 @@ def steps_in(directory: Path) -> list[int]:
     Unlike `Checkpoints.steps`, a single process of a run may call it: Orbax would wait for the
     others when it opens the folder.
     """
-    return sorted(int(folder.name) for folder in directory.glob("*") if folder.name.isdigit())
+    names = (entry.name for entry in directory.glob("*"))
+    return sorted(int(name) for name in names if _STEP.fullmatch(name))
 
 
 def _corrupt_steps(directory: Path) -> str:

@@ -20,7 +20,14 @@ from tiny import (
 from ssl_jax.data.index import Index
 from ssl_jax.errors import UserError
 from ssl_jax.run import checkpoint
-from ssl_jax.run.checkpoint import Checkpoints, _seal, damage, fingerprint, quarantine_corrupt
+from ssl_jax.run.checkpoint import (
+    Checkpoints,
+    _seal,
+    damage,
+    fingerprint,
+    quarantine_corrupt,
+    steps_in,
+)
 from ssl_jax.spmd import make_spmd
 
 
@@ -172,6 +179,15 @@ def test_corrupt_checkpoints_are_quarantined_until_one_is_intact(tmp_path):
             flip_a_bit(largest(folders[step]))
     names = sorted(file.name for file in (tmp_path / "corrupt").iterdir())
     assert names == ["2", "2_1", "3", "3_1"]
+
+
+@pytest.mark.parametrize("name", ["²", "007", "١", "1.orbax-checkpoint-tmp"])
+def test_folders_that_are_not_named_as_a_step_are_no_checkpoints(tmp_path, name):
+    (tmp_path / name).mkdir()
+    assert quarantine_corrupt(tmp_path, tmp_path / "corrupt") == []
+    (tmp_path / "10").mkdir()
+    (tmp_path / "9").mkdir()
+    assert steps_in(tmp_path) == [9, 10]
 
 
 def test_run_is_refused_if_no_checkpoint_is_intact(tmp_path):
