@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
@@ -12,7 +11,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.data.host import HostSource
 from ssl_jax.data.labels import NO_LABEL, checked_names
-from ssl_jax.data.listing import list_images
+from ssl_jax.data.listing import list_images, read_image
 from ssl_jax.data.tensorflow import tf
 from ssl_jax.files import RESUME, local_path, reading
 from ssl_jax.fingerprint import files_fingerprint
@@ -64,4 +63,4 @@ class FolderSource(HostSource):
     def read(self, id: int) -> bytes:
         """Reads a file's bytes."""
         with reading(self.name(id), f"Restore the file, {RESUME}"):
-            return Path(self.name(id)).read_bytes()
+            return read_image(self.name(id))

@@ -179,14 +179,18 @@ class HostSource:
         """Height and width of images, read from their headers, without undecodable ones.
 
         Raises:
-          UserError: a file can't be read.
+          UserError: a file can't be read, or `config.data.timeout_s` has passed.
         """
-        sizes = []
-        for id in ids:
-            with contextlib.suppress(OSError, ValueError, PIL.Image.DecompressionBombError):
-                with PIL.Image.open(io.BytesIO(self.read(id)), formats=("JPEG", "PNG")) as image:
-                    sizes.append((image.height, image.width))
+        found = read_all(map(self._size, ids), self._timeout_s)
+        sizes = [size for size in found if size is not None]
         return np.array(sizes, np.int32).reshape(-1, 2)
+
+    def _size(self, id: int) -> tuple[int, int] | None:
+        """An image's height and width; None if it can't be decoded."""
+        with contextlib.suppress(OSError, ValueError, PIL.Image.DecompressionBombError):
+            with PIL.Image.open(io.BytesIO(self.read(id)), formats=("JPEG", "PNG")) as image:
+                return image.height, image.width
+        return None
 
     def boxes(
         self, step: int, ids: Sequence[int] | np.ndarray

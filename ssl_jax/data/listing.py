@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import close_path
 from ssl_jax.errors import UserError
-from ssl_jax.files import local_path, reading
+from ssl_jax.files import local_path, open_regular, reading
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _log = logging.getLogger("ssl_jax.data")
@@ -53,6 +54,16 @@ def list_images(folder: str, key: str) -> tuple[list[str], list[int] | None, tup
     files = [file for name in folders for file in by_class[name]]
     labels = [label for label, name in enumerate(folders) for _ in by_class[name]]
     return files, labels, tuple(folders)
+
+
+def read_image(file: str | Path) -> bytes:
+    """Reads an image file; a pipe or a device, which may never end, is refused.
+
+    Raises:
+      OSError: it is no regular file, or can't be read.
+    """
+    with open_regular(file, sys.maxsize) as opened:
+        return opened.read()
 
 
 def utf8(name: str) -> str:

@@ -1,6 +1,7 @@
 """Small images packed into one file of pixels, held on the devices; needs no TensorFlow."""
 
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from ssl_jax.data.arrays import ArraySource
-from ssl_jax.data.listing import list_images, require_packed
+from ssl_jax.data.listing import list_images, read_image, require_packed
 from ssl_jax.errors import UserError
-from ssl_jax.files import local_path, reading, writing_output
+from ssl_jax.files import local_path, open_regular, reading, writing_output
 
 _KEYS = {"images", "labels", "class_names"}
 
@@ -68,7 +69,7 @@ def packed_source(config: ConfigDict, key: str) -> ArraySource:
     path, key = config.data[key], f"config.data.{key}"
     file = require_packed(path, key)
     with reading(file):
-        opened = file.open("rb")
+        opened = open_regular(file, sys.maxsize)
     try:
         with opened as handle, np.load(handle, allow_pickle=False) as arrays:
             if set(arrays.files) != _KEYS:
@@ -87,7 +88,7 @@ def packed_source(config: ConfigDict, key: str) -> ArraySource:
 
 def _decode(file: str) -> np.ndarray:
     with reading(file):
-        contents = Path(file).read_bytes()
+        contents = read_image(file)
     try:
         with Image.open(io.BytesIO(contents), formats=("JPEG", "PNG")) as image:
             return _rgb(image)

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.data.host import HostSource
 from ssl_jax.data.labels import NO_LABEL, checked_labels
-from ssl_jax.data.listing import list_images
+from ssl_jax.data.listing import list_images, read_image
 from ssl_jax.data.reader import in_parallel
 from ssl_jax.data.tensorflow import array_record_data_source, array_record_module, tf
 from ssl_jax.errors import UserError, first_line
@@ -261,13 +261,10 @@ def _write_shard(path: str, files: Sequence[str]) -> None:
     # One record per group, to read single images; JPEG and PNG files don't compress further.
     writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")
     for file in files:
-        writer.write(_read_file(file))
+        with reading(file, "Remove or replace it"):
+            contents = read_image(file)
+        writer.write(contents)
     writer.close()
-
-
-def _read_file(path: str) -> bytes:
-    with reading(path, "Remove or replace it"), open(path, "rb") as handle:
-        return handle.read()
 
 
 def _write_arrays(path: str, **arrays: np.ndarray) -> None:

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -14,6 +15,7 @@ from images import COLORS, by_id, config_of, fill, noise_files, picture, read
 from PIL import Image
 
 from ssl_jax import config
+from ssl_jax.cli.main import main
 from ssl_jax.data.folder import FolderSource
 from ssl_jax.data.index import Index
 from ssl_jax.data.sources import make_sources
@@ -453,6 +455,32 @@ def test_only_undecodable_images_raise_user_error(tmp_path):
         file.write_bytes(b"")
     with pytest.raises(UserError, match="Cannot decode any image of config.data.dir"):
         source_of(tmp_path, on_bad_image="skip").eval_transform([1])
+
+
+def test_sizes_are_read_with_the_time_limit_of_images(tmp_path, monkeypatch):
+    fill(tmp_path, per_class=1)
+    source, threads = source_of(tmp_path), []
+    read_image = FolderSource.read
+
+    def noted(self, id):
+        threads.append(threading.current_thread())
+        return read_image(self, id)
+
+    monkeypatch.setattr(FolderSource, "read", noted)
+    assert source.image_sizes([0, 2]).shape == (2, 2)
+    assert len(threads) == 2 and threading.main_thread() not in threads
+
+
+def test_pipe_in_place_of_an_image_is_refused(tmp_path, capsys):
+    fill(tmp_path / "a", per_class=1)
+    pipe = tmp_path / "a" / "cat" / "0.png"
+    pipe.unlink()
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match=r"cat/0.png \(not a regular file\)"):
+        source_of(tmp_path / "a").image_sizes([0])
+    for command, out in (("pack", tmp_path / "a.npz"), ("convert", tmp_path / "records")):
+        assert main(["data", command, str(tmp_path / "a"), str(out)]) == 2
+        assert "0.png (not a regular file)" in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.parametrize("on_bad_image", ["fatal", "skip"])
