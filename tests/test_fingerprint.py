@@ -1,41 +1,48 @@
-"""Fingerprints of image files."""
+"""Fingerprints of images."""
 
 import pytest
 
-from ssl_jax.fingerprint import describe_change, files_fingerprint, same_images
+from ssl_jax.fingerprint import (
+    describe_change,
+    images_fingerprint,
+    same_images,
+    sampled_ids,
+)
 
-SIZES = {str(i): 1000 + 7 * i for i in range(100)}
-
-
-def fingerprint_of(sizes=SIZES, identity=b"names"):
-    def size(file):
-        if sizes[file] is None:
-            raise FileNotFoundError
-        return sizes[file]
-
-    return files_fingerprint(len(sizes), identity, list(sizes), size)
+CHECKSUMS = [1000 + 7 * i for i in range(16)]
 
 
-def test_repaired_files_are_the_same_images_and_files_of_other_sizes_are_not():
+def fingerprint_of(changes=None, identity=b"names", count=100):
+    checksums = dict(enumerate(CHECKSUMS)) | (changes or {})
+    return images_fingerprint(count, identity, list(checksums.values()))
+
+
+def test_repaired_images_are_the_same_and_other_contents_are_not():
     old = fingerprint_of()
     assert old.startswith("100 images, checksum ") and same_images(old, fingerprint_of())
-    assert same_images(old, fingerprint_of(SIZES | {"0": None, "99": 5}))
-    assert not same_images(old, fingerprint_of({file: 2 * SIZES[file] for file in SIZES}))
-    assert not same_images(old, fingerprint_of({file: SIZES[file] for file in list(SIZES)[:99]}))
+    assert same_images(old, fingerprint_of({0: 5, 3: 5, 15: 5}))
+    assert not same_images(old, fingerprint_of({i: CHECKSUMS[i] + 1 for i in range(5)}))
+    assert not same_images(old, fingerprint_of(count=99))
     assert not same_images(old, fingerprint_of(identity=b"other names"))
     assert describe_change(old, "99 images, checksum 1") == "100 images -> 99 images"
     assert describe_change(old, "") == "100 images -> none"
-    larger = fingerprint_of({file: 2 * SIZES[file] for file in SIZES})
-    assert describe_change(old, larger) == "100 images, files of other sizes"
+    other = fingerprint_of({i: CHECKSUMS[i] + 1 for i in range(5)})
+    assert describe_change(old, other) == "100 images, with other contents"
     renamed = fingerprint_of(identity=b"other names")
-    assert describe_change(old, renamed).startswith("100 images, with other names, labels or")
+    assert describe_change(old, renamed).startswith("100 images, with other names, labels or pixels")
     part = "; subset of 3, checksum 1"
-    assert same_images(old + part, fingerprint_of(SIZES | {"0": 3}) + part)
+    assert same_images(old + part, fingerprint_of({0: 3}) + part)
     assert not same_images(old + part, old)
 
 
-@pytest.mark.parametrize("count", [1, 3, 16, 17, 33])
-def test_few_files_have_all_or_evenly_spread_sizes(count):
-    seen = []
-    files_fingerprint(count, b"", [str(i) for i in range(count)], lambda f: seen.append(f) or 1)
-    assert len(set(seen)) == min(16, count) and {"0", str(count - 1)} <= set(seen)
+def test_contents_that_cannot_be_read_now_are_not_compared():
+    unreadable = fingerprint_of(dict.fromkeys(range(10)))
+    assert same_images(fingerprint_of(), unreadable) and same_images(unreadable, fingerprint_of())
+    assert not same_images(unreadable, fingerprint_of({i: 5 for i in range(10, 16)}))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 16, 17, 33])
+def test_few_images_are_sampled_whole_and_others_evenly_spread(count):
+    ids = sampled_ids(count)
+    assert len(set(ids)) == min(16, count) and {0, count - 1} <= {*ids} | {0, -1}
+    assert ids == sorted(ids)

@@ -9,12 +9,11 @@ import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from ssl_jax.data.host import HostSource
+from ssl_jax.data.host import HostSource, contents_fingerprint
 from ssl_jax.data.labels import NO_LABEL, checked_names
 from ssl_jax.data.listing import list_images, read_image
 from ssl_jax.data.tensorflow import tf
 from ssl_jax.files import RESUME, local_path, reading
-from ssl_jax.fingerprint import files_fingerprint
 
 
 class FolderSource(HostSource):
@@ -24,7 +23,7 @@ class FolderSource(HostSource):
     """
 
     def __init__(self, config: ConfigDict, key: str = "dir") -> None:
-        """Lists the folder without opening any file.
+        """Lists the folder; of the files, reads only those that its fingerprint takes.
 
         Args:
           config: the run's config.
@@ -37,7 +36,8 @@ class FolderSource(HostSource):
         files, labels, class_names = list_images(folder, f"config.data.{key}")
         self._folder = local_path(folder)  # once: it looks the path up
         names = "\0".join(os.path.relpath(file, self._folder) for file in files)
-        fingerprint = files_fingerprint(len(files), os.fsencode(names), files, os.path.getsize)
+        identity = os.fsencode(names)
+        fingerprint = contents_fingerprint(len(files), identity, lambda id: read_image(files[id]))
         super().__init__(config, f"config.data.{key} ({folder})", len(files), fingerprint)
         self.class_names = checked_names(class_names, folder)
         self.num_classes, self.labels_from = len(class_names), f"subfolders of {folder}"

@@ -14,6 +14,7 @@ import itertools
 import logging
 import os
 import threading
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
@@ -29,6 +30,7 @@ from ssl_jax.data.listing import utf8
 from ssl_jax.data.reader import in_parallel, read_all
 from ssl_jax.data.tensorflow import load_tensorflow, tf
 from ssl_jax.errors import UserError
+from ssl_jax.fingerprint import images_fingerprint, sampled_ids
 
 Step: TypeAlias = tuple[int, Int[np.ndarray, " n"]]
 # (file contents, step, id) -> the tensors to return for an image.
@@ -55,7 +57,7 @@ class HostSource:
       class_names: names of the classes, in the order of the labels.
       labels_from: where the labels come from, in words.
       bad: names of the undecodable images found so far.
-      fingerprint: changes with the order, number or labels of the images, and the files' sizes.
+      fingerprint: changes with the order, number, names, labels or contents of the images.
     """
 
     class_names: tuple[str, ...] = ()
@@ -69,7 +71,7 @@ class HostSource:
           config: the run's config.
           where: the config keys and values that locate the images, for messages.
           num_examples: number of images, N.
-          fingerprint: `files_fingerprint` of the images.
+          fingerprint: `contents_fingerprint` of the images.
 
         Raises:
           UserError: TensorFlow isn't installed, or a view can't be made on the host.
@@ -317,6 +319,25 @@ class HostSource:
         (handle,), (label,) = self.handles(np.array([id]))
         contents, _ = self.contents(tf.constant(handle), tf.constant(label))
         return contents.numpy()
+
+
+def contents_fingerprint(count: int, identity: bytes, read: Callable[[int], bytes]) -> str:
+    """`images_fingerprint` of a source; reads the contents of up to 16 images.
+
+    Args:
+      count: number of images.
+      identity: see `images_fingerprint`.
+      read: returns what is stored of an image, by id; several are read at a time. One that raises
+        an `OSError` or a `UserError` is reported when it is read for a batch.
+    """
+
+    def checksum(id: int) -> int | None:
+        with contextlib.suppress(OSError, UserError):
+            return zlib.crc32(read(id))
+        return None
+
+    ids = sampled_ids(count)
+    return images_fingerprint(count, identity, in_parallel(checksum, ids, len(ids)))
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Image files copied into a few ArrayRecord files, which file systems and buckets read faster.
 
 Each record is the unchanged bytes of one image file. `index.npz` holds the labels, the file names
-and the number of records per shard, so that a run starts without opening a shard. It is written
+and the number of records per shard, so that a run starts without opening all shards. It is written
 last: a folder without it is incomplete.
 """
 
@@ -22,14 +22,13 @@ import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from ssl_jax.data.host import HostSource
+from ssl_jax.data.host import HostSource, contents_fingerprint
 from ssl_jax.data.labels import NO_LABEL, checked_labels
 from ssl_jax.data.listing import list_images, read_image
 from ssl_jax.data.reader import in_parallel
 from ssl_jax.data.tensorflow import array_record_data_source, array_record_module, tf
 from ssl_jax.errors import UserError, first_line
 from ssl_jax.files import CHECK_PATH, local_path, reading, replacing, writing
-from ssl_jax.fingerprint import files_fingerprint
 
 _INDEX = "index.npz"
 _READERS = 64  # parallel reads, which hide the latency of a disk or a bucket
@@ -86,7 +85,7 @@ class RecordsSource(HostSource):
     """Records written by `convert`; ids follow the order of the converted folder."""
 
     def __init__(self, config: ConfigDict, key: str = "dir") -> None:
-        """Reads the index.
+        """Reads the index, and the records that its fingerprint takes.
 
         Args:
           config: the run's config.
@@ -101,8 +100,12 @@ class RecordsSource(HostSource):
         names = index["names"].tobytes()
         num_examples = int(index["counts"].sum())
         paths = [_join(folder, str(shard)) for shard in index["shards"]]
-        identity = b"\0".join([names, *(index[each].tobytes() for each in ("label", "counts"))])
-        fingerprint = files_fingerprint(num_examples, identity, paths, file_size)
+        parts = [(path, 0, count) for path, count in zip(paths, index["counts"], strict=True)]
+        identity = b"\0".join([names, index["label"].tobytes()])
+        sampled = ArrayRecords(parts)  # closed afterwards
+        fingerprint = contents_fingerprint(
+            num_examples, identity, lambda id: sampled[np.array([id])][0]
+        )
         super().__init__(config, f"config.data.{key} ({folder})", num_examples, fingerprint)
         labels, self.class_names = checked_labels(
             index["label"], index["class_names"], num_examples, _join(folder, _INDEX)
@@ -110,9 +113,7 @@ class RecordsSource(HostSource):
         self.num_classes, self.labels_from = len(self.class_names), _join(folder, _INDEX)
         self._labels = index["label"].astype(np.int32) if labels is None else labels
         self._names = names
-        self._records = ArrayRecords(
-            [(path, 0, count) for path, count in zip(paths, index["counts"], strict=True)]
-        )
+        self._records = ArrayRecords(parts)
 
     def handles(self, ids: Int[np.ndarray, " n"]) -> tuple[Sequence[bytes], Int[np.ndarray, " n"]]:
         """The contents of the files."""
@@ -133,18 +134,6 @@ class RecordsSource(HostSource):
     def file_name(self, id: int) -> str:
         """The file's path in the converted folder."""
         return os.fsdecode(self._file_names[id])
-
-
-def file_size(path: str) -> int:
-    """The size in bytes of a local file or one in a bucket.
-
-    Raises:
-      OSError: there is no such file, or it can't be read.
-    """
-    try:
-        return int(tf.io.gfile.stat(path).length)
-    except tf.errors.OpError as error:
-        raise OSError(error.message) from error
 
 
 class ArrayRecords:

@@ -38,8 +38,8 @@ class Source(Protocol):
       class_names: names of the classes, in the order of the labels.
       labels_from: where the labels come from, in words.
       bad: names of the undecodable images found so far and replaced.
-      fingerprint: changes with the order, number or labels of the images, and with pixels or the
-        files' sizes; a run resumes only with `same_images`.
+      fingerprint: changes with the order, number, labels or contents of the images; a run resumes
+        only with `same_images`.
     """
 
     num_examples: int

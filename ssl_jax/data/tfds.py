@@ -11,14 +11,13 @@ import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from ssl_jax.data.host import HostSource, PerImage, Step
+from ssl_jax.data.host import HostSource, PerImage, Step, contents_fingerprint
 from ssl_jax.data.labels import NO_LABEL, checked_names, require_in_range
 from ssl_jax.data.reader import in_parallel
-from ssl_jax.data.records import ArrayRecords, file_size
+from ssl_jax.data.records import ArrayRecords
 from ssl_jax.data.tensorflow import tf, tfds
 from ssl_jax.errors import UserError, did_you_mean
 from ssl_jax.files import CHECK_PATH, reading
-from ssl_jax.fingerprint import files_fingerprint
 
 # A TFRecord: 8 bytes of payload length and 4 of its checksum, the payload, and 4 of its checksum.
 _BEFORE, _AFTER = 12, 4
@@ -52,7 +51,7 @@ class TfdsSource(HostSource):
     """
 
     def __init__(self, config: ConfigDict, builder: tfds.core.DatasetBuilder, key: str) -> None:
-        """Locates the records; reads no image.
+        """Locates the records; reads only those that its fingerprint takes.
 
         Args:
           config: the run's config.
@@ -69,8 +68,9 @@ class TfdsSource(HostSource):
         self._examples = _open(builder, instructions)
         full_name = f"{builder.info.full_name} {split}".encode()
         where = f"config.data.dataset ({name}, split {split})"
-        files = [os.fspath(instruction.filename) for instruction in instructions]
-        fingerprint = files_fingerprint(len(self._examples), full_name, files, file_size)
+        fingerprint = contents_fingerprint(
+            len(self._examples), full_name, lambda id: self._examples[np.array([id])][0]
+        )
         super().__init__(config, where, len(self._examples), fingerprint)
         if not self.num_examples:
             raise UserError(f"{where} has no images. Set config.data.{key} to a split with images.")

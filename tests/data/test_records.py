@@ -17,6 +17,7 @@ from ssl_jax.data.index import Index
 from ssl_jax.data.sources import make_sources
 from ssl_jax.data.tensorflow import array_record_module
 from ssl_jax.errors import UserError
+from ssl_jax.fingerprint import same_images
 
 tf = pytest.importorskip("tensorflow")
 
@@ -51,6 +52,24 @@ def test_records_equal_the_converted_folder(tmp_path):
     for a, b in zip(batches, from_files, strict=True):
         np.testing.assert_array_equal(a["label"], b["label"])
     np.testing.assert_array_equal(source.eval_transform([3, 11]), expected.eval_transform([3, 11]))
+
+
+def test_records_are_recognized_by_their_contents_in_any_number_of_shards(tmp_path):
+    """ArrayRecord pads files, so that those of other images may have the same size."""
+    images, folder = converted(tmp_path)
+    old = source_of(folder).fingerprint
+
+    def converted_again(shards):
+        shutil.rmtree(folder)
+        records.convert(str(images), str(folder), shards)
+        return source_of(folder).fingerprint
+
+    assert converted_again(2) == old
+    picture(7, (1, 2, 3)).save(images / "dog" / "1.png")  # repaired
+    assert converted_again(2) != old and same_images(converted_again(2), old)
+    for number, file in enumerate(sorted(images.glob("*/*.png"))[:4]):
+        picture(number, (3, 2, 1)).save(file)
+    assert not same_images(converted_again(2), old)
 
 
 def test_shards_are_array_records_of_the_unchanged_files(tmp_path):
