@@ -1,9 +1,11 @@
 """The one exception whose message is meant for the user at the terminal."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 _LONGEST = 1000  # characters of a message; the fix is at its end
+_JOINERS = "\u200c\u200d"
 
 
 class UserError(Exception):
@@ -28,8 +30,17 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    """Escapes line breaks, terminal codes and other characters that can't be printed."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """Escapes line breaks, terminal codes and other characters that can't be printed.
+
+    Spaces of other scripts, and the joiners of Persian, Hindi and emoji, are parts of names.
+    """
+    return "".join(c if _is_printable(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def _is_printable(character: str) -> bool:
+    # For Python no space but the ASCII one is printable.
+    joins_or_space = character in _JOINERS or unicodedata.category(character) == "Zs"
+    return character.isprintable() or joins_or_space
 
 
 def first_line(error: BaseException) -> str:

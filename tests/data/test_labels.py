@@ -32,6 +32,10 @@ def test_class_names_that_are_not_utf8_or_not_printable_are_escaped():
     assert names == ("caf\\udce9", "café") and all(name.encode() for name in names)
     assert checked_labels([0], np.array([b"caf\xe9"]), 1, "file")[1] == ("caf\\udce9",)
     assert checked_labels([0], ["a\n\x1b[31mb"], 1, "file")[1] == ("a\\n\\x1b[31mb",)
+    # Bidirectional overrides and separators of lines are no text; joiners and spaces are.
+    assert checked_labels([0], ["a\u202e\u2028"], 1, "file")[1] == ("a\\u202e\\u2028",)
+    spelled = ("می\u200cخواهم", "क्\u200dष", "👩\u200d🚀", "a\u00a0b", "全\u3000角")
+    assert checked_labels([0], spelled, 1, "file")[1] == spelled
 
 
 @pytest.mark.parametrize(
