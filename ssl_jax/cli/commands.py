@@ -23,7 +23,7 @@ from ssl_jax.config import close_path, load_config
 from ssl_jax.data.listing import require_data
 from ssl_jax.errors import UserError, did_you_mean
 from ssl_jax.files import local_path
-from ssl_jax.plan.chips import parse_topology
+from ssl_jax.plan.chips import parse_topology, require_compiler
 
 FAST = "lbfgs"  # the `linear` recipe that fits on features, without training a run
 FORMATS = {
@@ -184,7 +184,10 @@ def _prepare_plan(args: argparse.Namespace) -> None:
                 "One process can't compile for both TPUs and GPUs. Save one plan with --json "
                 "and compare with that file."
             )
-    largest = max(t.chips for t in (args.topology, args.other) if t is not None)
+    topologies = [each for each in (args.topology, args.other) if each is not None]
+    for topology in topologies:
+        require_compiler(topology)
+    largest = max(each.chips for each in topologies)
     # JAX reads the environment when it is imported, which a config may do.
     backend.compile_elsewhere(0 if args.topology.is_tpu else largest)
     _prepare_experiment(args)

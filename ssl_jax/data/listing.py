@@ -13,6 +13,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.files import local_path, open_regular, reading
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
+_SHOWN = 5  # suffixes of skipped files
 _log = logging.getLogger("ssl_jax.data")
 
 
@@ -91,9 +92,9 @@ def _require_folder(folder: str, key: str) -> Path:
         raise UserError(f"{key} is empty. Set it to a folder of images with --{key}=FOLDER.")
     root = local_path(folder, key)
     if not root.is_dir():
+        problem = "is not a folder" if root.exists() else "doesn't exist"
         raise UserError(
-            f"{key} is {folder}, which is not a folder. Set it to a folder of images."
-            f"{close_path(root)}"
+            f"{key} is {folder}, which {problem}. Set it to a folder of images.{close_path(root)}"
         )
     return root
 
@@ -129,7 +130,10 @@ def _scan(folder: Path) -> tuple[list[str], list[str]]:
     images = [name for name in files if name.lower().endswith(_SUFFIXES)]
     if len(images) < len(files):
         others = [name for name in files if not name.lower().endswith(_SUFFIXES)]
-        _log.warning("%s: skipped %s, not .jpg, .jpeg or .png.", folder, some(others))
+        suffixes = sorted({Path(name).suffix.lower() or "no suffix" for name in others})
+        found = ", ".join(suffixes[:_SHOWN] + ["…"] * (len(suffixes) > _SHOWN))
+        message = "%s: skipped %s (%s), not .jpg, .jpeg or .png."
+        _log.warning(message, folder, some(others), found)
     return images, sorted(name for name, is_dir in seen if is_dir)
 
 

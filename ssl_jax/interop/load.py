@@ -85,6 +85,7 @@ class Encoder:
         Raises:
           UserError: the images have another shape or dtype, or are floats from 0 to 255.
         """
+        given = getattr(images, "dtype", "")  # JAX turns int64 into int32
         images = jnp.asarray(images)
         if images.ndim != 4 or images.shape[-1] != 3:
             raise UserError(
@@ -93,8 +94,8 @@ class Encoder:
             )
         if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
             raise UserError(
-                f"The images are {images.dtype}, not uint8 or floats in [0, 1]: convert them with "
-                "images.astype(np.uint8)."
+                f"The images are {given or images.dtype}, not uint8 or floats in [0, 1]: convert "
+                "them with images.astype(np.uint8)."
             )
         # Bicubic resizing may overshoot 1 slightly.
         if images.dtype != jnp.uint8 and images.size and float(images.max()) > 2.0:

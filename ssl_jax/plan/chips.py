@@ -1,10 +1,11 @@
 """Vendor specifications of accelerators and their interconnects; nothing here imports JAX."""
 
 import dataclasses
+import importlib.util
 import math
 import re
 
-from ssl_jax.errors import UserError, did_you_mean
+from ssl_jax.errors import UserError, did_you_mean, install_extra
 
 MIB, GIB = 2**20, 2**30
 
@@ -105,3 +106,15 @@ def parse_topology(name: str) -> Topology:
     ):
         raise UserError(f"--topology={name} is not a valid shape for {kind}: {EXAMPLES}.")
     return Topology(name, chip, tuple(int(n) for n in shape.split("x")))
+
+
+def require_compiler(topology: Topology) -> None:
+    """Checks that the compiler for a topology is installed.
+
+    Raises:
+      UserError: libtpu is missing.
+    """
+    if topology.is_tpu and importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"Plans for TPUs need libtpu, which is not installed. {install_extra('plan')}."
+        )

@@ -6,7 +6,6 @@ estimates from the traced program, see `fused.py`.
 """
 
 import dataclasses
-import importlib.util
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -19,10 +18,10 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import Schedule, flat_views, run_schedule
 from ssl_jax.data.sources import make_sources
-from ssl_jax.errors import UserError, first_line, install_extra
+from ssl_jax.errors import UserError, first_line
 from ssl_jax.files import read_regular, reading
 from ssl_jax.interop.initial_weights import resolve_initial_weights
-from ssl_jax.plan.chips import BETWEEN_HOSTS, EXAMPLES, GPUS_PER_HOST, Topology
+from ssl_jax.plan.chips import BETWEEN_HOSTS, EXAMPLES, GPUS_PER_HOST, Topology, require_compiler
 from ssl_jax.plan.flops import jaxpr_flops, model_flops
 from ssl_jax.plan.fused import Cost, fused_cost
 from ssl_jax.plan.hlo import Collectives, CompiledText, part_of
@@ -164,10 +163,7 @@ def devices_of(topology: Topology) -> list[jax.Device]:
                 f"--xla_force_host_platform_device_count={topology.chips}."
             )
         return devices[: topology.chips]
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            f"Plans for TPUs need libtpu, which is not installed. {install_extra('plan')}."
-        )
+    require_compiler(topology)
     options = {"chip_config_name": topology.chip.compile_as} if topology.chip.compile_as else {}
     try:
         described = topologies.get_topology_desc(topology.name, platform="tpu", **options)

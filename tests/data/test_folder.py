@@ -87,7 +87,7 @@ def test_files_of_other_types_are_skipped_with_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "ssl_jax.data"):
         source_of(tmp_path)
     assert caplog.messages == [
-        f"{tmp_path / 'cat'}: skipped a.webp and 1 more, not .jpg, .jpeg or .png."
+        f"{tmp_path / 'cat'}: skipped a.webp and 1 more (.txt, .webp), not .jpg, .jpeg or .png."
     ]
 
 
@@ -114,7 +114,7 @@ def a_file(root):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda root: root.rmdir(), "config.data.dir is {}, which is not a folder"),
+        (lambda root: root.rmdir(), "config.data.dir is {}, which doesn't exist"),
         (a_file, "config.data.dir is {}, which is not a folder"),
         (lambda root: None, "config.data.dir is {}, which contains no images"),
         (no_images, "config.data.dir is {}, which contains no images"),
@@ -149,7 +149,7 @@ def test_test_dir_is_the_held_out_source(tmp_path):
     assert train.class_names == test.class_names
     np.testing.assert_array_equal(test.labels, [0, 1, 2])
     c.data.test_dir = str(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="config.data.test_dir is .*nowhere, which is not a folder"):
+    with pytest.raises(UserError, match="config.data.test_dir is .*nowhere, which doesn't exist"):
         make_sources(c)
 
 

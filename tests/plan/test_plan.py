@@ -358,8 +358,10 @@ def test_plan_command_prints_json_and_compares(tmp_path, capsys, monkeypatch):
         assert code == 2 and message in err, err
 
 
-def test_missing_tpu_compiler_is_reported(monkeypatch):
+def test_missing_tpu_compiler_is_reported_before_the_config_is_loaded(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["plan", "--config=/nowhere.py", "--topology=v4:4x4x4"]) == 2
+    assert "Install the extra 'plan'" in capsys.readouterr().err.replace("\n", " ")
     with pytest.raises(UserError, match=r"Install the extra 'plan'"):
         plan.devices_of(parse_topology("v5e:2x4"))
 

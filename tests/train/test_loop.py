@@ -178,8 +178,9 @@ def test_load_returns_the_encoder_of_a_finished_run(finished):
     for bad in (np.zeros((8, 8, 3), np.uint8), np.zeros((2, 8, 8, 1), np.uint8)):
         with pytest.raises(UserError, match=r"not \[n, H, W, 3\]"):
             encoder.apply(bad)
-    with pytest.raises(UserError, match="are int32, not uint8"):
-        encoder.apply(np.zeros((2, 8, 8, 3), np.int32))
+    for kind in ("int32", "int64"):
+        with pytest.raises(UserError, match=f"are {kind}, not uint8"):
+            encoder.apply(np.zeros((2, 8, 8, 3), kind))
     with pytest.raises(UserError, match="maximum is 255: divide them by 255"):
         encoder.apply(np.full((2, 8, 8, 3), 255.0, np.float32))
     for a, b in zip(
