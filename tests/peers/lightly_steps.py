@@ -245,19 +245,25 @@ class Ours:
         step = make_train_step(self.method, optimizer, lambda raw, *_: raw, rate)
         inputs, outputs = ("replicated", "sharded", "replicated"), ("replicated", "replicated")
         self.step_fn = self.spmd.map(step, inputs, outputs)
-        state = jax.device_get(init_state(self.method, optimizer, config))
-        params, _ = lightly.trees(lightly.networks)
-        method_state = dict(state.method_state)
+        params, stats = lightly.trees(lightly.networks)
+        method_state = {"batch_stats": stats}
         if lightly.target:
-            method_state["target"], _ = lightly.trees(lightly.target)
+            method_state["target"], stats["target"] = lightly.trees(lightly.target)
         if method == "moco":
             method_state["queue"] = lightly.criterion.memory_bank.bank.numpy()[None]
-        loaded = {"params": params, "method_state": method_state}
-        for name, tree in loaded.items():
-            own = getattr(state, name)
-            assert jax.tree.map(jnp.shape, tree) == jax.tree.map(jnp.shape, own), name
-            loaded[name] = jax.tree.map(lambda new, old: np.asarray(new, old.dtype), tree, own)
-        state = state.replace(**loaded, opt_state=jax.device_get(optimizer.init(loaded["params"])))
+        shapes = jax.eval_shape(lambda: init_state(self.method, optimizer, config))
+        state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+        params, method_state = jax.tree.map(
+            loaded,
+            (state.params, state.method_state),
+            (params, method_state),
+        )
+        state = state.replace(
+            params=params,
+            method_state=method_state,
+            opt_state=jax.device_get(optimizer.init(params)),
+            key=np.asarray(jax.random.key_data(jax.random.key(0))),
+        )
         self.state = self.spmd.replicate(jax.tree.map(with_long_integers, state))
 
     def step(self, views):
@@ -277,6 +283,12 @@ class Ours:
             "sharded",
         )
         return [np.asarray(order).astype(int) for order in mapped(np.arange(BATCH, dtype=float))]
+
+
+def loaded(own, new):
+    """Checks the shape of a weight and converts it to float64."""
+    assert own.shape == new.shape
+    return np.asarray(new, own.dtype)
 
 
 def with_long_integers(x):
@@ -312,7 +324,7 @@ def compare(method):
             None if each is None else torch.tensor(place[each[order]])
             for each in ours.shuffles(number)
         ]
-        theirs = [torch.tensor(view[order].transpose(0, 3, 1, 2)) for view in views]
+        theirs = [torch.tensor(view[order].transpose(0, 3, 1, 2)).contiguous() for view in views]
         steps.append((ours.step(views), lightly.step(number, theirs, shuffles)))
     passes.debias()
     lightly.move_target()  # ssl_jax does so at the end of a step
