@@ -37,6 +37,8 @@ _USUAL_NAMES = {
 }
 # Groups of keys of methods registered from outside the package.
 _REGISTERED: dict[str, dict[str, Key]] = {}
+# Names of sources of images registered from outside the package.
+_SOURCES: set[str] = set()
 
 
 def view(**changes: Any) -> ConfigDict:
@@ -94,6 +96,35 @@ def register_options(method: str, options: Mapping[str, Any]) -> None:
                 "string or tuple."
             )
     _REGISTERED[method] = keys
+
+
+def register_source(name: str) -> None:
+    """Adds a value that `config.data.name` may have; see `ssl_jax.data.register`.
+
+    Raises:
+      UserError: the name is a source of ssl_jax.
+    """
+    if name in schema_keys()["data.name"].choices:
+        raise UserError(f"'{name}' is a source of ssl_jax. Register another name.")
+    _SOURCES.add(name)
+
+
+def require_source(name: str) -> None:
+    """Checks that a source of images is built in or registered.
+
+    Args:
+      name: value of `config.data.name`.
+
+    Raises:
+      UserError: an unknown name.
+    """
+    known = [*schema_keys()["data.name"].choices, *sorted(_SOURCES)]
+    if name not in known:
+        raise UserError(
+            f"config.data.name is '{name}', which is no source of ssl_jax."
+            f"{did_you_mean(name, known)} For a source of your own, import the file that registers "
+            "it (on the command line, --import=FILE.py)."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +257,8 @@ def apply_overrides(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
             raise UserError(f"--config.{key} needs a value. Write --config.{key}=VALUE.")
         _set(config, key, text)
     validate(config)
+    # Not part of `validate`: a run's encoder is loaded without the source of its images.
+    require_source(config.data.name)
     return config
 
 

@@ -59,6 +59,7 @@ class Key:
       doc: its meaning.
       bounds: of a number, or of each number in a tuple; None for no check.
       choices: the allowed values; empty for no check.
+      is_open: whether users may register other values than the choices.
       is_range: a tuple (low, high), low <= high.
       affects: what depends on the value. "training": the steps of a run, which is resumed only with
         the same value. "results": evaluations, or what a resumed run no longer uses or compares in
@@ -69,6 +70,7 @@ class Key:
     doc: str = ""
     bounds: Bounds | None = None
     choices: tuple[Any, ...] = ()
+    is_open: bool = False
     is_range: bool = False
     affects: Literal["training", "results", "nothing"] = "training"
 
@@ -76,7 +78,8 @@ class Key:
     def meaning(self) -> str:
         """The doc and the allowed values."""
         if self.choices:
-            return f"{self.doc}; one of {', '.join(map(str, self.choices))}"
+            more = ", or a name that you register" if self.is_open else ""
+            return f"{self.doc}; one of {', '.join(map(str, self.choices))}{more}"
         return f"{self.doc}; {self.bounds}" if self.bounds else self.doc
 
     def require(self, name: str, value: Any) -> None:
@@ -89,7 +92,7 @@ class Key:
         Raises:
           UserError: naming the key, the value, and what is allowed.
         """
-        if self.choices:
+        if self.choices and not self.is_open:
             require_choice(name, value, self.choices)
         elif isinstance(value, str) and value.lower() in ("true", "false", "none", "null"):
             raise UserError(f"{name} is '{value}'. Set a name, or --{name}= for none.")
@@ -185,13 +188,16 @@ VIEW: Group = {
 _DATA: Group = {
     "name": Key(
         "digits",
-        "Source of the images: scikit-learn's digits, a folder of image files, a packed file, "
-        "records written by `ssl-jax data convert`, or a dataset prepared by TFDS",
-        choices=("digits", "folder", "packed", "records", "tfds"),
+        "Source of the images: scikit-learn's digits, a folder of image files, a "
+        "packed file, records written by `ssl-jax data convert`, a dataset prepared by TFDS, or "
+        "(python) objects given to `pretrain`",
+        choices=("digits", "folder", "packed", "records", "tfds", "python"),
+        is_open=True,
     ),
     "dir": Key(
         "",
-        "Training images: a folder, a packed file, or TFDS's data_dir (empty: its own)",
+        "Training images: a folder, a packed file, TFDS's data_dir (empty: its own), or "
+        "what a source of your own takes",
         affects="results",  # compared by the images' fingerprint
     ),
     "test_dir": Key("", "Held-out images, as in data.dir", affects="results"),

@@ -19,6 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import images
 import numpy as np
 import pytest
@@ -145,6 +146,9 @@ def fill_folder(folder):
         for file in (folder / name).rglob("*.png"):
             small = images.Image.open(file).resize((32, 32))
             small.save(file)
+    with h5py.File(folder / "train.h5", "w") as file:
+        file["images"] = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), np.uint8)
+        file["labels"] = np.arange(10) % 2
     (sets,) = blocks("docs/evaluate.md", "json")
     first, *_ = json.loads(sets).items()
     (folder / "sets.json").write_text(json.dumps(dict([first])))

@@ -6,12 +6,15 @@ once the arguments are valid.
 
 import argparse
 import os
+import runpy
+from pathlib import Path
 from typing import Any
 
 from ssl_jax.cli import backend
 from ssl_jax.cli.parser import (
     Parser,
     add_from,
+    add_import,
     add_json,
     add_keys,
     path_argument,
@@ -22,7 +25,7 @@ from ssl_jax.cli.parser import (
 from ssl_jax.config import close_path, load_config
 from ssl_jax.data.listing import require_data
 from ssl_jax.errors import UserError, did_you_mean
-from ssl_jax.files import local_path
+from ssl_jax.files import local_path, reading
 from ssl_jax.plan.chips import parse_topology, require_compiler
 
 FAST = "lbfgs"  # the `linear` recipe that fits on features, without training a run
@@ -92,9 +95,21 @@ def _add_config(parser: Parser) -> None:
         "set a config key, e.g. --config.optim.lr=0.1; `ssl-jax config` prints all keys "
         "(default: the config file's values)",
     )
+    add_import(parser)
+
+
+def _run_imported(file: Path | None) -> None:
+    """Runs the user's file that registers a method or a source of images."""
+    if file is None:
+        return
+    if not file.is_file():
+        raise UserError(f"There is no file {file} (--import).{close_path(file)}")
+    with reading(file):
+        runpy.run_path(str(file))
 
 
 def _prepare_experiment(args: argparse.Namespace) -> None:
+    _run_imported(args.imported)
     args.experiment = load_config(args.config, args.overrides)
 
 
@@ -316,6 +331,7 @@ def _prepare_evaluation(args: argparse.Namespace) -> None:
         for flag in ("rates", "decays", "workdir"):
             if not args.finetune and getattr(args, flag) is not None:
                 raise UserError(f"--{flag} is for fine-tuning. Remove it or --no-finetune.")
+    _run_imported(args.imported)
 
 
 def _require_vote(args: argparse.Namespace) -> None:
@@ -356,6 +372,7 @@ def _prepare_export(args: argparse.Namespace) -> None:
     require_folder_of(args.out)
     if args.projector_layer and args.format != "program":
         raise UserError("--projector-layer is for --format=program only. Remove it.")
+    _run_imported(args.imported)
 
 
 def _add_import(parser: Parser) -> None:

@@ -8,20 +8,16 @@ import argparse
 import importlib
 import logging
 import os
-import runpy
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TextIO
 
 from ssl_jax.cli import backend
 from ssl_jax.cli.commands import add_commands, add_pretrain, resumes
 from ssl_jax.cli.failures import exit_code
 from ssl_jax.cli.parser import Parser, require_known
-from ssl_jax.config import close_path
 from ssl_jax.errors import UserError
-from ssl_jax.files import reading
 from ssl_jax.version import __version__
 
 _OVERRIDE = "--config."
@@ -107,8 +103,6 @@ def _run(parser: Parser, argv: list[str], program: list[str]) -> int:
 
 def _execute(args: argparse.Namespace) -> int:
     args.prepare(args)
-    if getattr(args, "imported", None):
-        _register(args.imported)
     if args.command not in _WITHOUT_JAX and "jax" not in sys.modules and not args.quiet:
         _announce_jax(args)
     implementation = importlib.import_module(f"ssl_jax.cli.{args.module}")
@@ -126,14 +120,6 @@ def _print_once(text: str, file: TextIO) -> None:
     """Prints a line in the first of several processes, which haven't joined yet."""
     if all(os.environ.get(name, "0") == "0" for name in backend.RANKS):
         print(text, file=file, flush=True)
-
-
-def _register(file: Path) -> None:
-    """Runs the user's file that registers a method."""
-    if not file.is_file():
-        raise UserError(f"There is no file {file} (--import).{close_path(file)}")
-    with reading(file):
-        runpy.run_path(str(file))
 
 
 def _split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:

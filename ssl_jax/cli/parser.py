@@ -119,12 +119,18 @@ def add_from(parser: Parser) -> None:
         metavar="RUN",
         help="the run's workdir, or a weights file",
     )
+    add_import(parser)
+
+
+def add_import(parser: Parser) -> None:
+    """Adds `--import`."""
     parser.add_argument(
         "--import",
         dest="imported",
         type=path_argument,
         metavar="FILE.py",
-        help="a Python file to run first, which registers the run's custom method (default: none)",
+        help="a Python file to run first, which registers the run's own method or source of images "
+        "(default: none)",
     )
 
 

@@ -102,6 +102,10 @@ class HostSource:
         """The image file's bytes, a scalar string, and its label, as TensorFlow ops."""
         raise NotImplementedError
 
+    def decode(self, contents: tf.Tensor) -> views.Image:
+        """Decodes what `contents` returns to uint8 [height, width, 3]."""
+        return views.decode(contents)
+
     def name(self, id: int) -> str:
         """An image's location, for messages."""
         raise NotImplementedError
@@ -220,17 +224,17 @@ class HostSource:
 
     def _crop(self, contents: tf.Tensor, step: tf.Tensor, id: tf.Tensor) -> tuple[tf.Tensor, ...]:
         seed = views.image_seed(self._config.seed, step, id)
-        return views.make_views(views.decode(contents), seed, self._views)
+        return views.make_views(self.decode(contents), seed, self._views)
 
     def _prepare(
         self, contents: tf.Tensor, step: tf.Tensor, id: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
-        image, options = views.decode(contents), self._config.eval
+        image, options = self.decode(contents), self._config.eval
         crop, interpolation = options.crop_fraction, options.interpolation
         return (views.center_crop(image, self._views[0], crop, interpolation),)
 
     def _draw(self, contents: tf.Tensor, step: tf.Tensor, id: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        size = tf.shape(views.decode(contents))[:2]
+        size = tf.shape(self.decode(contents))[:2]
         seed = views.image_seed(self._config.seed, step, id)
         return views.draw_boxes(size, seed, self._views), size
 
@@ -250,13 +254,19 @@ class HostSource:
                     _, ids = feed.done()
                     yield ids, labels, tuple(made)
             except tf.errors.OpError:
+                if feed.failed is not None:
+                    raise feed.failed from None
                 self._replace_undecodable(feed.pending[0][1])
                 if len(self.bad) == known:  # something else is wrong
                     raise
 
     def _arrays(self, feed: _Feed) -> Iterator[tuple[Any, ...]]:
         for step, ids in feed.items():
-            handles, labels = self.handles(self._source_id[ids])
+            try:
+                handles, labels = self.handles(self._source_id[ids])
+            except Exception as error:  # of which tf.data would keep only the text
+                feed.failed = error
+                raise
             yield np.full(len(ids), step, np.int64), ids.astype(np.int64), handles, labels
 
     def _pipeline(self, size: int, make: PerImage) -> _Pipeline:
@@ -305,7 +315,7 @@ class HostSource:
 
     def _is_undecodable(self, id: int) -> bool:
         try:
-            views.decode(self.read(self._source_id[id]))
+            self.decode(self.read(self._source_id[id]))
         except tf.errors.InvalidArgumentError:
             return True
         return False
@@ -411,10 +421,12 @@ class _Feed:
 
     Attributes:
       pending: steps fed but not done, oldest first.
+      failed: the error of the images' `handles`, if it failed.
     """
 
     def __init__(self, steps: Iterator[Step]) -> None:
         self.pending: deque[Step] = deque()
+        self.failed: Exception | None = None
         self._steps = steps
         self._error: BaseException | None = None
         self._reader: object = None

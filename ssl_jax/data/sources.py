@@ -16,15 +16,19 @@ from ml_collections import ConfigDict
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from ssl_jax.config import require_source
 from ssl_jax.data.arrays import ArraySource
+from ssl_jax.data.custom import CustomSource
 from ssl_jax.data.folder import FolderSource
 from ssl_jax.data.labels import NO_LABEL
 from ssl_jax.data.listing import some
 from ssl_jax.data.packed import packed_source
 from ssl_jax.data.reader import read_all
 from ssl_jax.data.records import RecordsSource
+from ssl_jax.data.registry import Images, registered_opener
 from ssl_jax.data.tfds import tfds_sources
-from ssl_jax.errors import UserError, require_choice
+from ssl_jax.errors import UserError
+from ssl_jax.files import CHECK_PATH, reading
 
 
 class Source(Protocol):
@@ -283,39 +287,99 @@ def digits(config: ConfigDict) -> tuple[Source, Source]:
     )
 
 
-def make_sources(config: ConfigDict) -> tuple[Source, Source | None]:
+def make_sources(
+    config: ConfigDict, train: Source | Images | None = None, test: Source | Images | None = None
+) -> tuple[Source, Source | None]:
     """Opens the training and held-out splits of a config.
 
     Args:
       config: the run's config.
+      train: the training images, given in Python; None: `config.data` names them.
+      test: the held-out images to `train`, if any.
 
     Returns:
       The training source, reduced to the share `config.data.subset`, and the source to evaluate on
       or None.
 
     Raises:
-      UserError: an unknown name, or a missing or empty folder or file.
+      UserError: an unknown name, a missing or empty folder or file, or objects that are no images.
     """
+
+    def opened(config: ConfigDict) -> tuple[Source, Source | None]:
+        return _named_sources(config) if train is None else _given_sources(config, train, test)
+
     # In a thread, or Ctrl-C would have to wait for a file system that stalls.
-    ((train, test),) = read_all(map(_named_sources, [config]))
+    ((learned, held_out),) = read_all(map(opened, [config]))
     share = config.data.validation
     if share:
-        held = held_out_ids(train.labels, train.num_examples, share)
-        rest = np.setdiff1d(np.arange(train.num_examples), held)
+        held = held_out_ids(learned.labels, learned.num_examples, share)
+        rest = np.setdiff1d(np.arange(learned.num_examples), held)
         if not len(held):
             raise UserError(
-                f"config.data.validation={share:g} holds out none of {train.num_examples} training "
-                "images. Increase it."
+                f"config.data.validation={share:g} holds out none of {learned.num_examples} "
+                "training images. Increase it."
             )
-        train, test = Subset(train, rest), Subset(train, held)
+        learned, held_out = Subset(learned, rest), Subset(learned, held)
     share, seed = config.data.subset, config.data.subset_seed
     if share == 1:
-        return train, test
-    if train.labels is None:
-        order = np.random.default_rng(seed).permutation(train.num_examples)
-        kept = np.sort(order[: max(1, round(share * train.num_examples))])
-        return Subset(train, kept), test
-    return Subset(train, stratified_subset(train.labels, share, seed)), test
+        return learned, held_out
+    if learned.labels is None:
+        order = np.random.default_rng(seed).permutation(learned.num_examples)
+        kept = np.sort(order[: max(1, round(share * learned.num_examples))])
+        return Subset(learned, kept), held_out
+    return Subset(learned, stratified_subset(learned.labels, share, seed)), held_out
+
+
+def given_data(config: ConfigDict, train: object, test: object) -> ConfigDict:
+    """The config of a run whose images may be given in Python, which it then records.
+
+    Args:
+      config: of the run.
+      train: the training images; None: `config.data` names them.
+      test: the held-out images to `train`, if any.
+
+    Raises:
+      UserError: held-out images without training images.
+    """
+    if train is None:
+        if test is not None:
+            raise UserError("test is given without train. Give both, or set config.data.")
+        return config
+    config = ConfigDict(config.to_dict()).lock()
+    config.data.update(name="python", dir="", test_dir="")
+    return config
+
+
+def _given_sources(
+    config: ConfigDict, train: Source | Images, test: Source | Images | None
+) -> tuple[Source, Source | None]:
+    source = _as_source(config, train, "train")
+    if test is None:
+        return source, None
+    held_out = _as_source(config, test, "test")
+    _require_same_classes(source, held_out, "train and test")
+    return source, held_out
+
+
+def _as_source(config: ConfigDict, images: Any, where: str) -> Source:
+    """A source as it is, or of an object with a length and `read(ids)`."""
+    if hasattr(images, "batches"):
+        return images
+    if not (hasattr(images, "__len__") and callable(getattr(images, "read", None))):
+        raise UserError(
+            f"{where} is of type {type(images).__name__}, which has no length or no read(ids). "
+            "Implement both (ssl_jax.data.registry.Images), or use ArraySource(images) for arrays."
+        )
+    return CustomSource(config, images, where)
+
+
+def _registered_source(config: ConfigDict, key: str) -> Source:
+    name, path = config.data.name, config.data[key]
+    opener = registered_opener(name)
+    assert opener is not None
+    where = f"config.data.{key} ({name}: {path})"
+    with reading(where, CHECK_PATH):
+        return _as_source(config, opener(path), where)
 
 
 def _named_sources(config: ConfigDict) -> tuple[Source, Source | None]:
@@ -326,8 +390,15 @@ def _named_sources(config: ConfigDict) -> tuple[Source, Source | None]:
     }
     makers = {"digits": digits, "tfds": tfds_sources}
     name = config.data.name
-    require_choice("config.data.name", name, [*openers, *makers])
-    return _dir_sources(config, openers[name]) if name in openers else makers[name](config)
+    if name in makers:
+        return makers[name](config)
+    if name == "python":
+        raise UserError(
+            "The images of this run are objects that were given in Python. Give them again, as "
+            "train=…, or register a source and set config.data.name (docs/data.md)."
+        )
+    require_source(name)
+    return _dir_sources(config, openers.get(name, _registered_source))
 
 
 def _dir_sources(
@@ -338,18 +409,33 @@ def _dir_sources(
     if not config.data.test_dir:
         return train, None
     test = open_source(config, "test_dir")
+    dirs = f"config.data.dir ({config.data.dir}) and config.data.test_dir ({config.data.test_dir})"
+    _require_same_classes(train, test, dirs)
+    return train, test
+
+
+def _require_same_classes(train: Source, test: Source, where: str) -> None:
+    """Checks that two splits name the same classes, in the same order.
+
+    Args:
+      train: the training images.
+      test: the held-out images.
+      where: both, for messages.
+
+    Raises:
+      UserError: they don't.
+    """
     # Either split may have no labels, and its labels may not reach the last of unnamed classes.
     numbered = test.class_names == tuple(map(str, range(test.num_classes)))
     known = train.class_names[: test.num_classes if numbered else None]
     if not train.num_classes or not test.num_classes or known == test.class_names:
-        return train, test
-    dirs = f"config.data.dir ({config.data.dir}) and config.data.test_dir ({config.data.test_dir})"
+        return
     differing = sorted(set(train.class_names) ^ set(test.class_names))
     if differing:
         raise UserError(
-            f"Only one of {dirs} has the class {some(differing)}. Use two splits of one dataset."
+            f"Only one of {where} has the class {some(differing)}. Use two splits of one dataset."
         )
     raise UserError(
-        f"{dirs} name the same classes in a different order, so their labels don't match. Number "
+        f"{where} name the same classes in a different order, so their labels don't match. Number "
         "the classes of both in the same order."
     )

@@ -12,7 +12,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ssl_jax.config import default_config, flat_views, from_json, to_json, view
-from ssl_jax.data.sources import make_sources, require_labels
+from ssl_jax.data.registry import Images
+from ssl_jax.data.sources import Source, make_sources, require_labels
 from ssl_jax.evals.results import measured_with, read_result
 from ssl_jax.files import local_path
 from ssl_jax.interop.load import config_at, newest_step
@@ -80,7 +81,13 @@ def is_overridden(overrides: Iterable[str], key: str) -> bool:
 
 
 def train_classifier(
-    config: ConfigDict, workdir: str | Path, command: str = "", verbosity: str = "all"
+    config: ConfigDict,
+    workdir: str | Path,
+    command: str = "",
+    verbosity: str = "all",
+    *,
+    train: Source | Images | None = None,
+    test: Source | Images | None = None,
 ) -> tuple[Any, dict[str, Any] | None]:
     """Trains, or resumes, a run with a classifier and evaluates it.
 
@@ -89,6 +96,8 @@ def train_classifier(
       workdir: of the run.
       command: recorded there.
       verbosity: how much is printed, as for `pretrain`.
+      train: training images given in Python, as to `pretrain`; None: the config names them.
+      test: the held-out images to `train`, if any.
 
     Returns:
       The state, and `classification_metrics` of the held-out images on the primary process; None on
@@ -97,11 +106,12 @@ def train_classifier(
     Raises:
       UserError: bad input, or no labels to train or evaluate on; raised before training.
     """
-    train, test = make_sources(config)
-    require_labels(train, test, learned=config.method != "distill" or config.distill.labels > 0)
-    state = pretrain(config, workdir, command, verbosity=verbosity).state
+    splits = make_sources(config, train, test)
+    require_labels(*splits, learned=config.method != "distill" or config.distill.labels > 0)
+    run = pretrain(config, workdir, command, train=train, test=test, verbosity=verbosity)
+    state, held_out = run.state, splits[1]
     # A run that was stopped during its evaluation lacks the last file, or has an earlier one's.
     settings = images_settings(local_path(workdir)) if processes.is_primary() else None
-    done = measured_with(settings, config, test.fingerprint if test is not None else "")
+    done = measured_with(settings, config, held_out.fingerprint if held_out is not None else "")
     result = read_result(local_path(workdir), "classifier") if done else None
     return state, result and result["metrics"]

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from ssl_jax.config import apply_overrides
+from ssl_jax.data.registry import Images
 from ssl_jax.data.sources import Source, labeled, make_sources, require_labels
 from ssl_jax.errors import UserError, install_extra
 from ssl_jax.evals.evaluator import Evaluator
@@ -130,6 +131,8 @@ def run_features(
     projector_layer: int | None = None,
     overrides: Iterable[str] = (),
     labeled_only: bool = False,
+    train: Source | Images | None = None,
+    test: Source | Images | None = None,
     progress: Progress | None = None,
 ) -> Features:
     """Extracts the features of a dataset with a run's encoder.
@@ -141,6 +144,8 @@ def run_features(
       overrides: strings `a.b=VALUE` that change the run's config: `data.…` names other data,
         `data.subset` a share of it, and `eval.…` sets how images are prepared.
       labeled_only: leave out images without a label, as `knn_metrics` and `linear_metrics` need.
+      train: training images given in Python, as to `pretrain`; None: the config names them.
+      test: the held-out images to `train`, if any.
       progress: shows how many images have been encoded; None for nothing.
 
     Returns:
@@ -156,27 +161,27 @@ def run_features(
     _require_seen(config, overrides)
     if projector_layer is not None:
         config.eval.projector_layer = projector_layer
-    train, test = make_sources(config)
+    learned, held_out = make_sources(config, train, test)
     if labeled_only:
-        require_labels(train, test)
-        train, test = labeled(train), test and labeled(test)
+        require_labels(learned, held_out)
+        learned, held_out = labeled(learned), held_out and labeled(held_out)
     encoder = load(path, step, projector_layer=config.eval.projector_layer)
     spmd = make_spmd()
-    evaluator = Evaluator(config, spmd, train, test, progress=progress)
+    evaluator = Evaluator(config, spmd, learned, held_out, progress=progress)
     variables = spmd.replicate(encoder.variables)
-    train_features = evaluator.features(variables, train)
-    test_features = None if test is None else evaluator.features(variables, test)
+    train_features = evaluator.features(variables, learned)
+    test_features = None if held_out is None else evaluator.features(variables, held_out)
     # Names last: what replaces an unreadable image is known once all have been read.
     return Features(
         train_features,
-        train.labels,
+        learned.labels,
         test_features,
-        None if test is None else test.labels,
-        train.class_names or (test.class_names if test else ()),
+        None if held_out is None else held_out.labels,
+        learned.class_names or (held_out.class_names if held_out else ()),
         encoder.step,
-        _names(train),
-        () if test is None else _names(test),
-        tuple(dict.fromkeys((*train.bad, *(test.bad if test else ())))),
+        _names(learned),
+        () if held_out is None else _names(held_out),
+        tuple(dict.fromkeys((*learned.bad, *(held_out.bad if held_out else ())))),
     )
 
 

@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import is_due, to_json
 from ssl_jax.data.pipeline import Prefetcher
+from ssl_jax.data.registry import Images
+from ssl_jax.data.sources import Source, given_data
 from ssl_jax.errors import UserError
 from ssl_jax.evals.results import has_results
 from ssl_jax.files import local_path
@@ -38,7 +40,13 @@ _NOT_EVALUATED = (
 
 
 def pretrain(
-    config: ConfigDict, workdir: str | Path, command: str = "", *, verbosity: str = "all"
+    config: ConfigDict,
+    workdir: str | Path,
+    command: str = "",
+    *,
+    train: Source | Images | None = None,
+    test: Source | Images | None = None,
+    verbosity: str = "all",
 ) -> PretrainResult:
     """Pretrains an encoder, or resumes the run in `workdir`; evaluates it and writes the report.
 
@@ -49,6 +57,9 @@ def pretrain(
       config: of the whole run, validated.
       workdir: the run's folder; created if it doesn't exist.
       command: recorded in the workdir, for the report's "how to reproduce".
+      train: the training images, an object of your own (`ssl_jax.data.registry.Images`); None:
+        `config.data` names them. A run that is resumed needs it again.
+      test: the held-out images to `train`, if any.
       verbosity: how much to print; see `Progress`.
 
     Returns:
@@ -65,7 +76,8 @@ def pretrain(
         progress.starting("Opening the data …")
         # Errors of the config surface here, before the folder is touched.
         with processes.raise_on_all_processes():
-            setup = Setup(config, started_config(workdir))
+            config = given_data(config, train, test)
+            setup = Setup(config, started_config(workdir), train, test)
         check_folder: Callable[[], None] = lambda: None  # noqa: E731
         with processes.raise_on_all_processes():
             if processes.is_primary():
@@ -82,7 +94,7 @@ def pretrain(
             # Until here SIGTERM ends the process, whatever it waits for: no step would be lost.
             stop = stack.enter_context(processes.Stop())
             with run.closing():
-                state, step = train(run, state, stop)
+                state, step = run_steps(run, state, stop)
         # The state is saved, so from here on SIGTERM stops the evaluation at once.
         total, when = setup.schedule.total_steps, ""
         if step == total:
@@ -99,7 +111,7 @@ def pretrain(
     return PretrainResult(workdir, step, False, state)
 
 
-def train(run: Run, state: TrainState, stop: processes.Stop) -> tuple[TrainState, int]:
+def run_steps(run: Run, state: TrainState, stop: processes.Stop) -> tuple[TrainState, int]:
     """Trains from the run's first step to its last, or until a stop is requested.
 
     Returns:

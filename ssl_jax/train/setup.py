@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import from_json, run_schedule, to_json
 from ssl_jax.data.index import Index
+from ssl_jax.data.registry import Images
 from ssl_jax.data.sources import Source, labeled, make_sources
 from ssl_jax.errors import UserError
 from ssl_jax.interop.initial_weights import resolve_initial_weights
@@ -25,12 +26,20 @@ class Setup:
       derived: recorded in the run's folder, as it depends on devices and method.
     """
 
-    def __init__(self, config: ConfigDict, started: ConfigDict | None = None) -> None:
+    def __init__(
+        self,
+        config: ConfigDict,
+        started: ConfigDict | None = None,
+        train: Source | Images | None = None,
+        test: Source | Images | None = None,
+    ) -> None:
         """Builds everything; compiles nothing.
 
         Args:
           config: of the run, validated.
           started: config of the run that is resumed, if any.
+          train: see `pretrain`.
+          test: see `pretrain`.
 
         Raises:
           UserError: the config can't run on these devices or this data.
@@ -45,7 +54,7 @@ class Setup:
         self.spmd = make_spmd(
             config.spmd, batch_size=config.batch_size, microbatch=config.microbatch
         )
-        self.train, self.test = make_sources(config)
+        self.train, self.test = make_sources(config, train, test)
         # TFDS's labels are inside the records, all of which would be read; the loss of `supervised`
         # leaves out images without a label by itself.
         masked = (config.method, config.data.name) == ("supervised", "tfds")

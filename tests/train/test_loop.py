@@ -218,7 +218,7 @@ def test_run_interrupted_before_its_first_checkpoint_restarts_from_step_0(
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "train", interrupted)
+    monkeypatch.setattr(loop, "run_steps", interrupted)
     restarted = []
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
@@ -242,14 +242,14 @@ def test_loop_fetches_once_per_logged_step_and_transfers_only_batches(tmp_path, 
     place = Spmd.place_batch
     monkeypatch.setattr(Spmd, "place_batch", lambda self, b: placed.append(b) or place(self, b))
     config = with_whole_images(tiny_config(epochs=2.0, batch_size=160, log_every=4))
-    runs, plain = [], loop.train
+    runs, plain = [], loop.run_steps
 
     def guarded(run, *args):
         runs.append(run)
         with jax.transfer_guard_host_to_device("disallow"):
             return plain(run, *args)
 
-    monkeypatch.setattr(loop, "train", guarded)
+    monkeypatch.setattr(loop, "run_steps", guarded)
     monkeypatch.setattr(loop, "evaluate", lambda *args: None)
     monkeypatch.setattr("ssl_jax.evals.evaluator.Evaluator.finish", lambda *a: [])
     pretrain(config, tmp_path)
@@ -278,7 +278,7 @@ def test_at_most_two_steps_are_in_flight(monkeypatch):
     built = setup.Setup(config)
     run = MagicMock(setup=built, start=0, device_data={})
     with Stop() as stop:
-        loop.train(run, None, stop)
+        loop.run_steps(run, None, stop)
     assert len(most) == 16 and most == [1, 1] + [2] * 14
     assert run.log_step.call_count == 1
 
