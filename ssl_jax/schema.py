@@ -188,15 +188,15 @@ VIEW: Group = {
 _DATA: Group = {
     "name": Key(
         "digits",
-        "Source of the images: scikit-learn's digits, a folder of image files, a "
+        "Source of the images: scikit-learn's digits, a folder of image files, a list of paths, a "
         "packed file, records written by `ssl-jax data convert`, a dataset prepared by TFDS, or "
         "(python) objects given to `pretrain`",
-        choices=("digits", "folder", "packed", "records", "tfds", "python"),
+        choices=("digits", "folder", "paths", "packed", "records", "tfds", "python"),
         is_open=True,
     ),
     "dir": Key(
         "",
-        "Training images: a folder, a packed file, TFDS's data_dir (empty: its own), or "
+        "Training images: a folder, a list, a packed file, TFDS's data_dir (empty: its own), or "
         "what a source of your own takes",
         affects="results",  # compared by the images' fingerprint
     ),
@@ -204,8 +204,10 @@ _DATA: Group = {
     "dataset": Key("", "TFDS dataset"),
     "split": Key("train", "TFDS split for training; slices such as train[:10%] are allowed"),
     "test_split": Key("", "TFDS split for evaluation", affects="results"),
-    "image_key": Key("image", "TFDS feature that holds the image"),
-    "label_key": Key("label", "TFDS feature that holds the label; empty: no labels"),
+    "image_key": Key(
+        "image", "TFDS feature, or column of a .csv list, with the images"
+    ),
+    "label_key": Key("label", "The same with the labels; empty: no labels"),
     "on_bad_image": Key(
         "fatal",
         "If an image cannot be read: stop, or use another one instead",

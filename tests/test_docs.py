@@ -146,6 +146,8 @@ def fill_folder(folder):
         for file in (folder / name).rglob("*.png"):
             small = images.Image.open(file).resize((32, 32))
             small.save(file)
+    rows = [f"PATH/{kind}/{i}.png,{kind}" for kind in ("cat", "dog") for i in range(4)]
+    (folder / "list.csv").write_text("\n".join(["image,label", *rows]))
     with h5py.File(folder / "train.h5", "w") as file:
         file["images"] = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), np.uint8)
         file["labels"] = np.arange(10) % 2

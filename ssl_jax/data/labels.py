@@ -1,6 +1,7 @@
 """Checks labels and class names where they enter; code that uses a source doesn't check again."""
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from ssl_jax.data.listing import utf8
 from ssl_jax.errors import UserError, printable
 
 NO_LABEL = -1
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
 _MOST_UNNAMED = 1_000_000  # classes without names, whose number follows from the labels only
 
 
@@ -48,6 +50,24 @@ def checked_labels(
     classes = len(names) or min(int(given.max()) + 1, _MOST_UNNAMED)
     require_in_range(given, np.arange(count), classes, bool(names), where)
     return given.astype(np.int32), names or tuple(map(str, range(classes)))
+
+
+def numbered(values: Sequence[str]) -> tuple[Int[np.ndarray, " n"], tuple[str, ...]]:
+    """Numbers classes that are given as text.
+
+    Args:
+      values: class of each image; "" for an image without a label.
+
+    Returns:
+      Labels and class names for `checked_labels`: integers as they are, without names; other
+      values by their sorted order.
+    """
+    given = {value for value in values if value}
+    if all(_INTEGER.fullmatch(value) for value in given):
+        return np.array([int(value or NO_LABEL) for value in values], np.int64), ()
+    names = tuple(sorted(given))
+    numbers = {name: number for number, name in enumerate(names)}
+    return np.array([numbers.get(value, NO_LABEL) for value in values], np.int64), names
 
 
 def require_in_range(

@@ -85,6 +85,8 @@ def require_data(config: ConfigDict) -> None:
                 _require_folder(path, name)
             elif config.data.name == "packed":
                 require_packed(path, name)
+            elif config.data.name == "paths":
+                require_list(path, name)
 
 
 def _require_folder(folder: str, key: str) -> Path:
@@ -118,6 +120,27 @@ def require_packed(path: str, key: str) -> Path:
         raise UserError(
             f"{key} is {path}, which doesn't exist. "
             f"Write it with `ssl-jax data pack FOLDER {path}`.{close_path(file)}"
+        )
+    return file
+
+
+def require_list(path: str, key: str) -> Path:
+    """The path of a list of images.
+
+    Args:
+      path: of the list.
+      key: name of the setting that gave the path, for messages.
+
+    Raises:
+      UserError: there is no such file.
+    """
+    if not path:
+        raise UserError(f"{key} is empty. Set it to a list of images, a path per line.")
+    file = local_path(path, key)
+    if not file.is_file():
+        raise UserError(
+            f"{key} is {path}, which is not a file. Set it to a list of images, a path per line."
+            f"{close_path(file)}"
         )
     return file
 

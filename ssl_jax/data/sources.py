@@ -23,6 +23,7 @@ from ssl_jax.data.folder import FolderSource
 from ssl_jax.data.labels import NO_LABEL
 from ssl_jax.data.listing import some
 from ssl_jax.data.packed import packed_source
+from ssl_jax.data.paths import PathsSource
 from ssl_jax.data.reader import read_all
 from ssl_jax.data.records import RecordsSource
 from ssl_jax.data.registry import Images, registered_opener
@@ -386,6 +387,7 @@ def _named_sources(config: ConfigDict) -> tuple[Source, Source | None]:
     openers: dict[str, Callable[[ConfigDict, str], Source]] = {
         "folder": FolderSource,
         "packed": packed_source,
+        "paths": PathsSource,
         "records": RecordsSource,
     }
     makers = {"digits": digits, "tfds": tfds_sources}
