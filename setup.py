@@ -22,6 +22,9 @@ PICTURES = ["matplotlib>=3.9"]
 # Writes features as Parquet.
 PARQUET = ["pyarrow>=20"]
 
+# Reads datasets in Hugging Face's formats. Needs TensorFlow, too, to crop images.
+HF = ["datasets>=4.0"]
+
 # What tests run on, apart from DATA.
 TEST = ["beartype>=0.23", "hypothesis>=6.100", "pytest>=8.3", "pytest-xdist>=3.6"]
 
@@ -68,6 +71,7 @@ setup(
         "data": DATA,
         "pictures": PICTURES,
         "parquet": PARQUET,
+        "hf": [*DATA, *HF],
         # Other packages, to compare with: tests/peers.
         "peers": [
             *TEST,
@@ -78,10 +82,11 @@ setup(
         ],
         "docs": DOCS,
         "wandb": ["wandb>=0.20"],
-        "test": [*DATA, *PARQUET, *PICTURES, *TEST],
+        "test": [*DATA, *HF, *PARQUET, *PICTURES, *TEST],
         "dev": [
             *DATA,
             *DOCS,
+            *HF,
             *PARQUET,
             *PICTURES,
             *TEST,

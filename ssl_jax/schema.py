@@ -189,9 +189,9 @@ _DATA: Group = {
     "name": Key(
         "digits",
         "Source of the images: scikit-learn's digits, a folder of image files, a list of paths, a "
-        "packed file, records written by `ssl-jax data convert`, a dataset prepared by TFDS, or "
-        "(python) objects given to `pretrain`",
-        choices=("digits", "folder", "paths", "packed", "records", "tfds", "python"),
+        "packed file, records written by `ssl-jax data convert`, a dataset prepared by TFDS, a "
+        "local dataset of Hugging Face, or (python) objects given to `pretrain`",
+        choices=("digits", "folder", "paths", "packed", "records", "tfds", "hf", "python"),
         is_open=True,
     ),
     "dir": Key(
@@ -202,10 +202,16 @@ _DATA: Group = {
     ),
     "test_dir": Key("", "Held-out images, as in data.dir", affects="results"),
     "dataset": Key("", "TFDS dataset"),
-    "split": Key("train", "TFDS split for training; slices such as train[:10%] are allowed"),
-    "test_split": Key("", "TFDS split for evaluation", affects="results"),
+    "split": Key(
+        "train",
+        "Split of a TFDS or Hugging Face dataset for training; of TFDS also slices such as "
+        "train[:10%]",
+    ),
+    "test_split": Key(
+        "", "Split of a TFDS or Hugging Face dataset for evaluation", affects="results"
+    ),
     "image_key": Key(
-        "image", "TFDS feature, or column of a .csv list, with the images"
+        "image", "TFDS feature, or column of a Hugging Face dataset or .csv list, with the images"
     ),
     "label_key": Key("label", "The same with the labels; empty: no labels"),
     "on_bad_image": Key(

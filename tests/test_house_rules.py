@@ -20,7 +20,7 @@ MESHES_AND_MAPS = {
 }
 ARRAY_LIBRARIES = {"jax", "flax", "optax"}
 OPTIONAL_PACKAGES = {"array_record", "matplotlib", "pyarrow", "tensorflow", "tensorflow_datasets"}
-OPTIONAL_PACKAGES |= {"torch", "wandb"}
+OPTIONAL_PACKAGES |= {"datasets", "torch", "wandb"}
 # `ssl_jax.load` doesn't slow down `import ssl_jax`; doctor survives a broken JAX.
 LAZY_IMPORTS = {("__init__.py", "ssl_jax.interop.load"), ("cli/doctor.py", "jax")}
 # Calls of `importlib.import_module`: modules of packages and TensorFlow are imported on first use,

@@ -20,6 +20,7 @@ from ssl_jax.config import require_source
 from ssl_jax.data.arrays import ArraySource
 from ssl_jax.data.custom import CustomSource
 from ssl_jax.data.folder import FolderSource
+from ssl_jax.data.hf import hf_sources
 from ssl_jax.data.labels import NO_LABEL
 from ssl_jax.data.listing import some
 from ssl_jax.data.packed import packed_source
@@ -390,7 +391,7 @@ def _named_sources(config: ConfigDict) -> tuple[Source, Source | None]:
         "paths": PathsSource,
         "records": RecordsSource,
     }
-    makers = {"digits": digits, "tfds": tfds_sources}
+    makers = {"digits": digits, "hf": hf_sources, "tfds": tfds_sources}
     name = config.data.name
     if name in makers:
         return makers[name](config)
