@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import close_path
 from ssl_jax.data.custom import CustomSource
-from ssl_jax.data.labels import NO_LABEL, numbered
+from ssl_jax.data.labels import NO_LABEL, numbered, require_same_classes
 from ssl_jax.errors import UserError, did_you_mean, first_line, install_extra
 from ssl_jax.files import local_path
 
@@ -46,7 +46,9 @@ def hf_sources(config: ConfigDict) -> tuple[CustomSource, CustomSource | None]:
     if not data.test_split and not data.test_dir:
         return train, None
     key = "test_dir" if data.test_dir else "dir"
-    return train, _source(config, key, _splits(data[key], key), "test_split")
+    test = _source(config, key, _splits(data[key], key), "test_split")
+    require_same_classes(train, test, "the training and held-out images")
+    return train, test
 
 
 class HfImages:
@@ -107,8 +109,8 @@ class HfImages:
         if "://" in path or not path:
             reason = f"is at {path}, which needs a network" if path else "is missing"
             raise UserError(
-                f"Image {id} of {self._where} {reason}. Save the dataset with its images in it "
-                "(`embed_external_files`, or `save_to_disk` after `cast_column`)."
+                f"Image {id} of {self._where} {reason}. Make the column an Image() and save the "
+                "dataset with `save_to_disk`, which stores the images."
             )
         return (self._root / path).read_bytes()
 

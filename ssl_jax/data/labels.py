@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from ssl_jax.data.listing import utf8
+from ssl_jax.data.listing import some, utf8
 from ssl_jax.errors import UserError, printable
 
 NO_LABEL = -1
@@ -107,3 +107,30 @@ def checked_names(names: Any, where: str) -> tuple[str, ...]:
     if not isinstance(names, Sequence | np.ndarray) or np.ndim(names) != 1:
         raise UserError(f"{where} has class names of shape {list(np.shape(names))}. Give a list.")
     return tuple(printable(utf8(os.fsdecode(x) if isinstance(x, bytes) else str(x))) for x in names)
+
+
+def require_same_classes(train: Any, test: Any, where: str) -> None:
+    """Checks that two splits name the same classes, in the same order.
+
+    Args:
+      train: source of the training images.
+      test: source of the held-out images.
+      where: both, for messages.
+
+    Raises:
+      UserError: they don't.
+    """
+    # Either split may have no labels, and its labels may not reach the last of unnamed classes.
+    numbered = test.class_names == tuple(map(str, range(test.num_classes)))
+    known = train.class_names[: test.num_classes if numbered else None]
+    if not train.num_classes or not test.num_classes or known == test.class_names:
+        return
+    differing = sorted(set(train.class_names) ^ set(test.class_names))
+    if differing:
+        raise UserError(
+            f"Only one of {where} has the class {some(differing)}. Use two splits of one dataset."
+        )
+    raise UserError(
+        f"{where} name the same classes in a different order, so their labels don't match. Number "
+        "the classes of both in the same order."
+    )

@@ -26,8 +26,8 @@ class Images(Protocol):
         """Reads images.
 
         Args:
-          ids: ascending and without repeats, as HDF5 and chunked arrays are read best. Never called
-            in two threads at a time; in a run of several processes, each reads its own images.
+          ids: int64, ascending and without repeats, as HDF5 and chunked arrays are read best: the
+            images of a whole step, of this process. Calls for one split never overlap.
 
         Returns:
           An image per id, in the same order, each decoded or each encoded: uint8 arrays [H, W, 3],

@@ -21,8 +21,7 @@ from ssl_jax.data.arrays import ArraySource
 from ssl_jax.data.custom import CustomSource
 from ssl_jax.data.folder import FolderSource
 from ssl_jax.data.hf import hf_sources
-from ssl_jax.data.labels import NO_LABEL
-from ssl_jax.data.listing import some
+from ssl_jax.data.labels import NO_LABEL, require_same_classes
 from ssl_jax.data.packed import packed_source
 from ssl_jax.data.paths import PathsSource
 from ssl_jax.data.reader import read_all
@@ -359,7 +358,7 @@ def _given_sources(
     if test is None:
         return source, None
     held_out = _as_source(config, test, "test")
-    _require_same_classes(source, held_out, "train and test")
+    require_same_classes(source, held_out, "train and test")
     return source, held_out
 
 
@@ -413,32 +412,5 @@ def _dir_sources(
         return train, None
     test = open_source(config, "test_dir")
     dirs = f"config.data.dir ({config.data.dir}) and config.data.test_dir ({config.data.test_dir})"
-    _require_same_classes(train, test, dirs)
+    require_same_classes(train, test, dirs)
     return train, test
-
-
-def _require_same_classes(train: Source, test: Source, where: str) -> None:
-    """Checks that two splits name the same classes, in the same order.
-
-    Args:
-      train: the training images.
-      test: the held-out images.
-      where: both, for messages.
-
-    Raises:
-      UserError: they don't.
-    """
-    # Either split may have no labels, and its labels may not reach the last of unnamed classes.
-    numbered = test.class_names == tuple(map(str, range(test.num_classes)))
-    known = train.class_names[: test.num_classes if numbered else None]
-    if not train.num_classes or not test.num_classes or known == test.class_names:
-        return
-    differing = sorted(set(train.class_names) ^ set(test.class_names))
-    if differing:
-        raise UserError(
-            f"Only one of {where} has the class {some(differing)}. Use two splits of one dataset."
-        )
-    raise UserError(
-        f"{where} name the same classes in a different order, so their labels don't match. Number "
-        "the classes of both in the same order."
-    )

@@ -147,10 +147,10 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(rows, tmp_path):
 def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
     plain = builtins.__import__
 
-    def missing(name, *rest):
+    def missing(name, *rest, **named):
         if name == "datasets":
             raise ImportError("No module named 'datasets'")
-        return plain(name, *rest)
+        return plain(name, *rest, **named)
 
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(UserError, match=r"Cannot import datasets .*'.\[hf\]'"):
