@@ -29,7 +29,9 @@ def test_repaired_images_are_the_same_and_other_contents_are_not():
     other = fingerprint_of({i: CHECKSUMS[i] + 1 for i in range(5)})
     assert describe_change(old, other) == "100 images, with other contents"
     renamed = fingerprint_of(identity=b"other names")
-    assert describe_change(old, renamed).startswith("100 images, with other names, labels or pixels")
+    assert describe_change(old, renamed).startswith(
+        "100 images, with other names, labels or pixels"
+    )
     part = "; subset of 3, checksum 1"
     assert same_images(old + part, fingerprint_of({0: 3}) + part)
     assert not same_images(old + part, old)

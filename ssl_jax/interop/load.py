@@ -262,7 +262,7 @@ def _checksum(weights: Weights) -> str:
     for name, leaf in sorted(flatten_dict(trees, sep="/").items()):
         array = np.ascontiguousarray(leaf)
         checksum = zlib.crc32(f"{name} {array.dtype} {np.shape(leaf)} ".encode(), checksum)
-        checksum = zlib.crc32(array.reshape(-1).view(np.uint8), checksum)
+        checksum = zlib.crc32(array.tobytes(), checksum)
     return f"{checksum:08x}"
 
 
