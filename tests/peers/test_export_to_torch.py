@@ -136,7 +136,8 @@ def feature_maps(source, images):
         x = prepare_eval(images, config)
         return module.apply(variables, x, train=False, mutable="intermediates", **capture)[1]
 
-    found = jax.jit(blocks)(encoder.variables, images)["intermediates"]
+    variables = {"params": encoder.params, "batch_stats": encoder.batch_stats}
+    found = jax.jit(blocks)(variables, images)["intermediates"]
     return [np.asarray(found[name]["__call__"][0]).transpose(0, 3, 1, 2) for name in last]
 
 
