@@ -130,11 +130,13 @@ def feature_maps(source, images):
     encoder = ssl_jax.load(source)
     config, module = encoder.config, make_encoder(encoder.config)
     last = [f"stage{i}_block{n}" for i, n in enumerate(STAGES[config.model.depth], start=1)]
-    capture = {"capture_intermediates": lambda module, _: module.name in last}
+    kept = lambda module, method: module.name in last and method == "__call__"  # noqa: E731
 
     def blocks(variables, images):
         x = prepare_eval(images, config)
-        return module.apply(variables, x, train=False, mutable="intermediates", **capture)[1]
+        return module.apply(
+            variables, x, train=False, mutable="intermediates", capture_intermediates=kept
+        )[1]
 
     variables = {"params": encoder.params, "batch_stats": encoder.batch_stats}
     found = jax.jit(blocks)(variables, images)["intermediates"]
