@@ -16,6 +16,7 @@ from ssl_jax.files import read_regular, replacing, require_writable, subfolder, 
 EVALUATION = "evaluation.json"
 LAST_FILE = "report_images.npz"  # the last file that the end of a run writes
 _FOLDER = "evals"
+_MAX_IMAGES = 2**31  # from here on, intervals would overflow
 # The fix of results of commands, where the evaluated run may only be read.
 ELSEWHERE = "or keep the results in another folder with --results=DIR"
 BASELINE, UNTRAINED = "raw pixels", "random init"
@@ -175,7 +176,7 @@ def read_evaluation(path: Path) -> Evaluation:
     ]
     if not all(0 <= value <= 1 for value in values):
         raise ValueError("accuracies are fractions of 1")
-    if not rows or evaluation.test_examples < 1:
+    if not rows or not 1 <= evaluation.test_examples < _MAX_IMAGES:
         raise ValueError("an evaluation has rows and test examples")
     return evaluation
 

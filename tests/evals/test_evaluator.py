@@ -223,7 +223,12 @@ def test_class_names_that_are_not_utf_8_are_escaped(tmp_path):
     assert "udce9" in (tmp_path / "projector" / "metadata.tsv").read_text()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"rows": [], "test_examples": 1}', "[" * 9999])
+ROWS = '{"rows": [{"name": "simclr", "knn": 0.5}], "test_examples": '
+HUGE = [f"{ROWS}{count}}}" for count in ("1e300", 10**400)]
+CORRUPT = ["", "{", "[]", '{"rows": [], "test_examples": 1}', "[" * 9999, *HUGE]
+
+
+@pytest.mark.parametrize("content", CORRUPT)
 def test_run_with_a_corrupt_evaluation_is_not_done_and_prints_other_results(tmp_path, content):
     train = random_source(24)
     evaluator = evaluator_of(train, train)
