@@ -167,9 +167,9 @@ class Checkpoints:
         corrupt = damage(self.directory / str(step)) if verify else ""
         if corrupt:
             others = [n for n in self.steps if not damage(self.directory / str(n))]
+            fix = f"Use another step: {others}." if others else "Restore it from a backup."
             raise UserError(
-                f"The checkpoint of step {step} in {self.directory} is corrupt ({corrupt}). Use "
-                f"another step: {others}."
+                f"The checkpoint of step {step} in {self.directory} is corrupt ({corrupt}). {fix}"
             )
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like

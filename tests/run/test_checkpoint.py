@@ -159,6 +159,10 @@ def test_corrupt_checkpoint_is_detected_and_refused(tmp_path, kind):
     with pytest.raises(UserError, match=r"step 3 .* is corrupt .*Use another step: \[1, 2\]"):
         checkpoints.restore(3, like)
     assert float(checkpoints.restore(2, like)["w"][0, 0]) == 2
+    for step in (1, 2):
+        damage_it(largest(folders[step]))
+    with pytest.raises(UserError, match=r"step 3 .* is corrupt .*Restore it from a backup\."):
+        checkpoints.restore(3, like)
     checkpoints.close()
 
 
