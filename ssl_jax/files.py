@@ -30,6 +30,10 @@ MAX_JSON = 2**26  # bytes of a JSON file that this library has written
 _URL = re.compile(r"[a-zA-Z][\w+.-]*://|(gs|s3|hdfs|https?|file):/")
 
 
+class InTheWayError(OSError):
+    """A link, a folder or another kind of file is where the library writes a file or folder."""
+
+
 def local_path(path: str | Path, key: str = "") -> Path:
     """Expands `~` in a path where it enters, and checks that `exists` and the like won't raise.
 
@@ -132,16 +136,23 @@ def appending(file: Path) -> IO[str]:
     """Opens a text file for reading and appending, creating it if necessary.
 
     Raises:
-      OSError: the file is a link, has other names (hard links), or is not a regular file.
+      InTheWayError: the file is a link, has other names (hard links), or is not a regular file.
+      OSError: it can't be written.
     """
     # Without O_NONBLOCK, opening a pipe would wait for its other end.
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-    descriptor = os.open(file, flags, 0o666)
+    try:
+        descriptor = os.open(file, flags, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR):
+            why = "it is a link" if error.errno == errno.ELOOP else "it is a folder"
+            raise InTheWayError(error.errno, why, str(file)) from error
+        raise
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         os.close(descriptor)
         why = "it has other names, hard links" if found.st_nlink > 1 else "not a regular file"
-        raise OSError(errno.EINVAL, why, str(file))
+        raise InTheWayError(errno.EINVAL, why, str(file))
     return os.fdopen(descriptor, "a+")
 
 
@@ -149,7 +160,8 @@ def subfolder(workdir: Path, name: str) -> Path:
     """Creates a folder in a workdir, if necessary, and returns its path.
 
     Raises:
-      OSError: it is a link, or not a folder.
+      InTheWayError: it is a link, or not a folder.
+      OSError: it can't be created.
     """
     folder = workdir / name
     with contextlib.suppress(FileExistsError):
@@ -203,7 +215,7 @@ def private_folder(folder: Path) -> Path:
 def _require_folder(folder: Path) -> os.stat_result:
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode):
-        raise OSError(errno.ENOTDIR, "a link or a file in place of a folder", str(folder))
+        raise InTheWayError(errno.ENOTDIR, "a link or a file in place of a folder", str(folder))
     return found
 
 
@@ -219,6 +231,8 @@ def writing(path: str | Path, fix: str = RESUME, *more: type[Exception]) -> Iter
 
 def cannot_write(path: str | Path, error: Exception, fix: str = RESUME) -> UserError:
     """The error of a file or folder that cannot be written; `fix` ends its message."""
+    if isinstance(error, InTheWayError):
+        return UserError(f"Cannot write {error.filename} ({reason(error)}). Move it away, {fix}.")
     return UserError(
         f"Cannot write {path} ({reason(error)}). Check free disk space and permissions, {fix}."
     )

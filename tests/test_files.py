@@ -89,7 +89,7 @@ def test_only_regular_files_are_appended_to(tmp_path, kind):
         "pipe": lambda: os.mkfifo(file),
         "folder": file.mkdir,
     }[kind]()
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match=r"\)\. Move it away, then rerun the same"), writing(file):
         appending(file)
     assert target.read_text() == "mine"
 

@@ -19,7 +19,15 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import differences, from_json, to_json
 from ssl_jax.errors import UserError
-from ssl_jax.files import appending, own_folder, read_regular, reason, replacing, writing
+from ssl_jax.files import (
+    InTheWayError,
+    appending,
+    own_folder,
+    read_regular,
+    reason,
+    replacing,
+    writing,
+)
 from ssl_jax.fingerprint import describe_change, same_images
 from ssl_jax.version import __version__
 
@@ -58,8 +66,14 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
         workdir.mkdir(parents=True, exist_ok=True)
     for name in _SUBFOLDERS:  # before anything is computed or moved
         own_folder(workdir, name)
-    with writing(lock, "remove it, or choose another --workdir"):
-        file = appending(lock)
+    with writing(lock, "or choose another --workdir"):
+        try:
+            file = appending(lock)
+        except InTheWayError as error:
+            raise UserError(
+                f"Cannot write {lock} ({reason(error)}). Move it away if no run is using "
+                f"{workdir}, or choose another --workdir."
+            ) from error
     with file, _require_in_place(workdir) as require_in_place:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -266,9 +266,13 @@ def test_file_in_place_of_a_runs_folder_is_refused_at_the_start(tmp_path):
 def test_lock_with_another_name_is_refused_and_unchanged(tmp_path):
     (tmp_path / "mine").write_text("mine")
     (tmp_path / ".lock").hardlink_to(tmp_path / "mine")
-    with pytest.raises(UserError, match=r"\.lock \(it has other names, hard"), locked(tmp_path):
+    message = r"\.lock \(it has other names, hard links\)\. Move it away if no run is using"
+    with pytest.raises(UserError, match=message), locked(tmp_path):
         pass
     assert (tmp_path / "mine").read_text() == "mine"
+    (tmp_path / ".lock").rename(tmp_path / "away")  # the advice
+    with locked(tmp_path):
+        assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_folder_without_a_run_is_named(tmp_path):
