@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ssl_jax.errors import UserError, first_line
 from ssl_jax.files import ANOTHER, local_path, read_regular, reading, writing, writing_output
 from ssl_jax.interop.card import model_card
 from ssl_jax.interop.detectron2 import detectron2_config, require_detectron2s, to_detectron2
+from ssl_jax.interop.import_weights import read_weights
 from ssl_jax.interop.load import Encoder, load, weights_at
 from ssl_jax.interop.metadata import (
     is_torchvisions,
@@ -34,10 +36,10 @@ from ssl_jax.methods.base import make_encoder
 from ssl_jax.models.resnet import architecture
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-_LOADER = "torch_encoder.py"
+_LOADER, _CARD = "torch_encoder.py", "README.md"
 _WEIGHTS, _ALL_WEIGHTS = "model.safetensors", "ssl_jax.safetensors"
 _FOLDER_FILES = (
-    *("README.md", "config.json", "preprocessor_config.json"),
+    *(_CARD, "config.json", "preprocessor_config.json"),
     *(_ALL_WEIGHTS, _WEIGHTS, _LOADER),
 )
 # Limit of a serialized program's constants; its format ends at 2 GiB.
@@ -311,37 +313,92 @@ def export_folder(path: str | Path, folder: str | Path, *, step: int | None = No
       step: of the run's checkpoint, the newest by default.
 
     Returns:
-      Whether the folder's README.md was kept: the user may have edited the card of an earlier
-      export.
+      Whether the folder's README.md was kept: the user has edited the card of an earlier export.
 
     Raises:
       UserError: there is nothing to export, the folder has files of these names that are not from
-        an earlier export, or it can't be written.
+        an earlier export, or an edited card of other weights, or it can't be written.
     """
     folder = local_path(folder)
     _require_no_other_files(folder)
     weights = weights_at(path, step)
     config = weights.config
     _require_resnet(config)
+    card, kept = model_card(path, weights).encode(), _keeps_card(folder, weights)
     with writing(folder, ANOTHER):
         folder.mkdir(parents=True, exist_ok=True)
         loader = _loader(folder)
+        if not kept:
+            (folder / _CARD).unlink(missing_ok=True)
         if config.model.sk:  # existing files belong to another network
             loader.unlink(missing_ok=True)
             (folder / _WEIGHTS).unlink(missing_ok=True)
     # First: the file marks the folder as an export, so that an interrupted one can be repeated.
-    _write_json(folder / "config.json", _hub_config(config))
+    found = _hub_config(config)
+    found["ssl_jax"]["card"] = _checksum(card)
+    _write_json(folder / "config.json", found)
     write_weights(weights, folder / _ALL_WEIGHTS)
     if not config.model.sk:
         _write_torch(weights, folder / _WEIGHTS)
         _write(loader, _source())
     _write_json(folder / "preprocessor_config.json", _hub_preprocessing(config))
-    file, card = folder / "README.md", model_card(path, weights).encode()
-    if os.path.lexists(file):
-        with reading(file):
-            return read_regular(file) != card
-    _write(file, card)
-    return False
+    if not kept:
+        _write(folder / _CARD, card)
+    return kept
+
+
+def _keeps_card(folder: Path, weights: Weights) -> bool:
+    """Whether a folder's README.md is kept, as it is an edited card of these weights.
+
+    Raises:
+      UserError: it is an edited card of other weights.
+    """
+    file = folder / _CARD
+    if not os.path.lexists(file):
+        return False
+    with reading(file):
+        unedited = _checksum(read_regular(file)) == _recorded_card(folder / "config.json")
+    if unedited:
+        return False
+    if _is_of(folder / _ALL_WEIGHTS, weights):
+        return True
+    raise UserError(
+        f"{file} has been edited and describes other weights. Move it away, or choose another "
+        "--out folder."
+    )
+
+
+def _is_of(file: Path, weights: Weights) -> bool:
+    """Whether an exported file has the encoder of these weights."""
+    try:
+        before = read_weights(file)
+    except UserError:
+        return False
+    trees = [
+        _by_name(each.params["encoder"], each.batch_stats.get("encoder", {}))
+        for each in (before, weights)
+    ]
+    return trees[0].keys() == trees[1].keys() and all(
+        np.array_equal(array, trees[1][name]) for name, array in trees[0].items()
+    )
+
+
+def _by_name(*trees: Any) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(_on_host(*trees))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def _recorded_card(file: Path) -> str:
+    """The checksum in an export's `config.json` of the card as it was generated; "" without one."""
+    try:
+        found = json.loads(read_regular(file))
+        return str(found["ssl_jax"]["card"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return ""
+
+
+def _checksum(card: bytes) -> str:
+    return f"{zlib.crc32(card):08x}"
 
 
 def _require_no_other_files(folder: Path) -> None:

@@ -258,6 +258,27 @@ def test_repeated_folder_export_keeps_an_edited_card(run, tmp_path, capsys):
     assert "that is not from an earlier export" in capsys.readouterr().err
 
 
+def test_folder_export_never_keeps_the_card_of_other_weights(selective, tmp_path, capsys):
+    """A card has the results of its weights."""
+    weights, other, hub = read_weights(selective), tmp_path / "other.safetensors", tmp_path / "hub"
+    params = jax.tree.map(lambda x: np.asarray(x) + 1, weights.params)
+    write_weights(dataclasses.replace(weights, params=params), other)
+
+    def export(path):
+        return cli.main(["export", f"--from={path}", "--format=folder", f"--out={hub}"])
+
+    assert export(selective) == export(other) == 0
+    assert "was kept" not in capsys.readouterr().out  # nobody has edited it
+    (hub / "README.md").write_text("license: mit")
+    assert export(other) == 0 and "was kept" in capsys.readouterr().out
+    before = (hub / "ssl_jax.safetensors").read_bytes()
+    assert export(selective) == 2
+    assert "has been edited and describes other weights. Move it away" in capsys.readouterr().err
+    assert (hub / "ssl_jax.safetensors").read_bytes() == before
+    (hub / "README.md").rename(tmp_path / "README.md")  # the advice
+    assert export(selective) == 0 and "An image encoder" in (hub / "README.md").read_text()
+
+
 def test_exported_headers_contain_no_local_paths(selective, tmp_path):
     weights = read_weights(selective)
     config = from_json(to_json(weights.config))
