@@ -374,17 +374,16 @@ def _is_of(file: Path, weights: Weights) -> bool:
         before = read_weights(file)
     except UserError:
         return False
-    trees = [
-        _by_name(each.params["encoder"], each.batch_stats.get("encoder", {}))
-        for each in (before, weights)
-    ]
+    trees = [_encoder(each) for each in (before, weights)]
     return trees[0].keys() == trees[1].keys() and all(
         np.array_equal(array, trees[1][name]) for name, array in trees[0].items()
     )
 
 
-def _by_name(*trees: Any) -> dict[str, np.ndarray]:
-    leaves = jax.tree_util.tree_leaves_with_path(_on_host(*trees))
+def _encoder(weights: Weights) -> dict[str, np.ndarray]:
+    """An encoder's arrays, by name."""
+    tree = _on_host(weights.params["encoder"], weights.batch_stats.get("encoder", {}))
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
