@@ -15,7 +15,7 @@ from ssl_jax.cli.commands import FAST, resumes
 from ssl_jax.cli.failures import failure_printer
 from ssl_jax.config import apply_overrides, differences, flatten, to_json
 from ssl_jax.downstream import transfer_learning
-from ssl_jax.downstream.classifier import train_classifier
+from ssl_jax.downstream.classifier import loss_warning, train_classifier
 from ssl_jax.downstream.distillation import distill_config
 from ssl_jax.downstream.features import (
     knn_metrics,
@@ -193,6 +193,8 @@ def _train(args: argparse.Namespace) -> None:
         )
     if metrics is None:
         return  # another process prints the result, or the run was stopped and has said so
+    if config.method == "supervised" and (warning := loss_warning(workdir)):
+        print(warning, file=sys.stderr)
     if args.command == "linear":
         _require_same_encoder(args.run, config.init_from.step, state)
     settings = {"command": args.command_line, "step": step, "trained_in": str(workdir)}

@@ -5,6 +5,7 @@ config derived from that of the evaluated run: they use the same loop, resume, p
 report the same way.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from ssl_jax.files import local_path
 from ssl_jax.interop.load import config_at, newest_step
 from ssl_jax.report import images_settings
 from ssl_jax.run import processes
+from ssl_jax.run.folder import read_config
+from ssl_jax.run.log import read_metrics
 from ssl_jax.train import pretrain
 
 # Other keys of the optimizer keep the schema's defaults: momentum 0.9, cosine, linear scaling.
@@ -115,3 +118,22 @@ def train_classifier(
     done = measured_with(settings, config, held_out.fingerprint if held_out is not None else "")
     result = read_result(local_path(workdir), "classifier") if done else None
     return state, result and result["metrics"]
+
+
+def loss_warning(workdir: str | Path) -> str:
+    """A warning if a run's classifier has learned nothing; "" otherwise.
+
+    Args:
+      workdir: of a run of method "supervised".
+    """
+    workdir = local_path(workdir)
+    config = read_config(workdir)
+    losses = [r["loss"] for r in read_metrics(workdir / "metrics.jsonl") if "loss" in r]
+    classes = config.data.num_classes
+    if not losses or losses[-1] <= math.log(classes):  # neither if it is NaN
+        return ""
+    return (
+        f"warning: the last training loss is {losses[-1]:.4g}, and that of equal probabilities for "
+        f"{classes} classes {math.log(classes):.4g}, so the classifier has learned nothing. Lower "
+        f"--config.optim.lr (now {config.optim.lr:g}), or train longer, in a new --workdir."
+    )

@@ -1,6 +1,7 @@
 """Configs derived from a run, their initial weights, and data that can't be evaluated."""
 
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from ssl_jax.cli import main as cli
 from ssl_jax.config import default_config
 from ssl_jax.data.sources import make_sources
 from ssl_jax.downstream import classifier, finetune
-from ssl_jax.downstream.classifier import train_classifier
+from ssl_jax.downstream.classifier import loss_warning, train_classifier
 from ssl_jax.downstream.distillation import distill_config
 from ssl_jax.downstream.finetuning import finetune_config
 from ssl_jax.downstream.linear_recipes import linear_config
@@ -23,7 +24,8 @@ from ssl_jax.evals.results import end_settings, write_result
 from ssl_jax.interop.load import restore_state
 from ssl_jax.interop.weights import portable_config
 from ssl_jax.report import write_images
-from ssl_jax.run.folder import read_config
+from ssl_jax.run.folder import read_config, write_config
+from ssl_jax.run.log import MetricsLog
 
 
 @pytest.mark.parametrize("source", ["moco", "swav"])
@@ -143,3 +145,20 @@ def test_metrics_measured_with_other_settings_are_not_returned(run, tmp_path, mo
     assert train_classifier(config, tmp_path) == (0, measured)
     config.eval.crop_fraction = 0.3
     assert train_classifier(config, tmp_path) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("loss", "warns"), [(4877.0, True), (math.nan, True), (2.31, True), (2.3, False)]
+)
+def test_classifier_that_has_learned_nothing_is_warned_of(run, tmp_path, loss, warns):
+    config = linear_config(run, "moco")
+    config.data.num_classes = 10
+    write_config(tmp_path, config, "")
+    assert loss_warning(tmp_path) == ""
+    log = MetricsLog(tmp_path)
+    log.write(1, {"loss": 0.1})
+    log.write(2, {"loss": loss})
+    log.write(2, {"knn": 0.5})
+    log.close()
+    found = loss_warning(tmp_path)
+    assert ("Lower --config.optim.lr (now 30), or train longer" in found) == warns == bool(found)
