@@ -184,7 +184,8 @@ def _train(args: argparse.Namespace) -> None:
         folder, what = "distill", f"student, {resnet_name(config.model)}"
     step = config.distill.step if args.command == "distill" else config.init_from.step
     changes = _changes(base, config)  # before training fills in keys
-    what += _details(step, config.supervised.projector_layer, changes)
+    at = "step" if args.command == "linear" else "from step"  # of the evaluated run
+    what += _details(step, config.supervised.projector_layer, changes, at)
     workdir = args.workdir or own_folder(_results(args), folder)
     # With --json, stdout is for the result only.
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
@@ -223,9 +224,9 @@ def _changes(base: Any, config: Any) -> dict[str, Any]:
     return {key: values[key] for key in (line.partition(":")[0] for line in changed)}
 
 
-def _details(step: int, layer: int, changes: dict[str, Any]) -> str:
+def _details(step: int, layer: int, changes: dict[str, Any], at: str = "step") -> str:
     """Describes the checkpoint, projector layer and changed settings of a result."""
-    details = [f"step {step}"] if step else []  # a weights file has none
+    details = [f"{at} {step}"] if step else []  # a weights file has none
     details += [f"projector layer {layer}"] if layer else []
     details += [f"{key}={value}" for key, value in changes.items() if key not in _DESCRIBED]
     return "".join(f", {detail}" for detail in details)

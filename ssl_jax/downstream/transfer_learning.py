@@ -374,14 +374,14 @@ class _Job:
             return None
         self.log_result("fine-tuned", metrics)
         what = f"{name}: fine-tuned, rate {rate:g}, weight decay {decay:g}"
-        what += self.suffix(self.overrides)
+        what += self.suffix(self.overrides, "from step")
         more = {"step": self.step, "rate": rate, "decay": decay}
         self.keep(f"transfer_{name}_finetune", what, metrics, **more)
         return {"finetune": metrics, "rate": rate, "decay": decay}
 
-    def suffix(self, overrides: Sequence[str]) -> str:
+    def suffix(self, overrides: Sequence[str], at: str = "step") -> str:
         """Step and overrides, for the description of a result."""
-        steps = [f"step {self.step}"] if self.step else []  # a file of weights has none
+        steps = [f"{at} {self.step}"] if self.step else []  # a file of weights has none
         return "".join(f", {each}" for each in (*steps, *overrides))
 
     def trial(self, rate: float, decay: float, chosen: bool) -> Path:

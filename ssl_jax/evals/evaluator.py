@@ -28,6 +28,7 @@ from ssl_jax.evals.pictures import PICTURES, image_names, retrieval_pictures, vi
 from ssl_jax.evals.results import (
     BASELINE,
     EVALUATION,
+    FINE_TUNED,
     UNTRAINED,
     Evaluation,
     Row,
@@ -238,13 +239,19 @@ class Evaluator:
         return bool(end) and self.test is not None
 
     @property
+    def _fine_tuned(self) -> bool:
+        """Whether the encoder was pretrained, and then trained with labels."""
+        return self.config.method == "supervised" and bool(self.config.init_from.path)
+
+    @property
     def _fits_rows(self) -> bool:
         return self._extracts and not self.not_scored
 
     def plan(self) -> str:
         """Describes what `finish` measures of the encoder; "" if that is turned off."""
         if self._fits_rows:
-            return "Evaluating the frozen encoder and its baselines."
+            kind = "fine-tuned" if self._fine_tuned else "frozen"
+            return f"Evaluating the features of the {kind} encoder and two baselines."
         if not self.config.eval.at_end or self.config.supervised.freeze:
             return ""
         what = "Evaluating nearest neighbors and a map only." if self.test else "Not evaluated."
@@ -296,7 +303,8 @@ class Evaluator:
         if self.test is None or not self._extracts:
             return pictures
         variables = evaluated_variables(state, self.config.eval.projector_layer)
-        encoders = [(self.config.method, self._encode, variables)]
+        own = FINE_TUNED if self._fine_tuned else self.config.method
+        encoders = [(own, self._encode, variables)]
         train, test = self.train, self.test
         if not self.not_scored:
             train, test = self._labeled_train, self._labeled_test
@@ -311,7 +319,7 @@ class Evaluator:
             splits = [self._extract(encode, weights, split) for split in (train, test)]
             if not first:
                 continue  # it has encoded its share
-            if name == self.config.method:
+            if name == own:
                 pictures |= retrieval_pictures(train, test, *splits, labeled=not self.not_scored)
             if not self.not_scored:
                 self._progress.line(f"Evaluating {title(name)}: classifiers …")
@@ -333,6 +341,12 @@ class Evaluator:
             notes.append(
                 "The encoder itself was trained with labels: results with few labels per class "
                 "rest on more labels than that."
+            )
+        if self.config.data.subset < 1:
+            seen = self._labeled_train.num_examples
+            notes.append(
+                f"Linear probe and kNN learn from the {seen:,} labeled images of "
+                f"config.data.subset={self.config.data.subset:g}."
             )
         few = [str(n) for n in self.config.eval.labels_per_class if n > fewest]
         if few:

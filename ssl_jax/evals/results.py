@@ -20,6 +20,7 @@ _MAX_IMAGES = 2**31  # from here on, intervals would overflow
 # The fix of results of commands, where the evaluated run may only be read.
 ELSEWHERE = "or keep the results in another folder with --results=DIR"
 BASELINE, UNTRAINED = "raw pixels", "random init"
+FINE_TUNED = "fine-tuned"  # a run's own row, if its encoder was pretrained before
 
 # Keys of config.eval that the results of a run's end don't depend on.
 _IN_TRAINING = ("knn_every_epochs", "probe", "batch_size")
@@ -34,7 +35,7 @@ class Row:
     """One encoder's accuracies, as fractions of 1.
 
     Attributes:
-      name: the config's name of the method, or that of a baseline.
+      name: the config's name of the method, `FINE_TUNED`, or that of a baseline.
       trials: by labels per class, the accuracy of each few-label trial.
       single: "linear" and "knn", which are fitted once.
     """

@@ -16,6 +16,7 @@ from ssl_jax.evals import evaluator as module
 from ssl_jax.evals.evaluator import Evaluator, evaluated_variables
 from ssl_jax.evals.knn import knn_classify
 from ssl_jax.evals.results import (
+    FINE_TUNED,
     Evaluation,
     Row,
     end_settings,
@@ -301,6 +302,12 @@ def test_notes_explain_missing_columns_and_encoders_that_have_seen_labels(tmp_pa
     evaluator = evaluator_of(train, train)
     missing = "Not measured: 5 labels per class, as class 'd' has only 3 in the training images."
     assert evaluator._notes() == (missing,)
+    evaluator.config.data.subset = 0.25
+    (few, _) = evaluator._notes()
+    assert (
+        few == "Linear probe and kNN learn from the 24 labeled images of config.data.subset=0.25."
+    )
+    evaluator.config.data.subset = 1.0
     evaluator._needs_labels = True
     seen, _ = evaluator._notes()
     assert seen.startswith("The encoder itself was trained with labels")
@@ -308,6 +315,15 @@ def test_notes_explain_missing_columns_and_encoders_that_have_seen_labels(tmp_pa
     write_evaluation(tmp_path, Evaluation([row], 24, "", 1, (seen, missing)))
     assert read_evaluation(tmp_path / "evaluation.json").notes == (seen, missing)
     assert evaluation_table(tmp_path)[2:] == [seen, missing]
+
+
+def test_encoder_of_a_fine_tuned_run_is_called_so():
+    train = random_source(24)
+    evaluator = evaluator_of(train, train)
+    assert evaluator.plan() == "Evaluating the features of the frozen encoder and two baselines."
+    evaluator.config.method, evaluator.config.init_from.path = "supervised", "runs/a"
+    assert "features of the fine-tuned encoder" in evaluator.plan()
+    assert Row(FINE_TUNED, {}, {}).trained
 
 
 def test_features_that_cannot_fit_in_memory_are_refused_at_the_start(monkeypatch):

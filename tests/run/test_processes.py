@@ -242,7 +242,7 @@ def test_sigterm_to_any_process_stops_all_and_resume_changes_their_number(config
 def test_two_processes_fine_tune_a_run(evaluated):
     source, (_, (first, second)) = evaluated
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
-    assert "fine-tuned on 50 % of the images, step 2, " in first[1] and second[1] == ""
+    assert "fine-tuned on 50 % of the images, from step 2, " in first[1] and second[1] == ""
     found = json.loads((source / "evals" / "finetune_0.5.json").read_text())
     assert found["metrics"]["examples"] == 450
     tuned, original = restore_state(source / "finetune_0.5"), restore_state(source)
