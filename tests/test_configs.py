@@ -299,3 +299,20 @@ def test_one_tiny_training_step_from_tfds_data(file, prepared):
     with Prefetcher(setup.train, setup.index, setup.rows, setup.spmd.place_batch, 0, 1) as batches:
         state, metrics = setup.program.step(state, batches.next(), {})
     assert np.isfinite(float(metrics["loss"])) and int(state.step) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "padding", "project_first"),
+    [
+        *((f"simclr_imagenet{variant}", "simclr", True) for variant in ("", ":8192")),
+        *((f"simclrv2_imagenet{variant}", "simclr", True) for variant in ("", ":r152w3sk")),
+        *((name, "simclr", True) for name in ("simclr_cifar10", "simclrv2_cifar10")),
+        ("byol_imagenet", "same", True),
+        *((f"{name}_imagenet", "symmetric", False) for name in ("moco", "swav", "simsiam")),
+    ],
+)
+def test_networks_pad_and_project_as_in_the_official_codes(name, padding, project_first):
+    """TensorFlow's and Haiku's differ from torchvision's, which the other codes use."""
+    path, _, variant = name.partition(":")
+    model = load_config(f"{ROOT}/configs/{path}.py" + (f":{variant}" if variant else "")).model
+    assert (model.padding, model.project_first) == (padding, project_first)
