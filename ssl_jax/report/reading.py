@@ -16,7 +16,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.evals.results import LAST_FILE
 from ssl_jax.files import open_regular, read_regular, reason
 from ssl_jax.run.folder import read_record
-from ssl_jax.run.log import MAX_LOG, parse_record
+from ssl_jax.run.log import parse_record
 
 _T = TypeVar("_T")
 
@@ -157,7 +157,7 @@ def parse_metrics(path: Path) -> Metrics:
     """Parses the curves of a `metrics.jsonl`."""
     points: dict[str, dict[int, float]] = {}
     unreadable = 0
-    for line in read_regular(path, MAX_LOG).splitlines():
+    for line in read_regular(path, _MAX_BYTES).splitlines():
         record = parse_record(line) if line.strip() else {}
         if record is None:
             unreadable += 1  # a killed run leaves a partial line, and the resumed one appends to it

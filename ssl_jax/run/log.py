@@ -18,11 +18,11 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from ssl_jax.files import appending, read_regular, reading, replacing, writing
+from ssl_jax.files import appending, open_regular, reading, replacing, writing
 
 Pytree = Any
 _MAX_STEP = 2**53
-MAX_LOG = 2**30  # bytes of a metrics.jsonl
+_MAX_LINE = 2**20  # bytes of a line of metrics.jsonl
 
 
 class Fetcher:
@@ -148,10 +148,13 @@ class NoLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; skips lines that are corrupt or cut off by a kill."""
+    """The records of a `metrics.jsonl` of any size; skips lines that are corrupt or cut off."""
     with reading(path):
-        lines = read_regular(path, MAX_LOG).splitlines() if path.is_file() else []
-    return [record for line in lines if (record := parse_record(line)) is not None]
+        if not path.is_file():
+            return []
+        with open_regular(path, sys.maxsize) as file:
+            lines = iter(lambda: file.readline(_MAX_LINE), b"")
+            return [record for line in lines if (record := parse_record(line)) is not None]
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:

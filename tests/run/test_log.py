@@ -1,5 +1,6 @@
 import io
 import json
+import os
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,8 @@ import tensorflow as tf
 from tensorboardX.event_file_writer import EventsWriter
 
 from ssl_jax.errors import UserError
+from ssl_jax.report import reading
+from ssl_jax.run import log as log_module
 from ssl_jax.run.log import Fetcher, MetricsLog, Progress, read_metrics
 
 
@@ -97,6 +100,19 @@ def test_resumed_log_drops_steps_that_will_be_repeated(tmp_path):
 def test_invalid_lines_are_skipped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n3\n{"loss": 2}\n[]\n{"step": 2}\n{"st')
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+
+
+def test_log_of_any_size_is_read_line_by_line(tmp_path, monkeypatch):
+    """A line without an end isn't read at once, and a log too large for a report is."""
+    monkeypatch.setattr(log_module, "_MAX_LINE", 64)
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n')
+    os.truncate(file, 2**12)
+    with file.open("a") as opened:
+        opened.write('\n{"step": 2}\n')
+    assert read_metrics(file) == [{"step": 1}, {"step": 2}]
+    monkeypatch.setattr(reading, "_MAX_BYTES", 2**11)
+    assert "larger than 2,048 bytes" in reading.read(file, reading.parse_metrics)[1]
 
 
 def test_corrupt_byte_loses_one_line_only(tmp_path):
