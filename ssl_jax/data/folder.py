@@ -44,7 +44,9 @@ class FilesSource(HostSource):
         Raises:
           UserError: a view can't be made on the host.
         """
-        fingerprint = contents_fingerprint(len(files), identity, lambda id: read_image(files[id]))
+        fingerprint = contents_fingerprint(
+            config, len(files), identity, lambda id: read_image(files[id])
+        )
         super().__init__(config, where, len(files), fingerprint)
         self._folder = folder
         self.class_names, self.num_classes = class_names, len(class_names)

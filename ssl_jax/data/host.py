@@ -331,14 +331,20 @@ class HostSource:
         return contents.numpy()
 
 
-def contents_fingerprint(count: int, identity: bytes, read: Callable[[int], bytes]) -> str:
+def contents_fingerprint(
+    config: ConfigDict, count: int, identity: bytes, read: Callable[[int], bytes]
+) -> str:
     """`images_fingerprint` of a source; reads the contents of up to 16 images.
 
     Args:
+      config: the run's config.
       count: number of images.
       identity: see `images_fingerprint`.
       read: returns what is stored of an image, by id; several are read at a time. One that raises
         an `OSError` or a `UserError` is reported when it is read for a batch.
+
+    Raises:
+      UserError: `config.data.timeout_s` has passed.
     """
 
     def checksum(id: int) -> int | None:
@@ -346,8 +352,12 @@ def contents_fingerprint(count: int, identity: bytes, read: Callable[[int], byte
             return zlib.crc32(read(id))
         return None
 
-    ids = sampled_ids(count)
-    return images_fingerprint(count, identity, in_parallel(checksum, ids, len(ids)))
+    def checksums() -> Iterator[list[int | None]]:
+        ids = sampled_ids(count)
+        yield in_parallel(checksum, ids, len(ids))
+
+    (found,) = read_all(checksums(), config.data.timeout_s)
+    return images_fingerprint(count, identity, found)
 
 
 @functools.cache

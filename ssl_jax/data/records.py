@@ -104,7 +104,7 @@ class RecordsSource(HostSource):
         identity = b"\0".join([names, index["label"].tobytes()])
         sampled = ArrayRecords(parts)  # closed afterwards
         fingerprint = contents_fingerprint(
-            num_examples, identity, lambda id: sampled[np.array([id])][0]
+            config, num_examples, identity, lambda id: sampled[np.array([id])][0]
         )
         super().__init__(config, f"config.data.{key} ({folder})", num_examples, fingerprint)
         labels, self.class_names = checked_labels(

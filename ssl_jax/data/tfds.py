@@ -69,7 +69,7 @@ class TfdsSource(HostSource):
         full_name = f"{builder.info.full_name} {split}".encode()
         where = f"config.data.dataset ({name}, split {split})"
         fingerprint = contents_fingerprint(
-            len(self._examples), full_name, lambda id: self._examples[np.array([id])][0]
+            config, len(self._examples), full_name, lambda id: self._examples[np.array([id])][0]
         )
         super().__init__(config, where, len(self._examples), fingerprint)
         if not self.num_examples:
