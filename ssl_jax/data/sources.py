@@ -23,7 +23,7 @@ from ssl_jax.data.folder import FolderSource
 from ssl_jax.data.hf import hf_sources
 from ssl_jax.data.labels import NO_LABEL, require_same_classes
 from ssl_jax.data.packed import packed_source
-from ssl_jax.data.paths import PathsSource
+from ssl_jax.data.path_list import PathsSource
 from ssl_jax.data.reader import read_all
 from ssl_jax.data.records import RecordsSource
 from ssl_jax.data.registry import Images, registered_opener

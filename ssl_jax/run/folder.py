@@ -172,18 +172,7 @@ def write_config(
         changed = _affecting_training(record, config, started_weights(workdir), weights or {})
         if evaluated and record.get("test_data"):
             changed += _other_held_out(record, test_data)
-        hint = "" if kept else "; this one has no checkpoint yet and can be deleted"
-        if changed:
-            raise UserError(
-                f"{workdir} holds a run with a different config ({'; '.join(changed)}). "
-                f"Use its config, or choose another --workdir{hint}."
-            )
-        if not same_images(str(record.get("data", data)), data):
-            raise UserError(
-                f"{workdir} holds a run on other training images "
-                f"({describe_change(str(record['data']), data)}). Restore its images, or choose "
-                f"another --workdir{hint}."
-            )
+        _require_unchanged(workdir, changed, str(record.get("data", data)), data, kept)
         if not kept and record.get("weights", {}) != (weights or {}):  # it starts from these now
             _write_record(workdir, record | {"weights": weights or {}})
         return
@@ -203,6 +192,21 @@ def write_config(
         **environment(),
     }
     _write_record(workdir, record)
+
+
+def _require_unchanged(workdir: Path, changed: list[str], old: str, new: str, kept: bool) -> None:
+    """Raises a UserError if config or images differ; "old" and "new" are the images'."""
+    hint = "" if kept else "; this one has no checkpoint yet and can be deleted"
+    if changed:
+        raise UserError(
+            f"{workdir} holds a run with a different config ({'; '.join(changed)}). "
+            f"Use its config, or choose another --workdir{hint}."
+        )
+    if not same_images(old, new):
+        raise UserError(
+            f"{workdir} holds a run on other training images ({describe_change(old, new)}). "
+            f"Restore its images, or choose another --workdir{hint}."
+        )
 
 
 def _affecting_training(

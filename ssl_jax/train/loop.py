@@ -82,10 +82,7 @@ def pretrain(
         with processes.raise_on_all_processes():
             if processes.is_primary():
                 check_folder = stack.enter_context(locked(workdir))
-                data = (setup.train.fingerprint, setup.test.fingerprint if setup.test else "")
-                weights = source_fingerprints(setup.config, started_weights(workdir))
-                more: Any = {"weights": weights, "evaluated": has_results(workdir)}
-                write_config(workdir, setup.config, command, *data, setup.derived, **more)
+                record_config(setup, workdir, command)
         same = to_json(config)
         same["data"] |= {"dir": "", "test_dir": ""}  # compared by the images' fingerprints
         processes.require_same({"workdir": lock_text(workdir), "config": json.dumps(same)})
@@ -109,6 +106,14 @@ def pretrain(
         )
         processes.wait_for_all()
     return PretrainResult(workdir, step, False, state)
+
+
+def record_config(setup: Setup, workdir: Path, command: str) -> None:
+    """Writes the run's record, or checks that the run in the folder can be resumed."""
+    data = (setup.train.fingerprint, setup.test.fingerprint if setup.test else "")
+    weights = source_fingerprints(setup.config, started_weights(workdir))
+    more: Any = {"weights": weights, "evaluated": has_results(workdir)}
+    write_config(workdir, setup.config, command, *data, setup.derived, **more)
 
 
 def run_steps(run: Run, state: TrainState, stop: processes.Stop) -> tuple[TrainState, int]:

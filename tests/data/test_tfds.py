@@ -10,6 +10,7 @@ from PIL import Image
 from ssl_jax.data.index import Index
 from ssl_jax.data.sources import labeled, make_sources
 from ssl_jax.errors import UserError
+from ssl_jax.fingerprint import sampled_ids
 
 pytest.importorskip("tensorflow_datasets")
 from tfds_builds import build  # noqa: E402
@@ -72,7 +73,7 @@ def test_split_slices_hold_the_same_examples(prepared, file_format):
 
 
 def test_resuming_reads_no_consumed_examples(prepared, monkeypatch):
-    """TFRecord: reads 8 header bytes per record, one label, and only the step's images."""
+    """TFRecord: 8 header bytes per record, a label, the images of the fingerprint and the step."""
     from ssl_jax.data import tfds as module
 
     seen = []
@@ -84,9 +85,10 @@ def test_resuming_reads_no_consumed_examples(prepared, monkeypatch):
     plain = module._read_range
     monkeypatch.setattr(module, "_read_range", counted)
     source = make_sources(config_for(prepared / "tfrecord"))[0]
-    assert seen[:12] == [8] * 12 and len(seen) == 13
+    opened = 12 + 1 + len(sampled_ids(12))
+    assert seen[:12] == [8] * 12 and len(seen) == opened
     read(source, [(2, Index(12, 4, 0).ids(2))])
-    assert len(seen) == 13 + 4 and min(seen[13:]) > 8
+    assert len(seen) == opened + 4 and min(seen[opened:]) > 8
 
 
 @pytest.mark.parametrize("length", [2**64 - 1, 2**40, 101])

@@ -7,7 +7,7 @@ from tiny import tiny_config
 
 from ssl_jax.data.folder import FolderSource
 from ssl_jax.data.listing import require_data
-from ssl_jax.data.paths import PathsSource
+from ssl_jax.data.path_list import PathsSource
 from ssl_jax.data.sources import make_sources
 from ssl_jax.errors import UserError
 
