@@ -294,11 +294,7 @@ class Evaluator:
         """
         first = processes.is_primary()
         rows: list[Row] = []
-        pictures = self._view_pictures(state) if first else {}
-        if first:
-            pictures["settings"] = np.array(end_settings(self.config, self._held_out))
-        if first and self.not_scored:
-            pictures["not_scored"] = np.array(self.not_scored)
+        pictures = self._about(state) if first else {}
         self._write_classifier(workdir, state)
         if self.test is None or not self._extracts:
             return pictures
@@ -406,6 +402,13 @@ class Evaluator:
             temperature=self.config.eval.knn_temperature,
         )
         return float(np.mean(predicted == self._labeled_test.labels))
+
+    def _about(self, state: Any) -> dict[str, np.ndarray]:
+        """Views of the training images, and how the run's end is measured, if at all."""
+        about = {"settings": np.array(end_settings(self.config, self._held_out))}
+        if self.not_scored:
+            about["not_scored"] = np.array(self.not_scored)
+        return self._view_pictures(state) | about
 
     def _view_pictures(self, state: Any) -> dict[str, np.ndarray]:
         """Some images with the views that the first step makes of them."""

@@ -65,14 +65,19 @@ def classification_metrics(
     measured = {name: weights @ correct / len(labels) for name, correct in each.items()}
     measured["mean_per_class"] = _mean_per_class(weights, each["top1"], labels, classes)
     measured["calibration_error"] = _calibration(weights, each["top1"], confident, bins)
-    pairs = np.stack([labels[finite], predicted[finite]], axis=1)
-    pairs, often = np.unique(pairs, axis=0, return_counts=True)
-    confusion = np.concatenate([pairs, often[:, None]], axis=1).tolist()
+    confusion = _confusion(labels[finite], predicted[finite])
     found: dict[str, Any] = {
         name: _interval(values, reflected=name == "calibration_error")
         for name, values in measured.items()
     }
     return {**found, "examples": len(labels), "confusion": confusion}
+
+
+def _confusion(labels: np.ndarray, predicted: np.ndarray) -> list[list[int]]:
+    """The pairs of true and predicted class that occur, each with its number of images."""
+    pairs, counts = np.unique(np.stack([labels, predicted], 1), axis=0, return_counts=True)
+    found: list[list[int]] = np.concatenate([pairs, counts[:, None]], axis=1).tolist()
+    return found
 
 
 def _check(scores: np.ndarray, labels: np.ndarray) -> None:
