@@ -25,7 +25,7 @@ import ssl_jax
 from ssl_jax.cli.main import pretrain_main
 from ssl_jax.errors import UserError
 from ssl_jax.evals import evaluator as eval_run
-from ssl_jax.evals.results import read_evaluation
+from ssl_jax.evals.results import LAST_FILE, read_evaluation
 from ssl_jax.interop.load import restore_state
 from ssl_jax.report import write_report
 from ssl_jax.run.folder import write_config
@@ -120,10 +120,10 @@ def test_resume_is_bit_exact_after_sigkill(
             break
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
-    assert not (tmp_path / eval_run.LAST_FILE).exists()
+    assert not (tmp_path / LAST_FILE).exists()
     assert pretrain_main(command(tmp_path, *extras[data])[2:]) == 0
     assert "Resuming from step" in capsys.readouterr().out
-    assert (tmp_path / eval_run.LAST_FILE).exists()
+    assert (tmp_path / LAST_FILE).exists()
     first, second = final_state(undisturbed(data)), final_state(tmp_path)
     assert first.keys() == second.keys()
     for name in first:
