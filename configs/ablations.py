@@ -24,6 +24,10 @@ _NO_COLOR = {f"{view}.{key}": 0.0 for view in _VIEWS for key in ("jitter.prob", 
 _BRIEF = {"epochs": 2.0, "eval.at_end": False, "eval.knn_every_epochs": 0.0}
 # BatchNorm over 32 images per device on 8 devices, asymmetric loss: MoCo as published.
 _LOCAL = {"model.bn_group_size": 1, "moco.symmetric": False}
+# BYOL as the official code starts it, in the 400 steps of batch 256 that the other methods have.
+_BYOL = {"batch_size": 256, "log_every": 20, "byol.target_init": "independent"}
+_BYOL |= {"byol.ema_decay": 0.98, "optim.name": "sgd", "optim.lr": 0.05}
+_BYOL |= {"optim.lr_scaling": "linear", "optim.weight_decay": 1e-4, "optim.decay_norm_bias": True}
 
 # Group -> name -> (base config, changed keys).
 ABLATIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
@@ -45,12 +49,12 @@ ABLATIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     },
     "batch": {f"batch-{b}": ("simclr_digits", {"batch_size": b}) for b in (64, 128, 512)},
     "ema-decay": {
-        f"ema-decay-{m:g}": ("byol_digits", {"byol.ema_decay": m, "byol.ema_decay_end": m})
+        f"ema-decay-{m:g}": ("byol_digits", _BYOL | {"byol.ema_decay": m, "byol.ema_decay_end": m})
         for m in (0.0, 0.9, 0.98, 0.999, 1.0)
     },
     "heads-without-bn": {
-        "byol": ("byol_digits", {}),
-        "byol-heads-without-bn": ("byol_digits", {"byol.head_bn": False}),
+        "byol": ("byol_digits", _BYOL),
+        "byol-heads-without-bn": ("byol_digits", _BYOL | {"byol.head_bn": False}),
     },
     "stop-gradient": {
         "stop-gradient": ("simsiam_digits", {}),
