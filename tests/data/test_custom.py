@@ -66,7 +66,7 @@ AS_READ = {
 }
 
 
-@pytest.mark.parametrize("kind", AS_READ)
+@pytest.mark.parametrize("kind", ["arrays", "files"])
 def test_images_are_bit_equal_to_those_of_a_folder(kind, tmp_path):
     for i in range(6):
         image = picture(i, COLORS["cat"], (30 + 5 * i, 36))
@@ -84,6 +84,16 @@ def test_images_are_bit_equal_to_those_of_a_folder(kind, tmp_path):
     for mine, theirs in zip(found.boxes(3, ids), expected.boxes(3, ids), strict=True):
         assert (mine == theirs).all()
     assert found.names([2]) == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "same"), [("pillow", "arrays"), ("uint8 files", "files"), ("views of files", "files")]
+)
+def test_other_types_of_images_are_the_same(kind, same, tmp_path):
+    picture(0, COLORS["cat"]).save(tmp_path / "0.png")
+    found, expected = (source_of([AS_READ[k](tmp_path / "0.png")]) for k in (kind, same))
+    assert found.handles(np.array([0]))[0] == expected.handles(np.array([0]))[0]
+    assert found.fingerprint == expected.fingerprint
 
 
 def test_ids_are_read_in_ascending_order_once_each_and_in_one_thread_at_a_time():

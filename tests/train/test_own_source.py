@@ -123,6 +123,7 @@ def test_given_in_python_it_trains_the_same_and_resumes_bit_exact(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.long
 def test_step_agrees_between_1_and_8_devices(noise):
     config = with_whole_images(tiny_config(batch_size=32))
     config.optim.warmup_epochs = 0.0
