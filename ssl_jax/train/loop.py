@@ -78,14 +78,7 @@ def pretrain(
         with processes.raise_on_all_processes():
             config = given_data(config, train, test)
             setup = Setup(config, started_config(workdir), train, test)
-        check_folder: Callable[[], None] = lambda: None  # noqa: E731
-        with processes.raise_on_all_processes():
-            if processes.is_primary():
-                check_folder = stack.enter_context(locked(workdir))
-                record_config(setup, workdir, command)
-        same = to_json(config)
-        same["data"] |= {"dir": "", "test_dir": ""}  # compared by the images' fingerprints
-        processes.require_same({"workdir": lock_text(workdir), "config": json.dumps(same)})
+        check_folder = _claim_folder(setup, config, workdir, command, stack)
         with enough_memory("The step", step_suggestions(config, setup.spmd.size), _PLAN):
             run, state = start_run(setup, workdir, progress, check_folder)
             # Until here SIGTERM ends the process, whatever it waits for: no step would be lost.
@@ -108,12 +101,28 @@ def pretrain(
     return PretrainResult(workdir, step, False, state)
 
 
-def record_config(setup: Setup, workdir: Path, command: str) -> None:
-    """Writes the run's record, or checks that the run in the folder can be resumed."""
-    data = (setup.train.fingerprint, setup.test.fingerprint if setup.test else "")
-    weights = source_fingerprints(setup.config, started_weights(workdir))
-    more: Any = {"weights": weights, "evaluated": has_results(workdir)}
-    write_config(workdir, setup.config, command, *data, setup.derived, **more)
+def _claim_folder(
+    setup: Setup, config: ConfigDict, workdir: Path, command: str, stack: contextlib.ExitStack
+) -> Callable[[], None]:
+    """Locks the run's folder until the stack closes, and writes its config or compares it.
+
+    Also compares the folder and `config`, as it was given, between processes.
+
+    Returns:
+      A check that the folder is still in place; see `locked`.
+    """
+    check_folder: Callable[[], None] = lambda: None  # noqa: E731
+    with processes.raise_on_all_processes():
+        if processes.is_primary():
+            check_folder = stack.enter_context(locked(workdir))
+            data = (setup.train.fingerprint, setup.test.fingerprint if setup.test else "")
+            weights = source_fingerprints(setup.config, started_weights(workdir))
+            more: Any = {"weights": weights, "evaluated": has_results(workdir)}
+            write_config(workdir, setup.config, command, *data, setup.derived, **more)
+    same = to_json(config)
+    same["data"] |= {"dir": "", "test_dir": ""}  # compared by the images' fingerprints
+    processes.require_same({"workdir": lock_text(workdir), "config": json.dumps(same)})
+    return check_folder
 
 
 def run_steps(run: Run, state: TrainState, stop: processes.Stop) -> tuple[TrainState, int]:
