@@ -375,6 +375,8 @@ def test_configs_in_commands_load_with_their_overrides():
                 if not found or "posterize" in line:
                     continue
                 overrides = re.findall(r"--config\.([\w.]+=[^\s\"$]+)", line)
+                for file in re.findall(r"--import=(examples/\S+)", line):
+                    runpy.run_path(str(ROOT / file))
                 load_config(str(ROOT / found[1]), overrides)
                 tried += 1
     assert tried > 15

@@ -424,7 +424,10 @@ def _add_data(parser: Parser) -> None:
 
 def _prepare_data(args: argparse.Namespace) -> None:
     if "://" not in str(args.folder) and not local_path(args.folder).is_dir():
-        raise UserError(f"{args.folder} is not a folder of images.{close_path(args.folder)}")
+        missing = "is not a folder" if local_path(args.folder).exists() else "doesn't exist"
+        raise UserError(
+            f"{args.folder} {missing}: name a folder of images.{close_path(args.folder)}"
+        )
 
 
 def _add_doctor(parser: Parser) -> None:

@@ -247,7 +247,7 @@ def _other_sources(
 
 def has_checkpoint(workdir: Path) -> bool:
     """Whether the run in a folder has saved a checkpoint, intact or not."""
-    return any(folder.name.isdigit() for folder in (workdir / "checkpoints").glob("*"))
+    return any(folder.name.isdecimal() for folder in (workdir / "checkpoints").glob("*"))
 
 
 def started_config(workdir: Path) -> ConfigDict | None:

@@ -89,7 +89,12 @@ def test_other_methods_and_microbatches_run_alone(benchmark, capsys):
     ],
 )
 def test_flops_are_those_of_all_passes(benchmark, method, changed, passes):
-    keys = {"batch_size": 4, "model.bn_group_size": 0, "model.depth": 6} | changed
+    keys = {
+        "batch_size": 4,
+        "model.bn_group_size": 0,
+        "model.bn_splits": 1,
+        "model.depth": 6,
+    } | changed
     overrides = [f"{key}={value}" for key, value in keys.items()]
     config = load_config(str(ROOT / "configs" / f"{method}_cifar10.py"), overrides)
     spmd = make_spmd(devices=jax.devices()[:1], batch_size=4)

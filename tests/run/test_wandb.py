@@ -131,7 +131,7 @@ def test_failed_run_is_finished_as_failed(monkeypatch, tmp_path, place):
 
     if place == "checkpoints":
         monkeypatch.setattr("ssl_jax.run.checkpoint.Checkpoints.close", fail)
-    monkeypatch.setattr(loop, "train", fail if place == "train" else lambda *args: (None, 2))
+    monkeypatch.setattr(loop, "run_steps", fail if place == "train" else lambda *args: (None, 2))
     monkeypatch.setattr(loop, "finish", lambda *args: None)
     share_steps(monkeypatch)
     config = with_whole_images(tiny_config(steps=2, batch_size=320, wandb="tries"))

@@ -116,7 +116,7 @@ def test_given_in_python_it_trains_the_same_and_resumes_bit_exact(
     with pytest.raises(UserError, match="were given in Python"):
         run_features(tmp_path / "run")
     splits["train"].labels = 1 - splits["train"].labels
-    with pytest.raises(UserError, match="data"):
+    with pytest.raises(UserError, match="other training images"):
         pretrain(config, tmp_path / "run", **splits)
     with pytest.raises(UserError, match="test is given without train"):
         pretrain(config, tmp_path / "other", test=splits["test"])
