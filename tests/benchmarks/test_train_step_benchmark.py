@@ -84,7 +84,8 @@ def test_other_methods_and_microbatches_run_alone(benchmark, capsys):
     [
         ("simclr", {}, 6),  # two views, forward and twice as much backward
         ("simclr", {"microbatch": 2}, 6),  # recomputed, which doesn't count
-        ("moco", {"moco.symmetric": False}, 4),  # one view, and one forward for the keys
+        # One view, and one forward for the keys.
+        ("moco", {"moco.symmetric": False, "moco.shared_queue": False}, 4),
         ("byol", {}, 8),  # two views, and both forward for the targets
     ],
 )

@@ -95,6 +95,7 @@ def test_run_by_name_is_evaluated_and_reported(finished, here, capsys):
     assert ssl_jax.load(finished).apply(np.zeros((2, 8, 8, 3), np.uint8)).shape[0] == 2
 
 
+@pytest.mark.long
 def test_given_in_python_it_trains_the_same_and_resumes_bit_exact(
     finished, noise, tmp_path, monkeypatch, capsys
 ):
