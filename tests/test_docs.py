@@ -291,7 +291,12 @@ def test_commands_write_the_files_that_pages_describe(typed, here):
     typed.page("README.md")
     typed.page("docs/evaluate.md")
     page = (here / "runs" / "quickstart" / "report.html").read_text()
-    for what in ("20 nearest neighbors", "linear classifier on features", "recipe simclr_cifar", "10 %"):
+    for what in (
+        "20 nearest neighbors",
+        "linear classifier on features",
+        "recipe simclr_cifar",
+        "10 %",
+    ):
         assert what in page
     assert "student" in (here / "runs" / "teacher" / "report.html").read_text()
     assert (here / "features.npz").exists() and (here / "views.png").exists()
