@@ -91,8 +91,8 @@ MUTATIONS = [
     Mutation(
         "MoCo's queue is filled one batch ahead",
         "ssl_jax/methods/moco.py",
-        "start = step % (options.queue // of_step) * of_step",
-        "start = (step + 1) % (options.queue // of_step) * of_step",
+        "start = step % (queue.shape[1] // self.keys_per_step) * self.keys_per_step",
+        "start = (step + 1) % (queue.shape[1] // self.keys_per_step) * self.keys_per_step",
         "tests/methods/test_moco.py",
     ),
     Mutation(

@@ -31,11 +31,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from curves_picture import METHODS as NAMES
 from curves_picture import Panel, draw
 
 from ssl_jax.evals.intervals import mean_interval
 from ssl_jax.evals.knn import knn_classify
+from ssl_jax.methods import title
 from ssl_jax.run.log import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -156,7 +156,7 @@ def table(found: Found) -> str:
             images = [sum(line["images"] for line in lines) for lines in all_lines]
             cells.append(f"{statistics.fmean(seconds) / 60:.1f}")
             cells.append(f"{sum(images) / sum(seconds):,.0f}")
-            rows.append([NAMES[method], side, *cells])
+            rows.append([title(method), side, *cells])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -187,7 +187,7 @@ def panels(found: Found) -> dict[str, Panel]:
         return columns
 
     return {
-        NAMES[method]: {
+        title(method): {
             side: [curve(lines) for lines in seeds.values()] for side, seeds in sides.items()
         }
         for method, sides in found.items()

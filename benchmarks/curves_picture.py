@@ -19,21 +19,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ssl_jax import methods
 from ssl_jax.run.log import read_metrics
 
 # A run's curves: steps or epochs, and values, by metric. A panel: the runs of each label.
 Curve = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 Panel = Mapping[str, Sequence[Curve]]
 ROWS = {"loss": "loss", "knn": "kNN, %", "embedding_std": "embedding_std", "rankme": "RankMe"}
-METHODS = {
-    "simclr": "SimCLR",
-    "simclrv2": "SimCLR v2",
-    "moco": "MoCo",
-    "swav": "SwAV",
-    "byol": "BYOL",
-    "simsiam": "SimSiam",
-    "supervised": "supervised",
-}
 COLORS = ("#00619e", "#e39c37")
 INK, GRAY = "#16202a", "#c6ccd2"
 WIDTH, HEIGHT, DPI = 2.0, 1.7, 150  # inches of a plot
@@ -105,7 +97,8 @@ def title(workdir: Path) -> str:
     """The method of a run."""
     config: Any = json.loads((workdir / "config.json").read_text())["config"]
     name = config["method"]
-    return METHODS[name + "v2" * (name == "simclr" and config["simclr"]["layers"] == 3)]
+    second = name == "simclr" and config["simclr"]["layers"] == 3
+    return methods.title(name) + " v2" * second
 
 
 def main() -> None:

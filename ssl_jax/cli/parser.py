@@ -97,9 +97,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises `UserError` with argparse's message."""
         missing = message.removeprefix(_MISSING)
-        cause = f" requires {missing}." if missing != message else f": {message.rstrip('.')}."
-        cause = cause.replace("?.", "?")
-        raise UserError(f"{self.prog}{cause} See `{self.prog} --help`.")
+        cause = f" requires {missing}" if missing != message else f": {message.rstrip('.')}"
+        end = "" if cause.endswith("?") else "."
+        raise UserError(f"{self.prog}{cause}{end} See `{self.prog} --help`.")
 
 
 def _default(action: argparse.Action) -> str:

@@ -18,8 +18,8 @@ from ssl_jax.data.registry import Images
 from ssl_jax.data.tensorflow import tf
 from ssl_jax.errors import UserError
 from ssl_jax.files import RESUME, reading
+from ssl_jax.fingerprint import sampled_ids
 
-_SAMPLED = 16  # images read at the start, to check and to recognize them
 _HEADER = 8  # bytes in front of an array's pixels: height and width
 
 
@@ -51,9 +51,8 @@ class CustomSource(HostSource):
             self.labels_from = f"{type(images).__name__}.labels"
         self._labels = np.full(count, NO_LABEL, np.int32) if labels is None else labels
         self._encoded: bool | None = None  # not known yet
-        sampled = np.unique(np.linspace(0, count - 1, min(_SAMPLED, count)).astype(np.int64))
         checksum = zlib.crc32(self._labels.tobytes())
-        for contents in self.handles(sampled)[0]:
+        for contents in self.handles(np.array(sampled_ids(count)))[0]:
             checksum = zlib.crc32(contents, checksum)
         self.fingerprint = f"{count} images, checksum {checksum:08x}"
 

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from ssl_jax.config import close_path
 from ssl_jax.data.custom import CustomSource
 from ssl_jax.data.labels import NO_LABEL, numbered, require_same_classes
+from ssl_jax.data.listing import named_path
 from ssl_jax.errors import UserError, did_you_mean, first_line, install_extra
 from ssl_jax.files import local_path
 
@@ -136,9 +137,7 @@ def _splits(path: str, key: str) -> Mapping[str, Any]:
     """The splits of a saved dataset, or of data files in a folder."""
     key = f"config.data.{key}"
     package = _datasets()
-    if not path:
-        raise UserError(f"{key} is empty. Set it to the folder of a dataset.")
-    root = local_path(path, key)
+    root = named_path(path, key, "Set it to the folder of a dataset.")
     if not root.is_dir():
         raise UserError(
             f"{key} is {path}, which is not a folder here, and nothing is downloaded."

@@ -90,15 +90,20 @@ def require_data(config: ConfigDict) -> None:
 
 
 def _require_folder(folder: str, key: str) -> Path:
-    if not folder:
-        raise UserError(f"{key} is empty. Set it to a folder of images with --{key}=FOLDER.")
-    root = local_path(folder, key)
+    root = named_path(folder, key, f"Set it to a folder of images with --{key}=FOLDER.")
     if not root.is_dir():
         problem = "is not a folder" if root.exists() else "doesn't exist"
         raise UserError(
             f"{key} is {folder}, which {problem}. Set it to a folder of images.{close_path(root)}"
         )
     return root
+
+
+def named_path(path: str, key: str, fix: str) -> Path:
+    """The local path that a setting names; `fix` is the advice if it names none."""
+    if not path:
+        raise UserError(f"{key} is empty. {fix}")
+    return local_path(path, key)
 
 
 def require_packed(path: str, key: str) -> Path:
@@ -111,11 +116,7 @@ def require_packed(path: str, key: str) -> Path:
     Raises:
       UserError: there is no such file.
     """
-    if not path:
-        raise UserError(
-            f"{key} is empty. Set it to a file written by `ssl-jax data pack FOLDER FILE.npz`."
-        )
-    file = local_path(path, key)
+    file = named_path(path, key, "Set it to a file written by `ssl-jax data pack FOLDER FILE.npz`.")
     if not file.exists():
         raise UserError(
             f"{key} is {path}, which doesn't exist. "
@@ -134,14 +135,10 @@ def require_list(path: str, key: str) -> Path:
     Raises:
       UserError: there is no such file.
     """
-    if not path:
-        raise UserError(f"{key} is empty. Set it to a list of images, a path per line.")
-    file = local_path(path, key)
+    fix = "Set it to a list of images, a path per line."
+    file = named_path(path, key, fix)
     if not file.is_file():
-        raise UserError(
-            f"{key} is {path}, which is not a file. Set it to a list of images, a path per line."
-            f"{close_path(file)}"
-        )
+        raise UserError(f"{key} is {path}, which is not a file. {fix}{close_path(file)}")
     return file
 
 

@@ -28,7 +28,7 @@ class PathsSource(FilesSource):
     """
 
     def __init__(self, config: ConfigDict, key: str = "dir") -> None:
-        """Reads the list; of the images, only sizes of a few.
+        """Reads the list; of the images, only those whose contents the fingerprint has.
 
         Args:
           config: the run's config.

@@ -38,9 +38,13 @@ class BYOL(Method):
         rng_online, rng_target = jax.random.split(rng)
         image = batch["views"][0]
         params, stats = init_networks(self.networks, rng_online, image)
-        target, target_stats = init_networks(self.target_networks, rng_target, image)
         if self.config.byol.target_init == "copy":
-            target = {name: jax.tree.map(jnp.copy, params[name]) for name in target}
+            target, target_stats = (
+                {name: jax.tree.map(jnp.copy, tree[name]) for name in self.target_networks}
+                for tree in (params, stats)
+            )
+        else:
+            target, target_stats = init_networks(self.target_networks, rng_target, image)
         return params, {"batch_stats": {**stats, "target": target_stats}, "target": target}
 
     def forward(

@@ -35,6 +35,7 @@ class MoCo(Method):
                 "loss, but config.moco.symmetric is off. Turn it on, or shared_queue off."
             )
         keys = self.config.batch_size * (2 if options.shared_queue else 1)
+        self.keys_per_step = keys  # in each queue
         if options.queue % keys:
             twice = "twice " * options.shared_queue
             raise UserError(
@@ -142,9 +143,7 @@ class MoCo(Method):
         self, queue: Float[Array, "q k d"], keys: Float[Array, "q b d"], step: Array
     ) -> Float[Array, "q k d"]:
         """Puts keys of this step in the place of the oldest, from where its first one belongs."""
-        options = self.config.moco
-        of_step = self.config.batch_size * (2 if options.shared_queue else 1)
-        start = step % (options.queue // of_step) * of_step
+        start = step % (queue.shape[1] // self.keys_per_step) * self.keys_per_step
         return jax.lax.dynamic_update_slice_in_dim(queue, keys, start, axis=1)
 
     def ema_decay(self, step: Array) -> Float[Array, ""]:

@@ -231,8 +231,7 @@ def finish(run: Run, state: TrainState, stop: processes.Stop) -> None:
       StoppedError: a stop was requested, in a run of several processes.
     """
     total = run.setup.schedule.total_steps
-    done = run.start == total
-    done = done and run.evaluator.is_done(run.workdir, images_settings(run.workdir))
+    done = run.start == total and run.evaluator.is_done(run.workdir, images_settings(run.workdir))
     if not processes.decided(done):
         if plan := run.evaluator.plan():
             run.progress.note(plan)

@@ -142,7 +142,8 @@ def test_overrides_are_accepted_with_and_without_equals_sign():
         ),
         (
             ["export", "--from=a", "--out=b", "--format=zzz"],
-            "Use one of: torch, jax, program, folder, detectron2, pth. See `ssl-jax export --hel",
+            "Use one of: torch, jax, program, folder, detectron2, pth. See "
+            "`ssl-jax export --help`.",
         ),
         (["knn", "--from=a", "b"], "ssl-jax: unrecognized arguments: b. See `ssl-jax --help`."),
         (["report", "a", "--config.seed=1"], "`report` takes no config. Remove --config.seed=1."),
