@@ -30,7 +30,7 @@ MIN_S = 45.0  # with less time left, no step is started
 SAVING_S = 120.0  # for a stopped run to write its checkpoint
 LEFT = 3  # exit code
 SMALL = ("--config.model.depth=18", "--config.model.width=0.0625")
-HEADS = ("--config.moco.queue=16", "--config.swav.prototypes=4")  # for a tiny dataset
+HEADS = ("--config.moco.queue=32", "--config.swav.prototypes=4")  # for a tiny dataset
 PLAIN = ("--config.model.depth=18", "--config.simclr.layers=2")  # implemented in plain Flax
 
 
