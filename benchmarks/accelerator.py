@@ -103,7 +103,7 @@ def train(method: str, args: argparse.Namespace, seconds: float) -> str:
     command += ["--config.checkpoint.every_epochs=0"]  # only at the end, and when stopped
     if args.toy:
         command += [*SMALL, *HEADS, "--config.epochs=2", "--config.batch_size=16"]
-        command += ["--config.eval.knn_k=2", "--config.eval.trials=1"]
+        command += ["--config.model.bn_splits=1", "--config.eval.knn_k=2", "--config.eval.trials=1"]
     with (args.out / f"cifar_{method}.log").open("a") as log:
         process = subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT)
         try:
