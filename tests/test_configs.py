@@ -278,13 +278,11 @@ def shrink(config):
         config[group].hidden = 16
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "file",
-    [
-        pytest.param(f, id=f.stem, marks=[pytest.mark.long] * f.stem.endswith("_cifar10"))
-        for f in FILES
-        if "_imagenet" in f.stem or "_cifar10" in f.stem
-    ],
+    [f for f in FILES if "_imagenet" in f.stem or "_cifar10" in f.stem],
+    ids=lambda file: file.stem,
 )
 def test_one_tiny_training_step_from_tfds_data(file, prepared):
     config = load_config(str(file))

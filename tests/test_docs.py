@@ -154,7 +154,6 @@ def fill_folder(folder):
     (sets,) = blocks("docs/evaluate.md", "json")
     first, *_ = json.loads(sets).items()
     (folder / "sets.json").write_text(json.dumps(dict([first])))
-    (folder / "all_sets.json").write_text(sets)
     (folder / "my_method.py").write_text(blocks("docs/new_method.md", "python")[0])
 
 
@@ -264,17 +263,12 @@ def run_program(*arguments):
         sys.argv = before
 
 
-# `make test` runs the README's commands; `make long` those of all pages.
+# `make long` runs the commands; `make test` checks that all are run or listed, and load.
 LONG = pytest.mark.long
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        page if page == "README.md" else pytest.param(page, marks=LONG)
-        for page in filter(runnable, PAGES)
-    ],
-)
+@LONG
+@pytest.mark.parametrize("page", [*filter(runnable, PAGES)])
 def test_every_command_of_the_page_runs(page, typed, here):
     typed.page(page)
 
@@ -329,6 +323,7 @@ def python_blocks():
                 yield pytest.param(page, block, id=f"{page}:{block.split()[1]}")
 
 
+@LONG
 @pytest.mark.parametrize(("page", "block"), [*python_blocks()])
 def test_every_python_block_runs(page, block, typed, here):
     if page == "docs/interop.md":
@@ -344,8 +339,10 @@ def test_every_python_block_runs(page, block, typed, here):
         ssl_jax.config.validate(names["config"])
 
 
-def test_data_sets_file_of_evaluate_page_is_read(here):
-    assert [found.metric for found in read_sets("all_sets.json")] == ["top1", "mean_per_class"]
+def test_data_sets_file_of_evaluate_page_is_read(tmp_path):
+    file = tmp_path / "sets.json"
+    file.write_text(blocks("docs/evaluate.md", "json")[0])
+    assert [found.metric for found in read_sets(file)] == ["top1", "mean_per_class"]
 
 
 def test_skipped_commands_are_still_in_the_docs():
@@ -560,6 +557,7 @@ def test_diagrams_are_up_to_date():
         drawn["Drawing"]("", "", 100).box(0, 0, "far too many words for one box", "net")
 
 
+@LONG
 def test_quickstart_picture_can_be_drawn_from_a_run(here, monkeypatch):
     program = runpy.run_path(str(DOCS / "result.py"))
     page = program["Page"]()
@@ -571,6 +569,7 @@ def test_quickstart_picture_can_be_drawn_from_a_run(here, monkeypatch):
     assert (DOCS / "images" / "quickstart.png").stat().st_size < 150_000
 
 
+@LONG
 @LONG
 def test_stopped_run_is_resumed_by_the_example(here, monkeypatch, capsys):
     monkeypatch.setattr(processes.Stop, "asked", lambda self, step: step == 1)

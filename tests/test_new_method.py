@@ -74,6 +74,7 @@ def test_pages_own_test_compares_gradients_on_1_and_8_devices(config_file, monke
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_example_trains_and_is_evaluated_and_loaded_after_import(
     config_file, forget, tmp_path, capsys
 ):

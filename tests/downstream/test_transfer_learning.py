@@ -47,6 +47,7 @@ def sets(tmp_path_factory):
     return file
 
 
+@pytest.mark.long
 def test_transfer_chooses_on_held_out_images_reports_the_test_split_and_resumes(run, sets, capsys):
     line = ["transfer", f"--from={run}", f"--sets={sets}", "--rates=0.1,1e-9", "--decays=0"]
     assert cli.main([*line, *BRIEF]) == 0

@@ -11,6 +11,7 @@ import pytest
 from test_step import ONE
 from tiny import (
     METHODS,
+    assert_replicated,
     leaves,
     make_step,
     method_config,
@@ -37,11 +38,12 @@ def take_steps(step, state, device_data, spmd, source, config, numbers):
         ids = index.ids(number)
         batch = spmd.place_batch({"id": ids, "label": source.labels[ids]})
         state, metrics = step(state, batch, device_data)
+        assert_replicated(state)
     return state, metrics
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_golden_metrics_the_evaluated_network_and_bit_exact_resume(method, tmp_path):
+def test_golden_metrics_replicated_state_evaluated_network_and_bit_exact_resume(method, tmp_path):
     """Renew golden.json when a method, its defaults or the augmentation change on purpose.
 
     The message of a failure prints what to paste; any other change that moves it is a mistake.
@@ -50,6 +52,7 @@ def test_golden_metrics_the_evaluated_network_and_bit_exact_resume(method, tmp_p
     spmd = make_spmd()
     config.epochs = 2.0  # of 4 steps: SwAV's queue fills from step 4
     config.optim.warmup_epochs = 0.0
+    config.model.bn_group_size = 1  # each device its own statistics: what would diverge
     _, step, state, device_data = make_step(config, spmd, source)
     args = (device_data, spmd, source, config)
     state, metrics = take_steps(step, state, *args, [0])

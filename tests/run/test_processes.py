@@ -124,6 +124,7 @@ def losses_of(workdir):
     return {r["step"]: r["loss"] for r in records if "loss" in r}
 
 
+@pytest.mark.long
 def test_two_processes_match_one_process(pair, images, tmp_path):
     workdir, (first, second) = pair
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
@@ -142,6 +143,7 @@ def test_two_processes_match_one_process(pair, images, tmp_path):
     np.testing.assert_allclose(*measured, atol=0.05)
 
 
+@pytest.mark.long
 def test_each_sample_is_read_by_a_single_process(pair):
     workdir, _ = pair
     shares = [
@@ -155,6 +157,7 @@ def test_each_sample_is_read_by_a_single_process(pair):
         np.testing.assert_array_equal(shares[0][step] + shares[1][step], index.ids(step))
 
 
+@pytest.mark.long
 def test_only_the_primary_process_writes_and_prints(pair):
     workdir, (first, second) = pair
     assert "2 processes" in first[1] and "step 12/12" in first[1] and "Report:" in first[1]
@@ -167,6 +170,7 @@ def test_only_the_primary_process_writes_and_prints(pair):
     assert int(restore_state(workdir).step) == 12
 
 
+@pytest.mark.long
 def test_slow_disk_of_one_process_is_reported(pair):
     records = read_metrics(pair[0] / "metrics.jsonl")
     shares = np.array([r["process_data_wait"] for r in records if "process_data_wait" in r])
@@ -261,6 +265,7 @@ def test_evaluating_a_run_in_two_processes_is_refused(evaluated):
     assert "Run this command on one host" in first[2].replace("\n", " ")
 
 
+@pytest.mark.long
 def test_two_processes_start_from_the_newest_weights_of_a_run(ended):
     """Only the primary process compares them with those of a resumed run."""
     root, results = ended
@@ -270,6 +275,7 @@ def test_two_processes_start_from_the_newest_weights_of_a_run(ended):
     assert record["weights"]["init_from"]["step"] == 12
 
 
+@pytest.mark.long
 def test_error_on_one_process_is_printed_once_and_ends_all(ended):
     """The last command: the processes end with its exit code."""
     root, results = ended
@@ -280,6 +286,7 @@ def test_error_on_one_process_is_printed_once_and_ends_all(ended):
     assert not (root / "d" / "checkpoints").exists() and not (root / "d" / "config.json").exists()
 
 
+@pytest.mark.long
 def test_workdir_that_is_not_shared_is_refused(ended):
     first, second = ended[1]["not shared"]
     assert (first[0], second[0]) == (2, 2), first[2] + second[2]
@@ -287,6 +294,7 @@ def test_workdir_that_is_not_shared_is_refused(ended):
     assert "on a shared file system" in first[2] and second[2] == ""
 
 
+@pytest.mark.long
 def test_different_config_on_one_process_is_refused(ended):
     first, second = ended[1]["another config"]
     assert (first[0], second[0]) == (2, 2), first[2] + second[2]

@@ -80,6 +80,7 @@ def finished(here):
     return here / "run"
 
 
+@pytest.mark.long
 def test_run_by_name_is_evaluated_and_reported(finished, here, capsys):
     pictures = np.load(finished / "report_images.npz")
     assert len(pictures["neighbors"]) == len(pictures["neighbors_query"]) > 0
