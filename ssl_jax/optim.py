@@ -250,7 +250,10 @@ def adam(
 
 
 def make_optimizer(
-    config: ConfigDict, labels: Pytree, schedule: optax.Schedule, peak: float | None = None
+    config: ConfigDict,
+    labels: Pytree | Callable[[Pytree], Pytree],
+    schedule: optax.Schedule,
+    peak: float | None = None,
 ) -> optax.GradientTransformation:
     """Builds a run's optimizer from its parameter groups.
 
@@ -262,7 +265,8 @@ def make_optimizer(
 
     Args:
       config: `config.optim`; `momentum` is Adam's and AdamW's β1.
-      labels: a label for each leaf of the params, or for a prefix of their tree.
+      labels: a label for each leaf of the params, or for a prefix of their tree; or a function
+        that gives them for params, such as `Method.param_groups`.
       schedule: learning rate by step, see `learning_rate_schedule`.
       peak: learning rate of "constant_lr", see `peak_learning_rate`.
 
@@ -292,8 +296,19 @@ def make_optimizer(
             return optax.conditionally_mask(inner, lambda step: step >= steps)
         return _base_optimizer(config, schedule, mask)
 
-    used = sorted(set(jax.tree.leaves(labels)))
-    return optax.partition({label: make(label) for label in used}, labels)
+    def partitioned(labels: Pytree) -> optax.GradientTransformationExtraArgs:
+        used = sorted(set(jax.tree.leaves(labels)))
+        return optax.partition({label: make(label) for label in used}, labels)
+
+    if not callable(labels):
+        return partitioned(labels)
+    # By the params at hand, so that nobody has to trace the networks for their labels alone.
+    return optax.GradientTransformationExtraArgs(
+        lambda params: partitioned(labels(params)).init(params),
+        lambda updates, state, params=None, **extra: partitioned(labels(params)).update(
+            updates, state, params, **extra
+        ),
+    )
 
 
 def peak_learning_rate(config: ConfigDict, batch_size: int) -> float:

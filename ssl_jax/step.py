@@ -87,9 +87,8 @@ def assemble(
     """
     method = make_method(config, schedule, axis_name, groups)
     learning_rate = learning_rate_schedule(config.optim, config.batch_size, schedule)
-    params, _ = jax.eval_shape(method.init, jax.random.key(0), example_batch(config))
     peak = peak_learning_rate(config.optim, config.batch_size)
-    optimizer = make_optimizer(config.optim, method.param_groups(params), learning_rate, peak)
+    optimizer = make_optimizer(config.optim, method.param_groups, learning_rate, peak)
     return method, optimizer, learning_rate
 
 
