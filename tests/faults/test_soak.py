@@ -70,7 +70,7 @@ def test_memory_files_threads_and_functions_stay_flat(tmp_path, data, total, lim
                     seen.append((records[-1]["step"], *measured(process.pid)))
                 except OSError:  # the process has ended
                     break
-            time.sleep(0.1)
+            time.sleep(0.3)
         assert process.wait(600) == 0, (tmp_path / "out").read_text()
     steps, memory, files, threads = np.array(seen, np.int64).T
     # The first evaluations and checkpoints compile programs and open files that stay.
