@@ -56,7 +56,13 @@ def shapes(method, config):
     return _SHAPES[key]
 
 
-@pytest.mark.parametrize(("file", "variant"), ALL, ids=lambda x: getattr(x, "stem", x))
+@pytest.mark.parametrize(
+    ("file", "variant"),
+    [
+        pytest.param(file, v, id=f"{file.stem}-{v}", marks=[pytest.mark.long] * bool(v))
+        for file, v in ALL
+    ],
+)
 def test_config_builds_its_method_and_optimizer(file, variant):
     config = load_config(f"{file}:{variant}" if variant else str(file))
     config.data.num_classes = 10

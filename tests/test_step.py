@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from tiny import (
+    METHODS,
     assert_replicated,
     assert_trees_close,
     leaves,
@@ -24,6 +25,13 @@ from ssl_jax.spmd import AXIS, make_spmd
 from ssl_jax.step import loss_and_gradients
 
 ONE = jax.devices()[:1]
+# For what takes seconds with each method: `make test` tries some, `make long` the others.
+SOME_METHODS = [
+    pytest.param(
+        name, marks=[pytest.mark.long] * (name in ("simclr_memory", "simsiam", "supervised"))
+    )
+    for name in METHODS
+]
 
 
 def with_moved_zeros(state):

@@ -238,7 +238,13 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("settings", OTHERS | RECIPES, ids=(OTHERS | RECIPES).get)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(pytest.param(settings, id=name) for settings, name in OTHERS.items()),
+        *(pytest.param(s, id=name, marks=pytest.mark.long) for s, name in RECIPES.items()),
+    ],
+)
 def test_image_files_and_arrays_are_prepared_alike(settings):
     """Commands prepare image files on the host; `ssl_jax.load(...).apply` and arrays don't."""
     size, sampler, interpolation, fraction, mean, std = settings

@@ -56,6 +56,7 @@ def test_resumed_distillation_keeps_all_keys_of_its_teacher():
     assert config.distill == started.distill
 
 
+@pytest.mark.long
 def test_student_learns_from_unlabeled_images_and_keeps_the_teacher_constant(
     teacher, unlabeled, tmp_path
 ):

@@ -23,6 +23,7 @@ from ssl_jax.evals.results import read_results, write_result
 from ssl_jax.interop.load import newest_step
 
 
+@pytest.mark.long
 def test_commands_on_features_print_and_keep_their_results(run, capsys, tmp_path):
     out = command(capsys, "knn", f"--from={run}", "--k=5", "--majority")
     step = newest_step(run)

@@ -32,8 +32,14 @@ def on_one_device(method):
     return gradients_on(method_config(method), random_source(), "shard_map", ONE)
 
 
-@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    [
+        pytest.param(method, mode, marks=[pytest.mark.long] * (mode == "pmap" and method != "moco"))
+        for method in METHODS
+        for mode in ("shard_map", "pmap")
+    ],
+)
 def test_gradients_agree_between_1_and_8_devices(method, mode):
     source = random_source()
     expected = on_one_device(method)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from test_step import ONE
+from test_step import ONE, SOME_METHODS
 from tiny import (
     METHODS,
     assert_replicated,
@@ -166,7 +166,7 @@ DROP = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SOME_METHODS)
 def test_training_on_digits_lowers_the_loss_below_its_plateau(method):
     series, config = losses_on_digits(method, 80)
     loss = [m["loss"] for m in series]

@@ -315,6 +315,7 @@ def test_indivisible_batch_is_rejected_before_compiling():
     assert logged == []
 
 
+@pytest.mark.long
 def test_plan_command_prints_json_and_compares(tmp_path, capsys, monkeypatch):
     config = tmp_path / "c.py"
     config.write_text(

@@ -398,7 +398,8 @@ def test_failed_write_leaves_no_waiting_thread(tmp_path, monkeypatch):
     assert not checkpoints._sealing.is_alive()
 
 
-@pytest.mark.parametrize("method", ["moco", pytest.param("swav", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["moco", "swav"])
 def test_resume_on_fewer_or_more_devices_matches_an_uninterrupted_run(method, tmp_path):
     """Two steps per number of devices, from checkpoint to checkpoint, with queues in use."""
     config, source = method_config(method), random_source(256)

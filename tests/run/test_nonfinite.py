@@ -113,6 +113,7 @@ def test_run_stops_before_saving_and_records_the_images(tmp_path, steps_shared):
         pretrain(config, tmp_path)
 
 
+@pytest.mark.long
 def test_limited_number_of_steps_is_skipped_with_warnings(tmp_path, capsys, steps_shared):
     config = diverging(log_every=1, max_nonfinite_steps=2)
     with pytest.raises(UserError, match="not finite at step"):
@@ -126,6 +127,7 @@ def test_limited_number_of_steps_is_skipped_with_warnings(tmp_path, capsys, step
     assert all(np.isfinite(value).all() for value in without_counts(state).values())
 
 
+@pytest.mark.long
 def test_first_nonfinite_step_is_reported_however_rarely_metrics_are_logged(tmp_path, steps_shared):
     at = set()
     for log_every in (1, 20):
@@ -138,6 +140,7 @@ def test_first_nonfinite_step_is_reported_however_rarely_metrics_are_logged(tmp_
     assert len(at) == 1
 
 
+@pytest.mark.long
 def test_limit_may_be_raised_when_the_run_resumes(tmp_path, steps_shared):
     config = diverging(log_every=1)
     with pytest.raises(UserError, match="Skip such steps with config.max_nonfinite_steps"):

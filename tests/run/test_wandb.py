@@ -26,6 +26,7 @@ def offline(tmp_path, monkeypatch):
     wandb.teardown()
 
 
+@pytest.mark.long
 def test_resumed_run_resumes_the_same_wandb_run(offline):
     offline.mkdir()
     for step in (1, 2):

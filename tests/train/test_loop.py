@@ -297,6 +297,7 @@ def four_steps(images):
     return config
 
 
+@pytest.mark.long
 def test_run_resumes_with_changed_settings_moved_data_and_renamed_source(
     finished, tmp_path, monkeypatch, capsys
 ):
@@ -486,6 +487,7 @@ def test_out_of_memory_in_the_step_suggests_options(tmp_path, monkeypatch, halve
     assert "`ssl-jax plan`" in message and "\n" not in message
 
 
+@pytest.mark.long
 def test_out_of_memory_in_an_evaluation_suggests_its_batch_size(tmp_path, monkeypatch):
     """By injection; the trained run is saved, and is evaluated again with the suggestion."""
     share_steps(monkeypatch)
@@ -509,6 +511,7 @@ def test_out_of_memory_in_an_evaluation_suggests_its_batch_size(tmp_path, monkey
     assert [record["step"] for record in measured] == [2]
 
 
+@pytest.mark.long
 def test_failed_final_evaluation_leaves_a_run_that_is_reported_and_evaluated_again(
     finished, tmp_path, monkeypatch, capsys
 ):
@@ -528,6 +531,7 @@ def test_failed_final_evaluation_leaves_a_run_that_is_reported_and_evaluated_aga
     assert (workdir / "evaluation.json").read_text() == (done / "evaluation.json").read_text()
 
 
+@pytest.mark.long
 def test_collapse_detector_remembers_the_spread_of_embeddings_after_a_resume(tmp_path):
     config = with_whole_images(tiny_config(batch_size=64, steps=4))
     config.checkpoint.every_epochs = 0.05
