@@ -183,6 +183,13 @@ def leaves(tree):
     }
 
 
+def norm_of(tree):
+    """The norm of all leaves together; by NumPy, which compiles nothing."""
+    return float(
+        sum(np.square(leaf, dtype=np.float64).sum() for leaf in leaves(tree).values()) ** 0.5
+    )
+
+
 def assert_trees_close(actual, expected, rtol=1e-4, atol=1e-6):
     """Compares leaf by leaf and names the one that differs."""
     actual, expected = leaves(actual), leaves(expected)

@@ -61,11 +61,13 @@ def test_full_queue_is_used_without_the_current_batch():
     z = losses.normalize(jnp.float32(rng.normal(size=(64, 4, 8))))
     queue = losses.normalize(jnp.float32(rng.normal(size=(2, 128, 8))))
     scores = z @ kernel
-    alone = losses.sinkhorn(scores[:, 1])
-    together = losses.sinkhorn(jnp.concatenate([scores[:, 1], queue[1] @ kernel]))[:64]
+    sinkhorn = jax.jit(losses.sinkhorn)
+    alone = sinkhorn(scores[:, 1])
+    together = sinkhorn(jnp.concatenate([scores[:, 1], queue[1] @ kernel]))[:64]
+    assign = jax.jit(method.assign)
     for queued, expected in [(0, alone), (127, alone), (128, together)]:
         state = {**method_state, "queue": queue, "queued": jnp.int32(queued)}
-        assigned = method.assign(scores, params["prototypes"], state)
+        assigned = assign(scores, params["prototypes"], state)
         np.testing.assert_allclose(assigned[:, 1], expected, rtol=1e-4)
     assert not np.allclose(alone, together, rtol=1e-2)
 
@@ -98,11 +100,12 @@ def test_prototypes_used_counts_distinct_prototypes():
     params, method_state = jax.jit(method.init)(jax.random.key(0), batch)
     rng = np.random.default_rng(0)
     z = losses.normalize(jnp.float32(rng.normal(size=(64, 4, 8))))
-    _, logs = method.loss(params, {"projection": z}, method_state, batch, jnp.int32(0))
+    loss_of = jax.jit(lambda z: method.loss(params, {"projection": z}, method_state, batch, 0))
+    _, logs = loss_of(z)
     assert 9 < float(logs["prototypes_used"]) <= 12.001
     assert method.trivial_loss == pytest.approx(np.log(12))
     same = jnp.broadcast_to(z[:1, :1], z.shape)
-    loss, logs = method.loss(params, {"projection": same}, method_state, batch, jnp.int32(0))
+    loss, logs = loss_of(same)
     assert float(logs["prototypes_used"]) == pytest.approx(1, abs=1e-4)
     # Constant outputs: balanced assignments against one prediction.
     assert float(loss) >= method.trivial_loss - 1e-3
