@@ -100,7 +100,8 @@ def test_prototypes_used_counts_distinct_prototypes():
     params, method_state = jax.jit(method.init)(jax.random.key(0), batch)
     rng = np.random.default_rng(0)
     z = losses.normalize(jnp.float32(rng.normal(size=(64, 4, 8))))
-    loss_of = jax.jit(lambda z: method.loss(params, {"projection": z}, method_state, batch, 0))
+    step = jnp.int32(0)
+    loss_of = jax.jit(lambda z: method.loss(params, {"projection": z}, method_state, batch, step))
     _, logs = loss_of(z)
     assert 9 < float(logs["prototypes_used"]) <= 12.001
     assert method.trivial_loss == pytest.approx(np.log(12))
