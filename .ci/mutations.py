@@ -210,8 +210,8 @@ MUTATIONS = [
     Mutation(
         "a run resumes with a different config",
         "ssl_jax/run/folder.py",
-        "        if changed:\n            hint",
-        "        if False:\n            hint",
+        "    if changed:\n        raise UserError(",
+        "    if False:\n        raise UserError(",
         "tests/run/test_run_folder.py tests/train/test_loop.py",
     ),
     Mutation(
