@@ -266,7 +266,7 @@ def make_optimizer(
     Args:
       config: `config.optim`; `momentum` is Adam's and AdamW's β1.
       labels: a label for each leaf of the params, or for a prefix of their tree; or a function
-        that gives them for params, such as `Method.param_groups`.
+        that gives them for params, such as `Method.param_groups`; `init` checks these.
       schedule: learning rate by step, see `learning_rate_schedule`.
       peak: learning rate of "constant_lr", see `peak_learning_rate`.
 

@@ -570,7 +570,6 @@ def test_quickstart_picture_can_be_drawn_from_a_run(here, monkeypatch):
 
 
 @LONG
-@LONG
 def test_stopped_run_is_resumed_by_the_example(here, monkeypatch, capsys):
     monkeypatch.setattr(processes.Stop, "asked", lambda self, step: step == 1)
     run(QUICKSTART.replace("quickstart", "stopped").split())

@@ -241,8 +241,8 @@ OTHERS = {
 @pytest.mark.parametrize(
     "settings",
     [
-        *(pytest.param(settings, id=name) for settings, name in OTHERS.items()),
-        *(pytest.param(s, id=name, marks=pytest.mark.long) for s, name in RECIPES.items()),
+        pytest.param(settings, id=name, marks=[pytest.mark.long] * (settings in RECIPES))
+        for settings, name in (OTHERS | RECIPES).items()
     ],
 )
 def test_image_files_and_arrays_are_prepared_alike(settings):

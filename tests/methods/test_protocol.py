@@ -1,4 +1,4 @@
-"""Every method through the one train step: devices agree, and the state stays one."""
+"""Every method through the one train step: its conventions, and devices agree."""
 
 import functools
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every method over several steps: golden numbers, bit-exact resume, the evaluated network."""
+"""Every method over several steps: golden numbers, equal states on all devices, exact resume."""
 
 import json
 import re

@@ -98,6 +98,7 @@ def test_torchvision_and_timm_load_exports_of_every_depth(tmp_path, depth):
         {"depth": 18, "stem": "cifar_no_relu", "width": 0.25},
         {"depth": 18, "padding": "same", "project_first": True},
         {"depth": 50, "padding": "simclr", "width": 0.25},
+        {"depth": 200, "width": 0.25, "padding": "same"},
     ],
     ids=str,
 )
@@ -105,14 +106,6 @@ def test_torchvision_and_timm_load_exports_of_every_depth(tmp_path, depth):
 def test_torch_encoder_loads_other_widths_stems_and_paddings(tmp_path, monkeypatch, model, size):
     if size == 65 and model.get("padding", "symmetric") == "symmetric":
         size = 33
-    assert_torch_encoder_loads(tmp_path, monkeypatch, size, model)
-
-
-def test_torch_encoder_loads_a_depth_that_torchvision_lacks(tmp_path, monkeypatch):
-    assert_torch_encoder_loads(tmp_path, monkeypatch, 33, {"depth": 200, "width": 0.125})
-
-
-def assert_torch_encoder_loads(tmp_path, monkeypatch, size, model):
     source = random_file(tmp_path, size, **model)
     export.export_torch(source, tmp_path / "encoder.safetensors")
     expected = ssl_jax.load(source).apply(pixels(size))

@@ -20,6 +20,7 @@ from ssl_jax.spmd import make_spmd
 from ssl_jax.train import pretrain
 
 pytest.importorskip("tensorflow")
+pytestmark = pytest.mark.long
 
 SOURCE = """
 import numpy as np
@@ -80,7 +81,6 @@ def finished(here):
     return here / "run"
 
 
-@pytest.mark.long
 def test_run_by_name_is_evaluated_and_reported(finished, here, capsys):
     pictures = np.load(finished / "report_images.npz")
     assert len(pictures["neighbors"]) == len(pictures["neighbors_query"]) > 0
@@ -96,7 +96,6 @@ def test_run_by_name_is_evaluated_and_reported(finished, here, capsys):
     assert ssl_jax.load(finished).apply(np.zeros((2, 8, 8, 3), np.uint8)).shape[0] == 2
 
 
-@pytest.mark.long
 def test_given_in_python_it_trains_the_same_and_resumes_bit_exact(
     finished, noise, tmp_path, monkeypatch, capsys
 ):
@@ -125,7 +124,6 @@ def test_given_in_python_it_trains_the_same_and_resumes_bit_exact(
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.long
 def test_step_agrees_between_1_and_8_devices(noise):
     config = with_whole_images(tiny_config(batch_size=32))
     config.optim.warmup_epochs = 0.0
