@@ -3,14 +3,14 @@
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from ssl_jax.config import close_path
 from ssl_jax.errors import UserError
-from ssl_jax.files import local_path, open_regular, reading
+from ssl_jax.files import local_path, open_regular, reading, reason
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _SHOWN = 5  # suffixes of skipped files
@@ -28,13 +28,14 @@ def list_images(folder: str, key: str) -> tuple[list[str], list[int] | None, tup
       File paths, sorted by class and path; their labels, None for a flat folder; class names.
 
     Raises:
-      UserError: the folder is missing, it or a subfolder has no images or can't be read, or it has
-        both images and class folders.
+      UserError: the folder is missing, it or a subfolder has no images or can't be read, it has
+        both images and class folders, or a symbolic link has no target or leads in a circle.
     """
     root = _require_folder(folder, key)
     with reading(root, f"Make it readable, or set {key} to a folder that has only images in it"):
         flat, folders = _scan(root)
-        by_class = {name: _walk(root / name) for name in folders}
+        above = {_identity(root): root}
+        by_class = {name: _walk(root / name, above) for name in folders}
     if not flat and not any(by_class.values()):
         raise UserError(
             f"{key} is {folder}, which contains no images. Add .jpg, .jpeg or .png files."
@@ -145,7 +146,7 @@ def require_list(path: str, key: str) -> Path:
 def _scan(folder: Path) -> tuple[list[str], list[str]]:
     """Sorted names of the images and folders directly in a folder, without hidden ones."""
     with os.scandir(folder) as entries:
-        seen = [(entry.name, entry.is_dir()) for entry in entries if entry.name[0] != "."]
+        seen = [(entry.name, _is_folder(entry)) for entry in entries if entry.name[0] != "."]
     files = sorted(name for name, is_dir in seen if not is_dir)
     images = [name for name in files if name.lower().endswith(_SUFFIXES)]
     if len(images) < len(files):
@@ -157,11 +158,41 @@ def _scan(folder: Path) -> tuple[list[str], list[str]]:
     return images, sorted(name for name, is_dir in seen if is_dir)
 
 
-def _walk(folder: Path) -> list[str]:
-    """Sorted paths of the images in a folder and its subfolders."""
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a symbolic link to one."""
+    if entry.is_symlink():
+        try:
+            entry.stat()  # the entry keeps the result
+        except OSError as error:
+            raise UserError(
+                f"{entry.path} is a symbolic link to {os.readlink(entry.path)}, which can't be "
+                f"reached ({reason(error)}). Restore the target, or remove the link."
+            ) from error
+    return entry.is_dir()
+
+
+def _walk(folder: Path, above: Mapping[tuple[int, int], Path]) -> list[str]:
+    """Sorted paths of the images in a folder and its subfolders.
+
+    Args:
+      folder: to search.
+      above: the folders that lead to it, by `_identity`.
+    """
+    identity = _identity(folder)
+    if identity in above:
+        raise UserError(
+            f"{folder} is a symbolic link back to {above[identity]}, which contains it. "
+            "Remove the link."
+        )
     images, folders = _scan(folder)
-    below = [file for name in folders for file in _walk(folder / name)]
+    above = {**above, identity: folder}
+    below = [file for name in folders for file in _walk(folder / name, above)]
     return sorted([str(folder / name) for name in images] + below)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    found = folder.stat()
+    return found.st_dev, found.st_ino
 
 
 def some(names: Sequence[str]) -> str:
