@@ -101,7 +101,7 @@ class CustomSource(HostSource):
             raise UserError(
                 f"{self._where}: read(ids) returned dtype {array.dtype} and shape "
                 f"{list(array.shape)} for image {id}. Return uint8 arrays [height, width, 3], or "
-                "the bytes of JPEG or PNG files."
+                "the bytes of image files."
             )
         return np.array(array.shape[:2], "<i4").tobytes() + array.tobytes()
 

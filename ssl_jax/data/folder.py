@@ -76,7 +76,7 @@ class FilesSource(HostSource):
 
 
 class FolderSource(FilesSource):
-    """The JPEG and PNG files of a folder: one subfolder per class, or flat without labels.
+    """The image files of a folder: one subfolder per class, or flat without labels.
 
     Ids follow the sorted class names and, within a class, the sorted file paths.
     """

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import io
 import itertools
 import logging
 import os
@@ -20,13 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-import PIL.Image
 from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 
 from ssl_jax.config import flat_views
 from ssl_jax.data import views
-from ssl_jax.data.listing import utf8
+from ssl_jax.data.decode import image_size
+from ssl_jax.data.listing import IMAGES_IN_WORDS, utf8
 from ssl_jax.data.reader import in_parallel, read_all
 from ssl_jax.data.tensorflow import load_tensorflow, tf
 from ssl_jax.errors import UserError
@@ -187,16 +186,9 @@ class HostSource:
         Raises:
           UserError: a file can't be read, or `config.data.timeout_s` has passed.
         """
-        found = read_all(map(self._size, ids), self._timeout_s)
+        found = read_all((image_size(self.read(id)) for id in ids), self._timeout_s)
         sizes = [size for size in found if size is not None]
         return np.array(sizes, np.int32).reshape(-1, 2)
-
-    def _size(self, id: int) -> tuple[int, int] | None:
-        """An image's height and width; None if it can't be decoded."""
-        with contextlib.suppress(OSError, ValueError, PIL.Image.DecompressionBombError):
-            with PIL.Image.open(io.BytesIO(self.read(id)), formats=("JPEG", "PNG")) as image:
-                return image.height, image.width
-        return None
 
     def boxes(
         self, step: int, ids: Sequence[int] | np.ndarray
@@ -290,7 +282,7 @@ class HostSource:
             if len(bad) and self._config.data.on_bad_image == "fatal":
                 more = f" (and {len(bad) - 1} more in the same step)" if len(bad) > 1 else ""
                 raise UserError(
-                    f"Cannot decode {self.name(bad[0])}{more} as a JPEG or PNG image. "
+                    f"Cannot decode {self.name(bad[0])}{more} as an image ({IMAGES_IN_WORDS}). "
                     "Repair it, or add --config.data.on_bad_image=skip, then rerun the command."
                 )
             for id in bad:
@@ -303,7 +295,8 @@ class HostSource:
         while self._is_undecodable(good):
             if good == id:
                 raise UserError(
-                    f"Cannot decode any image of {self._where}. Set it to JPEG or PNG files."
+                    f"Cannot decode any image of {self._where}. Set it to images "
+                    f"({IMAGES_IN_WORDS})."
                 )
             run.append(good)
             good = (good + 1) % self.num_examples
@@ -314,9 +307,10 @@ class HostSource:
             self._source_id[bad] = good
 
     def _is_undecodable(self, id: int) -> bool:
+        contents = self.read(self._source_id[id])
         try:
-            self.decode(self.read(self._source_id[id]))
-        except tf.errors.InvalidArgumentError:
+            self.decode(contents)
+        except (tf.errors.InvalidArgumentError, ValueError):
             return True
         return False
 

@@ -12,7 +12,9 @@ from ssl_jax.config import close_path
 from ssl_jax.errors import UserError
 from ssl_jax.files import local_path, open_regular, reading, reason
 
-_SUFFIXES = (".jpg", ".jpeg", ".png")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif")
+_SUFFIXES_IN_WORDS = ", ".join(_SUFFIXES[:-1]) + f" or {_SUFFIXES[-1]}"
+IMAGES_IN_WORDS = "JPEG, PNG, TIFF, WebP, BMP or GIF, of at most 16 bits"
 _SHOWN = 5  # suffixes of skipped files
 _log = logging.getLogger("ssl_jax.data")
 
@@ -38,7 +40,7 @@ def list_images(folder: str, key: str) -> tuple[list[str], list[int] | None, tup
         by_class = {name: _walk(root / name, above) for name in folders}
     if not flat and not any(by_class.values()):
         raise UserError(
-            f"{key} is {folder}, which contains no images. Add .jpg, .jpeg or .png files."
+            f"{key} is {folder}, which contains no images. Add {_SUFFIXES_IN_WORDS} files."
         )
     if flat and not any(by_class.values()):
         return [str(root / name) for name in flat], None, ()
@@ -50,7 +52,7 @@ def list_images(folder: str, key: str) -> tuple[list[str], list[int] | None, tup
     empty = [name for name, files in by_class.items() if not files]
     if empty:
         raise UserError(
-            f"{key} is {folder}, where {some(empty)} contains no .jpg, .jpeg or .png images. "
+            f"{key} is {folder}, where {some(empty)} contains no images ({_SUFFIXES_IN_WORDS}). "
             "Remove folders that are not classes."
         )
     files = [file for name in folders for file in by_class[name]]
@@ -153,8 +155,8 @@ def _scan(folder: Path) -> tuple[list[str], list[str]]:
         others = [name for name in files if not name.lower().endswith(_SUFFIXES)]
         suffixes = sorted({Path(name).suffix.lower() or "no suffix" for name in others})
         found = ", ".join(suffixes[:_SHOWN] + ["…"] * (len(suffixes) > _SHOWN))
-        message = "%s: skipped %s (%s), not .jpg, .jpeg or .png."
-        _log.warning(message, folder, some(others), found)
+        message = "%s: skipped %s (%s), not %s."
+        _log.warning(message, folder, some(others), found, _SUFFIXES_IN_WORDS)
     return images, sorted(name for name, is_dir in seen if is_dir)
 
 

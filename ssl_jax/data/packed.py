@@ -1,15 +1,14 @@
 """Small images packed into one file of pixels, held on the devices; needs no TensorFlow."""
 
-import io
 import sys
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
 from ssl_jax.data.arrays import ArraySource
-from ssl_jax.data.listing import list_images, read_image, require_packed
+from ssl_jax.data.decode import decode
+from ssl_jax.data.listing import IMAGES_IN_WORDS, list_images, read_image, require_packed
 from ssl_jax.errors import UserError
 from ssl_jax.files import local_path, open_regular, reading, writing_output
 
@@ -90,27 +89,8 @@ def _decode(file: str) -> np.ndarray:
     with reading(file):
         contents = read_image(file)
     try:
-        with Image.open(io.BytesIO(contents), formats=("JPEG", "PNG")) as image:
-            return _rgb(image)
-    except Exception as error:  # Pillow's decoders raise many types
+        return decode(contents)
+    except ValueError as error:
         raise UserError(
-            f"Cannot decode {file} as a JPEG or PNG image. Remove or replace it."
+            f"Cannot decode {file} as an image ({IMAGES_IN_WORDS}). Remove or replace it."
         ) from error
-
-
-def _rgb(image: Image.Image) -> np.ndarray:
-    """Converts to uint8 [height, width, 3] as `views.decode`.
-
-    Pillow's own conversion clips 16-bit grayscale at 255, and rounds where TensorFlow truncates.
-    """
-    if image.mode.startswith("I"):  # 16-bit grayscale: its upper 8 bits
-        gray = (np.asarray(image).astype(np.int32) >> 8).astype(np.uint8)
-        return np.repeat(gray[..., None], 3, axis=-1)
-    if image.mode == "CMYK":
-        # Pillow inverts all values, which only files with Adobe's marker store inverted.
-        ink = np.asarray(image).astype(np.int32)
-        light = 255 - ink if "adobe" in image.info else ink
-        return (light[..., :3] * light[..., 3:] // 255).astype(np.uint8)
-    image.load()
-    image.info.pop("transparency", None)  # dropped, like an alpha channel; Pillow would warn
-    return np.asarray(image.convert("RGB"))

@@ -247,7 +247,7 @@ def _default_shards(files: Sequence[str]) -> int:
 
 
 def _write_shard(path: str, files: Sequence[str]) -> None:
-    # One record per group, to read single images; JPEG and PNG files don't compress further.
+    # One record per group, to read single images; image files hardly compress further.
     writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")
     for file in files:
         with reading(file, "Remove or replace it"):

@@ -31,7 +31,7 @@ class Images(Protocol):
 
         Returns:
           An image per id, in the same order, each decoded or each encoded: uint8 arrays [H, W, 3],
-          of any size, or one array [n, H, W, 3]; or the bytes of JPEG or PNG files.
+          of any size, or one array [n, H, W, 3]; or the bytes of image files.
         """
         ...
 

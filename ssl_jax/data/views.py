@@ -18,6 +18,7 @@ import PIL.Image
 from jaxtyping import Float, Int, UInt8
 from ml_collections import ConfigDict
 
+from ssl_jax.data.decode import decode as decode_file
 from ssl_jax.data.device_crop import (
     TF_ATTEMPTS,
     TF_MIN_COVERED,
@@ -38,25 +39,35 @@ Scalar: TypeAlias = 'Int[tf.Tensor, ""]'
 
 
 def decode(contents: tf.Tensor) -> Image:
-    """Decodes an image file to RGB.
+    """Decodes an image file to RGB: JPEG and PNG by TensorFlow, other formats by Pillow.
 
     Grayscale becomes three equal channels; palettes and CMYK are converted; alpha is dropped, as by
     PIL's `convert("RGB")`; 16-bit values keep their upper 8 bits. The EXIF orientation is ignored,
-    as in the official codebases.
+    as in the official codebases. See `ssl_jax.data.decode` for the other formats.
 
     Args:
-      contents: bytes of a JPEG or PNG file, a scalar string.
+      contents: bytes of a file, a scalar string.
 
     Returns:
       uint8 [height, width, 3].
 
     Raises:
-      tf.errors.InvalidArgumentError: not a complete image, even if only the last byte is missing.
+      tf.errors.InvalidArgumentError: not a complete image; in JPEG and PNG, even if only the last
+        byte is missing. For other formats, outside of a graph, a ValueError instead.
     """
-    # The op reads PNG too. This is PIL's DCT; the default depends on the machine.
-    image = tf.io.decode_jpeg(contents, channels=3, dct_method="INTEGER_ACCURATE")
-    # It also reads other formats, such as WebP, with one more dimension.
+    first = tf.strings.substr(contents, 0, 2)
+    image = tf.cond(
+        tf.reduce_any(tf.equal(first, [b"\xff\xd8", b"\x89P"])),
+        # The op reads PNG too. This is PIL's DCT; the default depends on the machine.
+        lambda: tf.io.decode_jpeg(contents, channels=3, dct_method="INTEGER_ACCURATE"),
+        lambda: tf.numpy_function(_by_file_type, [contents], tf.uint8, stateful=False),
+    )
     return tf.ensure_shape(image, [None, None, 3])
+
+
+def _by_file_type(contents: bytes | np.ndarray) -> np.ndarray:
+    # Outside of a graph, TensorFlow wraps the bytes in an array.
+    return decode_file(contents if isinstance(contents, bytes) else contents.item())
 
 
 def image_seed(seed: int, step: Scalar, id: Scalar) -> Seed:

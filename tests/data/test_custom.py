@@ -197,7 +197,7 @@ def encoded(image):
 def test_files_that_cannot_be_decoded_are_skipped_or_named():
     files = [encoded(image) for image in noise()]
     files[1] = files[1][:40]
-    with pytest.raises(UserError, match="Cannot decode image 1 of train as a JPEG or PNG"):
+    with pytest.raises(UserError, match="Cannot decode image 1 of train as an image .JPEG, PNG"):
         source_of(files).eval_transform([1])
     c = config_of("", on_bad_image="skip")
     source = CustomSource(c, Listed(files, labels=range(5)), "train")

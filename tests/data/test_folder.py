@@ -82,12 +82,13 @@ def test_a_flat_folder_has_no_labels(tmp_path):
 
 def test_files_of_other_types_are_skipped_with_a_warning(tmp_path, caplog):
     fill(tmp_path, per_class=1)
-    (tmp_path / "cat" / "a.webp").write_bytes(b"")
+    (tmp_path / "cat" / "a.heic").write_bytes(b"")
     (tmp_path / "cat" / "b.txt").write_text("")
     with caplog.at_level(logging.WARNING, "ssl_jax.data"):
         source_of(tmp_path)
     assert caplog.messages == [
-        f"{tmp_path / 'cat'}: skipped a.webp and 1 more (.txt, .webp), not .jpg, .jpeg or .png."
+        f"{tmp_path / 'cat'}: skipped a.heic and 1 more (.heic, .txt), not "
+        ".jpg, .jpeg, .png, .tif, .tiff, .webp, .bmp or .gif."
     ]
 
 
@@ -122,7 +123,7 @@ def a_file(root):
             images_and_class_folders,
             "config.data.dir is {}, which contains both images (stray.png) and",
         ),
-        (empty_class, "config.data.dir is {}, where ant contains no .jpg, .jpeg or .png images"),
+        (empty_class, "config.data.dir is {}, where ant contains no images (.jpg, .jpeg, "),
     ],
 )
 def test_bad_folders_raise_single_line_user_errors(tmp_path, make, message):
@@ -370,7 +371,7 @@ def test_undecodable_image_is_fatal_and_named(tmp_path, how):
     assert next(batches)["id"].tolist() == [0, 4]
     with pytest.raises(UserError, match="Cannot decode .*dog/1.png .* --config.data.on_bad_image="):
         next(batches)
-    with pytest.raises(UserError, match="Cannot decode .*dog/1.png as a JPEG or PNG"):
+    with pytest.raises(UserError, match="Cannot decode .*dog/1.png as an image .JPEG, PNG"):
         source.eval_transform([4, 5])
     assert source.bad == []
 
@@ -420,6 +421,30 @@ def test_class_and_file_names_that_are_not_utf_8_are_escaped(tmp_path):
     assert source.class_names == ("caf\\udce9",)
     assert source.names([0, 1]) == ["caf\\udce9/0.png", "caf\\udce9/\\udcff.png"]
     assert source.eval_transform([0, 1]).shape[0] == 2
+
+
+def test_other_formats_are_read_and_replaced_as_jpeg_and_png(tmp_path):
+    from ssl_jax.data import views
+
+    for i, name in enumerate(("a.tif", "b.webp", "c.BMP", "d.gif", "e.png", "f.tiff")):
+        picture(i, COLORS["cat"], (33, 30 + i)).save(tmp_path / name)
+    os.truncate(tmp_path / "a.tif", 1500)
+    (tmp_path / "f.tiff").write_text("not an image\n")
+    source = source_of(tmp_path, on_bad_image="skip")
+    batches = read(source, [(4, [1, 2, 3]), (5, [0, 4, 5])])
+    assert source.bad == [str(tmp_path / name) for name in ("a.tif", "f.tiff")]
+    assert source.image_sizes([1, 2, 5]).tolist() == [[31, 33], [32, 33]]
+    c, used = config_of(tmp_path), ("b.webp", "c.BMP", "d.gif", "b.webp", "e.png", "b.webp")
+    for number, (id, name) in enumerate(zip((1, 2, 3, 0, 4, 5), used, strict=True)):
+        pixels = np.asarray(Image.open(tmp_path / name).convert("RGB"))
+        seed = views.image_seed(c.seed, 4 + number // 3, id)
+        made = views.make_views(pixels, seed, config.flat_views(c))
+        for got, expected in zip(batches[number // 3]["views"], made, strict=True):
+            np.testing.assert_array_equal(got[number % 3], expected)
+    (again,) = read(source_of(tmp_path, on_bad_image="skip"), [(5, [0, 4, 5])])
+    np.testing.assert_array_equal(again["views"][0], batches[1]["views"][0])
+    with pytest.raises(UserError, match="Cannot decode .*f.tiff as an image .JPEG, PNG, TIFF"):
+        source_of(tmp_path).eval_transform([5])
 
 
 def test_replacements_are_independent_of_earlier_reads(tmp_path):
@@ -555,13 +580,14 @@ def test_imports_and_array_sources_load_no_tensorflow_and_set_no_variables():
 def test_tensorflow_logs_nothing_and_uses_no_gpu(tmp_path):
     fill(tmp_path)
     spoil(tmp_path / "cat" / "0.png", "truncated")
+    spoil(tmp_path / "cat" / "2.png", "text")
     code = (
         "import jax\n"  # imported first in a run; sets TensorFlow's log level
         "from ssl_jax.config import default_config\n"
         "from ssl_jax.data.sources import make_sources\n"
         "c = default_config()\n"
         f"c.data.update(name='folder', dir={str(tmp_path)!r}, on_bad_image='skip')\n"
-        "make_sources(c)[0].eval_transform([0, 1])\n"
+        "make_sources(c)[0].eval_transform([0, 1, 2])\n"
         "import tensorflow as tf\n"
         "assert tf.config.get_visible_devices('GPU') == []\n"
     )
@@ -569,7 +595,8 @@ def test_tensorflow_logs_nothing_and_uses_no_gpu(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
-        f"Cannot decode {tmp_path}/cat/0.png; using {tmp_path}/cat/1.png instead."
+        f"Cannot decode {tmp_path}/cat/0.png; using {tmp_path}/cat/1.png instead.",
+        f"Cannot decode {tmp_path}/cat/2.png; using {tmp_path}/cat/3.png instead.",
     ]
 
 

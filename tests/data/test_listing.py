@@ -29,7 +29,12 @@ LINKED = {
             id="unicode, spaces and line breaks",
         ),
         pytest.param(
-            {"cat/b/0.png": None, "cat/a/deep/1.png": None, "cat/z.png": None, "dog/cat/0.png": None},
+            {
+                "cat/b/0.png": None,
+                "cat/a/deep/1.png": None,
+                "cat/z.png": None,
+                "dog/cat/0.png": None,
+            },
             {"cat": ["cat/a/deep/1.png", "cat/b/0.png", "cat/z.png"], "dog": ["dog/cat/0.png"]},
             id="nested folders are of the first level's class",
         ),

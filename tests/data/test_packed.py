@@ -9,7 +9,7 @@ from PIL import Image
 from tiny import tiny_config
 
 from ssl_jax.cli.main import main
-from ssl_jax.data import packed
+from ssl_jax.data.decode import decode
 from ssl_jax.data.packed import pack
 from ssl_jax.data.sources import make_sources
 from ssl_jax.errors import UserError
@@ -171,12 +171,11 @@ def jpeg_files():
     yield "RGB_kept.jpg", file.getvalue()
 
 
-def test_pack_and_folder_decode_all_modes_of_png_and_jpeg_to_the_same_pixels(tmp_path):
+def test_pack_and_folder_decode_all_modes_of_png_and_jpeg_to_the_same_pixels():
     views = pytest.importorskip("ssl_jax.data.views")
     differing = {}
     for name, content in (*png_files(), *jpeg_files()):
-        (tmp_path / name).write_bytes(content)
-        expected, found = views.decode(content).numpy(), packed._decode(str(tmp_path / name))
+        expected, found = views.decode(content).numpy(), decode(content)
         if not np.array_equal(found, expected):
             differing[name] = np.abs(found.astype(int) - expected).max()
     assert not differing
@@ -189,3 +188,18 @@ def test_16_bit_grayscale_keeps_its_upper_8_bits(tmp_path):
     pack(tmp_path / "in", tmp_path / "out.npz")
     with np.load(tmp_path / "out.npz") as arrays:
         assert arrays["images"][0, 0, :5, 0].tolist() == [0, 7, 15, 23, 31]
+
+
+def test_other_formats_are_packed_as_pillow_reads_them(tmp_path):
+    (tmp_path / "in").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 3), np.uint8)
+    for image, suffix in zip(pixels, ("bmp", "gif", "png", "TIFF", "webp"), strict=True):
+        Image.fromarray(image).save(tmp_path / "in" / f"a.{suffix}")
+    assert pack(tmp_path / "in", tmp_path / "out.npz") == 5
+    files = sorted((tmp_path / "in").iterdir())
+    expected = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    with np.load(tmp_path / "out.npz") as arrays:
+        np.testing.assert_array_equal(arrays["images"], expected)
+    (tmp_path / "in" / "a.gif").write_bytes((tmp_path / "in" / "a.gif").read_bytes()[:60])
+    with pytest.raises(UserError, match="Cannot decode .*a.gif as an image .JPEG, PNG, TIFF, WebP"):
+        pack(tmp_path / "in", tmp_path / "out.npz")

@@ -147,7 +147,7 @@ def mutated(data, rng):
     return bytes(data)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF"])
 def test_corrupt_images_never_crash_the_process(tmp_path, kind):
     pytest.importorskip("tensorflow")
     from ssl_jax.data.sources import make_sources
