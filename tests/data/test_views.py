@@ -77,6 +77,13 @@ FILES = {
         encoded(Image.fromarray(np.asarray(GRAY).astype(np.uint16) * 256 + 200), "PNG"),
         np.repeat(np.asarray(GRAY)[..., None], 3, axis=-1),
     ),
+    "rgb.webp": (encoded(RGB, "WEBP"), None),
+    "rgb.bmp": (encoded(RGB, "BMP"), np.asarray(RGB)),
+    "rgb.tif": (encoded(RGB, "TIFF"), np.asarray(RGB)),
+    "animation.gif": (
+        encoded(RGB, "GIF", save_all=True, append_images=[Image.new("RGB", (61, 45))]),
+        None,
+    ),
 }
 
 
@@ -106,15 +113,14 @@ UNDECODABLE = {
     "JPEG without its last byte": encoded(RGB)[:-1],
     "half a progressive JPEG": encoded(RGB, progressive=True)[:1000],
     "PNG without its last chunk": encoded(RGB, "PNG")[:-12],
-    "WebP": encoded(RGB, "WEBP"),
-    "BMP": encoded(RGB, "BMP"),
-    "animation": encoded(RGB, "GIF", save_all=True, append_images=[Image.new("RGB", (61, 45))]),
+    "half a WebP": encoded(RGB, "WEBP")[:1000],
+    "half a BMP": encoded(RGB, "BMP")[:1000],
 }
 
 
 @pytest.mark.parametrize("what", UNDECODABLE)
-def test_incomplete_or_other_files_raise_invalid_argument_error(what):
-    with pytest.raises(tf.errors.InvalidArgumentError):
+def test_incomplete_files_raise_the_errors_of_undecodable_images(what):
+    with pytest.raises((tf.errors.InvalidArgumentError, ValueError)):
         views.decode(UNDECODABLE[what])
 
 
