@@ -55,19 +55,22 @@ def decode(contents: tf.Tensor) -> Image:
       tf.errors.InvalidArgumentError: not a complete image; in JPEG and PNG, even if only the last
         byte is missing. For other formats, outside of a graph, a ValueError instead.
     """
+    contents = tf.convert_to_tensor(contents)
     first = tf.strings.substr(contents, 0, 2)
     image = tf.cond(
         tf.reduce_any(tf.equal(first, [b"\xff\xd8", b"\x89P"])),
         # The op reads PNG too. This is PIL's DCT; the default depends on the machine.
         lambda: tf.io.decode_jpeg(contents, channels=3, dct_method="INTEGER_ACCURATE"),
-        lambda: tf.numpy_function(_by_file_type, [contents], tf.uint8, stateful=False),
+        lambda: _decode_by_pillow(contents),
     )
     return tf.ensure_shape(image, [None, None, 3])
 
 
-def _by_file_type(contents: bytes | np.ndarray) -> np.ndarray:
-    # Outside of a graph, TensorFlow wraps the bytes in an array.
-    return decode_file(contents if isinstance(contents, bytes) else contents.item())
+def _decode_by_pillow(contents: tf.Tensor) -> tf.Tensor:
+    if tf.executing_eagerly():
+        # TensorFlow 2.21 would pass an array of the bytes, which has no zeros at its end.
+        return tf.constant(decode_file(contents.numpy()))
+    return tf.numpy_function(decode_file, [contents], tf.uint8, stateful=False)
 
 
 def image_seed(seed: int, step: Scalar, id: Scalar) -> Seed:

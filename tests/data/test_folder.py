@@ -436,7 +436,8 @@ def test_other_formats_are_read_and_replaced_as_jpeg_and_png(tmp_path):
     assert source.image_sizes([1, 2, 5]).tolist() == [[31, 33], [32, 33]]
     c, used = config_of(tmp_path), ("b.webp", "c.BMP", "d.gif", "b.webp", "e.png", "b.webp")
     for number, (id, name) in enumerate(zip((1, 2, 3, 0, 4, 5), used, strict=True)):
-        pixels = np.asarray(Image.open(tmp_path / name).convert("RGB"))
+        with Image.open(tmp_path / name) as image:
+            pixels = np.asarray(image.convert("RGB"))
         seed = views.image_seed(c.seed, 4 + number // 3, id)
         made = views.make_views(pixels, seed, config.flat_views(c))
         for got, expected in zip(batches[number // 3]["views"], made, strict=True):

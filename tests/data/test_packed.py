@@ -196,8 +196,10 @@ def test_other_formats_are_packed_as_pillow_reads_them(tmp_path):
     for image, suffix in zip(pixels, ("bmp", "gif", "png", "TIFF", "webp"), strict=True):
         Image.fromarray(image).save(tmp_path / "in" / f"a.{suffix}")
     assert pack(tmp_path / "in", tmp_path / "out.npz") == 5
-    files = sorted((tmp_path / "in").iterdir())
-    expected = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    expected = []
+    for file in sorted((tmp_path / "in").iterdir()):
+        with Image.open(file) as image:  # animated formats leave the file open
+            expected.append(np.asarray(image.convert("RGB")))
     with np.load(tmp_path / "out.npz") as arrays:
         np.testing.assert_array_equal(arrays["images"], expected)
     (tmp_path / "in" / "a.gif").write_bytes((tmp_path / "in" / "a.gif").read_bytes()[:60])
