@@ -52,6 +52,9 @@ ELSEWHERE = {
     "python run_pretrain.py --config=configs/simclr_digits.py --workdir=runs/lr_": (
         "like runs/a of the README; test_configs_in_commands_load_with_their_overrides"
     ),
+    "python run_pretrain.py --config=configs/simclr_digits.py --workdir=runs/a --extend": (
+        "commands here train two steps; tests/train/test_extension.py"
+    ),
     "ssl-jax report runs/lr_": "like the comparison in docs/quickstart.md",
     "[###  ": "the output of a run",
     "pip install ": "installs from an index; CI does so by make",

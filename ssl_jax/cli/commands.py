@@ -125,6 +125,12 @@ def add_pretrain(parser: Parser) -> None:
     """Adds the arguments of `pretrain`, which are also those of `run_pretrain.py`."""
     _add_config(parser)
     _add_path(parser, "--workdir", "folder of the run", required=True)
+    parser.add_argument(
+        "--extend",
+        action="store_true",
+        help="train the run in the folder, finished or not, to a larger --config.epochs or "
+        "--config.steps",
+    )
     parser.set_defaults(module="pretrain", prepare=_prepare_with_data)
 
 

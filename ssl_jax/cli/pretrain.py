@@ -15,5 +15,6 @@ def run(args: argparse.Namespace) -> None:
             args.experiment,
             args.workdir,
             args.command_line,
+            extend=args.extend,
             verbosity="quiet" if args.quiet else "all",
         )

@@ -1,6 +1,7 @@
 """Results of evaluations in a run's folder: `evaluation.json`, and `evals/NAME.json` by command."""
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from ssl_jax.files import read_regular, replacing, require_writable, subfolder, 
 EVALUATION = "evaluation.json"
 LAST_FILE = "report_images.npz"  # the last file that the end of a run writes
 _FOLDER = "evals"
+_EARLIER = "earlier"  # results of a run that has been extended since
 _MAX_IMAGES = 2**31  # from here on, intervals would overflow
 # The fix of results of commands, where the evaluated run may only be read.
 ELSEWHERE = "or keep the results in another folder with --results=DIR"
@@ -55,6 +57,30 @@ def has_results(workdir: Path) -> bool:
     # The images of the end alone don't count: without labels there are no accuracies.
     files = (EVALUATION, f"{_FOLDER}/classifier.json")
     return any((workdir / name).exists() for name in files)
+
+
+def set_aside_results(workdir: Path, step: int) -> bool:
+    """Moves the results of a run's end to the folder `earlier/STEP`, as the run is extended.
+
+    Args:
+      workdir: of the run.
+      step: at which it had ended.
+
+    Returns:
+      Whether there were any.
+
+    Raises:
+      UserError: they can't be moved.
+    """
+    if not has_results(workdir) and not (workdir / LAST_FILE).exists():
+        return False
+    with writing(workdir):
+        folder = subfolder(subfolder(workdir, _EARLIER), str(step))
+        # The last file first: without it, the end of the run is evaluated again.
+        for name in (LAST_FILE, EVALUATION, "report.html", _FOLDER):
+            if (workdir / name).exists():
+                os.replace(workdir / name, folder / name)
+    return True
 
 
 def end_settings(config: ConfigDict, held_out: str, **changes: Any) -> str:

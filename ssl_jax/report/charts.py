@@ -115,6 +115,7 @@ class Chart:
       series: lines and marks.
       band: points of the area between a curve's extremes.
       strips: that respond to the pointer.
+      rules: vertical lines, from the left, with their titles.
     """
 
     frame: Frame
@@ -126,6 +127,7 @@ class Chart:
     series: Sequence[Series]
     band: str = ""
     strips: Sequence[Strip] = field(default=())
+    rules: Sequence[tuple[float, str]] = field(default=())
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -191,9 +193,15 @@ def _value_ticks(low: float, high: float, *, from_zero: bool, is_percent: bool) 
 
 
 def line_chart(
-    curve: Curve, y_label: str, last: int, *, from_zero: bool = False, is_percent: bool = False
+    curve: Curve,
+    y_label: str,
+    last: int,
+    *,
+    from_zero: bool = False,
+    is_percent: bool = False,
+    rules: Sequence[tuple[int, str]] = (),
 ) -> Chart:
-    """Draws a curve over the steps 0 to `last`."""
+    """Draws a curve over the steps 0 to `last`, with vertical lines at some steps."""
     steps, values = curve
     groups = _thinned(curve)
     x = np.array([steps[group].mean() for group in groups])
@@ -222,6 +230,7 @@ def line_chart(
         [Series(line=frame.path(x, mean), marks=_dots(frame, x, mean))],
         band if len(groups) < len(steps) else "",
         _strips(frame, x, titles, mean),
+        [(frame.x(step), title) for step, title in rules],
     )
 
 

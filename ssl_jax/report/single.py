@@ -67,7 +67,7 @@ def write_report(workdir: Path) -> Path:
         evaluation=evaluation_section(evaluation) if evaluation else _reason(images, no_evaluation),
         results=results_section(workdir),
         collapse=collapse_section(metrics, run) if metrics else no_metrics,
-        training=training_section(metrics, config) if metrics else no_metrics,
+        training=training_section(metrics, run) if metrics else no_metrics,
         **_images_sections(images, no_images, _method(config)),
         git=run.get("git"),
         command=str(run.get("command") or ""),

@@ -58,11 +58,16 @@ def as_drawn(curve: Curve, kind: str) -> Curve:
     return (curve[0], 100 * curve[1]) if kind == "percent" else curve
 
 
-def training_section(metrics: Metrics, config: dict[str, Any]) -> dict[str, Any] | str:
-    """The curves, or why there are none; those outside `CHARTS` are collapsed."""
+def training_section(metrics: Metrics, run: dict[str, Any]) -> dict[str, Any] | str:
+    """The curves, or why there are none; those outside `CHARTS` are collapsed.
+
+    Args:
+      metrics: of the run.
+      run: its record, `config.json`.
+    """
     if not metrics.last_step:
         return "Missing: metrics.jsonl contains no record."
-    figures = []
+    figures, extended = [], _extended(run, metrics.last_step)
     for name, (title, y_label, caption, kind) in CHARTS.items():
         if name not in metrics.curves:
             continue
@@ -71,10 +76,11 @@ def training_section(metrics: Metrics, config: dict[str, Any]) -> dict[str, Any]
         if name == "images_per_s" and "data_wait" in metrics.curves:
             wait = float(np.median(metrics.curves["data_wait"][1]))
             text += f" Waiting for data: {percent(wait)} % of the time."
-        chart = line_chart(curve, y_label, metrics.last_step, **chart_options(kind))
+        options: dict[str, Any] = chart_options(kind) | {"rules": extended}
+        chart = line_chart(curve, y_label, metrics.last_step, **options)
         figures.append((title, text, chart))
     others = [
-        (name, _ends(curve), line_chart(curve, "value", metrics.last_step))
+        (name, _ends(curve), line_chart(curve, "value", metrics.last_step, rules=extended))
         for name, curve in sorted(metrics.curves.items())
         if name not in CHARTS
     ]
@@ -82,8 +88,18 @@ def training_section(metrics: Metrics, config: dict[str, Any]) -> dict[str, Any]
         "warnings": _warnings(metrics),
         "figures": figures,
         "others": others,
-        "remarks": _remarks(metrics, config),
+        "remarks": _remarks(metrics, run["config"], [title for _, title in extended]),
     }
+
+
+def _extended(run: dict[str, Any], last: int) -> list[tuple[int, str]]:
+    """The steps from which a run was extended, with a text."""
+    found = []
+    for record in run.get("resumed", ()):
+        step, planned = record.get("step"), record.get("extended_from")
+        if all(type(each) is int and each > 0 for each in (step, planned)) and step <= last:
+            found.append((step, f"extended at step {step:,}, planned for {planned:,} steps"))
+    return found
 
 
 def _warnings(metrics: Metrics) -> list[str]:
@@ -95,8 +111,8 @@ def _warnings(metrics: Metrics) -> list[str]:
     ]
 
 
-def _remarks(metrics: Metrics, config: dict[str, Any]) -> str:
-    remarks = []
+def _remarks(metrics: Metrics, config: dict[str, Any], extended: list[str]) -> str:
+    remarks = [f"Dashed line: {title}." for title in extended]
     if "knn" not in metrics.curves:
         remarks.append("kNN accuracy was not measured during training.")
     if "probe_accuracy" not in metrics.curves:

@@ -38,7 +38,10 @@ FORMAT = 4
 # Derived values that affect warnings, not training.
 _WARNING_ONLY = ("derived.trivial_loss:", "derived.patience:")
 _MAX_LOCK = 4096  # bytes
-_SUBFOLDERS = ("checkpoints", "corrupt", "evals", "projector", "wandb")  # that a run writes
+# Folders that a run writes.
+_SUBFOLDERS = ("checkpoints", "corrupt", "earlier", "evals", "projector", "wandb")
+# A run's length, which `pretrain(..., extend=True)` may change.
+_LENGTH = ("epochs: ", "steps: ")
 _log = logging.getLogger("ssl_jax.run.folder")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "numpy")
 
@@ -146,6 +149,7 @@ def write_config(
     derived: dict[str, Any] | None = None,
     weights: dict[str, dict[str, Any]] | None = None,
     evaluated: bool = False,
+    extend: bool = False,
 ) -> None:
     """Writes `config.json`, or checks that the run in the folder can be resumed with this config.
 
@@ -160,18 +164,27 @@ def write_config(
       derived: values that follow from the config and the devices, for the record.
       weights: fingerprints of the run's initial weights and teacher, by the name of their group.
       evaluated: the run's results have been measured, so its held-out data is fixed.
+      extend: the run's length may differ, too.
 
     Raises:
       UserError: the folder holds a run with a different config or data; the message lists the
-        differences.
+        differences. Or it holds no run to extend.
     """
     path = workdir / "config.json"
     kept = has_checkpoint(workdir)
+    if extend and not (kept and path.exists()):
+        raise UserError(
+            f"{workdir} contains no run to extend, as it has no "
+            f"{'checkpoint' if path.exists() else 'config.json'}. Set --workdir to the folder of a "
+            "run, or remove --extend to start a new one."
+        )
     if path.exists():
         record = read_record(workdir)
         changed = _affecting_training(record, config, started_weights(workdir), weights or {})
         if evaluated and record.get("test_data"):
             changed += _other_held_out(record, test_data)
+        if extend:
+            changed = [line for line in changed if not line.startswith(_LENGTH)]
         _require_unchanged(workdir, changed, str(record.get("data", data)), data, kept)
         if not kept and record.get("weights", {}) != (weights or {}):  # it starts from these now
             _write_record(workdir, record | {"weights": weights or {}})
@@ -198,9 +211,11 @@ def _require_unchanged(workdir: Path, changed: list[str], old: str, new: str, ke
     """Raises a UserError if config or images differ; "old" and "new" are the images'."""
     hint = "" if kept else "; this one has no checkpoint yet and can be deleted"
     if changed:
+        lengths = kept and all(line.startswith(_LENGTH) for line in changed)
+        extending = ", pass --extend to train the run for longer" if lengths else ""
         raise UserError(
             f"{workdir} holds a run with a different config ({'; '.join(changed)}). "
-            f"Use its config, or choose another --workdir{hint}."
+            f"Use its config{extending}, or choose another --workdir{hint}."
         )
     if not same_images(old, new):
         raise UserError(
@@ -327,6 +342,7 @@ def note_resumption(
     config: ConfigDict,
     derived: dict[str, Any] | None = None,
     test_data: str | None = None,
+    extended_from: int = 0,
 ) -> list[str]:
     """Records that the run is resumed, with which changed settings, and in which environment.
 
@@ -336,6 +352,7 @@ def note_resumption(
       config: replaces the recorded config.
       derived: values that follow from the config and the devices.
       test_data: fingerprint that replaces the recorded one of the held-out data; None: it stays.
+      extended_from: the run's length before, in steps, if it is longer now; 0 if it isn't.
 
     Returns:
       Differences from the environment in which the run started, any of which may break bitwise
@@ -346,7 +363,10 @@ def note_resumption(
     record["config"] = to_json(config)
     if test_data is not None:
         record["test_data"] = test_data
-    record.setdefault("resumed", []).append({"step": step, "changed": changed, **now})
+    resumed = {"step": step, "changed": changed, **now}
+    if extended_from:
+        resumed["extended_from"] = extended_from
+    record.setdefault("resumed", []).append(resumed)
     _write_record(workdir, record)
     elsewhere = differences({key: record.get(key) for key in now}, now)
     return [line for line in elsewhere if not line.startswith(_WARNING_ONLY)]

@@ -28,6 +28,7 @@ from ssl_jax.run.memory import enough_memory, step_suggestions
 from ssl_jax.run.nonfinite import COUNT, STEP
 from ssl_jax.step import TrainState
 from ssl_jax.train import summary
+from ssl_jax.train.extension import require_longer
 from ssl_jax.train.result import PretrainResult
 from ssl_jax.train.setup import Setup
 from ssl_jax.train.start import Run, start_run
@@ -44,6 +45,7 @@ def pretrain(
     workdir: str | Path,
     command: str = "",
     *,
+    extend: bool = False,
     train: Source | Images | None = None,
     test: Source | Images | None = None,
     verbosity: str = "all",
@@ -57,6 +59,10 @@ def pretrain(
       config: of the whole run, validated.
       workdir: the run's folder; created if it doesn't exist.
       command: recorded in the workdir, for the report's "how to reproduce".
+      extend: train the run in `workdir`, finished or not, to the larger `epochs` or `steps` of
+        `config`, whose other keys that affect training are the run's. State and data order
+        continue; schedules are from there on those of a run of the new length. The same call
+        resumes the extended run, as does one without `extend`.
       train: the training images, an object of your own (`ssl_jax.data.registry.Images`); None:
         `config.data` names them. A run that is resumed needs it again.
       test: the held-out images to `train`, if any.
@@ -78,7 +84,7 @@ def pretrain(
         with processes.raise_on_all_processes():
             config = given_data(config, train, test)
             setup = Setup(config, started_config(workdir), train, test)
-        check_folder = _claim_folder(setup, config, workdir, command, stack)
+        check_folder = _claim_folder(setup, config, workdir, command, stack, extend)
         with enough_memory("The step", step_suggestions(config, setup.spmd.size), _PLAN):
             run, state = start_run(setup, workdir, progress, check_folder)
             # Until here SIGTERM ends the process, whatever it waits for: no step would be lost.
@@ -102,7 +108,12 @@ def pretrain(
 
 
 def _claim_folder(
-    setup: Setup, config: ConfigDict, workdir: Path, command: str, stack: contextlib.ExitStack
+    setup: Setup,
+    config: ConfigDict,
+    workdir: Path,
+    command: str,
+    stack: contextlib.ExitStack,
+    extend: bool,
 ) -> Callable[[], None]:
     """Locks the run's folder until the stack closes, and writes its config or compares it.
 
@@ -117,8 +128,10 @@ def _claim_folder(
             check_folder = stack.enter_context(locked(workdir))
             data = (setup.train.fingerprint, setup.test.fingerprint if setup.test else "")
             weights = source_fingerprints(setup.config, started_weights(workdir))
-            more: Any = {"weights": weights, "evaluated": has_results(workdir)}
+            more: Any = {"weights": weights, "evaluated": has_results(workdir), "extend": extend}
             write_config(workdir, setup.config, command, *data, setup.derived, **more)
+            if extend:
+                require_longer(setup, workdir)
     same = to_json(config)
     same["data"] |= {"dir": "", "test_dir": ""}  # compared by the images' fingerprints
     processes.require_same({"workdir": lock_text(workdir), "config": json.dumps(same)})

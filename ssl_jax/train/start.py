@@ -22,7 +22,7 @@ from ssl_jax.run.log import Fetcher, MetricsLog, NoLog, Progress, read_metrics
 from ssl_jax.run.nonfinite import NonfiniteGuard
 from ssl_jax.run.wandb import WandbWriter
 from ssl_jax.step import TrainState
-from ssl_jax.train import summary
+from ssl_jax.train import extension, summary
 from ssl_jax.train.setup import Setup
 
 
@@ -233,7 +233,9 @@ def _resume(
         if processes.is_primary():
             changed = changed_settings(workdir, setup.config, held_out)
             if changed or 0 < start < total:
-                elsewhere = note_resumption(workdir, start, setup.config, setup.derived, held_out)
+                before = extension.begin(setup, workdir, start, progress)
+                now: Any = (setup.config, setup.derived, held_out, before)
+                elsewhere = note_resumption(workdir, start, *now)
                 progress.note(*summary.settings_notes(changed, start))
                 progress.note(*summary.environment_notes(elsewhere if 0 < start < total else []))
     return state, start

@@ -725,6 +725,19 @@ def test_loss_may_stay_at_the_trivial_loss_during_warmup(tmp_path, derived, last
     assert verdict(Page(write_report(tmp_path)))[1] == words
 
 
+def test_place_where_a_run_was_extended_is_marked_in_its_charts(tmp_path):
+    steps = [{"step": 40, "extended_from": 50}, {"step": 70, "changed": []}]
+    steps += [{"step": 900, "extended_from": 80}, {"step": "x", "extended_from": 80}]
+    write_run(tmp_path, resumed=steps)
+    page = Page(write_report(tmp_path))
+    charts = len(page.all("svg", "figure"))
+    marks = [line for line in page.all("line", "extended")]
+    assert 4 < len(marks) < charts  # each curve has one, but not the charts of accuracies
+    assert marks[0]["attrs"]["x1"] == marks[0]["attrs"]["x2"]
+    assert "Dashed line: extended at step 40, planned for 50 steps. " in page.section("training")
+    assert "step 900" not in page.section("training")
+
+
 def test_swav_run_without_recorded_trivial_loss_is_judged_by_its_prototypes(tmp_path):
     config = config_lib.to_json(config_lib.default_config()) | {"method": "swav"}
     config["swav"]["prototypes"] = 3000

@@ -169,6 +169,44 @@ def test_keys_that_affect_training_or_add_initial_weights_are_refused(tmp_path, 
         write_config(tmp_path, config, "")
 
 
+LONGER = {"epochs": 300.0, "log_every": 7}
+
+
+def test_only_the_length_of_an_extended_run_may_differ_and_the_earlier_one_is_recorded(tmp_path):
+    config = default_config()
+    write_config(tmp_path, config, "")
+    (tmp_path / "checkpoints" / "12").mkdir(parents=True)
+    before = (tmp_path / "config.json").read_bytes()
+    config.update_from_flattened_dict(LONGER)
+    with pytest.raises(UserError, match=r"\(epochs: .*\)\. Use its config, pass --extend to train"):
+        write_config(tmp_path, config, "")
+    write_config(tmp_path, config, "", extend=True)
+    config.optim.lr = 0.7
+    with pytest.raises(UserError, match=r"\(optim.lr: 0.3 -> 0.7\)\. Use its config, or choose"):
+        write_config(tmp_path, config, "", extend=True)
+    with pytest.raises(
+        UserError, match=r"\(epochs: .*; optim.lr: .*\)\. Use its config, or choose"
+    ):
+        write_config(tmp_path, config, "")
+    assert (tmp_path / "config.json").read_bytes() == before
+    config.optim.lr = 0.3
+    note_resumption(tmp_path, 12, config, extended_from=12)
+    record = read_record(tmp_path)
+    (resumed,) = record["resumed"]
+    assert record["config"] == to_json(config) and resumed["extended_from"] == resumed["step"] == 12
+    assert resumed["changed"] == ["epochs: 100.0 -> 300.0", "log_every: 10 -> 7"]
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_folder_without_a_checkpoint_cannot_be_extended(tmp_path, started):
+    if started:
+        write_config(tmp_path, default_config(), "")
+    missing = "checkpoint" if started else "config.json"
+    with pytest.raises(UserError, match=f"no run to extend, as it has no {missing}. Set --workdir"):
+        write_config(tmp_path, default_config(), "", extend=True)
+    assert (tmp_path / "config.json").exists() == started
+
+
 def test_checkpoints_without_config_json_are_refused(tmp_path):
     write_config(tmp_path, default_config(), "")
     (tmp_path / "checkpoints" / "12").mkdir(parents=True)
@@ -239,7 +277,9 @@ def trees():
     return found
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "corrupt", "evals", "projector", "wandb"])
+@pytest.mark.parametrize(
+    "name", ["checkpoints", "corrupt", "earlier", "evals", "projector", "wandb"]
+)
 def test_links_in_place_of_a_runs_folders_are_refused_at_the_start(tmp_path, name):
     """Otherwise the last of them would be found once all is computed."""
     workdir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
