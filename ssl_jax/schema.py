@@ -552,6 +552,13 @@ SCHEMA: Group = {
         ),
         "step": Key(0, "Step of the run's checkpoint; 0: the newest", AT_LEAST_0),
         "heads": Key(False, "Load all networks, from a run of the same method"),
+        "state": Key(
+            "weights",
+            "What is loaded: weights; or everything from a run of the same method and optimizer "
+            "(all): all networks, EMA network, queue and the optimizer's momentum. Steps, and with "
+            "them schedules and data order, start at 0; the online probe starts again",
+            choices=("weights", "all"),
+        ),
     },
     "optim": _OPTIM,
     "eval": _EVAL,

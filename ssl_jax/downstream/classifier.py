@@ -60,7 +60,8 @@ def derived_config(
     config.data.num_classes = 0  # the data's, which may not be those that the run trained on
     # Fixed now, because a run in progress will have newer checkpoints.
     step = newest_step(path) if step is None else step
-    config.init_from.update(path=str(local_path(path).resolve()), step=step, heads=False)
+    config.init_from.update(path=str(local_path(path).resolve()), step=step)
+    config.init_from.update(heads=False, state="weights")
     config.eval.projector_layer = 0
     config.eval.labels_per_class = ()  # the encoder will have seen more labels
     first = flat_views(source)[0]

@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from ml_collections import ConfigDict
 
 from ssl_jax.config import Schedule
 from ssl_jax.errors import UserError
-from ssl_jax.interop.load import config_at, weights_at, weights_fingerprint
+from ssl_jax.interop.import_weights import is_weights_file
+from ssl_jax.interop.load import config_at, restore_state, weights_at, weights_fingerprint
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import make_encoder
 from ssl_jax.models.resnet import architecture
@@ -38,6 +40,11 @@ def resolve_initial_weights(config: ConfigDict, started: ConfigDict | None = Non
         return
     if config.init_from.path:
         _resolve_encoder(config)
+    elif config.init_from.state == "all":
+        raise UserError(
+            "config.init_from.state is 'all', but config.init_from.path is empty: set it to the "
+            "workdir of the run to load."
+        )
     if config.method == "distill" and config.distill.teacher:
         _resolve_teacher(config)
 
@@ -65,6 +72,8 @@ def _resolve_encoder(config: ConfigDict) -> None:
             f"config.init_from.heads is true, but {config.init_from.path} has heads of "
             f"'{source.method}', not of '{config.method}': set it to false."
         )
+    if config.init_from.state == "all":
+        _require_same_kind(config, source)
     options = config.supervised
     if config.method != "supervised" or not options.projector_layer:
         return
@@ -91,6 +100,28 @@ def _resolve_encoder(config: ConfigDict) -> None:
             f"{config.init_from.path} has {layers} hidden layers: use 0 to {layers}."
         )
     options.projector_hidden = hidden or make_encoder(source).num_features
+
+
+def _require_same_kind(config: ConfigDict, source: ConfigDict) -> None:
+    """Checks that another run's whole state is one of this config; shapes are checked later."""
+    path = config.init_from.path
+    if is_weights_file(path):
+        raise UserError(
+            f"config.init_from.state is 'all', but {path} (config.init_from.path) is a file of "
+            "weights, without the state of an optimizer: set the workdir of a run, or "
+            "config.init_from.state=weights."
+        )
+    kinds = {
+        "method": (source.method, config.method),
+        "optim.name": (source.optim.name, config.optim.name),
+    }
+    for key, (old, new) in kinds.items():
+        if old != new:
+            raise UserError(
+                f"config.init_from.state is 'all', but {path} (config.init_from.path) is a run "
+                f"with {key}={old}, not {new}: set config.{key}={old}, or "
+                "config.init_from.state=weights."
+            )
 
 
 def _resolve_teacher(config: ConfigDict) -> None:
@@ -150,8 +181,10 @@ def load_initial_weights(state: TrainState, config: ConfigDict) -> TrainState:
     Raises:
       UserError: a source has no checkpoint, or other shapes.
     """
+    if config.init_from.path and config.init_from.state == "all":
+        state = _whole_state(state, config)
     params, method_state = dict(state.params), dict(state.method_state)
-    if config.init_from.path:
+    if config.init_from.path and config.init_from.state == "weights":
         source = weights_at(config.init_from.path, config.init_from.step or None)
         stats = dict(method_state["batch_stats"])
         for name in _names(config, params):
@@ -176,6 +209,49 @@ def load_initial_weights(state: TrainState, config: ConfigDict) -> TrainState:
             "batch_stats": _copy_params(method_state["teacher"]["batch_stats"], stats, "teacher"),
         }
     return state.replace(params=params, method_state=method_state)
+
+
+def _whole_state(state: TrainState, config: ConfigDict) -> TrainState:
+    """The state of the run in `config.init_from.path`, at step 0 of a new run."""
+    source = restore_state(config.init_from.path, config.init_from.step or None)
+    own, found = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(
+                {name: getattr(each, name) for name in ("params", "method_state", "opt_state")}
+            )
+        }
+        for each in (state, source)
+    )
+    for name in sorted(own.keys() | found.keys()):
+        if own.get(name) != found.get(name):
+            shapes = [str(list(each[name])) if name in each else "none" for each in (found, own)]
+            raise UserError(
+                f"config.init_from.state is 'all', but {config.init_from.path} "
+                f"(config.init_from.path) has {name} of shape {shapes[0]} and "
+                f"this run {shapes[1]}: use the config.model, config.optim and "
+                f"config.{config.method} of that run, or config.init_from.state=weights."
+            )
+    return state.replace(
+        params=source.params,
+        method_state=source.method_state,
+        opt_state=_moments(state.opt_state, source.opt_state),
+    )
+
+
+def _moments(initial: Any, source: Any) -> Any:
+    """The source's optimizer state, with the initial counts of schedules and frozen steps.
+
+    Adam's own count stays, as its moments have been averaged over that many steps.
+    """
+
+    def take(new: Any, old: Any) -> Any:
+        if isinstance(new, optax.ConditionallyMaskState):
+            return new._replace(inner_state=_moments(new.inner_state, old.inner_state))
+        return new if isinstance(new, optax.ScaleByScheduleState) else old
+
+    counts = (optax.ConditionallyMaskState, optax.ScaleByScheduleState)
+    return jax.tree.map(take, initial, source, is_leaf=lambda x: isinstance(x, counts))
 
 
 def _names(config: ConfigDict, params: Any) -> list[str]:

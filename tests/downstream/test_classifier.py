@@ -37,7 +37,7 @@ def test_derived_configs_keep_nothing_of_the_runs_optimizer_and_classifier(run, 
     optim |= {"schedule": "step", "step_epochs": [1.0], "final_lr": 0.1, "warmup_start": 0.3}
     optim |= {"trust_coefficient": 0.02, "frozen_steps": 9}
     record["config"]["model"]["bn_group_size"] = 1
-    record["config"]["init_from"]["heads"] = True
+    record["config"]["init_from"] |= {"heads": True, "state": "all"}
     record["config"]["supervised"]["classifier_init"] = "normal_0.01"
     record["config"]["distill"] |= {"temperature": 3.0, "labels": 0.5, "teacher": "/nowhere"}
     (other / "config.json").write_text(json.dumps(record))
@@ -48,7 +48,7 @@ def test_derived_configs_keep_nothing_of_the_runs_optimizer_and_classifier(run, 
         assert found.model.bn_group_size == 0 and found.optim.final_lr == 0
         assert expected.supervised.to_dict() == found.supervised.to_dict()
         assert found.distill.to_dict() == default_config().distill.to_dict()
-        assert not found.init_from.heads
+        assert not found.init_from.heads and found.init_from.state == "weights"
         assert found.data.num_classes == 0  # the data's own, whatever the run was trained on
     assert distill_config(other).distill.labels == 0
 

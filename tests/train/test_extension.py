@@ -98,7 +98,7 @@ def test_results_of_an_extended_run_are_moved_and_those_of_an_unfinished_one_sta
 def config_of(images, epochs, schedule):
     config = with_whole_images(tiny_config(epochs=epochs, method="moco"))
     config.checkpoint.every_epochs = 1.0
-    config.data.update(name="packed", dir=str(images))
+    config.data.update(name="packed", dir=str(images), test_dir=str(images))
     config.moco.update(queue=64, out=8)
     config.optim.update(schedule=schedule, warmup_epochs=0.0)
     config.eval.at_end = True
@@ -122,8 +122,8 @@ def test_run_at_a_constant_rate_extended_twice_equals_a_longer_one_bit_for_bit(
     pretrain(config_of(images, 2.0, "constant"), workdir)
     shutil.rmtree(workdir / "checkpoints" / "4")  # as if stopped after two steps
     pretrain(config_of(images, 3.0, "constant"), workdir, extend=True)
-    last, capture = config_of(images, 6.0, "constant"), capsys.readouterr().out
-    assert "Extending the run from 4 to 6 steps. From step 3 on" in capture
+    last, out = config_of(images, 6.0, "constant"), capsys.readouterr().out
+    assert "Extending the run from 4 to 6 steps. From step 3 on" in out
     assert json.loads((workdir / EVALUATION).read_text())["step"] == 6
     pretrain(last, workdir, extend=True)
     assert "results of step 6 are in earlier/6." in capsys.readouterr().out
