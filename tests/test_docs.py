@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 
 import ssl_jax
 from ssl_jax.cli import main as cli
+from ssl_jax.cli.grid import make_settings
 from ssl_jax.config import default_config, flatten, load_config
 from ssl_jax.downstream.transfer_learning import read_sets
 from ssl_jax.plan.chips import parse_topology
@@ -48,14 +49,10 @@ ELSEWHERE = {
     "make ": "CI runs these targets: test_make_targets_exist",
     "git clone REPOSITORY": "needs the repository's address",
     "python3 -m venv ": "CI creates the environment by make",
-    "for lr in ": "a loop over a command of the same page",
-    "python run_pretrain.py --config=configs/simclr_digits.py --workdir=runs/lr_": (
-        "like runs/a of the README; test_configs_in_commands_load_with_their_overrides"
-    ),
+    "ssl-jax sweep ": "starts processes: tests/cli/test_sweep.py; test_sweep_commands_are_valid",
     "python run_pretrain.py --config=configs/simclr_digits.py --workdir=runs/a --extend": (
         "commands here train two steps; tests/train/test_extension.py"
     ),
-    "ssl-jax report runs/lr_": "like the comparison in docs/quickstart.md",
     "[###  ": "the output of a run",
     "pip install ": "installs from an index; CI does so by make",
     "python3.11 -m venv peers": "installs another library for comparison",
@@ -83,7 +80,7 @@ ELSEWHERE = {
     ),
 }
 # Scripts and outputs that are kept whole.
-WHOLE = ("topology   ", "gcloud ", "#!/bin/bash", "apiVersion", "export JAX", "for lr in ")
+WHOLE = ("topology   ", "gcloud ", "#!/bin/bash", "apiVersion", "export JAX")
 PYTHON_ELSEWHERE = {
     '"""Barlow Twins': "tests/test_new_method.py",
     "import jax\nfrom test_step import ONE": "the same",
@@ -394,6 +391,13 @@ def test_plan_commands_are_valid():
                 arguments = dict(word.split("=", 1) for word in shlex.split(line)[2:])
                 assert arguments.keys() == {"--config", "--topology"}
                 assert parse_topology(arguments["--topology"]).chips > 1
+
+
+def test_sweep_commands_are_valid():
+    for line in (line for page in PAGES for line in commands(page) if line.startswith("ssl-jax s")):
+        overrides, rest = cli._split_overrides(shlex.split(line.partition(" > ")[0])[1:])
+        args = cli._parser().parse_args(rest)
+        assert len(make_settings(str(ROOT / args.config), overrides, args.grid)) == 6
 
 
 class ParsedError(Exception):

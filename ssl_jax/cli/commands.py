@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_jax.cli import backend
+from ssl_jax.cli.grid import make_settings, parse_axis
 from ssl_jax.cli.parser import (
     Parser,
     add_from,
@@ -49,6 +50,9 @@ def add_commands(parser: Parser) -> None:
     digits = "--config=configs/simclr_digits.py"
     summary = "pretrain an encoder, or resume the run in a folder"
     add_pretrain(add("pretrain", summary, f"{digits} --workdir=runs/a"))
+    summary = "pretrain once per combination of some config values, and compare the runs"
+    example = f"{digits} --workdir=runs/sweep --grid=optim.lr=0.1,0.3 --grid=seed=0,1"
+    _add_sweep(add("sweep", summary, example, "sweep", _prepare_sweep))
     summary = "print all config keys, and the default where a value differs"
     example = f"{digits} --config.optim.lr=0.5"
     _add_config_keys(add("config", summary, example, "config", _prepare_experiment))
@@ -79,7 +83,7 @@ def resumes(args: argparse.Namespace) -> bool:
         return bool(args.recipe != FAST)
     if args.command == "transfer":
         return bool(args.finetune)
-    return args.command in ("pretrain", "finetune", "distill")
+    return args.command in ("pretrain", "sweep", "finetune", "distill")
 
 
 def _add_path(parser: Parser, name: str, what: str, **settings: Any) -> None:
@@ -132,6 +136,28 @@ def add_pretrain(parser: Parser) -> None:
         "--config.steps",
     )
     parser.set_defaults(module="pretrain", prepare=_prepare_with_data)
+
+
+def _add_sweep(parser: Parser) -> None:
+    _add_config(parser)
+    _add_path(parser, "--workdir", "folder of the runs' folders", required=True)
+    parser.add_argument(
+        "--grid",
+        action="append",
+        required=True,
+        type=parse_axis,
+        metavar="KEY=V1,V2",
+        help="config key and its values; give it once per key",
+    )
+    only = "print the runs' commands, one per line, and run none"
+    parser.add_argument("--print", action="store_true", help=only)
+
+
+def _prepare_sweep(args: argparse.Namespace) -> None:
+    _run_imported(args.imported)
+    args.settings = make_settings(args.config, args.overrides, args.grid)
+    if not args.print:  # commands may be for another machine
+        require_data(args.settings[0].config)
 
 
 def _add_config_keys(parser: Parser) -> None:

@@ -23,7 +23,7 @@ from ssl_jax.version import __version__
 _OVERRIDE = "--config."
 # Commands that don't import JAX, or start it in another process; and those that compile nothing
 # for this machine.
-_WITHOUT_JAX = ("config", "data", "doctor")
+_WITHOUT_JAX = ("config", "data", "doctor", "sweep")
 _WITHOUT_CACHE = (*_WITHOUT_JAX, "plan", "report")
 _EPILOG = """\
 example:

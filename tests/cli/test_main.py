@@ -20,8 +20,8 @@ from ssl_jax.run.folder import FORMAT
 ROOT = Path(__file__).parents[2]
 
 COMMANDS = {
-    *("pretrain", "report", "views", "plan", "features", "knn", "linear", "finetune", "distill"),
-    *("transfer", "export", "import", "data", "doctor", "config"),
+    *("pretrain", "sweep", "report", "views", "plan", "features", "knn", "linear", "finetune"),
+    *("distill", "transfer", "export", "import", "data", "doctor", "config"),
 }
 
 
