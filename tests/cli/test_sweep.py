@@ -45,6 +45,7 @@ def runs(monkeypatch):
         return codes.get(workdir.name) or 0
 
     monkeypatch.setattr(sweep, "_wait", wait)
+    monkeypatch.setattr(sweep, "write_comparison", lambda found, out: f"{out} of {len(found)}")
     return started, codes
 
 
@@ -53,8 +54,7 @@ def test_sweep_runs_every_combination_and_skips_finished_ones_the_next_time(caps
     code, out, _ = run(capsys, f"--workdir={tmp_path}", *GRID)
     assert code == 0 and started == NAMES
     assert "run 2 of 4, lr_0.1_seed_1\n" in out
-    assert f"Comparison: {tmp_path / 'comparison.html'}" in out
-    assert "optim.lr" in (tmp_path / "comparison.html").read_text()
+    assert f"Comparison: {tmp_path / 'comparison.html'} of 4\n" in out
     (tmp_path / NAMES[2] / LAST_FILE).unlink()
     started.clear()
     code, out, _ = run(capsys, f"--workdir={tmp_path}", *GRID)
@@ -70,7 +70,7 @@ def test_failed_run_is_reported_and_the_others_run(capsys, tmp_path, runs):
     codes[NAMES[1]] = 2
     code, out, err = run(capsys, f"--workdir={tmp_path}", *GRID)
     assert code == 2 and started == NAMES
-    assert f"{NAMES[1]} failed with exit code 2." in out and "Comparison: " in out
+    assert f"{NAMES[1]} failed with exit code 2." in out and "comparison.html of 3\n" in out
     assert f"1 of 4 runs failed ({NAMES[1]}); their errors" in err
 
 
@@ -127,6 +127,7 @@ def test_sweep_trains_and_compares_runs_in_processes_of_their_own(tmp_path):
         assert "2 of 4 runs failed (lr_0.1_batch_size_60, lr_0.3_batch_size_60)" in done.stderr
         assert done.stdout.count(": has finished") == finished
         assert "Comparison: " in done.stdout
+    assert "optim.lr" in (tmp_path / "runs" / "comparison.html").read_text()
     records = [json.loads(f.read_text()) for f in (tmp_path / "runs").glob("*/config.json")]
     assert sorted(record["config"]["optim"]["lr"] for record in records) == [0.1, 0.3]
     assert all(shlex.split(record["command"])[:2] == ["ssl-jax", "pretrain"] for record in records)
