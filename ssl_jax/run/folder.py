@@ -172,19 +172,13 @@ def write_config(
     """
     path = workdir / "config.json"
     kept = has_checkpoint(workdir)
-    if extend and not (kept and path.exists()):
-        raise UserError(
-            f"{workdir} contains no run to extend, as it has no "
-            f"{'checkpoint' if path.exists() else 'config.json'}. Set --workdir to the folder of a "
-            "run, or remove --extend to start a new one."
-        )
+    if extend:
+        _require_started(path, kept)
     if path.exists():
-        record = read_record(workdir)
-        changed = _affecting_training(record, config, started_weights(workdir), weights or {})
+        record, began = read_record(workdir), started_weights(workdir)
+        changed = _affecting_training(record, config, began, weights or {}, extend)
         if evaluated and record.get("test_data"):
             changed += _other_held_out(record, test_data)
-        if extend:
-            changed = [line for line in changed if not line.startswith(_LENGTH)]
         _require_unchanged(workdir, changed, str(record.get("data", data)), data, kept)
         if not kept and record.get("weights", {}) != (weights or {}):  # it starts from these now
             _write_record(workdir, record | {"weights": weights or {}})
@@ -205,6 +199,16 @@ def write_config(
         **environment(),
     }
     _write_record(workdir, record)
+
+
+def _require_started(path: Path, kept: bool) -> None:
+    """Raises a UserError if the folder of a `config.json` has no run to extend."""
+    if not (kept and path.exists()):
+        missing = "checkpoint" if path.exists() else "config.json"
+        raise UserError(
+            f"{path.parent} contains no run to extend, as it has no {missing}. Set --workdir to "
+            "the folder of a run, or remove --extend to start a new one."
+        )
 
 
 def _require_unchanged(workdir: Path, changed: list[str], old: str, new: str, kept: bool) -> None:
@@ -229,10 +233,13 @@ def _affecting_training(
     config: ConfigDict,
     started: dict[str, dict[str, Any]],
     found: dict[str, dict[str, Any]],
+    extend: bool,
 ) -> list[str]:
-    """Differences with which a run can't be resumed."""
+    """Differences with which a run can't be resumed, or extended."""
     before, now = to_json(from_json(record["config"])), to_json(config)
     changed = differences(before, now, ignore=("results", "nothing"))
+    if extend:
+        changed = [line for line in changed if not line.startswith(_LENGTH)]
     return changed + _other_sources(before, now, started, found)
 
 

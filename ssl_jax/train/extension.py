@@ -2,8 +2,9 @@
 
 The state and the data order continue as if nothing had happened. Everything that depends on the
 run's length, the learning rate and a method's EMA decay, follows from there on the schedule of a
-run of the new length. So only the length has to be recorded, and the extended run resumes as any
-other.
+run of the new length. So only the length has to be recorded, and the extended run is resumed as any
+other, by the same call or by one without `extend`. All other keys that affect training must be
+those of the run.
 """
 
 import dataclasses

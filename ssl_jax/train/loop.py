@@ -34,6 +34,10 @@ from ssl_jax.train.setup import Setup
 from ssl_jax.train.start import Run, start_run
 
 _PLAN = "; `ssl-jax plan` reports a step's memory, and the largest microbatch, without the hardware"
+_STOPPED = (
+    "Stopped by SIGTERM at step {} of {}{}. The checkpoint is saved; rerun the same command to "
+    "resume."
+)
 _NOT_EVALUATED = (
     "warning: The run is trained and its checkpoint saved, but its evaluation failed. `ssl-jax "
     "report` and `ssl-jax knn` work on it; rerun the same command to evaluate it again."
@@ -60,9 +64,7 @@ def pretrain(
       workdir: the run's folder; created if it doesn't exist.
       command: recorded in the workdir, for the report's "how to reproduce".
       extend: train the run in `workdir`, finished or not, to the larger `epochs` or `steps` of
-        `config`, whose other keys that affect training are the run's. State and data order
-        continue; schedules are from there on those of a run of the new length. The same call
-        resumes the extended run, as does one without `extend`.
+        `config`; see `ssl_jax.train.extension`.
       train: the training images, an object of your own (`ssl_jax.data.registry.Images`); None:
         `config.data` names them. A run that is resumed needs it again.
       test: the held-out images to `train`, if any.
@@ -99,10 +101,7 @@ def pretrain(
                 processes.wait_for_all()
                 return PretrainResult(workdir, step, True, state)
             when = ", before it was evaluated"
-        progress.warn(
-            f"Stopped by SIGTERM at step {step} of {total}{when}. The checkpoint is saved; rerun "
-            "the same command to resume."
-        )
+        progress.warn(_STOPPED.format(step, total, when))
         processes.wait_for_all()
     return PretrainResult(workdir, step, False, state)
 
