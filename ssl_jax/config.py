@@ -35,8 +35,9 @@ _USUAL_NAMES = {
     "wd": "weight_decay",
     "workers": "threads",
 }
-# Groups of keys of methods registered from outside the package.
+# Groups of keys of methods and of encoders registered from outside the package.
 _REGISTERED: dict[str, dict[str, Key]] = {}
+_ENCODERS: dict[str, dict[str, Key]] = {}
 # Names of sources of images registered from outside the package.
 _SOURCES: set[str] = set()
 
@@ -61,7 +62,7 @@ def default_config() -> ConfigDict:
     Returns:
       A locked ConfigDict; assign to its keys, replace `views` with a dict of `view(...)`.
     """
-    defaults = _defaults({**SCHEMA, **_REGISTERED})
+    defaults = _defaults(_schema())
     defaults["views"] = {"view1": view(), "view2": view()}
     return ConfigDict(defaults).lock()
 
@@ -69,9 +70,14 @@ def default_config() -> ConfigDict:
 def schema_keys() -> dict[str, Key]:
     """Every key of the schema by its dotted name, those of a view as `views.*.NAME`.
 
-    Keys of registered methods are included.
+    Keys of registered methods and encoders are included.
     """
-    return flatten({**SCHEMA, **_REGISTERED})
+    return flatten(_schema())
+
+
+def _schema() -> dict[str, Any]:
+    """The schema with the keys of registered methods and encoders."""
+    return {**SCHEMA, **_REGISTERED, "model": {**SCHEMA["model"], **_ENCODERS}}
 
 
 def register_options(method: str, options: Mapping[str, Any]) -> None:
@@ -88,14 +94,46 @@ def register_options(method: str, options: Mapping[str, Any]) -> None:
     """
     if method in default_config() and method not in _REGISTERED:
         raise UserError(f"config.{method} is already in the schema. Register another name.")
+    _REGISTERED[method] = _keys(f"config.{method}", options)
+
+
+def register_encoder(name: str, options: Mapping[str, Any]) -> None:
+    """Adds a value of `config.model.name` and its keys; see `ssl_jax.models.register`.
+
+    Args:
+      name: the encoder's name, and that of the group `config.model.<name>`.
+      options: as in `register_options`.
+
+    Raises:
+      UserError: the name is an encoder of ssl_jax or a key of `config.model`, or a default is of a
+        type that the schema doesn't have.
+    """
+    if name in SCHEMA["model"] or name in schema_keys()["model.name"].choices:
+        raise UserError(f"config.model already has the name '{name}'. Register another name.")
+    _ENCODERS[name] = _keys(f"config.model.{name}", options)
+
+
+def _keys(group: str, options: Mapping[str, Any]) -> dict[str, Key]:
+    """Keys of a registered group, from defaults or keys by name."""
     keys = {name: o if isinstance(o, Key) else Key(o) for name, o in options.items()}
     for name, key in keys.items():
         if not isinstance(key.default, bool | int | float | str | tuple):
             raise UserError(
-                f"config.{method}.{name} has the default {key.default!r}. Use a bool, number, "
-                "string or tuple."
+                f"{group}.{name} has the default {key.default!r}. Use a bool, number, string or "
+                "tuple."
             )
-    _REGISTERED[method] = keys
+    return keys
+
+
+def _require_encoder(name: str) -> None:
+    """Checks that an encoder is built in or registered."""
+    known = [*schema_keys()["model.name"].choices, *sorted(_ENCODERS)]
+    if name not in known:
+        raise UserError(
+            f"config.model.name is '{name}', which is no encoder of ssl_jax."
+            f"{did_you_mean(name, known)} For an encoder of your own, import the file that "
+            "registers it (on the command line, --import=FILE.py)."
+        )
 
 
 def register_source(name: str) -> None:
@@ -271,8 +309,12 @@ def validate(config: ConfigDict) -> None:
     Raises:
       UserError: naming the first key that is wrong and the allowed values.
     """
-    registered = {name: keys for name, keys in _REGISTERED.items() if name in config}
-    _require({**SCHEMA, **registered}, config, "config")
+    # A config that was made before a method or encoder was registered has no group for it.
+    methods = {name: keys for name, keys in _REGISTERED.items() if name in config}
+    encoders = {name: keys for name, keys in _ENCODERS.items() if name in config.model}
+    model = {**SCHEMA["model"], **encoders}
+    _require({**SCHEMA, **methods, "model": model}, config, "config")
+    _require_encoder(config.model.name)
     if config.microbatch and config.batch_size % config.microbatch:
         raise UserError(
             f"config.microbatch is {config.microbatch}, which does not divide config.batch_size, "
@@ -312,8 +354,16 @@ def flat_views(config: ConfigDict) -> tuple[ConfigDict, ...]:
 def to_json(config: ConfigDict) -> dict[str, Any]:
     """The config as plain JSON types, equal to what is read back from a file."""
     plain: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
-    # Other methods that happen to be registered in this process are not part of the run.
-    return {k: v for k, v in plain.items() if k not in _REGISTERED or k == config.method}
+    # Other methods and encoders that happen to be registered in this process are not part of the
+    # run.
+    for group, registered, used in (
+        (plain, _REGISTERED, config.method),
+        (plain["model"], _ENCODERS, config.model.name),
+    ):
+        for name in registered:
+            if name != used:
+                group.pop(name, None)
+    return plain
 
 
 def from_json(saved: dict[str, Any]) -> ConfigDict:
@@ -338,14 +388,22 @@ def _restored(saved: dict[str, Any]) -> ConfigDict:
     with config.unlocked():
         views = saved.get("views")
         config.views = {name: view() for name in (views if isinstance(views, dict) else ())}
-    method = config.method = str(saved.get("method"))
+    model = saved.get("model")
+    model = model if isinstance(model, dict) else {}
+    method, encoder = config.method, config.model.name = [
+        str(group.get(key)) for group, key in ((saved, "method"), (model, "name"))
+    ]
     values = flatten(saved)
     mismatched = sorted(set(values) ^ set(flatten(to_json(config))))
-    if method in saved and method not in config:
-        raise UserError(
-            f"The config's method '{method}' is not built into ssl_jax. Import the file that "
-            "registers it first (on the command line, --import=FILE.py)."
-        )
+    for what, name, group, known in (
+        ("method", method, saved, config),
+        ("encoder", encoder, model, config.model),
+    ):
+        if name in group and name not in known:
+            raise UserError(
+                f"The config's {what} '{name}' is not built into ssl_jax. Import the file that "
+                "registers it first (on the command line, --import=FILE.py)."
+            )
     if mismatched:
         few = ", ".join(mismatched[:5]) + (" …" if len(mismatched) > 5 else "")
         raise UserError(

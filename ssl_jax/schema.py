@@ -245,6 +245,13 @@ _DATA: Group = {
     ),
 }
 _MODEL: Group = {
+    "name": Key(
+        "resnet",
+        "Encoder; the keys up to zero_init_residual are those of the ResNet, the others' are in "
+        "groups of their names",
+        choices=("resnet",),
+        is_open=True,
+    ),
     "depth": Key(50, "Depth of the ResNet: 18, 34, 50, 101, 152 or 200"),
     "width": Key(1.0, "Multiplier of the channels", POSITIVE),
     "sk": Key(False, "Selective kernels (SimCLR v2)"),

@@ -8,7 +8,7 @@ import numpy as np
 from tiny import tiny_config, without_color
 
 from ssl_jax.config import Schedule
-from ssl_jax.methods.base import make_encoder
+from ssl_jax.models import make_encoder
 from ssl_jax.step import assemble, init_state
 from ssl_jax.train import pretrain
 

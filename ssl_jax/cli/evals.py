@@ -36,7 +36,7 @@ from ssl_jax.evals.results import (
 from ssl_jax.files import own_folder, writing
 from ssl_jax.interop.import_weights import is_weights_file
 from ssl_jax.interop.load import config_at, weights_at
-from ssl_jax.models.resnet import resnet_name
+from ssl_jax.models.registry import encoder_name
 from ssl_jax.report import write_report
 from ssl_jax.run import processes
 from ssl_jax.run.log import Progress
@@ -181,7 +181,7 @@ def _train(args: argparse.Namespace) -> None:
     else:
         base = distill_config(args.run)
         config = distill_config(args.run, overrides)
-        folder, what = "distill", f"student, {resnet_name(config.model)}"
+        folder, what = "distill", f"student, {encoder_name(config.model)}"
     step = config.distill.step if args.command == "distill" else config.init_from.step
     changes = _changes(base, config)  # before training fills in keys
     at = "step" if args.command == "linear" else "from step"  # of the evaluated run

@@ -9,7 +9,7 @@ from ssl_jax.interop import export
 from ssl_jax.interop.import_weights import read_weights
 from ssl_jax.interop.metadata import preprocessing
 from ssl_jax.interop.weights import write_weights
-from ssl_jax.models.resnet import resnet_name
+from ssl_jax.report.words import encoder_text
 
 _DETECTORS = {
     "detectron2": ("detectron2", export.export_detectron2),
@@ -69,10 +69,8 @@ def _import(args: argparse.Namespace) -> None:
         print(json.dumps(record))
         return
     print(f"{args.out} from {weights.source or args.file}")
-    print(
-        f"  {resnet_name(model)}, {model.stem} stem, "
-        f"{model.padding} padding; networks: {', '.join(networks)}"
-    )
+    padding = f", {model.padding} padding" if model.name == "resnet" else ""
+    print(f"  {encoder_text(model)}{padding}; networks: {', '.join(networks)}")
     mean = f"mean {images['mean']}, std {images['std']}" if images["mean"] else "not normalized"
     print(f"  images: {images['size']} pixels, {images['interpolation']}, {mean}")
     if weights.left_out:

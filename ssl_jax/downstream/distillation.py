@@ -40,7 +40,8 @@ def distill_config(teacher: str | Path, overrides: Iterable[str] = ()) -> Config
     teacher_model = config.model
     config = apply_overrides(config, overrides)
     if not is_overridden(overrides, "distill.temperature"):
-        alike = all(config.model[key] == teacher_model[key] for key in ("depth", "width", "sk"))
+        keys = ("name", "depth", "width", "sk")
+        alike = all(config.model[key] == teacher_model[key] for key in keys)
         config.distill.temperature = 0.1 if alike else 1.0
     if not is_overridden(overrides, "optim.warmup_epochs"):
         config.optim.warmup_epochs = config.epochs / 20

@@ -56,7 +56,7 @@ def finetune_config(
         projector_layer = int(deep and share < 1)
     config.supervised.projector_layer = projector_layer
     config.epochs = 60.0 if share <= 0.01 else 30.0
-    if source.model.width > 1 or source.model.sk:
+    if source.model.name == "resnet" and (source.model.width > 1 or source.model.sk):
         config.optim.lr = _RATE_OF_LARGER
     return apply_overrides(config, overrides)
 

@@ -14,7 +14,7 @@ from ssl_jax.evals.metrics import interval_text
 from ssl_jax.evals.results import EVALUATION, Evaluation, read_evaluation, read_results
 from ssl_jax.files import local_path
 from ssl_jax.interop.load import results_folder
-from ssl_jax.interop.metadata import is_torchvisions, preprocessing
+from ssl_jax.interop.metadata import has_torch_loader, is_torchvisions, preprocessing
 from ssl_jax.interop.weights import Weights
 from ssl_jax.methods import METHODS, make_method, title
 from ssl_jax.report.evaluation import accuracy, measure_name, measures, row_name
@@ -90,7 +90,7 @@ def _use(config: ConfigDict, plain: bool) -> Iterator[str]:
         yield "```"
         yield ""
         yield "```python"
-    if not config.model.sk:
+    if has_torch_loader(config):
         yield "from PIL import Image"
         yield "from torch_encoder import load, preprocess  # in this folder"
         yield ""

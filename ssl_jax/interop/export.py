@@ -24,6 +24,7 @@ from ssl_jax.interop.detectron2 import detectron2_config, require_detectron2s, t
 from ssl_jax.interop.import_weights import read_weights
 from ssl_jax.interop.load import Encoder, load, weights_at
 from ssl_jax.interop.metadata import (
+    has_torch_loader,
     is_torchvisions,
     pixel_statistics,
     preprocessing,
@@ -32,8 +33,8 @@ from ssl_jax.interop.metadata import (
 from ssl_jax.interop.torch_names import to_torch
 from ssl_jax.interop.weights import Weights, portable_config, write_safetensors, write_weights
 from ssl_jax.methods import make_method
-from ssl_jax.methods.base import make_encoder
-from ssl_jax.models.resnet import architecture
+from ssl_jax.models import make_encoder, resnet
+from ssl_jax.models.registry import architecture, encoder_name
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 _LOADER, _CARD = "torch_encoder.py", "README.md"
@@ -83,19 +84,29 @@ def export_torch(path: str | Path, file: str | Path, *, step: int | None = None)
     ]
 
 
-def _require_resnet(config: ConfigDict) -> None:
-    """Refuses an encoder that a registered method has set, which PyTorch's libraries lack."""
+def _require_configured(config: ConfigDict) -> None:
+    """Refuses an encoder that a registered method has set in place of `config.model`."""
     custom = make_method(config, Schedule(1, 1)).custom_encoder
     if custom:
         raise UserError(
-            f"The encoder of method '{config.method}' is {custom}, set by the method, not the "
-            "ResNet of config.model: export it with --format=jax or --format=program."
+            f"The encoder of method '{config.method}' is {custom}, set by the method, not that of "
+            "config.model: export it with --format=jax or --format=program."
+        )
+
+
+def _require_resnet(config: ConfigDict) -> None:
+    """Refuses an encoder that PyTorch's libraries lack."""
+    _require_configured(config)
+    if config.model.name != "resnet":
+        raise UserError(
+            f"The encoder is {encoder_name(config.model)}, but this format has torchvision's names "
+            "of a ResNet: export it with --format=jax, --format=program or --format=folder."
         )
 
 
 def _write_torch(weights: Weights, file: Path) -> None:
     config, state = weights.config, _torch_state(weights)
-    model = architecture(config.model)
+    model = resnet.architecture(config.model)
     del model["sk"]  # the loader's `Encoder` has none
     header = {
         "format": "pt",
@@ -305,7 +316,7 @@ def export_folder(path: str | Path, folder: str | Path, *, step: int | None = No
     """Writes a Hugging Face folder: config, weights, preprocessing and a model card.
 
     `timm.create_model("local-dir:FOLDER")` loads a network that torchvision has, `torch_encoder.py`
-    in the folder any without selective kernels, and `ssl_jax.load` all.
+    in the folder any ResNet without selective kernels, and `ssl_jax.load` all.
 
     Args:
       path: a run's workdir, or a file of weights.
@@ -323,14 +334,15 @@ def export_folder(path: str | Path, folder: str | Path, *, step: int | None = No
     _require_no_other_files(folder)
     weights = weights_at(path, step)
     config = weights.config
-    _require_resnet(config)
+    _require_configured(config)
+    torch = has_torch_loader(config)
     card, kept = model_card(path, weights).encode(), _keeps_card(folder, weights)
     with writing(folder, ANOTHER):
         folder.mkdir(parents=True, exist_ok=True)
         loader = _loader(folder)
         if not kept:
             (folder / _CARD).unlink(missing_ok=True)
-        if config.model.sk:  # existing files belong to another network
+        if not torch:  # existing files belong to another network
             loader.unlink(missing_ok=True)
             (folder / _WEIGHTS).unlink(missing_ok=True)
     # First: the file marks the folder as an export, so that an interrupted one can be repeated.
@@ -338,7 +350,7 @@ def export_folder(path: str | Path, folder: str | Path, *, step: int | None = No
     found["ssl_jax"]["card"] = _checksum(card)
     _write_json(folder / "config.json", found)
     write_weights(weights, folder / _ALL_WEIGHTS)
-    if not config.model.sk:
+    if torch:
         _write_torch(weights, folder / _WEIGHTS)
         _write(loader, _source())
     _write_json(folder / "preprocessor_config.json", _hub_preprocessing(config))

@@ -19,7 +19,7 @@ from ssl_jax.files import read_regular
 from ssl_jax.interop.weights import Pytree, Weights
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import init_networks
-from ssl_jax.models.resnet import STAGES
+from ssl_jax.models.resnet import STAGES, ResNet
 from ssl_jax.recipes import CIFAR10, CIFAR10_SUPCONTRAST, IMAGENET, IMAGENET_SWAV
 
 _METHODS = ("moco", "simsiam", "swav", "simclr", "byol")
@@ -83,7 +83,7 @@ def require_complete(weights: Weights, path: Path) -> None:
     """
     method = make_method(weights.config, Schedule(1, 1))
     # The shapes of a ResNet don't depend on the image.
-    size = flat_views(weights.config)[0].size if method.custom_encoder else 32
+    size = 32 if isinstance(method.encoder, ResNet) else flat_views(weights.config)[0].size
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     params, stats = jax.eval_shape(lambda k, x: init_networks(method.networks, k, x), key, image)
@@ -138,7 +138,7 @@ def _check(what: str, tree: Pytree, expected: Pytree, path: Path) -> None:
     for name, shape in needed.items():
         if actual[name] != shape:
             raise UserError(
-                f"{path} is not a supported ResNet: {name} in {what} has the shape "
+                f"{path} is not a supported network: {name} in {what} has the shape "
                 f"{list(actual[name])}, not {list(shape)}."
             )
 

@@ -14,8 +14,8 @@ from ssl_jax.errors import UserError
 from ssl_jax.interop.import_weights import is_weights_file
 from ssl_jax.interop.load import config_at, restore_state, weights_at, weights_fingerprint
 from ssl_jax.methods import make_method
-from ssl_jax.methods.base import make_encoder
-from ssl_jax.models.resnet import architecture
+from ssl_jax.models import make_encoder, resnet
+from ssl_jax.models.registry import architecture, encoder_name
 from ssl_jax.step import TrainState
 
 _PROJECTOR_KEYS = ("projector_layer", "projector_hidden")
@@ -35,7 +35,7 @@ def resolve_initial_weights(config: ConfigDict, started: ConfigDict | None = Non
     if started is not None:
         if config.init_from.path:
             config.supervised.projector_hidden = started.supervised.projector_hidden
-        config.distill.update(architecture(started.distill))
+        config.distill.update(resnet.architecture(started.distill))
         config.distill.update({key: started.distill[key] for key in _PROJECTOR_KEYS})
         return
     if config.init_from.path:
@@ -55,12 +55,12 @@ def _resolve_encoder(config: ConfigDict) -> None:
     if kept != custom:
         raise UserError(
             f"The encoder in {config.init_from.path} (config.init_from.path) is "
-            f"{kept or 'the ResNet of its config.model'}, but that of config.method="
-            f"'{config.method}' is {custom or 'the ResNet of config.model'}: use a method with the "
-            "same encoder."
+            f"{kept or 'that of its config.model'}, but that of config.method="
+            f"'{config.method}' is {custom or 'that of config.model'}: use a method with the same "
+            "encoder."
         )
     own = architecture(config.model)
-    for name, needed in architecture(source.model).items():
+    for name, needed in architecture(source.model).items():  # the first is the encoder's name
         if own[name] != needed:
             raise UserError(
                 f"config.model.{name} is {own[name]!r}, but the encoder in "
@@ -131,7 +131,13 @@ def _resolve_teacher(config: ConfigDict) -> None:
             f"{config.distill.teacher} (config.distill.teacher) is a run of '{source.method}', "
             "which has no classifier to learn from: fine-tune it first with ssl-jax finetune."
         )
-    config.distill.update(architecture(source.model))
+    if source.model.name != "resnet":
+        raise UserError(
+            f"The encoder of the teacher in {config.distill.teacher} (config.distill.teacher) is "
+            f"{encoder_name(source.model)}, but only a ResNet can be distilled: use the run of a "
+            "ResNet; the student may be any encoder."
+        )
+    config.distill.update(resnet.architecture(source.model))
     kept = source.supervised if source.method == "supervised" else dict.fromkeys(_PROJECTOR_KEYS, 0)
     config.distill.update({key: kept[key] for key in _PROJECTOR_KEYS})
     if config.data.num_classes != source.data.num_classes:

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import flat_views
 from ssl_jax.data.device_crop import antialiased
+from ssl_jax.models.registry import encoder_name
 from ssl_jax.models.resnet import architecture
 
 
@@ -41,8 +42,15 @@ def is_torchvisions(config: ConfigDict) -> bool:
     return not unlike_torchvisions(config)
 
 
+def has_torch_loader(config: ConfigDict) -> bool:
+    """Whether `torch_encoder.py` loads the encoder: any ResNet without selective kernels."""
+    return config.model.name == "resnet" and not config.model.sk
+
+
 def unlike_torchvisions(config: ConfigDict) -> list[str]:
     """Lists what the encoder has that no ResNet of torchvision and timm has."""
+    if config.model.name != "resnet":
+        return [f"the encoder {encoder_name(config.model)}"]
     model = architecture(config.model)
     unlike = {
         f"depth {model['depth']}": model["depth"] > 152,

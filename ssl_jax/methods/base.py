@@ -26,7 +26,8 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import Schedule, flat_views
 from ssl_jax.errors import UserError
-from ssl_jax.models import MLPHead, ResNet
+from ssl_jax.models import MLPHead, ResNet, make_encoder
+from ssl_jax.models.registry import encoder_name
 from ssl_jax.models.resnet import architecture, resnet_name
 from ssl_jax.optim import role_labels
 
@@ -43,7 +44,7 @@ class Method:
       schedule: the run's length in steps.
       axis_name: mapped axis of the devices; None on a single device.
       groups: groups of devices that share BatchNorm statistics; None for a single group.
-      encoder: the Flax module of the evaluated network, the config's ResNet. A method may set
+      encoder: the Flax module of the evaluated network, that of `config.model`. A method may set
         another, called as `module(images, train=...)`, with features [n, D] as its output.
     """
 
@@ -64,7 +65,7 @@ class Method:
         self.schedule = schedule
         self.axis_name = axis_name
         self.groups = groups
-        self.encoder = make_encoder(config, axis_name, groups)
+        self.encoder = self._configured = make_encoder(config, axis_name, groups)
 
     def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
         """Creates initial parameters and state.
@@ -102,16 +103,19 @@ class Method:
 
     @property
     def custom_encoder(self) -> str:
-        """What a method sets as `encoder` in place of the config's ResNet; "" for that one."""
+        """What a method sets as `encoder` in place of that of `config.model`; "" for that one."""
+        if self.encoder is self._configured:
+            return ""
         if not isinstance(self.encoder, ResNet):
             return type(self.encoder).__name__
-        model = {key: getattr(self.encoder, key) for key in architecture(self.config.model)}
-        return "" if model == architecture(self.config.model) else resnet_name(model)
+        own = architecture(self.config.model)
+        model = {key: getattr(self.encoder, key) for key in own}
+        return "" if (self.config.model.name, model) == ("resnet", own) else resnet_name(model)
 
     @property
     def encoder_name(self) -> str:
         """The name of the encoder in summaries and cards."""
-        return self.custom_encoder or resnet_name(self.config.model)
+        return self.custom_encoder or encoder_name(self.config.model)
 
     @property
     def num_features(self) -> int:
@@ -250,24 +254,6 @@ class Method:
 def evaluated_names(projector_layer: int) -> tuple[str, ...]:
     """Returns the names of the networks that `Method.features` uses."""
     return ("encoder", "projector") if projector_layer else ("encoder",)
-
-
-def make_encoder(
-    config: ConfigDict,
-    axis_name: str | None = None,
-    groups: tuple[tuple[int, ...], ...] | None = None,
-) -> ResNet:
-    """Builds a config's encoder; pass `axis_name=None` for use outside the train step."""
-    return ResNet(
-        **architecture(config.model),
-        conv_init=config.model.conv_init,
-        zero_init_residual=config.model.zero_init_residual,
-        dtype=config.dtype,
-        remat=config.remat,
-        axis_name=axis_name,
-        axis_index_groups=groups,
-        bn_splits=config.model.bn_splits,
-    )
 
 
 def init_networks(

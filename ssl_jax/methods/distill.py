@@ -25,7 +25,7 @@ from ssl_jax.models.resnet import ResNet, architecture
 
 
 class Distill(ClassifierMethod):
-    """A student; its teacher, in `state`, is constant and runs in evaluation mode."""
+    """A student; its teacher, a ResNet in `state`, is constant and runs in evaluation mode."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

@@ -1,6 +1,7 @@
 """Networks: encoders and heads."""
 
 from ssl_jax.models.heads import MLPHead
+from ssl_jax.models.registry import make_encoder, register
 from ssl_jax.models.resnet import ResNet
 
-__all__ = ["MLPHead", "ResNet"]
+__all__ = ["MLPHead", "ResNet", "make_encoder", "register"]

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+from ml_collections import ConfigDict
 
 from ssl_jax.errors import UserError, require_choice
 from ssl_jax.models.conv import conv_general_dilated, max_pool
@@ -52,6 +53,20 @@ def architecture(model: Mapping[str, Any]) -> dict[str, Any]:
 def _projects_first(model: Mapping[str, Any]) -> bool:
     """Whether the first block's shortcut is projected though its shape doesn't change."""
     return bool(model.get("project_first")) and model["depth"] < 50
+
+
+def build(config: ConfigDict, axis_name: str | None, groups: Groups | None) -> "ResNet":
+    """Builds a config's ResNet; see `models.register`."""
+    return ResNet(
+        **architecture(config.model),
+        conv_init=config.model.conv_init,
+        zero_init_residual=config.model.zero_init_residual,
+        dtype=config.dtype,
+        remat=config.remat,
+        axis_name=axis_name,
+        axis_index_groups=groups,
+        bn_splits=config.model.bn_splits,
+    )
 
 
 def resnet_name(model: Mapping[str, Any]) -> str:

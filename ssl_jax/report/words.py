@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ssl_jax.methods import title
-from ssl_jax.models.resnet import resnet_name
+from ssl_jax.models.registry import encoder_name
 
 
 def percent(fraction: float) -> str:
@@ -47,12 +47,18 @@ def run_title(config: dict[str, Any]) -> str:
 
 
 def network(run: dict[str, Any]) -> str:
-    """Names a run's encoder, with a ResNet's stem, from its record."""
+    """Names a run's encoder from its record."""
     model = run["config"].get("model")
     custom = (run.get("derived") or {}).get("encoder")
     if custom or not model:
         return str(custom or "unknown network")
-    return f"{resnet_name(model)}, {model['stem']} stem"
+    return encoder_text(model)
+
+
+def encoder_text(model: Mapping[str, Any]) -> str:
+    """Names the encoder of `config.model`, with a ResNet's stem."""
+    stem = f", {model['stem']} stem" if model["name"] == "resnet" else ""
+    return f"{encoder_name(model)}{stem}"
 
 
 def devices(found: Mapping[str, Any]) -> str:

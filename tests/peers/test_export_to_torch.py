@@ -22,7 +22,7 @@ from ssl_jax.data.pipeline import prepare_eval  # noqa: E402
 from ssl_jax.interop import export  # noqa: E402
 from ssl_jax.interop.import_weights import read_weights  # noqa: E402
 from ssl_jax.interop.weights import Weights, write_weights  # noqa: E402
-from ssl_jax.methods.base import make_encoder  # noqa: E402
+from ssl_jax.models import make_encoder  # noqa: E402
 from ssl_jax.models.resnet import STAGES  # noqa: E402
 
 SIZE = 64
