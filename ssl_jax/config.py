@@ -356,13 +356,10 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
     # Other methods and encoders that happen to be registered in this process are not part of the
     # run.
-    for group, registered, used in (
-        (plain, _REGISTERED, config.method),
-        (plain["model"], _ENCODERS, config.model.name),
-    ):
-        for name in registered:
-            if name != used:
-                group.pop(name, None)
+    model = plain.get("model", {})  # none in the config of a view
+    for group, registered, used in ((plain, _REGISTERED, "method"), (model, _ENCODERS, "name")):
+        for name in registered.keys() - {group.get(used)}:
+            group.pop(name, None)
     return plain
 
 

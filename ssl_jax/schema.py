@@ -249,7 +249,7 @@ _MODEL: Group = {
         "resnet",
         "Encoder; the keys up to zero_init_residual are those of the ResNet, the others' are in "
         "groups of their names",
-        choices=("resnet",),
+        choices=("resnet", "vit"),
         is_open=True,
     ),
     "depth": Key(50, "Depth of the ResNet: 18, 34, 50, 101, 152 or 200"),
@@ -297,6 +297,39 @@ _MODEL: Group = {
         "kernels and biases uniform in ±1/sqrt(fan in), PyTorch's default (lightly, solo-learn)",
         choices=("official", "torch"),
     ),
+    "vit": {
+        "width": Key(384, "Features per token; Ti 192, S 384, B 768, L 1024", AT_LEAST_1),
+        "depth": Key(12, "Number of blocks; Ti, S and B 12, L 24", AT_LEAST_1),
+        "heads": Key(6, "Attention heads; Ti 3, S 6 (MoCo v3: 12), B 12, L 16", AT_LEAST_1),
+        "patch": Key(
+            16, "Side of the patches in pixels; divides the size of every view", AT_LEAST_1
+        ),
+        "image_size": Key(
+            0,
+            "Side of the images that the positions belong to, which are interpolated for others; "
+            "0: the size of the first view",
+            AT_LEAST_0,
+        ),
+        "pool": Key(
+            "class",
+            "Features: the output at a class token (class), or the mean over patches, without a "
+            "class token (mean)",
+            choices=("class", "mean"),
+        ),
+        "positions": Key(
+            "learned",
+            "Embeddings of positions: learned, or fixed sines and cosines",
+            choices=("learned", "sincos"),
+        ),
+        "registers": Key(0, "Additional learned tokens that are not read out", AT_LEAST_0),
+        "layer_scale": Key(0.0, "Initial scale per feature of each branch; 0: none", FINITE),
+        "drop_path": Key(
+            0.0,
+            "Probability that training drops a branch of the last block for an image; lower in "
+            "earlier blocks",
+            Bounds(0, 1, open_high=True),
+        ),
+    },
 }
 _OPTIM: Group = {
     "name": Key(

@@ -15,7 +15,7 @@ from ssl_jax.data.pipeline import Prefetcher
 from ssl_jax.errors import UserError
 from ssl_jax.methods import make_method
 from ssl_jax.methods.supervised import CLASSIFIER_INITS
-from ssl_jax.models import layers, resnet
+from ssl_jax.models import layers, resnet, vit
 from ssl_jax.optim import LR_SCALINGS, OPTIMIZERS, SCHEDULES, learning_rate_schedule
 from ssl_jax.schema import SCHEMA
 from ssl_jax.step import assemble, example_batch
@@ -100,6 +100,8 @@ def test_choices_in_the_schema_equal_the_implemented_ones():
     assert model["stem"].choices == resnet.STEMS
     assert model["padding"].choices == tuple(resnet.PADDINGS)
     assert model["head_init"].choices == ("official", "torch")
+    assert model["vit"]["pool"].choices == vit.POOLS
+    assert model["vit"]["positions"].choices == vit.POSITIONS
     assert model["conv_init"].choices == tuple(layers.KERNEL_INITS)
     assert SCHEMA["supervised"]["classifier_init"].choices == tuple(CLASSIFIER_INITS)
     assert optim["name"].choices == OPTIMIZERS

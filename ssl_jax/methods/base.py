@@ -31,6 +31,7 @@ from ssl_jax.models.registry import encoder_name
 from ssl_jax.models.resnet import architecture, resnet_name
 from ssl_jax.optim import role_labels
 
+_IMAGE_KEYS = 0x1D  # no number that a method folds into its key
 Pytree = Any
 # "views", a tuple of [n, H, W, 3] float32; "id" [n]; for labeled data "label" [n], -1 for none.
 Batch = dict[str, Any]
@@ -193,6 +194,7 @@ class Method:
         views: Sequence[Array],
         *,
         separate: bool,
+        keys: Sequence[Array] | None = None,
     ) -> tuple[list[Array], Pytree]:
         """Applies networks in sequence to views, in train mode.
 
@@ -203,24 +205,47 @@ class Method:
           views: [n, ...] each; all of one shape unless `separate`.
           separate: apply the networks to each view by itself, in order, so that the running
             statistics are updated once per view; otherwise once to all views together.
+          keys: `image_keys` of the views; None to drop nothing, as in target networks.
 
         Returns:
           Each network's outputs [n, V, ...], and the updated `stats`.
         """
         if separate:
             outputs = []
-            for view in views:
-                of_view, stats = apply_networks(networks, params, stats, view)
+            for view, of_images in zip(views, keys or [None] * len(views), strict=True):
+                of_view, stats = apply_networks(networks, params, stats, view, of_images)
                 outputs.append(of_view)
             return [jnp.stack(each, axis=1) for each in zip(*outputs, strict=True)], stats
-        # A split has all views of its images, as a device does.
-        splits, shape = self.config.model.bn_splits, views[0].shape
-        parts = [view.reshape(splits, shape[0] // splits, *shape[1:]) for view in views]
-        together, stats = apply_networks(
-            networks, params, stats, jnp.concatenate(parts, axis=1).reshape(-1, *shape[1:])
-        )
+        splits = self.config.model.bn_splits
+
+        def joined(arrays: Sequence[Array]) -> Array:
+            # A split has all views of its images, as a device does.
+            n, *shape = arrays[0].shape
+            parts = [x.reshape(splits, n // splits, *shape) for x in arrays]
+            return jnp.concatenate(parts, axis=1).reshape(-1, *shape)
+
+        of_all = None if keys is None else joined(keys)
+        together, stats = apply_networks(networks, params, stats, joined(views), of_all)
         in_parts = [x.reshape(splits, len(views), -1, *x.shape[1:]) for x in together]
         return [x.swapaxes(1, 2).reshape(-1, len(views), *x.shape[3:]) for x in in_parts], stats
+
+    def image_keys(self, rng: Array, batch: Batch) -> list[Array] | None:
+        """Makes a random key per image and view, for an encoder with `uses_keys`.
+
+        They depend on the sample ids, so microbatches and devices don't change them.
+
+        Args:
+          rng: the key that `forward` gets.
+          batch: with ids and views.
+
+        Returns:
+          Keys [n] per view; None if the encoder takes none.
+        """
+        if not getattr(self.encoder, "uses_keys", False):
+            return None
+        rng = jax.random.fold_in(rng, _IMAGE_KEYS)
+        views = [jax.random.fold_in(rng, view) for view in range(len(batch["views"]))]
+        return [jax.vmap(jax.random.fold_in, (None, 0))(key, batch["id"]) for key in views]
 
     def require_two_views(self) -> None:
         """Raises a UserError unless the config has exactly two views of one size."""
@@ -283,7 +308,11 @@ def init_networks(
 
 
 def apply_networks(
-    networks: Mapping[str, nn.Module], params: Pytree, stats: Pytree, x: Array
+    networks: Mapping[str, nn.Module],
+    params: Pytree,
+    stats: Pytree,
+    x: Array,
+    keys: Array | None = None,
 ) -> tuple[list[Array], Pytree]:
     """Applies networks in sequence, in train mode.
 
@@ -292,6 +321,7 @@ def apply_networks(
       params: by name; entries of other networks are ignored.
       stats: batch statistics by name; entries of other networks are kept.
       x: input of the first network.
+      keys: a random key per image, for an encoder with `uses_keys`; None for none.
 
     Returns:
       Each network's output, and `stats` with the entries of these networks updated.
@@ -299,7 +329,8 @@ def apply_networks(
     outputs, new_stats = [], dict(stats)
     for name, module in networks.items():
         variables = {"params": params[name], "batch_stats": stats[name]}
-        x, changed = module.apply(variables, x, train=True, mutable=["batch_stats"])
+        random = {} if keys is None or not getattr(module, "uses_keys", False) else {"keys": keys}
+        x, changed = module.apply(variables, x, train=True, mutable=["batch_stats"], **random)
         outputs.append(x)
         new_stats[name] = changed.get("batch_stats", {})
     return outputs, new_stats

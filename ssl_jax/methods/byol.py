@@ -56,11 +56,12 @@ class BYOL(Method):
         """
         stats = dict(state["batch_stats"])
         target_stats = stats.pop("target")
+        views, keys = batch["views"], self.image_keys(rng, batch)
         (features, _, prediction), stats = self.apply_to_views(
-            self.networks, params, stats, batch["views"], separate=True
+            self.networks, params, stats, views, separate=True, keys=keys
         )
         (_, target), target_stats = self.apply_to_views(
-            self.target_networks, state["target"], target_stats, batch["views"], separate=True
+            self.target_networks, state["target"], target_stats, views, separate=True
         )
         outputs = {
             "embedding": features[:, 0],

@@ -62,8 +62,9 @@ class Distill(ClassifierMethod):
         """Runs both networks on each view; outputs `logits` and `teacher` [n, V, classes]."""
         stats, features, logits, teacher_logits = state["batch_stats"], [], [], []
         weights = state["teacher"]["params"], state["teacher"]["batch_stats"]
-        for view in batch["views"]:
-            (h, out), stats = apply_networks(self.networks, params, stats, view)
+        keys = self.image_keys(rng, batch) or [None] * len(batch["views"])
+        for view, random in zip(batch["views"], keys, strict=True):
+            (h, out), stats = apply_networks(self.networks, params, stats, view, random)
             features.append(h)
             logits.append(out)
             taught = evaluate_networks(self.teacher, *weights, view, self.teacher)[-1]

@@ -80,8 +80,10 @@ class MoCo(Method):
         directions = 2 if self.config.moco.symmetric else 1
         stats = dict(state["batch_stats"])
         target_stats = stats.pop("target")
+        images, random = batch["views"][:directions], self.image_keys(rng, batch)
+        random = random and random[:directions]
         (features, query), stats = self.apply_to_views(
-            self.networks, params, stats, batch["views"][:directions], separate=True
+            self.networks, params, stats, images, separate=True, keys=random
         )
         shuffled = [
             self.shuffle(view, jax.random.fold_in(rng, number))

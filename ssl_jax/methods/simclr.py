@@ -63,8 +63,9 @@ class SimCLR(Method):
         """Encodes both views in one batch, or one by one; outputs `projection` [n, 2, d]."""
         stats, separate = dict(state["batch_stats"]), self.config.simclr.separate_views
         target_stats = stats.pop("target", None)
+        keys = self.image_keys(rng, batch)
         (features, z), stats = self.apply_to_views(
-            self.networks, params, stats, batch["views"], separate=separate
+            self.networks, params, stats, batch["views"], separate=separate, keys=keys
         )
         outputs = {"embedding": features[:, 0], "projection": z}
         if target_stats is None:

@@ -45,8 +45,9 @@ class SimSiam(Method):
         self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
         """Encodes each view as its own batch; outputs `prediction` and `projection` [n, 2, d]."""
+        views, keys = batch["views"], self.image_keys(rng, batch)
         (features, projection, prediction), stats = self.apply_to_views(
-            self.networks, params, state["batch_stats"], batch["views"], separate=True
+            self.networks, params, state["batch_stats"], views, separate=True, keys=keys
         )
         outputs = {
             "embedding": features[:, 0],

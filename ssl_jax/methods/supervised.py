@@ -88,11 +88,12 @@ class Supervised(ClassifierMethod):
     ) -> tuple[dict[str, Array], Pytree]:
         """Encodes each view as a separate batch; outputs `logits` [n, V, classes]."""
         stats, features, logits = state["batch_stats"], [], []
-        for view in batch["views"]:
+        keys = self.image_keys(rng, batch) or [None] * len(batch["views"])
+        for view, random in zip(batch["views"], keys, strict=True):
             if self.config.supervised.freeze:
                 h, out = self._apply_frozen(params, stats, view)
             else:
-                (h, *_, out), stats = apply_networks(self.networks, params, stats, view)
+                (h, *_, out), stats = apply_networks(self.networks, params, stats, view, random)
             features.append(h)
             logits.append(out)
         return {"embedding": features[0], "logits": jnp.stack(logits, axis=1)}, stats

@@ -82,9 +82,12 @@ class SwAV(Method):
         separate = self.config.swav.separate_views
         encoder, projector = ({name: self.networks[name]} for name in ("encoder", "projector"))
         features: list[Array] = []
+        keys = self.image_keys(rng, batch)
         for _, group in itertools.groupby(views, key=lambda view: view.shape[1]):
+            crops = list(group)
+            random = keys and keys[len(features) : len(features) + len(crops)]
             (h,), stats = self.apply_to_views(
-                encoder, params, stats, list(group), separate=separate
+                encoder, params, stats, crops, separate=separate, keys=random
             )
             features += list(jnp.unstack(h, axis=1))
         (z,), stats = self.apply_to_views(projector, params, stats, features, separate=separate)

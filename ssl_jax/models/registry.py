@@ -8,13 +8,14 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import register_encoder
 from ssl_jax.errors import UserError
-from ssl_jax.models import resnet
+from ssl_jax.models import resnet, vit
 from ssl_jax.models.layers import Groups
 
 # Makes an encoder from the run's config, the mapped axis of the devices, and the groups of devices
 # that share BatchNorm statistics; the last two are None outside the train step.
 Builder = Callable[[ConfigDict, str | None, Groups | None], nn.Module]
 
+_BUILT_IN: dict[str, Builder] = {"resnet": resnet.build, "vit": vit.build}
 _REGISTERED: dict[str, Builder] = {}  # from outside the package
 
 
@@ -65,9 +66,7 @@ def make_encoder(
         Flax module with `num_features`.
     """
     name = config.model.name
-    if name == "resnet":
-        return resnet.build(config, axis_name, groups)
-    module = _REGISTERED[name](config, axis_name, groups)
+    module = (_BUILT_IN | _REGISTERED)[name](config, axis_name, groups)
     if not isinstance(module, nn.Module) or not isinstance(
         getattr(module, "num_features", None), int
     ):
@@ -80,7 +79,9 @@ def make_encoder(
 
 def encoder_name(model: Mapping[str, Any]) -> str:
     """An encoder's name in reports and cards, such as "ResNet-50 ×2", from `config.model`."""
-    return resnet.resnet_name(model) if model["name"] == "resnet" else model["name"]
+    names = {"resnet": resnet.resnet_name, "vit": vit.vit_name}
+    name: str = model["name"]
+    return names[name](model) if name in names else name
 
 
 def architecture(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,4 +96,5 @@ def architecture(model: Mapping[str, Any]) -> dict[str, Any]:
     name = model["name"]
     if name == "resnet":
         return {"name": name, **resnet.architecture(model)}
-    return {"name": name, **{f"{name}.{key}": value for key, value in model[name].items()}}
+    keys = vit.architecture(model) if name == "vit" else model[name]
+    return {"name": name, **{f"{name}.{key}": value for key, value in keys.items()}}

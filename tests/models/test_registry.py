@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from tiny import method_config, random_source, tiny_config
+from tiny import method_config, tiny_config
 
 import ssl_jax
 from ssl_jax.cli import main as cli
@@ -167,7 +167,6 @@ def test_only_resnets_are_teachers(config, exported, tmp_path):
 
 @pytest.mark.long
 def test_example_goes_all_the_way_from_the_command_line(file, forget, tmp_path, capsys):
-    np.savez(tmp_path / "x.npz", 0)
     (tmp_path / "config.py").write_text(
         "from tiny import tiny_config\n"
         "def get_config():\n"
@@ -195,7 +194,7 @@ def test_example_goes_all_the_way_from_the_command_line(file, forget, tmp_path, 
     for command in commands:
         forget()
         assert cli.main([*command, imported]) == 0, capsys.readouterr().err
-    images = random_source(4).images
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
     features = [
         ssl_jax.load(tmp_path / name).apply(images) for name in ("run", "all.safetensors", "hub")
     ]
