@@ -7,7 +7,7 @@ import flax.linen as nn
 from ml_collections import ConfigDict
 
 from ssl_jax.config import register_encoder
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, require_choice
 from ssl_jax.models import resnet, vit
 from ssl_jax.models.layers import Groups
 
@@ -62,14 +62,15 @@ def make_encoder(
       The module, which has `num_features`.
 
     Raises:
-      UserError: options that the encoder doesn't support, or a registered encoder that is not a
-        Flax module with `num_features`.
+      UserError: an unknown name, options that the encoder doesn't support, or a registered encoder
+        that is not a Flax module with `num_features`.
     """
     name = config.model.name
-    module = (_BUILT_IN | _REGISTERED)[name](config, axis_name, groups)
-    if not isinstance(module, nn.Module) or not isinstance(
-        getattr(module, "num_features", None), int
-    ):
+    builders = _BUILT_IN | _REGISTERED
+    require_choice("config.model.name", name, builders)
+    module = builders[name](config, axis_name, groups)
+    features = getattr(module, "num_features", None)
+    if not (isinstance(module, nn.Module) and isinstance(features, int)):
         raise UserError(
             f"The encoder '{name}' (config.model.name) is of type {type(module).__name__}. Return "
             "a flax.linen.Module with an integer num_features, the number of features per image."
