@@ -17,7 +17,7 @@ import runpy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ml_collections import ConfigDict
 
@@ -38,6 +38,7 @@ _USUAL_NAMES = {
 # Groups of keys of methods and of encoders registered from outside the package.
 _REGISTERED: dict[str, dict[str, Key]] = {}
 _ENCODERS: dict[str, dict[str, Key]] = {}
+_MODEL = cast(Group, SCHEMA["model"])
 # Names of sources of images registered from outside the package.
 _SOURCES: set[str] = set()
 
@@ -77,7 +78,7 @@ def schema_keys() -> dict[str, Key]:
 
 def _schema() -> dict[str, Any]:
     """The schema with the keys of registered methods and encoders."""
-    return {**SCHEMA, **_REGISTERED, "model": {**SCHEMA["model"], **_ENCODERS}}
+    return {**SCHEMA, **_REGISTERED, "model": {**_MODEL, **_ENCODERS}}
 
 
 def register_options(method: str, options: Mapping[str, Any]) -> None:
@@ -108,7 +109,7 @@ def register_encoder(name: str, options: Mapping[str, Any]) -> None:
       UserError: the name is an encoder of ssl_jax or a key of `config.model`, or a default is of a
         type that the schema doesn't have.
     """
-    if name in SCHEMA["model"] or name in schema_keys()["model.name"].choices:
+    if name in _MODEL or name in schema_keys()["model.name"].choices:
         raise UserError(f"config.model already has the name '{name}'. Register another name.")
     _ENCODERS[name] = _keys(f"config.model.{name}", options)
 
@@ -312,7 +313,7 @@ def validate(config: ConfigDict) -> None:
     # A config that was made before a method or encoder was registered has no group for it.
     methods = {name: keys for name, keys in _REGISTERED.items() if name in config}
     encoders = {name: keys for name, keys in _ENCODERS.items() if name in config.model}
-    model = {**SCHEMA["model"], **encoders}
+    model = {**_MODEL, **encoders}
     _require({**SCHEMA, **methods, "model": model}, config, "config")
     _require_encoder(config.model.name)
     if config.microbatch and config.batch_size % config.microbatch:

@@ -212,7 +212,8 @@ class Method:
         """
         if separate:
             outputs = []
-            for view, of_images in zip(views, keys or [None] * len(views), strict=True):
+            each_key: Sequence[Array | None] = keys or [None] * len(views)
+            for view, of_images in zip(views, each_key, strict=True):
                 of_view, stats = apply_networks(networks, params, stats, view, of_images)
                 outputs.append(of_view)
             return [jnp.stack(each, axis=1) for each in zip(*outputs, strict=True)], stats
@@ -329,7 +330,9 @@ def apply_networks(
     outputs, new_stats = [], dict(stats)
     for name, module in networks.items():
         variables = {"params": params[name], "batch_stats": stats[name]}
-        random = {} if keys is None or not getattr(module, "uses_keys", False) else {"keys": keys}
+        random: dict[str, Any] = (
+            {} if keys is None or not getattr(module, "uses_keys", False) else {"keys": keys}
+        )
         x, changed = module.apply(variables, x, train=True, mutable=["batch_stats"], **random)
         outputs.append(x)
         new_stats[name] = changed.get("batch_stats", {})

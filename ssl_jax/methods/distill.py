@@ -5,6 +5,7 @@ unlabeled images, and a student of the same size or smaller learns these predict
 equations 2 and 3).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -62,7 +63,7 @@ class Distill(ClassifierMethod):
         """Runs both networks on each view; outputs `logits` and `teacher` [n, V, classes]."""
         stats, features, logits, teacher_logits = state["batch_stats"], [], [], []
         weights = state["teacher"]["params"], state["teacher"]["batch_stats"]
-        keys = self.image_keys(rng, batch) or [None] * len(batch["views"])
+        keys: Sequence[Array | None] = self.image_keys(rng, batch) or [None] * len(batch["views"])
         for view, random in zip(batch["views"], keys, strict=True):
             (h, out), stats = apply_networks(self.networks, params, stats, view, random)
             features.append(h)

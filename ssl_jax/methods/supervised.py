@@ -1,5 +1,6 @@
 """Supervised cross-entropy: the baseline with all labels, fine-tuning, linear evaluation."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -88,7 +89,7 @@ class Supervised(ClassifierMethod):
     ) -> tuple[dict[str, Array], Pytree]:
         """Encodes each view as a separate batch; outputs `logits` [n, V, classes]."""
         stats, features, logits = state["batch_stats"], [], []
-        keys = self.image_keys(rng, batch) or [None] * len(batch["views"])
+        keys: Sequence[Array | None] = self.image_keys(rng, batch) or [None] * len(batch["views"])
         for view, random in zip(batch["views"], keys, strict=True):
             if self.config.supervised.freeze:
                 h, out = self._apply_frozen(params, stats, view)

@@ -229,12 +229,12 @@ class Block(nn.Module):
 class LayerScale(nn.Module):
     """A learned factor per feature."""
 
-    init: float
+    initial: float
 
     @nn.compact
     def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
         """Scales the last axis."""
-        scale = self.param("scale", nn.initializers.constant(self.init), x.shape[-1:])
+        scale = self.param("scale", nn.initializers.constant(self.initial), x.shape[-1:])
         return x * scale.astype(x.dtype)[None, None]
 
 
