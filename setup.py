@@ -53,6 +53,7 @@ setup(
         "jax>=0.10",
         "jinja2>=3.1.4",
         "jaxtyping>=0.3",
+        "lazy_loader>=0.4",
         "ml_collections>=1.1",
         "numpy>=2.0",
         "optax>=0.2.6",

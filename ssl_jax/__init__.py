@@ -1,23 +1,12 @@
 """Self-supervised image pretraining on JAX: one train step for every method, laptop to pod."""
 
-from typing import Any
+import pkgutil
 
-from ssl_jax.lazy import module_attributes
-from ssl_jax.version import __version__
+import lazy_loader
 
-__all__ = ["__version__", "load"]
-
-_module, _modules = module_attributes(__name__, __path__)
-
-
-def __getattr__(name: str) -> Any:
-    # Importing JAX takes seconds, and `ssl-jax --help` should not wait for it.
-    if name == "load":
-        from ssl_jax.interop.load import load
-
-        return load
-    return _module(name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*__all__, *_modules()])
+# Importing JAX takes seconds, and `ssl-jax --help` should not wait for it.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    [module.name for module in pkgutil.iter_modules(__path__)],
+    {"interop.load": ["load"], "version": ["__version__"]},
+)

@@ -21,11 +21,10 @@ MESHES_AND_MAPS = {
 ARRAY_LIBRARIES = {"jax", "flax", "optax"}
 OPTIONAL_PACKAGES = {"array_record", "matplotlib", "pyarrow", "tensorflow", "tensorflow_datasets"}
 OPTIONAL_PACKAGES |= {"datasets", "torch", "wandb"}
-# `ssl_jax.load` doesn't slow down `import ssl_jax`; doctor survives a broken JAX.
-LAZY_IMPORTS = {("__init__.py", "ssl_jax.interop.load"), ("cli/doctor.py", "jax")}
-# Calls of `importlib.import_module`: modules of packages and TensorFlow are imported on first use,
-# main imports the command, and doctor checks each package.
-DYNAMIC_IMPORTS = {"lazy.py": 1, "cli/main.py": 1, "cli/doctor.py": 1, "data/tensorflow.py": 2}
+LAZY_IMPORTS = {("cli/doctor.py", "jax")}  # doctor survives a broken JAX
+# Calls of `importlib.import_module`: TensorFlow is imported on first use, main imports the command,
+# and doctor checks each package.
+DYNAMIC_IMPORTS = {"cli/main.py": 1, "cli/doctor.py": 1, "data/tensorflow.py": 2}
 
 Check = Callable[[str, ast.Module], Iterator[str]]
 

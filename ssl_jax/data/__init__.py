@@ -1,6 +1,11 @@
 """Images and labels: sources, sampling order, views and augmentation."""
 
-from ssl_jax.data.registry import register as register
-from ssl_jax.lazy import module_attributes
+import pkgutil
 
-__getattr__, __dir__ = module_attributes(__name__, __path__)
+import lazy_loader
+
+from ssl_jax.data.registry import register as register
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__, [module.name for module in pkgutil.iter_modules(__path__)]
+)

@@ -12,13 +12,13 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from ssl_jax.data import views
+from ssl_jax.data.fingerprint import sampled_ids
 from ssl_jax.data.host import HostSource
 from ssl_jax.data.labels import NO_LABEL, checked_labels
 from ssl_jax.data.registry import Images
 from ssl_jax.data.tensorflow import tf
 from ssl_jax.errors import UserError
 from ssl_jax.files import RESUME, reading
-from ssl_jax.fingerprint import sampled_ids
 
 _HEADER = 8  # bytes in front of an array's pixels: height and width
 

@@ -25,11 +25,11 @@ from ml_collections import ConfigDict
 from ssl_jax.config import flat_views
 from ssl_jax.data import views
 from ssl_jax.data.decode import image_size
+from ssl_jax.data.fingerprint import images_fingerprint, sampled_ids
 from ssl_jax.data.listing import IMAGES_IN_WORDS, utf8
 from ssl_jax.data.reader import in_parallel, read_all
 from ssl_jax.data.tensorflow import load_tensorflow, tf
 from ssl_jax.errors import UserError
-from ssl_jax.fingerprint import images_fingerprint, sampled_ids
 
 Step: TypeAlias = tuple[int, Int[np.ndarray, " n"]]
 # (file contents, step, id) -> the tensors to return for an image.

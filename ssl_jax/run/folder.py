@@ -18,6 +18,7 @@ import jax
 from ml_collections import ConfigDict
 
 from ssl_jax.config import differences, from_json, to_json
+from ssl_jax.data.fingerprint import describe_change, same_images
 from ssl_jax.errors import UserError
 from ssl_jax.files import (
     InTheWayError,
@@ -28,7 +29,6 @@ from ssl_jax.files import (
     replacing,
     writing,
 )
-from ssl_jax.fingerprint import describe_change, same_images
 from ssl_jax.version import __version__
 
 # Version of a run's folder: the keys of config.json other than the config, and the tree of

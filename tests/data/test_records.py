@@ -13,11 +13,11 @@ from images import by_id, config_of, fill, picture, read
 
 from ssl_jax.cli.main import main
 from ssl_jax.data import records
+from ssl_jax.data.fingerprint import same_images
 from ssl_jax.data.index import Index
 from ssl_jax.data.sources import make_sources
 from ssl_jax.data.tensorflow import array_record_module
 from ssl_jax.errors import UserError
-from ssl_jax.fingerprint import same_images
 
 tf = pytest.importorskip("tensorflow")
 

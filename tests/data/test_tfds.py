@@ -7,10 +7,10 @@ import pytest
 from images import COLORS, by_id, config_of, fill, picture, read
 from PIL import Image
 
+from ssl_jax.data.fingerprint import sampled_ids
 from ssl_jax.data.index import Index
 from ssl_jax.data.sources import labeled, make_sources
 from ssl_jax.errors import UserError
-from ssl_jax.fingerprint import sampled_ids
 
 pytest.importorskip("tensorflow_datasets")
 from tfds_builds import build  # noqa: E402

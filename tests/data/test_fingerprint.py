@@ -2,7 +2,7 @@
 
 import pytest
 
-from ssl_jax.fingerprint import (
+from ssl_jax.data.fingerprint import (
     describe_change,
     images_fingerprint,
     same_images,
