@@ -14,7 +14,7 @@ COMPAT_TESTS := data downstream evals interop methods models plan run train cli/
   diagnostics ema files house_rules losses microbatch optim spmd step))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test long flaky mutations compat peers docs audit lint types contracts format clean
+.PHONY: help quickstart test tests long flaky mutations compat peers docs audit lint types contracts format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -22,7 +22,10 @@ help:  ## list the targets
 quickstart: .venv/.core  ## pretrain on a CPU in minutes; the report is runs/quickstart/report.html
 	$(BIN)/python run_pretrain.py --config=configs/simclr_digits.py --workdir=runs/quickstart
 
-test: lint types contracts  ## lint, types, import contracts, then the tests, several minutes in all
+test: lint contracts  ## lint, import contracts, then types and the tests side by side, several minutes in all
+	@$(MAKE) --no-print-directory -j2 types tests
+
+tests: .venv/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -p no:randomly -m "not long"
 
 long: .venv/.dev  ## the slower tests: killed and corrupt runs, several processes, fuzzing, benchmarks, commands of the docs
