@@ -415,10 +415,12 @@ def _add_import(parser: Parser) -> None:
         default="",
         help="source library: moco, solo, ... (default: inferred from the parameter names)",
     )
+    add_import(parser)
     add_json(parser)
 
 
 def _prepare_import(args: argparse.Namespace) -> None:
+    _run_imported(args.imported)
     require_encoder(args.file)
     require_folder_of(args.out)
 

@@ -242,7 +242,8 @@ class Checkpoints:
                 self._manager.wait_until_finished()
         finally:
             self._sealed()
-        self._manager.close()
+        with self._writing():  # it raises what failed in the background since
+            self._manager.close()
 
 
 def _require_shapes(folder: Path, like: Pytree) -> None:

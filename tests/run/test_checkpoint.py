@@ -389,6 +389,21 @@ def test_empty_folder_is_a_corrupt_checkpoint(tmp_path):
     assert "step 2 is corrupt (it is empty)" in warning
 
 
+@pytest.mark.parametrize("when", ["wait_until_finished", "close"])
+def test_full_disk_is_a_user_error_whenever_orbax_raises_it(tmp_path, monkeypatch, when):
+    def full(*args, **options):
+        raise ValueError(
+            "RESOURCE_EXHAUSTED: Error writing a [OS error 28: No space left on device]"
+        )
+
+    checkpoints = Checkpoints(tmp_path / "c")
+    monkeypatch.setattr(checkpoints._manager, when, full)
+    with pytest.raises(UserError, match=r"\(No space left on device\)"):
+        checkpoints.close()
+    monkeypatch.undo()
+    checkpoints.close()
+
+
 def test_failed_write_leaves_no_waiting_thread(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path / "c")
     monkeypatch.setattr(checkpoints._manager, "save", lambda *args, **options: None)
