@@ -50,8 +50,9 @@ if FIRST_PROCESS:
     # Programs are lowered faster without the Python stack of each operation.
     os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 
-# Traced programs are a million objects that live as long as the process: look for garbage rarely.
-gc.set_threshold(200_000, 50, 1000)
+# Traced programs are millions of objects that live as long as the process. A search for garbage
+# touches them all, which takes seconds, and finds little.
+gc.disable()
 
 # Check arrays against their annotations (library, dtype, shape) in every call. NumPy arrays are
 # accepted as JAX arrays, as in JAX. This must precede the first import of the package. It is here
