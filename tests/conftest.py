@@ -51,7 +51,7 @@ if FIRST_PROCESS:
     os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 
 # Traced programs are millions of objects that live as long as the process. A search for garbage
-# touches them all, which takes seconds, and finds little.
+# that touches them takes seconds, so each file's garbage is searched for once, at its end.
 gc.disable()
 
 # Check arrays against their annotations (library, dtype, shape) in every call. NumPy arrays are
@@ -85,9 +85,6 @@ tune_cpu()
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Removes the cache when all processes have finished."""
-    # pytest now looks for garbage five times, seconds each; what one search finds, it reports.
-    gc.collect()
-    gc.freeze()
     if FIRST_PROCESS and OWN_CACHE:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
@@ -98,6 +95,14 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory):
     from encoders import pretrain_simclr
 
     return pretrain_simclr(tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collected_garbage() -> Iterator[None]:
+    """Collects a file's garbage; what is left is not looked at again."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

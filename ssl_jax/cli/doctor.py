@@ -1,8 +1,8 @@
 """`ssl-jax doctor`: versions, devices, and missing packages per feature.
 
 Nothing in this file imports packages that may be missing or broken (the command line around it
-needs ml_collections). JAX and the other required packages are imported in a subprocess,
-`python -m ssl_jax.cli.doctor`, which may crash or hang.
+needs lazy_loader and ml_collections). JAX and the other required packages are imported in a
+subprocess, `python -m ssl_jax.cli.doctor`, which may crash or hang.
 """
 
 import argparse
@@ -39,6 +39,7 @@ _CORE = {
     "flatbuffers": "flatbuffers",
     "humanize": "humanize",
     "jinja2": "jinja2",
+    "lazy_loader": "lazy_loader",
     "pillow": "PIL",
     "safetensors": "safetensors",
     "tensorboardX": "tensorboardX",
