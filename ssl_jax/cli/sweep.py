@@ -23,7 +23,14 @@ from ssl_jax.run.folder import read_config
 
 _MOST = 64  # runs of a comparison
 # A run fills these in where its config leaves them open.
-_FILLED_IN = ("data.num_classes: 0 ->", "supervised.projector_hidden: 0 ->", "distill.")
+_FILLED_IN = (
+    "data.num_classes: 0 ->",
+    "model.vit.image_size: 0 ->",
+    "supervised.projector_hidden: 0 ->",
+    # The teacher's networks.
+    *("distill.depth:", "distill.width:", "distill.sk:", "distill.stem:", "distill.padding:"),
+    *("distill.project_first:", "distill.projector_layer:", "distill.projector_hidden:"),
+)
 
 
 def run(args: argparse.Namespace) -> None:

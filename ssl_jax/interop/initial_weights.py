@@ -16,6 +16,7 @@ from ssl_jax.interop.load import config_at, restore_state, weights_at, weights_f
 from ssl_jax.methods import make_method
 from ssl_jax.models import make_encoder, resnet
 from ssl_jax.models.registry import architecture, encoder_name
+from ssl_jax.models.vit import image_size
 from ssl_jax.step import TrainState
 
 _PROJECTOR_KEYS = ("projector_layer", "projector_hidden")
@@ -25,13 +26,16 @@ def resolve_initial_weights(config: ConfigDict, started: ConfigDict | None = Non
     """Completes a config with keys of the runs that its weights come from.
 
     Args:
-      config: changed in place: the width of a kept projector, the teacher's networks.
+      config: changed in place: the width of a kept projector, the teacher's networks, the image
+        size of a ViT's positions, which stays that of the run where its encoder gets other images.
       started: config of the run that is resumed, if any. Its checkpoints have all weights, so its
         keys are copied and the sources, which may be gone, are not read.
 
     Raises:
       UserError: a source doesn't exist, or its networks don't fit.
     """
+    if config.model.name == "vit":
+        config.model.vit.image_size = image_size(config)
     if started is not None:
         if config.init_from.path:
             config.supervised.projector_hidden = started.supervised.projector_hidden
@@ -236,7 +240,8 @@ def _whole_state(state: TrainState, config: ConfigDict) -> TrainState:
                 f"config.init_from.state is 'all', but {config.init_from.path} "
                 f"(config.init_from.path) has {name} of shape {shapes[0]} and "
                 f"this run {shapes[1]}: use the config.model, config.optim and "
-                f"config.{config.method} of that run, or config.init_from.state=weights."
+                f"config.{config.method} of that run, and its config.data.num_classes, or "
+                "config.init_from.state=weights."
             )
     return state.replace(
         params=source.params,

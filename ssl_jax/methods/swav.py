@@ -162,7 +162,8 @@ class SwAV(Method):
             return params, state
         new = self.gather(outputs["projection"][:, : self.assigned]).swapaxes(0, 1)
         filled = jnp.concatenate([new, state["queue"]], axis=1)[:, : state["queue"].shape[1]]
-        filling = step >= self.queue_from
+        # A queue from another run (`config.init_from.state`) is in use from the start.
+        filling = (step >= self.queue_from) | (state["queued"] > 0)
         return params, {
             **state,
             "queue": jnp.where(filling, filled, state["queue"]),

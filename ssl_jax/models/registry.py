@@ -81,7 +81,7 @@ def make_encoder(
 def encoder_name(model: Mapping[str, Any]) -> str:
     """An encoder's name in reports and cards, such as "ResNet-50 ×2", from `config.model`."""
     names = {"resnet": resnet.resnet_name, "vit": vit.vit_name}
-    name: str = model["name"]
+    name: str = model.get("name", "resnet")  # reports show runs of versions without the key
     return names[name](model) if name in names else name
 
 

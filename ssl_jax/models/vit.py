@@ -43,9 +43,14 @@ def build(config: ConfigDict, axis_name: str | None, groups: Groups | None) -> "
                 f"config.views.{name}.size is {view.size}, but config.model.vit.patch is "
                 f"{options.patch}: use a size that is a multiple of it."
             )
-    keys = dict(options)
-    keys["image_size"] = options.image_size or flat_views(config)[0].size
+    keys = dict(options) | {"image_size": image_size(config)}
     return ViT(**keys, dtype=config.dtype, remat=config.remat)
+
+
+def image_size(config: ConfigDict) -> int:
+    """Side of the images that the positions of a config's ViT belong to."""
+    size: int = config.model.vit.image_size or flat_views(config)[0].size
+    return size
 
 
 def vit_name(model: Mapping[str, Any]) -> str:

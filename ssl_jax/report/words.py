@@ -57,7 +57,7 @@ def network(run: dict[str, Any]) -> str:
 
 def encoder_text(model: Mapping[str, Any]) -> str:
     """Names the encoder of `config.model`, with a ResNet's stem."""
-    stem = f", {model['stem']} stem" if model["name"] == "resnet" else ""
+    stem = f", {model['stem']} stem" if model.get("name", "resnet") == "resnet" else ""
     return f"{encoder_name(model)}{stem}"
 
 

@@ -216,7 +216,7 @@ def _require_unchanged(workdir: Path, changed: list[str], old: str, new: str, ke
     hint = "" if kept else "; this one has no checkpoint yet and can be deleted"
     if changed:
         lengths = kept and all(line.startswith(_LENGTH) for line in changed)
-        extending = ", pass --extend to train the run for longer" if lengths else ""
+        extending = ", pass --extend if it is to be longer" if lengths else ""
         raise UserError(
             f"{workdir} holds a run with a different config ({'; '.join(changed)}). "
             f"Use its config{extending}, or choose another --workdir{hint}."

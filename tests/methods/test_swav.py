@@ -53,6 +53,15 @@ def test_queue_fills_from_its_epoch_newest_first():
     assert [np.unique(b).tolist() for b in blocks] == [[4.0], [3.0]]
 
 
+def test_queue_of_another_run_is_kept_up_to_date_before_its_epoch():
+    method = swav(queue=128, queue_from_epoch=2.0)
+    state = {"queue": jnp.zeros((2, 128, 8)), "queued": jnp.int32(128)}
+    outputs = {"projection": jnp.ones((64, 4, 8))}
+    params = {"prototypes": {"kernel": jnp.ones((8, 16))}}
+    _, state = method.update(params, outputs, state, jnp.int32(0))
+    assert np.asarray(state["queue"]).mean((0, 2)).tolist() == [1.0] * 64 + [0.0] * 64
+
+
 def test_full_queue_is_used_without_the_current_batch():
     method = swav(queue=128)
     params, method_state = jax.jit(method.init)(jax.random.key(0), example_batch(method.config))

@@ -203,3 +203,9 @@ def test_example_goes_all_the_way_from_the_command_line(file, forget, tmp_path, 
     np.testing.assert_array_equal(features[0], features[2])
     program = jax.export.deserialize(bytearray((tmp_path / "encoder.bin").read_bytes()))
     np.testing.assert_allclose(program.call(images), features[0], rtol=1e-4, atol=1e-5)
+
+
+def test_runs_without_a_name_of_their_encoder_are_of_a_resnet():
+    model = default_config().model.to_dict()
+    del model["name"]
+    assert "ResNet-50" in network({"config": {"model": model}})

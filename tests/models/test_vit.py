@@ -8,8 +8,9 @@ from test_microbatch import MICROBATCHES, cached, computed, plain
 from test_step import ONE
 from tiny import assert_trees_close, method_config
 
-from ssl_jax.config import Schedule, default_config, from_json, to_json
+from ssl_jax.config import Schedule, apply_overrides, default_config, from_json, to_json
 from ssl_jax.errors import UserError
+from ssl_jax.interop.initial_weights import resolve_initial_weights
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import apply_networks
 from ssl_jax.models import ViT, make_encoder
@@ -156,3 +157,12 @@ def test_bfloat16_and_remat_keep_the_features(options):
     plain, other = (ViT(**TINY, **each).apply(variables, x, train=False) for each in ({}, options))
     assert other.dtype == jnp.float32
     np.testing.assert_allclose(other, plain, atol=0.05 if "dtype" in options else 1e-6)
+
+
+def test_positions_of_a_run_stay_those_of_its_views():
+    config = vit_config(image_size=0)
+    resolve_initial_weights(config)
+    side = config.views.view1.size
+    assert config.model.vit.image_size == side
+    other = apply_overrides(config, [f"views.view1.size={2 * side}"])
+    assert make_encoder(other).image_size == side

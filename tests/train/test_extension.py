@@ -157,7 +157,7 @@ def test_extended_cosine_is_that_of_the_longer_run_from_the_next_step_on(
     config, workdir = config_of(images, 2.0, "cosine"), tmp_path / "run"
     pretrain(config, workdir)
     config.epochs = 5.0
-    with pytest.raises(UserError, match="pass --extend to train the run for longer"):
+    with pytest.raises(UserError, match="pass --extend if it is to be longer"):
         pretrain(config, workdir)
     capsys.readouterr()
     state = pretrain(config, workdir, extend=True).state
