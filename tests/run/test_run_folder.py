@@ -178,7 +178,8 @@ def test_only_the_length_of_an_extended_run_may_differ_and_the_earlier_one_is_re
     (tmp_path / "checkpoints" / "12").mkdir(parents=True)
     before = (tmp_path / "config.json").read_bytes()
     config.update_from_flattened_dict(LONGER)
-    with pytest.raises(UserError, match=r"\(epochs: .*\)\. Use its config, pass --extend if it is to"):
+    message = r"\(epochs: .*\)\. Use its config, pass --extend if it is to be longer"
+    with pytest.raises(UserError, match=message):
         write_config(tmp_path, config, "")
     write_config(tmp_path, config, "", extend=True)
     config.optim.lr = 0.7
