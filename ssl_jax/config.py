@@ -126,14 +126,14 @@ def _keys(group: str, options: Mapping[str, Any]) -> dict[str, Key]:
     return keys
 
 
-def _require_encoder(name: str) -> None:
-    """Checks that an encoder is built in or registered."""
-    known = [*schema_keys()["model.name"].choices, *sorted(_ENCODERS)]
+def _require_known(key: str, name: str, what: str, registered: Iterable[str]) -> None:
+    """Checks that the value of a key is built in or registered; `what` has its article."""
+    known = [*schema_keys()[key].choices, *sorted(registered)]
     if name not in known:
         raise UserError(
-            f"config.model.name is '{name}', which is no encoder of ssl_jax."
-            f"{did_you_mean(name, known)} For an encoder of your own, import the file that "
-            "registers it (on the command line, --import=FILE.py)."
+            f"config.{key} is '{name}', which is no {what.partition(' ')[2]} of ssl_jax."
+            f"{did_you_mean(name, known)} For {what} of your own, import the file that registers "
+            "it (on the command line, --import=FILE.py)."
         )
 
 
@@ -157,13 +157,7 @@ def require_source(name: str) -> None:
     Raises:
       UserError: an unknown name.
     """
-    known = [*schema_keys()["data.name"].choices, *sorted(_SOURCES)]
-    if name not in known:
-        raise UserError(
-            f"config.data.name is '{name}', which is no source of ssl_jax."
-            f"{did_you_mean(name, known)} For a source of your own, import the file that registers "
-            "it (on the command line, --import=FILE.py)."
-        )
+    _require_known("data.name", name, "a source", _SOURCES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,7 +309,7 @@ def validate(config: ConfigDict) -> None:
     encoders = {name: keys for name, keys in _ENCODERS.items() if name in config.model}
     model = {**_MODEL, **encoders}
     _require({**SCHEMA, **methods, "model": model}, config, "config")
-    _require_encoder(config.model.name)
+    _require_known("model.name", config.model.name, "an encoder", _ENCODERS)
     if config.microbatch and config.batch_size % config.microbatch:
         raise UserError(
             f"config.microbatch is {config.microbatch}, which does not divide config.batch_size, "

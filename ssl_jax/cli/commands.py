@@ -103,7 +103,7 @@ def _add_config(parser: Parser) -> None:
 
 
 def _run_imported(file: Path | None) -> None:
-    """Runs the user's file that registers a method or a source of images."""
+    """Runs the user's file that registers a method, an encoder or a source of images."""
     if file is None:
         return
     if not file.is_file():

@@ -130,8 +130,8 @@ def add_import(parser: Parser) -> None:
         dest="imported",
         type=path_argument,
         metavar="FILE.py",
-        help="a Python file to run first, which registers the run's own method or source of images "
-        "(default: none)",
+        help="a Python file to run first, which registers the run's own method, encoder or source "
+        "of images (default: none)",
     )
 
 
