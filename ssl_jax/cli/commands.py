@@ -157,7 +157,13 @@ def _prepare_sweep(args: argparse.Namespace) -> None:
     _run_imported(args.imported)
     args.settings = make_settings(args.config, args.overrides, args.grid)
     if not args.print:  # commands may be for another machine
-        require_data(args.settings[0].config)
+        if args.workdir.exists() and not args.workdir.is_dir():
+            raise UserError(f"{args.workdir} (--workdir) is a file. Choose another --workdir.")
+        for setting in args.settings:
+            local_path(args.workdir / setting.name)  # raises if the path is too long
+        data = {str(setting.config.data): setting.config for setting in args.settings}
+        for config in data.values():
+            require_data(config)
 
 
 def _add_config_keys(parser: Parser) -> None:

@@ -5,12 +5,14 @@ crash or a lack of memory ends that run only. This process doesn't use the devic
 """
 
 import argparse
+import contextlib
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 from ml_collections import ConfigDict
 
@@ -18,10 +20,12 @@ from ssl_jax.cli.grid import Setting
 from ssl_jax.config import differences, to_json
 from ssl_jax.errors import UserError
 from ssl_jax.evals.results import LAST_FILE
+from ssl_jax.files import appending, writing
 from ssl_jax.report import write_comparison
 from ssl_jax.run.folder import read_config
 
 _MOST = 64  # runs of a comparison
+_INTERRUPTED_S = 30.0  # until a run that goes on after Ctrl-C is stopped by SIGTERM
 # A run fills these in where its config leaves them open.
 _FILLED_IN = (
     "data.num_classes: 0 ->",
@@ -37,9 +41,49 @@ def run(args: argparse.Namespace) -> None:
     """Runs what has not finished, or prints the commands; compares the runs."""
     commands = [_command(args, setting) for setting in args.settings]
     if args.print:
-        print("\n".join(shlex.join(["ssl-jax", *command]) for command in commands))
+        _print(commands)
         return
     failed: list[str] = []
+    error: Exception | None = None
+    try:
+        if _run_all(args, commands, failed):
+            _compare(args)
+    except Exception as caught:  # must not hide which runs failed
+        error = caught
+    except KeyboardInterrupt:
+        if failed:
+            print(_failures(failed, len(commands)), file=sys.stderr)
+        raise
+    if error and failed:
+        print(f"error: {error}", file=sys.stderr)
+    if failed:
+        raise UserError(_failures(failed, len(commands))) from error
+    if error:
+        raise error
+
+
+def _failures(failed: Sequence[str], count: int) -> str:
+    return (
+        f"{len(failed)} of {count} runs failed: {'; '.join(failed)}. Correct the cause, then rerun "
+        "the same command, which skips the finished runs."
+    )
+
+
+def _print(commands: Sequence[Sequence[str]]) -> None:
+    for command in commands:
+        if broken := [word for word in command if "\n" in word]:
+            raise UserError(f"{broken[0]!r} has a line break, but --print writes a line per run.")
+    print("\n".join(shlex.join(["ssl-jax", *command]) for command in commands))
+
+
+def _run_all(args: argparse.Namespace, commands: list[list[str]], failed: list[str]) -> bool:
+    """Runs the settings one after the other; returns False if one was stopped.
+
+    Args:
+      args: of the command.
+      commands: of the runs, without the program.
+      failed: gets name, exit code and log of each run that failed.
+    """
     stop: list[int] = []
     for number, (setting, command) in enumerate(zip(args.settings, commands, strict=True), 1):
         workdir, heading = args.workdir / setting.name, f"run {number} of {len(commands)}"
@@ -47,20 +91,24 @@ def run(args: argparse.Namespace) -> None:
             _say(args, f"{heading}, {setting.name}: has finished")
             continue
         _say(args, f"{heading}, {setting.name}")
-        code = _wait([sys.executable, "-m", "ssl_jax.cli", *command, *_flags(args)], stop)
+        log = args.workdir / f"{setting.name}.log"
+        program = [sys.executable, "-m", "ssl_jax.cli", *command, *_flags(args)]
+        code = _wait(program, stop, log)
         finished = is_finished(workdir, setting.config)
         if stop or code == -signal.SIGTERM or code == 0 and not finished:
             print(f"Stopped at {setting.name}. Rerun the same command to resume.")
-            return
+            return False
         if code:
-            failed.append(setting.name)
-            print(f"{setting.name} failed with exit code {code}.", flush=True)
-    _compare(args)
-    if failed:
-        raise UserError(
-            f"{len(failed)} of {len(commands)} runs failed ({', '.join(failed)}); their errors are "
-            "above. Correct the cause, then rerun the same command, which skips the finished runs."
-        )
+            failed.append(f"{setting.name} ({_ending(code)}, see {log})")
+            print(f"{setting.name} failed: {_ending(code)}.", flush=True)
+    return True
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    return f"killed by {name}" + (", often for lack of memory" if name == "SIGKILL" else "")
 
 
 def is_finished(workdir: Path, config: ConfigDict) -> bool:
@@ -96,14 +144,31 @@ def _say(args: argparse.Namespace, text: str) -> None:
         print(text, flush=True)
 
 
-def _wait(command: Sequence[str], stop: list[int]) -> int:
-    """Runs a command to its end, passing SIGTERM on to it; returns the exit code.
+def _wait(command: Sequence[str], stop: list[int], log: Path) -> int:
+    """Runs a command to its end, passing signals on to it; returns the exit code.
 
     Args:
       command: the program and its arguments.
-      stop: gets the number of the signal.
+      stop: gets the number of the signal if SIGTERM was received.
+      log: a file for its errors, which are printed at its end. It is removed if the command
+        succeeds.
     """
-    with subprocess.Popen(command) as process:
+    with writing(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        errors = appending(log)
+    with errors:
+        errors.truncate(0)
+        try:
+            code = _wait_writing(command, stop, errors)
+        finally:
+            print(log.read_bytes().decode(errors="replace"), end="", file=sys.stderr, flush=True)
+    if not code:
+        log.unlink(missing_ok=True)
+    return code
+
+
+def _wait_writing(command: Sequence[str], stop: list[int], errors: IO[str]) -> int:
+    with subprocess.Popen(command, stderr=errors) as process:
 
         def pass_on(number: int, frame: object) -> None:
             stop.append(number)
@@ -113,7 +178,11 @@ def _wait(command: Sequence[str], stop: list[int]) -> int:
         try:
             return process.wait()
         except KeyboardInterrupt:
-            process.wait()  # it has been interrupted, too, and finishes its writes
+            # A terminal has interrupted it, too, and it finishes its writes; kill -INT has not.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_INTERRUPTED_S)
+            process.terminate()
+            process.wait()
             raise
         finally:
             signal.signal(signal.SIGTERM, before)

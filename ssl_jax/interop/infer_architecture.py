@@ -110,17 +110,22 @@ def require_finite(weights: Weights, path: str | Path) -> None:
     """
     for kind, tree in (("parameters", weights.params), ("running statistics", weights.batch_stats)):
         for name, value in flatten_dict(tree, sep="/").items():
-            wrong = np.count_nonzero(~np.isfinite(np.asarray(value, np.float32)))
-            if wrong:
-                raise UserError(
-                    f"{path} has {wrong:,} NaN or infinite values in {name} of its {kind}, as of a "
-                    "run that diverged. Use an earlier checkpoint, or download the file again."
-                )
+            require_finite_array(value, f"{name} of its {kind}", path)
             if tree is weights.batch_stats and name.endswith("var") and np.any(value < 0):
                 raise UserError(
                     f"{path} has negative variances in {name} of its {kind}, so the file is "
                     "damaged. Download or export it again."
                 )
+
+
+def require_finite_array(value: Any, name: str, path: str | Path) -> None:
+    """Raises a UserError, with name and path, if an array of numbers has NaN or infinite values."""
+    wrong = np.count_nonzero(~np.isfinite(np.asarray(value, np.float32)))
+    if wrong:
+        raise UserError(
+            f"{path} has {wrong:,} NaN or infinite values in {name}, as of a run that diverged. "
+            "Use an earlier checkpoint, or download the file again."
+        )
 
 
 def _check(what: str, tree: Pytree, expected: Pytree, path: Path) -> None:

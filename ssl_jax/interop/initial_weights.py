@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from ssl_jax.config import Schedule
 from ssl_jax.errors import UserError
 from ssl_jax.interop.import_weights import is_weights_file
+from ssl_jax.interop.infer_architecture import require_finite_array
 from ssl_jax.interop.load import config_at, restore_state, weights_at, weights_fingerprint
 from ssl_jax.methods import make_method
 from ssl_jax.models import make_encoder, resnet
@@ -189,7 +190,7 @@ def load_initial_weights(state: TrainState, config: ConfigDict) -> TrainState:
       The state; a target network gets the same weights as the network that it follows.
 
     Raises:
-      UserError: a source has no checkpoint, or other shapes.
+      UserError: a source has no checkpoint, other shapes, or values that are not finite.
     """
     if config.init_from.path and config.init_from.state == "all":
         state = _whole_state(state, config)
@@ -224,30 +225,31 @@ def load_initial_weights(state: TrainState, config: ConfigDict) -> TrainState:
 def _whole_state(state: TrainState, config: ConfigDict) -> TrainState:
     """The state of the run in `config.init_from.path`, at step 0 of a new run."""
     source = restore_state(config.init_from.path, config.init_from.step or None)
-    own, found = (
-        {
-            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(
-                {name: getattr(each, name) for name in ("params", "method_state", "opt_state")}
-            )
-        }
-        for each in (state, source)
-    )
+    own, found = _arrays(state), _arrays(source)
     for name in sorted(own.keys() | found.keys()):
-        if own.get(name) != found.get(name):
-            shapes = [str(list(each[name])) if name in each else "none" for each in (found, own)]
+        old, new = (
+            str(list(each[name].shape)) if name in each else "none" for each in (found, own)
+        )
+        if old != new:
             raise UserError(
                 f"config.init_from.state is 'all', but {config.init_from.path} "
-                f"(config.init_from.path) has {name} of shape {shapes[0]} and "
-                f"this run {shapes[1]}: use the config.model, config.optim and "
-                f"config.{config.method} of that run, and its config.data.num_classes, or "
-                "config.init_from.state=weights."
+                f"(config.init_from.path) has {name} of shape {old} and this run {new}: use the "
+                f"config.model, config.optim and config.{config.method} of that run, and its "
+                "config.data.num_classes, or config.init_from.state=weights."
             )
+        require_finite_array(found[name], f"{name} of its state", config.init_from.path)
     return state.replace(
         params=source.params,
         method_state=source.method_state,
         opt_state=_moments(state.opt_state, source.opt_state),
     )
+
+
+def _arrays(state: TrainState) -> dict[str, Any]:
+    """The arrays that are loaded with a whole state, by name."""
+    parts = {name: getattr(state, name) for name in ("params", "method_state", "opt_state")}
+    leaves = jax.tree_util.tree_leaves_with_path(parts)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _moments(initial: Any, source: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ssl_jax.config import differences, from_json, to_json
+from ssl_jax.config import close_path, differences, from_json, to_json
 from ssl_jax.data.fingerprint import describe_change, same_images
 from ssl_jax.errors import UserError
 from ssl_jax.files import (
@@ -168,12 +168,10 @@ def write_config(
 
     Raises:
       UserError: the folder holds a run with a different config or data; the message lists the
-        differences. Or it holds no run to extend.
+        differences.
     """
     path = workdir / "config.json"
     kept = has_checkpoint(workdir)
-    if extend:
-        _require_started(path, kept)
     if path.exists():
         record, began = read_record(workdir), started_weights(workdir)
         changed = _affecting_training(record, config, began, weights or {}, extend)
@@ -201,12 +199,18 @@ def write_config(
     _write_record(workdir, record)
 
 
-def _require_started(path: Path, kept: bool) -> None:
-    """Raises a UserError if the folder of a `config.json` has no run to extend."""
-    if not (kept and path.exists()):
-        missing = "checkpoint" if path.exists() else "config.json"
+def require_started(workdir: Path) -> None:
+    """Checks that a folder has a run to extend, before anything is created in it.
+
+    Raises:
+      UserError: it has no config or no checkpoint, or doesn't exist.
+    """
+    named = (workdir / "config.json").exists()
+    if not (named and has_checkpoint(workdir)):
+        why = f"as it has no {'checkpoint' if named else 'config.json'}"
+        why = why if workdir.exists() else "as it doesn't exist"
         raise UserError(
-            f"{path.parent} contains no run to extend, as it has no {missing}. Set --workdir to "
+            f"{workdir} contains no run to extend, {why}.{close_path(workdir)} Set --workdir to "
             "the folder of a run, or remove --extend to start a new one."
         )
 

@@ -22,7 +22,14 @@ from ssl_jax.files import local_path
 from ssl_jax.interop.initial_weights import source_fingerprints
 from ssl_jax.report import evaluation_table, images_settings, write_images, write_report
 from ssl_jax.run import processes
-from ssl_jax.run.folder import lock_text, locked, started_config, started_weights, write_config
+from ssl_jax.run.folder import (
+    lock_text,
+    locked,
+    require_started,
+    started_config,
+    started_weights,
+    write_config,
+)
 from ssl_jax.run.log import Progress
 from ssl_jax.run.memory import enough_memory, step_suggestions
 from ssl_jax.run.nonfinite import COUNT, STEP
@@ -84,6 +91,8 @@ def pretrain(
         progress.starting("Opening the data …")
         # Errors of the config surface here, before the folder is touched.
         with processes.raise_on_all_processes():
+            if extend:
+                require_started(workdir)
             config = given_data(config, train, test)
             setup = Setup(config, started_config(workdir), train, test)
         check_folder = _claim_folder(setup, config, workdir, command, stack, extend)

@@ -77,6 +77,27 @@ def test_state_of_other_shapes_is_refused(monkeypatch, changes, words):
 
 
 @pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("params", r"params/projector/\S+/kernel"),
+        ("method_state", r"method_state/\S+"),
+        ("opt_state", r"opt_state/\S+"),
+    ],
+)
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_state_that_is_not_finite_is_refused_by_name(monkeypatch, part, name, value):
+    config = from_run(method_config("moco"))
+    source = state_of(config, 1)
+    tree = getattr(source, part)
+    floats = [leaf for leaf in jax.tree.leaves(tree) if leaf.dtype.kind == "f" and leaf.ndim]
+    wrong = jax.tree.map(lambda x: np.full_like(x, value) if x is floats[-1] else x, tree)
+    source = source.replace(**{part: wrong})
+    monkeypatch.setattr(initial_weights, "restore_state", lambda path, step: source)
+    with pytest.raises(UserError, match=f"runs/a has .* NaN or infinite values in {name} of its"):
+        load_initial_weights(state_of(config, 0), config)
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"method": "byol"}, "is a run with method=moco, not byol: set config.method=moco, or"),

@@ -21,10 +21,12 @@ from ssl_jax.run.folder import (
     note_resumption,
     read_config,
     read_record,
+    require_started,
     started_config,
     write_config,
 )
 from ssl_jax.step import assemble, init_state
+from ssl_jax.train import pretrain
 
 TREES = Path(__file__).with_name("checkpoint_trees.json")
 
@@ -198,14 +200,25 @@ def test_only_the_length_of_an_extended_run_may_differ_and_the_earlier_one_is_re
     assert resumed["changed"] == ["epochs: 100.0 -> 300.0", "log_every: 10 -> 7"]
 
 
-@pytest.mark.parametrize("started", [False, True])
-def test_folder_without_a_checkpoint_cannot_be_extended(tmp_path, started):
-    if started:
-        write_config(tmp_path, default_config(), "")
-    missing = "checkpoint" if started else "config.json"
-    with pytest.raises(UserError, match=f"no run to extend, as it has no {missing}. Set --workdir"):
-        write_config(tmp_path, default_config(), "", extend=True)
-    assert (tmp_path / "config.json").exists() == started
+@pytest.mark.parametrize("missing", ["checkpoint", "config.json", "folder"])
+def test_folder_without_a_checkpoint_cannot_be_extended(tmp_path, missing):
+    workdir = tmp_path / "run1"
+    if missing == "checkpoint":
+        workdir.mkdir()
+        write_config(workdir, default_config(), "")
+    elif missing == "config.json":
+        (workdir / "checkpoints" / "12").mkdir(parents=True)
+    else:
+        (tmp_path / "run2").mkdir()
+    reason = "it doesn't exist" if missing == "folder" else f"it has no {missing}"
+    hint = r" Did you mean '.*run2'\?" if missing == "folder" else ""
+    before = sorted(tmp_path.rglob("*"))
+    message = rf"no run to extend, as {reason}\.{hint} Set --workdir"
+    with pytest.raises(UserError, match=message):
+        require_started(workdir)
+    with pytest.raises(UserError, match=message):
+        pretrain(default_config(), workdir, extend=True)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_checkpoints_without_config_json_are_refused(tmp_path):
