@@ -214,6 +214,11 @@ _DATA: Group = {
         "image", "TFDS feature, or column of a Hugging Face dataset or .csv list, with the images"
     ),
     "label_key": Key("label", "The same with the labels; empty: no labels"),
+    "label_separator": Key(
+        "",
+        "Text between the classes of an image in a .csv or .tsv list, such as ;. Empty: an image "
+        "has one class",
+    ),
     "on_bad_image": Key(
         "fatal",
         "If an image cannot be read: stop, or use another one instead",

@@ -99,6 +99,7 @@ def _evaluate_features(args: argparse.Namespace) -> None:
             projector_layer=args.projector_layer,
             overrides=[override for override in args.overrides if not override.startswith(votes)],
             labeled_only=args.command != "features",
+            multi_label=args.command == "linear",
             progress=progress,
         )
     if args.command == "features":

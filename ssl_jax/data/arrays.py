@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Shaped, UInt8
 
-from ssl_jax.data.labels import checked_labels
+from ssl_jax.data.labels import Targets, checked_labels, checked_targets, is_multi_label
 from ssl_jax.errors import UserError
 
 
@@ -17,7 +17,7 @@ class ArraySource:
     def __init__(
         self,
         images: UInt8[np.ndarray, "n h w 3"],
-        labels: Int[np.ndarray, " n"] | None = None,
+        labels: Int[np.ndarray, " n"] | Shaped[np.ndarray, "n c"] | None = None,
         class_names: Sequence[str] = (),
         *,
         where: str = "ArraySource",
@@ -27,7 +27,8 @@ class ArraySource:
 
         Args:
           images: at least one.
-          labels: class of each image, -1 for an image without a label; None without labels.
+          labels: class of each image, -1 for an image without a label; None without labels. For
+            images of several classes, bool or integers [n, classes]; see `Targets`.
           class_names: by label; empty: the classes are named by number.
           where: the file that contains the arrays, for messages.
           labels_from: see `Source`.
@@ -44,12 +45,16 @@ class ArraySource:
         self.num_examples = len(images)
         self.labels: Int[np.ndarray, " n"] | None = None
         self.class_names: tuple[str, ...] = ()
-        if labels is not None:
+        self.targets: Targets | None = None
+        if is_multi_label(labels):
+            self.targets = checked_targets(labels, class_names, len(images), where)
+        elif labels is not None:
             self.labels, self.class_names = checked_labels(labels, class_names, len(images), where)
         self.num_classes = len(self.class_names)
         self.labels_from = labels_from
         self.bad: list[str] = []
-        label_bytes = b"" if self.labels is None else self.labels.tobytes()
+        given = self.targets.values if self.targets else self.labels
+        label_bytes = b"" if given is None else given.tobytes()
         checksum = zlib.crc32(label_bytes, zlib.crc32(images.tobytes()))
         self.fingerprint = f"{self.num_examples} images, checksum {checksum:08x}"
 

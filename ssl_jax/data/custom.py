@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from ssl_jax.data import views
 from ssl_jax.data.fingerprint import sampled_ids
 from ssl_jax.data.host import HostSource
-from ssl_jax.data.labels import NO_LABEL, checked_labels
+from ssl_jax.data.labels import NO_LABEL, checked_labels, checked_targets, is_multi_label
 from ssl_jax.data.registry import Images
 from ssl_jax.data.tensorflow import tf
 from ssl_jax.errors import UserError
@@ -46,12 +46,17 @@ class CustomSource(HostSource):
         labels = getattr(images, "labels", None)
         if labels is not None:
             names = getattr(images, "class_names", ())
-            labels, self.class_names = checked_labels(labels, names, count, where)
-            self.num_classes = len(self.class_names)
+            if is_multi_label(labels):
+                self._targets = checked_targets(labels, names, count, where)
+                labels = None
+            else:
+                labels, self.class_names = checked_labels(labels, names, count, where)
+                self.num_classes = len(self.class_names)
             self.labels_from = f"{type(images).__name__}.labels"
         self._labels = np.full(count, NO_LABEL, np.int32) if labels is None else labels
         self._encoded: bool | None = None  # not known yet
-        checksum = zlib.crc32(self._labels.tobytes())
+        known = self._targets.values if self._targets else self._labels
+        checksum = zlib.crc32(known.tobytes())
         for contents in self.handles(np.array(sampled_ids(count)))[0]:
             checksum = zlib.crc32(contents, checksum)
         self.fingerprint = f"{count} images, checksum {checksum:08x}"

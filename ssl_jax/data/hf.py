@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import close_path
 from ssl_jax.data.custom import CustomSource
-from ssl_jax.data.labels import NO_LABEL, numbered, require_same_classes
+from ssl_jax.data.labels import NO_LABEL, numbered, of_lists, require_same_classes
 from ssl_jax.data.listing import named_path
 from ssl_jax.errors import UserError, did_you_mean, first_line, install_extra
 from ssl_jax.files import local_path
@@ -78,7 +78,7 @@ class HfImages:
                 + (did_you_mean(image, images) if images else " It has no column of images.")
             )
         self.class_names: tuple[str, ...] = ()
-        self.labels: Int[np.ndarray, " n"] | None = None
+        self.labels: Int[np.ndarray, " n"] | Int[np.ndarray, "n c"] | None = None
         if label:
             if label not in features:
                 hint = did_you_mean(label, [name for name in features if name != image])
@@ -185,17 +185,26 @@ def _is_image(feature: Any, datasets: Any) -> bool:
     return isinstance(feature, dict) and {"bytes", "path"} >= set(feature)
 
 
-def _labels(dataset: Any, key: str, where: str) -> tuple[Int[np.ndarray, " n"], tuple[str, ...]]:
-    """Labels of a column of classes, integers or strings; -1 where it is null."""
+def _labels(
+    dataset: Any, key: str, where: str
+) -> tuple[Int[np.ndarray, " n"] | Int[np.ndarray, "n c"], tuple[str, ...]]:
+    """Labels of a column of classes, integers or strings; -1 where it is null.
+
+    Of a column of lists of classes, targets: a column per class.
+    """
     import datasets
 
     feature = dataset.features[key]
+    classes = getattr(feature, "feature", None)  # of a List or a Sequence
+    if isinstance(classes, datasets.ClassLabel):
+        lists = dataset.select_columns([key]).with_format("arrow")[:][key].to_pylist()
+        return of_lists(lists, classes.num_classes), tuple(classes.names)
     named = isinstance(feature, datasets.ClassLabel)
     dtype = getattr(feature, "dtype", "")
     if not (named or dtype in ("string", "large_string") or "int" in str(dtype)):
         raise UserError(
             f"config.data.label_key is '{key}', which holds {feature} in {where}. Set it to a "
-            "column of class labels, integers or strings, or to '' for no labels."
+            "column of class labels, lists of them, integers or strings, or to '' for no labels."
         )
     values = dataset.select_columns([key]).with_format("arrow")[:][key].to_pylist()
     if "string" in str(dtype):

@@ -26,6 +26,7 @@ from ssl_jax.config import flat_views
 from ssl_jax.data import views
 from ssl_jax.data.decode import image_size
 from ssl_jax.data.fingerprint import images_fingerprint, sampled_ids
+from ssl_jax.data.labels import Targets
 from ssl_jax.data.listing import IMAGES_IN_WORDS, utf8
 from ssl_jax.data.reader import in_parallel, read_all
 from ssl_jax.data.tensorflow import load_tensorflow, tf
@@ -62,6 +63,7 @@ class HostSource:
     class_names: tuple[str, ...] = ()
     num_classes: int = 0
     labels_from: str = ""
+    _targets: Targets | None = None
 
     def __init__(self, config: ConfigDict, where: str, num_examples: int, fingerprint: str) -> None:
         """Opens nothing.
@@ -121,6 +123,11 @@ class HostSource:
     def labels(self) -> Int[np.ndarray, " N"] | None:
         """Class of each id, int32 [N], -1 for none; None if no image has a label."""
         return self._labels[self._source_id] if self.num_classes else None
+
+    @property
+    def targets(self) -> Targets | None:
+        """Labels of images of several classes; None if images have at most one class."""
+        return self._targets and self._targets.of(self._source_id)
 
     @functools.cached_property
     def _labels(self) -> Int[np.ndarray, " N"]:

@@ -1,19 +1,161 @@
 """Checks labels and class names where they enter; code that uses a source doesn't check again."""
 
+from __future__ import annotations
+
+import dataclasses
 import os
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Int8
 
 from ssl_jax.data.listing import some, utf8
 from ssl_jax.errors import UserError, printable
 
 NO_LABEL = -1
+NO_COMMON_CLASS = (
+    "No class has an image in both the training and the held-out images, so there is no average "
+    "precision. Check the labels of both splits."
+)
+UNKNOWN = "?"  # before the name of a class in a list: unknown or difficult there, as in VOC
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _MOST_UNNAMED = 1_000_000  # classes without names, whose number follows from the labels only
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """Labels of images that may be of several classes, or of none.
+
+    Attributes:
+      values: int8 [n, classes]: 1 if the image is of the class, 0 if not, and -1 if that is unknown
+        or too difficult, which leaves the image out of the class's loss and average precision.
+      names: of the classes, in the order of the columns.
+      named: whether the names were given; else the classes are named by number.
+    """
+
+    values: Int8[np.ndarray, "n c"]
+    names: tuple[str, ...]
+    named: bool = True
+
+    def of(self, ids: Int[np.ndarray, " k"]) -> Targets:
+        """The targets of some images."""
+        return dataclasses.replace(self, values=self.values[ids])
+
+    def aligned(self, names: tuple[str, ...]) -> Targets:
+        """The same with these classes; images are not of a class that the targets don't have."""
+        values = np.zeros((len(self.values), len(names)), np.int8)
+        for column, name in zip(self.values.T, self.names, strict=True):
+            values[:, names.index(name)] = column
+        return Targets(values, names, self.named)
+
+    @property
+    def counts(self) -> Int[np.ndarray, " c"]:
+        """Number of images of each class."""
+        counts: np.ndarray = (self.values == 1).sum(axis=0)
+        return counts
+
+
+def targets_of(source: Any) -> Targets | None:
+    """The targets of a source whose images have several labels each, else None."""
+    # Sources written by users need not have the attribute.
+    targets: Targets | None = getattr(source, "targets", None)
+    return targets
+
+
+def is_multi_label(labels: Any) -> bool:
+    """Whether labels have a column per class."""
+    return np.ndim(labels) == 2
+
+
+def checked_targets(targets: Any, class_names: Any, count: int, where: str) -> Targets:
+    """Checks targets of several classes per image.
+
+    Args:
+      targets: bool or integers [n, classes] of 0, 1 and -1; see `Targets`.
+      class_names: in the order of the columns; empty: the classes are named by number.
+      count: number of images, n.
+      where: the file or folder that contains the targets, for messages.
+
+    Raises:
+      UserError: targets of another shape, type or value, or another number of names.
+    """
+    given, names = np.asarray(targets), checked_names(class_names, where)
+    if given.ndim != 2 or len(given) != count or not given.shape[1]:
+        raise UserError(
+            f"{where} has {count} images but labels of shape {list(given.shape)}. Give one label "
+            "per image, or a row of 0s and 1s per image with a column for each class."
+        )
+    if given.dtype.kind not in "iub":
+        raise UserError(f"{where} has labels of dtype {given.dtype}. Give integers or bool.")
+    wrong = np.argwhere((given != 0) & (given != 1) & (given != NO_LABEL))
+    if len(wrong):
+        image, column = wrong[0].tolist()
+        raise UserError(
+            f"{where} has the label {given[image, column]} (image {image}, class {column}) among "
+            "labels with a column per class. Write 1 for images of the class, 0 for others, and "
+            f"{NO_LABEL} where it is unknown."
+        )
+    if names and len(set(names)) != given.shape[1]:
+        raise UserError(
+            f"{where} has labels with {given.shape[1]} columns but {len(set(names))} different "
+            "class names. Give one name per column."
+        )
+    return Targets(
+        given.astype(np.int8), names or tuple(map(str, range(given.shape[1]))), bool(names)
+    )
+
+
+def listed(values: Sequence[str], separator: str) -> tuple[Int8[np.ndarray, "n c"], Sequence[str]]:
+    """Targets of images whose classes are listed as text.
+
+    Args:
+      values: names of each image's classes; "" for an image of no class. A name that begins with
+        "?" is unknown or difficult in that image.
+      separator: between names; spaces around them are ignored.
+
+    Returns:
+      Targets and class names for `checked_targets`, in the names' sorted order.
+    """
+    each = [[name.strip() for name in value.split(separator)] for value in values]
+    names = sorted({name.removeprefix(UNKNOWN) for row in each for name in row if name})
+    columns = {name: column for column, name in enumerate(names)}
+    targets = np.zeros((len(values), len(names)), np.int8)
+    for target, row in zip(targets, each, strict=True):
+        for name in filter(None, row):
+            target[columns[name.removeprefix(UNKNOWN)]] = -1 if name.startswith(UNKNOWN) else 1
+    return targets, names
+
+
+def of_lists(lists: Sequence[Sequence[int] | None], classes: int) -> Int8[np.ndarray, "n c"]:
+    """Targets of images whose classes are listed by number; -1 in the row of a missing list."""
+    targets = np.zeros((len(lists), classes), np.int8)
+    for target, row in zip(targets, lists, strict=True):
+        if row is None:
+            target[:] = NO_LABEL
+        else:
+            target[[c for c in row if c is not None and c >= 0]] = 1
+    return targets
+
+
+def common_targets(train: Targets, test: Targets) -> tuple[Targets, Targets]:
+    """The targets of two splits with the same classes in the same order.
+
+    Classes are matched by name. One that only one split has gets a column of 0s in the other.
+
+    Raises:
+      UserError: the splits have no common class, or a different number of unnamed classes.
+    """
+    if train.names == test.names:
+        return train, test
+    if not (train.named and test.named) or not set(train.names) & set(test.names):
+        raise UserError(
+            f"The training images have the {len(train.names)} classes {some(train.names)}, and the "
+            f"held-out images {len(test.names)}: {some(test.names)}. Use two splits of one dataset."
+        )
+    names = (*train.names, *(name for name in test.names if name not in train.names))
+    return train.aligned(names), test.aligned(names)
 
 
 def checked_labels(
@@ -120,6 +262,11 @@ def require_same_classes(train: Any, test: Any, where: str) -> None:
     Raises:
       UserError: they don't.
     """
+    several = {bool(targets_of(split)) for split in (train, test)}
+    if several == {True, False} and (train.num_classes or test.num_classes):
+        raise UserError(
+            f"Only one of {where} has several labels per image. Use two splits of one dataset."
+        )
     # Either split may have no labels, and its labels may not reach the last of unnamed classes.
     numbered = test.class_names == tuple(map(str, range(test.num_classes)))
     known = train.class_names[: test.num_classes if numbered else None]

@@ -80,9 +80,9 @@ def packed_source(config: ConfigDict, key: str) -> ArraySource:
             f"pack FOLDER {path}`."
         ) from error
     where = f"{key} ({path})"
-    return ArraySource(
-        images, labels if labels.size else None, names, where=where, labels_from=Path(path).name
-    )
+    # [0] means no labels; [n, 0] is refused as labels of no class.
+    given = labels if labels.size or labels.ndim != 1 else None
+    return ArraySource(images, given, names, where=where, labels_from=Path(path).name)
 
 
 def _decode(file: str) -> np.ndarray:

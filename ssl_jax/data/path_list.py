@@ -11,7 +11,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from ssl_jax.data.folder import FilesSource
-from ssl_jax.data.labels import checked_labels, numbered
+from ssl_jax.data.labels import checked_labels, checked_targets, listed, numbered
 from ssl_jax.data.listing import require_list
 from ssl_jax.errors import UserError, did_you_mean
 from ssl_jax.files import reading
@@ -23,7 +23,8 @@ class PathsSource(FilesSource):
     """The image files of a list; ids follow its lines.
 
     A .csv or .tsv file has a header; `config.data.image_key` and `config.data.label_key` name its
-    columns. Any other file has a path per line and no labels. Paths are relative to the list's
+    columns. With `config.data.label_separator`, a label is a list of classes. Any other file has a
+    path per line and no labels. Paths are relative to the list's
     folder, or absolute.
     """
 
@@ -49,7 +50,15 @@ class PathsSource(FilesSource):
             raise UserError(f"{key} is {path}, which names no images. Write a path per line.")
         labels: Int[np.ndarray, " n"] | None = None
         classes: tuple[str, ...] = ()
-        if given is not None:
+        separator, targets = config.data.label_separator, None
+        if separator and given is None:
+            raise UserError(
+                f"config.data.label_separator is '{separator}', but {path} has no labels. Set "
+                "config.data.label_key and a .csv or .tsv file, or leave the separator empty."
+            )
+        if given is not None and separator:
+            targets = checked_targets(*listed(given, separator), len(names), where)
+        elif given is not None:
             labels, classes = checked_labels(*numbered(given), len(names), where)
         folder = file.parent
         files = [os.path.join(folder, name) for name in names]
@@ -58,11 +67,13 @@ class PathsSource(FilesSource):
                 f"{key} is {path}, whose first image, {names[0]}, is not in {folder}. Write paths "
                 "relative to the list's folder, or absolute ones."
             )
-        label_bytes = b"" if labels is None else labels.tobytes()
+        kept = targets.values if targets else labels
+        label_bytes = b"" if kept is None else kept.tobytes()
         identity = os.fsencode("\0".join(names)) + label_bytes
         super().__init__(config, where, folder, files, labels, classes, identity)
-        self._names = names
-        self.labels_from = f"column '{config.data.label_key}' of {path}" if classes else ""
+        self._names, self._targets = names, targets
+        known = bool(classes or targets)
+        self.labels_from = f"column '{config.data.label_key}' of {path}" if known else ""
 
     def file_name(self, id: int) -> str:
         """The file's path as in the list."""

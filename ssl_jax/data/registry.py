@@ -14,7 +14,8 @@ class Images(Protocol):
 
     Which images a step needs, and their order, follow from the run's seed, so an object of this
     kind needs neither shuffling nor any state. It may also have the attributes `labels` (integers
-    [N]: the class of each image, or -1 for an image without a label) and `class_names` (strings, in
+    [N]: the class of each image, or -1 for an image without a label; for images of several classes
+    0s and 1s [N, classes], and -1 where it is unknown) and `class_names` (strings, in
     the order of the labels).
     """
 

@@ -21,7 +21,14 @@ from ssl_jax.data.arrays import ArraySource
 from ssl_jax.data.custom import CustomSource
 from ssl_jax.data.folder import FolderSource
 from ssl_jax.data.hf import hf_sources
-from ssl_jax.data.labels import NO_LABEL, require_same_classes
+from ssl_jax.data.labels import (
+    NO_COMMON_CLASS,
+    NO_LABEL,
+    Targets,
+    common_targets,
+    require_same_classes,
+    targets_of,
+)
 from ssl_jax.data.packed import packed_source
 from ssl_jax.data.path_list import PathsSource
 from ssl_jax.data.reader import read_all
@@ -30,6 +37,11 @@ from ssl_jax.data.registry import Images, registered_opener
 from ssl_jax.data.tfds import tfds_sources
 from ssl_jax.errors import UserError
 from ssl_jax.files import CHECK_PATH, reading
+
+_HOLD_OUT = (
+    "Set config.data.test_dir (TFDS: config.data.test_split). Before training, "
+    "config.data.validation=0.2 holds out a share of the training images instead."
+)
 
 
 class Source(Protocol):
@@ -41,6 +53,8 @@ class Source(Protocol):
       labels: class of each id, int32 [N], in 0 … num_classes-1, or -1 for an image without a label;
         None if no image has one. TFDS labels are read on first use.
       class_names: names of the classes, in the order of the labels.
+      targets: instead of these three, the labels of images of several classes each; optional, None
+        for others.
       labels_from: where the labels come from, in words.
       bad: names of the undecodable images found so far and replaced.
       fingerprint: changes with the order, number, labels or contents of the images; a run resumes
@@ -121,6 +135,12 @@ class Subset:
         return labels[self._ids]
 
     @property
+    def targets(self) -> Targets | None:
+        """Labels of the subset's images if they are of several classes each."""
+        targets = targets_of(self._source)
+        return targets and targets.of(self._ids)
+
+    @property
     def num_classes(self) -> int:
         """Number of the source's classes; 0 if no image of the subset has a label."""
         return 0 if self.labels is None else self._source.num_classes
@@ -183,12 +203,15 @@ def why_not_scored(train: Source, test: Source | None, *, learned: bool = True) 
       learned: whether the labels of `train` are needed.
     """
     reasons, fixes = [], []
+    if targets_of(train if learned else test):
+        return (
+            "The images have several labels each, so there is no accuracy of one class per image. "
+            "Mean average precision is measured by `ssl-jax linear` and `ssl-jax "
+            "transfer --no-finetune`; for anything else, give one label per image."
+        )
     if test is None:
         reasons.append("there are no held-out images")
-        fixes.append(
-            "Set config.data.test_dir (TFDS: config.data.test_split). Before training, "
-            "config.data.validation=0.2 holds out a share of the training images instead."
-        )
+        fixes.append(_HOLD_OUT)
     splits = {"training": train if learned else None, "held-out": test}
     unlabeled = [name for name, split in splits.items() if split and not split.num_classes]
     one_class = learned and train.num_classes == 1
@@ -209,6 +232,41 @@ def require_labels(train: Source, test: Source | None, *, learned: bool = True) 
       UserError: names what is missing, and the fix.
     """
     if why := why_not_scored(train, test, learned=learned):
+        raise UserError(why)
+
+
+def several_labels(train: Source, test: Source | None) -> bool:
+    """Whether both splits have images of several classes each."""
+    return bool(targets_of(train) and targets_of(test))
+
+
+def why_no_mean_ap(train: Source, test: Source | None) -> str:
+    """Why average precision can't be measured on images of several classes; "" if it can."""
+    if test is None:
+        return f"There are no held-out images. {_HOLD_OUT}"
+    first, second = targets_of(train), targets_of(test)
+    if not (first and second):
+        return (
+            "Only one of the training and the held-out images has several labels per image. Use "
+            "two splits of one dataset."
+        )
+    try:
+        first, second = common_targets(first, second)
+    except UserError as error:
+        return str(error)
+    if ((first.counts > 0) & (second.counts > 0)).any():
+        return ""
+    return NO_COMMON_CLASS
+
+
+def require_targets(train: Source, test: Source | None) -> None:
+    """Refuses images of several classes on which average precision can't be measured.
+
+    Raises:
+      UserError: there are no held-out images, only one split has several labels per image, or no
+        class has images in both splits.
+    """
+    if why := why_no_mean_ap(train, test):
         raise UserError(why)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,14 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from ssl_jax.data.host import HostSource, PerImage, Step, contents_fingerprint
-from ssl_jax.data.labels import NO_LABEL, checked_names, require_in_range
+from ssl_jax.data.labels import (
+    NO_LABEL,
+    Targets,
+    checked_names,
+    checked_targets,
+    of_lists,
+    require_in_range,
+)
 from ssl_jax.data.reader import in_parallel
 from ssl_jax.data.records import ArrayRecords
 from ssl_jax.data.tensorflow import tf, tfds
@@ -22,6 +30,7 @@ from ssl_jax.files import CHECK_PATH, reading
 # A TFRecord: 8 bytes of payload length and 4 of its checksum, the payload, and 4 of its checksum.
 _BEFORE, _AFTER = 12, 4
 _FIRST = 16  # examples read before all are, to find out whether a split has labels
+_READ = 1024  # examples at a time, of which only the labels are kept
 _READERS = 16  # parallel reads, which hide the latency of a disk or a bucket
 
 
@@ -50,6 +59,8 @@ class TfdsSource(HostSource):
     records are read first, without their contents.
     """
 
+    _lists: tuple[str, tfds.features.Sequence] | None = None  # name and feature of several classes
+
     def __init__(self, config: ConfigDict, builder: tfds.core.DatasetBuilder, key: str) -> None:
         """Locates the records; reads only those that its fingerprint takes.
 
@@ -75,6 +86,9 @@ class TfdsSource(HostSource):
         if not self.num_examples:
             raise UserError(f"{where} has no images. Set config.data.{key} to a split with images.")
         self._image, self._label = config.data.image_key, config.data.label_key if label else ""
+        if isinstance(label, tfds.features.Sequence):  # images of several classes
+            self.labels_from = f"feature '{self._label}'"
+            self._lists, self._label, label = (self._label, label), "", None
         self._classes = label.num_classes if label else 0
         if label is not None and self._is_labeled():
             self.num_classes, self.class_names = self._classes, checked_names(label.names, where)
@@ -87,6 +101,23 @@ class TfdsSource(HostSource):
             if self.contents(tf.constant(handle), tf.constant(label))[1] != NO_LABEL:
                 return True
         return bool((self._labels != NO_LABEL).any())
+
+    @functools.cached_property
+    def _targets(self) -> Targets | None:  # type: ignore[override]  # read on first use
+        """Targets of a feature of lists of classes; reads all records, not their images."""
+        if self._lists is None:
+            return None
+        key, feature = self._lists
+        decoders = {self._image: tfds.decode.SkipDecoding()}
+        lists = []
+        count = len(self._examples)
+        for part in np.array_split(np.arange(count), -(-count // _READ)):
+            for record in self._examples[part]:
+                example = self._features.deserialize_example_np(record, decoders=decoders)
+                lists.append(example[key].tolist())
+        classes, where = feature.feature, self._where
+        targets = of_lists(lists, classes.num_classes)
+        return checked_targets(targets, classes.names, len(lists), where)
 
     def handles(self, ids: Int[np.ndarray, " n"]) -> tuple[Sequence[bytes], Int[np.ndarray, " n"]]:
         """Serialized examples; the labels are inside them and not yet known."""
@@ -217,7 +248,7 @@ def _builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
 
 def _features(
     builder: tfds.core.DatasetBuilder, config: ConfigDict
-) -> tuple[tfds.features.FeaturesDict, tfds.features.ClassLabel | None]:
+) -> tuple[tfds.features.FeaturesDict, tfds.features.ClassLabel | tfds.features.Sequence | None]:
     """The features to read, and the label's feature or None."""
     have, image, label = builder.info.features, config.data.image_key, config.data.label_key
     if image not in have or not isinstance(have[image], tfds.features.Image):
@@ -228,13 +259,20 @@ def _features(
         )
     if not label:
         return tfds.features.FeaturesDict({image: have[image]}), None
-    if label not in have or not isinstance(have[label], tfds.features.ClassLabel):
-        labels = [k for k, value in have.items() if isinstance(value, tfds.features.ClassLabel)]
+    labels = [key for key, value in have.items() if _is_label(value)]
+    if label not in labels:
         raise UserError(
             f"config.data.label_key is '{label}', which is not a class label of {builder.name}."
             + (did_you_mean(label, labels) if labels else " It has no class labels; set it to ''.")
         )
     return tfds.features.FeaturesDict({key: have[key] for key in (image, label)}), have[label]
+
+
+def _is_label(feature: Any) -> bool:
+    """Whether a feature is a class, or a list of classes."""
+    if isinstance(feature, tfds.features.Sequence):
+        feature = feature.feature
+    return isinstance(feature, tfds.features.ClassLabel)
 
 
 def _instructions(builder: tfds.core.DatasetBuilder, split: str, key: str) -> Sequence[Any]:

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int8
 from ml_collections import ConfigDict
 
 from ssl_jax.config import apply_overrides
+from ssl_jax.data.labels import common_targets, targets_of
 from ssl_jax.data.registry import Images
-from ssl_jax.data.sources import Source, labeled, make_sources, require_labels
+from ssl_jax.data.sources import Source, labeled, make_sources, require_labels, require_targets
 from ssl_jax.errors import UserError, install_extra
 from ssl_jax.evals.evaluator import Evaluator
 from ssl_jax.evals.knn import knn_votes
-from ssl_jax.evals.linear import PENALTIES, fit_linear
+from ssl_jax.evals.linear import PENALTIES, fit_linear, fit_multi_label
 from ssl_jax.evals.metrics import classification_metrics
+from ssl_jax.evals.multi_label import MULTI_LABEL_METRICS
 from ssl_jax.files import writing_output
 from ssl_jax.interop.load import config_at, load
 from ssl_jax.run.log import Progress
@@ -39,7 +41,9 @@ class Features:
       train, test: float32 [n, d] and [m, d]; `test` is None without a held-out split.
       train_labels, test_labels: int32 [n] and [m], -1 for an image without a label; None if no
         image has one.
-      class_names: by label.
+      train_targets, test_targets: int8 [n, c] and [m, c] of images of several classes each, see
+        `Targets.values`; else None.
+      class_names: by label, or by column of the targets.
       step: of the checkpoint.
       train_names, test_names: of the images, as `Source.names`; empty without a held-out split.
       skipped: names of images that can't be decoded, whose rows hold the next readable image.
@@ -54,13 +58,15 @@ class Features:
     train_names: Sequence[str] = ()
     test_names: Sequence[str] = ()
     skipped: Sequence[str] = ()
+    train_targets: Int8[np.ndarray, "n c"] | None = None
+    test_targets: Int8[np.ndarray, "m c"] | None = None
 
     def save(self, file: Path) -> None:
         """Writes an `.npz` of the attributes that are not None, or a `.parquet` of a row per image.
 
         Columns of the rows: split ("train" or "test"), row (in the split), name, label and class
-        (null without labels) and features. The file's metadata has "step" and "skipped", a JSON
-        list.
+        (null without labels), targets (a list, null without targets) and features. The file's
+        metadata has "step" and "skipped", a JSON list.
 
         Raises:
           UserError: the file can't be written.
@@ -82,6 +88,7 @@ class Features:
         width = self.train.shape[1]
         kinds = {"split": pyarrow.string(), "row": pyarrow.int64(), "name": pyarrow.string()}
         kinds |= {"label": pyarrow.int32(), "class": pyarrow.string()}
+        kinds["targets"] = pyarrow.list_(pyarrow.int8())
         kinds["features"] = pyarrow.list_(pyarrow.float32(), width)
         about = {"step": str(self.step), "skipped": json.dumps(list(self.skipped))}
         schema = pyarrow.schema(kinds, metadata=about)
@@ -93,6 +100,8 @@ class Features:
                 labels, rows = getattr(self, f"{split}_labels"), len(features)
                 columns = [[split] * rows, range(rows), getattr(self, f"{split}_names")]
                 columns += [[None] * rows] * 2 if labels is None else [labels, self._named(labels)]
+                targets = getattr(self, f"{split}_targets")
+                columns.append([None] * rows if targets is None else targets.tolist())
                 flat = pyarrow.array(features.reshape(-1))
                 arrays = [
                     pyarrow.array(column, kind)
@@ -131,6 +140,7 @@ def run_features(
     projector_layer: int | None = None,
     overrides: Iterable[str] = (),
     labeled_only: bool = False,
+    multi_label: bool = False,
     train: Source | Images | None = None,
     test: Source | Images | None = None,
     progress: Progress | None = None,
@@ -144,6 +154,7 @@ def run_features(
       overrides: strings `a.b=VALUE` that change the run's config: `data.…` names other data,
         `data.subset` a share of it, and `eval.…` sets how images are prepared.
       labeled_only: leave out images without a label, as `knn_metrics` and `linear_metrics` need.
+      multi_label: allow images of several classes with `labeled_only`, as `linear_metrics` does.
       train: training images given in Python, as to `pretrain`; None: the config names them.
       test: the held-out images to `train`, if any.
       progress: shows how many images have been encoded; None for nothing.
@@ -162,7 +173,10 @@ def run_features(
     if projector_layer is not None:
         config.eval.projector_layer = projector_layer
     learned, held_out = make_sources(config, train, test)
-    if labeled_only:
+    targets = _targets(learned, held_out)
+    if labeled_only and multi_label and (targets_of(learned) or (targets[1] is not None)):
+        require_targets(learned, held_out)
+    elif labeled_only:
         require_labels(learned, held_out)
         learned, held_out = labeled(learned), held_out and labeled(held_out)
     encoder = load(path, step, projector_layer=config.eval.projector_layer)
@@ -177,12 +191,25 @@ def run_features(
         learned.labels,
         test_features,
         None if held_out is None else held_out.labels,
-        learned.class_names or (held_out.class_names if held_out else ()),
+        targets[2] or learned.class_names or (held_out.class_names if held_out else ()),
         encoder.step,
         _names(learned),
         () if held_out is None else _names(held_out),
         tuple(dict.fromkeys((*learned.bad, *(held_out.bad if held_out else ())))),
+        *_targets(learned, held_out)[:2],
     )
+
+
+def _targets(
+    train: Source, test: Source | None
+) -> tuple[np.ndarray | None, np.ndarray | None, tuple[str, ...]]:
+    """Targets of both splits and the names of their columns, if any split has targets."""
+    first, second = targets_of(train), targets_of(test)
+    if first and second:
+        first, second = common_targets(first, second)
+    values = [None if targets is None else targets.values for targets in (first, second)]
+    known = first or second
+    return values[0], values[1], known.names if known else ()
 
 
 def _names(source: Source) -> list[str]:
@@ -234,14 +261,30 @@ def linear_metrics(
     seed: int = 0,
     metric: str = "top1",
 ) -> tuple[dict[str, Any], float]:
-    """`classification_metrics` of a linear classifier and its penalty; see `fit_linear`.
+    """Metrics of a linear classifier and its penalty; see `fit_linear`.
 
     Args:
-      features: of labeled images only.
+      features: of labeled images only, or of images of several classes each.
       penalties: see `fit_linear`.
       seed: see `fit_linear`.
       metric: see `fit_linear`.
+
+    Returns:
+      `classification_metrics`, or `multi_label_metrics` with targets, and the penalty.
     """
+    if features.train_targets is not None and features.test_targets is not None:
+        metric = metric if metric in MULTI_LABEL_METRICS else MULTI_LABEL_METRICS[0]
+        assert features.test is not None
+        return fit_multi_label(
+            features.train,
+            features.train_targets,
+            features.test,
+            features.test_targets,
+            features.class_names,
+            penalties=tuple(penalties),
+            seed=seed,
+            metric=metric,
+        )
     train, labels, test, test_labels, classes = _both_splits(features)
     model = fit_linear(
         train, labels, num_classes=classes, penalties=tuple(penalties), seed=seed, metric=metric

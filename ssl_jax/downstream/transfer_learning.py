@@ -17,7 +17,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ssl_jax.config import apply_overrides, default_config, run_schedule
-from ssl_jax.data.sources import held_out_ids, make_sources, require_labels
+from ssl_jax.data.labels import targets_of
+from ssl_jax.data.sources import held_out_ids, make_sources, require_labels, require_targets
 from ssl_jax.downstream.classifier import (
     PLAIN_SGD,
     derived_config,
@@ -29,6 +30,7 @@ from ssl_jax.downstream.keeping import result_name, results_of, source_of
 from ssl_jax.errors import UserError, did_you_mean, require_choice
 from ssl_jax.evals.linear import METRICS
 from ssl_jax.evals.metrics import interval_text
+from ssl_jax.evals.multi_label import MULTI_LABEL_METRICS
 from ssl_jax.evals.results import (
     ELSEWHERE,
     read_result,
@@ -61,7 +63,8 @@ class DataSet:
 
     Attributes:
       name: in the table and of its folder.
-      metric: "top1" or "mean_per_class".
+      metric: "top1" or "mean_per_class"; for images of several classes each, "mean_ap" or, as for
+        VOC2007, "mean_ap_11_point".
       overrides: strings `data.KEY=VALUE`, for every key of `config.data`.
     """
 
@@ -77,7 +80,8 @@ class Row:
     Attributes:
       dataset: its name.
       metric: of the dataset.
-      linear: `classification_metrics` of a linear classifier on features.
+      linear: `classification_metrics`, or `multi_label_metrics`, of a linear classifier on
+        features.
       finetune: the same of the fine-tuned network; None without fine-tuning, like the next two.
       rate: chosen learning rate.
       decay: chosen weight decay.
@@ -125,7 +129,7 @@ def _data_set(path: str, name: str, entry: Any) -> DataSet:
             hint = did_you_mean(key, ("data", "metric"))
             raise UserError(f"{path}: {name} has no key '{key}'.{hint}")
     metric = entry.get("metric", "top1")
-    require_choice(f"{path}: {name}'s metric", str(metric), METRICS)
+    require_choice(f"{path}: {name}'s metric", str(metric), (*METRICS, *MULTI_LABEL_METRICS))
     data = default_config().data.to_dict()
     del data["validation"]  # set by `transfer`
     for key, value in entry["data"].items():
@@ -294,7 +298,11 @@ class _Job:
             config.data.validation = 0.0
             train, test = make_sources(config)
             self.fingerprints = (train.fingerprint, test.fingerprint if test else "")
-            require_labels(train, test)
+            self._require_metric(bool(targets_of(train) or targets_of(test)))
+            if targets_of(train) and not grid:
+                require_targets(train, test)
+            else:
+                require_labels(train, test)
             if not grid:
                 return
             held_out = 0
@@ -309,6 +317,16 @@ class _Job:
         except UserError as error:
             raise UserError(f"{self.data_set.name}: {error}") from error
         self.every_epochs = _SAVE_STEPS / schedule.steps_per_epoch
+
+    def _require_metric(self, several: bool) -> None:
+        """Checks that the metric applies to images of one class, or of several, each."""
+        allowed = MULTI_LABEL_METRICS if several else METRICS
+        if self.data_set.metric not in allowed:
+            labels = "several labels" if several else "one label"
+            raise UserError(
+                f"The metric is {self.data_set.metric}, but the images have {labels} each. Set it "
+                f"to {' or '.join(allowed)}."
+            )
 
     def linear(self) -> dict[str, Any]:
         """Metrics of a linear classifier on features; kept, and reused for the same settings."""
@@ -325,7 +343,9 @@ class _Job:
             metrics: dict[str, Any] = known["metrics"]
             self.log_result("linear", metrics)
             return metrics
-        features = run_features(self.path, step=self.step, overrides=changes, labeled_only=True)
+        features = run_features(
+            self.path, step=self.step, overrides=changes, labeled_only=True, multi_label=True
+        )
         metrics, penalty = linear_metrics(features, metric=self.data_set.metric)
         self.log_result("linear", metrics)
         what = f"{self.data_set.name}: linear classifier on features, penalty {penalty:g}"

@@ -15,14 +15,22 @@ from ssl_jax import diagnostics
 from ssl_jax.config import Schedule
 from ssl_jax.data.device_crop import resize_images
 from ssl_jax.data.index import fixed_sample, views_stream
-from ssl_jax.data.labels import NO_LABEL
+from ssl_jax.data.labels import NO_LABEL, Targets, common_targets, targets_of
+from ssl_jax.data.listing import some
 from ssl_jax.data.pipeline import make_augment_fn, prepare_eval, unnormalized
 from ssl_jax.data.reader import read_all
-from ssl_jax.data.sources import Source, Subset, labeled, why_not_scored
+from ssl_jax.data.sources import (
+    Source,
+    Subset,
+    labeled,
+    several_labels,
+    why_no_mean_ap,
+    why_not_scored,
+)
 from ssl_jax.evals import probe
 from ssl_jax.evals.features import extract_features, padded_batches
 from ssl_jax.evals.knn import knn_classify
-from ssl_jax.evals.linear import few_label_accuracies, linear_probe
+from ssl_jax.evals.linear import few_label_accuracies, fit_multi_label, linear_probe
 from ssl_jax.evals.metrics import classification_metrics
 from ssl_jax.evals.pictures import PICTURES, image_names, retrieval_pictures, view_grid
 from ssl_jax.evals.results import (
@@ -51,6 +59,13 @@ Pytree = Any
 
 _SAMPLED = 2048  # images for RankMe, half of them for uniformity, which compares all pairs
 _PIXELS = 16  # side to which images are shrunk for the raw pixels baseline
+
+
+# Why some accuracies are missing of images of several classes each.
+_SEVERAL = (
+    "The images have several labels each, so mean average precision is measured; kNN and few "
+    "labels per class, which need one class per image, are not."
+)
 
 
 class Evaluator:
@@ -83,6 +98,10 @@ class Evaluator:
         """
         self.config, self.train, self.test = config, train, test
         self.not_scored = why_not_scored(train, test)
+        self._several = several_labels(train, test)
+        if self._several:
+            missing = why_no_mean_ap(train, test)
+            self._several, self.not_scored = not missing, missing or _SEVERAL
         self._held_out = test.fingerprint if test is not None else ""
         self._progress = progress or Progress(verbosity="warnings")
         method = make_method(config, Schedule(1, 1))
@@ -245,13 +264,14 @@ class Evaluator:
 
     @property
     def _fits_rows(self) -> bool:
-        return self._extracts and not self.not_scored
+        return self._extracts and (self._several or not self.not_scored)
 
     def plan(self) -> str:
         """Describes what `finish` measures of the encoder; "" if that is turned off."""
         if self._fits_rows:
             kind = "fine-tuned" if self._fine_tuned else "frozen"
-            return f"Evaluating the features of the {kind} encoder and two baselines."
+            text = f"Evaluating the features of the {kind} encoder and two baselines."
+            return f"{text} {_SEVERAL}" if self._several else text
         if not self.config.eval.at_end or self.config.supervised.freeze:
             return ""
         what = "Evaluating nearest neighbors and a map only." if self.test else "Not evaluated."
@@ -304,6 +324,7 @@ class Evaluator:
         train, test = self.train, self.test
         if not self.not_scored:
             train, test = self._labeled_train, self._labeled_test
+        if self._fits_rows:
             encoders += [
                 (BASELINE, self._small, {}),
                 (UNTRAINED, self._encode, self._replicate(initial)),
@@ -317,7 +338,7 @@ class Evaluator:
                 continue  # it has encoded its share
             if name == own:
                 pictures |= retrieval_pictures(train, test, *splits, labeled=not self.not_scored)
-            if not self.not_scored:
+            if self._fits_rows:
                 self._progress.line(f"Evaluating {title(name)}: classifiers …")
                 rows.append(self._row(name, *splits))
             del splits  # before the next are extracted
@@ -331,6 +352,8 @@ class Evaluator:
 
     def _notes(self) -> tuple[str, ...]:
         """Limits of the accuracies, as sentences for the report."""
+        if self._several:
+            return self._several_notes()
         notes = []
         fewest, name = self._smallest_class()
         if self._needs_labels and min(self.config.eval.labels_per_class, default=fewest) < fewest:
@@ -352,6 +375,40 @@ class Evaluator:
             )
         return tuple(notes)
 
+    def _several_notes(self) -> tuple[str, ...]:
+        """What is not measured on images of several classes each."""
+        train, test = self._targets()
+        names = [
+            name
+            for name, *counts in zip(train.names, train.counts, test.counts, strict=True)
+            if not all(counts)
+        ]
+        missing = f"mAP is without {some(names)}, which a split has no images of."
+        return (_SEVERAL, *[missing] * bool(names))
+
+    def _targets(self) -> tuple[Targets, Targets]:
+        """The targets of both splits, whose images have several classes each."""
+        train, test = targets_of(self.train), targets_of(self.test)
+        assert train is not None and test is not None
+        return common_targets(train, test)
+
+    def _several_row(self, name: str, train: np.ndarray, test: np.ndarray) -> Row:
+        """The row of images of several classes each."""
+        targets, test_targets = self._targets()
+        seen = fixed_sample(len(train), self.config.eval.linear_images)
+        metrics, _ = fit_multi_label(
+            train[seen],
+            targets.values[seen],
+            test,
+            test_targets.values,
+            targets.names,
+            # That of the probe of one class per image.
+            penalties=[10 / len(seen)],
+        )
+        found = metrics["mean_ap"]
+        interval = {"mean_ap": (found["low"], found["high"])}
+        return Row(name, {}, {"mean_ap": found["value"]}, interval)
+
     def _smallest_class(self) -> tuple[int, str]:
         """The number of images in the smallest class that has any, and its name."""
         labels = self._labeled_train.labels
@@ -370,6 +427,8 @@ class Evaluator:
                 write_result(workdir, "classifier", "the run's own classifier", measured)
 
     def _row(self, name: str, train: np.ndarray, test: np.ndarray) -> Row:
+        if self._several:
+            return self._several_row(name, train, test)
         labels, test_labels = self._labeled_train.labels, self._labeled_test.labels
         assert labels is not None and test_labels is not None
         trials = {}

@@ -7,21 +7,33 @@ A fit minimizes, over weights W [d, classes] and biases b [classes],
 where x are the features, centered and divided by their overall standard deviation. One scale per
 feature would have to be estimated from the few labels there may be: on the raw pixels of digits it
 costs three points at 5 labels per class.
+
+For images of several classes, the first term is the sum over classes of the mean sigmoid
+cross-entropy of the images for which the class is known.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
 from ssl_jax.errors import UserError, require_choice
+from ssl_jax.evals.multi_label import (
+    MULTI_LABEL_METRICS,
+    mean_average_precision,
+    multi_label_metrics,
+    require_classes,
+)
 
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 METRICS = ("top1", "mean_per_class")  # that can choose the penalty
+# Curvature of a class's loss where all its scores are equal: with softmax 1 / classes, about.
+_SIGMOID_CURVATURE = 0.25
 _MEMORY = 10  # past gradients that L-BFGS keeps
 # Examples are padded to this many with zeros, so that fits on few labels, which take milliseconds,
 # share one program, whose compilation takes seconds.
@@ -128,7 +140,7 @@ def few_label_accuracies(
 
 def fit_linear(
     features: Float[np.ndarray, "n d"],
-    labels: Int[np.ndarray, " n"],
+    labels: Int[np.ndarray, " n"] | Int8[np.ndarray, "n c"],
     *,
     num_classes: int,
     penalties: Sequence[float] = PENALTIES,
@@ -145,14 +157,16 @@ def fit_linear(
 
     Args:
       features: [n, d].
-      labels: [n], in 0 … num_classes-1.
+      labels: [n], in 0 … num_classes-1; or targets of images of several classes, int8 [n,
+        num_classes], see `Targets.values`. Each class needs an image.
       num_classes: number of classes.
       penalties: candidates; a single one is used as is.
       validation_fraction: share of the examples on which the penalty is chosen.
       max_iterations: limit on the L-BFGS iterations of each fit.
       tolerance: of a fit, on the largest entry of the gradient along the features' principal axes.
       seed: of the validation split.
-      metric: that chooses the penalty, "top1" or "mean_per_class".
+      metric: that chooses the penalty, "top1" or "mean_per_class"; of several classes per image
+        "mean_ap" or "mean_ap_11_point".
 
     Returns:
       The classifier.
@@ -187,6 +201,55 @@ def fit_linear(
     return LinearClassifier(weights, solution[-1] - center @ weights, penalty, validation)
 
 
+def fit_multi_label(
+    train: Float[np.ndarray, "n d"],
+    targets: Int8[np.ndarray, "n c"],
+    test: Float[np.ndarray, "m d"],
+    test_targets: Int8[np.ndarray, "m c"],
+    class_names: Sequence[str],
+    *,
+    penalties: Sequence[float] = PENALTIES,
+    seed: int = 0,
+    metric: str = "mean_ap",
+) -> tuple[dict[str, Any], float]:
+    """Fits a linear classifier to images of several classes each and evaluates it.
+
+    Classes without an image in either split are left out: they can't be learned or measured.
+
+    Args:
+      train: training features.
+      targets: of the training images, see `Targets.values`.
+      test: held-out features.
+      test_targets: of the held-out images.
+      class_names: by column.
+      penalties: see `fit_linear`.
+      seed: see `fit_linear`.
+      metric: see `fit_linear`.
+
+    Returns:
+      `multi_label_metrics` of the held-out images, and the penalty.
+
+    Raises:
+      UserError: no class is in both splits, or as `fit_linear`.
+    """
+    both = (targets == 1).any(axis=0) & (test_targets == 1).any(axis=0)
+    kept = np.flatnonzero(both)
+    require_classes(kept)
+    model = fit_linear(
+        train,
+        targets[:, kept],
+        num_classes=len(kept),
+        penalties=penalties,
+        seed=seed,
+        metric=metric,
+    )
+    scores = np.zeros(test_targets.shape, np.float32)
+    scores[:, kept] = model.scores(test)
+    skipped = np.flatnonzero(~both)
+    metrics = multi_label_metrics(scores, test_targets, class_names, skipped=skipped)
+    return metrics, model.penalty
+
+
 class _Fit:
     """Minimizes the objective on fixed examples, from a given start, with a given penalty.
 
@@ -197,20 +260,23 @@ class _Fit:
 
     def __init__(self, x: np.ndarray, y: np.ndarray, classes: int, *limits: float) -> None:
         self.x, self.y, self.classes, self.limits = x, y, classes, limits
+        self.flatness = 1 / _SIGMOID_CURVATURE if y.ndim == 2 else classes
         missing = max(_SMALLEST - len(x), 0)
         padded = jnp.asarray(np.pad(x, ((0, missing), (0, 0))))
         self.variances, self.axes = _principal_axes(padded)
         self.variances *= len(padded) / len(x)
         self.projected = jnp.matmul(padded, self.axes, precision="highest")
-        self.targets = jnp.asarray(np.pad(y, (0, missing)), jnp.int32)
-        self.shares = jnp.asarray(np.pad(np.full(len(x), 1 / len(x), np.float32), (0, missing)))
+        rows = ((0, missing),) + ((0, 0),) * (y.ndim - 1)
+        self.targets = jnp.asarray(np.pad(np.maximum(y, 0), rows), jnp.int32)
+        known = (y >= 0).astype(np.float32)
+        self.shares = jnp.asarray(np.pad(known / np.maximum(known.sum(axis=0), 1), rows))
 
     def __call__(self, start: np.ndarray, penalty: float) -> np.ndarray:
         """The solution, float32 [d + 1, classes]; its last row is the bias."""
-        curvature = self.variances / self.classes + penalty
+        curvature = self.variances / self.flatness + penalty
         # With few examples, some directions have no curvature but the penalty's.
         root = np.sqrt(np.maximum(curvature, 1e-7 * curvature.max() + 1e-30))
-        scales = np.append(root, self.classes**-0.5).astype(np.float32)[:, None]
+        scales = np.append(root, self.flatness**-0.5).astype(np.float32)[:, None]
         along_axes = np.concatenate([self.axes.T @ start[:-1], start[-1:]])
         found, _ = _minimize(
             scales * along_axes,
@@ -257,18 +323,28 @@ def _sweep(
     labels, accuracy = fit.y[out], {}
     part = _Fit(fit.x[seen], fit.y[seen], fit.classes, *fit.limits)
     held_out, weights = jnp.asarray(fit.x[out]), np.ones(held)
+    several = labels.ndim == 2
+    if several and not (labels == 1).any():
+        raise UserError(
+            f"None of the {held} images on which the penalty is chosen is of any class. Give more "
+            "labeled images, or a single penalty."
+        )
     if metric == "mean_per_class":
         weights /= np.bincount(labels)[labels]
     for penalty in penalties:  # strongest first: each fit starts from the previous solution
         solution = part(solution, penalty)
         logits = jnp.matmul(held_out, solution[:-1], precision="highest") + solution[-1:]
+        if several:
+            accuracy[penalty] = mean_average_precision(np.asarray(logits), labels, metric)
+            continue
         predicted = np.asarray(jnp.argmax(logits, axis=1))
         accuracy[penalty] = float(np.average(predicted == labels, weights=weights))
     return solution, accuracy
 
 
 def _check(features: np.ndarray, labels: np.ndarray, num_classes: int, metric: str) -> None:
-    require_choice("The metric", metric, METRICS)
+    several = labels.ndim == 2
+    require_choice("The metric", metric, MULTI_LABEL_METRICS if several else METRICS)
     if features.ndim != 2 or len(labels) != len(features):
         raise UserError(
             f"Features {list(features.shape)} and {len(labels)} labels don't match. Give [n, d] "
@@ -276,7 +352,11 @@ def _check(features: np.ndarray, labels: np.ndarray, num_classes: int, metric: s
         )
     if not np.isfinite(features).all():
         raise UserError("Some features are not finite. Check the encoder's run.")
-    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+    if several and labels.shape[1] != num_classes:
+        raise UserError(f"Labels have {labels.shape[1]} columns for {num_classes} classes.")
+    lowest = -1 if several else 0
+    num_classes = 2 if several else num_classes
+    if len(labels) and not lowest <= labels.min() <= labels.max() < num_classes:
         raise UserError(
             f"Labels range from {labels.min()} to {labels.max()}, but there are {num_classes} "
             "classes. Set num_classes."
@@ -287,8 +367,8 @@ def _check(features: np.ndarray, labels: np.ndarray, num_classes: int, metric: s
 def _minimize(
     start: Float[Array, "r1 c"],
     x: Float[Array, "n r"],
-    y: Int[Array, " n"],
-    shares: Float[Array, " n"],
+    y: Int[Array, "n *c"],
+    shares: Float[Array, "n *c"],
     penalty: Float[Array, ""],
     scales: Float[Array, "r1 1"],
     max_iterations: Int[Array, ""],
@@ -303,7 +383,10 @@ def _minimize(
     def objective(solution: Array) -> Array:
         own = solution / scales
         logits = jnp.matmul(x, own[:-1], precision="highest") + own[-1:]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        if y.ndim == 2:
+            losses = optax.sigmoid_binary_cross_entropy(logits, y)
+        else:
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
         return jnp.sum(shares * losses) + penalty / 2 * jnp.sum(jnp.square(own[:-1]))
 
     solver = optax.lbfgs(memory_size=_MEMORY)

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Int, Real
 from scipy import sparse, special
 
+from ssl_jax.data.listing import some
 from ssl_jax.errors import UserError
 
 _BINS = 15  # of confidence (Guo et al., 2017, section 2)
@@ -67,7 +68,7 @@ def classification_metrics(
     measured["calibration_error"] = _calibration(weights, each["top1"], confident, bins)
     confusion = _confusion(labels[finite], predicted[finite])
     found: dict[str, Any] = {
-        name: _interval(values, reflected=name == "calibration_error")
+        name: percentile_interval(values, reflected=name == "calibration_error")
         for name, values in measured.items()
     }
     return {**found, "examples": len(labels), "confusion": confusion}
@@ -124,7 +125,18 @@ def _calibration(
     return error
 
 
-def _interval(values: np.ndarray, reflected: bool) -> dict[str, float]:
+def percentile_interval(
+    values: Real[np.ndarray, " r"], reflected: bool = False
+) -> dict[str, float]:
+    """A value and its 95 % percentile interval, which contains it.
+
+    Args:
+      values: the value, and those of bootstrap resamples, if any.
+      reflected: whether the interval is reflected at the value.
+
+    Returns:
+      "value", "low" and "high".
+    """
     value, resampled = float(values[0]), values[1:]
     low, high = np.percentile(resampled, [2.5, 97.5]) if len(resampled) else (value, value)
     if reflected:
@@ -138,13 +150,17 @@ def interval_text(found: dict[str, float]) -> str:
 
 
 def metrics_line(metrics: dict[str, Any]) -> str:
-    """Formats the result of `classification_metrics` as one line, in percent."""
+    """Formats the metrics of a classifier as one line, in percent."""
     names = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
-    names["calibration_error"] = "calibration error"
+    names |= {"calibration_error": "calibration error"}
+    names |= {"mean_ap": "mAP", "mean_ap_11_point": "11-point mAP"}
     parts = [
         f"{name} {100 * metrics[key]['value']:.2f} "
         f"[{100 * metrics[key]['low']:.2f}, {100 * metrics[key]['high']:.2f}]"
         for key, name in names.items()
         if key in metrics
     ]
-    return f"{', '.join(parts)} % of {metrics['examples']:,} images"
+    line = f"{', '.join(parts)} % of {metrics['examples']:,} images"
+    if excluded := metrics.get("excluded"):
+        line += f"; without {some(excluded)}, which a split has no images of"
+    return line

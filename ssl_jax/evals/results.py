@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ _IN_TRAINING = ("knn_every_epochs", "probe", "batch_size")
 
 # What a row holds an accuracy of: a number of labels per class, or a classifier fitted once.
 Measure = int | str
-SINGLE = ("linear", "knn")
+SINGLE = ("linear", "mean_ap", "knn")
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,15 @@ class Row:
     Attributes:
       name: the config's name of the method, `FINE_TUNED`, or that of a baseline.
       trials: by labels per class, the accuracy of each few-label trial.
-      single: "linear" and "knn", which are fitted once.
+      single: "linear" and "knn", which are fitted once; of images of several classes each
+        "mean_ap", the mean average precision of the linear classifier.
+      intervals: of values of `single` that are not shares of images, by bootstrap; 95 %.
     """
 
     name: str
     trials: dict[int, np.ndarray]
     single: dict[str, float]
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def trained(self) -> bool:
@@ -163,7 +166,8 @@ def write_evaluation(workdir: Path, evaluation: Evaluation) -> None:
             }
             for count, values in row.trials.items()
         }
-        rows.append({"name": row.name, **few, **row.single})
+        ends = {f"{key}_interval": list(interval) for key, interval in row.intervals.items()}
+        rows.append({"name": row.name, **few, **row.single, **ends})
     record = {
         "rows": rows,
         "step": evaluation.step,
@@ -199,7 +203,12 @@ def read_evaluation(path: Path) -> Evaluation:
         if len({len(row.trials[labels]) for row in rows if labels in row.trials}) > 1:
             raise ValueError("rows with different numbers of trials cannot be paired")
     values = [
-        v for row in rows for v in (*row.single.values(), *np.hstack([*row.trials.values(), []]))
+        v
+        for row in rows
+        for v in (
+            *row.single.values(),
+            *np.hstack([*row.trials.values(), *row.intervals.values(), []]),
+        )
     ]
     if not all(0 <= value <= 1 for value in values):
         raise ValueError("accuracies are fractions of 1")
@@ -215,7 +224,12 @@ def _parse_row(entry: dict[str, Any]) -> Row:
         if (match := re.fullmatch(r"labels_(\d+)", key)) and value["trials"]
     }
     single = {key: float(entry[key]) for key in SINGLE if entry.get(key) is not None}
-    return Row(str(entry["name"]), trials, single)
+    intervals = {}
+    for key in single:
+        if ends := entry.get(f"{key}_interval"):
+            low, high = map(float, ends)
+            intervals[key] = (low, high)
+    return Row(str(entry["name"]), trials, single, intervals)
 
 
 def write_result(workdir: Path, name: str, what: str, metrics: dict[str, Any], **more: Any) -> Path:
@@ -225,7 +239,7 @@ def write_result(workdir: Path, name: str, what: str, metrics: dict[str, Any], *
       workdir: folder of the evaluated run.
       name: of the evaluation and its file.
       what: describes the evaluation in a few words.
-      metrics: from `classification_metrics`.
+      metrics: from `classification_metrics` or `multi_label_metrics`.
       **more: settings to record, JSON types.
 
     Returns:

@@ -229,14 +229,13 @@ def _results(path: str | Path, step: int) -> Iterator[str]:
     if evaluation:
         yield from _frozen(evaluation)
     if found:
-        yield "| evaluation | top-1 | mean per class | images |"
-        yield "| --- | --- | --- | --- |"
+        names = {"top1": "top-1", "mean_per_class": "mean per class", "mean_ap": "mAP"}
+        names = {k: v for k, v in names.items() if any(k in r["metrics"] for r in found)}
+        yield f"| evaluation | {' | '.join(names.values())} | images |"
+        yield "| --- |" + " --- |" * (len(names) + 1)
         for record in found:
             metrics = record["metrics"]
-            cells = [
-                interval_text(metrics[key]) if key in metrics else ""
-                for key in ("top1", "mean_per_class")
-            ]
+            cells = [interval_text(metrics[key]) if key in metrics else "" for key in names]
             yield f"| {record['what']} | {' | '.join(cells)} | {metrics['examples']:,} |"
         yield ""
         yield "Percent, with 95 % intervals by bootstrap over the held-out images."

@@ -197,7 +197,7 @@ def _accuracies(runs: Sequence[_Run]) -> Lines:
 
 
 def _further(runs: Sequence[_Run]) -> Lines:
-    """Top-1 accuracies that commands have added to the folders."""
+    """Top-1 accuracies, or mean average precision, that commands have added to the folders."""
     found = [_top1(run) for run in runs]
     return [
         (what, [results.get(what, MISSING) for results in found])
@@ -212,10 +212,12 @@ def _top1(run: _Run) -> dict[str, Cell]:
     for record in read_results(run.workdir)[0]:
         # The same rule chooses the penalty in each run.
         what = str(record["what"]).partition(", penalty ")[0]
-        if "top1" in record["metrics"]:
+        several = "mean_ap" in record["metrics"]
+        what += ", mAP" * several
+        if several or "top1" in record["metrics"]:
             count[what] += 1
             number = f" ({count[what]})" if count[what] > 1 else ""
-            top1 = record["metrics"]["top1"]
+            top1 = record["metrics"]["mean_ap" if several else "top1"]
             spread = f"{percent(top1['low'])}–{percent(top1['high'])}"
             found[what + number] = Cell(percent(top1["value"]), spread)
     return found

@@ -29,6 +29,8 @@ METRICS = {
     "top5": "Top-5",
     "mean_per_class": "Mean per class",
     "calibration_error": "Calibration error",
+    "mean_ap": "mAP",
+    "mean_ap_11_point": "11-point mAP",
 }
 
 
@@ -53,7 +55,7 @@ def measure_name(measure: Measure) -> str:
     """Names a measure, for tables."""
     if isinstance(measure, int):
         return f"{counted(measure, 'label')} per class"
-    return {"linear": "Linear probe", "knn": "kNN"}[measure]
+    return {"linear": "Linear probe", "knn": "kNN", "mean_ap": "Linear probe, mAP"}[measure]
 
 
 def accuracy(row: Row | None, measure: Measure, test_examples: int) -> Cell:
@@ -61,6 +63,9 @@ def accuracy(row: Row | None, measure: Measure, test_examples: int) -> Cell:
     if row is not None and isinstance(measure, int) and measure in row.trials:
         mean, half = mean_interval(row.trials[measure])
         return Cell(percent(mean), "" if math.isnan(half) else f"± {percent(half)}")
+    if row is not None and measure in row.intervals:
+        low, high = row.intervals[str(measure)]
+        return Cell(percent(row.single[str(measure)]), f"{percent(low)}–{percent(high)}")
     if row is not None and measure in row.single:
         low, high = proportion_interval(row.single[str(measure)], test_examples)
         return Cell(percent(row.single[str(measure)]), f"{percent(low)}–{percent(high)}")
@@ -106,7 +111,9 @@ def evaluation_table(workdir: Path) -> list[str]:
 def results_section(workdir: Path) -> dict[str, Any]:
     """The results that commands have added, and the names of corrupt files."""
     results, corrupt = read_results(workdir)
-    return {"metrics": METRICS, "results": results, "corrupt": corrupt}
+    # Only a table of every result's metrics: most folders have none of several labels per image.
+    shown = {k: v for k, v in METRICS.items() if any(k in each["metrics"] for each in results)}
+    return {"metrics": shown, "results": results, "corrupt": corrupt}
 
 
 def _style(row: Row) -> tuple[str, str]:

@@ -123,14 +123,15 @@ def _unfinished(metrics: Metrics | None) -> str:
 def _lead(metrics: Metrics | None, evaluation: Evaluation | None) -> dict[str, Any] | str:
     """The run's result, for one sentence; or a sentence on a run without one."""
     trained = evaluation.trained if evaluation else None
-    if evaluation is None or trained is None or not (trained.trials or "linear" in trained.single):
+    linear = [key for key in ("linear", "mean_ap") if trained and key in trained.single]
+    if evaluation is None or trained is None or not (trained.trials or linear):
         return _unfinished(metrics)
     if not trained.trials:
-        found = percent(trained.single["linear"])
+        found = percent(trained.single[linear[0]])
         return {
             "name": row_name(trained),
             "accuracy": found,
-            "labels": "a linear probe",
+            "labels": "a linear probe" + ", mAP" * (linear[0] == "mean_ap"),
             "gain": "",
         }
     labels = 5 if 5 in trained.trials else min(trained.trials)

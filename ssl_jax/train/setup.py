@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import from_json, run_schedule, to_json
 from ssl_jax.data.index import Index
+from ssl_jax.data.labels import targets_of
 from ssl_jax.data.registry import Images
 from ssl_jax.data.sources import Source, labeled, make_sources
 from ssl_jax.errors import UserError
@@ -55,6 +56,14 @@ class Setup:
             config.spmd, batch_size=config.batch_size, microbatch=config.microbatch
         )
         self.train, self.test = make_sources(config, train, test)
+        needs_labels = method_class(config.method).needs_labels
+        needs_labels |= config.method == "distill" and config.distill.labels > 0
+        if needs_labels and targets_of(self.train):
+            raise UserError(
+                f"config.method is '{config.method}', but the training images have several labels "
+                "each, and its loss needs one class per image. Give one label per image, or "
+                "evaluate with `ssl-jax linear` or `ssl-jax transfer --no-finetune`."
+            )
         # TFDS's labels are inside the records, all of which would be read; the loss of `supervised`
         # leaves out images without a label by itself.
         masked = (config.method, config.data.name) == ("supervised", "tfds")

@@ -11,6 +11,7 @@ from humanize import intword, metric, naturalsize, precisedelta
 from jaxtyping import Int
 
 from ssl_jax.config import flat_views
+from ssl_jax.data.labels import Targets, targets_of
 from ssl_jax.data.sources import Source, why_not_scored
 from ssl_jax.errors import UserError
 from ssl_jax.plan.flops import traced_flops
@@ -78,7 +79,9 @@ def data_rows(setup: Setup) -> Iterator[Row]:
     """Summarizes the data as it was read: numbers, sizes, classes, labels, held-out images."""
     train, test = setup.train, setup.test
     yield "images", f"{train.num_examples:,} for training, {_sizes(train)}"
-    if not train.num_classes:
+    if targets := targets_of(train):
+        yield "classes", f"{_several(targets)}; labels: {train.labels_from}"
+    elif not train.num_classes:
         yield "classes", "unknown, no labels"
     else:
         # TFDS's labels are inside the records, all of which would be read.
@@ -87,10 +90,20 @@ def data_rows(setup: Setup) -> Iterator[Row]:
     held_out = "none"
     if test is not None:
         held_out = f"{test.num_examples:,} images, {_sizes(test)}"
-        held_out += "" if test.num_classes else ", no labels"
+        held_out += "" if test.num_classes or targets_of(test) else ", no labels"
     if share := setup.config.data.validation:
         held_out += f", {share:g} of the training images (config.data.validation)"
     yield "held out", held_out
+
+
+def _several(targets: Targets) -> str:
+    """Names and numbers of images of the first classes, of which an image may have several."""
+    shown = [
+        f"{name} {count:,}"
+        for name, count in zip(targets.names[:_SHOWN], targets.counts, strict=False)
+    ]
+    more = ["…"] if len(targets.names) > _SHOWN else []
+    return f"{len(targets.names):,} ({', '.join(shown + more)}), several per image"
 
 
 def _classes(source: Source, labels: Int[np.ndarray, " n"] | None) -> str:

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from ssl_jax.data.arrays import ArraySource
-from ssl_jax.data.labels import checked_labels
+from ssl_jax.data.labels import (
+    checked_labels,
+    checked_targets,
+    common_targets,
+    listed,
+    of_lists,
+    require_same_classes,
+)
+from ssl_jax.data.sources import Subset, require_targets, why_not_scored
 from ssl_jax.errors import UserError
 
 NAMES = np.array(["a", "b", "c", "d"])
@@ -62,3 +70,66 @@ def test_wrong_labels_and_names_are_refused_with_the_file_and_the_value(labels, 
 def test_images_of_another_shape_or_none_are_refused(images):
     with pytest.raises(UserError, match=r"mine.npz has images of .* uint8 \[n, H, W, 3\]"):
         ArraySource(images, where="mine.npz")
+
+
+def arrays(labels, names=(), n=3):
+    return ArraySource(np.zeros((n, 4, 4, 3), np.uint8), np.asarray(labels), names)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64])
+def test_labels_with_a_column_per_class_are_targets(dtype):
+    source = arrays(np.array([[0, 1], [1, 1], [0, 0]], dtype), ["cat", "dog"])
+    assert source.labels is None and source.num_classes == 0 and source.class_names == ()
+    assert source.targets.values.dtype == np.int8 and source.targets.names == ("cat", "dog")
+    assert source.targets.counts.tolist() == [1, 2]
+    assert arrays([[0, 1]] * 3).fingerprint != arrays([[1, 1]] * 3).fingerprint
+    part = Subset(source, np.array([2, 1]))
+    assert part.targets.values.tolist() == [[0, 0], [1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "message"),
+    [
+        (np.zeros((3, 0), int), (), r"shape \[3, 0\]"),
+        (np.zeros((2, 2), int), (), r"shape \[2, 2\]"),
+        ([[0, 1], [2, 0], [0, 0]], (), "label 2 .image 1, class 0"),
+        ([[0.5, 1]] * 3, (), "dtype float64"),
+        ([[0, 1]] * 3, ("a", "a"), "2 columns but 1 different"),
+    ],
+)
+def test_wrong_targets_raise_user_error(labels, names, message):
+    with pytest.raises(UserError, match=message):
+        arrays(labels, names)
+
+
+def test_lists_of_classes_become_targets():
+    targets, names = listed(["dog; cat", "", "?dog;emu"], ";")
+    assert names == ["cat", "dog", "emu"]
+    assert targets.tolist() == [[1, 1, 0], [0, 0, 0], [0, -1, 1]]
+    assert of_lists([[1], None, []], 2).tolist() == [[0, 1], [-1, -1], [0, 0]]
+
+
+def test_classes_of_two_splits_are_matched_by_name():
+    train = checked_targets([[1, 0]], ["cat", "dog"], 1, "train")
+    test = checked_targets([[1, -1]], ["emu", "dog"], 1, "test")
+    first, second = common_targets(train, test)
+    assert first.names == second.names == ("cat", "dog", "emu")
+    assert first.values.tolist() == [[1, 0, 0]] and second.values.tolist() == [[0, -1, 1]]
+    with pytest.raises(UserError, match="Use two splits of one dataset"):
+        common_targets(train, checked_targets([[1]], (), 1, "test"))
+
+
+def test_data_that_only_a_linear_classifier_can_use_is_refused_elsewhere():
+    several, single = arrays([[1, 0], [0, 1], [1, 1]]), arrays([0, 1, 1])
+    assert "several labels each" in why_not_scored(several, several)
+    assert "several labels each" in why_not_scored(single, several, learned=False)
+    require_targets(several, several)
+    for pair, message in [
+        ((several, None), "no held-out images"),
+        ((several, single), "Only one of"),
+        ((several, arrays(np.zeros((3, 2), int))), "No class has an image in both"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            require_targets(*pair)
+    with pytest.raises(UserError, match="Only one of both has several labels"):
+        require_same_classes(several, single, "both")
