@@ -22,6 +22,9 @@ PICTURES = ["matplotlib>=3.9"]
 # Writes features as Parquet.
 PARQUET = ["pyarrow>=20"]
 
+# Reads TIFFs of other channels and depths than Pillow, in all of their compressions.
+TIFF = ["imagecodecs>=2024.6", "tifffile>=2024.6"]
+
 # Reads datasets in Hugging Face's formats. Needs TensorFlow, too, to crop images.
 HF = ["datasets>=4.0"]
 
@@ -73,6 +76,7 @@ setup(
         "pictures": PICTURES,
         "parquet": PARQUET,
         "hf": [*DATA, *HF],
+        "tiff": TIFF,
         # Other packages, to compare with: tests/peers.
         "peers": [
             *TEST,
@@ -83,7 +87,7 @@ setup(
         ],
         "docs": DOCS,
         "wandb": ["wandb>=0.20"],
-        "test": [*DATA, *HF, *PARQUET, *PICTURES, *TEST],
+        "test": [*DATA, *HF, *PARQUET, *PICTURES, *TEST, *TIFF],
         "dev": [
             *DATA,
             *DOCS,
@@ -91,6 +95,7 @@ setup(
             *PARQUET,
             *PICTURES,
             *TEST,
+            *TIFF,
             "build>=1.2",
             "import-linter>=2.5",
             "mypy>=1.15",

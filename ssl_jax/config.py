@@ -39,6 +39,8 @@ _USUAL_NAMES = {
 _REGISTERED: dict[str, dict[str, Key]] = {}
 _ENCODERS: dict[str, dict[str, Key]] = {}
 _MODEL = cast(Group, SCHEMA["model"])
+# Keys of views that operate on RGB colors, and the operations' names.
+_RGB_KEYS = {"jitter.saturation": "saturation", "jitter.hue": "hue", "gray": "grayscale"}
 # Names of sources of images registered from outside the package.
 _SOURCES: set[str] = set()
 
@@ -331,12 +333,61 @@ def validate(config: ConfigDict) -> None:
             "config.views has one crop, but SwAV predicts the assignments of other crops of an "
             f"image. Set --config.views.{name}.count=2, or add a view."
         )
+    _require_fitting_channels(config)
+
+
+def _require_fitting_channels(config: ConfigDict) -> None:
+    """Checks the range of the images' values, and that views fit the number of channels."""
+    channels, limits = config.data.channels, config.data.range
+    if limits and limits[0] == limits[1]:
+        raise UserError(
+            f"config.data.range is {limits}: write (low, high) with low below high, or () for all "
+            "values of the images' type."
+        )
     for name, each in config.views.items():
-        if len(each.mean) != len(each.std) or len(each.mean) not in (0, 3):
+        if len(each.mean) != len(each.std) or len(each.mean) not in (0, channels):
+            values = "three values" if channels == 3 else f"{channels} (config.data.channels)"
             raise UserError(
                 f"config.views.{name} has {len(each.mean)} values in mean and {len(each.std)} in "
-                "std. Set both to three values, or leave both empty."
+                f"std. Set both to {values}, or leave both empty."
             )
+    used = {} if channels == 3 else {name: rgb_keys(each) for name, each in config.views.items()}
+    if any(used.values()):
+        flags = [f"--config.views.{name}.{key}=0" for name, keys in used.items() for key in keys]
+        operations = sorted({_RGB_KEYS[key] for keys in used.values() for key in keys})
+        raise UserError(
+            f"config.data.channels is {channels}, but {' and '.join(operations)} in config.views "
+            f"need RGB. Add {' '.join(flags)}, or call ssl_jax.recipes.set_channels(config, "
+            f"{channels}) in the config file."
+        )
+
+
+def rgb_keys(view: ConfigDict) -> list[str]:
+    """The keys of a view that turn on operations that are defined for RGB images only."""
+    jitter = view.jitter
+    on = {
+        "jitter.saturation": jitter.prob > 0 and jitter.saturation > 0,
+        "jitter.hue": jitter.prob > 0 and jitter.hue > 0,
+        "gray": view.gray > 0,
+    }
+    return [key for key in _RGB_KEYS if on[key]]
+
+
+def view_size(view: ConfigDict) -> tuple[int, int]:
+    """Height and width of a view in pixels."""
+    size: int | tuple[int, int] = view.size
+    return (size, size) if isinstance(size, int) else size
+
+
+def view_shape(config: ConfigDict, view: ConfigDict) -> tuple[int, int, int]:
+    """Height, width and number of channels of a view of a config's images."""
+    return (*view_size(view), config.data.channels)
+
+
+def size_text(view: ConfigDict) -> str:
+    """A view's size for people, in pixels: "224" of a square, else "96×64", height first."""
+    height, width = view_size(view)
+    return str(height) if height == width else f"{height}×{width}"
 
 
 def flat_views(config: ConfigDict) -> tuple[ConfigDict, ...]:
@@ -528,9 +579,13 @@ def _assign(config: ConfigDict, key: str, value: Any) -> None:
             value = float(value)
     if isinstance(old, tuple) and isinstance(value, Sequence) and not isinstance(value, str):
         value = tuple(value)
-    if type(old) is not type(value):
+    is_size = last == "size" and (not path or path[0] == "views")  # the key of a view
+    if is_size and isinstance(value, Sequence) and not isinstance(value, str):
+        value = tuple(value)
+    if type(old) is not type(value) and not (is_size and type(value) in (int, tuple)):
         raise UserError(f"config.{key} takes {_type_of(old)}, not {value!r}.")
-    node[last] = value
+    with node.ignore_type() if is_size else contextlib.nullcontext():
+        node[last] = value
 
 
 def _type_of(value: Any) -> str:

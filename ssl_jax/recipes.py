@@ -8,7 +8,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ssl_jax.config import default_config, view
+from ssl_jax.config import default_config, rgb_keys, view
+
+Size = int | tuple[int, int]  # side, or height and width, in pixels
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.247, 0.2435, 0.2616)}
@@ -21,7 +23,27 @@ IMAGENET_SWAV = {"mean": (0.485, 0.456, 0.406), "std": (0.228, 0.224, 0.225)}
 SIMCLR_MODEL = {"padding": "simclr", "project_first": True}
 
 
-def simclr_views(size: int = 224, strength: float = 1.0, blur: bool = True) -> dict[str, Any]:
+def set_channels(config: ConfigDict, channels: int) -> None:
+    """Sets the number of channels, and adapts the views to it.
+
+    Unless there are three, saturation, hue and grayscale are turned off, which are defined for RGB
+    only, and so is normalization: set each view's `mean` and `std` to a value per channel to
+    normalize. Crops, flips, blur, solarization, noise, brightness and contrast stay.
+
+    Args:
+      config: changed in place.
+      channels: 1 to 16.
+    """
+    config.data.channels = channels
+    if channels == 3:
+        return
+    for each in config.views.values():
+        each.update_from_flattened_dict(dict.fromkeys(rgb_keys(each), 0.0))
+        if len(each.mean) != channels:
+            each.mean = each.std = ()
+
+
+def simclr_views(size: Size = 224, strength: float = 1.0, blur: bool = True) -> dict[str, Any]:
     """SimCLR: TensorFlow's crops, jitter in random order, inputs in [0, 1]."""
     one = view(
         size=size,
@@ -36,7 +58,7 @@ def simclr_views(size: int = 224, strength: float = 1.0, blur: bool = True) -> d
     return {"view1": one, "view2": one}
 
 
-def moco_v1_views(size: int = 224) -> dict[str, Any]:
+def moco_v1_views(size: Size = 224) -> dict[str, Any]:
     """MoCo v1: grayscale before the jitter, which every image gets; no blur."""
     one = view(
         size=size,
@@ -49,7 +71,7 @@ def moco_v1_views(size: int = 224) -> dict[str, Any]:
     return {"view1": one, "view2": one}
 
 
-def moco_v2_views(size: int = 224, blur: bool = True) -> dict[str, Any]:
+def moco_v2_views(size: Size = 224, blur: bool = True) -> dict[str, Any]:
     """MoCo v2 and SimSiam: weaker jitter of the hue, blur."""
     one = view(
         size=size,
@@ -61,10 +83,10 @@ def moco_v2_views(size: int = 224, blur: bool = True) -> dict[str, Any]:
     return {"view1": one, "view2": one}
 
 
-def swav_views(large: int = 224, small: int = 96, small_crops: int = 6) -> dict[str, Any]:
+def swav_views(large: Size = 224, small: Size = 96, small_crops: int = 6) -> dict[str, Any]:
     """SwAV: two large crops and cheap small ones; without small crops the area starts at .08."""
 
-    def crops(size: int, count: int, area: tuple[float, float]) -> ConfigDict:
+    def crops(size: Size, count: int, area: tuple[float, float]) -> ConfigDict:
         return view(
             size=size,
             count=count,
@@ -81,7 +103,7 @@ def swav_views(large: int = 224, small: int = 96, small_crops: int = 6) -> dict[
     }
 
 
-def byol_views(size: int = 224) -> dict[str, Any]:
+def byol_views(size: Size = 224) -> dict[str, Any]:
     """BYOL: additive brightness; the views differ in blur and solarization."""
     both = {
         "size": size,

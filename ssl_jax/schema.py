@@ -60,7 +60,8 @@ class Key:
       bounds: of a number, or of each number in a tuple; None for no check.
       choices: the allowed values; empty for no check.
       is_open: whether users may register other values than the choices.
-      is_range: a tuple (low, high), low <= high.
+      is_range: a tuple (low, high), low <= high; or (), if that is the default.
+      is_size: an integer, or a pair of them (height, width).
       affects: what depends on the value. "training": the steps of a run, which is resumed only with
         the same value. "results": evaluations, or what a resumed run no longer uses or compares in
         another way, such as its data. "nothing": only speed, logs and how often a run is saved.
@@ -72,6 +73,7 @@ class Key:
     choices: tuple[Any, ...] = ()
     is_open: bool = False
     is_range: bool = False
+    is_size: bool = False
     affects: Literal["training", "results", "nothing"] = "training"
 
     @property
@@ -96,8 +98,12 @@ class Key:
             require_choice(name, value, self.choices)
         elif isinstance(value, str) and value.lower() in ("true", "false", "none", "null"):
             raise UserError(f"{name} is '{value}'. Set a name, or --{name}= for none.")
-        if self.bounds is None:
+        if self.bounds is None or value == ():
             return
+        if self.is_size and isinstance(value, tuple) and len(value) != 2:
+            raise UserError(
+                f"{name} is {value}: write an integer, or a pair (height, width), such as (96, 64)."
+            )
         if not isinstance(value, tuple):
             if value not in self.bounds:
                 raise UserError(f"{name} is {value}: it must be {self.bounds}.")
@@ -109,7 +115,8 @@ class Key:
                 )
         elif not all(type(number) is int and number in self.bounds for number in value):
             raise UserError(
-                f"{name} is {value}: use integers, each {self.bounds}, such as {self.default}."
+                f"{name} is {value}: use integers, each {self.bounds}, such as "
+                f"{(96, 64) if self.is_size else self.default}."
             )
 
 
@@ -130,7 +137,7 @@ _TEACHER = "of the teacher's run; filled in from there"
 
 # One kind of view. Sizes and blur sigmas are in pixels of the view, angles in degrees.
 VIEW: Group = {
-    "size": Key(224, "Side length in pixels", AT_LEAST_1),
+    "size": Key(224, "Side length in pixels, or a pair (height, width)", AT_LEAST_1, is_size=True),
     "count": Key(1, "Number of views of this kind", AT_LEAST_1),
     "crop": {
         "sampler": Key(
@@ -171,7 +178,7 @@ VIEW: Group = {
         "sigma": Key((0.1, 2.0), "Range of sigma, pixels", POSITIVE, is_range=True),
         "kernel_size": Key(
             0,
-            "Kernel size in pixels; 0: a tenth of the side length, or with "
+            "Kernel size in pixels; 0: a tenth of the height, or with "
             "jitter.style=torchvision three sigma on both sides if that is more",
             AT_LEAST_0,
         ),
@@ -218,6 +225,25 @@ _DATA: Group = {
         "",
         "Text between the classes of an image in a .csv or .tsv list, such as ;. Empty: an image "
         "has one class",
+    ),
+    "channels": Key(
+        3,
+        "Channels of the images. Grayscale files become three equal channels if it is 3; otherwise "
+        "every image must have this number, and views without operations on RGB colors",
+        Bounds(1, 16),
+    ),
+    "bits": Key(
+        0,
+        "Bits per value of image files that are kept: 8, the upper ones; or 16, with which views "
+        "are resized as floats; 0: 16 if any of 16 sampled images has more than 8, otherwise 8",
+        choices=(0, 8, 16),
+    ),
+    "range": Key(
+        (),
+        "Values of the images that become 0 and 1, such as (0, 4095); those outside are clipped. "
+        "Empty: all values of their type, 0 to 255 or 65535",
+        AT_LEAST_0,
+        is_range=True,
     ),
     "on_bad_image": Key(
         "fatal",
@@ -307,12 +333,12 @@ _MODEL: Group = {
         "depth": Key(12, "Number of blocks; Ti, S and B 12, L 24", AT_LEAST_1),
         "heads": Key(6, "Attention heads; Ti 3, S 6 (MoCo v3: 12), B 12, L 16", AT_LEAST_1),
         "patch": Key(
-            16, "Side of the patches in pixels; divides the size of every view", AT_LEAST_1
+            16, "Side of the patches in pixels; divides the sides of every view", AT_LEAST_1
         ),
         "image_size": Key(
             0,
             "Side of the images that the positions belong to, which are interpolated for others; "
-            "0: the size of the first view",
+            "0: the longer side of the first view",
             AT_LEAST_0,
         ),
         "pool": Key(

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int, UInt32
 from ml_collections import ConfigDict
 
-from ssl_jax.config import Schedule, flat_views
+from ssl_jax.config import Schedule, flat_views, view_shape
 from ssl_jax.data.index import stream_key, views_stream
 from ssl_jax.data.pipeline import make_augment_fn
 from ssl_jax.diagnostics import embedding_std
@@ -139,14 +139,16 @@ def batch_shapes(
     if labeled:
         raw["label"] = jax.ShapeDtypeStruct((n,), jnp.int32)
     if cropped:
-        sizes = [view.size for view in flat_views(config)]
-        raw["views"] = tuple(jax.ShapeDtypeStruct((n, s, s, 3), jnp.uint8) for s in sizes)
+        # As `data.views.is_float`, which imports TensorFlow's types.
+        dtype = jnp.float32 if config.data.bits > 8 or config.data.range else jnp.uint8
+        shapes = [view_shape(config, view) for view in flat_views(config)]
+        raw["views"] = tuple(jax.ShapeDtypeStruct((n, *shape), dtype) for shape in shapes)
     return raw
 
 
 def example_batch(config: ConfigDict) -> Batch:
     """A batch of two blank examples with the shapes used in training."""
-    views = tuple(jnp.zeros((2, v.size, v.size, 3)) for v in flat_views(config))
+    views = tuple(jnp.zeros((2, *view_shape(config, v))) for v in flat_views(config))
     ids = jnp.zeros((2,), jnp.int32)
     return {"views": views, "id": ids, "label": ids}
 

@@ -236,11 +236,11 @@ def test_byol_ema_decay_is_the_official_one_at_every_step(variant, base):
 
 def test_swav_imagenet_blurs_small_crops_by_three_sigma():
     config = load_config(str(ROOT / "configs/swav_imagenet.py"))
-    taps = {view.size: blur_taps(view.size, view) for view in flat_views(config)}
+    taps = {view.size: blur_taps((view.size, view.size), view) for view in flat_views(config)}
     # A tenth of the side at 224 pixels, an odd number, is more.
     assert taps == {224: 22, 96: 13}
     # The border mirrors at most the whole image.
-    assert blur_taps(6, config.views.small) == 11
+    assert blur_taps((6, 6), config.views.small) == 11
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

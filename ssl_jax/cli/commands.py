@@ -444,6 +444,9 @@ def _add_data(parser: Parser) -> None:
     images = "image folder, one subfolder per class or flat"
     _add_path(pack, "folder", images)
     _add_path(pack, "out", "file to write", metavar="FILE.npz")
+    pack.add_argument(
+        "--channels", type=int, default=3, help="config.data.channels of the runs (default: 3)"
+    )
     convert = parser.add_command(
         actions,
         "convert",

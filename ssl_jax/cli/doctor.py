@@ -100,6 +100,12 @@ _FEATURES = (
     ),
     _Feature("Hugging Face datasets", "config.data.name=hf", ("tensorflow", "datasets"), "hf"),
     _Feature("plot of views", "ssl-jax views", ("matplotlib",), "pictures"),
+    _Feature(
+        "TIFFs of other channels than Pillow reads",
+        "config.data.channels",
+        ("tifffile", "imagecodecs"),
+        "tiff",
+    ),
     _Feature("features as Parquet", "ssl-jax features --out=FILE.parquet", ("pyarrow",), "parquet"),
     _Feature("plans for TPUs", "ssl-jax plan --topology=v4:4x4x4", ("libtpu",), "plan"),
     _Feature("Weights & Biases", "config.wandb=PROJECT", ("wandb",), "wandb"),

@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 
+from ssl_jax.config import flat_views, size_text
 from ssl_jax.interop import export
 from ssl_jax.interop.import_weights import read_weights
 from ssl_jax.interop.metadata import preprocessing
@@ -41,8 +42,9 @@ def _export(args: argparse.Namespace) -> None:
         shape = export.export_program(
             args.run, args.out, step=args.step, projector_layer=args.projector_layer
         )
+        sides = ", ".join(map(str, shape["shape"]))
         print(
-            f"{args.out}: uint8 images [n, {shape['size']}, {shape['size']}, 3] to features "
+            f"{args.out}: {shape['dtype']} images [n, {sides}] to features "
             f"[n, {shape['features']}]; load with jax.export.deserialize"
         )
     else:
@@ -72,7 +74,9 @@ def _import(args: argparse.Namespace) -> None:
     padding = f", {model.padding} padding" if model.name == "resnet" else ""
     print(f"  {encoder_text(model)}{padding}; networks: {', '.join(networks)}")
     mean = f"mean {images['mean']}, std {images['std']}" if images["mean"] else "not normalized"
-    print(f"  images: {images['size']} pixels, {images['interpolation']}, {mean}")
+    size = size_text(flat_views(weights.config)[0])
+    channels = "" if images["channels"] == 3 else f", {images['channels']} channels"
+    print(f"  images: {size} pixels{channels}, {images['interpolation']}, {mean}")
     if weights.left_out:
         print(f"  skipped parameters: {_grouped(weights.left_out)}")
 

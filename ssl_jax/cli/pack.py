@@ -7,4 +7,4 @@ from ssl_jax.data.packed import pack
 
 def run(args: argparse.Namespace) -> None:
     """Packs small images into one file."""
-    print(f"{args.out}: {pack(args.folder, args.out):,} images")
+    print(f"{args.out}: {pack(args.folder, args.out, args.channels):,} images")

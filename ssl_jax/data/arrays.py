@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Shaped, UInt8
+from jaxtyping import Int, Shaped
 
 from ssl_jax.data.labels import Targets, checked_labels, checked_targets, is_multi_label
+from ssl_jax.data.values import DTYPES, MAX_CHANNELS
 from ssl_jax.errors import UserError
 
 
@@ -16,7 +17,7 @@ class ArraySource:
 
     def __init__(
         self,
-        images: UInt8[np.ndarray, "n h w 3"],
+        images: Shaped[np.ndarray, "n h w c"],
         labels: Int[np.ndarray, " n"] | Shaped[np.ndarray, "n c"] | None = None,
         class_names: Sequence[str] = (),
         *,
@@ -26,7 +27,7 @@ class ArraySource:
         """Checks the arrays.
 
         Args:
-          images: at least one.
+          images: uint8 or uint16, in any byte order; at least one.
           labels: class of each image, -1 for an image without a label; None without labels. For
             images of several classes, bool or integers [n, classes]; see `Targets`.
           class_names: by label; empty: the classes are named by number.
@@ -34,14 +35,21 @@ class ArraySource:
           labels_from: see `Source`.
 
         Raises:
-          UserError: images that are not uint8 RGB, or labels that don't match images or names.
+          UserError: images of another dtype or shape, or labels that don't match images or names.
         """
-        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not images.size:
+        native = images.dtype.newbyteorder("=")
+        if native not in DTYPES or images.ndim != 4 or not images.size:
             raise UserError(
                 f"{where} has images of dtype {images.dtype} and shape {list(images.shape)}. "
-                "Convert them to uint8 [n, H, W, 3], with n at least 1."
+                "Convert them to uint8 or uint16 [n, H, W, channels], with n at least 1."
             )
-        self.images = images
+        if images.shape[-1] > MAX_CHANNELS:
+            raise UserError(
+                f"{where} has images of shape {list(images.shape)}, whose last axis, the channels, "
+                f"is longer than {MAX_CHANNELS}. Convert them to [n, H, W, channels]."
+            )
+        self.images = images = images.astype(native, copy=False)
+        self.channels, self.bits, self.where = images.shape[-1], 8 * native.itemsize, where
         self.num_examples = len(images)
         self.labels: Int[np.ndarray, " n"] | None = None
         self.class_names: tuple[str, ...] = ()
@@ -74,7 +82,7 @@ class ArraySource:
                 batch["label"] = self.labels[ids]
             yield batch
 
-    def eval_transform(self, ids: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "n h w 3"]:
+    def eval_transform(self, ids: Sequence[int] | np.ndarray) -> Shaped[np.ndarray, "n h w c"]:
         """The unchanged images; the device resizes them."""
         return self.images[np.asarray(ids)]
 
@@ -84,6 +92,6 @@ class ArraySource:
 
     def eval_batches(
         self, batches: Iterator[Int[np.ndarray, " n"]]
-    ) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
+    ) -> Iterator[Shaped[np.ndarray, "n h w c"]]:
         """`eval_transform` of batches of ids, in order."""
         yield from map(self.eval_transform, batches)

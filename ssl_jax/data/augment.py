@@ -1,8 +1,8 @@
 """Augmentation on the device: pure functions from float images to float images.
 
-Images are float32 in [0, 1], [n, height, width, 3]; factors, deltas and sigmas are one number for
-all images or one per image, [n]. The `adjust_*` functions do not clip; the jitter clips after each
-of them, as the official codes do.
+Images are float32 in [0, 1], [n, height, width, channels]; factors, deltas and sigmas are one
+number for all images or one per image, [n]. The `adjust_*` functions do not clip; the jitter clips
+after each of them, as the official codes do.
 
 `AUGMENTATIONS` is the table of everything that happens to a view after its geometry, and `color`
 applies it: each image's parameters are sampled from that image's own key, so its pixels don't
@@ -14,7 +14,7 @@ import functools
 import math
 import operator
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,12 +24,12 @@ from ml_collections import ConfigDict
 
 from ssl_jax.errors import UserError, require_choice
 
-Images = Float[Array, "n height width 3"]
+Images = Float[Array, "n height width c"]
 PerImage = float | Float[Array, ""] | Float[Array, " n"]
 Parameters = dict[str, Shaped[Array, "..."]]
-# Red, green and blue, each [n, height, width]: arithmetic on them runs twice as fast on a CPU as on
+# The channels, each [n, height, width]: arithmetic on them runs twice as fast on a CPU as on
 # interleaved channels.
-_Planes = tuple[Array, Array, Array]
+_Planes = tuple[Array, ...]
 
 _GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
 _STYLES = ("tf", "torchvision")
@@ -41,11 +41,20 @@ _COLOR = 1
 _UNIFORMS = ("flip", "jitter", *_JITTERS, "gray", "blur", "sigma", "solarize")
 
 
-def to_float(images: UInt8[Array, "n height width 3"] | Images) -> Images:
-    """Converts images to float32: divides uint8 by 255; floats must be in [0, 1] already."""
-    if images.dtype == jnp.uint8:
-        return images.astype(jnp.float32) / 255.0
-    return images.astype(jnp.float32)
+def to_float(images: Shaped[Array, "n height width c"], limits: Sequence[float] = ()) -> Images:
+    """Converts images to float32 in [0, 1].
+
+    Args:
+      images: uint8 or uint16; or floats, which must be in [0, 1] already.
+      limits: `config.data.range`, the integers that become 0 and 1; empty: the range of their type.
+    """
+    x = images.astype(jnp.float32)
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        return x
+    if limits:
+        low, high = limits
+        return jnp.clip((x - low) / (high - low), 0.0, 1.0)
+    return x / float(jnp.iinfo(images.dtype).max)
 
 
 def adjust_brightness(x: Images, factor: PerImage, mode: str = "multiply") -> Images:
@@ -73,7 +82,7 @@ def adjust_contrast(x: Images, factor: PerImage, style: str = "tf") -> Images:
       x: images.
       factor: 1 changes nothing, 0 leaves the mean.
       style: "tf" uses each channel's own mean (`tf.image.adjust_contrast`), "torchvision" the mean
-        of the grayscale image for all three channels.
+        of the grayscale image for all three channels; both are the same unless there are three.
 
     Returns:
       Images, not clipped.
@@ -88,7 +97,7 @@ def adjust_saturation(x: Images, factor: PerImage, style: str = "tf") -> Images:
     """Makes colors more vivid (factor above 1) or less.
 
     Args:
-      x: images.
+      x: RGB images.
       factor: 0 or more; 1 changes nothing, 0 leaves no color.
       style: "tf" scales the S of HSV, up to 1, and keeps H and V
         (`tf.image.adjust_saturation`); "torchvision" moves every pixel away from or toward its own
@@ -107,7 +116,7 @@ def adjust_hue(x: Images, delta: PerImage) -> Images:
     """Rotates the H of HSV, as `tf.image.adjust_hue` and torchvision do.
 
     Args:
-      x: images.
+      x: RGB images.
       delta: rotation, as a fraction of the full circle.
 
     Returns:
@@ -188,7 +197,7 @@ class Augmentation:
     Attributes:
       name: also the parameter that holds which images are changed.
       key: of the view's config, its probability; at 0 the augmentation is not compiled.
-      apply: (images, parameters, view) -> all images changed, [n, height, width, 3].
+      apply: (images, parameters, view) -> all images changed, [n, height, width, c].
       sample: (random numbers, view) -> one image's further parameters.
       describe: (one image's parameters, view) -> the text below the view in `ssl-jax views`; None
         for the name.
@@ -275,18 +284,24 @@ def _describe_jitter(parameters: Mapping[str, Any], view: ConfigDict) -> str:
     return " ".join(["jitter", *factors]) if factors else ""
 
 
-def blur_taps(size: int, view: ConfigDict) -> int:
-    """The number of taps of a view's blur, see the key `blur.kernel_size`."""
-    taps = view.blur.kernel_size or max(size // 10, 1)
+def blur_taps(size: tuple[int, int], view: ConfigDict) -> int:
+    """The number of taps of the blur of a view, see the key `blur.kernel_size`.
+
+    Args:
+      size: height and width of the view, pixels.
+      view: its config.
+    """
+    taps = view.blur.kernel_size or max(size[0] // 10, 1)
     if view.jitter.style == "torchvision" and not view.blur.kernel_size:
         # The reach of Pillow's blur depends on sigma only, not on the size of the image, of which
         # the mirrored border has one pixel less than the image.
-        taps = max(taps, min(2 * math.ceil(3 * view.blur.sigma[1]) + 1, 2 * size - 1))
+        taps = max(taps, 2 * math.ceil(3 * view.blur.sigma[1]) + 1)
+        taps = min(taps, 2 * min(size) - 1)
     return taps
 
 
 def _apply_blur(x: Images, parameters: Parameters, view: ConfigDict) -> Images:
-    taps = blur_taps(x.shape[1], view)
+    taps = blur_taps((x.shape[1], x.shape[2]), view)
     return gaussian_blur(x, parameters["sigma"], taps, view.jitter.style)
 
 
@@ -369,10 +384,10 @@ def sample_parameters(key: Key[Array, ""], view: ConfigDict) -> Parameters:
 
 
 def apply_parameters(
-    images: UInt8[Array, "n size size 3"] | Float[Array, "n size size 3"],
+    images: UInt8[Array, "n tall wide c"] | Float[Array, "n tall wide c"],
     parameters: Parameters,
     view: ConfigDict,
-) -> Float[Array, "n size size 3"]:
+) -> Float[Array, "n tall wide c"]:
     """Applies sampled parameters, clips, and normalizes.
 
     Augmentations of probability 0 are not in the compiled program. `view.jitter.style` is also the
@@ -416,10 +431,10 @@ def describe(parameters: Mapping[str, Any], view: ConfigDict) -> list[str]:
 
 
 def color(
-    images: UInt8[Array, "n size size 3"] | Float[Array, "n size size 3"],
+    images: UInt8[Array, "n tall wide c"] | Float[Array, "n tall wide c"],
     keys: Key[Array, " n"],
     view: ConfigDict,
-) -> Float[Array, "n size size 3"]:
+) -> Float[Array, "n tall wide c"]:
     """Applies the device's augmentations to crops; an image's pixels depend only on its key.
 
     Args:
@@ -440,18 +455,17 @@ def color(
 def _brightness(planes: _Planes, factor: PerImage, mode: str) -> _Planes:
     require_choice("The brightness mode", mode, _BRIGHTNESS_MODES)
     factor = _per_image(factor, 3)
-    r, g, b = planes
     if mode == "add":
-        return r + factor, g + factor, b + factor
-    return r * factor, g * factor, b * factor
+        return tuple(plane + factor for plane in planes)
+    return tuple(plane * factor for plane in planes)
 
 
 def _contrast(planes: _Planes, factor: PerImage, style: str) -> _Planes:
     require_choice("The style", style, _STYLES)
-    r, g, b = (plane.mean(axis=(1, 2), keepdims=True) for plane in planes)
-    if style == "torchvision":
-        r = g = b = _gray((r, g, b))  # the mean of the gray image: graying is linear
-    return _blend((r, g, b), planes, _per_image(factor, 3))
+    means: _Planes = tuple(plane.mean(axis=(1, 2), keepdims=True) for plane in planes)
+    if style == "torchvision" and len(planes) == 3:
+        means = (_gray(means),) * 3  # the mean of the gray image: graying is linear
+    return _blend(means, planes, _per_image(factor, 3))
 
 
 def _saturation(planes: _Planes, factor: PerImage, style: str) -> _Planes:
@@ -495,8 +509,7 @@ def _gray(planes: _Planes) -> Array:
 
 
 def _blend(base: _Planes, planes: _Planes, factor: Array) -> _Planes:
-    r, g, b = (low + factor * (plane - low) for low, plane in zip(base, planes, strict=True))
-    return r, g, b
+    return tuple(low + factor * (plane - low) for low, plane in zip(base, planes, strict=True))
 
 
 def _convolve(x: Images, taps: Float[Array, "_n half"], axis: int, border: str) -> Images:
@@ -550,7 +563,7 @@ def _where(condition: Array, yes: Images, no: Images) -> Images:
 
 
 def _split(x: Images) -> _Planes:
-    return x[..., 0], x[..., 1], x[..., 2]
+    return tuple(x[..., channel] for channel in range(x.shape[-1]))
 
 
 def _join(planes: _Planes) -> Images:
@@ -558,10 +571,8 @@ def _join(planes: _Planes) -> Images:
 
 
 def _select(condition: Array, yes: _Planes, no: _Planes) -> _Planes:
-    r, g, b = (jnp.where(condition, new, old) for new, old in zip(yes, no, strict=True))
-    return r, g, b
+    return tuple(jnp.where(condition, new, old) for new, old in zip(yes, no, strict=True))
 
 
 def _clip(planes: _Planes) -> _Planes:
-    r, g, b = (jnp.clip(plane, 0.0, 1.0) for plane in planes)
-    return r, g, b
+    return tuple(jnp.clip(plane, 0.0, 1.0) for plane in planes)

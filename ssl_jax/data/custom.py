@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import zlib
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from ssl_jax.data.host import HostSource
 from ssl_jax.data.labels import NO_LABEL, checked_labels, checked_targets, is_multi_label
 from ssl_jax.data.registry import Images
 from ssl_jax.data.tensorflow import tf
+from ssl_jax.data.values import DTYPES
 from ssl_jax.errors import UserError
 from ssl_jax.files import RESUME, reading
 
@@ -55,6 +57,7 @@ class CustomSource(HostSource):
             self.labels_from = f"{type(images).__name__}.labels"
         self._labels = np.full(count, NO_LABEL, np.int32) if labels is None else labels
         self._encoded: bool | None = None  # not known yet
+        self._dtype = np.dtype(np.uint8)  # of decoded images
         known = self._targets.values if self._targets else self._labels
         checksum = zlib.crc32(known.tobytes())
         for contents in self.handles(np.array(sampled_ids(count)))[0]:
@@ -94,6 +97,7 @@ class CustomSource(HostSource):
             encoded, image = True, array
         if self._encoded is None:
             self._encoded = encoded
+            self._dtype = np.dtype(np.uint8) if encoded else _native(array.dtype)
         if self._encoded != encoded:
             raise UserError(
                 f"{self._where}: read(ids) returned both arrays and files; image {id} is "
@@ -102,13 +106,27 @@ class CustomSource(HostSource):
         if encoded:
             return bytes(image)
         assert array is not None
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
+        if array.ndim == 2 and self.channels == 1:
+            array = array[..., None]
+        if _native(array.dtype) not in DTYPES or array.ndim != 3 or not array.size:
             raise UserError(
                 f"{self._where}: read(ids) returned dtype {array.dtype} and shape "
-                f"{list(array.shape)} for image {id}. Return uint8 arrays [height, width, 3], or "
-                "the bytes of image files."
+                f"{list(array.shape)} for image {id}. Return uint8 or uint16 arrays [height, "
+                f"width, {self.channels}], or the bytes of image files."
             )
-        return np.array(array.shape[:2], "<i4").tobytes() + array.tobytes()
+        if array.shape[2] != self.channels:
+            raise UserError(
+                f"{self._where}: read(ids) returned shape {list(array.shape)} for image {id}, of "
+                f"{array.shape[2]} channels, but config.data.channels is {self.channels}. Set "
+                f"config.data.channels={array.shape[2]}, or return {self.channels}."
+            )
+        if _native(array.dtype) != self._dtype:
+            raise UserError(
+                f"{self._where}: read(ids) returned dtype {array.dtype} for image {id}, and "
+                f"{self._dtype} for an earlier one. Return the same dtype for all ids."
+            )
+        pixels = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        return np.array(array.shape[:2], "<i4").tobytes() + pixels.tobytes()
 
     def contents(self, handle: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The handle and the label, unchanged."""
@@ -119,8 +137,15 @@ class CustomSource(HostSource):
         if self._encoded:
             return views.decode(contents)
         sides = tf.io.decode_raw(tf.strings.substr(contents, 0, _HEADER), tf.int32)
-        pixels = tf.io.decode_raw(contents, tf.uint8)[_HEADER:]
-        return tf.reshape(pixels, [sides[0], sides[1], 3])
+        pixels = tf.io.decode_raw(contents, tf.as_dtype(self._dtype))
+        pixels = pixels[_HEADER // self._dtype.itemsize :]
+        image = tf.reshape(pixels, [sides[0], sides[1], self.channels])
+        return views.to_float(image, self.bits, tuple(self._config.data.range))
+
+    @functools.cached_property
+    def bits(self) -> int:
+        """Bits per value that are kept, see `HostSource`; of arrays, those of their dtype."""
+        return super().bits if self._encoded else 8 * self._dtype.itemsize
 
     def image_sizes(self, ids: Sequence[int] | np.ndarray) -> Int[np.ndarray, "n 2"]:
         """Height and width of images, without undecodable files."""
@@ -132,3 +157,8 @@ class CustomSource(HostSource):
     def name(self, id: int) -> str:
         """The image's id and the source."""
         return f"image {id} of {self._where}"
+
+
+def _native(dtype: np.dtype) -> np.dtype:
+    """A dtype in the byte order of this machine."""
+    return dtype.newbyteorder("=")

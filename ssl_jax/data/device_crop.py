@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt8
 from ml_collections import ConfigDict
 
+from ssl_jax.config import view_size
 from ssl_jax.data.augment import to_float
 from ssl_jax.errors import UserError, require_choice
 
 Geometry = dict[str, Shaped[Array, "..."]]
-Sources = UInt8[Array, "n height width 3"] | Float[Array, "n height width 3"]
+Sources = UInt8[Array, "n height width c"] | Float[Array, "n height width c"]
+Size = tuple[int, int]  # height and width, pixels
 
 # What the host's crops, `ssl_jax.data.views`, use too.
 TORCHVISION_ATTEMPTS = 10
@@ -33,7 +35,7 @@ _EXACT = jax.lax.Precision.HIGHEST
 
 def crop_views(
     images: Sources, keys: Key[Array, " n"], view: ConfigDict
-) -> Float[Array, "n size size 3"]:
+) -> Float[Array, "n tall wide c"]:
     """Crops every image at random and resizes the crop to the view's size.
 
     Args:
@@ -94,7 +96,7 @@ def sample_geometry(key: Key[Array, ""], height: int, width: int, view: ConfigDi
 
 def apply_geometry(
     images: Sources, geometry: Geometry, view: ConfigDict
-) -> Float[Array, "n size size 3"]:
+) -> Float[Array, "n tall wide c"]:
     """Crops and resizes by sampled boxes.
 
     The box is cut out before it is resized, so pixels outside it have no influence. A box larger
@@ -102,7 +104,7 @@ def apply_geometry(
 
     An affine view is rotated, sheared (x by y) and shifted about its center before it is cropped,
     all in one bilinear resampling whose taps may reach outside the box; outside the image is black.
-    It needs size² · width numbers per image at once, which suits images up to about 32 × 32.
+    It needs tall · wide · width numbers per image at once, which suits images up to about 32 × 32.
 
     Args:
       images: uint8, or floats in [0, 1].
@@ -121,8 +123,9 @@ def apply_geometry(
                 f"crop.interpolation is '{view.crop.interpolation}', but affine views are always "
                 "bilinear: set crop.interpolation to 'bilinear'."
             )
-        return _sample(images, *_source_coordinates(images, geometry, view.size))
-    return _resize(images, geometry, view.size, view.crop.interpolation, antialiased(view))
+        return _sample(images, *_source_coordinates(images, geometry, view_size(view)))
+    size = view_size(view)
+    return _resize(images, geometry, size, view.crop.interpolation, antialiased(view))
 
 
 def check_sampler(view: ConfigDict) -> None:
@@ -152,11 +155,14 @@ def center_box(height: int, width: int, aspect: Sequence[float]) -> tuple[int, i
     return (height - tall) // 2, (width - wide) // 2, tall, wide
 
 
-def eval_box(height: int, width: int, size: int, crop_fraction: float) -> tuple[int, int, int, int]:
+def eval_box(
+    height: int, width: int, size: Size, crop_fraction: float
+) -> tuple[int, int, int, int]:
     """Returns the part of an image that every evaluation, `ssl_jax.load` and every export uses.
 
-    This is the central square, as in SimCLR's and BYOL's evaluation; torchvision's "resize 256,
-    crop 224" is also a fraction of 0.875 and differs only at the border pixels. An image that
+    This is the central square, as in SimCLR's and BYOL's evaluation, or of a view that is not
+    square the central rectangle of its aspect; torchvision's "resize 256, crop 224" is also a
+    fraction of 0.875 and differs only at the border pixels. An image that
     already has the view's size is used whole: small images such as CIFAR's are not cropped, and the
     host's crops aren't cropped again. That depends on the image only, not on the rest of its
     dataset.
@@ -164,16 +170,18 @@ def eval_box(height: int, width: int, size: int, crop_fraction: float) -> tuple[
     Args:
       height: of the image, pixels.
       width: of the image, pixels.
-      size: side of the view, pixels.
-      crop_fraction: side of the square as a fraction of the image's shorter side.
+      size: height and width of the view, pixels.
+      crop_fraction: sides of the crop as a fraction of the largest one of its aspect: of a square,
+        of the image's shorter side.
 
     Returns:
       Top, left, height, width.
     """
-    if (height, width) == (size, size):
+    if (height, width) == size:
         return 0, 0, height, width
-    side = max(1, round(crop_fraction * min(height, width)))
-    return (height - side + 1) // 2, (width - side + 1) // 2, side, side
+    tall = max(1, round(crop_fraction * min(height, width * size[0] / size[1])))
+    wide = max(1, round(crop_fraction * min(width, height * size[1] / size[0])))
+    return (height - tall + 1) // 2, (width - wide + 1) // 2, tall, wide
 
 
 def antialiased(view: ConfigDict) -> bool:
@@ -199,19 +207,20 @@ def view_corners(geometry: Geometry, height: int, width: int) -> Float[Array, "n
     """
     still = jnp.zeros(geometry["top"].shape)
     unmoved = dict.fromkeys(("degrees", "shear", "shift_y", "shift_x"), still)
-    y, x = _trace({**unmoved, **geometry}, jnp.array([0.0, 1.0]), height, width)
+    ends = jnp.array([0.0, 1.0])
+    y, x = _trace({**unmoved, **geometry}, ends, ends, height, width)
     corners = jnp.stack([y, x], axis=-1) + 0.5  # from pixel centers to pixel edges
     return jnp.stack([corners[:, i, j] for i, j in ((0, 0), (0, 1), (1, 1), (1, 0))], axis=1)
 
 
 def resize_images(
-    images: Sources, size: int, interpolation: str = "bicubic", antialias: bool = True
-) -> Float[Array, "n size size 3"]:
-    """Resizes whole images to a square, as for evaluation.
+    images: Sources, size: Size, interpolation: str = "bicubic", antialias: bool = True
+) -> Float[Array, "n tall wide c"]:
+    """Resizes whole images, as for evaluation.
 
     Args:
       images: uint8, or floats in [0, 1].
-      size: side of the result, pixels.
+      size: height and width of the result, pixels.
       interpolation: "bicubic" (Keys, a = -0.5) or "bilinear", with half-pixel centers.
       antialias: average over the area of an output pixel (PIL), or not (`tf.image.resize`).
 
@@ -227,12 +236,12 @@ def resize_images(
 
 
 def _resize(
-    images: Sources, box: Geometry, size: int, interpolation: str, antialias: bool
-) -> Float[Array, "n size size 3"]:
+    images: Sources, box: Geometry, size: Size, interpolation: str, antialias: bool
+) -> Float[Array, "n tall wide c"]:
     height, width = images.shape[1:3]
-    spec = (size, interpolation, antialias)
-    rows = _resize_weights(box["top"], box["height"], height, *spec)
-    columns = _resize_weights(box["left"], box["width"], width, *spec)
+    how = (interpolation, antialias)
+    rows = _resize_weights(box["top"], box["height"], height, size[0], *how)
+    columns = _resize_weights(box["left"], box["width"], width, size[1], *how)
     x = jnp.einsum("nph,nhwc->npwc", rows, to_float(images), precision=_EXACT)
     x = jnp.einsum("nqw,npwc->npqc", columns, x, precision=_EXACT)
     return jnp.clip(x, 0.0, 1.0)
@@ -267,20 +276,25 @@ def _kernel(distance: Float[Array, "..."], interpolation: str) -> Float[Array, "
 
 
 def _source_coordinates(
-    images: Sources, geometry: Geometry, size: int
-) -> tuple[Float[Array, "n size size"], Float[Array, "n size size"]]:
+    images: Sources, geometry: Geometry, size: Size
+) -> tuple[Float[Array, "n tall wide"], Float[Array, "n tall wide"]]:
     """Returns the source row and column of every pixel of an affine view."""
-    return _trace(geometry, (jnp.arange(size) + 0.5) / size, *images.shape[1:3])
+    down, across = ((jnp.arange(side) + 0.5) / side for side in size)
+    return _trace(geometry, down, across, *images.shape[1:3])
 
 
 def _trace(
-    geometry: Geometry, steps: Float[Array, " s"], height: int, width: int
-) -> tuple[Float[Array, "n s s"], Float[Array, "n s s"]]:
-    """Returns the source coordinates of a grid of points, `steps` down and across affine views."""
+    geometry: Geometry,
+    down: Float[Array, " tall"],
+    across: Float[Array, " wide"],
+    height: int,
+    width: int,
+) -> tuple[Float[Array, "n tall wide"], Float[Array, "n tall wide"]]:
+    """Returns the source coordinates of a grid of points, `down` and `across` affine views."""
     g = {name: value[:, None, None] for name, value in geometry.items()}
     middle_y, middle_x = ((side - 1) / 2 for side in (height, width))
-    y = g["top"] + steps[None, :, None] * g["height"] - 0.5 - middle_y - g["shift_y"]
-    x = g["left"] + steps[None, None, :] * g["width"] - 0.5 - middle_x - g["shift_x"]
+    y = g["top"] + down[None, :, None] * g["height"] - 0.5 - middle_y - g["shift_y"]
+    x = g["left"] + across[None, None, :] * g["width"] - 0.5 - middle_x - g["shift_x"]
     sine, cosine = jnp.sin(jnp.radians(g["degrees"])), jnp.cos(jnp.radians(g["degrees"]))
     y, x = cosine * y - sine * x, sine * y + cosine * x
     x = x - jnp.tan(jnp.radians(g["shear"])) * y
@@ -288,8 +302,8 @@ def _trace(
 
 
 def _sample(
-    images: Sources, y: Float[Array, "n size size"], x: Float[Array, "n size size"]
-) -> Float[Array, "n size size 3"]:
+    images: Sources, y: Float[Array, "n tall wide"], x: Float[Array, "n tall wide"]
+) -> Float[Array, "n tall wide c"]:
     """Samples bilinearly at any coordinates, zero outside the image, without a gather."""
     n, height, width, _ = images.shape
     rows = _kernel(jnp.abs(y.reshape(n, -1, 1) - jnp.arange(height)[None, None, :]), "bilinear")
@@ -298,7 +312,7 @@ def _sample(
     for channel in jnp.moveaxis(to_float(images), -1, 0):
         lines = jnp.einsum("npi,nij->npj", rows, channel, precision=_EXACT)
         planes.append(jnp.sum(columns * lines, axis=-1))
-    pixels = jnp.stack(planes, axis=-1).reshape(*y.shape, 3)
+    pixels = jnp.stack(planes, axis=-1).reshape(*y.shape, -1)
     return jnp.clip(pixels, 0.0, 1.0)
 
 

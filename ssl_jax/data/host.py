@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Shaped
 from ml_collections import ConfigDict
 
 from ssl_jax.config import flat_views
 from ssl_jax.data import views
-from ssl_jax.data.decode import image_size
+from ssl_jax.data.decode import ChannelsError, image_bits, image_size
 from ssl_jax.data.fingerprint import images_fingerprint, sampled_ids
 from ssl_jax.data.labels import Targets
 from ssl_jax.data.listing import IMAGES_IN_WORDS, utf8
@@ -58,6 +58,7 @@ class HostSource:
       labels_from: where the labels come from, in words.
       bad: names of the undecodable images found so far.
       fingerprint: changes with the order, number, names, labels or contents of the images.
+      channels: number of channels, C.
     """
 
     class_names: tuple[str, ...] = ()
@@ -82,6 +83,7 @@ class HostSource:
         keep_freed_memory()
         self._config, self._where = config, where
         self._views = flat_views(config)
+        self.channels: int = config.data.channels
         self.num_examples = num_examples
         self.bad: list[str] = []
         self.fingerprint = fingerprint
@@ -104,8 +106,25 @@ class HostSource:
         raise NotImplementedError
 
     def decode(self, contents: tf.Tensor) -> views.Image:
-        """Decodes what `contents` returns to uint8 [height, width, 3]."""
-        return views.decode(contents)
+        """Decodes what `contents` returns to uint8, or float32 in [0, 1], [height, width, C]."""
+        limits = tuple(self._config.data.range)
+        if self.channels == 3 and not views.is_float(self.bits, limits):
+            return views.decode(contents)
+        return views.decode_channels(contents, self.channels, self.bits, limits)
+
+    @functools.cached_property
+    def bits(self) -> int:
+        """Bits per value that are kept: `config.data.bits`, or of a few images, evenly spread."""
+        if self._config.data.bits:
+            return int(self._config.data.bits)
+        ids = sampled_ids(self.num_examples)
+        found = read_all(iter([in_parallel(self._bits, ids, len(ids))]), self._timeout_s)[0]
+        return 16 if max(found) > 8 else 8
+
+    def _bits(self, id: int) -> int:
+        with contextlib.suppress(OSError, UserError):  # raised when the image is read for a batch
+            return image_bits(self.read(id))
+        return 8
 
     def name(self, id: int) -> str:
         """An image's location, for messages."""
@@ -150,8 +169,8 @@ class HostSource:
           steps: pairs of a step and the ids, int32 [n], that this process needs for it.
 
         Yields:
-          "id" int32 [n], "label" int32 [n] if there are labels, and "views", a tuple of uint8
-          [n, size, size, 3] in the order of `config.flat_views`.
+          "id" int32 [n], "label" int32 [n] if there are labels, and "views", a tuple of uint8, or
+          float32 in [0, 1], [n, height, width, C] in the order of `config.flat_views`.
 
         Raises:
           UserError: a file can't be read, or can't be decoded and isn't skipped.
@@ -162,14 +181,14 @@ class HostSource:
                 batch["label"] = labels
             yield batch
 
-    def eval_transform(self, ids: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "n size size 3"]:
+    def eval_transform(self, ids: Sequence[int] | np.ndarray) -> Shaped[np.ndarray, "n h w c"]:
         """Images for evaluation: `device_crop.eval_box`, resized to the first view's size.
 
         Args:
           ids: at least one id.
 
         Returns:
-          uint8 [n, size, size, 3].
+          uint8, or float32 in [0, 1], [n, height, width, C].
 
         Raises:
           UserError: a file can't be read, or can't be decoded and isn't skipped; or
@@ -182,7 +201,7 @@ class HostSource:
 
     def eval_batches(
         self, batches: Iterator[Int[np.ndarray, " n"]]
-    ) -> Iterator[UInt8[np.ndarray, "n size size 3"]]:
+    ) -> Iterator[Shaped[np.ndarray, "n h w c"]]:
         """`eval_transform` of batches of ids, in order; read and decoded ahead."""
         for _, _, (images,) in self._read(((0, ids) for ids in batches), self._prepare):
             yield images
@@ -317,6 +336,12 @@ class HostSource:
         contents = self.read(self._source_id[id])
         try:
             self.decode(contents)
+        except ChannelsError as error:  # of the config, not of a damaged file
+            raise UserError(
+                f"{self.name(self._source_id[id])} has {error.found} channel"
+                f"{'s' * (error.found > 1)}, but config.data.channels is {self.channels}. Set it "
+                "to the number of all images, or convert this one."
+            ) from None
         except (tf.errors.InvalidArgumentError, ValueError):
             return True
         return False

@@ -7,37 +7,48 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ssl_jax.data.arrays import ArraySource
-from ssl_jax.data.decode import decode
+from ssl_jax.data.decode import ChannelsError, decode
 from ssl_jax.data.listing import IMAGES_IN_WORDS, list_images, read_image, require_packed
+from ssl_jax.data.values import MAX_CHANNELS
 from ssl_jax.errors import UserError
 from ssl_jax.files import local_path, open_regular, reading, writing_output
 
 _KEYS = {"images", "labels", "class_names"}
 
 
-def pack(folder: str | Path, out: str | Path) -> int:
+def pack(folder: str | Path, out: str | Path, channels: int = 3) -> int:
     """Packs the images of a folder into one file for `config.data.name = "packed"`.
 
     Args:
       folder: one subfolder per class, or flat; all images have the same size, such as CIFAR's.
-      out: the file to write, an uncompressed `.npz` with "images" uint8 [N, H, W, 3], "labels"
-        int32 [N] (-1 for an image without a label; empty without classes) and "class_names".
+      out: the file to write, an uncompressed `.npz` with "images" uint8 [N, H, W, C], or uint16 if
+        the first image has more than 8 bits, "labels" int32 [N] (-1 for an image without a label;
+        empty without classes) and "class_names".
+      channels: C, `config.data.channels` of the runs.
 
     Returns:
       The number of images, N.
 
     Raises:
-      UserError: as `list_images`, an image can't be decoded or has a different size, or the file
-        can't be written. No file is left behind.
+      UserError: as `list_images`, an image can't be decoded or differs in size, channels or bits,
+        or the file can't be written. No file is left behind.
     """
     out = local_path(out)
     if out.suffix != ".npz":
         raise UserError(f"The output file is {out}. Give it a name that ends in .npz.")
     files, labels, class_names = list_images(str(folder), "the folder to pack")
-    first = _decode(files[0])
-    images = np.empty((len(files), *first.shape), np.uint8)
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise UserError(f"--channels is {channels}. Set it to 1 to {MAX_CHANNELS}.")
+    first = _decode(files[0], channels)
+    images = np.empty((len(files), *first.shape), first.dtype)
     for row, file in zip(images, files, strict=True):
-        image = _decode(file)
+        image = _decode(file, channels)
+        if image.dtype != first.dtype:
+            raise UserError(
+                f"{file} has values of {image.dtype} and {files[0]} of {first.dtype}, but packed "
+                "images must have the same depth. Convert them, or set config.data.name to "
+                "'folder'."
+            )
         if image.shape != first.shape:
             raise UserError(
                 f"{file} has {image.shape[1]}×{image.shape[0]} pixels and {files[0]} has "
@@ -85,11 +96,16 @@ def packed_source(config: ConfigDict, key: str) -> ArraySource:
     return ArraySource(images, given, names, where=where, labels_from=Path(path).name)
 
 
-def _decode(file: str) -> np.ndarray:
+def _decode(file: str, channels: int) -> np.ndarray:
     with reading(file):
         contents = read_image(file)
     try:
-        return decode(contents)
+        return decode(contents, channels, bits=16)
+    except ChannelsError as error:
+        raise UserError(
+            f"{file} has {error.found} channel{'s' * (error.found > 1)}, not the {channels} of "
+            "--channels. Set it to the number of all images, or convert this one."
+        ) from error
     except ValueError as error:
         raise UserError(
             f"Cannot decode {file} as an image ({IMAGES_IN_WORDS}). Remove or replace it."

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from ssl_jax.config import flat_views
-from ssl_jax.data.augment import color
+from ssl_jax.config import flat_views, view_size
+from ssl_jax.data.augment import color, to_float
 from ssl_jax.data.device_crop import antialiased, crop_views, eval_box, resize_images
 from ssl_jax.data.index import Index, view_keys
 from ssl_jax.data.reader import Reader
@@ -26,14 +26,17 @@ def make_augment_fn(
 
     Returns:
       A function (batch from the source, device data, the step's `views_stream`) -> the batch with
-      "views", a tuple of float32 [n, H, W, 3]. An example's pixels depend only on the key and its
+      "views", a tuple of float32 [n, H, W, C]. An example's pixels depend only on the key and its
       id, not on its position in the batch or mesh. The batch may hold the whole images, "image", in
       place of device data.
     """
     views = flat_views(config)
 
     def whole(raw: dict[str, Any], device_data: dict[str, Array]) -> Array:
-        return raw["image"] if "image" in raw else device_data["image"][raw["id"]]
+        images = raw["image"] if "image" in raw else device_data["image"][raw["id"]]
+        # Bytes are converted with each crop.
+        is_plain = images.dtype == jnp.uint8 and not config.data.range
+        return images if is_plain else to_float(images, config.data.range)
 
     def augment_fn(
         raw: dict[str, Any], device_data: dict[str, Array], key: Array
@@ -60,25 +63,27 @@ def unnormalized(config: ConfigDict) -> ConfigDict:
     return plain
 
 
-def prepare_eval(images: Array, config: ConfigDict) -> Float[Array, "n size size 3"]:
+def prepare_eval(images: Array, config: ConfigDict) -> Float[Array, "n tall wide c"]:
     """Prepares images for evaluation: center crop, resize, normalize as in training.
 
-    `device_crop.eval_box` is cropped and resized to the first view's size: the central square, or
-    the whole image if it already has that size. Downsizing uses antialiasing if training does, see
+    `device_crop.eval_box` is cropped and resized to the first view's size: the central square, that
+    of a view that is not square the central rectangle of its aspect, or the whole image if it
+    already has that size. Downsizing uses antialiasing if training does, see
     `device_crop.antialiased`.
 
     Args:
-      images: uint8, or floats in [0, 1], [n, H, W, 3].
+      images: uint8 or uint16, scaled by `config.data.range`, or floats in [0, 1], [n, H, W, C].
       config: the run's config.
 
     Returns:
-      float32 [n, size, size, 3].
+      float32 [n, height, width, C].
     """
     view = flat_views(config)[0]
     height, width = images.shape[1:3]
-    top, left, tall, wide = eval_box(height, width, view.size, config.eval.crop_fraction)
-    x = images[:, top : top + tall, left : left + wide]
-    x = resize_images(x, view.size, config.eval.interpolation, antialiased(view))
+    size = view_size(view)
+    top, left, tall, wide = eval_box(height, width, size, config.eval.crop_fraction)
+    x = to_float(images[:, top : top + tall, left : left + wide], config.data.range)
+    x = resize_images(x, size, config.eval.interpolation, antialiased(view))
     if view.mean:
         mean, std = (jnp.array(each)[None, None, None, :] for each in (view.mean, view.std))
         x = (x - mean) / std

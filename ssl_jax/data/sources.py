@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Int, Shaped
 from ml_collections import ConfigDict
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -85,7 +85,7 @@ class Source(Protocol):
         ...
 
     def device_data(self) -> dict[str, np.ndarray]:
-        """Arrays to copy whole to every device: {"image": uint8 [N, H, W, 3]}, or {}."""
+        """Arrays to copy whole to every device, uint8 or uint16: {"image": [N, H, W, C]}, or {}."""
         ...
 
     def batches(self, steps: Iterator[tuple[int, np.ndarray]]) -> Iterator[dict[str, Any]]:
@@ -96,17 +96,18 @@ class Source(Protocol):
 
         Yields:
           "id" int32 [n]; "label" int32 [n] if any image of the source has a label; from a host
-          source also "views", a tuple of uint8 [n, H, W, 3] in the order of `config.flat_views`.
+          source also "views", a tuple of uint8, or float32 in [0, 1], [n, H, W, C] in the order of
+          `config.flat_views`.
         """
         ...
 
-    def eval_transform(self, ids: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "n h w 3"]:
-        """Unaugmented images for evaluation, uint8, for `pipeline.prepare_eval`."""
+    def eval_transform(self, ids: Sequence[int] | np.ndarray) -> Shaped[np.ndarray, "n h w c"]:
+        """Unaugmented images for evaluation, for `pipeline.prepare_eval`."""
         ...
 
     def eval_batches(
         self, batches: Iterator[Int[np.ndarray, " n"]]
-    ) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
+    ) -> Iterator[Shaped[np.ndarray, "n h w c"]]:
         """`eval_transform` of batches of ids, in order; read ahead."""
         ...
 
@@ -141,6 +142,11 @@ class Subset:
         return targets and targets.of(self._ids)
 
     @property
+    def bits(self) -> int:
+        """Bits per value of the source's images."""
+        return bits_of(self._source)
+
+    @property
     def num_classes(self) -> int:
         """Number of the source's classes; 0 if no image of the subset has a label."""
         return 0 if self.labels is None else self._source.num_classes
@@ -165,7 +171,7 @@ class Subset:
         for batch in self._source.batches(in_source()):
             yield {**batch, "id": pending.get()}
 
-    def eval_transform(self, ids: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "n h w 3"]:
+    def eval_transform(self, ids: Sequence[int] | np.ndarray) -> Shaped[np.ndarray, "n h w c"]:
         """Unaugmented images for evaluation, as the source's."""
         return self._source.eval_transform(self._ids[np.asarray(ids)])
 
@@ -175,7 +181,7 @@ class Subset:
 
     def eval_batches(
         self, batches: Iterator[Int[np.ndarray, " n"]]
-    ) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
+    ) -> Iterator[Shaped[np.ndarray, "n h w c"]]:
         """`eval_transform` of batches of ids, in order; read ahead."""
         return self._source.eval_batches(self._ids[ids] for ids in batches)
 
@@ -325,7 +331,8 @@ def digits(config: ConfigDict) -> tuple[Source, Source]:
     """
     data = load_digits()
     gray = np.round(data.images * (255 / 16)).astype(np.uint8)
-    images = np.repeat(gray[..., None], 3, axis=-1)
+    # Gray also where its equal channels are not the three of color files.
+    images = np.repeat(gray[..., None], config.data.channels, axis=-1)
     try:
         train, test = train_test_split(
             np.arange(len(images)),
@@ -365,7 +372,12 @@ def make_sources(
     """
 
     def opened(config: ConfigDict) -> tuple[Source, Source | None]:
-        return _named_sources(config) if train is None else _given_sources(config, train, test)
+        named = train is None
+        splits = _named_sources(config) if named else _given_sources(config, train, test)
+        for split in splits:
+            if isinstance(split, ArraySource):
+                _require_channels(config, split)
+        return splits
 
     # In a thread, or Ctrl-C would have to wait for a file system that stalls.
     ((learned, held_out),) = read_all(map(opened, [config]))
@@ -387,6 +399,21 @@ def make_sources(
         kept = np.sort(order[: max(1, round(share * learned.num_examples))])
         return Subset(learned, kept), held_out
     return Subset(learned, stratified_subset(learned.labels, share, seed)), held_out
+
+
+def _require_channels(config: ConfigDict, source: ArraySource) -> None:
+    found, expected = source.channels, config.data.channels
+    if found != expected:
+        raise UserError(
+            f"{source.where} has images of {found} channel{'s' * (found > 1)}, but "
+            f"config.data.channels is {expected}. Set config.data.channels={found}, or convert the "
+            "images."
+        )
+
+
+def bits_of(source: Source) -> int:
+    """Bits per value of a source's images: 8, also of a source that doesn't know, or 16."""
+    return int(getattr(source, "bits", 8))
 
 
 def given_data(config: ConfigDict, train: object, test: object) -> ConfigDict:

@@ -15,9 +15,10 @@ from typing import TypeAlias
 
 import numpy as np
 import PIL.Image
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped
 from ml_collections import ConfigDict
 
+from ssl_jax.config import view_size
 from ssl_jax.data.decode import decode as decode_file
 from ssl_jax.data.device_crop import (
     TF_ATTEMPTS,
@@ -29,13 +30,16 @@ from ssl_jax.data.device_crop import (
     eval_box,
 )
 from ssl_jax.data.tensorflow import tf
+from ssl_jax.data.values import to_unit
 
 # Top, left, height and width, in whole pixels. Strings, so that importing this needs no TensorFlow.
 Boxes: TypeAlias = 'Int[tf.Tensor, "views 4"]'
 Seed: TypeAlias = 'Int[tf.Tensor, "2"]'
-Image: TypeAlias = 'UInt8[tf.Tensor, "height width 3"]'
-View: TypeAlias = 'UInt8[tf.Tensor, "size size 3"]'
+# uint8, or float32 in [0, 1].
+Image: TypeAlias = 'Shaped[tf.Tensor, "height width c"]'
+View: TypeAlias = 'Shaped[tf.Tensor, "tall wide c"]'
 Scalar: TypeAlias = 'Int[tf.Tensor, ""]'
+ResizeSpec: TypeAlias = tuple[tuple[int, int], str]  # (height, width), interpolation
 
 
 def decode(contents: tf.Tensor) -> Image:
@@ -64,6 +68,56 @@ def decode(contents: tf.Tensor) -> Image:
         lambda: _decode_by_pillow(contents),
     )
     return tf.ensure_shape(image, [None, None, 3])
+
+
+def decode_channels(
+    contents: tf.Tensor, channels: int, bits: int, limits: Sequence[float] = ()
+) -> Image:
+    """Decodes an image file of any number of channels or depth; see `ssl_jax.data.decode`.
+
+    Args:
+      contents: bytes of a file, a scalar string.
+      channels: C, number of channels.
+      bits: 8 or 16 per value.
+      limits: `config.data.range`.
+
+    Returns:
+      [height, width, C]: uint8; with 16 bits or limits float32 in [0, 1], see `values.to_unit`.
+
+    Raises:
+      ValueError, UserError: as `decode.decode`, outside of a graph.
+    """
+    floats = is_float(bits, limits)
+
+    def read(contents: bytes) -> np.ndarray:
+        image = decode_file(contents, channels, bits, _read_png)
+        return to_unit(image, limits) if floats else image
+
+    contents = tf.convert_to_tensor(contents)
+    if tf.executing_eagerly():
+        image = tf.constant(read(contents.numpy()))
+    else:
+        dtype = tf.float32 if floats else tf.uint8
+        image = tf.numpy_function(read, [contents], dtype, stateful=False)
+    return tf.ensure_shape(image, [None, None, channels])
+
+
+def _read_png(contents: bytes) -> Shaped[np.ndarray, "height width c"]:
+    """A PNG's values, uint16."""
+    return tf.io.decode_png(contents, dtype=tf.uint16).numpy()
+
+
+def to_float(image: Image, bits: int, limits: Sequence[float]) -> Image:
+    """`values.to_unit` of integers as TensorFlow ops; unchanged unless `is_float`."""
+    if not is_float(bits, limits):
+        return image
+    low, high = limits or (0, image.dtype.max)
+    return tf.clip_by_value((tf.cast(image, tf.float32) - low) / (high - low), 0.0, 1.0)
+
+
+def is_float(bits: int, limits: Sequence[float]) -> bool:
+    """Whether images are cropped and resized as floats, not rounded to 8 bits."""
+    return bits > 8 or len(limits) > 0
 
 
 def _decode_by_pillow(contents: tf.Tensor) -> tf.Tensor:
@@ -96,16 +150,16 @@ def image_seed(seed: int, step: Scalar, id: Scalar) -> Seed:
 def make_views(image: Image, seed: Seed, views: Sequence[ConfigDict]) -> tuple[View, ...]:
     """Makes all views of one image: random crops, resized to the views' sizes.
 
-    Boxes are cropped before resizing, so pixels outside never contribute. Values are rounded to
-    0 … 255; bicubic overshoot is clipped.
+    Boxes are cropped before resizing, so pixels outside never contribute. Values of uint8 are
+    rounded; bicubic overshoot is clipped.
 
     Args:
-      image: uint8 [height, width, 3].
+      image: uint8, or float32 in [0, 1], [height, width, C].
       seed: from `image_seed`.
       views: the views' configs, from `config.flat_views`.
 
     Returns:
-      One uint8 [size, size, 3] per view.
+      One [view height, view width, C] per view, in the image's dtype.
 
     Raises:
       UserError: unknown sampler.
@@ -120,12 +174,13 @@ def make_views(image: Image, seed: Seed, views: Sequence[ConfigDict]) -> tuple[V
             boxes = sample(np.array(image.shape[:2]), seed)
             return _by_pillow(image, boxes[list(smooth)], resize_specs)
 
-        made.update(zip(smooth, _call(crop, [image, seed], resize_specs), strict=True))
+        cropped = _call(crop, image, [seed], resize_specs)
+        made.update(zip(smooth, cropped, strict=True))
     if len(smooth) < len(views):
         boxes = draw_boxes(tf.shape(image)[:2], seed, views)
         for i, view in enumerate(views):
             if i not in smooth:
-                made[i] = _by_tensorflow(image, boxes[i], view.size, view.crop.interpolation)
+                made[i] = _by_tensorflow(image, boxes[i], *_resize_spec(view))
     return tuple(made[i] for i in range(len(views)))
 
 
@@ -167,15 +222,15 @@ def center_crop(image: Image, view: ConfigDict, crop_fraction: float, interpolat
     """Crops an image to `device_crop.eval_box` and resizes it, as `pipeline.prepare_eval` does.
 
     Args:
-      image: uint8 [height, width, 3].
+      image: uint8, or float32 in [0, 1], [height, width, C].
       view: config of the view that sets the size and whether to antialias.
-      crop_fraction: side of the square as a fraction of the image's shorter side.
+      crop_fraction: see `device_crop.eval_box`.
       interpolation: "bilinear" or "bicubic".
 
     Returns:
-      uint8 [size, size, 3].
+      [view height, view width, C], in the image's dtype.
     """
-    size, smooth = view.size, antialiased(view)
+    size, smooth = view_size(view), antialiased(view)
 
     def box(height: int, width: int) -> Int[np.ndarray, "4"]:
         return np.array(eval_box(int(height), int(width), size, crop_fraction), np.int32)
@@ -190,7 +245,7 @@ def center_crop(image: Image, view: ConfigDict, crop_fraction: float, interpolat
     def crop(image: np.ndarray) -> list[np.ndarray]:
         return _by_pillow(image, box(*image.shape[:2])[None], [spec])
 
-    return _call(crop, [image], [spec])[0]
+    return _call(crop, image, [], [spec])[0]
 
 
 def _tf_box(seed: Seed, size: Int[tf.Tensor, "2"], crop: ConfigDict) -> Int[tf.Tensor, "4"]:
@@ -259,44 +314,75 @@ class _NumpyBoxes:
         return np.round(np.sqrt(area / aspect)), np.round(np.sqrt(area * aspect))
 
 
-def _resize_spec(view: ConfigDict) -> tuple[int, str]:
-    return view.size, view.crop.interpolation
+def _resize_spec(view: ConfigDict) -> ResizeSpec:
+    return view_size(view), view.crop.interpolation
 
 
-def _by_tensorflow(image: Image, box: Int[tf.Tensor, "4"], size: int, interpolation: str) -> View:
+def _by_tensorflow(
+    image: Image, box: Int[tf.Tensor, "4"], size: tuple[int, int], interpolation: str
+) -> View:
     """Crops a box and resizes it without antialiasing."""
-    cut = tf.slice(image, tf.concat([box[:2], [0]], axis=0), tf.concat([box[2:], [3]], axis=0))
-    resized = tf.image.resize(cut, (size, size), interpolation)
+    sides = tf.concat([box[2:], [image.shape[2]]], axis=0)
+    cut = tf.slice(image, tf.concat([box[:2], [0]], axis=0), sides)
+    resized = tf.image.resize(cut, size, interpolation)
+    if image.dtype == tf.float32:
+        return tf.clip_by_value(resized, 0.0, 1.0)
     return tf.saturate_cast(tf.round(resized), tf.uint8)
 
 
 def _by_pillow(
-    image: UInt8[np.ndarray, "height width 3"],
+    image: Shaped[np.ndarray, "height width c"],
     boxes: Int[np.ndarray, "n 4"],
-    resize_specs: Sequence[tuple[int, str]],
-) -> list[UInt8[np.ndarray, "size size 3"]]:
+    resize_specs: Sequence[ResizeSpec],
+) -> list[Shaped[np.ndarray, "tall wide c"]]:
     """Crops boxes and resizes them with antialiasing.
 
     This is the code torchvision runs; it takes a third of the time of TensorFlow's op.
     """
+    if image.dtype != np.uint8 or image.shape[2] != 3:
+        return _by_pillow_in_planes(image, boxes, resize_specs)
     whole = PIL.Image.fromarray(image)
     views = []
     for (top, left, tall, wide), (size, interpolation) in zip(boxes, resize_specs, strict=True):
         cut = whole.crop((left, top, left + wide, top + tall))
         method = PIL.Image.Resampling[interpolation.upper()]
-        views.append(np.asarray(cut.resize((size, size), method)))
+        views.append(np.asarray(cut.resize((size[1], size[0]), method)))
+    return views
+
+
+def _by_pillow_in_planes(
+    image: Shaped[np.ndarray, "height width c"],
+    boxes: Int[np.ndarray, "n 4"],
+    resize_specs: Sequence[ResizeSpec],
+) -> list[Shaped[np.ndarray, "tall wide c"]]:
+    """`_by_pillow` channel by channel: Pillow's images of two and four would be weighted by alpha.
+
+    Floats are neither rounded nor, by Pillow, clipped.
+    """
+    planes = np.ascontiguousarray(np.moveaxis(image, -1, 0))
+    views = []
+    for (top, left, tall, wide), (size, interpolation) in zip(boxes, resize_specs, strict=True):
+        method = PIL.Image.Resampling[interpolation.upper()]
+        resized = [
+            PIL.Image.fromarray(np.ascontiguousarray(cut)).resize((size[1], size[0]), method)
+            for cut in planes[:, top : top + tall, left : left + wide]
+        ]
+        view = np.stack([np.asarray(plane) for plane in resized], axis=-1)
+        views.append(view if view.dtype == np.uint8 else view.clip(0, 1))
     return views
 
 
 def _call(
     function: Callable[..., list[np.ndarray]],
+    image: Image,
     arguments: Sequence[tf.Tensor],
-    resize_specs: Sequence[tuple[int, str]],
+    resize_specs: Sequence[ResizeSpec],
 ) -> list[View]:
-    """Wraps a NumPy function that makes views as a TensorFlow op."""
-    made = tf.numpy_function(function, arguments, [tf.uint8] * len(resize_specs), stateful=False)
+    """Wraps a NumPy function that makes views of an image as a TensorFlow op."""
+    dtypes = [image.dtype] * len(resize_specs)
+    made = tf.numpy_function(function, [image, *arguments], dtypes, stateful=False)
     views = tf.nest.flatten(made)  # a single output isn't in a list
     return [
-        tf.ensure_shape(view, [size, size, 3])
+        tf.ensure_shape(view, [*size, image.shape[2]])
         for view, (size, _) in zip(views, resize_specs, strict=True)
     ]

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ssl_jax.config import default_config, flat_views, from_json, to_json, view
+from ssl_jax.config import default_config, flat_views, from_json, to_json, view, view_size
 from ssl_jax.data.registry import Images
 from ssl_jax.data.sources import Source, make_sources, require_labels
 from ssl_jax.evals.results import measured_with, read_result
@@ -57,7 +57,8 @@ def derived_config(
     for group in ("optim", "supervised", "distill"):
         config[group].update(defaults[group].to_dict())
     config.model.update(bn_group_size=0, bn_splits=1)
-    config.data.num_classes = 0  # the data's, which may not be those that the run trained on
+    # The data's, which may not be those that the run trained on.
+    config.data.num_classes = config.data.bits = 0
     # Fixed now, because a run in progress will have newer checkpoints.
     step = newest_step(path) if step is None else step
     config.init_from.update(path=str(local_path(path).resolve()), step=step)
@@ -66,7 +67,7 @@ def derived_config(
     config.eval.labels_per_class = ()  # the encoder will have seen more labels
     first = flat_views(source)[0]
     kept = {"size": first.size, "flip": first.flip, "mean": first.mean, "std": first.std}
-    area = tuple(first.crop.area) if first.size < 64 else (0.08, 1.0)
+    area = tuple(first.crop.area) if max(view_size(first)) < 64 else (0.08, 1.0)
     crop = {**first.crop.to_dict(), "area": area}
     off = {"jitter": {"prob": 0.0}, "gray": 0.0, "blur": {"prob": 0.0}, "solarize": {"prob": 0.0}}
     with config.unlocked():

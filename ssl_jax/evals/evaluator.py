@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax import diagnostics
 from ssl_jax.config import Schedule
+from ssl_jax.data.augment import to_float
 from ssl_jax.data.device_crop import resize_images
 from ssl_jax.data.index import fixed_sample, views_stream
 from ssl_jax.data.labels import NO_LABEL, Targets, common_targets, targets_of
@@ -27,6 +28,7 @@ from ssl_jax.data.sources import (
     why_no_mean_ap,
     why_not_scored,
 )
+from ssl_jax.data.values import rgb
 from ssl_jax.evals import probe
 from ssl_jax.evals.features import extract_features, padded_batches
 from ssl_jax.evals.knn import knn_classify
@@ -118,9 +120,12 @@ class Evaluator:
             )
 
         def small(_: Pytree, images: Array) -> Array:
-            if images.shape[1] > _PIXELS:
-                images = jnp.round(255 * resize_images(images, _PIXELS, "bilinear"))
-            return images.reshape(len(images), -1).astype(jnp.float32) / 255
+            plain = images.dtype == jnp.uint8 and not config.data.range
+            images = to_float(images, config.data.range)
+            if max(images.shape[1:3]) > _PIXELS:
+                images = resize_images(images, (_PIXELS, _PIXELS), "bilinear")
+                images = jnp.round(255 * images) / 255 if plain else images
+            return images.reshape(len(images), -1)
 
         def classify(variables: Pytree, images: Array) -> Array:
             ready = prepare_eval(images, config)
@@ -337,7 +342,13 @@ class Evaluator:
             if not first:
                 continue  # it has encoded its share
             if name == own:
-                pictures |= retrieval_pictures(train, test, *splits, labeled=not self.not_scored)
+                pictures |= retrieval_pictures(
+                    train,
+                    test,
+                    *splits,
+                    labeled=not self.not_scored,
+                    limits=self.config.data.range,
+                )
             if self._fits_rows:
                 self._progress.line(f"Evaluating {title(name)}: classifiers …")
                 rows.append(self._row(name, *splits))
@@ -475,11 +486,11 @@ class Evaluator:
         views = self._views(state, ids)
         sizes = {view.shape for view in views}
         largest = [v for v in views if v.shape == max(sizes)]
-        originals = self.train.eval_transform(ids)
+        originals = rgb(self.train.eval_transform(ids), self.config.data.range)
         return {
             "originals": originals,
             "original_name": image_names(self.train, ids),
-            "views": pixels(np.stack(largest, axis=1)),
+            "views": rgb(np.stack(largest, axis=1)),
         }
 
     def _view_features(self, state: Any, variables: Pytree) -> list[Float[np.ndarray, "n d"]]:
@@ -489,7 +500,9 @@ class Evaluator:
         views = self._views(state, sample[rows][self._rows])[:2]
         if len(views) < 2:
             return []
-        placed = [self._place(pixels(view)) for view in views]
+        # Rounded like the images of 8 bits that the encoder gets in evaluations.
+        plain = self.config.data.bits <= 8 and not self.config.data.range
+        placed = [self._place(pixels(view) if plain else view) for view in views]
         return [np.asarray(self._encode(variables, view), np.float32)[:kept] for view in placed]
 
     def _views(self, state: Any, ids: Int[np.ndarray, " n"]) -> list[np.ndarray]:

@@ -1,12 +1,14 @@
 """Images that a report shows: views, nearest neighbors, retrieval failures, a map."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageOps
 
 from ssl_jax.data.sources import Source
+from ssl_jax.data.values import rgb
 from ssl_jax.evals.knn import nearest_neighbors
 
 PICTURES = 12  # originals with views, and queries with neighbors
@@ -74,6 +76,7 @@ def retrieval_pictures(
     test_features: Float[np.ndarray, "m d"],
     *,
     labeled: bool,
+    limits: Sequence[float] = (),
 ) -> dict[str, np.ndarray]:
     """Collects held-out images with their nearest neighbors, retrieval failures, and a map.
 
@@ -83,17 +86,31 @@ def retrieval_pictures(
       train_features: of `train`.
       test_features: of `test`.
       labeled: whether all images of both splits have labels; without them there are no failures.
+      limits: `config.data.range`, for images as people see them.
 
     Returns:
       Arrays for `report.write_images`, by name.
     """
     features = train_features, test_features
+    train, test = (_Shown(source, limits) for source in (train, test))
     pictures = _neighbors(train, test, features, labeled) | _map(test, test_features, labeled)
     return pictures | _failures(train, test, features) if labeled else pictures
 
 
+class _Shown:
+    """A source whose images are 8-bit RGB, see `values.rgb`."""
+
+    def __init__(self, source: Source, limits: Sequence[float]) -> None:
+        self._source, self._limits = source, limits
+        self.num_examples, self.labels = source.num_examples, source.labels
+        self.class_names, self.names = source.class_names, source.names
+
+    def eval_transform(self, ids: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w 3"]:
+        return rgb(self._source.eval_transform(ids), self._limits)
+
+
 def _neighbors(
-    train: Source, test: Source, features: tuple[np.ndarray, np.ndarray], labeled: bool
+    train: _Shown, test: _Shown, features: tuple[np.ndarray, np.ndarray], labeled: bool
 ) -> dict[str, np.ndarray]:
     """Held-out images, spread over the split, with the most similar training images."""
     queries = _spread(test, PICTURES)
@@ -115,7 +132,7 @@ def _neighbors(
 
 
 def _failures(
-    train: Source, test: Source, features: tuple[np.ndarray, np.ndarray]
+    train: _Shown, test: _Shown, features: tuple[np.ndarray, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Held-out images whose nearest training image is of a different class, most similar first."""
     assert train.labels is not None and test.labels is not None
@@ -138,7 +155,7 @@ def _failures(
     }
 
 
-def _map(test: Source, features: np.ndarray, labeled: bool) -> dict[str, np.ndarray]:
+def _map(test: _Shown, features: np.ndarray, labeled: bool) -> dict[str, np.ndarray]:
     """Held-out images for a map, each with its nearest neighbors among them."""
     labels = test.labels if labeled else None
     index = choose_images(labels, len(features))
@@ -156,12 +173,12 @@ def _map(test: Source, features: np.ndarray, labeled: bool) -> dict[str, np.ndar
     return found if labels is None else found | {"map_label": labels[index]}
 
 
-def image_names(source: Source, ids: Int[np.ndarray, "*shape"]) -> np.ndarray:
+def image_names(source: Source | _Shown, ids: Int[np.ndarray, "*shape"]) -> np.ndarray:
     """The images' names, an array of strings in the shape of the ids."""
     return np.array(source.names(ids.reshape(-1)), str).reshape(ids.shape)
 
 
-def _spread(source: Source, most: int) -> Int[np.ndarray, " n"]:
+def _spread(source: _Shown, most: int) -> Int[np.ndarray, " n"]:
     """Ids of at most that number of images, evenly spaced."""
     count = source.num_examples
     return np.linspace(0, count - 1, min(most, count)).astype(np.int32)

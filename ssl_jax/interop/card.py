@@ -7,17 +7,18 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ssl_jax.config import Schedule
+from ssl_jax.config import Schedule, flat_views, size_text, view_size
 from ssl_jax.data.augment import augmentations
 from ssl_jax.errors import UserError
 from ssl_jax.evals.metrics import interval_text
 from ssl_jax.evals.results import EVALUATION, Evaluation, read_evaluation, read_results
 from ssl_jax.files import local_path
 from ssl_jax.interop.load import results_folder
-from ssl_jax.interop.metadata import has_torch_loader, is_torchvisions, preprocessing
+from ssl_jax.interop.metadata import has_torch_loader, is_timms, preprocessing
 from ssl_jax.interop.weights import Weights
 from ssl_jax.methods import METHODS, make_method, title
 from ssl_jax.report.evaluation import accuracy, measure_name, measures, row_name
+from ssl_jax.report.words import counted
 from ssl_jax.run.folder import read_record
 
 _TOP = """---
@@ -47,7 +48,7 @@ def model_card(path: str | Path, weights: Weights) -> str:
     kind = kind.removeprefix("ssl_jax (").removesuffix(")")  # a network exported for PyTorch
     name = title(kind)
     paper = METHODS[kind].citation if kind in METHODS else ""
-    plain = is_torchvisions(config)
+    plain = is_timms(config)
     lines = [
         _TOP.format(library="timm" if plain else "ssl_jax", method=kind),
         f"# {make_method(config, Schedule(1, 1)).encoder_name}, {name}",
@@ -91,18 +92,24 @@ def _use(config: ConfigDict, plain: bool) -> Iterator[str]:
         yield ""
         yield "```python"
     if has_torch_loader(config):
-        yield "from PIL import Image"
+        if config.data.channels == 3 and config.data.bits <= 8:
+            yield "from PIL import Image"
         yield "from torch_encoder import load, preprocess  # in this folder"
         yield ""
         yield 'net = load("model.safetensors")'
-        yield 'features = net(preprocess(Image.open("picture.jpg"), net)[None])'
+        if config.data.channels == 3 and config.data.bits <= 8:
+            yield 'features = net(preprocess(Image.open("picture.jpg"), net)[None])'
+        else:
+            yield "features = net(preprocess(array, net)[None])  # a NumPy array [H, W, C]"
         yield "```"
         yield ""
         yield "```python"
     yield "import ssl_jax"
     yield ""
     yield 'encoder = ssl_jax.load("ssl_jax.safetensors")'
-    yield "features = encoder.apply(images)  # uint8 [n, H, W, 3] to float32 [n, d]"
+    dtype = "uint16" if config.data.bits > 8 else "uint8"
+    shape = f"[n, H, W, {config.data.channels}]"
+    yield f"features = encoder.apply(images)  # {dtype} {shape} to float32 [n, d]"
     yield "```"
 
 
@@ -115,13 +122,25 @@ def _images(config: ConfigDict) -> str:
     )
     others = ["crops these"] * (how["crop_fraction"] < 1)
     others += ["is smoother"] * (not how["antialias"])
+    height, width = view_size(flat_views(config)[0])
+    square = height == width
+    part = "of the shorter side" if square else f"of the largest {height}:{width} rectangle"
+    size = f"{height}×{width}" if square else f"height {height} and width {width}"
     return (
-        f"The central {100 * how['crop_fraction']:g} % of the shorter side, resized to "
-        f"{how['size']}×{how['size']} ({how['interpolation']}, "
-        f"{'antialiased' if how['antialias'] else 'not antialiased'}), RGB in 0 to 1, "
+        f"The central {100 * how['crop_fraction']:g} % {part}, resized to {size} "
+        f"({how['interpolation']}, "
+        f"{'antialiased' if how['antialias'] else 'not antialiased'}), {_values(config)}, "
         f"{normalized}; images that already have that size are not cropped."
         + (f" The preprocessing of timm and the hub {' and '.join(others)}." if others else "")
     )
+
+
+def _values(config: ConfigDict) -> str:
+    """The channels of images, and the integers that become 0 and 1 unless those of 8 bits."""
+    data = config.data
+    names = "RGB" if data.channels == 3 else counted(data.channels, "channel")
+    low, high = data.range or (0, 65535 if data.bits > 8 else 255)
+    return f"{names} in 0 to 1" + (f" from values {low:g} to {high:g}" if high != 255 else "")
 
 
 def _numbers(values: Any) -> str:
@@ -185,7 +204,7 @@ def _view(view: ConfigDict) -> str:
         if crop.sampler == "none"
         else f"a crop of {low:g} to {high:g} % of the area ({crop.sampler}'s sampler)"
     ]
-    parts[0] += f" at {view.size} pixels ({crop.interpolation})"
+    parts[0] += f" at {size_text(view)} pixels ({crop.interpolation})"
     affine = {name: value for name, value in view.affine.items() if value}
     if affine:
         parts.append("affine (" + ", ".join(f"{k} {v:g}" for k, v in affine.items()) + ")")

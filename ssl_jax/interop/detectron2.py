@@ -36,8 +36,8 @@ def require_detectron2s(config: ConfigDict) -> None:
     if unlike:
         raise UserError(
             f"The encoder has {', '.join(unlike)}, but detectron2's ResNet has depth 50, 101 or "
-            "152, width 1, the ImageNet stem and symmetric padding: pretrain with these in "
-            "config.model."
+            "152, width 1, the ImageNet stem, symmetric padding and RGB input: pretrain with these "
+            "in config.model, and with config.data.channels=3."
         )
 
 

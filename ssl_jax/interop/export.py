@@ -16,7 +16,7 @@ import numpy as np
 from jax import export as jax_export
 from ml_collections import ConfigDict
 
-from ssl_jax.config import Schedule, flat_views, from_json, to_json
+from ssl_jax.config import Schedule, flat_views, from_json, to_json, view_shape
 from ssl_jax.errors import UserError, first_line
 from ssl_jax.files import ANOTHER, local_path, read_regular, reading, writing, writing_output
 from ssl_jax.interop.card import model_card
@@ -25,7 +25,7 @@ from ssl_jax.interop.import_weights import read_weights
 from ssl_jax.interop.load import Encoder, load, weights_at
 from ssl_jax.interop.metadata import (
     has_torch_loader,
-    is_torchvisions,
+    is_timms,
     pixel_statistics,
     preprocessing,
     unlike_torchvisions,
@@ -108,6 +108,8 @@ def _write_torch(weights: Weights, file: Path) -> None:
     config, state = weights.config, _torch_state(weights)
     model = resnet.architecture(config.model)
     del model["sk"]  # the loader's `Encoder` has none
+    if config.data.channels != 3:
+        model["channels"] = config.data.channels
     header = {
         "format": "pt",
         "model": json.dumps(model),
@@ -246,8 +248,9 @@ def export_program(
 ) -> dict[str, Any]:
     """Writes the encoder with its weights as a program that needs only JAX.
 
-    The program maps uint8 images [n, size, size, 3], for any n, to float32 features [n, d],
-    computed in float32 throughout. On CPUs, GPUs and TPUs, run it by
+    The program maps images [n, height, width, C], uint8 or of a run on 16-bit images uint16, for
+    any n, to float32 features [n, d], computed in float32 throughout. On CPUs, GPUs and TPUs, run
+    it by
 
         jax.export.deserialize(bytearray(Path(file).read_bytes())).call(images)
 
@@ -258,7 +261,7 @@ def export_program(
       projector_layer: return the output of this hidden layer of the projector.
 
     Returns:
-      "size" of the images in pixels, and "features", the number per image.
+      "shape" [height, width, C] and "dtype" of the images, and "features", the number per image.
 
     Raises:
       UserError: there is nothing to export, the network is too big for one program, or the file
@@ -268,7 +271,8 @@ def export_program(
     encoder = load(path, step, projector_layer=projector_layer)
     config = from_json(to_json(encoder.config))
     config.dtype = "float32"
-    size = flat_views(config)[0].size
+    shape = view_shape(config, flat_views(config)[0])
+    dtype = jnp.uint16 if config.data.bits > 8 else jnp.uint8
     count = sum(leaf.nbytes for leaf in jax.tree.leaves(encoder.variables))
     if count > _MAX_BYTES:
         raise UserError(
@@ -277,12 +281,13 @@ def export_program(
         )
     function = _program(dataclasses.replace(encoder, config=config))
     (n,) = jax_export.symbolic_shape("n")
-    images = jax.ShapeDtypeStruct((n, size, size, 3), jnp.uint8)
+    images = jax.ShapeDtypeStruct((n, *shape), dtype)
     # By default, convolutions on GPUs and TPUs round their inputs.
     with _without_source_paths(), jax.default_matmul_precision("highest"):
         exported = jax_export.export(jax.jit(function), platforms=PLATFORMS)(images)
     _write(file, bytes(exported.serialize()))
-    return {"size": size, "features": int(exported.out_avals[0].shape[1])}
+    features = int(exported.out_avals[0].shape[1])
+    return {"shape": list(shape), "dtype": jnp.dtype(dtype).name, "features": features}
 
 
 @contextlib.contextmanager
@@ -440,19 +445,19 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 def _hub_config(config: ConfigDict) -> dict[str, Any]:
     """`config.json` as timm reads it."""
     how = preprocessing(config)
-    size = how["size"]
+    height, width, channels = view_shape(config, flat_views(config)[0])
     found: dict[str, Any] = {
         "num_classes": 0,
         "num_features": make_encoder(config).num_features,
         "pretrained_cfg": {
             "tag": f"ssl_jax_{config.method}",
-            "input_size": [3, size, size],
+            "input_size": [channels, height, width],
             "fixed_input_size": False,
             "pool_size": None,
             "interpolation": how["interpolation"],
             "crop_pct": how["crop_fraction"],
-            "mean": how["mean"] or [0.0] * 3,
-            "std": how["std"] or [1.0] * 3,
+            "mean": how["mean"] or [0.0] * channels,
+            "std": how["std"] or [1.0] * channels,
             "num_classes": 0,
             "first_conv": "conv1",
             "classifier": "fc",
@@ -463,25 +468,29 @@ def _hub_config(config: ConfigDict) -> dict[str, Any]:
             "antialias": how["antialias"],  # timm and Hugging Face always antialias
         },
     }
-    if is_torchvisions(config):
+    if is_timms(config):
         found = {"architecture": f"resnet{config.model.depth}", **found}
+    if channels != 3:
+        found["model_args"] = {"in_chans": channels}  # of timm.create_model
     return found
 
 
 def _hub_preprocessing(config: ConfigDict) -> dict[str, Any]:
     """`preprocessor_config.json` as Hugging Face's image processors read it."""
     how = preprocessing(config)
+    height, width, channels = view_shape(config, flat_views(config)[0])
     return {
         "image_processor_type": "BitImageProcessor",
-        "do_convert_rgb": True,
+        "do_convert_rgb": channels == 3,
         "do_resize": True,
-        "size": {"shortest_edge": round(how["size"] / how["crop_fraction"])},
+        # Of a size that is not square, at least the whole crop.
+        "size": {"shortest_edge": round(max(height, width) / how["crop_fraction"])},
         "resample": {"bilinear": 2, "bicubic": 3}[how["interpolation"]],
         "do_center_crop": True,
-        "crop_size": {"height": how["size"], "width": how["size"]},
+        "crop_size": {"height": height, "width": width},
         "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        "rescale_factor": 1 / (65535 if config.data.bits > 8 else 255),
         "do_normalize": bool(how["mean"]),
-        "image_mean": how["mean"] or [0.0] * 3,
-        "image_std": how["std"] or [1.0] * 3,
+        "image_mean": how["mean"] or [0.0] * channels,
+        "image_std": how["std"] or [1.0] * channels,
     }

@@ -13,14 +13,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from ssl_jax.config import Schedule, default_config, flat_views, view
+from ssl_jax.config import Schedule, default_config, flat_views, view, view_shape
 from ssl_jax.errors import UserError
 from ssl_jax.files import read_regular
 from ssl_jax.interop.weights import Pytree, Weights
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import init_networks
 from ssl_jax.models.resnet import STAGES, ResNet
-from ssl_jax.recipes import CIFAR10, CIFAR10_SUPCONTRAST, IMAGENET, IMAGENET_SWAV
+from ssl_jax.recipes import CIFAR10, CIFAR10_SUPCONTRAST, IMAGENET, IMAGENET_SWAV, set_channels
 
 _METHODS = ("moco", "simsiam", "swav", "simclr", "byol")
 _MAX_LISTED = 12  # names in an error message
@@ -64,6 +64,7 @@ def to_weights(found: Found, path: Path) -> Weights:
             f"{path} has heads that differ from those of {found.kind} ({error})."
         ) from error
     _preprocessing(config, found.kind, path)
+    set_channels(config, int(found.params["encoder"]["stem"]["conv1"]["kernel"].shape[2]))
     source = f"{found.kind}: {path.name}"
     weights = Weights(config, found.params, found.batch_stats, 0, source, found.left_out)
     require_complete(weights, path)
@@ -83,8 +84,10 @@ def require_complete(weights: Weights, path: Path) -> None:
     """
     method = make_method(weights.config, Schedule(1, 1))
     # The shapes of a ResNet don't depend on the image.
-    size = 32 if isinstance(method.encoder, ResNet) else flat_views(weights.config)[0].size
-    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    config = weights.config
+    *size, channels = view_shape(config, flat_views(config)[0])
+    size = [32, 32] if isinstance(method.encoder, ResNet) else size
+    image = jax.ShapeDtypeStruct((1, *size, channels), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     params, stats = jax.eval_shape(lambda k, x: init_networks(method.networks, k, x), key, image)
     if "encoder" not in weights.params:

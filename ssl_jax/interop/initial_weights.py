@@ -72,6 +72,13 @@ def _resolve_encoder(config: ConfigDict) -> None:
                 f"{config.init_from.path} (config.init_from.path) has {needed!r}: set "
                 f"config.model.{name}={needed}."
             )
+    if source.data.channels != config.data.channels:
+        raise UserError(
+            f"config.data.channels is {config.data.channels}, but the encoder in "
+            f"{config.init_from.path} (config.init_from.path) was trained on images of "
+            f"{source.data.channels}: set config.data.channels={source.data.channels}, or start "
+            "from weights of the same number of channels."
+        )
     if config.init_from.heads and source.method != config.method:
         raise UserError(
             f"config.init_from.heads is true, but {config.init_from.path} has heads of "

@@ -76,8 +76,10 @@ class Encoder:
         """Computes features in evaluation mode.
 
         Args:
-          images: [n, H, W, 3], uint8 or floats in [0, 1]; prepared like the images of every
-            evaluation: the center cropped unless they have the run's size, resized, normalized.
+          images: [n, H, W, C], uint8, uint16, or floats in [0, 1], with the run's number of
+            channels; prepared like the images of every evaluation: scaled by `config.data.range`
+            if they are integers, the center cropped unless they have the run's size, resized,
+            normalized.
 
         Returns:
           float32 [n, D].
@@ -86,19 +88,25 @@ class Encoder:
           UserError: the images have another shape or dtype, or are floats from 0 to 255.
         """
         given = getattr(images, "dtype", "")  # JAX turns int64 into int32
+        if isinstance(images, np.ndarray):  # JAX takes no other byte order than the machine's
+            images = images.astype(images.dtype.newbyteorder("="), copy=False)
         images = jnp.asarray(images)
-        if images.ndim != 4 or images.shape[-1] != 3:
+        channels = self.config.data.channels
+        if images.ndim != 4 or images.shape[-1] != channels:
+            gray = ", or repeat the channel of gray images three times" if channels == 3 else ""
             raise UserError(
-                f"The images have the shape {list(images.shape)}, not [n, H, W, 3]: add a batch "
-                "axis with images[None], or repeat the channel of gray images three times."
+                f"The images have the shape {list(images.shape)}, not [n, H, W, {channels}], with "
+                "the channels that the encoder was trained on: add a batch axis with "
+                f"images[None]{gray}."
             )
-        if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
+        floats = jnp.issubdtype(images.dtype, jnp.floating)
+        if images.dtype not in (jnp.uint8, jnp.uint16) and not floats:
             raise UserError(
-                f"The images are {given or images.dtype}, not uint8 or floats in [0, 1]: convert "
-                "them with images.astype(np.uint8)."
+                f"The images are {given or images.dtype}, not uint8, uint16 or floats in [0, 1]: "
+                "convert them with images.astype(np.uint8)."
             )
         # Bicubic resizing may overshoot 1 slightly.
-        if images.dtype != jnp.uint8 and images.size and float(images.max()) > 2.0:
+        if floats and images.size and float(images.max()) > 2.0:
             raise UserError(
                 f"Float images must be in [0, 1], but the maximum is {float(images.max()):g}: "
                 "divide them by 255, or convert them with images.astype(np.uint8)."

@@ -4,7 +4,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ssl_jax.config import flat_views
+from ssl_jax.config import flat_views, view_size
 from ssl_jax.data.device_crop import antialiased
 from ssl_jax.models.registry import encoder_name
 from ssl_jax.models.resnet import architecture
@@ -14,16 +14,21 @@ def preprocessing(config: ConfigDict) -> dict[str, Any]:
     """The preprocessing of images for the encoder, as JSON types.
 
     Pixels are in [0, 1]. Unless the image already has that size, the central square of
-    `crop_fraction` of the shorter side is resized to `size`, with antialiasing if `antialias`. Then
-    `mean` and `std` normalize each channel; they are empty for no normalization.
+    `crop_fraction` of the shorter side is resized to `size`, with antialiasing if `antialias`. Of a
+    size that is a list, height and width, it is the central rectangle of that aspect. Then `mean`
+    and `std` normalize each of `channels`; they are empty for no normalization.
     """
     one = flat_views(config)[0]
+    height, width = view_size(one)
     return {
-        "size": one.size,
+        "size": height if height == width else [height, width],
+        "channels": config.data.channels,
         "crop_fraction": config.eval.crop_fraction,
         "interpolation": config.eval.interpolation,
         "antialias": antialiased(one),
         "range": [0, 1],
+        # The integers that become 0 and 1.
+        "values": list(config.data.range or (0, 65535 if config.data.bits > 8 else 255)),
         "mean": list(one.mean),
         "std": list(one.std),
     }
@@ -32,14 +37,15 @@ def preprocessing(config: ConfigDict) -> dict[str, Any]:
 def pixel_statistics(config: ConfigDict) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel of pixels from 0 to 255, as detectors take them."""
     how = preprocessing(config)
-    mean, std = how["mean"] or [0.0] * 3, how["std"] or [1.0] * 3
+    channels = how["channels"]
+    mean, std = how["mean"] or [0.0] * channels, how["std"] or [1.0] * channels
     # Rounded, as 0.485 * 255 is 123.67499999999998.
     return [round(255 * x, 6) for x in mean], [round(255 * x, 6) for x in std]
 
 
-def is_torchvisions(config: ConfigDict) -> bool:
-    """Whether the models of torchvision and timm load the encoder."""
-    return not unlike_torchvisions(config)
+def is_timms(config: ConfigDict) -> bool:
+    """Whether a model of timm loads the encoder: as torchvision's, with any number of channels."""
+    return not set(unlike_torchvisions(config)) - {_channels(config)}
 
 
 def has_torch_loader(config: ConfigDict) -> bool:
@@ -48,7 +54,7 @@ def has_torch_loader(config: ConfigDict) -> bool:
 
 
 def unlike_torchvisions(config: ConfigDict) -> list[str]:
-    """Lists what the encoder has that no ResNet of torchvision and timm has."""
+    """Lists what the encoder has that no ResNet of torchvision has."""
     if config.model.name != "resnet":
         return [f"the encoder {encoder_name(config.model)}"]
     model = architecture(config.model)
@@ -59,5 +65,10 @@ def unlike_torchvisions(config: ConfigDict) -> list[str]:
         f"the stem '{model['stem']}'": model["stem"] != "imagenet",
         "TensorFlow's padding": model["padding"] != "symmetric",
         "a projected first shortcut": model["project_first"],
+        _channels(config): config.data.channels != 3,
     }
     return [name for name, has in unlike.items() if has]
+
+
+def _channels(config: ConfigDict) -> str:
+    return f"input of {config.data.channels} channel{'s' * (config.data.channels > 1)}"

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from ssl_jax.config import Schedule, flat_views
+from ssl_jax.config import Schedule, flat_views, view_shape, view_size
 from ssl_jax.errors import UserError
 from ssl_jax.models import MLPHead, ResNet, make_encoder
 from ssl_jax.models.registry import encoder_name
@@ -33,7 +33,7 @@ from ssl_jax.optim import role_labels
 
 _IMAGE_KEYS = 0x1D  # no number that a method folds into its key
 Pytree = Any
-# "views", a tuple of [n, H, W, 3] float32; "id" [n]; for labeled data "label" [n], -1 for none.
+# "views", a tuple of [n, H, W, C] float32; "id" [n]; for labeled data "label" [n], -1 for none.
 Batch = dict[str, Any]
 
 
@@ -124,8 +124,8 @@ class Method:
         known = getattr(self.encoder, "num_features", None)
         if isinstance(known, int):
             return known
-        size = flat_views(self.config)[0].size
-        image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+        shape = (1, *view_shape(self.config, flat_views(self.config)[0]))
+        image = jax.ShapeDtypeStruct(shape, jnp.float32)
         key = jax.eval_shape(lambda: jax.random.key(0))
         out, _ = jax.eval_shape(
             lambda k, x: self.encoder.init_with_output(k, x, train=False), key, image
@@ -144,7 +144,7 @@ class Method:
         Args:
           params: with "encoder", and "projector" if one of its layers is requested.
           stats: batch statistics under the same names.
-          images: encoder inputs, [n, H, W, 3].
+          images: encoder inputs, [n, H, W, C].
           projector_layer: 0 for the encoder's features; l for the projector's hidden layer l after
             its ReLU (SimCLR v2, section 2: the selector).
 
@@ -250,11 +250,13 @@ class Method:
 
     def require_two_views(self) -> None:
         """Raises a UserError unless the config has exactly two views of one size."""
-        sizes = [view.size for view in flat_views(self.config)]
+        views = flat_views(self.config)
+        sizes = [view_size(view) for view in views]
         if len(sizes) != 2 or sizes[0] != sizes[1]:
             raise UserError(
-                f"config.views gives views of sizes {sizes}, but '{self.config.method}' pairs two "
-                "of one size: name two with count 1, or one with count 2."
+                f"config.views gives views of sizes {[view.size for view in views]}, but "
+                f"'{self.config.method}' pairs two of one size: name two with "
+                "count 1, or one with count 2."
             )
 
     def mean(self, x: Array) -> Array:
@@ -290,7 +292,7 @@ def init_networks(
     Args:
       networks: by name, each called as `module(x, train=...)` on the previous output.
       rng: a key.
-      images: a view, [n, H, W, 3].
+      images: a view, [n, H, W, C].
 
     Returns:
       `params` and `batch_stats` by name, {} for a network without statistics.

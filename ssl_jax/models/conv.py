@@ -102,7 +102,7 @@ def _is_stem(x: Images, strides: tuple[int, ...]) -> bool:
 
 
 def _stem_conv(x: Images, kernel: Kernel, strides: tuple[int, ...], pads: Pads) -> Images:
-    """Computes a stride-2 convolution of three channels as a stride-1 one of sixteen.
+    """Computes a stride-2 convolution of up to three channels as a stride-1 one of sixteen.
 
     A GPU's matrix units process channels in groups of eight and mostly idle at three. Here the four
     pixels of each 2×2 square and a fourth channel of zeros become channels (space-to-depth, as in

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from ssl_jax.config import flat_views
+from ssl_jax.config import flat_views, view_size
 from ssl_jax.errors import UserError, require_choice
 from ssl_jax.models.layers import KERNEL_INITS, Groups
 
@@ -38,7 +38,7 @@ def build(config: ConfigDict, axis_name: str | None, groups: Groups | None) -> "
     """
     options = config.model.vit
     for name, view in config.views.items():
-        if view.size % options.patch:
+        if any(side % options.patch for side in view_size(view)):
             raise UserError(
                 f"config.views.{name}.size is {view.size}, but config.model.vit.patch is "
                 f"{options.patch}: use a size that is a multiple of it."
@@ -49,7 +49,7 @@ def build(config: ConfigDict, axis_name: str | None, groups: Groups | None) -> "
 
 def image_size(config: ConfigDict) -> int:
     """Side of the images that the positions of a config's ViT belong to."""
-    size: int = config.model.vit.image_size or flat_views(config)[0].size
+    size: int = config.model.vit.image_size or max(view_size(flat_views(config)[0]))
     return size
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ssl_jax.config import flat_views
+from ssl_jax.config import flat_views, view_shape
 from ssl_jax.step import Program
 
 
@@ -86,12 +86,12 @@ def model_flops(program: Program) -> float:
     state = jax.eval_shape(program.init)
 
     @functools.cache
-    def forward(size: int) -> float:
-        images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    def forward(shape: tuple[int, int, int]) -> float:
+        images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
 
         def features(params: Any, stats: Any, x: Any) -> Any:
             return method.features(params, stats, x)
 
         return traced_flops(features, state.params, state.method_state["batch_stats"], images)
 
-    return 3 * sum(forward(view.size) for view in flat_views(config))
+    return 3 * sum(forward(view_shape(config, view)) for view in flat_views(config))

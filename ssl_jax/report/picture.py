@@ -26,6 +26,7 @@ from ssl_jax.data.index import Index, view_keys, views_stream
 from ssl_jax.data.labels import NO_LABEL
 from ssl_jax.data.pipeline import make_augment_fn, unnormalized
 from ssl_jax.data.sources import Source, make_sources
+from ssl_jax.data.values import rgb
 from ssl_jax.errors import UserError, install_extra
 from ssl_jax.files import local_path, writing_output
 
@@ -90,7 +91,7 @@ class View:
     """
 
     title: str
-    pixels: Float[np.ndarray, "n size size 3"]
+    pixels: Float[np.ndarray, "n tall wide c"]
     corners: Float[np.ndarray, "n 4 2"]
     notes: tuple[tuple[str, ...], ...]
 
@@ -170,7 +171,7 @@ def collect(config: ConfigDict, images: int, step: int) -> Samples:
         boxes, sizes = host_boxes(step, ids)
         originals = _whole_images(config, ids, sizes)
     else:
-        originals = tuple(source.eval_transform(ids))
+        originals = tuple(rgb(source.eval_transform(ids), config.data.range))
         sizes = np.array([image.shape[:2] for image in originals])
     sampled = _sampled(key, jnp.asarray(ids), sizes, flat_views(config), boxes)
     views = [
@@ -210,7 +211,7 @@ def _whole_images(
     source, _ = make_sources(whole)
     (squares,) = next(source.batches(iter([(0, ids)])))["views"]
     images = []
-    for square, size in zip(squares, sizes, strict=True):
+    for square, size in zip(rgb(squares), sizes, strict=True):
         height, width = np.maximum(1, np.round(size * min(1, side / size.max()))).astype(int)
         images.append(np.asarray(Image.fromarray(square).resize((width, height))))
     return tuple(images)
@@ -353,7 +354,8 @@ def draw(samples: Samples, title: str, command: str = "") -> Image.Image:
 
 
 def _original_column(samples: Samples) -> list[_Cell]:
-    side = max(_zoom(size) * size for size in (view.pixels.shape[1] for view in samples.views))
+    sizes = [max(view.pixels.shape[1:3]) for view in samples.views]
+    side = max(_zoom(size) * size for size in sizes)
     corners = np.stack([view.corners for view in samples.views], axis=1)
     # How far affine views reach beyond the image, as a fraction of its side.
     beyond = max(-corners.min(), corners.max() - 1)
@@ -374,13 +376,14 @@ def _original_column(samples: Samples) -> list[_Cell]:
 
 
 def _view_column(view: View, color: str) -> list[_Cell]:
-    size = view.pixels.shape[1]
-    zoom = _zoom(size)
-    width = max(zoom * size + 2 * _EDGE, _COLUMN)
+    tall, wide = view.pixels.shape[1:3]
+    size = str(tall) if tall == wide else f"{wide}x{tall}"
+    zoom = _zoom(max(tall, wide))
+    width = max(zoom * wide + 2 * _EDGE, _COLUMN)
     scale = f", enlarged {zoom}x" if zoom > 1 else ""
     cells = [_heading(view.title, f"{size} px{scale}", color, width)]
-    for pixels, notes in zip(view.pixels, view.notes, strict=True):
-        image = np.round(255 * pixels).astype(np.uint8).repeat(zoom, axis=0).repeat(zoom, axis=1)
+    for pixels, notes in zip(rgb(view.pixels), view.notes, strict=True):
+        image = pixels.repeat(zoom, axis=0).repeat(zoom, axis=1)
         cells.append(_Cell(_lines(notes or ["unchanged"], _NOTE, width), image))
     return cells
 

@@ -9,7 +9,7 @@ from ssl_jax.config import from_json, run_schedule, to_json
 from ssl_jax.data.index import Index
 from ssl_jax.data.labels import targets_of
 from ssl_jax.data.registry import Images
-from ssl_jax.data.sources import Source, labeled, make_sources
+from ssl_jax.data.sources import Source, bits_of, labeled, make_sources
 from ssl_jax.errors import UserError
 from ssl_jax.interop.initial_weights import resolve_initial_weights
 from ssl_jax.methods import method_class
@@ -107,6 +107,7 @@ def resolve(config: ConfigDict, train: Source, started: ConfigDict | None = None
       UserError: more classes than `config.data.num_classes`, or no such weights.
     """
     config = from_json(to_json(config))
+    config.data.bits = config.data.bits or bits_of(train)
     if config.data.num_classes == 0:
         config.data.num_classes = train.num_classes
     elif train.num_classes > config.data.num_classes:

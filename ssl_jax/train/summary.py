@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from humanize import intword, metric, naturalsize, precisedelta
 from jaxtyping import Int
+from ml_collections import ConfigDict
 
-from ssl_jax.config import flat_views
+from ssl_jax.config import flat_views, size_text, view_size
 from ssl_jax.data.labels import Targets, targets_of
 from ssl_jax.data.sources import Source, why_not_scored
 from ssl_jax.errors import UserError
@@ -47,7 +48,8 @@ def start_rows(setup: Setup, params: Any, workdir: Path, start: int) -> Iterator
     config, schedule, devices = setup.config, setup.schedule, setup.spmd.size
     each = flat_views(config)
     views = counted(len(each), "view")
-    sizes = ", ".join(str(size) for size in sorted({view.size for view in each}, reverse=True))
+    texts = {view_size(view): size_text(view) for view in each}
+    sizes = ", ".join(texts[size] for size in sorted(texts, reverse=True))
     network = setup.method.encoder_name
     yield "method", f"{config.method}, {network}, {views} of {sizes} px, {config.dtype}"
     encoder, frozen = _count(params["encoder"]), setup.method.frozen
@@ -78,7 +80,7 @@ def start_rows(setup: Setup, params: Any, workdir: Path, start: int) -> Iterator
 def data_rows(setup: Setup) -> Iterator[Row]:
     """Summarizes the data as it was read: numbers, sizes, classes, labels, held-out images."""
     train, test = setup.train, setup.test
-    yield "images", f"{train.num_examples:,} for training, {_sizes(train)}"
+    yield "images", f"{train.num_examples:,} for training, {_sizes(train)}{_values(setup.config)}"
     if targets := targets_of(train):
         yield "classes", f"{_several(targets)}; labels: {train.labels_from}"
     elif not train.num_classes:
@@ -116,6 +118,14 @@ def _classes(source: Source, labels: Int[np.ndarray, " n"] | None) -> str:
     text = f"{source.num_classes:,} ({', '.join(shown + more)})"
     missing = 0 if labels is None else int(np.sum(labels < 0))
     return f"{text}; {missing:,} images have no label" if missing else text
+
+
+def _values(config: ConfigDict) -> str:
+    """Channels, bits and range of the images, unless they are 8-bit RGB."""
+    data = config.data
+    text = "" if data.channels == 3 else f", {counted(data.channels, 'channel')}"
+    text += "" if data.bits <= 8 else f", {data.bits} bits"
+    return text + (", values {:g} to {:g}".format(*data.range) if data.range else "")
 
 
 def _sizes(source: Source) -> str:

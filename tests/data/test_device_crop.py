@@ -74,7 +74,7 @@ def test_torchvision_resampling_matches_pil(interpolation):
     method = getattr(Image.Resampling, interpolation.upper())
     expected = [pil_resize(cut(x, box), 16, method) for x, box in zip(images, BOXES, strict=True)]
     np.testing.assert_allclose(apply_boxes(images, BOXES, view), expected, atol=2e-6)
-    resized = device_crop.resize_images(images, 16, interpolation)
+    resized = device_crop.resize_images(images, (16, 16), interpolation)
     np.testing.assert_allclose(resized, [pil_resize(x, 16, method) for x in images], atol=2e-6)
 
 
@@ -91,7 +91,7 @@ def test_tf_resampling_matches_tensorflow(sampler, interpolation):
     atol = 2e-3 if interpolation == "bicubic" else 2e-6
     expected = [resized(cut(x, box)) for x, box in zip(images, BOXES, strict=True)]
     np.testing.assert_allclose(apply_boxes(images, BOXES, view), expected, atol=atol)
-    whole = device_crop.resize_images(images, 16, interpolation, antialias=False)
+    whole = device_crop.resize_images(images, (16, 16), interpolation, antialias=False)
     np.testing.assert_allclose(whole, [resized(x) for x in images], atol=atol)
 
 
@@ -112,13 +112,15 @@ def test_view_without_crop_is_the_resized_image():
     images = random_images(height=20, width=30)
     view = config.view(size=12, crop=dict(sampler="none"))
     got = crop_views(images, keys(6), view)
-    np.testing.assert_array_equal(got, jax.jit(lambda x: device_crop.resize_images(x, 12))(images))
+    np.testing.assert_array_equal(
+        got, jax.jit(lambda x: device_crop.resize_images(x, (12, 12)))(images)
+    )
 
 
 def test_bicubic_overshoot_is_clipped():
     images = np.zeros((1, 8, 8, 3), np.uint8)
     images[:, :, 4:] = 255
-    got = np.asarray(device_crop.resize_images(images, 32))
+    got = np.asarray(device_crop.resize_images(images, (32, 32)))
     assert got.min() == 0.0 and got.max() == 1.0
 
 
