@@ -38,8 +38,13 @@ def pixel_statistics(config: ConfigDict) -> tuple[list[float], list[float]]:
 
 
 def is_torchvisions(config: ConfigDict) -> bool:
-    """Whether the models of torchvision and timm load the encoder."""
+    """Whether torchvision's models load the encoder."""
     return not unlike_torchvisions(config)
+
+
+def in_timm(config: ConfigDict) -> bool:
+    """Whether `timm.create_model` builds the encoder: torchvision's ResNets, and ViTs."""
+    return config.model.name == "vit" or is_torchvisions(config)
 
 
 def has_torch_loader(config: ConfigDict) -> bool:
