@@ -56,7 +56,7 @@ def prefixed(prefix, state):
 
 def saved(tmp_path, state, name="net.safetensors"):
     file = tmp_path / name
-    save_file({k: np.ascontiguousarray(v) for k, v in state.items()}, file)
+    save_file({k: np.array(v, order="C") for k, v in state.items()}, file)
     return file
 
 
@@ -236,7 +236,7 @@ def added(name):
         (reshaped("patch_embed.proj.weight", 64, 1, 4, 4), r"patch_embed/kernel .* \[4, 4, 1, 64"),
         (reshaped("blocks.0.mlp.fc1.weight", 128, 64), r"blocks_0/mlp/fc1/kernel .* \[64, 128\]"),
         (reshaped("blocks.0.mlp.fc1.weight"), r"blocks_0/mlp/fc1/kernel .* \[\]"),
-        (added("blocks.0.0.norm1.weight"), "unknown or repeated, such as blocks.0.0.norm1"),
+        (added("blocks.0.0.norm1.weight"), "unknown or repeated, such as blocks.0.norm1"),
         (added("blocks.99999999999999999999.norm1.weight"), "unknown or repeated"),
         (added("fc_norm.weight"), "both before and after pooling"),
         (added("blocks.0.mlp.w12.weight"), "SwiGLU"),
