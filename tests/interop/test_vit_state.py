@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from tiny import tiny_config
 
 import ssl_jax
-from ssl_jax import cli
+from ssl_jax.cli import main as cli
 from ssl_jax.errors import UserError
 from ssl_jax.interop import export
 from ssl_jax.interop.import_weights import read_weights
@@ -198,7 +198,7 @@ def test_heads_are_those_of_the_width_the_code_or_the_user(tmp_path, capsys):
     assert read_weights(moco).config.model.vit.heads == 12
     out = tmp_path / "out.safetensors"
     assert cli.main(["import", str(narrow), "--heads=6", f"--out={out}"]) == 0
-    assert "ViT of 1 blocks of width 48/4 with 6 heads" in capsys.readouterr().out
+    assert "with 6 heads; networks: encoder" in capsys.readouterr().out
     assert ssl_jax.load(out).config.model.vit.heads == 6
     with pytest.raises(UserError, match="omit them"):
         read_weights(out, heads=6)
@@ -235,7 +235,7 @@ def added(name):
         (reshaped("patch_embed.proj.weight", 64, 3, 4, 2), r"shape \[64, 3, 4, 2\]"),
         (reshaped("patch_embed.proj.weight", 64, 1, 4, 4), r"patch_embed/kernel .* \[4, 4, 1, 64"),
         (reshaped("blocks.0.mlp.fc1.weight", 128, 64), r"blocks_0/mlp/fc1/kernel .* \[64, 128\]"),
-        (reshaped("blocks.0.mlp.fc1.weight"), r"blocks_0/mlp/fc1/kernel .* \[\]"),
+        (reshaped("blocks.0.mlp.fc1.weight"), r"blocks_0/mlp/fc1/kernel .* \[1\]"),
         (added("blocks.0.0.norm1.weight"), "unknown or repeated, such as blocks.0.norm1"),
         (added("blocks.99999999999999999999.norm1.weight"), "unknown or repeated"),
         (added("fc_norm.weight"), "both before and after pooling"),
