@@ -3,6 +3,7 @@
     python benchmarks/plans.py runs         the ImageNet recipes on two TPU generations
     python benchmarks/plans.py collectives  collectives per step on 8 and 128 devices
     python benchmarks/plans.py scaling      SimCLR from 8 to 1,024 chips
+    python benchmarks/plans.py vit          ViTs compared with ResNet-50
 
 Needs the extra `plan`. Each plan is compiled in its own process, takes one to several minutes, and
 is saved in --out, so an interrupted command can be rerun to complete the table.
@@ -32,6 +33,15 @@ RUNS = (
 )
 METHODS = ("simclr", "simclrv2", "moco", "swav", "byol", "simsiam", "supervised")
 KINDS = ("all-reduce", "all-gather", "all-to-all")
+_VIT = ("model.name=vit", "optim.name=adamw", "optim.lr_scaling=linear", "optim.lr=1.5e-4")
+ENCODERS = {
+    "ResNet-50": (),
+    "ViT-S/16": _VIT,
+    "ViT-B/16": (*_VIT, "model.vit.width=768", "model.vit.heads=12"),
+}
+# FLOPs per cycle at the peak rate: multiply-adds of all matrix units of the chip, counted as two.
+# Their product with the clock (1.5 and 1.75 GHz) is the peak in ssl_jax/plan/chips.py.
+PER_CYCLE = {"v5e:2x4": 4 * 128 * 128 * 2, "v5p:2x2x2": 8 * 128 * 128 * 2}
 PER_DEVICE = 32  # images, in the table of collectives
 SLICES = {"v4:2x2x2": 8, "v4:4x4x4": 64, "v4:4x8x8": 256, "v4:8x8x16": 1024}  # chips
 
@@ -132,10 +142,38 @@ def scaling(out: Path) -> None:
     print_table(header, rows)
 
 
+def vits(out: Path) -> None:
+    """Prints memory, FLOPs and the share of the peak by the compiler's cycles, by encoder."""
+    rows = []
+    for topology, per_cycle in PER_CYCLE.items():
+        for config in ("simclr_imagenet.py:512", "moco_imagenet.py:v2"):
+            for encoder, overrides in ENCODERS.items():
+                made = plan(config, topology, overrides, out)
+                cycles, traced = sum(made["cycles"].values()), made["traced_flops"]
+                seconds = made["seconds"]
+                rows.append(
+                    [
+                        config.replace("_imagenet.py", ""),
+                        topology,
+                        encoder,
+                        f"{made['memory']['peak'] / 2**30:.1f} of {made['hbm_bytes'] / 2**30:.0f}",
+                        f"{made['model_flops_of_an_image'] / made['views'] / 1e9:.1f}",
+                        f"{traced / 1e12:.2f}",
+                        f"{made['bytes_accessed'] / 1e9:.0f}",
+                        f"{cycles / 1e6:.0f}",
+                        f"{100 * traced / (cycles * per_cycle):.0f} %",
+                        f"{1e3 * seconds['compute']:.0f} / {1e3 * seconds['memory']:.0f}",
+                    ]
+                )
+    header = ["config", "topology", "encoder", "GiB per device", "GFLOP per view"]
+    header += ["TFLOP per step and device", "memory traffic, GB", "cycles, M", "share of peak"]
+    print_table([*header, "ms: compute / memory"], rows)
+
+
 def main() -> None:
     """Prints the requested table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    tables = {"runs": runs, "collectives": collectives, "scaling": scaling}
+    tables = {"runs": runs, "collectives": collectives, "scaling": scaling, "vit": vits}
     parser.add_argument("table", choices=tables)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "plans")
     args = parser.parse_args()

@@ -421,6 +421,19 @@ def _add_import(parser: Parser) -> None:
         default="",
         help="source library: moco, solo, ... (default: inferred from the parameter names)",
     )
+    parser.add_argument(
+        "--heads",
+        type=int,
+        default=0,
+        help="attention heads of a ViT (default: those of its width, 64 features each)",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        default=0,
+        help="image size that a ViT's positions belong to (default: inferred from their number)",
+    )
     add_import(parser)
     add_json(parser)
 

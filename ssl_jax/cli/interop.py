@@ -55,7 +55,7 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
-    weights = read_weights(args.file, args.kind)
+    weights = read_weights(args.file, args.kind, args.heads, args.image_size)
     write_weights(weights, args.out)
     model, images = weights.config.model, preprocessing(weights.config)
     networks = sorted(weights.params)

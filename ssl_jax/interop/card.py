@@ -14,7 +14,7 @@ from ssl_jax.evals.metrics import interval_text
 from ssl_jax.evals.results import EVALUATION, Evaluation, read_evaluation, read_results
 from ssl_jax.files import local_path
 from ssl_jax.interop.load import results_folder
-from ssl_jax.interop.metadata import has_torch_loader, is_timms, preprocessing
+from ssl_jax.interop.metadata import has_torch_loader, in_timm, preprocessing
 from ssl_jax.interop.weights import Weights
 from ssl_jax.methods import METHODS, make_method, title
 from ssl_jax.report.evaluation import accuracy, measure_name, measures, row_name
@@ -48,7 +48,7 @@ def model_card(path: str | Path, weights: Weights) -> str:
     kind = kind.removeprefix("ssl_jax (").removesuffix(")")  # a network exported for PyTorch
     name = title(kind)
     paper = METHODS[kind].citation if kind in METHODS else ""
-    plain = is_timms(config)
+    plain = in_timm(config)
     lines = [
         _TOP.format(library="timm" if plain else "ssl_jax", method=kind),
         f"# {make_method(config, Schedule(1, 1)).encoder_name}, {name}",

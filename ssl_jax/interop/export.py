@@ -25,15 +25,16 @@ from ssl_jax.interop.import_weights import read_weights
 from ssl_jax.interop.load import Encoder, load, weights_at
 from ssl_jax.interop.metadata import (
     has_torch_loader,
-    is_timms,
+    in_timm,
     pixel_statistics,
     preprocessing,
     unlike_torchvisions,
 )
 from ssl_jax.interop.torch_names import to_torch
+from ssl_jax.interop.vit_names import timm_arguments, vit_to_torch
 from ssl_jax.interop.weights import Weights, portable_config, write_safetensors, write_weights
 from ssl_jax.methods import make_method
-from ssl_jax.models import make_encoder, resnet
+from ssl_jax.models import make_encoder
 from ssl_jax.models.registry import architecture, encoder_name
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -48,7 +49,9 @@ _MAX_BYTES = 2**31 - 2**24
 
 
 def export_torch(path: str | Path, file: str | Path, *, step: int | None = None) -> list[str]:
-    """Writes the encoder as safetensors with torchvision's names, and a loader if needed.
+    """Writes the encoder as safetensors with the names of torchvision and timm.
+
+    A ResNet that neither has gets a loader next to it.
 
     Args:
       path: a run's workdir, or a file of weights.
@@ -59,10 +62,14 @@ def export_torch(path: str | Path, file: str | Path, *, step: int | None = None)
       Lines of Python that load it.
 
     Raises:
-      UserError: there is nothing to export, the encoder has selective kernels or is not a ResNet,
-        or the file can't be written.
+      UserError: there is nothing to export, the encoder has selective kernels or is neither a
+        ResNet nor a ViT, or the file can't be written.
     """
     weights, file = weights_at(path, step), local_path(file)
+    if weights.config.model.name == "vit":
+        _require_configured(weights.config)
+        _write_torch(weights, file)
+        return _timm_lines(weights.config, file)
     _require_resnet(weights.config)
     unlike = ", ".join(unlike_torchvisions(weights.config))
     loader = _loader(file.parent) if unlike else None
@@ -84,6 +91,18 @@ def export_torch(path: str | Path, file: str | Path, *, step: int | None = None)
     ]
 
 
+def _timm_lines(config: ConfigDict, file: Path) -> list[str]:
+    """Lines of Python that load a ViT in timm."""
+    name, arguments = timm_arguments(config)
+    listed = [f"{key}={value!r}" for key, value in {**arguments, "num_classes": 0}.items()]
+    return [
+        "import safetensors.torch, timm",
+        f'net = timm.create_model("{name}", {", ".join(listed)})',
+        f'net.load_state_dict(safetensors.torch.load_file("{file.name}"))',
+        "net = net.eval()",
+    ]
+
+
 def _require_configured(config: ConfigDict) -> None:
     """Refuses an encoder that a registered method has set in place of `config.model`."""
     custom = make_method(config, Schedule(1, 1)).custom_encoder
@@ -98,16 +117,20 @@ def _require_resnet(config: ConfigDict) -> None:
     """Refuses an encoder that PyTorch's libraries lack."""
     _require_configured(config)
     if config.model.name != "resnet":
+        own = ["--format=torch, for timm"] if config.model.name == "vit" else ["--format=program"]
+        formats = ", ".join(["--format=jax", "--format=folder"]) + f" or {own[0]}"
         raise UserError(
-            f"The encoder is {encoder_name(config.model)}, but this format has torchvision's names "
-            "of a ResNet: export it with --format=jax, --format=program or --format=folder."
+            f"The encoder is {encoder_name(config.model)}, but this format is for ResNets, the "
+            f"backbones of these detectors: export it with {formats}."
         )
 
 
 def _write_torch(weights: Weights, file: Path) -> None:
     config, state = weights.config, _torch_state(weights)
-    model = resnet.architecture(config.model)
-    del model["sk"]  # the loader's `Encoder` has none
+    model = architecture(config.model)
+    model.pop("sk", None)  # the loader's `Encoder` has none
+    if config.model.name == "resnet":
+        del model["name"]
     if config.data.channels != 3:
         model["channels"] = config.data.channels
     header = {
@@ -120,6 +143,8 @@ def _write_torch(weights: Weights, file: Path) -> None:
 
 
 def _torch_state(weights: Weights) -> dict[str, np.ndarray]:
+    if weights.config.model.name == "vit":
+        return vit_to_torch(_on_host(weights.params["encoder"])[0], weights.config)
     if weights.config.model.sk:
         raise UserError(
             "The encoder has selective kernels, which neither torchvision nor timm implements in "
@@ -320,8 +345,8 @@ def _write(file: Path, data: bytes) -> None:
 def export_folder(path: str | Path, folder: str | Path, *, step: int | None = None) -> bool:
     """Writes a Hugging Face folder: config, weights, preprocessing and a model card.
 
-    `timm.create_model("local-dir:FOLDER")` loads a network that torchvision has, `torch_encoder.py`
-    in the folder any ResNet without selective kernels, and `ssl_jax.load` all.
+    `timm.create_model("local-dir:FOLDER")` loads a ViT or a network that torchvision has,
+    `torch_encoder.py` in the folder any ResNet without selective kernels, and `ssl_jax.load` all.
 
     Args:
       path: a run's workdir, or a file of weights.
@@ -340,15 +365,16 @@ def export_folder(path: str | Path, folder: str | Path, *, step: int | None = No
     weights = weights_at(path, step)
     config = weights.config
     _require_configured(config)
-    torch = has_torch_loader(config)
+    loads, torch = has_torch_loader(config), has_torch_loader(config) or in_timm(config)
     card, kept = model_card(path, weights).encode(), _keeps_card(folder, weights)
     with writing(folder, ANOTHER):
         folder.mkdir(parents=True, exist_ok=True)
         loader = _loader(folder)
         if not kept:
             (folder / _CARD).unlink(missing_ok=True)
-        if not torch:  # existing files belong to another network
+        if not loads:  # existing files belong to another network
             loader.unlink(missing_ok=True)
+        if not torch:
             (folder / _WEIGHTS).unlink(missing_ok=True)
     # First: the file marks the folder as an export, so that an interrupted one can be repeated.
     found = _hub_config(config)
@@ -357,6 +383,7 @@ def export_folder(path: str | Path, folder: str | Path, *, step: int | None = No
     write_weights(weights, folder / _ALL_WEIGHTS)
     if torch:
         _write_torch(weights, folder / _WEIGHTS)
+    if loads:
         _write(loader, _source())
     _write_json(folder / "preprocessor_config.json", _hub_preprocessing(config))
     if not kept:
@@ -446,6 +473,7 @@ def _hub_config(config: ConfigDict) -> dict[str, Any]:
     """`config.json` as timm reads it."""
     how = preprocessing(config)
     height, width, channels = view_shape(config, flat_views(config)[0])
+    is_resnet = config.model.name == "resnet"
     found: dict[str, Any] = {
         "num_classes": 0,
         "num_features": make_encoder(config).num_features,
@@ -459,8 +487,8 @@ def _hub_config(config: ConfigDict) -> dict[str, Any]:
             "mean": how["mean"] or [0.0] * channels,
             "std": how["std"] or [1.0] * channels,
             "num_classes": 0,
-            "first_conv": "conv1",
-            "classifier": "fc",
+            "first_conv": "conv1" if is_resnet else "patch_embed.proj",
+            "classifier": "fc" if is_resnet else "head",
         },
         "ssl_jax": {
             **architecture(config.model),
@@ -468,11 +496,17 @@ def _hub_config(config: ConfigDict) -> dict[str, Any]:
             "antialias": how["antialias"],  # timm and Hugging Face always antialias
         },
     }
-    if is_timms(config):
-        found = {"architecture": f"resnet{config.model.depth}", **found}
+    if not in_timm(config):
+        return found
+    if config.model.name == "vit":
+        name, arguments = timm_arguments(config)
+    else:
+        name, arguments = f"resnet{config.model.depth}", {}
     if channels != 3:
-        found["model_args"] = {"in_chans": channels}  # of timm.create_model
-    return found
+        arguments["in_chans"] = channels
+    if arguments:
+        found["model_args"] = arguments  # of timm.create_model
+    return {"architecture": name, **found}
 
 
 def _hub_preprocessing(config: ConfigDict) -> dict[str, Any]:

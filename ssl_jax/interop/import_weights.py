@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from ssl_jax.errors import UserError, did_you_mean
 from ssl_jax.files import local_path, reading
 from ssl_jax.interop.byol import read_byol
-from ssl_jax.interop.infer_architecture import require_complete, to_weights
+from ssl_jax.interop.infer_architecture import Given, require_complete, to_weights
 from ssl_jax.interop.pickled import may_be_pickled, read_pickle, read_torch
 from ssl_jax.interop.simclr import checkpoint_prefix, read_checkpoint, read_simclr
 from ssl_jax.interop.torch_state import KINDS as TORCH_KINDS
@@ -30,6 +30,7 @@ from ssl_jax.interop.weights import (
     read_header,
     read_safetensors,
 )
+from ssl_jax.models import vit
 
 _KNOWN = (
     "give a .safetensors file, a file written by torch.save, a pickle of BYOL's code, or the "
@@ -60,13 +61,15 @@ def _in_folder(path: str | Path) -> Path:
         return next((path / name for name in names if (path / name).is_file()), path)
 
 
-def read_weights(path: str | Path, kind: str = "") -> Weights:
+def read_weights(path: str | Path, kind: str = "", heads: int = 0, image_size: int = 0) -> Weights:
     """Reads the networks in a file of ssl_jax or of other code.
 
     Args:
       path: a `.safetensors` file of ssl_jax or with torchvision's names; a PyTorch file; the prefix
         of a TensorFlow checkpoint or the folder of a saved model (SimCLR); a pickle (BYOL).
       kind: the code that wrote it, one of `KINDS`; "" infers it from the names.
+      heads: attention heads of a ViT; 0 infers them from its width.
+      image_size: side of the images that a ViT's positions belong to; 0 infers it.
 
     Returns:
       The weights, for the official code with the heads that the file contains. The last file is
@@ -87,34 +90,51 @@ def read_weights(path: str | Path, kind: str = "") -> Weights:
         if prefix is None and path.suffix != ".safetensors" and not may_be_pickled(path):
             raise UserError(f"{path} contains no weights: {_KNOWN}.")
         now = file.stat()
-    return _read(path, prefix, kind, (now.st_mtime_ns, now.st_size))
+    return _read(path, prefix, kind, Given(heads, image_size), (now.st_mtime_ns, now.st_size))
 
 
 @functools.lru_cache(maxsize=1)
-def _read(path: Path, prefix: Path | None, kind: str, state: tuple[int, int]) -> Weights:
+def _read(
+    path: Path, prefix: Path | None, kind: str, given: Given, state: tuple[int, int]
+) -> Weights:
     """Reads a file; the last result is cached until the file changes."""
+    header: dict[str, str] = {}
+    arrays: dict[str, np.ndarray] = {}
+    if prefix is None and path.suffix == ".safetensors":
+        arrays, header = read_safetensors(path)
+    own = {"ssl_jax", "ssl_jax_config"} & header.keys()
+    binary = prefix is not None or kind == "byol"
+    if given != Given() and (own or binary):
+        raise UserError(f"{path} needs no --heads and --image-size: omit them.")
     if prefix is not None:
         if kind not in ("", "simclr"):
             raise UserError(f"{path} is a TensorFlow checkpoint of SimCLR: omit the kind.")
         return to_weights(read_simclr(read_checkpoint(prefix), path), path)
     if path.suffix == ".safetensors":
-        arrays, header = read_safetensors(path)
         if "ssl_jax" in header:
             if kind:
                 raise UserError(f"{path} was written by ssl_jax: omit the kind.")
             weights = parse_weights(path, arrays, header)
             require_complete(weights, path)
             return weights
-        weights = to_weights(read_state(arrays, kind, path), path)
-        return _as_exported(weights, path, header) if "ssl_jax_config" in header else weights
+        if "ssl_jax_config" in header:
+            return _as_exported(arrays, kind, path, header)
+        return to_weights(read_state(arrays, kind, path, given), path)
     if kind == "byol" or not kind and path.suffix in (".pkl", ".pickle"):
         return to_weights(read_byol(read_pickle(path), path), path)
-    return to_weights(read_state(_state_dict(read_torch(path), path), kind, path), path)
+    return to_weights(read_state(_state_dict(read_torch(path), path), kind, path, given), path)
 
 
-def _as_exported(weights: Weights, path: Path, header: Mapping[str, str]) -> Weights:
-    """Takes padding and preprocessing from the header of `ssl-jax export --format=torch`."""
+def _as_exported(
+    arrays: Mapping[str, np.ndarray], kind: str, path: Path, header: Mapping[str, str]
+) -> Weights:
+    """Takes all that names don't have from the header of `ssl-jax export --format=torch`."""
     known = parse_config(path, {"ssl_jax": FORMAT, "config": header["ssl_jax_config"]})
+    is_vit = known.model.name == "vit"
+    given = Given(known.model.vit.heads, vit.image_size(known)) if is_vit else None
+    weights = to_weights(read_state(arrays, kind, path, given), path)
+    if is_vit and known.model.vit.positions == "sincos":  # exported as a table, for timm
+        weights.params["encoder"].pop("pos_embed", None)
     config = weights.config
     config.model.update(known.model.to_dict())
     with config.unlocked():

@@ -36,6 +36,7 @@ class Found:
       small_stem: whether it is lightly's small ResNet as a `Sequential` of its children, which
         omits the stem's ReLU.
       left_out: names in the file that no network here has.
+      model: keys of `config.model` that the reader has inferred; None to infer a ResNet's.
     """
 
     kind: str
@@ -43,6 +44,20 @@ class Found:
     batch_stats: Pytree
     small_stem: bool = False
     left_out: tuple[str, ...] = ()
+    model: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What the user knows about a ViT, as its weights don't determine it; 0 to infer.
+
+    Attributes:
+      heads: attention heads.
+      image_size: side of the images that the positions belong to.
+    """
+
+    heads: int = 0
+    image_size: int = 0
 
 
 def to_weights(found: Found, path: Path) -> Weights:
@@ -53,10 +68,10 @@ def to_weights(found: Found, path: Path) -> Weights:
       path: the file, for error messages and timm's `config.json` next to it.
 
     Raises:
-      UserError: the file contains no supported ResNet, or an incomplete one.
+      UserError: the file contains no supported encoder, or an incomplete one.
     """
     config = default_config()
-    config.model.update(_model(found, path))
+    config.model.update(found.model or _model(found, path))
     try:
         _heads(config, found)
     except (KeyError, IndexError, ValueError) as error:
@@ -222,10 +237,13 @@ def _preprocessing(config: ConfigDict, kind: str, path: Path) -> None:
         normalization = CIFAR10
     # The sampler decides how images are downscaled; the crops of training are unknown.
     sampler = {"simclr": "tf", "byol": "byol"}.get(kind, "torchvision")
-    _set_views(config, 32 if small else 224, sampler, normalization)
-    bicubic = kind in ("simclr", "byol", "timm", "dino")
+    vit = config.model.name == "vit"
+    size = config.model.vit.image_size if vit else 32 if small else 224
+    _set_views(config, size, sampler, normalization)
+    bicubic = kind in ("simclr", "byol", "timm", "dino", "dinov2", "mae")
     config.eval.interpolation = "bicubic" if bicubic else "bilinear"
-    if kind == "timm":
+    # Bare names of a ViT are timm's, but also those of DINO, whose crop is the default.
+    if kind == "timm" and not vit:
         config.eval.crop_fraction = 0.95
     if small:
         config.eval.crop_fraction = 1.0
@@ -243,14 +261,23 @@ def _set_views(
         config.views = {"view1": one, "view2": ConfigDict(one)}
 
 
+def timm_config(path: Path) -> dict[str, Any]:
+    """Reads timm's `config.json` next to the weights; {} if there is none, or an invalid one."""
+    try:
+        found = json.loads(read_regular(path.with_name("config.json")))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _timm_preprocessing(config: ConfigDict, path: Path) -> None:
     """Takes the preprocessing from timm's `config.json` next to the weights, if it is valid."""
     try:
-        timm = json.loads(read_regular(path.with_name("config.json")))["pretrained_cfg"]
+        timm = timm_config(path)["pretrained_cfg"]
         mean, std = tuple(map(float, timm["mean"])), tuple(map(float, timm["std"]))
         size, fraction = int(timm["input_size"][-1]), float(timm["crop_pct"])
         interpolation = timm["interpolation"]
-    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
+    except (ValueError, LookupError, TypeError, OverflowError):
         return
     if interpolation not in ("bicubic", "bilinear") or not 0 < fraction <= 1 or size < 1:
         return

@@ -43,9 +43,12 @@ def pixel_statistics(config: ConfigDict) -> tuple[list[float], list[float]]:
     return [round(255 * x, 6) for x in mean], [round(255 * x, 6) for x in std]
 
 
-def is_timms(config: ConfigDict) -> bool:
-    """Whether a model of timm loads the encoder: as torchvision's, with any number of channels."""
-    return not set(unlike_torchvisions(config)) - {_channels(config)}
+def in_timm(config: ConfigDict) -> bool:
+    """Whether `timm.create_model` builds the encoder: ViTs and torchvision's ResNets.
+
+    Both with any number of channels.
+    """
+    return config.model.name == "vit" or not set(unlike_torchvisions(config)) - {_channels(config)}
 
 
 def has_torch_loader(config: ConfigDict) -> bool:

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from ssl_jax.errors import UserError
-from ssl_jax.interop.infer_architecture import Found
+from ssl_jax.interop.infer_architecture import Found, Given
 from ssl_jax.interop.torch_names import from_torch, from_torch_layout, sequential
+from ssl_jax.interop.vit_state import read_vit, vit_kind, vit_prefixes
 
 Arrays = Mapping[str, np.ndarray]
 _LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -45,6 +46,8 @@ _CODES = {
     "moco_v3": _Code(("base_encoder.",)),
     "vissl": _Code(("trunk._feature_blocks.", "_feature_blocks.")),
     "dino": _Code(("teacher.backbone.",)),
+    "dinov2": _Code(("teacher.backbone.", "")),
+    "mae": _Code(("",)),
     "simsiam": _Code(
         ("encoder.",),
         {"projector": ("{encoder}fc.", _MLP3_BN), "predictor": ("{outer}predictor.", _MLP2_BN)},
@@ -61,26 +64,35 @@ _CODES = {
 KINDS = tuple(_CODES)
 # Codes that are recognized by their encoder's prefix only.
 _OWN_PREFIX = ("moco", "moco_v3", "vissl", "dino")
+# Codes whose ViTs are supported.
+_VIT_KINDS = ("moco_v3", "dino", "dinov2", "mae", "timm")
 # Codes whose names are used by other codes with a different small stem.
 _COMMON = ("torchvision", "barlow_twins", "vicreg")
 
 
-def read_state(state: Arrays, kind: str, path: Path) -> Found:
+def read_state(state: Arrays, kind: str, path: Path, given: Given | None = None) -> Found:
     """Converts a state dict to ssl_jax's tree.
 
     Args:
       state: arrays by name.
       kind: the code that wrote it, one of `KINDS`; "" infers it from the names.
       path: the file, for error messages.
+      given: what the user knows about a ViT.
 
     Raises:
-      UserError: the names are ambiguous, or not those of a supported ResNet.
+      UserError: the names or shapes are ambiguous, or not those of a supported network.
     """
     if kind and kind not in _CODES:
         raise UserError(f"{path} is not a file of '{kind}': omit the kind, or give another.")
     original = _unwrapped(state, path)
     state = {name: state[stored] for name, stored in original.items()}
-    prefixes = _resnets(state)
+    prefixes, vits = _resnets(state), vit_prefixes(state)
+    if vits and not prefixes:
+        return _read_vit(state, original, kind, vits, path, given or Given())
+    if kind in ("dinov2", "mae"):
+        raise UserError(f"{path} contains no ViT, as files of {kind} do: omit the kind.")
+    if given not in (None, Given()):
+        raise UserError(f"{path} contains no ViT: omit --heads and --image-size.")
     kind = kind or _infer(state, prefixes, path)
     prefix, outer = _encoder_prefix(kind, prefixes, path)
     names = {k.removeprefix(prefix): k for k in state if k.startswith(prefix)}
@@ -107,6 +119,32 @@ def read_state(state: Arrays, kind: str, path: Path) -> Found:
         found.params["prototypes"] = {"kernel": from_torch_layout(state[prototypes])}
         taken.add(prototypes)
     found.left_out = tuple(sorted(original[name] for name in set(state) - taken))
+    return found
+
+
+def _read_vit(
+    state: Arrays,
+    original: Mapping[str, str],
+    kind: str,
+    prefixes: list[str],
+    path: Path,
+    given: Given,
+) -> Found:
+    """Finds the ViT of a state dict, and converts it."""
+    if kind and kind not in _VIT_KINDS:
+        raise UserError(
+            f"{path} contains a ViT, but the kind '{kind}' has ResNets only: omit the kind, or use "
+            f"{', '.join(_VIT_KINDS[:-1])} or {_VIT_KINDS[-1]}."
+        )
+    kind = kind or next((k for k in ("moco_v3", "dino") if _matching(k, prefixes)), "")
+    prefix, _ = _encoder_prefix(kind or "timm", prefixes, path)
+    if kind in ("", "dino") and vit_kind(state, prefix) == "dinov2":
+        kind = "dinov2"
+    inner = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    found = read_vit(inner, kind or vit_kind(state, prefix), path, given)
+    outside = [original[name] for name in state if not name.startswith(prefix)]
+    left = [original[f"{prefix}{name}"] for name in found.left_out]
+    found.left_out = tuple(sorted(outside + left))
     return found
 
 
@@ -159,7 +197,7 @@ def _encoder_prefix(kind: str, prefixes: list[str], path: Path) -> tuple[str, st
         return prefix, prefix
     if not found and prefixes and "" in _CODES[kind].encoders:
         raise UserError(
-            f"{path} has several ResNets, whose names start with {_listed(prefixes)}: save the "
+            f"{path} has several encoders, whose names start with {_listed(prefixes)}: save the "
             "state_dict of one."
         )
     if not found:
@@ -170,7 +208,7 @@ def _encoder_prefix(kind: str, prefixes: list[str], path: Path) -> tuple[str, st
     tied = [prefix for prefix, _ in found if prefix.count(".") == found[0][0].count(".")]
     if len(tied) > 1:
         raise UserError(
-            f"{path} has several ResNets, whose names start with {_listed(tied)}: save the "
+            f"{path} has several encoders, whose names start with {_listed(tied)}: save the "
             "state_dict of one."
         )
     return found[0]

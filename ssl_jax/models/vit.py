@@ -255,6 +255,8 @@ class Attention(nn.Module):
         n, t, d = x.shape
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_NORMAL)
         qkv = dense(3 * d, name="qkv")(x).reshape(n, t, 3, self.heads, d // self.heads)
+        # By default, JAX (0.10 and before) writes out products and softmax for XLA on all devices.
+        # "cudnn", its only fused implementation, doesn't compute float32 or run elsewhere.
         y = jax.nn.dot_product_attention(*jnp.unstack(qkv, axis=2))
         return jnp.asarray(dense(d, name="proj")(y.reshape(n, t, d)))
 

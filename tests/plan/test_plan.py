@@ -18,6 +18,7 @@ from ssl_jax.cli.plan import _duration, _numbers, compare, describe
 from ssl_jax.config import Schedule, load_config
 from ssl_jax.data.pipeline import Prefetcher
 from ssl_jax.errors import UserError
+from ssl_jax.models import ViT
 from ssl_jax.plan import plan
 from ssl_jax.plan.chips import parse_topology
 from ssl_jax.plan.flops import jaxpr_flops, model_flops, traced_flops
@@ -97,6 +98,34 @@ def test_resnet_50_takes_24_5_gflop_per_view():
     config = load_config("configs/simclr_imagenet.py:256")
     program = Program(config, Schedule(10, 100), make_spmd(devices=ONE))
     assert model_flops(program) / 2 == pytest.approx(24.5e9, rel=0.01)
+
+
+def vit_flops(width, depth, patches, tokens, patch=16):
+    """A forward pass, counted by hand, without the patches' convolution; and that convolution."""
+    linear = 2.0 * tokens * width**2 * (3 + 1 + 4 + 4)  # qkv, projection, and the perceptron's two
+    attention = 2.0 * 2 * tokens**2 * width  # of queries with keys, of weights with values
+    return depth * (linear + attention), 2.0 * patches * 3 * patch**2 * width
+
+
+@pytest.mark.parametrize(("width", "heads"), [(384, 6), (768, 12)])
+@pytest.mark.parametrize("size", [224, 96])
+def test_flops_of_a_vit_equal_a_count_by_hand(width, heads, size):
+    patches = (size // 16) ** 2
+    module = ViT(width=width, heads=heads, image_size=size, dtype="bfloat16")
+    image = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+    variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
+    blocks, stem = vit_flops(width, 12, patches, patches + 1)
+    forward = traced_flops(lambda v, x: module.apply(v, x, train=False), variables, image)
+    assert forward == 2 * (blocks + stem)
+    # ViT-S/16: 4.6 G multiply-adds at 224 pixels.
+    if (width, size) == (384, 224):
+        assert forward / 4 == pytest.approx(4.6e9, rel=0.01)
+
+    def loss(v, x):
+        return module.apply(v, x, train=True).sum()
+
+    # Two products for each of the forward pass; the images need no gradient.
+    assert traced_flops(jax.grad(loss), variables, image) == 2 * (3 * blocks + 2 * stem)
 
 
 # Memory and traffic of GPUs

@@ -95,6 +95,18 @@ def test_collectives_count_for_every_microbatch():
     assert many - few == pytest.approx(few, rel=0.35)  # plus those outside the loop
 
 
+def test_vits_blocks_have_no_collectives():
+    """Its LayerNorms need none: one for gradients and metrics, and the embeddings' all-gathers."""
+    config = method_config("simclr", dtype="bfloat16")
+    config.simclr.head_bn = "none"
+    config.model.name = "vit"
+    config.model.vit.update(width=32, depth=2, heads=2, patch=4)
+    made = plan.make_plan(config, TOPOLOGY, images=6400)
+    assert made.fits and made.cycles
+    counts = {each.kind: each.count for each in made.collectives}
+    assert counts.get("all-reduce", 0) <= 3, counts
+
+
 def test_unknown_slice_is_rejected():
     with pytest.raises(UserError, match=r"v5e:3x3 is not a slice that libtpu knows \(.*v5e:4x4"):
         plan.devices_of(parse_topology("v5e:3x3"))
