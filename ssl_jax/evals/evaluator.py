@@ -383,8 +383,9 @@ class Evaluator:
             for name, *counts in zip(train.names, train.counts, test.counts, strict=True)
             if not all(counts)
         ]
-        missing = f"mAP is without {some(names)}, which a split has no images of."
-        return (_SEVERAL, *[missing] * bool(names))
+        if not names:
+            return (_SEVERAL,)
+        return _SEVERAL, f"mAP is without {some(names)}, which a split has no images of."
 
     def _targets(self) -> tuple[Targets, Targets]:
         """The targets of both splits, whose images have several classes each."""
