@@ -173,31 +173,38 @@ def run_features(
     if projector_layer is not None:
         config.eval.projector_layer = projector_layer
     learned, held_out = make_sources(config, train, test)
-    targets = _targets(learned, held_out)
-    if labeled_only and multi_label and (targets_of(learned) or (targets[1] is not None)):
-        require_targets(learned, held_out)
-    elif labeled_only:
-        require_labels(learned, held_out)
-        learned, held_out = labeled(learned), held_out and labeled(held_out)
+    if labeled_only:
+        learned, held_out = _labeled(learned, held_out, multi_label)
     encoder = load(path, step, projector_layer=config.eval.projector_layer)
     spmd = make_spmd()
     evaluator = Evaluator(config, spmd, learned, held_out, progress=progress)
     variables = spmd.replicate(encoder.variables)
     train_features = evaluator.features(variables, learned)
     test_features = None if held_out is None else evaluator.features(variables, held_out)
+    *targets, names = _targets(learned, held_out)
+    class_names = names or learned.class_names or (held_out.class_names if held_out else ())
     # Names last: what replaces an unreadable image is known once all have been read.
     return Features(
         train_features,
         learned.labels,
         test_features,
         None if held_out is None else held_out.labels,
-        targets[2] or learned.class_names or (held_out.class_names if held_out else ()),
+        class_names,
         encoder.step,
         _names(learned),
         () if held_out is None else _names(held_out),
         tuple(dict.fromkeys((*learned.bad, *(held_out.bad if held_out else ())))),
-        *_targets(learned, held_out)[:2],
+        *targets,
     )
+
+
+def _labeled(train: Source, test: Source | None, multi_label: bool) -> tuple[Source, Source | None]:
+    """The labeled images; those of several classes each are all kept."""
+    if multi_label and (targets_of(train) or targets_of(test)):
+        require_targets(train, test)
+        return train, test
+    require_labels(train, test)
+    return labeled(train), test and labeled(test)
 
 
 def _targets(

@@ -99,11 +99,7 @@ class Evaluator:
           UserError: the features of both splits can't fit in the primary process's memory.
         """
         self.config, self.train, self.test = config, train, test
-        self.not_scored = why_not_scored(train, test)
-        self._several = several_labels(train, test)
-        if self._several:
-            missing = why_no_mean_ap(train, test)
-            self._several, self.not_scored = not missing, missing or _SEVERAL
+        self._several, self.not_scored = _scored(train, test)
         self._held_out = test.fingerprint if test is not None else ""
         self._progress = progress or Progress(verbosity="warnings")
         method = make_method(config, Schedule(1, 1))
@@ -394,8 +390,9 @@ class Evaluator:
             for name, *counts in zip(train.names, train.counts, test.counts, strict=True)
             if not all(counts)
         ]
-        missing = f"mAP is without {some(names)}, which a split has no images of."
-        return (_SEVERAL, *[missing] * bool(names))
+        if not names:
+            return (_SEVERAL,)
+        return _SEVERAL, f"mAP is without {some(names)}, which a split has no images of."
 
     def _targets(self) -> tuple[Targets, Targets]:
         """The targets of both splits, whose images have several classes each."""
@@ -515,6 +512,14 @@ class Evaluator:
         images = {name: array[ids] for name, array in self.train.device_data().items()}
         batch = self._augment_fn(raw | images, {}, key)
         return [np.asarray(view) for view in batch["views"]]
+
+
+def _scored(train: Source, test: Source | None) -> tuple[bool, str]:
+    """Whether average precision is measured, and why accuracies are not, or ""."""
+    if not several_labels(train, test):
+        return False, why_not_scored(train, test)
+    missing = why_no_mean_ap(train, test)
+    return not missing, missing or _SEVERAL
 
 
 def _require_memory(images: int, width: int) -> None:

@@ -157,8 +157,7 @@ def fit_linear(
 
     Args:
       features: [n, d].
-      labels: [n], in 0 … num_classes-1; or targets of images of several classes, int8 [n,
-        num_classes], see `Targets.values`. Each class needs an image.
+      labels: [n], in 0 … num_classes-1; or `Targets.values`, int8 [n, num_classes].
       num_classes: number of classes.
       penalties: candidates; a single one is used as is.
       validation_fraction: share of the examples on which the penalty is chosen.

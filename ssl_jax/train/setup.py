@@ -56,14 +56,7 @@ class Setup:
             config.spmd, batch_size=config.batch_size, microbatch=config.microbatch
         )
         self.train, self.test = make_sources(config, train, test)
-        needs_labels = method_class(config.method).needs_labels
-        needs_labels |= config.method == "distill" and config.distill.labels > 0
-        if needs_labels and targets_of(self.train):
-            raise UserError(
-                f"config.method is '{config.method}', but the training images have several labels "
-                "each, and its loss needs one class per image. Give one label per image, or "
-                "evaluate with `ssl-jax linear` or `ssl-jax transfer --no-finetune`."
-            )
+        _require_one_label(config, self.train)
         # TFDS's labels are inside the records, all of which would be read; the loss of `supervised`
         # leaves out images without a label by itself.
         masked = (config.method, config.data.name) == ("supervised", "tfds")
@@ -93,6 +86,18 @@ class Setup:
         self.derived = {"batchnorm_images": self.program.batchnorm_images, **self.watched}
         if self.method.custom_encoder:
             self.derived["encoder"] = self.method.custom_encoder
+
+
+def _require_one_label(config: ConfigDict, train: Source) -> None:
+    """Refuses images of several classes for a method whose loss needs one class per image."""
+    needs_labels = method_class(config.method).needs_labels
+    needs_labels |= config.method == "distill" and config.distill.labels > 0
+    if needs_labels and targets_of(train):
+        raise UserError(
+            f"config.method is '{config.method}', but the training images have several labels "
+            "each, and its loss needs one class per image. Give one label per image, or "
+            "evaluate with `ssl-jax linear` or `ssl-jax transfer --no-finetune`."
+        )
 
 
 def resolve(config: ConfigDict, train: Source, started: ConfigDict | None = None) -> ConfigDict:

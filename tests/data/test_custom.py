@@ -285,3 +285,20 @@ def test_example_reads_an_hdf5_file(register, tmp_path):
     config.data.dir = str(tmp_path / "absent.h5")
     with pytest.raises(UserError, match=r"Cannot read config.data.dir \(hdf5: .*absent.h5\)"):
         make_sources(config)
+
+
+def test_labels_with_a_column_per_class_are_targets(tmp_path):
+    class Several:
+        labels = np.array([[0, 1], [1, -1], [0, 0]])
+        class_names = ("cat", "dog")
+
+        def __len__(self):
+            return 3
+
+        def read(self, ids):
+            return np.zeros((len(ids), 40, 40, 3), np.uint8)
+
+    source = CustomSource(config_of(tmp_path), Several(), "train")
+    assert source.labels is None and source.num_classes == 0
+    assert source.targets.values.tolist() == [[0, 1], [1, -1], [0, 0]]
+    assert source.targets.names == ("cat", "dog")

@@ -162,3 +162,16 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(UserError, match=r"Cannot import datasets .*'.\[hf\]'"):
         make_sources(hf(tmp_path))
+
+
+def test_column_of_lists_of_classes_is_several_labels_per_image(images, tmp_path):
+    files = sorted(images.rglob("*.png"))
+    kinds = datasets.Sequence(datasets.ClassLabel(names=["cat", "dog"]))
+    features = datasets.Features({"image": datasets.Image(), "label": kinds})
+    stored = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
+    labels = [[0, 1], [], None, [1], [0], [1]]
+    rows = datasets.Dataset.from_dict({"image": stored, "label": labels}, features)
+    saved(rows, tmp_path / "several")
+    source = make_sources(hf(tmp_path / "several"))[0]
+    assert source.labels is None and source.targets.names == ("cat", "dog")
+    assert source.targets.values[:4].tolist() == [[1, 1], [0, 0], [-1, -1], [0, 1]]

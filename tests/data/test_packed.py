@@ -205,3 +205,15 @@ def test_other_formats_are_packed_as_pillow_reads_them(tmp_path):
     (tmp_path / "in" / "a.gif").write_bytes((tmp_path / "in" / "a.gif").read_bytes()[:60])
     with pytest.raises(UserError, match="Cannot decode .*a.gif as an image .JPEG, PNG, TIFF, WebP"):
         pack(tmp_path / "in", tmp_path / "out.npz")
+
+
+def test_labels_with_a_column_per_class_are_read_from_a_packed_file(tmp_path):
+    images = np.zeros((3, 8, 8, 3), np.uint8)
+    for classes in (2, 0):
+        labels = np.ones((3, classes), np.uint8)
+        names = np.array(["cat", "dog"][:classes], str)
+        np.savez(tmp_path / f"{classes}.npz", images=images, labels=labels, class_names=names)
+    source = make_sources(packed_config(dir=str(tmp_path / "2.npz")))[0]
+    assert source.targets.names == ("cat", "dog") and source.targets.values.all()
+    with pytest.raises(UserError, match=r"labels of shape \[3, 0\]"):
+        make_sources(packed_config(dir=str(tmp_path / "0.npz")))

@@ -109,3 +109,17 @@ def test_missing_lists_and_files_are_named(images):
     source = source_of(images / "list.txt", "cat/0.png\ncat/absent.png\n")
     with pytest.raises(UserError, match="Cannot read .*cat/absent.png .No such file"):
         source.eval_transform(np.array([1]))
+
+
+def test_table_has_several_classes_per_image(images):
+    names, data = listed(images), {"image_key": "path", "label_separator": ";"}
+    cells = ["cat;dog", "", "?cat; emu", "dog", "dog", "emu"]
+    rows = ["path,label", *(f"{name},{cell}" for name, cell in zip(names, cells, strict=True))]
+    source = source_of(images / "several.csv", "\n".join(rows), **data)
+    assert source.labels is None and source.targets.names == ("cat", "dog", "emu")
+    assert source.targets.values[:3].tolist() == [[1, 1, 0], [0, 0, 0], [-1, 0, 1]]
+    assert source.labels_from.startswith("column 'label'")
+    one = source_of(images / "several.csv", "\n".join(rows), image_key="path")
+    assert one.targets is None and "cat;dog" in one.class_names
+    with pytest.raises(UserError, match="label_separator is ';', but .* has no labels"):
+        source_of(images / "plain.txt", "\n".join(names), label_separator=";")

@@ -270,3 +270,32 @@ def test_read_sets_reads_the_list_in_configs():
     listed = transfer_learning.read_sets(Path(__file__).parents[2] / "configs" / "transfer.json")
     assert {data_set.metric for data_set in listed} == set(METRICS)
     assert len(listed) == 9
+
+
+def test_several_labels_per_image_are_measured_by_mean_average_precision(run, tmp_path, capsys):
+    for split, n in (("train", 90), ("test", 40)):
+        source = random_source(n=n, seed=n, classes=3)
+        targets = np.eye(3, dtype=np.int8)[source.labels]
+        targets[:5, 0] = -1
+        names = np.array(["a", "b", "c"])
+        file = tmp_path / f"{split}.npz"
+        np.savez(file, images=source.images, labels=targets, class_names=names)
+    packed = {"name": "packed", "dir": f"{tmp_path}/train.npz", "test_dir": f"{tmp_path}/test.npz"}
+    file = tmp_path / "sets.json"
+    line = ["transfer", f"--from={run}", f"--sets={file}", f"--results={tmp_path / 'kept'}"]
+    file.write_text(json.dumps({"voc": {"data": packed}}))
+    assert cli.main([*line, "--no-finetune"]) == 2
+    assert "voc: The metric is top1, but the images have several labels" in capsys.readouterr().err
+    file.write_text(json.dumps({"voc": {"metric": "mean_ap_11_point", "data": packed}}))
+    assert cli.main([*line, "--rates=0.1"]) == 2
+    assert "transfer --no-finetune" in capsys.readouterr().err
+    assert cli.main([*line, "--no-finetune"]) == 0
+    assert "| voc | mean ap 11 point | " in capsys.readouterr().out
+    data = [f"--config.data.{key}={value}" for key, value in packed.items()]
+    for name, *flags in (["knn"], ["finetune"], ["linear", "--recipe=simclr"]):
+        assert cli.main([name, f"--from={run}", *flags, *data]) == 2
+        assert "The images have several labels each" in capsys.readouterr().err
+    assert cli.main(["linear", f"--from={run}", f"--results={tmp_path}", *data, "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    assert metrics["examples"] == 40 and len(metrics["classes"]) == 3
+    assert metrics["mean_ap"]["low"] <= metrics["mean_ap"]["value"] <= metrics["mean_ap"]["high"]

@@ -334,3 +334,28 @@ def test_features_that_cannot_fit_in_memory_are_refused_at_the_start(monkeypatch
     monkeypatch.setattr(memory, "host_memory", lambda: size - 1)
     with pytest.raises(UserError, match=r"take 1.5 KiB, but this machine has 1.5 KiB.*subset"):
         evaluator_of(train, train)
+
+
+def several(source):
+    """The source's images with two classes each: their own, and whether it is even."""
+    targets = np.eye(4, dtype=np.int8)[source.labels]
+    even = (source.labels % 2 == 0).astype(np.int8)[:, None]
+    names = ("a", "b", "c", "d", "even")
+    return ArraySource(source.images, np.concatenate([targets, even], axis=1), names)
+
+
+def test_several_labels_per_image_are_measured_by_mean_average_precision(tmp_path):
+    splits = several(random_source(96)), several(random_source(40, seed=1))
+    evaluate(tmp_path, *splits)
+    evaluation = read_evaluation(tmp_path / "evaluation.json")
+    for row in evaluation.rows:
+        low, high = row.intervals["mean_ap"]
+        assert row.single.keys() == {"mean_ap"} and not row.trials
+        assert 0 <= low <= row.single["mean_ap"] <= high <= 1
+    assert evaluation.find("raw pixels").single["mean_ap"] > 0.9
+    assert any("kNN and few labels per class" in note for note in evaluation.notes)
+    assert "Linear probe, mAP" in evaluation_table(tmp_path)[0]
+    evaluator = evaluator_of(*splits)
+    assert "mean average precision is measured" in evaluator.plan()
+    absent = ArraySource(splits[1].images, np.zeros((40, 5), np.int8), splits[1].targets.names)
+    assert "No class has an image in both" in evaluator_of(splits[0], absent).plan()
