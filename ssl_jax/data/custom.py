@@ -92,7 +92,7 @@ class CustomSource(HostSource):
             encoded, image = True, array
         if self._encoded is None:
             self._encoded = encoded
-            self._dtype = np.dtype(np.uint8) if encoded else _native(array.dtype)
+            self._dtype = np.dtype(np.uint8) if encoded else _native(np.asarray(image).dtype)
         if self._encoded != encoded:
             raise UserError(
                 f"{self._where}: read(ids) returned both arrays and files; image {id} is "
