@@ -111,7 +111,8 @@ class CustomSource(HostSource):
             )
         if array.shape[2] != self.channels:
             raise UserError(
-                f"{self._where}: read(ids) returned shape {list(array.shape)} for image {id}, of "
+                f"{self._where}: read(ids) returned dtype {array.dtype} and shape "
+                f"{list(array.shape)} for image {id}, of "
                 f"{array.shape[2]} channels, but config.data.channels is {self.channels}. Set "
                 f"config.data.channels={array.shape[2]}, or return {self.channels}."
             )
