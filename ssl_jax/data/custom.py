@@ -97,7 +97,7 @@ class CustomSource(HostSource):
             encoded, image = True, array
         if self._encoded is None:
             self._encoded = encoded
-            self._dtype = np.dtype(np.uint8) if encoded else _native(array.dtype)
+            self._dtype = np.dtype(np.uint8) if encoded else _native(np.asarray(image).dtype)
         if self._encoded != encoded:
             raise UserError(
                 f"{self._where}: read(ids) returned both arrays and files; image {id} is "
@@ -116,7 +116,8 @@ class CustomSource(HostSource):
             )
         if array.shape[2] != self.channels:
             raise UserError(
-                f"{self._where}: read(ids) returned shape {list(array.shape)} for image {id}, of "
+                f"{self._where}: read(ids) returned dtype {array.dtype} and shape "
+                f"{list(array.shape)} for image {id}, of "
                 f"{array.shape[2]} channels, but config.data.channels is {self.channels}. Set "
                 f"config.data.channels={array.shape[2]}, or return {self.channels}."
             )

@@ -6,6 +6,7 @@ here. What Pillow can't read is left to tifffile and imagecodecs, the extra `tif
 
 import io
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
@@ -102,7 +103,7 @@ def image_bits(contents: bytes) -> int:
     return max(8, *bits) if isinstance(bits, tuple) else max(8, int(bits))
 
 
-def _tiff_tags(contents: bytes) -> dict[int, object]:
+def _tiff_tags(contents: bytes) -> dict[int, Any]:
     """The tags of a TIFF's first page, also of one that Pillow can't decode; {} for other files."""
     if contents[:4] not in _TIFF:
         return {}
@@ -117,7 +118,7 @@ def _tiff_tags(contents: bytes) -> dict[int, object]:
         return {}
 
 
-def _is_stack(tags: dict[int, object]) -> bool:
+def _is_stack(tags: dict[int, Any]) -> bool:
     """Whether a TIFF has several samples that are no colors and alpha, as Pillow can't decode."""
     samples = tags.get(_SAMPLES, 1)
     return tags.get(_PHOTOMETRIC) in _GRAYS and isinstance(samples, int) and samples > 2
@@ -143,12 +144,10 @@ def _stored(
     with Image.open(io.BytesIO(contents), formats=_FORMATS) as image:
         if image.mode.startswith("I"):
             return np.asarray(image).astype(np.uint16)[..., None], False
-        if image.mode == "1":
-            image = image.convert("L")
-        if image.mode in ("L", "LA", "RGBA"):
-            values = np.asarray(image)
-            values = values[..., None] if values.ndim == 2 else values
-            return values, image.mode != "L"
+        if image.mode in ("1", "L"):
+            return np.asarray(image.convert("L"))[..., None], False
+        if image.mode in ("LA", "RGBA"):
+            return np.asarray(image), True
         return _rgb(image), False
 
 

@@ -372,8 +372,7 @@ def make_sources(
     """
 
     def opened(config: ConfigDict) -> tuple[Source, Source | None]:
-        named = train is None
-        splits = _named_sources(config) if named else _given_sources(config, train, test)
+        splits = _named_sources(config) if train is None else _given_sources(config, train, test)
         for split in splits:
             if isinstance(split, ArraySource):
                 _require_channels(config, split)

@@ -92,9 +92,9 @@ def retrieval_pictures(
       Arrays for `report.write_images`, by name.
     """
     features = train_features, test_features
-    train, test = (_Shown(source, limits) for source in (train, test))
-    pictures = _neighbors(train, test, features, labeled) | _map(test, test_features, labeled)
-    return pictures | _failures(train, test, features) if labeled else pictures
+    shown = _Shown(train, limits), _Shown(test, limits)
+    pictures = _neighbors(*shown, features, labeled) | _map(shown[1], test_features, labeled)
+    return pictures | _failures(*shown, features) if labeled else pictures
 
 
 class _Shown:

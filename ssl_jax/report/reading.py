@@ -114,7 +114,10 @@ def _require_types(values: Any, defaults: dict[str, Any], where: str) -> None:
         if isinstance(default, dict):
             _require_types(value, default, f"{where}.{key}")
         elif type(default) in (int, float):
-            if type(value) not in (int, float) or not abs(value) < _HUGE:
+            # A view's size may be a pair.
+            pair = key == "size" and isinstance(value, list) and len(value) == 2
+            numbers = value if pair else [value]
+            if not all(type(n) in (int, float) and abs(n) < _HUGE for n in numbers):
                 raise ValueError(f"{where}.{key} is not a number that can be shown")
         elif not isinstance(value, type(default)):
             raise ValueError(f"{where}.{key} is not of type {type(default).__name__}")

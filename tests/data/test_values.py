@@ -150,7 +150,8 @@ def test_range_scales_and_clips_values_on_host_and_device(tmp_path):
 def test_host_and_device_make_the_same_views_of_any_channels(tmp_path, channels):
     images = np.random.default_rng(0).integers(0, 256, (2, 20, 24, channels), np.uint8)
     for number, image in enumerate(images):
-        (tmp_path / f"{number}.tif").write_bytes(tiff(image, planarconfig="contig"))
+        several = {"planarconfig": "contig"} if channels > 1 else {}
+        (tmp_path / f"{number}.tif").write_bytes(tiff(image, **several))
     config = whole_views(channels, name="folder", dir=str(tmp_path))
     source, _ = make_sources(config)
     (batch,) = read(source, [(0, [0, 1])])
@@ -158,7 +159,7 @@ def test_host_and_device_make_the_same_views_of_any_channels(tmp_path, channels)
     assert view.dtype == np.uint8 and view.shape == (2, 12, 8, channels)
     raw = {"id": np.array([0, 1])}
     (on_device,) = make_augment_fn(config)(raw, {"image": images}, jax.random.key(0))["views"]
-    np.testing.assert_allclose(view / 255, on_device, atol=0.51 / 255)
+    np.testing.assert_allclose(view / 255, on_device, atol=1.01 / 255)  # Pillow rounds twice
     expected = [resized(image / 255, (12, 8)) for image in images]
     np.testing.assert_allclose(on_device, expected, atol=2e-6)
     np.testing.assert_array_equal(rgb(images)[..., 0], images[..., 0])
