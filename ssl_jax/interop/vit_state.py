@@ -84,8 +84,9 @@ def read_vit(state: Arrays, kind: str, path: Path, given: Given) -> Found:
     extra, side = _grid(tokens["pos_embed"].shape[1], extras, patch, given.image_size, timm, path)
     table, registers = _positions(tokens, pool, extra)
     found = Found(kind, {"encoder": {**params, **table}}, {})
-    if kind in ("timm", "mae") and np.ndim(state.get("head.weight")) == 2:
-        head = {"kernel": from_torch_layout(state["head.weight"])}
+    weight = state.get("head.weight") if kind in ("timm", "mae") else None
+    if weight is not None and weight.ndim == 2:
+        head = {"kernel": from_torch_layout(weight)}
         if "head.bias" in state:
             head["bias"] = from_torch_layout(state["head.bias"])
         found.params["classifier"] = {"Dense_0": head}
