@@ -151,10 +151,10 @@ def run_features(
       path: the run's workdir.
       step: of the checkpoint; default the newest.
       projector_layer: see `ssl_jax.load`.
-      overrides: strings `a.b=VALUE` that change the run's config: `data.…` names other data,
-        `data.subset` a share of it, and `eval.…` sets how images are prepared.
-      labeled_only: leave out images without a label, as `knn_metrics` and `linear_metrics` need.
-      multi_label: allow images of several classes with `labeled_only`, as `linear_metrics` does.
+      overrides: strings `a.b=VALUE` that change the run's config: `data.…` names other data
+        or a share of it, `eval.…` how images are prepared.
+      labeled_only: leave out images without a label.
+      multi_label: allow images of several classes with `labeled_only`.
       train: training images given in Python, as to `pretrain`; None: the config names them.
       test: the held-out images to `train`, if any.
       progress: shows how many images have been encoded; None for nothing.
@@ -163,9 +163,8 @@ def run_features(
       The features, in the order of the sources.
 
     Raises:
-      UserError: the run or the data is missing, an override is bad or doesn't change features, or
-        `labeled_only` and a held-out split or labels are missing; raised before anything is
-        computed.
+      UserError: the run, the data or, with `labeled_only`, a held-out split or labels are missing,
+        or an override is bad or doesn't change features; raised before anything is computed.
     """
     overrides = tuple(overrides)
     config = apply_overrides(config_at(path), overrides)
@@ -176,19 +175,17 @@ def run_features(
     if labeled_only:
         learned, held_out = _labeled(learned, held_out, multi_label)
     encoder = load(path, step, projector_layer=config.eval.projector_layer)
-    spmd = make_spmd()
-    evaluator = Evaluator(config, spmd, learned, held_out, progress=progress)
-    variables = spmd.replicate(encoder.variables)
-    train_features = evaluator.features(variables, learned)
-    test_features = None if held_out is None else evaluator.features(variables, held_out)
+    evaluator = Evaluator(config, spmd := make_spmd(), learned, held_out, progress=progress)
+    seen = spmd.replicate(encoder.variables)
+    splits = [evaluator.features(seen, split) for split in (learned, held_out) if split]
     *targets, names = _targets(learned, held_out)
     class_names = names or learned.class_names or (held_out.class_names if held_out else ())
     # Names last: what replaces an unreadable image is known once all have been read.
     return Features(
-        train_features,
+        splits[0],
         learned.labels,
-        test_features,
-        None if held_out is None else held_out.labels,
+        splits[1] if held_out else None,
+        held_out.labels if held_out else None,
         class_names,
         encoder.step,
         _names(learned),
