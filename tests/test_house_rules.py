@@ -20,7 +20,7 @@ MESHES_AND_MAPS = {
 }
 ARRAY_LIBRARIES = {"jax", "flax", "optax"}
 OPTIONAL_PACKAGES = {"array_record", "matplotlib", "pyarrow", "tensorflow", "tensorflow_datasets"}
-OPTIONAL_PACKAGES |= {"datasets", "torch", "wandb"}
+OPTIONAL_PACKAGES |= {"datasets", "imagecodecs", "tifffile", "torch", "wandb"}
 LAZY_IMPORTS = {("cli/doctor.py", "jax")}  # doctor survives a broken JAX
 # Calls of `importlib.import_module`: TensorFlow is imported on first use, main imports the command,
 # and doctor checks each package.

@@ -54,6 +54,8 @@ _OPTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
     "matplotlib": {"matplotlib": ("matplotlib",)},
     "datasets": {"datasets": ("datasets",)},
     "pyarrow": {"pyarrow": ("pyarrow",)},
+    "tifffile": {"tifffile": ("tifffile",)},
+    "imagecodecs": {"imagecodecs": ("imagecodecs",)},
     "libtpu": {"libtpu": ("libtpu",)},
     "jax-cuda-plugin": {name: (name.replace("_", "-"),) for name in _CUDA},
     "torch": {"torch": ("torch",)},

@@ -178,8 +178,7 @@ def run_features(
     evaluator = Evaluator(config, spmd := make_spmd(), learned, held_out, progress=progress)
     seen = spmd.replicate(encoder.variables)
     splits = [evaluator.features(seen, split) for split in (learned, held_out) if split]
-    *targets, names = _targets(learned, held_out)
-    class_names = names or learned.class_names or (held_out.class_names if held_out else ())
+    *targets, class_names = _targets(learned, held_out)
     # Names last: what replaces an unreadable image is known once all have been read.
     return Features(
         splits[0],
@@ -207,13 +206,14 @@ def _labeled(train: Source, test: Source | None, multi_label: bool) -> tuple[Sou
 def _targets(
     train: Source, test: Source | None
 ) -> tuple[np.ndarray | None, np.ndarray | None, tuple[str, ...]]:
-    """Targets of both splits and the names of their columns, if any split has targets."""
+    """Targets of both splits, and the names of the classes or of the targets' columns."""
     first, second = targets_of(train), targets_of(test)
     if first and second:
         first, second = common_targets(first, second)
     values = [None if targets is None else targets.values for targets in (first, second)]
-    known = first or second
-    return values[0], values[1], known.names if known else ()
+    if known := first or second:
+        return values[0], values[1], known.names
+    return None, None, train.class_names or (test.class_names if test else ())
 
 
 def _names(source: Source) -> list[str]:

@@ -1,7 +1,7 @@
 """Evaluates a run: kNN during training; at the end accuracies of the run and its baselines."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +116,7 @@ class Evaluator:
             )
 
         def small(_: Pytree, images: Array) -> Array:
-            plain = images.dtype == jnp.uint8 and not config.data.range
-            images = to_float(images, config.data.range)
-            if max(images.shape[1:3]) > _PIXELS:
-                images = resize_images(images, (_PIXELS, _PIXELS), "bilinear")
-                images = jnp.round(255 * images) / 255 if plain else images
-            return images.reshape(len(images), -1)
+            return _raw_pixels(images, config.data.range)
 
         def classify(variables: Pytree, images: Array) -> Array:
             ready = prepare_eval(images, config)
@@ -338,13 +333,7 @@ class Evaluator:
             if not first:
                 continue  # it has encoded its share
             if name == own:
-                pictures |= retrieval_pictures(
-                    train,
-                    test,
-                    *splits,
-                    labeled=not self.not_scored,
-                    limits=self.config.data.range,
-                )
+                pictures |= self._retrieval(train, test, splits)
             if self._fits_rows:
                 self._progress.line(f"Evaluating {title(name)}: classifiers …")
                 rows.append(self._row(name, *splits))
@@ -356,6 +345,12 @@ class Evaluator:
             with writing(workdir):
                 write_evaluation(workdir, found)
         return pictures
+
+    def _retrieval(
+        self, train: Source, test: Source, features: list[np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        scored, limits = not self.not_scored, self.config.data.range
+        return retrieval_pictures(train, test, *features, labeled=scored, limits=limits)
 
     def _notes(self) -> tuple[str, ...]:
         """Limits of the accuracies, as sentences for the report."""
@@ -536,6 +531,16 @@ def _labeled_everywhere(source: Source) -> Source:
     labels = source.labels if processes.is_primary() else None
     has_label = np.zeros(source.num_examples, bool) if labels is None else labels != NO_LABEL
     return labeled(source, processes.array_from_first(has_label))
+
+
+def _raw_pixels(images: Array, limits: Sequence[float]) -> Array:
+    """The images as features [n, values], at most `_PIXELS` wide; 8 bits are kept as such."""
+    plain = images.dtype == jnp.uint8 and not limits
+    images = to_float(images, limits)
+    if max(images.shape[1:3]) > _PIXELS:
+        images = resize_images(images, (_PIXELS, _PIXELS), "bilinear")
+        images = jnp.round(255 * images) / 255 if plain else images
+    return images.reshape(len(images), -1)
 
 
 def _gathered(spmd: Spmd, encode: Callable[[Pytree, Array], Array]) -> Callable[..., Array]:

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from ssl_jax.config import Schedule, default_config, flat_views, view, view_shape
+from ssl_jax.data.values import MAX_CHANNELS
 from ssl_jax.errors import UserError
 from ssl_jax.files import read_regular
 from ssl_jax.interop.weights import Pytree, Weights
@@ -79,7 +80,15 @@ def to_weights(found: Found, path: Path) -> Weights:
             f"{path} has heads that differ from those of {found.kind} ({error})."
         ) from error
     _preprocessing(config, found.kind, path)
-    set_channels(config, int(found.params["encoder"]["stem"]["conv1"]["kernel"].shape[2]))
+    encoder = found.params["encoder"]
+    first = encoder["patch_embed"] if config.model.name == "vit" else encoder["stem"]["conv1"]
+    channels = int(first["kernel"].shape[2])
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise UserError(
+            f"{path} has an encoder of images of {channels} channels. ssl_jax reads images of 1 to "
+            f"{MAX_CHANNELS}."
+        )
+    set_channels(config, channels)
     source = f"{found.kind}: {path.name}"
     weights = Weights(config, found.params, found.batch_stats, 0, source, found.left_out)
     require_complete(weights, path)

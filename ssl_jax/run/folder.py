@@ -199,22 +199,6 @@ def write_config(
     _write_record(workdir, record)
 
 
-def require_started(workdir: Path) -> None:
-    """Checks that a folder has a run to extend, before anything is created in it.
-
-    Raises:
-      UserError: it has no config or no checkpoint, or doesn't exist.
-    """
-    named = (workdir / "config.json").exists()
-    if not (named and has_checkpoint(workdir)):
-        why = f"as it has no {'checkpoint' if named else 'config.json'}"
-        why = why if workdir.exists() else "as it doesn't exist"
-        raise UserError(
-            f"{workdir} contains no run to extend, {why}.{close_path(workdir)} Set --workdir to "
-            "the folder of a run, or remove --extend to start a new one."
-        )
-
-
 def _require_unchanged(workdir: Path, changed: list[str], old: str, new: str, kept: bool) -> None:
     """Raises a UserError if config or images differ; "old" and "new" are the images'."""
     hint = "" if kept else "; this one has no checkpoint yet and can be deleted"
@@ -276,10 +260,26 @@ def has_checkpoint(workdir: Path) -> bool:
     return any(folder.name.isdecimal() for folder in (workdir / "checkpoints").glob("*"))
 
 
-def started_config(workdir: Path) -> ConfigDict | None:
-    """The config of the run that will be resumed in a folder; None for a new run."""
-    if has_checkpoint(workdir) and (workdir / "config.json").exists():
+def started_config(workdir: Path, extend: bool = False) -> ConfigDict | None:
+    """The config of the run that will be resumed in a folder; None for a new run.
+
+    Args:
+      workdir: the folder; nothing is created in it.
+      extend: whether there must be a run.
+
+    Raises:
+      UserError: there must be a run, but it has no config or no checkpoint.
+    """
+    named = (workdir / "config.json").exists()
+    if named and has_checkpoint(workdir):
         return read_config(workdir)
+    if extend:
+        why = f"as it has no {'checkpoint' if named else 'config.json'}"
+        why = why if workdir.exists() else "as it doesn't exist"
+        raise UserError(
+            f"{workdir} contains no run to extend, {why}.{close_path(workdir)} Set --workdir to "
+            "the folder of a run, or remove --extend to start a new one."
+        )
     return None
 
 

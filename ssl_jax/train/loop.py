@@ -25,7 +25,6 @@ from ssl_jax.run import processes
 from ssl_jax.run.folder import (
     lock_text,
     locked,
-    require_started,
     started_config,
     started_weights,
     write_config,
@@ -63,15 +62,14 @@ def pretrain(
 ) -> PretrainResult:
     """Pretrains an encoder, or resumes the run in `workdir`; evaluates it and writes the report.
 
-    SIGTERM stops the run after a checkpoint. Processes joined by `jax.distributed.initialize` all
-    call this function and form one run, whose primary process writes and prints.
+    SIGTERM stops the run after a checkpoint. Joined processes (`jax.distributed.initialize`) all
+    call this and form one run, whose primary process writes and prints.
 
     Args:
       config: of the whole run, validated.
       workdir: the run's folder; created if it doesn't exist.
       command: recorded in the workdir, for the report's "how to reproduce".
-      extend: train the run in `workdir`, finished or not, to the larger `epochs` or `steps` of
-        `config`; see `ssl_jax.train.extension`.
+      extend: train the run in `workdir` on to the end of `config`; see `ssl_jax.train.extension`.
       train: the training images, an object of your own (`ssl_jax.data.registry.Images`); None:
         `config.data` names them. A run that is resumed needs it again.
       test: the held-out images to `train`, if any.
@@ -91,14 +89,13 @@ def pretrain(
         progress.starting("Opening the data …")
         # Errors of the config surface here, before the folder is touched.
         with processes.raise_on_all_processes():
-            if extend:
-                require_started(workdir)
+            started = started_config(workdir, extend)
             config = given_data(config, train, test)
-            setup = Setup(config, started_config(workdir), train, test)
+            setup = Setup(config, started, train, test)
         check_folder = _claim_folder(setup, config, workdir, command, stack, extend)
         with enough_memory("The step", step_suggestions(config, setup.spmd.size), _PLAN):
             run, state = start_run(setup, workdir, progress, check_folder)
-            # Until here SIGTERM ends the process, whatever it waits for: no step would be lost.
+            # Until here SIGTERM ends the process at once: no step would be lost.
             stop = stack.enter_context(processes.Stop())
             with run.closing():
                 state, step = run_steps(run, state, stop)

@@ -68,7 +68,9 @@ def test_wrong_labels_and_names_are_refused_with_the_file_and_the_value(labels, 
 
 @pytest.mark.parametrize("images", [np.zeros((4, 8, 8)), np.zeros((0, 8, 8, 3), np.uint8)])
 def test_images_of_another_shape_or_none_are_refused(images):
-    with pytest.raises(UserError, match=r"mine.npz has images of .* uint8 \[n, H, W, 3\]"):
+    with pytest.raises(
+        UserError, match=r"mine.npz has images of .* uint8 or uint16 \[n, H, W, channels\]"
+    ):
         ArraySource(images, where="mine.npz")
 
 

@@ -84,7 +84,7 @@ def test_resuming_reads_no_consumed_examples(prepared, monkeypatch):
 
     plain = module._read_range
     monkeypatch.setattr(module, "_read_range", counted)
-    source = make_sources(config_for(prepared / "tfrecord"))[0]
+    source = make_sources(config_for(prepared / "tfrecord", bits=8))[0]
     opened = 12 + 1 + len(sampled_ids(12))
     assert seen[:12] == [8] * 12 and len(seen) == opened
     read(source, [(2, Index(12, 4, 0).ids(2))])

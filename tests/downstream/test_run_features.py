@@ -202,7 +202,7 @@ def test_features_have_a_parquet_row_for_each_image(tmp_path):
     features, file = a_few_features(), tmp_path / "features.parquet"
     features.save(file)
     table = parquet.read_table(file)
-    assert table.column_names == ["split", "row", "name", "label", "class", "features"]
+    assert table.column_names == ["split", "row", "name", "label", "class", "targets", "features"]
     assert table.schema.metadata == {b"step": b"7", b"skipped": b'["b/w.png"]'}
     rows = table.to_pylist()
     assert [row["split"] for row in rows] == 3 * ["train"] + 3 * ["test"]

@@ -87,7 +87,7 @@ def test_program_can_return_a_projector_layer(run, tmp_path):
     found = jax.export.deserialize(data).call(images())
     expected = ssl_jax.load(run, projector_layer=1).apply(images())
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    assert told == {"size": 8, "features": expected.shape[1]}
+    assert told == {"shape": [8, 8, 3], "dtype": "uint8", "features": expected.shape[1]}
 
 
 def test_exported_tree_loads_and_initializes_a_run(run, tmp_path, capsys):
@@ -172,7 +172,7 @@ def test_preprocessing_is_that_of_the_run():
     config.eval.crop_fraction = 0.8  # a small stem's, too
     assert preprocessing(config) == {
         **{"size": 8, "crop_fraction": 0.8, "interpolation": "bicubic", "antialias": True},
-        **{"range": [0, 1], "mean": [], "std": []},
+        **{"channels": 3, "range": [0, 1], "values": [0, 255], "mean": [], "std": []},
     }
     assert "(bicubic, antialiased)" in _images(config)
     assert "not cropped. The preprocessing of timm and the hub crops these." in _images(config)

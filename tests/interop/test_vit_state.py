@@ -233,7 +233,7 @@ def added(name):
         (reshaped("patch_embed.proj.weight", 64), r"shape \[64\], not \[width"),
         (reshaped("patch_embed.proj.weight", 0, 3, 4, 4), r"shape \[0, 3, 4, 4\]"),
         (reshaped("patch_embed.proj.weight", 64, 3, 4, 2), r"shape \[64, 3, 4, 2\]"),
-        (reshaped("patch_embed.proj.weight", 64, 1, 4, 4), r"patch_embed/kernel .* \[4, 4, 1, 64"),
+        (reshaped("patch_embed.proj.weight", 64, 17, 4, 4), "images of 17 channels"),
         (reshaped("blocks.0.mlp.fc1.weight", 128, 64), r"blocks_0/mlp/fc1/kernel .* \[64, 128\]"),
         (reshaped("blocks.0.mlp.fc1.weight"), r"blocks_0/mlp/fc1/kernel .* \[1\]"),
         (added("blocks.0.0.norm1.weight"), "unknown or repeated, such as blocks.0.norm1"),

@@ -21,7 +21,6 @@ from ssl_jax.run.folder import (
     note_resumption,
     read_config,
     read_record,
-    require_started,
     started_config,
     write_config,
 )
@@ -215,7 +214,7 @@ def test_folder_without_a_checkpoint_cannot_be_extended(tmp_path, missing):
     before = sorted(tmp_path.rglob("*"))
     message = rf"no run to extend, as {reason}\.{hint} Set --workdir"
     with pytest.raises(UserError, match=message):
-        require_started(workdir)
+        started_config(workdir, extend=True)
     with pytest.raises(UserError, match=message):
         pretrain(default_config(), workdir, extend=True)
     assert sorted(tmp_path.rglob("*")) == before
