@@ -67,7 +67,7 @@ class Runner:
 
         program = build(config)
         _, raw, _ = shapes_of(program)
-        self.step, self.state = program.step, program.spmd.replicate(program.init())
+        self.step, self.state = program.step, program.init()
         rng = np.random.default_rng(0)
         self.raw = jax.tree.map(
             lambda s: jax.device_put(rng.integers(0, 256, s.shape, np.uint8).astype(s.dtype)), raw
@@ -102,7 +102,7 @@ def inside(batch: int, microbatch: int, remat: bool) -> float:
     program = build(config)
     shapes = shapes_of(program)
     compiled = program.lower(*shapes).compile()
-    state = program.spmd.replicate(program.init())
+    state = program.init()
     rng = np.random.default_rng(0)
     views = jax.tree.map(
         lambda s: jax.device_put(rng.integers(0, 256, s.shape, np.uint8).astype(s.dtype)), shapes[1]

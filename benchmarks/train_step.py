@@ -78,7 +78,7 @@ class SslJax:
             device_data["image"] = rng.integers(0, 256, (PACKED, size, size, 3), np.uint8)
         self.batch, self.device_data = spmd.place_batch(batch), spmd.replicate(device_data)
         self.compiled = program.lower(*program.shapes(self.device_data)).compile()
-        self.state = spmd.replicate(program.init())
+        self.state = program.init()
         self.program, self.flops = program, step_flops(program, self.device_data)
         self.gib = compiled_gib(self.compiled)
 

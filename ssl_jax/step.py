@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, UInt32
 from ml_collections import ConfigDict
@@ -93,32 +94,40 @@ def assemble(
 
 
 def init_state(
-    method: Method, optimizer: optax.GradientTransformation, config: ConfigDict
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> TrainState:
-    """Initializes the train state, on one device.
+    """Initializes the train state where it belongs, in memory once per device.
 
     Args:
       method: the method whose parameters to initialize.
       optimizer: built from `method.param_groups`.
       config: the run's config, for its seed and the shapes of its views.
+      sharding: of all arrays, the replicated one of a mesh, whose processes all call this; None for
+        the default device.
 
     Returns:
-      The state; place it with `Spmd.replicate`.
+      The state; no two of its arrays share memory, so it may be donated.
     """
 
-    def init(key: Array) -> TrainState:
+    def init(key_data: UInt32[Array, "2"]) -> TrainState:
+        key = jax.random.wrap_key_data(key_data)
         params, method_state = method.init(stream_key(key, "init", 0), example_batch(config))
         step, classes = jnp.zeros((), jnp.int32), config.data.num_classes
         # A method that trains a classifier needs no probe.
         probed = config.eval.probe and classes > 0 and not method.classifies
         probe_state = probe.init(method.num_features, classes) if probed else {}
-        key_data = jax.random.key_data(key)
         none = jnp.zeros(2, jnp.int32)
         return TrainState(
             step, params, method_state, optimizer.init(params), key_data, probe_state, none
         )
 
-    return jax.jit(init)(jax.random.key(config.seed))
+    # On the host, as an array of one device can't be replicated to those of other processes.
+    with jax.ensure_compile_time_eval():  # this function may be traced for shapes
+        key_data = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
+    return jax.jit(init, out_shardings=sharding)(key_data)
 
 
 def batch_shapes(
@@ -436,8 +445,9 @@ class Program:
         return self.step.lower(*shapes)  # type: ignore[attr-defined]
 
     def init(self) -> TrainState:
-        """Initializes the state, on one device; place it with `Spmd.replicate`."""
-        return init_state(self.method, self.optimizer, self.config)
+        """Initializes the state, replicated over the mesh; all processes call it together."""
+        replicated = self.spmd.sharding("replicated")
+        return init_state(self.method, self.optimizer, self.config, replicated)
 
     def shapes(
         self, device_data: dict[str, Any] | None = None, labeled: bool = True

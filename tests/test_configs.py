@@ -301,7 +301,7 @@ def test_one_tiny_training_step_from_tfds_data(file, prepared):
     setup = Setup(config)
     assert setup.test.num_examples == setup.train.num_examples == 72
     assert setup.config.data.num_classes == (10 if "cifar" in file.stem else 1000)
-    state = setup.spmd.replicate(setup.program.init())
+    state = setup.program.init()
     with Prefetcher(setup.train, setup.index, setup.rows, setup.spmd.place_batch, 0, 1) as batches:
         state, metrics = setup.program.step(state, batches.next(), {})
     assert np.isfinite(float(metrics["loss"])) and int(state.step) == 1

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -190,11 +190,12 @@ def load_initial_weights(state: TrainState, config: ConfigDict) -> TrainState:
     """Replaces random initial weights by those of the config's sources.
 
     Args:
-      state: at initialization, on one device.
+      state: at initialization.
       config: completed by `resolve_initial_weights`.
 
     Returns:
-      The state; a target network gets the same weights as the network that it follows.
+      The state; loaded arrays are on the host, to be placed once the initial ones are freed. A
+      target network gets the same weights as the network that it follows.
 
     Raises:
       UserError: a source has no checkpoint, other shapes, or values that are not finite.
@@ -215,9 +216,7 @@ def load_initial_weights(state: TrainState, config: ConfigDict) -> TrainState:
             if name in stats:
                 stats[name] = _copy_params(stats[name], source.batch_stats.get(name, {}), name)
             if name in method_state.get("target", {}):
-                # A copy, as the state is donated and each array can be donated only once.
-                copied = jax.tree.map(lambda x: x.copy(), params[name])
-                method_state["target"] = {**method_state["target"], name: copied}
+                method_state["target"] = {**method_state["target"], name: params[name]}
         method_state["batch_stats"] = stats
     if "teacher" in method_state:
         source = weights_at(config.distill.teacher, config.distill.step or None)
@@ -290,7 +289,7 @@ def _copy_params(initial: Any, source: Any, name: str) -> Any:
                 f"The loaded {name} has weights of shape {list(source.shape)} where this run has "
                 f"{list(initial.shape)}: use the config.model of the run that it comes from."
             )
-        return jnp.array(source)
+        return np.asarray(source)
     missing = sorted(set(initial) - set(source))
     if missing:
         raise UserError(

@@ -25,7 +25,6 @@ from ssl_jax.interop.weights import Weights
 from ssl_jax.methods import Method, make_method
 from ssl_jax.run.checkpoint import Checkpoints, fingerprint, steps_in
 from ssl_jax.run.folder import read_config
-from ssl_jax.spmd import make_spmd
 from ssl_jax.step import TrainState, assemble, init_state
 
 Pytree = Any
@@ -187,7 +186,7 @@ def weights_at(path: str | Path, step: int | None = None) -> Weights:
       step: of the run's checkpoint, the newest by default; a file has no steps.
 
     Returns:
-      The weights; those of a run are on the default device.
+      The weights, on the host.
 
     Raises:
       UserError: the path can't be read, there is no checkpoint of that step, or a weight is NaN or
@@ -275,14 +274,14 @@ def _checksum(weights: Weights) -> str:
 
 
 def restore_state(path: str | Path, step: int | None = None) -> TrainState:
-    """Restores the whole train state of a checkpoint on the default device.
+    """Restores the whole train state of a checkpoint on the host, as a run may fill the devices.
 
     Args:
       path: the run's workdir.
       step: of the checkpoint, the newest by default.
 
     Returns:
-      The state.
+      The state, in NumPy arrays; each process reads the whole of it.
 
     Raises:
       UserError: there is no run, no checkpoint yet, or none of that step.
@@ -295,12 +294,9 @@ def restore_state(path: str | Path, step: int | None = None) -> TrainState:
         config = read_config(local_path(path))
         # Lengths only affect schedules, which are not used here.
         method, optimizer, _ = assemble(config, Schedule(1, 1))
-        # Several processes read together, and each gets the whole state.
-        several = jax.process_count() > 1
-        device: Any = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        device = make_spmd().sharding("replicated") if several else device
+        # Orbax restores to where the arrays of `like` are; these take no memory.
         like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+            lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape),
             jax.eval_shape(lambda: init_state(method, optimizer, config)),
         )
         state: TrainState = checkpoints.restore(step, like)

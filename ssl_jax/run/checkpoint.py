@@ -155,11 +155,12 @@ class Checkpoints:
 
         Args:
           step: one of `steps`.
-          like: a pytree of arrays with the desired shapes, dtypes and shardings.
+          like: a pytree of arrays or `jax.ShapeDtypeStruct` with the desired shapes, dtypes and
+            shardings; NumPy arrays are restored on the host.
           verify: compare its files with their checksums first.
 
         Returns:
-          The state, with the shardings of `like`.
+          The state, placed as `like`.
 
         Raises:
           UserError: the checkpoint doesn't fit, is corrupt, or can't be read.
@@ -171,12 +172,9 @@ class Checkpoints:
             raise UserError(
                 f"The checkpoint of step {step} in {self.directory} is corrupt ({corrupt}). {fix}"
             )
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
-        )
         try:
-            _require_shapes(self.directory / str(step) / "default", abstract)
-            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            _require_shapes(self.directory / str(step) / "default", like)
+            return self._manager.restore(step, args=ocp.args.StandardRestore(like))
         except jax.errors.JaxRuntimeError:
             raise  # a process is lost, or a device is out of memory
         except Exception as error:  # corrupt arrays raise a plain Exception

@@ -158,9 +158,8 @@ def start_run(
         if primary:
             progress.warn(*quarantine_corrupt(workdir / "checkpoints", workdir / "corrupt"))
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
-    device_data, state = setup.spmd.replicate(setup.train.device_data()), setup.program.init()
-    untrained = jax.device_get(evaluated_variables(state, config.eval.projector_layer))
-    state, start = _resume(setup, workdir, state, checkpoints, progress)
+    device_data = setup.spmd.replicate(setup.train.device_data())
+    state, start, untrained = _first_state(setup, workdir, checkpoints, progress)
     with processes.raise_on_all_processes():
         evaluator = Evaluator(config, setup.spmd, setup.train, setup.test, progress=progress)
     fetch = Fetcher()
@@ -207,14 +206,24 @@ def _detector(setup: Setup, workdir: Path, start: int) -> CollapseDetector:
     return detector
 
 
-def _resume(
-    setup: Setup, workdir: Path, state: TrainState, checkpoints: Checkpoints, progress: Progress
-) -> tuple[TrainState, int]:
-    """Restores the newest checkpoint, or loads initial weights; returns the state and its step."""
+def _first_state(
+    setup: Setup, workdir: Path, checkpoints: Checkpoints, progress: Progress
+) -> tuple[TrainState, int, Any]:
+    """Restores the newest checkpoint, or initializes the state and loads initial weights.
+
+    Each device has the state in memory once at all times.
+
+    Returns:
+      The state, replicated; its step; and the evaluated variables before training, on the host.
+    """
     start, total = checkpoints.latest_step or 0, setup.schedule.total_steps
+    state = setup.program.init()
+    untrained = jax.device_get(evaluated_variables(state, setup.config.eval.projector_layer))
     if not start:
-        state = load_initial_weights(state, setup.config)
-    state = setup.spmd.replicate(state)
+        state = load_initial_weights(state, setup.config)  # frees the arrays that it replaces
+        state = jax.tree.map(
+            lambda x: x if isinstance(x, jax.Array) else setup.spmd.replicate(x), state
+        )
     held_out = setup.test.fingerprint if setup.test is not None else ""
     processes.require_same(
         {
@@ -224,7 +233,7 @@ def _resume(
         }
     )
     if start:
-        start, state, warnings = checkpoints.restore_newest(state, workdir / "corrupt")
+        start, state, warnings = checkpoints.restore_newest(_freed(state), workdir / "corrupt")
         progress.warn(*warnings)
         progress.note(f"Resuming from step {start} of {total}.")
     elif (workdir / "metrics.jsonl").exists():
@@ -238,7 +247,19 @@ def _resume(
                 elsewhere = note_resumption(workdir, start, *now)
                 progress.note(*summary.settings_notes(changed, start))
                 progress.note(*summary.environment_notes(elsewhere if 0 < start < total else []))
-    return state, start
+    return state, start, untrained
+
+
+def _freed(state: TrainState) -> TrainState:
+    """Frees the memory of a state; returns its shapes, dtypes and shardings."""
+
+    def free(x: jax.Array) -> jax.ShapeDtypeStruct:
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        x.delete()
+        return shape
+
+    freed: TrainState = jax.tree.map(free, state)
+    return freed
 
 
 def _open_log(setup: Setup, workdir: Path, start: int, progress: Progress) -> MetricsLog:

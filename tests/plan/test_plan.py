@@ -215,7 +215,7 @@ def test_plan_compiles_the_program_that_training_runs(source, tmp_path):
         config.data.update(name="folder", dir=str(tmp_path / "images"))
         config.model.width = 1 / 16
     setup = Setup(config)
-    state = setup.spmd.replicate(setup.program.init())
+    state = setup.program.init()
     device_data = setup.spmd.replicate(setup.train.device_data())
     place = setup.spmd.place_batch
     with Prefetcher(setup.train, setup.index, setup.rows, place, 0, 1) as batches:
