@@ -62,6 +62,7 @@ class HostSource:
     class_names: tuple[str, ...] = ()
     num_classes: int = 0
     labels_from: str = ""
+    _labels: Int[np.ndarray, " N"]  # class of each image, set by a subclass
 
     def __init__(self, config: ConfigDict, where: str, num_examples: int, fingerprint: str) -> None:
         """Opens nothing.
@@ -121,16 +122,6 @@ class HostSource:
     def labels(self) -> Int[np.ndarray, " N"] | None:
         """Class of each id, int32 [N], -1 for none; None if no image has a label."""
         return self._labels[self._source_id] if self.num_classes else None
-
-    @functools.cached_property
-    def _labels(self) -> Int[np.ndarray, " N"]:
-        """Class of each image; set by a subclass that knows it beforehand.
-
-        By default read from the images' records on first use, without decoding them.
-        """
-        parts = np.array_split(np.arange(self.num_examples), -(-self.num_examples // 1024))
-        read = read_all(self._read(((0, part) for part in parts), self._nothing), self._timeout_s)
-        return np.concatenate([labels for _, labels, _ in read])
 
     def device_data(self) -> dict[str, np.ndarray]:
         """Empty: images come with the batches."""
