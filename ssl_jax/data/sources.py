@@ -10,11 +10,10 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+import lazy_loader
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from ml_collections import ConfigDict
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from ssl_jax.config import require_source
 from ssl_jax.data.arrays import ArraySource
@@ -30,6 +29,8 @@ from ssl_jax.data.registry import Images, registered_opener
 from ssl_jax.data.tfds import tfds_sources
 from ssl_jax.errors import UserError
 from ssl_jax.files import CHECK_PATH, reading
+
+sklearn = lazy_loader.load("sklearn")  # slow to import, and only digits need it
 
 
 class Source(Protocol):
@@ -265,11 +266,11 @@ def digits(config: ConfigDict) -> tuple[Source, Source]:
     The split doesn't depend on `config.seed`: runs with different seeds are compared on the same
     held-out images.
     """
-    data = load_digits()
+    data = sklearn.datasets.load_digits()
     gray = np.round(data.images * (255 / 16)).astype(np.uint8)
     images = np.repeat(gray[..., None], 3, axis=-1)
     try:
-        train, test = train_test_split(
+        train, test = sklearn.model_selection.train_test_split(
             np.arange(len(images)),
             test_size=config.data.test_fraction,
             random_state=0,
