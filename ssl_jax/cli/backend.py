@@ -3,13 +3,11 @@
 import contextlib
 import importlib.util
 import os
+from importlib import metadata
 from pathlib import Path
-
-import lazy_loader
 
 from ssl_jax.files import private_folder, reason
 
-metadata = lazy_loader.load("importlib.metadata", suppress_warning=True)
 # YNNPACK's convolutions take most of a step's time on a CPU; XLA's own are faster.
 _CPU_FLAG = "xla_cpu_experimental_ynn_fusion_type"
 _CPU_VALUE = "-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"

@@ -62,7 +62,6 @@ class HostSource:
     class_names: tuple[str, ...] = ()
     num_classes: int = 0
     labels_from: str = ""
-    _labels: Int[np.ndarray, " N"]  # class of each image, set by a subclass
 
     def __init__(self, config: ConfigDict, where: str, num_examples: int, fingerprint: str) -> None:
         """Opens nothing.
@@ -122,6 +121,11 @@ class HostSource:
     def labels(self) -> Int[np.ndarray, " N"] | None:
         """Class of each id, int32 [N], -1 for none; None if no image has a label."""
         return self._labels[self._source_id] if self.num_classes else None
+
+    @functools.cached_property
+    def _labels(self) -> Int[np.ndarray, " N"]:
+        """Class of each image; a subclass sets it, or reads it on first use."""
+        raise NotImplementedError
 
     def device_data(self) -> dict[str, np.ndarray]:
         """Empty: images come with the batches."""
