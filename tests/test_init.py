@@ -1,4 +1,4 @@
-"""`import ssl_jax` is quick; its modules and `load` are imported on first use."""
+"""`import ssl_jax` is quick; its modules, `load` and slow packages are imported on first use."""
 
 import subprocess
 import sys
@@ -7,13 +7,19 @@ import pytest
 
 import ssl_jax
 
+# A package that is imported lazily is in `sys.modules`, but not its modules.
+SLOW = {"IPython", "datasets", "matplotlib", "pandas", "pyarrow", "scipy.sparse", "scipy.stats"}
+SLOW |= {"sklearn.base", "tensorflow", "torch", "wandb"}
 
-def test_modules_are_imported_on_first_use():
+
+def test_modules_and_slow_packages_are_imported_on_first_use():
     code = (
         "import sys, ssl_jax\n"
         "assert {'load', 'losses', 'train', '__version__'} <= {*dir(ssl_jax)}\n"
         "assert 'jax' not in sys.modules\n"
-        "assert ssl_jax.losses.nt_xent and ssl_jax.data.augment.color and 'jax' in sys.modules"
+        "assert ssl_jax.losses.nt_xent and ssl_jax.data.augment.color and 'jax' in sys.modules\n"
+        "import ssl_jax.cli.evals, ssl_jax.cli.pretrain\n"
+        f"assert not {SLOW} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

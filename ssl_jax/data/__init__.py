@@ -4,8 +4,8 @@ import pkgutil
 
 import lazy_loader
 
-from ssl_jax.data.registry import register as register
-
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, [module.name for module in pkgutil.iter_modules(__path__)]
+    __name__,
+    [module.name for module in pkgutil.iter_modules(__path__)],
+    {"registry": ["register"]},
 )

@@ -150,13 +150,8 @@ class HostSource:
 
     @functools.cached_property
     def _labels(self) -> Int[np.ndarray, " N"]:
-        """Class of each image; set by a subclass that knows it beforehand.
-
-        By default read from the images' records on first use, without decoding them.
-        """
-        parts = np.array_split(np.arange(self.num_examples), -(-self.num_examples // 1024))
-        read = read_all(self._read(((0, part) for part in parts), self._nothing), self._timeout_s)
-        return np.concatenate([labels for _, labels, _ in read])
+        """Class of each image; a subclass sets it, or reads it on first use."""
+        raise NotImplementedError
 
     def device_data(self) -> dict[str, np.ndarray]:
         """Empty: images come with the batches."""

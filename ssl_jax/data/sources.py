@@ -10,11 +10,10 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+import lazy_loader
 import numpy as np
 from jaxtyping import Bool, Int, Shaped
 from ml_collections import ConfigDict
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from ssl_jax.config import require_source
 from ssl_jax.data.arrays import ArraySource
@@ -42,6 +41,7 @@ _HOLD_OUT = (
     "Set config.data.test_dir (TFDS: config.data.test_split). Before training, "
     "config.data.validation=0.2 holds out a share of the training images instead."
 )
+sklearn = lazy_loader.load("sklearn")  # slow to import, and only digits need it
 
 
 class Source(Protocol):
@@ -329,12 +329,12 @@ def digits(config: ConfigDict) -> tuple[Source, Source]:
     The split doesn't depend on `config.seed`: runs with different seeds are compared on the same
     held-out images.
     """
-    data = load_digits()
+    data = sklearn.datasets.load_digits()
     gray = np.round(data.images * (255 / 16)).astype(np.uint8)
     # Gray also where its equal channels are not the three of color files.
     images = np.repeat(gray[..., None], config.data.channels, axis=-1)
     try:
-        train, test = train_test_split(
+        train, test = sklearn.model_selection.train_test_split(
             np.arange(len(images)),
             test_size=config.data.test_fraction,
             random_state=0,

@@ -29,6 +29,8 @@ def load_tensorflow(name: str = "tensorflow") -> ModuleType:
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # unused here, and it prints a banner
+    # Whatever is read of a gs:// file, TensorFlow reads this much after it; by default 64 MiB.
+    os.environ.setdefault("GCS_READAHEAD_BUFFER_SIZE_BYTES", str(2**20))
     try:
         tensorflow = importlib.import_module("tensorflow")
         module = importlib.import_module(name)

@@ -21,17 +21,16 @@ from ssl_jax.data.labels import (
     of_lists,
     require_in_range,
 )
-from ssl_jax.data.reader import in_parallel
+from ssl_jax.data.reader import read_all
 from ssl_jax.data.records import ArrayRecords
 from ssl_jax.data.tensorflow import tf, tfds
+from ssl_jax.data.tfrecords import TFRecords
 from ssl_jax.errors import UserError, did_you_mean
 from ssl_jax.files import CHECK_PATH, reading
 
-# A TFRecord: 8 bytes of payload length and 4 of its checksum, the payload, and 4 of its checksum.
-_BEFORE, _AFTER = 12, 4
 _FIRST = 16  # examples read before all are, to find out whether a split has labels
 _READ = 1024  # examples at a time, of which only the labels are kept
-_READERS = 16  # parallel reads, which hide the latency of a disk or a bucket
+_UNREAD = -2  # stands for a label that is inside a record and not yet known
 
 
 def tfds_sources(config: ConfigDict) -> tuple[TfdsSource, TfdsSource | None]:
@@ -55,8 +54,9 @@ def tfds_sources(config: ConfigDict) -> tuple[TfdsSource, TfdsSource | None]:
 class TfdsSource(HostSource):
     """A split of a dataset; ids follow the order of its files.
 
-    ArrayRecord files are read by record number. TFRecord files have no index, so the headers of all
-    records are read first, without their contents.
+    ArrayRecord files are read by record number. TFRecord files have no index, so they are walked
+    first (`TFRecords`), which also gives the labels. Labels in ArrayRecord files are remembered
+    whenever images are read; only the missing ones are read again.
     """
 
     _lists: tuple[str, tfds.features.Sequence] | None = None  # name and feature of several classes
@@ -76,7 +76,9 @@ class TfdsSource(HostSource):
         name, split = config.data.dataset, config.data[key]
         self._features, label = _features(builder, config)
         instructions = _instructions(builder, split, f"config.data.{key}")
-        self._examples = _open(builder, instructions)
+        several = isinstance(label, tfds.features.Sequence)  # images of several classes
+        self._label = config.data.label_key if label and not several else ""
+        self._examples = _open(builder, instructions, self._label)
         full_name = f"{builder.info.full_name} {split}".encode()
         where = f"config.data.dataset ({name}, split {split})"
         fingerprint = contents_fingerprint(
@@ -85,18 +87,23 @@ class TfdsSource(HostSource):
         super().__init__(config, where, len(self._examples), fingerprint)
         if not self.num_examples:
             raise UserError(f"{where} has no images. Set config.data.{key} to a split with images.")
-        self._image, self._label = config.data.image_key, config.data.label_key if label else ""
-        if isinstance(label, tfds.features.Sequence):  # images of several classes
-            self.labels_from = f"feature '{self._label}'"
-            self._lists, self._label, label = (self._label, label), "", None
+        self._image = config.data.image_key
+        if several:
+            self.labels_from = f"feature '{config.data.label_key}'"
+            self._lists, label = (config.data.label_key, label), None
         self._classes = label.num_classes if label else 0
+        self._known = np.full(self.num_examples, _UNREAD if label else NO_LABEL, np.int32)
+        if isinstance(self._examples, TFRecords) and self._examples.labels is not None:
+            ids, labels = np.arange(self.num_examples), self._examples.labels
+            require_in_range(labels, ids, self._classes, True, where)
+            self._known[:] = labels
         if label is not None and self._is_labeled():
             self.num_classes, self.class_names = self._classes, checked_names(label.names, where)
             self.labels_from = f"feature '{self._label}'"
 
     def _is_labeled(self) -> bool:
         """Whether any image has a label; TFDS stores -1 in splits such as ImageNet's test."""
-        for id in range(min(_FIRST, self.num_examples)):
+        for id in np.flatnonzero(self._known == _UNREAD)[:_FIRST]:
             (handle,), (label,) = self.handles(np.array([id]))
             if self.contents(tf.constant(handle), tf.constant(label))[1] != NO_LABEL:
                 return True
@@ -119,6 +126,15 @@ class TfdsSource(HostSource):
         targets = of_lists(lists, classes.num_classes)
         return checked_targets(targets, classes.names, len(lists), where)
 
+    def _labels(self) -> Int[np.ndarray, " N"]:
+        """Class of each image; reads the records whose label isn't known, without decoding them."""
+        unread = np.flatnonzero(self._known == _UNREAD).astype(np.int32)
+        parts = np.array_split(unread, -(-len(unread) // _READ) or 1)
+        steps = ((0, part) for part in parts if len(part))
+        for ids, labels, _ in read_all(self._read(steps, self._nothing), self._timeout_s):
+            self._known[ids] = labels
+        return self._known
+
     def handles(self, ids: Int[np.ndarray, " n"]) -> tuple[Sequence[bytes], Int[np.ndarray, " n"]]:
         """Serialized examples; the labels are inside them and not yet known."""
         return self._examples[ids], np.full(len(ids), NO_LABEL, np.int32)
@@ -138,82 +154,13 @@ class TfdsSource(HostSource):
         for ids, labels, made in super()._read(steps, make):
             if self._label:
                 require_in_range(labels, ids, self._classes, True, self._where)
+                own = self._source_id[ids] == ids  # or it is the label of a replacement
+                self._known[ids[own]] = labels[own]
             yield ids, labels, made
 
     def name(self, id: int) -> str:
         """The example's number and split."""
         return f"Example {id} of {self._where}"
-
-
-class _TFRecords:
-    """The records of several TFRecord files, numbered across the files, for random access."""
-
-    def __init__(self, instructions: Sequence[Any]) -> None:
-        """Reads the header of each record, to find out where it starts.
-
-        Args:
-          instructions: TFDS's file instructions: files, and ranges of their records.
-        """
-        self._paths = [os.fspath(instruction.filename) for instruction in instructions]
-        places = in_parallel(_places, instructions, _READERS)
-        self._file = np.repeat(np.arange(len(places)), [len(place) for place in places])
-        self._offset, self._length = np.concatenate(places).T
-
-    def __len__(self) -> int:
-        return len(self._file)
-
-    def __getitem__(self, numbers: Int[np.ndarray, " n"]) -> list[bytes]:
-        return in_parallel(self._one, numbers.tolist(), _READERS)
-
-    def _one(self, number: int) -> bytes:
-        path = self._paths[self._file[number]]
-        return _read_range(path, int(self._offset[number]), int(self._length[number]))
-
-
-def _places(instruction: Any) -> Int[np.ndarray, "records 2"]:
-    """Offsets and lengths, in bytes, of the payloads in a TFRecord file."""
-    path, places, position, size = os.fspath(instruction.filename), [], 0, 0
-    for _ in range(instruction.skip + instruction.take):
-        length = int.from_bytes(_read_range(path, position, 8), "little")
-        size = size or tf.io.gfile.stat(path).length
-        if position + _BEFORE + length + _AFTER > size:  # or a read would allocate it
-            raise UserError(
-                f"{path} has a record of {length:,} bytes at {position:,}, beyond its end. Check "
-                "that the file is complete."
-            )
-        places.append((position + _BEFORE, length))
-        position += _BEFORE + length + _AFTER
-    return np.array(places[instruction.skip :], np.int64).reshape(-1, 2)
-
-
-def _read_range(path: str, offset: int, length: int) -> bytes:
-    """Reads a range of bytes from a local file or a bucket; thread-safe.
-
-    Raises:
-      UserError: the file can't be read or is too short.
-    """
-    reason = "it is too short"
-    data = b""
-    try:
-        if "://" in path:
-            with tf.io.gfile.GFile(path, "rb") as handle:
-                handle.seek(offset)
-                data = handle.read(length)
-        else:  # ten times faster than TensorFlow's
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                data = os.pread(descriptor, length, offset)
-            finally:
-                os.close(descriptor)
-    except OSError as error:
-        reason = str(error.strerror)
-    except tf.errors.OpError as error:
-        reason = error.message
-    if len(data) < length:
-        raise UserError(
-            f"Cannot read {path} ({reason}). Check that the file exists and is complete."
-        )
-    return data
 
 
 def _builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
@@ -287,15 +234,15 @@ def _instructions(builder: tfds.core.DatasetBuilder, split: str, key: str) -> Se
 
 
 def _open(
-    builder: tfds.core.DatasetBuilder, instructions: Sequence[Any]
-) -> ArrayRecords | _TFRecords:
+    builder: tfds.core.DatasetBuilder, instructions: Sequence[Any], label_key: str
+) -> ArrayRecords | TFRecords:
     """The serialized examples of a split."""
     if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
         return ArrayRecords(
             [(os.fspath(i.filename), i.skip, i.skip + i.take) for i in instructions]
         )
     if builder.info.file_format == tfds.core.FileFormat.TFRECORD:
-        return _TFRecords(instructions)
+        return TFRecords(instructions, label_key)
     raise UserError(
         f"{builder.info.full_name} is prepared as {builder.info.file_format.value}. "
         "Rebuild it with --file_format=array_record."

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Sequence
 
+import lazy_loader
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
+
+scipy = lazy_loader.load("scipy")
 
 
 def mean_interval(values: Sequence[float] | Float[np.ndarray, " n"]) -> tuple[float, float]:
@@ -22,7 +24,7 @@ def mean_interval(values: Sequence[float] | Float[np.ndarray, " n"]) -> tuple[fl
     n = len(values)
     if n < 2:
         return float(np.mean(values)), math.nan
-    quantile = float(stats.t.ppf(0.975, n - 1))
+    quantile = float(scipy.stats.t.ppf(0.975, n - 1))
     return float(np.mean(values)), quantile * float(np.std(values, ddof=1)) / math.sqrt(n)
 
 
@@ -36,5 +38,5 @@ def proportion_interval(fraction: float, count: int) -> tuple[float, float]:
     Returns:
       The lower and the upper end, in [0, 1].
     """
-    interval = stats.binomtest(round(fraction * count), count).proportion_ci(method="wilson")
+    interval = scipy.stats.binomtest(round(fraction * count), count).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)

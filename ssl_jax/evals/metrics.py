@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import lazy_loader
 import numpy as np
 from jaxtyping import Int, Real
-from scipy import sparse, special
 
 from ssl_jax.data.listing import some
 from ssl_jax.errors import UserError
 
+scipy = lazy_loader.load("scipy")
 _BINS = 15  # of confidence (Guo et al., 2017, section 2)
 
 
@@ -53,7 +54,7 @@ def classification_metrics(
     scores = np.where(finite[:, None], scores, 0)
     ahead = np.where(finite, _ahead(scores, labels), classes)
     predicted = scores.argmax(axis=1)
-    confident = special.softmax(scores, axis=1).max(axis=1)
+    confident = scipy.special.softmax(scores, axis=1).max(axis=1)
     each = {"top1": ahead < 1}
     if classes > 5:
         each["top5"] = ahead < 5
@@ -109,7 +110,8 @@ def _mean_per_class(
     """Mean accuracy per resample over the classes that occur in it."""
     images = np.arange(len(labels))
     # Dense, this is gigabytes with thousands of classes.
-    of_class = sparse.csr_array((np.ones(len(labels)), (images, labels)), (len(labels), classes))
+    places = (images, labels)
+    of_class = scipy.sparse.csr_array((np.ones(len(labels)), places), (len(labels), classes))
     total, hits = weights @ of_class, (weights * correct) @ of_class
     shares = np.divide(hits, total, out=np.zeros_like(hits), where=total > 0)
     mean: np.ndarray = shares.sum(axis=1) / (total > 0).sum(axis=1)

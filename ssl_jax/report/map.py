@@ -9,11 +9,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+import lazy_loader
 import numpy as np
 import threadpoolctl
 from jaxtyping import Float, UInt8
-from sklearn.manifold import TSNE
-from sklearn.utils.extmath import randomized_svd
 
 from ssl_jax.diagnostics import unit_rows
 from ssl_jax.evals.results import LAST_FILE
@@ -21,6 +20,7 @@ from ssl_jax.files import RERUN, replacing, writing
 from ssl_jax.report.images import contact_sheet, image_names, jpeg, png
 from ssl_jax.report.projector import write_projector
 
+sklearn = lazy_loader.load("sklearn")
 _DIRECTIONS = 50  # principal components of the features that t-SNE sees
 _STEPS = 500
 
@@ -81,16 +81,18 @@ def tsne(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n 2"]:
         return np.full((len(features), 2), np.nan, np.float32)
     x = unit_rows(features)
     x = x - x.mean(axis=0)
+    # Imported before the limit, which applies to libraries that are loaded already.
+    tsne, svd = sklearn.manifold.TSNE, sklearn.utils.extmath.randomized_svd
     # Steps are short: several threads would wait for each other longer than they work.
     with threadpoolctl.threadpool_limits(1):
-        u, s, _ = randomized_svd(x, min(_DIRECTIONS, *x.shape), random_state=0)
+        u, s, _ = svd(x, min(_DIRECTIONS, *x.shape), random_state=0)
         plane = np.zeros((len(x), 2))
         plane[:, : len(s)] = (u * s)[:, :2]
         # Identical features have no two directions, and few images no neighborhoods.
         if len(x) < 8 or not s[0] > 1e-6:
             return plane.astype(np.float32)
         start = plane / plane[:, 0].std() * 1e-4
-        placed: np.ndarray = TSNE(
+        placed: np.ndarray = tsne(
             perplexity=min(30.0, (len(x) - 1) / 3),
             init=start.astype(np.float32),
             max_iter=_STEPS,

@@ -1,9 +1,8 @@
 """Real TFDS builds, made by the tests, as users prepare them."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
+from bucket import Bucket
 from images import COLORS, by_id, config_of, fill, picture, read
 from PIL import Image
 
@@ -73,8 +72,8 @@ def test_split_slices_hold_the_same_examples(prepared, file_format):
 
 
 def test_resuming_reads_no_consumed_examples(prepared, monkeypatch):
-    """TFRecord: 8 header bytes per record, a label, the images of the fingerprint and the step."""
-    from ssl_jax.data import tfds as module
+    """TFRecord: besides the walk, the images of the fingerprint and of the step."""
+    from ssl_jax.data import tfrecords as module
 
     seen = []
 
@@ -85,21 +84,37 @@ def test_resuming_reads_no_consumed_examples(prepared, monkeypatch):
     plain = module._read_range
     monkeypatch.setattr(module, "_read_range", counted)
     source = make_sources(config_for(prepared / "tfrecord", bits=8))[0]
-    opened = 12 + 1 + len(sampled_ids(12))
-    assert seen[:12] == [8] * 12 and len(seen) == opened
+    opened = len(sampled_ids(12))
+    assert len(seen) == opened
     read(source, [(2, Index(12, 4, 0).ids(2))])
-    assert len(seen) == opened + 4 and min(seen[opened:]) > 8
+    assert len(seen) == opened + 4
+    assert source.labels.tolist() and len(seen) == opened + 4
 
 
-@pytest.mark.parametrize("length", [2**64 - 1, 2**40, 101])
-def test_record_longer_than_its_file_is_refused(tmp_path, length):
-    from ssl_jax.data.tfds import _places
+def test_bucket_is_read_once_for_index_and_labels(prepared, tmp_path, monkeypatch):
+    """TensorFlow's own client of Google Cloud Storage, against a server on this machine."""
+    with Bucket(prepared, tmp_path).serving() as bucket:
+        for name, value in bucket.environment.items():
+            monkeypatch.setenv(name, value)
+        source = make_sources(config_for("gs://bucket/tfrecord"))[0]
+        local = make_sources(config_for(prepared / "tfrecord"))[0]
+        walks, sampled = 3, len(sampled_ids(12))  # of three files, each of which fits into a read
+        files = [name for name, _ in bucket.reads if ".tfrecord" in name]
+        assert len(set(files)) == 3 and len(files) == walks + sampled
+        opening = len(bucket.reads)
+        np.testing.assert_array_equal(source.labels, local.labels)
+        assert len(bucket.reads) == opening
+        assert source.read(5) == local.read(5) and len(bucket.reads) == opening + 1
 
-    file = tmp_path / "a.tfrecord"
-    file.write_bytes(length.to_bytes(8, "little") + bytes(108))
-    instruction = SimpleNamespace(filename=file, skip=0, take=1)
-    with pytest.raises(UserError, match=f"a.tfrecord has a record of {length:,} bytes at 0, beyon"):
-        _places(instruction)
+
+def test_labels_in_array_records_are_remembered_when_images_are_read(prepared, monkeypatch):
+    source = make_sources(config_for(prepared / "array_record"))[0]
+    read(source, [(0, [7, 2, 3, 11]), (1, [0, 1, 4, 5])])
+    asked, plain = [], source.handles
+    monkeypatch.setattr(source, "handles", lambda ids: asked.extend(ids) or plain(ids))
+    labels = source.labels
+    assert sorted(asked) == [6, 8, 9, 10]
+    np.testing.assert_array_equal(labels, matched(source, prepared / "images") // 4)
 
 
 def test_empty_label_key_gives_no_labels(prepared):
