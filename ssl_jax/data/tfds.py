@@ -126,6 +126,7 @@ class TfdsSource(HostSource):
         targets = of_lists(lists, classes.num_classes)
         return checked_targets(targets, classes.names, len(lists), where)
 
+    @functools.cached_property
     def _labels(self) -> Int[np.ndarray, " N"]:
         """Class of each image; reads the records whose label isn't known, without decoding them."""
         unread = np.flatnonzero(self._known == _UNREAD).astype(np.int32)
