@@ -28,6 +28,7 @@ _MOST = 64  # runs of a comparison
 _INTERRUPTED_S = 30.0  # until a run that goes on after Ctrl-C is stopped by SIGTERM
 # A run fills these in where its config leaves them open.
 _FILLED_IN = (
+    "data.bits: 0 ->",
     "data.num_classes: 0 ->",
     "model.vit.image_size: 0 ->",
     "supervised.projector_hidden: 0 ->",
