@@ -90,6 +90,7 @@ PYTHON_ELSEWHERE = {
     '"""Barlow Twins': "tests/test_new_method.py",
     "import jax\nfrom test_step import ONE": "the same",
     '"""A convolutional network without shortcuts': "tests/models/test_registry.py",
+    "import safetensors.torch, timm": "needs timm: tests/peers/test_vit_weights.py",
     "import safetensors.torch, torch": "needs torch: tests/peers/test_export_to_torch.py",
     "from torch_encoder import": "the same",
     "import safetensors.torch, torchvision": "the same",
