@@ -5,12 +5,14 @@ crash or a lack of memory ends that run only. This process doesn't use the devic
 """
 
 import argparse
+import codecs
 import contextlib
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -26,6 +28,7 @@ from ssl_jax.run.folder import read_config
 
 _MOST = 64  # runs of a comparison
 _INTERRUPTED_S = 30.0  # until a run that goes on after Ctrl-C is stopped by SIGTERM
+_PRINT_S = 0.5  # between looks for a run's new warnings
 # A run fills these in where its config leaves them open.
 _FILLED_IN = (
     "data.bits: 0 ->",
@@ -151,7 +154,7 @@ def _wait(command: Sequence[str], stop: list[int], log: Path) -> int:
     Args:
       command: the program and its arguments.
       stop: gets the number of the signal if SIGTERM was received.
-      log: a file for its errors, which are printed at its end. It is removed if the command
+      log: a file for its errors, which are also printed as they come. It is removed if the command
         succeeds.
     """
     with writing(log):
@@ -159,13 +162,36 @@ def _wait(command: Sequence[str], stop: list[int], log: Path) -> int:
         errors = appending(log)
     with errors:
         errors.truncate(0)
-        try:
+        with _printed(log):
             code = _wait_writing(command, stop, errors)
-        finally:
-            print(log.read_bytes().decode(errors="replace"), end="", file=sys.stderr, flush=True)
     if not code:
         log.unlink(missing_ok=True)
     return code
+
+
+@contextlib.contextmanager
+def _printed(log: Path) -> Iterator[None]:
+    """Prints what is appended to a file to stderr, all of it when the block ends.
+
+    Not a pipe, without whose reader a run would fail.
+    """
+    ended, decoder = threading.Event(), codecs.getincrementaldecoder("utf-8")("replace")
+
+    def follow() -> None:
+        with log.open("rb") as file:
+            last = False
+            while not last:
+                last = ended.wait(_PRINT_S)
+                if text := decoder.decode(file.read(), last):
+                    print(text, end="", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _wait_writing(command: Sequence[str], stop: list[int], errors: IO[str]) -> int:

@@ -474,6 +474,7 @@ def _hub_config(config: ConfigDict) -> dict[str, Any]:
     how = preprocessing(config)
     height, width, channels = view_shape(config, flat_views(config)[0])
     is_resnet = config.model.name == "resnet"
+    first = "conv1" if is_resnet else "patch_embed.proj"
     found: dict[str, Any] = {
         "num_classes": 0,
         "num_features": make_encoder(config).num_features,
@@ -487,7 +488,8 @@ def _hub_config(config: ConfigDict) -> dict[str, Any]:
             "mean": how["mean"] or [0.0] * channels,
             "std": how["std"] or [1.0] * channels,
             "num_classes": 0,
-            "first_conv": "conv1" if is_resnet else "patch_embed.proj",
+            # timm adapts it to other channels; some versions would do so from 3 to the same ones.
+            "first_conv": first if channels == 3 else None,
             "classifier": "fc" if is_resnet else "head",
         },
         "ssl_jax": {
@@ -501,9 +503,8 @@ def _hub_config(config: ConfigDict) -> dict[str, Any]:
     if config.model.name == "vit":
         name, arguments = timm_arguments(config)
     else:
-        name, arguments = f"resnet{config.model.depth}", {}
-    if channels != 3:
-        arguments["in_chans"] = channels
+        name = f"resnet{config.model.depth}"
+        arguments = {"in_chans": channels} if channels != 3 else {}
     if arguments:
         found["model_args"] = arguments  # of timm.create_model
     return {"architecture": name, **found}

@@ -66,7 +66,9 @@ def _resolve_encoder(config: ConfigDict) -> None:
         )
     own = architecture(config.model)
     for name, needed in architecture(source.model).items():  # the first is the encoder's name
-        if own[name] != needed:
+        # Loaded scales replace any initial ones.
+        scales = name == "vit.layer_scale" and own[name] and needed
+        if own[name] != needed and not scales:
             raise UserError(
                 f"config.model.{name} is {own[name]!r}, but the encoder in "
                 f"{config.init_from.path} (config.init_from.path) has {needed!r}: set "

@@ -111,6 +111,8 @@ def timm_arguments(config: ConfigDict) -> tuple[str, dict[str, Any]]:
         "num_heads": options.heads,
         "dynamic_img_size": True,
     }
+    if config.data.channels != 3:
+        arguments["in_chans"] = config.data.channels
     if options.layer_scale:
         arguments["init_values"] = options.layer_scale
     if options.registers:

@@ -23,6 +23,7 @@ from ssl_jax.interop.initial_weights import source_fingerprints
 from ssl_jax.report import evaluation_table, images_settings, write_images, write_report
 from ssl_jax.run import processes
 from ssl_jax.run.folder import (
+    has_checkpoint,
     lock_text,
     locked,
     started_config,
@@ -131,6 +132,8 @@ def _claim_folder(
     with processes.raise_on_all_processes():
         if processes.is_primary():
             check_folder = stack.enter_context(locked(workdir))
+            if not (workdir / "config.json").exists():
+                stack.push(_withdrawing(workdir, check_folder))
             data = (setup.train.fingerprint, setup.test.fingerprint if setup.test else "")
             weights = source_fingerprints(setup.config, started_weights(workdir))
             more: Any = {"weights": weights, "evaluated": has_results(workdir), "extend": extend}
@@ -141,6 +144,22 @@ def _claim_folder(
     same["data"] |= {"dir": "", "test_dir": ""}  # compared by the images' fingerprints
     processes.require_same({"workdir": lock_text(workdir), "config": json.dumps(same)})
     return check_folder
+
+
+def _withdrawing(workdir: Path, check_folder: Callable[[], None]) -> Callable[..., None]:
+    """An exit of a new run that removes its config if the run was refused before it started.
+
+    Its folder then takes the corrected config.
+    """
+
+    def withdraw(kind: type[BaseException] | None, *_: Any) -> None:
+        begun = has_checkpoint(workdir) or (workdir / "metrics.jsonl").exists()
+        if kind and issubclass(kind, UserError) and not begun:
+            with contextlib.suppress(UserError, OSError):
+                check_folder()
+                (workdir / "config.json").unlink()
+
+    return withdraw
 
 
 def run_steps(run: Run, state: TrainState, stop: processes.Stop) -> tuple[TrainState, int]:

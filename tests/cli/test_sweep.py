@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import shlex
@@ -188,6 +189,28 @@ def test_log_keeps_the_errors_of_a_failed_command_only(capfd, tmp_path):
         assert f" {end}\n" in capfd.readouterr().err
         assert not end or log.read_bytes() == b"bad \xff %d\n" % end
     assert not log.exists()
+
+
+def test_warnings_of_a_command_are_printed_while_it_runs(monkeypatch, tmp_path):
+    """The command ends once its warning, whose é it writes in two parts, has been printed."""
+    seen = tmp_path / "seen"
+    child = (
+        "import os, sys, time\n"
+        "os.write(2, b'caf\\xc3'); time.sleep(0.1); os.write(2, b'\\xa9\\n')\n"
+        "end = time.monotonic() + 20\n"
+        "while time.monotonic() < end and not os.path.exists(sys.argv[1]): time.sleep(0.02)\n"
+        "sys.exit(not os.path.exists(sys.argv[1]))\n"
+    )
+
+    class Stderr(io.StringIO):
+        def flush(self):
+            if "\n" in self.getvalue():
+                seen.touch()
+
+    monkeypatch.setattr(sweep, "_PRINT_S", 0.02)
+    monkeypatch.setattr(sys, "stderr", Stderr())
+    assert sweep._wait([sys.executable, "-S", "-c", child, str(seen)], [], tmp_path / "log") == 0
+    assert sys.stderr.getvalue() == "café\n"
 
 
 def test_wait_passes_an_interrupt_on_that_only_the_sweep_has_received(monkeypatch, tmp_path):

@@ -1,5 +1,7 @@
 """`config.init_from.state="all"`: a run that starts from another run's whole state."""
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
@@ -112,6 +114,20 @@ def test_state_of_another_method_or_optimizer_is_refused(tmp_path, changes, word
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=words):
         resolve_initial_weights(config)
+
+
+def test_any_initial_layer_scale_takes_loaded_scales_but_none_does_not(tmp_path):
+    config = method_config("moco")
+    config.model.name = "vit"
+    config.model.vit.update(width=8, depth=1, heads=1, patch=4, image_size=8, layer_scale=1e-5)
+    write_config(tmp_path, config, "")
+    config.init_from.path = str(tmp_path)
+    for scale in (0.1, 0.0):
+        config.model.vit.layer_scale = scale
+        refused = pytest.raises(UserError, match="set config.model.vit.layer_scale=1e-05")
+        with contextlib.nullcontext() if scale else refused:
+            resolve_initial_weights(config)
+    assert config.model.vit.layer_scale == 0.0
 
 
 @pytest.mark.long

@@ -293,6 +293,20 @@ def test_exports_for_timm_import_back_exactly(tmp_path, nets, name):
     assert "timm.create_model" in card and "torch_encoder" not in card
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_exports_of_other_channels_name_them_for_timm(tmp_path, nets, channels):
+    state = dict(nets["class"][2])
+    state["patch_embed.proj.weight"] = np.ones((64, channels, 4, 4), np.float32)
+    source = saved(tmp_path, state)
+    lines = export.export_torch(source, tmp_path / "out.safetensors")
+    assert f"in_chans={channels}" in lines[1]
+    assert read_weights(tmp_path / "out.safetensors").config.data.channels == channels
+    export.export_folder(source, tmp_path / "hub")
+    hub = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert hub["model_args"]["in_chans"] == channels
+    assert hub["pretrained_cfg"]["first_conv"] is None  # or timm would replace the weights
+
+
 @pytest.mark.parametrize("write", [export.export_detectron2, export.export_pth])
 def test_detectors_refuse_vits(tmp_path, nets, write):
     config, params, _ = nets["class"]

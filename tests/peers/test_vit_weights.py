@@ -42,6 +42,20 @@ def timm_net(**options):
     return net.eval()
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_channels_are_loaded_by_the_printed_lines_and_from_a_folder(tmp_path, channels):
+    net = timm_net(in_chans=channels)
+    save_file(net.state_dict(), tmp_path / "timm.safetensors")
+    lines = export.export_torch(tmp_path / "timm.safetensors", tmp_path / "net.safetensors")
+    names = {}
+    exec("\n".join(lines).replace('"net.', f'"{tmp_path}/net.'), names)
+    export.export_folder(tmp_path / "timm.safetensors", tmp_path / "hub")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True, num_classes=0)
+    for found in (names["net"], loaded):
+        for key, value in net.state_dict().items():
+            assert torch.equal(found.state_dict()[key], value), key
+
+
 def close(found, expected):
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 

@@ -237,6 +237,24 @@ def test_different_config_is_refused_and_leaves_the_folder_unchanged(tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_run_refused_before_it_starts_leaves_a_folder_for_the_corrected_config(
+    tmp_path, monkeypatch
+):
+    def refused(*_):
+        assert (tmp_path / "config.json").exists()
+        raise UserError("damaged weights")
+
+    monkeypatch.setattr(loop, "start_run", refused)
+    for seed in (0, 1):
+        with pytest.raises(UserError, match="damaged weights"):
+            pretrain(tiny_config(seed=seed), tmp_path)
+        assert not (tmp_path / "config.json").exists()
+    (tmp_path / "metrics.jsonl").touch()  # it has started
+    with pytest.raises(UserError, match="damaged weights"):
+        pretrain(tiny_config(), tmp_path)
+    assert (tmp_path / "config.json").exists()
+
+
 def test_loop_fetches_once_per_logged_step_and_transfers_only_batches(tmp_path, monkeypatch):
     placed = []
     place = Spmd.place_batch
