@@ -264,7 +264,10 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
         message = f"no key {error}." if isinstance(error, KeyError) else _short_message(error)
         raise UserError(f"The config file {file} is not valid: {message}") from error
     except (AttributeError, ImportError, LookupError, NameError, TypeError) as error:
-        raise UserError(f"The config file {file} is not valid: {_short_message(error)}") from error
+        message = _short_message(error)
+        if "field 'size'" in message:  # ml_collections keeps the type of a key
+            message += ". Give a pair when the view is made, as in view(size=(96, 64))."
+        raise UserError(f"The config file {file} is not valid: {message}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config() in {file} returns {config!r}. Return a ConfigDict.")
     return apply_overrides(config, overrides)
@@ -336,14 +339,25 @@ def validate(config: ConfigDict) -> None:
     _require_fitting_channels(config)
 
 
-def _require_fitting_channels(config: ConfigDict) -> None:
-    """Checks the range of the images' values, and that views fit the number of channels."""
-    channels, limits = config.data.channels, config.data.range
+def require_fitting_range(config: ConfigDict) -> None:
+    """Raises a UserError if `config.data.range` is empty, or exceeds the values of its bits."""
+    limits = config.data.range
     if limits and limits[0] == limits[1]:
         raise UserError(
             f"config.data.range is {limits}: write (low, high) with low below high, or () for all "
             "values of the images' type."
         )
+    if limits and config.data.bits == 8 and limits[1] > 255:
+        raise UserError(
+            f"config.data.range is {limits}, but config.data.bits is 8, with which values are 0 to "
+            "255. Set config.data.bits=16, or a range within 0 to 255."
+        )
+
+
+def _require_fitting_channels(config: ConfigDict) -> None:
+    """Checks the range of the images' values, and that views fit the number of channels."""
+    channels = config.data.channels
+    require_fitting_range(config)
     for name, each in config.views.items():
         if len(each.mean) != len(each.std) or len(each.mean) not in (0, channels):
             values = "three values" if channels == 3 else f"{channels} (config.data.channels)"

@@ -49,7 +49,8 @@ class ArraySource:
                 f"is longer than {MAX_CHANNELS}. Convert them to [n, H, W, channels]."
             )
         self.images = images = images.astype(native, copy=False)
-        self.channels, self.bits, self.where = images.shape[-1], 8 * native.itemsize, where
+        self.channels, self.where = images.shape[-1], where
+        self.bits = self.array_bits = 8 * native.itemsize
         self.num_examples = len(images)
         self.labels: Int[np.ndarray, " n"] | None = None
         self.class_names: tuple[str, ...] = ()

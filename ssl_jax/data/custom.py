@@ -143,10 +143,15 @@ class CustomSource(HostSource):
         image = tf.reshape(pixels, [sides[0], sides[1], self.channels])
         return views.to_float(image, self.bits, tuple(self._config.data.range))
 
+    @property
+    def array_bits(self) -> int:
+        """Bits per value of arrays; 0 of files."""
+        return 0 if self._encoded else 8 * self._dtype.itemsize
+
     @functools.cached_property
     def bits(self) -> int:
         """Bits per value that are kept, see `HostSource`; of arrays, those of their dtype."""
-        return super().bits if self._encoded else 8 * self._dtype.itemsize
+        return self.array_bits or super().bits
 
     def image_sizes(self, ids: Sequence[int] | np.ndarray) -> Int[np.ndarray, "n 2"]:
         """Height and width of images, without undecodable files."""

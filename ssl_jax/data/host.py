@@ -59,8 +59,10 @@ class HostSource:
       bad: names of the undecodable images found so far.
       fingerprint: changes with the order, number, names, labels or contents of the images.
       channels: number of channels, C.
+      bits_from: for held-out files, the training images, whose `bits` they take; else None.
     """
 
+    bits_from: Any = None
     class_names: tuple[str, ...] = ()
     num_classes: int = 0
     labels_from: str = ""
@@ -117,6 +119,8 @@ class HostSource:
         """Bits per value that are kept: `config.data.bits`, or of a few images, evenly spread."""
         if self._config.data.bits:
             return int(self._config.data.bits)
+        if self.bits_from is not None:
+            return int(self.bits_from.bits)
         ids = sampled_ids(self.num_examples)
         found = read_all(iter([in_parallel(self._bits, ids, len(ids))]), self._timeout_s)[0]
         return 16 if max(found) > 8 else 8

@@ -20,6 +20,7 @@ from ssl_jax.data.arrays import ArraySource
 from ssl_jax.data.custom import CustomSource
 from ssl_jax.data.folder import FolderSource
 from ssl_jax.data.hf import hf_sources
+from ssl_jax.data.host import HostSource
 from ssl_jax.data.labels import (
     NO_COMMON_CLASS,
     NO_LABEL,
@@ -376,6 +377,7 @@ def make_sources(
         for split in splits:
             if isinstance(split, ArraySource):
                 _require_channels(config, split)
+        _share_bits(config, *splits)
         return splits
 
     # In a thread, or Ctrl-C would have to wait for a file system that stalls.
@@ -408,6 +410,30 @@ def _require_channels(config: ConfigDict, source: ArraySource) -> None:
             f"config.data.channels is {expected}. Set config.data.channels={found}, or convert the "
             "images."
         )
+
+
+def _share_bits(config: ConfigDict, train: Source, test: Source | None) -> None:
+    """Makes held-out files keep the bits of the training images; they aren't looked at before use.
+
+    Raises:
+      UserError: arrays of another number of bits than `config.data.bits` or the training images.
+    """
+    if isinstance(train, HostSource | ArraySource) and isinstance(test, HostSource):
+        test.bits_from = train
+    for split in (train, test):
+        found: int = getattr(split, "array_bits", 0)
+        set_bits = config.data.bits
+        if found and found != (set_bits or bits_of(train)):
+            where = getattr(split, "where", "test" if split is test else "train")
+            expected = (
+                f"config.data.bits is {set_bits}. Set config.data.bits=0"
+                if set_bits
+                else f"the training images of {bits_of(train)}. Give both the same dtype"
+            )
+            raise UserError(
+                f"{where} has arrays of uint{found}, but {expected}, or convert the arrays to "
+                f"uint{set_bits or bits_of(train)}."
+            )
 
 
 def bits_of(source: Source) -> int:

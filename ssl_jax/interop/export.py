@@ -514,6 +514,9 @@ def _hub_preprocessing(config: ConfigDict) -> dict[str, Any]:
     """`preprocessor_config.json` as Hugging Face's image processors read it."""
     how = preprocessing(config)
     height, width, channels = view_shape(config, flat_views(config)[0])
+    low, high = how["values"]
+    # The lowest value becomes 0 by the normalization, as it isn't subtracted before.
+    offset = low / (high - low)
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": channels == 3,
@@ -524,8 +527,8 @@ def _hub_preprocessing(config: ConfigDict) -> dict[str, Any]:
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
         "do_rescale": True,
-        "rescale_factor": 1 / (65535 if config.data.bits > 8 else 255),
-        "do_normalize": bool(how["mean"]),
-        "image_mean": how["mean"] or [0.0] * channels,
+        "rescale_factor": 1 / (high - low),
+        "do_normalize": bool(how["mean"] or offset),
+        "image_mean": [mean + offset for mean in how["mean"] or [0.0] * channels],
         "image_std": how["std"] or [1.0] * channels,
     }

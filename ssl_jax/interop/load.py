@@ -104,6 +104,12 @@ class Encoder:
                 f"The images are {given or images.dtype}, not uint8, uint16 or floats in [0, 1]: "
                 "convert them with images.astype(np.uint8)."
             )
+        limits = self.config.data.range
+        if limits and images.dtype == jnp.uint8 and limits[1] > 255:
+            raise UserError(
+                f"The images are uint8, but the encoder was trained with config.data.range={limits}"
+                ": give the stored values as uint16, or floats in [0, 1]."
+            )
         # Bicubic resizing may overshoot 1 slightly.
         if floats and images.size and float(images.max()) > 2.0:
             raise UserError(

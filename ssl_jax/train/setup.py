@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ssl_jax.config import from_json, run_schedule, to_json
+from ssl_jax.config import from_json, require_fitting_range, run_schedule, to_json
 from ssl_jax.data.index import Index
 from ssl_jax.data.labels import targets_of
 from ssl_jax.data.registry import Images
@@ -113,6 +113,7 @@ def resolve(config: ConfigDict, train: Source, started: ConfigDict | None = None
     """
     config = from_json(to_json(config))
     config.data.bits = config.data.bits or bits_of(train)
+    require_fitting_range(config)
     if config.data.num_classes == 0:
         config.data.num_classes = train.num_classes
     elif train.num_classes > config.data.num_classes:

@@ -20,7 +20,10 @@ from ssl_jax.data.sources import make_sources
 from ssl_jax.data.tensorflow import tf
 from ssl_jax.data.values import rgb, to_unit
 from ssl_jax.errors import UserError
+from ssl_jax.models import make_encoder
+from ssl_jax.plan.flops import traced_flops
 from ssl_jax.recipes import set_channels
+from ssl_jax.train.setup import resolve
 
 # Neighbors differ in their lower 8 bits only.
 RAMP = (np.arange(20 * 24).reshape(20, 24) * 3 + 40_000).astype(np.uint16)
@@ -239,6 +242,7 @@ def test_evaluation_and_crops_of_a_pair_are_height_by_width(tmp_path, sampler):
     keys = jax.random.split(jax.random.key(0), 2)
     crops = device_crop.crop_views(raw, keys, config.views.a)
     for view in (batch["views"][0], np.asarray(crops), prepared):
+        assert view.shape == (2, 12, 6, 3)
         assert (np.diff(view.astype(float), axis=1) > 0).all()  # down
         np.testing.assert_allclose(np.diff(view.astype(float), axis=2), 0, atol=1e-5)  # across
 
@@ -280,3 +284,122 @@ def test_pair_survives_json_and_copies():
     back = configs.apply_overrides(again, ["views.view1.size=32"])
     assert back.views.view1.size == 32
     assert configs.size_text(again.views.view1) == "96×64"
+
+
+def test_rotated_crops_of_a_pair_are_height_by_width():
+    rows = np.repeat(np.arange(16, dtype=np.uint8)[:, None] * 15, 16, axis=1)
+    view = whole_views(1).views.view
+    view.affine.degrees = 1e-3
+    keys = jax.random.split(jax.random.key(0), 1)
+    (crop,) = np.asarray(device_crop.crop_views(rows[None, ..., None], keys, view))
+    assert crop.shape == (12, 8, 1)
+    inside = crop[1:-1, 1:-1]  # black enters at the borders
+    assert (np.diff(inside, axis=0) > 0).all()
+    np.testing.assert_allclose(np.diff(inside, axis=1), 0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Training files of 16 bits, held-out ones of 8."""
+    root = tmp_path_factory.mktemp("mixed")
+    for split, images in (("train", [RAMP + i for i in range(4)]), ("test", [RAMP >> 8] * 2)):
+        (root / split).mkdir()
+        for number, image in enumerate(images):
+            dtype = np.uint16 if split == "train" else np.uint8
+            (root / split / f"{number}.png").write_bytes(png(image.astype(dtype)))
+    return root
+
+
+@pytest.mark.parametrize(("train", "bits"), [("train", 16), ("test", 8)])
+def test_held_out_files_keep_the_bits_of_the_training_files(mixed, train, bits):
+    other = {"train": "test", "test": "train"}[train]
+    data = {"name": "folder", "dir": str(mixed / train), "test_dir": str(mixed / other)}
+    config = whole_views(1, **data)
+    found = {}
+    for recorded in (0, bits):  # as while training, and as of the finished run
+        config.data.bits = recorded
+        sources = make_sources(config)
+        assert [source.bits for source in sources] == [bits, bits]
+        found[recorded] = sources[1].eval_transform([0, 1])
+    assert found[0].dtype == (np.float32 if bits == 16 else np.uint8)
+    np.testing.assert_array_equal(found[0], found[bits])
+    assert resolve(whole_views(1, **data), sources[0]).data.bits == bits
+
+
+def test_shares_of_two_processes_are_the_batch_of_one(mixed):
+    config = whole_views(1, sampler="torchvision", name="folder", dir=str(mixed / "train"))
+    (whole,) = read(make_sources(config)[0], [(3, [2, 0, 3, 1])])
+    shares = [read(make_sources(config)[0], [(3, ids)])[0] for ids in ([2, 0], [3, 1])]
+    joined = np.concatenate([share["views"][0] for share in shares])
+    assert joined.dtype == np.float32
+    np.testing.assert_array_equal(joined, whole["views"][0])
+
+
+def test_arrays_of_other_bits_than_the_configs_or_the_training_images_are_refused():
+    def arrays(dtype):
+        return ArraySource(np.zeros((2, 4, 4, 1), dtype))
+
+    words = "ArraySource has arrays of uint16, but config.data.bits is 8. Set config.data.bits=0"
+    with pytest.raises(UserError, match=words):
+        make_sources(whole_views(1, bits=8), arrays(np.uint16))
+    with pytest.raises(UserError, match="arrays of uint16, but config.data.bits is 8"):
+        make_sources(whole_views(1, bits=8), Arrays(RAMP[None, ..., None]))
+    with pytest.raises(UserError, match="arrays of uint8, but config.data.bits is 16"):
+        make_sources(whole_views(1, bits=16), arrays(np.uint8))
+    with pytest.raises(UserError, match="arrays of uint8, but the training images of 16. Give bo"):
+        make_sources(whole_views(1), arrays(np.uint16), arrays(np.uint8))
+    train, _ = make_sources(whole_views(1, bits=16), arrays(np.uint16), arrays(np.uint16))
+    assert train.bits == 16
+
+
+def test_range_beyond_8_bits_is_refused_if_the_images_have_8():
+    config = whole_views(1, range=(0, 4095))
+    images = ArraySource(np.zeros((2, 4, 4, 1), np.uint8))
+    with pytest.raises(UserError, match=r"range is \(0, 4095\), but config.data.bits is 8, with"):
+        resolve(config, images)
+    config.data.bits = 8
+    with pytest.raises(UserError, match="Set config.data.bits=16, or a range within 0 to 255"):
+        configs.validate(config)
+
+
+def test_plain_images_are_not_copied():
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    assert ArraySource(images).images is images
+    assert ArraySource(images).device_data()["image"] is images
+    assert np.shares_memory(rgb(images), images)
+
+
+def test_config_file_that_assigns_a_pair_is_shown_how(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text(
+        "from ssl_jax.config import default_config\n\n\ndef get_config():\n"
+        "    config = default_config()\n    config.views.view1.size = (96, 64)\n"
+        "    return config\n"
+    )
+    with pytest.raises(UserError, match=r"Give a pair when .* view\(size=\(96, 64\)\)"):
+        configs.load_config(str(file), [])
+
+
+def test_vit_and_flops_of_a_pair():
+    config = whole_views(4, size=(8, 12))
+    config.model.name = "vit"
+    config.model.vit.update(width=8, depth=1, heads=2, patch=4)
+    flops = {}
+    for size in ((8, 12), (12, 8), (12, 12)):
+        config = configs.apply_overrides(config, [f"views.view.size={size}"])
+        encoder = make_encoder(config)
+        images = jax.ShapeDtypeStruct((2, *size, 4), np.float32)
+        shapes = jax.eval_shape(
+            lambda x, encoder=encoder: encoder.init_with_output(jax.random.key(0), x, train=False),
+            images,
+        )
+        assert shapes[0].shape == (2, 8)
+
+        def forward(params, x, encoder=encoder):
+            return encoder.apply(params, x, train=False)
+
+        flops[size] = traced_flops(forward, shapes[1], images)
+    assert flops[8, 12] == flops[12, 8] < flops[12, 12]
+    config = configs.apply_overrides(config, ["views.view.size=(8, 10)"])
+    with pytest.raises(UserError, match=r"config.views.view.size is \(8, 10\), but .*patch is 4"):
+        make_encoder(config)
