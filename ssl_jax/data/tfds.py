@@ -121,11 +121,12 @@ class TfdsSource(HostSource):
         for part in np.array_split(np.arange(count), -(-count // _READ)):
             for record in self._examples[part]:
                 example = self._features.deserialize_example_np(record, decoders=decoders)
-                lists.append(example[key].tolist())
+                lists.append(list(example[key]))  # a list, or an array
         classes, where = feature.feature, self._where
         targets = of_lists(lists, classes.num_classes)
         return checked_targets(targets, classes.names, len(lists), where)
 
+    @functools.cached_property
     def _labels(self) -> Int[np.ndarray, " N"]:
         """Class of each image; reads the records whose label isn't known, without decoding them."""
         unread = np.flatnonzero(self._known == _UNREAD).astype(np.int32)
