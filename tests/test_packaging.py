@@ -126,7 +126,9 @@ def requirements(wheel_metadata, *extras: str) -> set[str]:
 
 
 def test_every_import_is_declared(wheel_metadata) -> None:
-    declared = requirements(wheel_metadata, "data", "hf", "parquet", "pictures", "wandb", "peers")
+    declared = requirements(
+        wheel_metadata, "data", "hf", "parquet", "pictures", "tiff", "wandb", "peers"
+    )
     distributions = metadata.packages_distributions()
     imported = set().union(*(imported_by(path.read_text()) for path in PACKAGE.rglob("*.py")))
     assert {"jax", "flax"} <= imported
