@@ -15,7 +15,8 @@ def build(
 ):
     """Prepares a dataset from the PNG files under `images`, in several shards.
 
-    A split called "unlabeled" has the label -1, like ImageNet's test split.
+    A split called "unlabeled" has the label -1, like ImageNet's test split. The feature "labels"
+    lists an image's own class and the first; images of the second have none.
     """
     files = sorted(images.glob("*/*.png"))
     names = [*COLORS, *(f"class {i}" for i in range(3, classes))]
@@ -23,7 +24,8 @@ def build(
     def examples(self, split):
         for file in files:
             label = -1 if split == "unlabeled" else file.parent.name
-            example = {"image": str(file), "label": label, "file": file.name}
+            several = [] if label in (-1, names[1]) else sorted({names[0], label})
+            example = {"image": str(file), "label": label, "file": file.name, "labels": several}
             yield f"{file.parent.name}/{file.name}", example
 
     def info(self):
@@ -31,6 +33,7 @@ def build(
             "file": tfds.features.Text(),
             "image": tfds.features.Image(encoding_format="png"),
             "label": tfds.features.ClassLabel(names=names),
+            "labels": tfds.features.Sequence(tfds.features.ClassLabel(names=names)),
         }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 

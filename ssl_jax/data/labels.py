@@ -145,14 +145,22 @@ def common_targets(train: Targets, test: Targets) -> tuple[Targets, Targets]:
     Classes are matched by name. One that only one split has gets a column of 0s in the other.
 
     Raises:
-      UserError: the splits have no common class, or a different number of unnamed classes.
+      UserError: less than half of the classes of the split that has fewer are in the other one, or
+        the splits have different numbers of unnamed classes.
     """
     if train.names == test.names:
         return train, test
-    if not (train.named and test.named) or not set(train.names) & set(test.names):
+    # A small split may lack rare classes, but those that it has are the dataset's.
+    common, fewer = set(train.names) & set(test.names), min(len(train.names), len(test.names))
+    if not (train.named and test.named) or 2 * len(common) < fewer:
+        first, second = (
+            some([name for name in split.names if name not in common] or split.names)
+            for split in (train, test)
+        )
         raise UserError(
-            f"The training images have the {len(train.names)} classes {some(train.names)}, and the "
-            f"held-out images {len(test.names)}: {some(test.names)}. Use two splits of one dataset."
+            f"Most classes of the splits differ: the {len(train.names)} of the training images "
+            f"include {first}, the {len(test.names)} of the held-out images {second}. Use two "
+            "splits of one dataset, with the same class names."
         )
     names = (*train.names, *(name for name in test.names if name not in train.names))
     return train.aligned(names), test.aligned(names)

@@ -121,7 +121,7 @@ class TfdsSource(HostSource):
         for part in np.array_split(np.arange(count), -(-count // _READ)):
             for record in self._examples[part]:
                 example = self._features.deserialize_example_np(record, decoders=decoders)
-                lists.append(example[key].tolist())
+                lists.append(list(example[key]))  # a list, or an array
         classes, where = feature.feature, self._where
         targets = of_lists(lists, classes.num_classes)
         return checked_targets(targets, classes.names, len(lists), where)

@@ -66,7 +66,7 @@ class Features:
 
         Columns of the rows: split ("train" or "test"), row (in the split), name, label and class
         (null without labels), targets (a list, null without targets) and features. The file's
-        metadata has "step" and "skipped", a JSON list.
+        metadata has "step", and "skipped" and "class_names" as JSON lists.
 
         Raises:
           UserError: the file can't be written.
@@ -91,6 +91,7 @@ class Features:
         kinds["targets"] = pyarrow.list_(pyarrow.int8())
         kinds["features"] = pyarrow.list_(pyarrow.float32(), width)
         about = {"step": str(self.step), "skipped": json.dumps(list(self.skipped))}
+        about["class_names"] = json.dumps(list(self.class_names))  # of the targets' columns
         schema = pyarrow.schema(kinds, metadata=about)
         with parquet.ParquetWriter(file, schema) as writer:
             for split in ("train", "test"):
@@ -174,11 +175,11 @@ def run_features(
     learned, held_out = make_sources(config, train, test)
     if labeled_only:
         learned, held_out = _labeled(learned, held_out, multi_label)
+    *targets, class_names = _targets(learned, held_out)  # first, as it may refuse them
     encoder = load(path, step, projector_layer=config.eval.projector_layer)
     evaluator = Evaluator(config, spmd := make_spmd(), learned, held_out, progress=progress)
     seen = spmd.replicate(encoder.variables)
     splits = [evaluator.features(seen, split) for split in (learned, held_out) if split]
-    *targets, class_names = _targets(learned, held_out)
     # Names last: what replaces an unreadable image is known once all have been read.
     return Features(
         splits[0],

@@ -390,10 +390,11 @@ class Evaluator:
         return _SEVERAL, f"mAP is without {some(names)}, which a split has no images of."
 
     def _targets(self) -> tuple[Targets, Targets]:
-        """The targets of both splits, whose images have several classes each."""
+        """Targets of the training images that classifiers learn from, and of the held-out ones."""
         train, test = targets_of(self.train), targets_of(self.test)
         assert train is not None and test is not None
-        return common_targets(train, test)
+        train, test = common_targets(train, test)
+        return train.of(fixed_sample(len(train.values), self.config.eval.linear_images)), test
 
     def _several_row(self, name: str, train: np.ndarray, test: np.ndarray) -> Row:
         """The row of images of several classes each."""
@@ -401,7 +402,7 @@ class Evaluator:
         seen = fixed_sample(len(train), self.config.eval.linear_images)
         metrics, _ = fit_multi_label(
             train[seen],
-            targets.values[seen],
+            targets.values,
             test,
             test_targets.values,
             targets.names,

@@ -12,7 +12,10 @@ from ssl_jax.evals.metrics import percentile_interval
 
 MULTI_LABEL_METRICS = ("mean_ap", "mean_ap_11_point")
 _RECALLS = 10  # steps of recall in VOC2007's measure: 0, 0.1, … 1
-_CELLS = 2_000_000  # resampled weights of a class that are held at a time
+_CELLS = 2_000_000  # resampled weights that are held at a time
+# Resamples × images × classes beyond which fewer resamples are taken: about half a minute on a CPU.
+_WORK = 1_000_000_000
+_FEWEST = 100  # resamples of which 95 % intervals are still taken
 
 
 def average_precision(
@@ -91,7 +94,8 @@ def multi_label_metrics(
       targets: see `Targets.values`; an image that is -1 for a class is left out of it.
       class_names: by column.
       skipped: columns to leave out, of classes that could not be learned.
-      resamples: number of bootstrap resamples of the images; 0: no intervals.
+      resamples: number of bootstrap resamples of the images, at most; 0: no intervals. Fewer, but
+        100 or more, are taken of data so large that all would take minutes.
       seed: of the resamples.
 
     Returns:
@@ -112,11 +116,8 @@ def multi_label_metrics(
     counts = (targets == 1).sum(axis=0)
     kept = [c for c in range(len(counts)) if counts[c] and c not in set(skipped)]
     require_classes(kept)
-    rng = np.random.default_rng(seed)
-    uniform = np.full(len(scores), 1 / len(scores))
-    drawn = rng.multinomial(len(scores), uniform, size=resamples).astype(np.int32)
-    weights = np.concatenate([np.ones((1, len(scores)), np.int32), drawn])
-    each = np.stack([_resampled(scores[:, c], targets[:, c], weights) for c in kept])
+    enough = max(_FEWEST, _WORK // (len(scores) * len(kept)))
+    each = _resampled(scores[:, kept], targets[:, kept], min(resamples, enough), seed)
     occurs = np.isfinite(each)
     # A resample may have no image of any class.
     means = np.where(occurs, each, 0).sum(axis=0) / np.maximum(occurs.sum(axis=0), 1)
@@ -147,13 +148,27 @@ def require_classes(kept: Sequence[int] | Int[np.ndarray, " k"]) -> None:
 
 
 def _resampled(
-    scores: np.ndarray, target: np.ndarray, weights: np.ndarray
-) -> Float[np.ndarray, "2 r"]:
-    """Both measures of a class in each resample, a part of the resamples at a time."""
-    known = target >= 0
-    score, positive, step = scores[known], target[known] == 1, max(1, _CELLS // len(scores))
-    parts = [
-        average_precision(score, positive, weights[i : i + step, known])
-        for i in range(0, len(weights), step)
-    ]
-    return np.concatenate([np.stack(part) for part in parts], axis=1)
+    scores: Real[np.ndarray, "n c"], targets: Int8[np.ndarray, "n c"], resamples: int, seed: int
+) -> Float[np.ndarray, "c 2 r"]:
+    """Both measures of each class, of the images and in each resample; some resamples at a time."""
+    count, rng = len(scores), np.random.default_rng(seed)
+    uniform, step = np.full(count, 1 / count), max(1, _CELLS // count)
+    parts = [_measured(scores, targets, np.ones((1, count), np.int64))]
+    for start in range(0, resamples, step):
+        drawn = rng.multinomial(count, uniform, size=min(step, resamples - start))
+        parts.append(_measured(scores, targets, drawn))
+    return np.concatenate(parts, axis=2)
+
+
+def _measured(
+    scores: Real[np.ndarray, "n c"],
+    targets: Int8[np.ndarray, "n c"],
+    weights: Int[np.ndarray, "r n"],
+) -> Float[np.ndarray, "c 2 r"]:
+    """Both measures of each class, with each of r weights of the images."""
+    each = []
+    for score, target in zip(scores.T, targets.T, strict=True):
+        known = target >= 0
+        found = average_precision(score[known], target[known] == 1, weights[:, known])
+        each.append(np.stack(found))
+    return np.stack(each)

@@ -274,7 +274,7 @@ def _frozen(evaluation: Evaluation) -> Iterator[str]:
         yield "| " + " | ".join([row_name(row), *cells]) + " |"
     yield ""
     yield "Intervals with few labels are over trials of the labeled images (Student's t), the"
-    yield "others over the held-out images (Wilson)."
+    yield "others over the held-out images (Wilson; mAP by bootstrap)."
     yield ""
 
 

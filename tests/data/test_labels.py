@@ -117,8 +117,26 @@ def test_classes_of_two_splits_are_matched_by_name():
     first, second = common_targets(train, test)
     assert first.names == second.names == ("cat", "dog", "emu")
     assert first.values.tolist() == [[1, 0, 0]] and second.values.tolist() == [[0, -1, 1]]
-    with pytest.raises(UserError, match="Use two splits of one dataset"):
-        common_targets(train, checked_targets([[1]], (), 1, "test"))
+    few = checked_targets([[1]], ["dog"], 1, "test")  # lacks the rare classes
+    assert common_targets(train, few)[1].values.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ((), "the 3 of the training images include cat and 2 more, the 2 of the held-out images 0"),
+        (["cat", "Dog", "Emu"], "include dog and 1 more, the 3 of the held-out images Dog and"),
+    ],
+)
+def test_splits_of_which_most_classes_differ_are_refused(names, words):
+    given = ["cat", "dog", "emu"]
+    train = checked_targets([[1, 0, 0]], given, 1, "train")
+    test = checked_targets([[1] * (len(names) or 2)], names, 1, "test")
+    for pair in ((train, test), (test, train)):
+        with pytest.raises(UserError, match="Use two splits of one dataset"):
+            common_targets(*pair)
+    with pytest.raises(UserError, match=words):
+        common_targets(train, test)
 
 
 def test_data_that_only_a_linear_classifier_can_use_is_refused_elsewhere():

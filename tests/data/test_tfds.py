@@ -120,6 +120,18 @@ def test_labels_in_array_records_are_remembered_when_images_are_read(prepared, m
     np.testing.assert_array_equal(labels, matched(source, prepared / "images") // 4)
 
 
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_lists_of_classes_are_targets(prepared, file_format):
+    config = config_for(prepared / file_format, label_key="labels", test_split="test[:5]")
+    train, test = make_sources(config)
+    assert train.labels is None and train.num_classes == 0
+    own = np.eye(3, dtype=np.int8)[matched(train, prepared / "images") // 4]
+    own[:, 0], own[:, 1] = 1 - own[:, 1], 0
+    np.testing.assert_array_equal(train.targets.values, own)
+    assert train.targets.names == test.targets.names == ("cat", "dog", "emu")
+    assert test.targets.values.shape == (5, 3) and train.labels_from == "feature 'labels'"
+
+
 def test_empty_label_key_gives_no_labels(prepared):
     source = make_sources(config_for(prepared / "array_record", label_key=""))[0]
     assert source.labels is None and "label" not in read(source, [(0, [1, 2])])[0]

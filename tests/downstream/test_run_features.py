@@ -203,7 +203,8 @@ def test_features_have_a_parquet_row_for_each_image(tmp_path):
     features.save(file)
     table = parquet.read_table(file)
     assert table.column_names == ["split", "row", "name", "label", "class", "targets", "features"]
-    assert table.schema.metadata == {b"step": b"7", b"skipped": b'["b/w.png"]'}
+    about = {b"step": b"7", b"skipped": b'["b/w.png"]', b"class_names": b'["a", "b"]'}
+    assert table.schema.metadata == about
     rows = table.to_pylist()
     assert [row["split"] for row in rows] == 3 * ["train"] + 3 * ["test"]
     names = [*features.train_names, *features.test_names]

@@ -6,6 +6,7 @@ from scipy.optimize import minimize
 from sklearn.metrics import average_precision_score
 
 from ssl_jax.errors import UserError
+from ssl_jax.evals import multi_label
 from ssl_jax.evals.linear import fit_linear, fit_multi_label
 from ssl_jax.evals.metrics import metrics_line
 from ssl_jax.evals.multi_label import (
@@ -124,3 +125,25 @@ def test_class_that_a_split_lacks_is_excluded(data):
         fit_multi_label(features, train[:, :2], features, test[:, :2], ("a", "b"))
     with pytest.raises(UserError, match="The metric"):
         fit_linear(features, targets, num_classes=3, metric="top1")
+
+
+def test_number_of_resamples_is_bounded_by_images_times_classes(monkeypatch):
+    rng = np.random.default_rng(0)
+    scores, targets = rng.normal(size=(50, 2)), rng.integers(0, 2, (50, 2)).astype(np.int8)
+    taken = []
+
+    def counted(scores, positive, weights):
+        taken.append(len(weights))
+        return average_precision(scores, positive, weights)
+
+    monkeypatch.setattr(multi_label, "average_precision", counted)
+    for work, expected in ((10**9, 400), (100 * 150, 150), (1, 100)):
+        monkeypatch.setattr(multi_label, "_WORK", work)
+        taken.clear()
+        multi_label_metrics(scores, targets, ("a", "b"), resamples=400)
+        assert sum(taken) == 2 * (1 + expected)
+    whole = multi_label_metrics(scores, targets, ("a", "b"), resamples=100)
+    monkeypatch.setattr(multi_label, "_CELLS", 50 * 30)
+    taken.clear()
+    assert multi_label_metrics(scores, targets, ("a", "b"), resamples=100) == whole
+    assert max(taken) == 30
