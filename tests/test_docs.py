@@ -66,7 +66,7 @@ ELSEWHERE = {
     "XLA_FLAGS=": "the tests themselves see eight simulated devices, tests/conftest.py",
     "ssl-jax plan ": "needs libtpu, minutes: tests/tpu; test_plan_commands_are_valid",
     "python benchmarks/": "minutes to hours; test_benchmarks_accept_their_arguments",
-    "python -X importtime ": "hundreds of lines; tests/test_init.py tests what may not be among them",
+    "python -X importtime ": "prints hundreds of lines; tests/test_init.py",
     "ssl-jax views --config=configs/simclr_digits.py --out=posterized.png": (
         "needs the page's diffs: test_diffs_of_new_augmentation_page_add_a_working_augmentation"
     ),
