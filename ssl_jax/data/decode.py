@@ -5,6 +5,7 @@ here. What Pillow can't read is left to tifffile and imagecodecs, the extra `tif
 """
 
 import io
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -189,6 +190,7 @@ def _by_tifffile(contents: bytes) -> Shaped[np.ndarray, "h w c"]:
             f"Cannot import tifffile ({first_line(error)}), which reads TIFFs of other channels "
             f"and depths than Pillow. {install_extra('tiff')}."
         ) from error
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # errors are raised, too
     with tifffile.TiffFile(io.BytesIO(contents)) as file:
         page = file.pages.first
         if page.photometric == _PALETTE:

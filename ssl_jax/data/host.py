@@ -95,6 +95,7 @@ class HostSource:
         self._threads = config.data.threads or len(os.sched_getaffinity(0))
         self._timeout_s = config.data.timeout_s
         self._pipelines: dict[tuple[int, PerImage], _Pipeline] = {}
+        self._other_channels = ""  # what is wrong if all images have another number
 
     def handles(self, ids: Int[np.ndarray, " n"]) -> tuple[Sequence[bytes], Int[np.ndarray, " n"]]:
         """Arguments of `contents` per image: a handle, and a label or -1 if none or unknown yet.
@@ -320,7 +321,8 @@ class HostSource:
         while self._is_undecodable(good):
             if good == id:
                 raise UserError(
-                    f"Cannot decode any image of {self._where}. Set it to images "
+                    self._other_channels
+                    or f"Cannot decode any image of {self._where}. Set it to images "
                     f"({IMAGES_IN_WORDS})."
                 )
             run.append(good)
@@ -335,12 +337,15 @@ class HostSource:
         contents = self.read(self._source_id[id])
         try:
             self.decode(contents)
-        except ChannelsError as error:  # of the config, not of a damaged file
-            raise UserError(
+        except ChannelsError as error:
+            self._other_channels = (
                 f"{self.name(self._source_id[id])} has {error.found} channel"
                 f"{'s' * (error.found > 1)}, but config.data.channels is {self.channels}. Set it "
                 "to the number of all images, or convert this one."
-            ) from None
+            )
+            if self._config.data.on_bad_image == "fatal":
+                raise UserError(self._other_channels) from None
+            return True  # a damaged file may say any number
         except (tf.errors.InvalidArgumentError, ValueError):
             return True
         return False
