@@ -196,8 +196,8 @@ MUTATIONS = [
     Mutation(
         "images of the view's size are cropped for evaluation",
         "ssl_jax/data/device_crop.py",
-        "if (height, width) == (size, size):",
-        "if (height, width) == (size, -1):",
+        "    if (height, width) == size:",
+        "    if (height, width) == -1:",
         "tests/data/test_views.py",
     ),
     Mutation(
@@ -210,8 +210,8 @@ MUTATIONS = [
     Mutation(
         "a run resumes with a different config",
         "ssl_jax/run/folder.py",
-        "    if changed:\n        raise UserError(",
-        "    if False:\n        raise UserError(",
+        "    if changed:\n        lengths",
+        "    if False:\n        lengths",
         "tests/run/test_run_folder.py tests/train/test_loop.py",
     ),
     Mutation(

@@ -1,6 +1,7 @@
 """Design rules beyond the import contracts in pyproject.toml."""
 
 import ast
+import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -260,3 +261,10 @@ def test_rule_rejects_code_that_breaks_it(rule: Check, path: str, source: str) -
 @pytest.mark.parametrize(("rule", "path", "source"), ALLOWED)
 def test_rule_accepts_other_code(rule: Check, path: str, source: str) -> None:
     assert not list(rule(path, ast.parse(source)))
+
+
+def test_each_mutation_finds_the_code_that_it_breaks() -> None:
+    root = PACKAGE.parent
+    mutations = runpy.run_path(str(root / ".ci" / "mutations.py"))["MUTATIONS"]
+    lost = [each.name for each in mutations if (root / each.file).read_text().count(each.old) != 1]
+    assert mutations and not lost

@@ -13,7 +13,7 @@ from ssl_jax.evals.metrics import percentile_interval
 MULTI_LABEL_METRICS = ("mean_ap", "mean_ap_11_point")
 _RECALLS = 10  # steps of recall in VOC2007's measure: 0, 0.1, … 1
 _CELLS = 2_000_000  # resampled weights that are held at a time
-# Resamples × images × classes beyond which fewer resamples are taken: about half a minute on a CPU.
+# Resamples × images × classes beyond which fewer resamples are taken.
 _WORK = 1_000_000_000
 _FEWEST = 100  # resamples of which 95 % intervals are still taken
 

@@ -174,7 +174,12 @@ def test_mismatch_names_file_and_both_counts(tmp_path):
     config = whole_views(4, name="folder", dir=str(tmp_path), on_bad_image="skip")
     source, _ = make_sources(config)
     with pytest.raises(UserError, match="0.png has 1 channel, but config.data.channels is 4"):
-        read(source, [(0, [0])])
+        read(source, [(0, [0])])  # no image has four
+    (tmp_path / "1.png").write_bytes(png(np.repeat(RAMP[..., None], 4, axis=-1)))
+    source, _ = make_sources(config)
+    (batch,) = read(source, [(0, [0, 1])])
+    np.testing.assert_array_equal(*batch["views"][0])
+    assert len(source.bad) == 1 and source.bad[0].endswith("0.png")
     with pytest.raises(UserError, match="0.png has 1 channel, not the 2 of --channels"):
         pack(tmp_path, tmp_path / "out.npz", channels=2)
     given = ArraySource(np.zeros((2, 4, 4, 5), np.uint8))
