@@ -161,11 +161,13 @@ def _wait(command: Sequence[str], stop: list[int], log: Path) -> int:
         log.parent.mkdir(parents=True, exist_ok=True)
         errors = appending(log)
     with errors:
-        errors.truncate(0)
+        with writing(log):
+            errors.truncate(0)
         with _printed(log):
             code = _wait_writing(command, stop, errors)
     if not code:
-        log.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the run itself has succeeded
+            log.unlink(missing_ok=True)
     return code
 
 

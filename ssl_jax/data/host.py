@@ -127,7 +127,8 @@ class HostSource:
         return 16 if max(found) > 8 else 8
 
     def _bits(self, id: int) -> int:
-        with contextlib.suppress(OSError, UserError):  # raised when the image is read for a batch
+        # Raised, or skipped, when the image is read for a batch.
+        with contextlib.suppress(OSError, UserError, ValueError, TypeError, tf.errors.OpError):
             return image_bits(self.read(id))
         return 8
 
@@ -334,9 +335,8 @@ class HostSource:
             self._source_id[bad] = good
 
     def _is_undecodable(self, id: int) -> bool:
-        contents = self.read(self._source_id[id])
         try:
-            self.decode(contents)
+            self.decode(self.read(self._source_id[id]))
         except ChannelsError as error:
             self._other_channels = (
                 f"{self.name(self._source_id[id])} has {error.found} channel"

@@ -111,7 +111,7 @@ class TfdsSource(HostSource):
 
     @functools.cached_property
     def _targets(self) -> Targets | None:  # type: ignore[override]  # read on first use
-        """Targets of a feature of lists of classes; reads all records, not their images."""
+        """Targets of a feature of lists of classes; reads all records, without decoding images."""
         if self._lists is None:
             return None
         key, feature = self._lists
@@ -123,6 +123,9 @@ class TfdsSource(HostSource):
                 example = self._features.deserialize_example_np(record, decoders=decoders)
                 lists.append(list(example[key]))  # a list, or an array
         classes, where = feature.feature, self._where
+        ids = np.repeat(np.arange(count), [len(row) for row in lists])
+        flat = np.array([label for row in lists for label in row], np.int64)
+        require_in_range(flat, ids, classes.num_classes, True, where)
         targets = of_lists(lists, classes.num_classes)
         return checked_targets(targets, classes.names, len(lists), where)
 

@@ -1,8 +1,8 @@
 """TFRecord files read by record number, from a local disk or a bucket.
 
 A TFRecord file has no index, so all of it is walked once, in one pass with one open: over the
-records' headers, and over the names of each record's features up to the label. What lies between,
-above all the images, is skipped.
+records' headers, and over the names of each record's features up to the label. On a local disk
+what lies between, above all the images, is skipped; TensorFlow reads a bucket in blocks of 1 MiB.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ class _Walk:
                                 if used == end - first:
                                     return label - 2**64 * (label >> 63)
         raise UserError(
-            f"{self._path} has no label '{key.decode()}' in the record at {start - _BEFORE:,}. "
-            f"{_COMPLETE}."
+            f"{self._path} has no label '{key.decode()}' in the record at {start - _BEFORE:,}, as "
+            f"TFDS writes it. {_COMPLETE}, or rebuild it with `tfds build`."
         )
 
     def _fields(self, start: int, stop: int, number: int) -> Iterator[tuple[int, int]]:
@@ -153,7 +153,7 @@ def _varint(data: bytes) -> tuple[int, int]:
     for i, byte in enumerate(data):
         value |= (byte & 127) << 7 * i
         if byte < 128:
-            return value, i + 1
+            return value & 2**64 - 1, i + 1  # as protobuf, which drops the bits beyond
     return 0, 0
 
 

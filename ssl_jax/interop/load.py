@@ -174,10 +174,9 @@ def load(
     weights = weights_at(path, step)
     projector = None
     if layer:
-        projector = {
-            "params": weights.params["projector"],
-            "batch_stats": weights.batch_stats.get("projector", {}),
-        }
+        stats = weights.batch_stats.get("projector", {})
+        projector = {"params": weights.params["projector"], "batch_stats": stats}
+        projector = jax.tree.map(jnp.asarray, projector)
     params, stats = jax.tree.map(
         jnp.asarray, (weights.params["encoder"], weights.batch_stats.get("encoder", {}))
     )

@@ -217,14 +217,8 @@ def _first_state(
       The state, replicated; its step; and the evaluated variables before training, on the host.
     """
     start, total = checkpoints.latest_step or 0, setup.schedule.total_steps
-    state = setup.program.init()
-    untrained = jax.device_get(evaluated_variables(state, setup.config.eval.projector_layer))
-    if not start:
-        state = load_initial_weights(state, setup.config)  # frees the arrays that it replaces
-        state = jax.tree.map(
-            lambda x: x if isinstance(x, jax.Array) else setup.spmd.replicate(x), state
-        )
     held_out = setup.test.fingerprint if setup.test is not None else ""
+    # Before the first program that the processes run together.
     processes.require_same(
         {
             "training set": setup.train.fingerprint,
@@ -232,6 +226,13 @@ def _first_state(
             "newest checkpoint": str(start),
         }
     )
+    state = setup.program.init()
+    untrained = jax.device_get(evaluated_variables(state, setup.config.eval.projector_layer))
+    if not start:
+        state = load_initial_weights(state, setup.config)  # frees the arrays that it replaces
+        state = jax.tree.map(
+            lambda x: x if isinstance(x, jax.Array) else setup.spmd.replicate(x), state
+        )
     if start:
         start, state, warnings = checkpoints.restore_newest(_freed(state), workdir / "corrupt")
         progress.warn(*warnings)

@@ -96,8 +96,9 @@ def test_missing_or_short_files_raise_user_errors(tmp_path):
 def test_corrupt_payload_gives_a_label_or_a_user_error(tmp_path):
     rng, file = np.random.default_rng(0), tmp_path / "a"
     plain, refused = written(file, [example([3], b"x" * 300)]).read_bytes(), 0
-    for _ in range(300):
-        data = bytearray(plain)
+    negative = written(tmp_path / "b", [example([-1], b"x" * 300)]).read_bytes()
+    for number in range(300):
+        data = bytearray(negative if number % 2 else plain)
         for place in rng.integers(12, len(data) - 4, 3):
             data[place] = rng.integers(256)
         file.write_bytes(data)
