@@ -282,7 +282,7 @@ MUTATIONS = [
     Mutation(
         "a detector divides pixels by the standard deviation of values in [0, 1]",
         "ssl_jax/interop/metadata.py",
-        "[round(255 * x, 6) for x in std]",
+        "[round(scale * x, 6) for x in std]",
         "[round(x, 6) for x in std]",
         "tests/interop/test_detectron2.py",
     ),

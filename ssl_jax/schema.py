@@ -98,7 +98,7 @@ class Key:
             require_choice(name, value, self.choices)
         elif isinstance(value, str) and value.lower() in ("true", "false", "none", "null"):
             raise UserError(f"{name} is '{value}'. Set a name, or --{name}= for none.")
-        if self.bounds is None or value == ():
+        if self.bounds is None or value == () == self.default:
             return
         if self.is_size and isinstance(value, tuple) and len(value) != 2:
             raise UserError(

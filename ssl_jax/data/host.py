@@ -123,13 +123,15 @@ class HostSource:
         if self.bits_from is not None:
             return int(self.bits_from.bits)
         ids = sampled_ids(self.num_examples)
-        found = read_all(iter([in_parallel(self._bits, ids, len(ids))]), self._timeout_s)[0]
+        parts = (in_parallel(self._bits, part, len(part)) for part in [ids])  # read in its thread
+        (found,) = read_all(parts, self._timeout_s)
         return 16 if max(found) > 8 else 8
 
     def _bits(self, id: int) -> int:
         # Raised, or skipped, when the image is read for a batch.
         with contextlib.suppress(OSError, UserError, ValueError, TypeError, tf.errors.OpError):
-            return image_bits(self.read(id))
+            bits = image_bits(self.read(id))
+            return bits if bits <= 16 else 8  # others can't be decoded
         return 8
 
     def name(self, id: int) -> str:
@@ -346,6 +348,8 @@ class HostSource:
             if self._config.data.on_bad_image == "fatal":
                 raise UserError(self._other_channels) from None
             return True  # a damaged file may say any number
+        except UserError as error:
+            raise UserError(f"{self.name(self._source_id[id])}: {error}") from error
         except (tf.errors.InvalidArgumentError, ValueError):
             return True
         return False

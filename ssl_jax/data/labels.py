@@ -66,7 +66,13 @@ def targets_of(source: Any) -> Targets | None:
 
 def is_multi_label(labels: Any) -> bool:
     """Whether labels have a column per class."""
-    return np.ndim(labels) == 2
+    try:
+        return np.ndim(labels) == 2
+    except ValueError as error:
+        raise UserError(
+            "The labels are lists of different lengths. Give a row of 0s and 1s per image with a "
+            "column for each class."
+        ) from error
 
 
 def checked_targets(targets: Any, class_names: Any, count: int, where: str) -> Targets:
@@ -96,11 +102,12 @@ def checked_targets(targets: Any, class_names: Any, count: int, where: str) -> T
             f"{where} has the label {given[image, column]} (image {image}, class {column}) among "
             "labels with a column per class. Write 1 for images of the class, 0 for others, and "
             f"{NO_LABEL} where it is unknown."
+            + (" For one label per image, give labels[:, 0]." if given.shape[1] == 1 else "")
         )
-    if names and len(set(names)) != given.shape[1]:
+    if names and not len(set(names)) == len(names) == given.shape[1]:
         raise UserError(
             f"{where} has labels with {given.shape[1]} columns but {len(set(names))} different "
-            "class names. Give one name per column."
+            f"class names in a list of {len(names)}. Give one name per column."
         )
     return Targets(
         given.astype(np.int8), names or tuple(map(str, range(given.shape[1]))), bool(names)
@@ -119,11 +126,12 @@ def listed(values: Sequence[str], separator: str) -> tuple[Int8[np.ndarray, "n c
       Targets and class names for `checked_targets`, in the names' sorted order.
     """
     each = [[name.strip() for name in value.split(separator)] for value in values]
-    names = sorted({name.removeprefix(UNKNOWN) for row in each for name in row if name})
+    each = [[name for name in row if name not in ("", UNKNOWN)] for row in each]
+    names = sorted({name.removeprefix(UNKNOWN) for row in each for name in row})
     columns = {name: column for column, name in enumerate(names)}
     targets = np.zeros((len(values), len(names)), np.int8)
     for target, row in zip(targets, each, strict=True):
-        for name in filter(None, row):
+        for name in row:
             target[columns[name.removeprefix(UNKNOWN)]] = -1 if name.startswith(UNKNOWN) else 1
     return targets, names
 

@@ -31,7 +31,7 @@ class Images(Protocol):
             images of a whole step, of this process. Calls for one split never overlap.
 
         Returns:
-          An image per id, in the same order, each decoded or each encoded: uint8 arrays [H, W, 3],
+          An image per id, in the same order, each decoded or each encoded: uint8 arrays [H, W, C],
           of any size, or one array [n, H, W, 3]; or the bytes of image files.
         """
         ...

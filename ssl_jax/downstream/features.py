@@ -169,7 +169,7 @@ def run_features(
     """
     overrides = tuple(overrides)
     config = apply_overrides(config_at(path), overrides)
-    _require_seen(config, overrides)
+    _require_seen(config, overrides, config_at(path).data.channels)
     if projector_layer is not None:
         config.eval.projector_layer = projector_layer
     learned, held_out = make_sources(config, train, test)
@@ -221,8 +221,13 @@ def _names(source: Source) -> list[str]:
     return source.names(np.arange(source.num_examples))
 
 
-def _require_seen(config: ConfigDict, overrides: Iterable[str]) -> None:
+def _require_seen(config: ConfigDict, overrides: Iterable[str], channels: int) -> None:
     """Refuses keys that have no effect or would change the trained network."""
+    if config.data.channels != channels:
+        raise UserError(
+            f"config.data.channels is {config.data.channels}, but the encoder was trained on "
+            f"images of {channels}. Use images of that number of channels."
+        )
     first = sorted(config.views)[0]
     seen = (*SEEN, *(f"views.{first}.{key}" for key in _SEEN_OF_VIEW))
     for override in overrides:

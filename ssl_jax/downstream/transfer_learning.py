@@ -39,6 +39,7 @@ from ssl_jax.evals.results import (
 )
 from ssl_jax.files import local_path, own_folder, reading, writing
 from ssl_jax.interop.load import newest_step, weights_fingerprint
+from ssl_jax.recipes import set_channels
 from ssl_jax.run.nonfinite import NonFiniteError
 
 RATES = (0.1, 0.01, 0.001)
@@ -136,15 +137,21 @@ def _data_set(path: str, name: str, entry: Any) -> DataSet:
         if key not in data:
             raise UserError(f"{path}: {name}: config.data.{key}.{did_you_mean(key, data)}")
         default = data[key]
+        if isinstance(default, tuple) and isinstance(value, list):  # JSON has no tuples
+            value = tuple(value)
         is_whole_float = isinstance(default, float) and type(value) is int
         if type(value) is not type(default) and not is_whole_float:
             raise UserError(
                 f"{path}: {name}: config.data.{key} is {value!r}. Give a value like {default!r}."
             )
         data[key] = value
+    if "channels" not in entry["data"]:
+        del data["channels"]  # those of the encoder
     overrides = tuple(f"data.{key}={value}" for key, value in data.items())
+    plain = default_config()
+    set_channels(plain, data.get("channels", 3))
     try:
-        apply_overrides(default_config(), overrides)
+        apply_overrides(plain, overrides)
     except UserError as error:
         raise UserError(f"{path}: {name}: {error}") from error
     return DataSet(name, metric, overrides)
@@ -168,7 +175,7 @@ def transfer_config(
     """
     overrides = list(overrides)
     config = derived_config(path, _RECIPE, step)
-    config.data.update(default_config().data.to_dict())
+    config.data.update(default_config().data.to_dict() | {"channels": config.data.channels})
     if is_overridden(overrides, "epochs"):
         config.steps = 0
     return apply_overrides(config, overrides)

@@ -40,7 +40,8 @@ def average_precision(
     """
     scores = np.where(np.isfinite(scores), scores, -np.inf)
     order = np.argsort(-scores, kind="stable")
-    ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
+    ranked = scores[order]
+    ends = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))  # also of infinite ones
     counted = np.ones((1, len(scores))) if weights is None else weights
     counted = counted[:, order].astype(np.float64)
     found = np.cumsum(counted, axis=1)[:, ends]

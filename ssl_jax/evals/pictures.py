@@ -102,8 +102,12 @@ class _Shown:
 
     def __init__(self, source: Source, limits: Sequence[float]) -> None:
         self._source, self._limits = source, limits
-        self.num_examples, self.labels = source.num_examples, source.labels
+        self.num_examples = source.num_examples
         self.class_names, self.names = source.class_names, source.names
+
+    @property
+    def labels(self) -> Int[np.ndarray, " n"] | None:
+        return self._source.labels  # read on first use
 
     def eval_transform(self, ids: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w 3"]:
         return rgb(self._source.eval_transform(ids), self._limits)

@@ -270,6 +270,8 @@ def read_result(workdir: Path, name: str) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads(read_regular(workdir / _FOLDER / f"{name}.json"))
         result_line(record)
+        for each in record["metrics"].get("classes", ()):
+            f"{each['name']} {each['positives']:,} {each['mean_ap']:f} {each['mean_ap_11_point']:f}"
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     except (OverflowError, RecursionError):  # numbers and nesting that this program never writes

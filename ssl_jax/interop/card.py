@@ -140,7 +140,9 @@ def _values(config: ConfigDict) -> str:
     data = config.data
     names = "RGB" if data.channels == 3 else counted(data.channels, "channel")
     low, high = data.range or (0, 65535 if data.bits > 8 else 255)
-    return f"{names} in 0 to 1" + (f" from values {low:g} to {high:g}" if high != 255 else "")
+    return f"{names} in 0 to 1" + (
+        f" from values {low:g} to {high:g}" if (low, high) != (0, 255) else ""
+    )
 
 
 def _numbers(values: Any) -> str:

@@ -475,6 +475,11 @@ def _hub_config(config: ConfigDict) -> dict[str, Any]:
     height, width, channels = view_shape(config, flat_views(config)[0])
     is_resnet = config.model.name == "resnet"
     first = "conv1" if is_resnet else "patch_embed.proj"
+    mean, std = how["mean"] or [0.0] * channels, how["std"] or [1.0] * channels
+    if config.data.range:  # timm divides by the largest value of the type
+        (low, high), largest = config.data.range, 65535 if config.data.bits > 8 else 255
+        mean = [(low + (high - low) * x) / largest for x in mean]
+        std = [(high - low) * x / largest for x in std]
     found: dict[str, Any] = {
         "num_classes": 0,
         "num_features": make_encoder(config).num_features,
@@ -485,8 +490,8 @@ def _hub_config(config: ConfigDict) -> dict[str, Any]:
             "pool_size": None,
             "interpolation": how["interpolation"],
             "crop_pct": how["crop_fraction"],
-            "mean": how["mean"] or [0.0] * channels,
-            "std": how["std"] or [1.0] * channels,
+            "mean": mean,
+            "std": std,
             "num_classes": 0,
             # timm adapts it to other channels; some versions would do so from 3 to the same ones.
             "first_conv": first if channels == 3 else None,

@@ -39,8 +39,11 @@ def pixel_statistics(config: ConfigDict) -> tuple[list[float], list[float]]:
     how = preprocessing(config)
     channels = how["channels"]
     mean, std = how["mean"] or [0.0] * channels, how["std"] or [1.0] * channels
+    # Detectors read 8 bits, so of 16 bits the whole range is 0 to 255.
+    low, high = how["values"] if how["values"][1] <= 255 else (0, 255)
+    scale = high - low
     # Rounded, as 0.485 * 255 is 123.67499999999998.
-    return [round(255 * x, 6) for x in mean], [round(255 * x, 6) for x in std]
+    return [round(low + scale * x, 6) for x in mean], [round(scale * x, 6) for x in std]
 
 
 def in_timm(config: ConfigDict) -> bool:

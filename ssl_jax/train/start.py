@@ -224,6 +224,7 @@ def _first_state(
             "training set": setup.train.fingerprint,
             "held-out set": held_out,
             "newest checkpoint": str(start),
+            "number of bits per value (config.data.bits)": str(setup.config.data.bits),
         }
     )
     state = setup.program.init()
