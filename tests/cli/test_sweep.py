@@ -224,8 +224,13 @@ def test_wait_passes_an_interrupt_on_that_only_the_sweep_has_received(monkeypatc
         "time.sleep(60)\n"
     )
     command = [sys.executable, "-S", str(script), str(tmp_path / "stopped")]
-    with pytest.raises(KeyboardInterrupt):
-        sweep._wait(command, [], tmp_path / "log")
+    # As in a program of its own, whatever ran in this process before.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sweep._wait(command, [], tmp_path / "log")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (tmp_path / "stopped").exists()
 
 
