@@ -1,8 +1,9 @@
 """The one exception whose message is meant for the user at the terminal."""
 
+import contextlib
 import difflib
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 _LONGEST = 1000  # characters of a message; the fix is at its end
 _JOINERS = "\u200c\u200d"
@@ -76,3 +77,26 @@ def require_choice(name: str, value: object, choices: Iterable[object]) -> None:
         # A number close to another as text is no better guess than the rest.
         word = value if isinstance(value, str) else ""
         raise UserError(f"{name} is {value!r}.{did_you_mean(word, map(str, choices))}")
+
+
+@contextlib.contextmanager
+def importing(package: str, extra: str, use: str = "") -> Iterator[None]:
+    """Turns a failed import of an optional package into a UserError.
+
+    Args:
+      package: its name.
+      extra: that installs it.
+      use: what it is needed for, after "which"; "" if the reader knows.
+    """
+    try:
+        yield
+    except ImportError as error:
+        what = f", which {use}" if use else ""
+        raise UserError(
+            f"Cannot import {package} ({first_line(error)}){what}. {install_extra(extra)}."
+        ) from error
+
+
+def counted(count: int, noun: str) -> str:
+    """Formats a count with its noun: 1 label, 5 labels."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from ssl_jax.config import Schedule, flat_views, view_shape
 from ssl_jax.data.index import stream_key, views_stream
 from ssl_jax.data.pipeline import make_augment_fn
+from ssl_jax.data.values import is_float
 from ssl_jax.diagnostics import embedding_std
 from ssl_jax.errors import UserError
 from ssl_jax.evals import probe
@@ -148,8 +149,7 @@ def batch_shapes(
     if labeled:
         raw["label"] = jax.ShapeDtypeStruct((n,), jnp.int32)
     if cropped:
-        # As `data.views.is_float`, which imports TensorFlow's types.
-        dtype = jnp.float32 if config.data.bits > 8 or config.data.range else jnp.uint8
+        dtype = jnp.float32 if is_float(config.data.bits, config.data.range) else jnp.uint8
         shapes = [view_shape(config, view) for view in flat_views(config)]
         raw["views"] = tuple(jax.ShapeDtypeStruct((n, *shape), dtype) for shape in shapes)
     return raw

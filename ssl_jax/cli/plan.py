@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 from humanize import metric, naturalsize
 
+from ssl_jax.errors import counted
 from ssl_jax.files import local_path
 from ssl_jax.plan.chips import Topology
 from ssl_jax.plan.plan import GPU_STEP, Plan, fitting, read_plan
-from ssl_jax.report.words import counted
 
 
 def run(args: argparse.Namespace) -> None:

@@ -160,11 +160,9 @@ def _wait(command: Sequence[str], stop: list[int], log: Path) -> int:
     with writing(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         errors = appending(log)
-    with errors:
-        with writing(log):
-            errors.truncate(0)
-        with _printed(log):
-            code = _wait_writing(command, stop, errors)
+        errors.truncate(0)
+    with errors, _printed(log):
+        code = _wait_writing(command, stop, errors)
     if not code:
         with contextlib.suppress(OSError):  # the run itself has succeeded
             log.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Shaped, UInt8
 from PIL import Image, TiffImagePlugin
 
-from ssl_jax.errors import UserError, first_line, install_extra
+from ssl_jax.errors import UserError, importing
 
 _FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF")
 # TIFF tags.
@@ -171,25 +171,15 @@ def _stored_tiff(contents: bytes, channels: int) -> tuple[Shaped[np.ndarray, "h 
 
 
 def _png_by_imagecodecs(contents: bytes) -> Shaped[np.ndarray, "h w c"]:
-    try:
+    with importing("imagecodecs", "tiff", "reads PNGs of 16 bits in color"):
         import imagecodecs
-    except ImportError as error:
-        raise UserError(
-            f"Cannot import imagecodecs ({first_line(error)}), which reads PNGs of 16 bits in "
-            f"color. {install_extra('tiff')}."
-        ) from error
     return np.asarray(imagecodecs.png_decode(contents))
 
 
 def _by_tifffile(contents: bytes) -> Shaped[np.ndarray, "h w c"]:
     """The samples of a TIFF's first page, or its pages if they have one each."""
-    try:
+    with importing("tifffile", "tiff", "reads TIFFs of other channels and depths than Pillow"):
         import tifffile
-    except ImportError as error:
-        raise UserError(
-            f"Cannot import tifffile ({first_line(error)}), which reads TIFFs of other channels "
-            f"and depths than Pillow. {install_extra('tiff')}."
-        ) from error
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # errors are raised, too
     with tifffile.TiffFile(io.BytesIO(contents)) as file:
         page = file.pages.first

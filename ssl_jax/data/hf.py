@@ -18,7 +18,7 @@ from ssl_jax.config import close_path
 from ssl_jax.data.custom import CustomSource
 from ssl_jax.data.labels import NO_LABEL, numbered, of_lists, require_same_classes
 from ssl_jax.data.listing import named_path
-from ssl_jax.errors import UserError, did_you_mean, first_line, install_extra
+from ssl_jax.errors import UserError, did_you_mean, first_line, importing
 from ssl_jax.files import local_path
 
 # Files that `save_to_disk` writes for a dataset, and for a dictionary of its splits.
@@ -124,12 +124,8 @@ def _datasets() -> Any:
     """
     # Read once, when the packages are first imported.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
+    with importing("datasets", "hf"):
         import datasets
-    except ImportError as error:
-        raise UserError(
-            f"Cannot import datasets ({first_line(error)}). {install_extra('hf')}."
-        ) from error
     return datasets
 
 

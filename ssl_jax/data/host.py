@@ -30,7 +30,8 @@ from ssl_jax.data.labels import Targets
 from ssl_jax.data.listing import IMAGES_IN_WORDS, utf8
 from ssl_jax.data.reader import in_parallel, read_all
 from ssl_jax.data.tensorflow import load_tensorflow, tf
-from ssl_jax.errors import UserError
+from ssl_jax.data.values import is_float
+from ssl_jax.errors import UserError, counted
 
 Step: TypeAlias = tuple[int, Int[np.ndarray, " n"]]
 # (file contents, step, id) -> the tensors to return for an image.
@@ -111,7 +112,7 @@ class HostSource:
     def decode(self, contents: tf.Tensor) -> views.Image:
         """Decodes what `contents` returns to uint8, or float32 in [0, 1], [height, width, C]."""
         limits = tuple(self._config.data.range)
-        if self.channels == 3 and not views.is_float(self.bits, limits):
+        if self.channels == 3 and not is_float(self.bits, limits):
             return views.decode(contents)
         return views.decode_channels(contents, self.channels, self.bits, limits)
 
@@ -341,9 +342,9 @@ class HostSource:
             self.decode(self.read(self._source_id[id]))
         except ChannelsError as error:
             self._other_channels = (
-                f"{self.name(self._source_id[id])} has {error.found} channel"
-                f"{'s' * (error.found > 1)}, but config.data.channels is {self.channels}. Set it "
-                "to the number of all images, or convert this one."
+                f"{self.name(self._source_id[id])} has {counted(error.found, 'channel')}, but "
+                f"config.data.channels is {self.channels}. Set it to the number of all images, or "
+                "convert this one."
             )
             if self._config.data.on_bad_image == "fatal":
                 raise UserError(self._other_channels) from None

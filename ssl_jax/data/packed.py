@@ -10,7 +10,7 @@ from ssl_jax.data.arrays import ArraySource
 from ssl_jax.data.decode import ChannelsError, decode
 from ssl_jax.data.listing import IMAGES_IN_WORDS, list_images, read_image, require_packed
 from ssl_jax.data.values import MAX_CHANNELS
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, counted
 from ssl_jax.files import local_path, open_regular, reading, writing_output
 
 _KEYS = {"images", "labels", "class_names"}
@@ -103,7 +103,7 @@ def _decode(file: str, channels: int) -> np.ndarray:
         return decode(contents, channels, bits=16)
     except ChannelsError as error:
         raise UserError(
-            f"{file} has {error.found} channel{'s' * (error.found > 1)}, not the {channels} of "
+            f"{file} has {counted(error.found, 'channel')}, not the {channels} of "
             "--channels. Set it to the number of all images, or convert this one."
         ) from error
     except ValueError as error:

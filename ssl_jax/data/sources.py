@@ -35,7 +35,7 @@ from ssl_jax.data.reader import read_all
 from ssl_jax.data.records import RecordsSource
 from ssl_jax.data.registry import Images, registered_opener
 from ssl_jax.data.tfds import tfds_sources
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, counted
 from ssl_jax.files import CHECK_PATH, reading
 
 _HOLD_OUT = (
@@ -406,7 +406,7 @@ def _require_channels(config: ConfigDict, source: ArraySource) -> None:
     found, expected = source.channels, config.data.channels
     if found != expected:
         raise UserError(
-            f"{source.where} has images of {found} channel{'s' * (found > 1)}, but "
+            f"{source.where} has images of {counted(found, 'channel')}, but "
             f"config.data.channels is {expected}. Set config.data.channels={found}, or convert the "
             "images."
         )

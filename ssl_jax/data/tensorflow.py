@@ -11,7 +11,7 @@ import os
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ssl_jax.errors import UserError, first_line, install_extra
+from ssl_jax.errors import importing
 
 
 @functools.cache
@@ -31,13 +31,9 @@ def load_tensorflow(name: str = "tensorflow") -> ModuleType:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # unused here, and it prints a banner
     # Whatever is read of a gs:// file, TensorFlow reads this much after it; by default 64 MiB.
     os.environ.setdefault("GCS_READAHEAD_BUFFER_SIZE_BYTES", str(2**20))
-    try:
+    with importing(name, "data"):
         tensorflow = importlib.import_module("tensorflow")
         module = importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(
-            f"Cannot import {name} ({first_line(error)}). {install_extra('data')}."
-        ) from error
     with contextlib.suppress(RuntimeError):  # the calling program already uses TensorFlow
         tensorflow.config.set_visible_devices([], "GPU")  # GPU memory belongs to JAX
     return module

@@ -9,6 +9,21 @@ DTYPES = (np.uint8, np.uint16)  # of images that are not files, in any byte orde
 MAX_CHANNELS = 16
 
 
+def is_float(bits: int, limits: Sequence[float]) -> bool:
+    """Whether images are cropped and resized as floats, not rounded to 8 bits.
+
+    Args:
+      bits: per value, `config.data.bits`.
+      limits: `config.data.range`.
+    """
+    return bits > 8 or len(limits) > 0
+
+
+def largest_value(bits: int) -> int:
+    """The integer that becomes 1 without `config.data.range`, see `config.data.bits`."""
+    return 65535 if bits > 8 else 255
+
+
 def to_unit(
     images: Shaped[np.ndarray, "*n h w c"], limits: Sequence[float] = ()
 ) -> Float[np.ndarray, "*n h w c"]:

@@ -30,7 +30,7 @@ from ssl_jax.data.device_crop import (
     eval_box,
 )
 from ssl_jax.data.tensorflow import tf
-from ssl_jax.data.values import to_unit
+from ssl_jax.data.values import is_float, to_unit
 
 # Top, left, height and width, in whole pixels. Strings, so that importing this needs no TensorFlow.
 Boxes: TypeAlias = 'Int[tf.Tensor, "views 4"]'
@@ -113,11 +113,6 @@ def to_float(image: Image, bits: int, limits: Sequence[float]) -> Image:
         return image
     low, high = limits or (0, image.dtype.max)
     return tf.clip_by_value((tf.cast(image, tf.float32) - low) / (high - low), 0.0, 1.0)
-
-
-def is_float(bits: int, limits: Sequence[float]) -> bool:
-    """Whether images are cropped and resized as floats, not rounded to 8 bits."""
-    return bits > 8 or len(limits) > 0
 
 
 def _decode_by_pillow(contents: tf.Tensor) -> tf.Tensor:

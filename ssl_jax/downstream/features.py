@@ -168,8 +168,8 @@ def run_features(
         or an override is bad or doesn't change features; raised before anything is computed.
     """
     overrides = tuple(overrides)
-    config = apply_overrides(config_at(path), overrides)
-    _require_seen(config, overrides, config_at(path).data.channels)
+    config = apply_overrides(trained := config_at(path), overrides)
+    _require_seen(config, overrides, trained.data.channels)
     if projector_layer is not None:
         config.eval.projector_layer = projector_layer
     learned, held_out = make_sources(config, train, test)

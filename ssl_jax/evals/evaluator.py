@@ -28,7 +28,7 @@ from ssl_jax.data.sources import (
     why_no_mean_ap,
     why_not_scored,
 )
-from ssl_jax.data.values import rgb
+from ssl_jax.data.values import is_float, rgb
 from ssl_jax.evals import probe
 from ssl_jax.evals.features import extract_features, padded_batches
 from ssl_jax.evals.knn import knn_classify
@@ -494,8 +494,9 @@ class Evaluator:
         if len(views) < 2:
             return []
         # Rounded like the images of 8 bits that the encoder gets in evaluations.
-        plain = self.config.data.bits <= 8 and not self.config.data.range
-        placed = [self._place(pixels(view) if plain else view) for view in views]
+        data = self.config.data
+        kept_floats = is_float(data.bits, data.range)
+        placed = [self._place(view if kept_floats else pixels(view)) for view in views]
         return [np.asarray(self._encode(variables, view), np.float32)[:kept] for view in placed]
 
     def _views(self, state: Any, ids: Int[np.ndarray, " n"]) -> list[np.ndarray]:

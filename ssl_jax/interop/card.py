@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import Schedule, flat_views, size_text, view_size
 from ssl_jax.data.augment import augmentations
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, counted
 from ssl_jax.evals.metrics import interval_text
 from ssl_jax.evals.results import EVALUATION, Evaluation, read_evaluation, read_results
 from ssl_jax.files import local_path
@@ -18,7 +18,6 @@ from ssl_jax.interop.metadata import has_torch_loader, in_timm, preprocessing
 from ssl_jax.interop.weights import Weights
 from ssl_jax.methods import METHODS, make_method, title
 from ssl_jax.report.evaluation import accuracy, measure_name, measures, row_name
-from ssl_jax.report.words import counted
 from ssl_jax.run.folder import read_record
 
 _TOP = """---
@@ -129,17 +128,16 @@ def _images(config: ConfigDict) -> str:
     return (
         f"The central {100 * how['crop_fraction']:g} % {part}, resized to {size} "
         f"({how['interpolation']}, "
-        f"{'antialiased' if how['antialias'] else 'not antialiased'}), {_values(config)}, "
+        f"{'antialiased' if how['antialias'] else 'not antialiased'}), {_values(how)}, "
         f"{normalized}; images that already have that size are not cropped."
         + (f" The preprocessing of timm and the hub {' and '.join(others)}." if others else "")
     )
 
 
-def _values(config: ConfigDict) -> str:
+def _values(how: dict[str, Any]) -> str:
     """The channels of images, and the integers that become 0 and 1 unless those of 8 bits."""
-    data = config.data
-    names = "RGB" if data.channels == 3 else counted(data.channels, "channel")
-    low, high = data.range or (0, 65535 if data.bits > 8 else 255)
+    names = "RGB" if how["channels"] == 3 else counted(how["channels"], "channel")
+    low, high = how["values"]
     return f"{names} in 0 to 1" + (
         f" from values {low:g} to {high:g}" if (low, high) != (0, 255) else ""
     )

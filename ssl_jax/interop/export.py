@@ -17,6 +17,7 @@ from jax import export as jax_export
 from ml_collections import ConfigDict
 
 from ssl_jax.config import Schedule, flat_views, from_json, to_json, view_shape
+from ssl_jax.data.values import largest_value
 from ssl_jax.errors import UserError, first_line
 from ssl_jax.files import ANOTHER, local_path, read_regular, reading, writing, writing_output
 from ssl_jax.interop.card import model_card
@@ -477,7 +478,7 @@ def _hub_config(config: ConfigDict) -> dict[str, Any]:
     first = "conv1" if is_resnet else "patch_embed.proj"
     mean, std = how["mean"] or [0.0] * channels, how["std"] or [1.0] * channels
     if config.data.range:  # timm divides by the largest value of the type
-        (low, high), largest = config.data.range, 65535 if config.data.bits > 8 else 255
+        (low, high), largest = config.data.range, largest_value(config.data.bits)
         mean = [(low + (high - low) * x) / largest for x in mean]
         std = [(high - low) * x / largest for x in std]
     found: dict[str, Any] = {

@@ -6,6 +6,8 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import flat_views, view_size
 from ssl_jax.data.device_crop import antialiased
+from ssl_jax.data.values import largest_value
+from ssl_jax.errors import counted
 from ssl_jax.models.registry import encoder_name
 from ssl_jax.models.resnet import architecture
 
@@ -28,7 +30,7 @@ def preprocessing(config: ConfigDict) -> dict[str, Any]:
         "antialias": antialiased(one),
         "range": [0, 1],
         # The integers that become 0 and 1.
-        "values": list(config.data.range or (0, 65535 if config.data.bits > 8 else 255)),
+        "values": list(config.data.range or (0, largest_value(config.data.bits))),
         "mean": list(one.mean),
         "std": list(one.std),
     }
@@ -77,4 +79,4 @@ def unlike_torchvisions(config: ConfigDict) -> list[str]:
 
 
 def _channels(config: ConfigDict) -> str:
-    return f"input of {config.data.channels} channel{'s' * (config.data.channels > 1)}"
+    return f"input of {counted(config.data.channels, 'channel')}"

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ssl_jax.errors import counted
 from ssl_jax.evals.intervals import mean_interval, proportion_interval
 from ssl_jax.evals.results import (
     BASELINE,
@@ -22,7 +23,7 @@ from ssl_jax.evals.results import (
 from ssl_jax.methods import title
 from ssl_jax.report.charts import Chart, Mark, Series, axes, nice_ticks
 from ssl_jax.report.reading import read
-from ssl_jax.report.words import counted, percent, points, range_of_points
+from ssl_jax.report.words import percent, points, range_of_points
 
 METRICS = {
     "top1": "Top-1",

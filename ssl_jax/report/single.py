@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.config import flatten
+from ssl_jax.errors import counted
 from ssl_jax.evals.intervals import mean_interval
 from ssl_jax.evals.results import (
     BASELINE,
@@ -25,7 +26,6 @@ from ssl_jax.report.page import write_page
 from ssl_jax.report.reading import Metrics, parse_images, parse_metrics, read, read_run
 from ssl_jax.report.training import collapse_section, training_section
 from ssl_jax.report.words import (
-    counted,
     devices,
     listing,
     network,

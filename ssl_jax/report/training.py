@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.diagnostics import CollapseSign, collapse_signs
+from ssl_jax.errors import counted
 from ssl_jax.methods import METHODS
 from ssl_jax.report.charts import line_chart, shows_means
 from ssl_jax.report.reading import Curve, Metrics
-from ssl_jax.report.words import counted, number, percent
+from ssl_jax.report.words import number, percent
 
 
 def _ends(curve: Curve, unit: str = "") -> str:

@@ -30,11 +30,6 @@ def number(value: float) -> str:
     return text.replace("-", "−")
 
 
-def counted(count: int, noun: str) -> str:
-    """Formats a count with its noun: 1 label, 5 labels."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def listed(names: Sequence[str]) -> str:
     """Joins names: "A", "A and B", "A, B and C"."""
     return " and ".join([", ".join(names[:-1])] * (len(names) > 1) + [*names[-1:]])

@@ -14,10 +14,9 @@ from ml_collections import ConfigDict
 from ssl_jax.config import flat_views, size_text, view_size
 from ssl_jax.data.labels import Targets, targets_of
 from ssl_jax.data.sources import Source, why_not_scored
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, counted
 from ssl_jax.plan.flops import traced_flops
 from ssl_jax.plan.plan import memory_kinds
-from ssl_jax.report.words import counted
 from ssl_jax.run.log import read_metrics
 from ssl_jax.step import batchnorm_advice
 from ssl_jax.train.setup import Setup
