@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from ssl_jax.evals.intervals import mean_interval
+from ssl_jax.evals.results import ONLINE
 from ssl_jax.run.log import read_metrics
 
 ROOT = Path(__file__).parent.parent
-METHODS = ("simclr", "simclrv2", "moco", "swav", "byol", "simsiam", "supervised")
+METHODS = ("simclr", "simclrv2", "moco", "swav", "byol", "simsiam", "dino", "supervised")
 NAMES = {
     "simclr": "SimCLR v1",
     "simclrv2": "SimCLR v2 (memory bank)",
@@ -30,6 +31,7 @@ NAMES = {
     "swav": "SwAV",
     "byol": "BYOL",
     "simsiam": "SimSiam",
+    "dino": "DINO",
     "supervised": "Supervised, all labels",
 }
 COLUMNS = (
@@ -80,7 +82,7 @@ def table(workdirs: dict[str, Path]) -> str:
         file = workdir / "evaluation.json"
         if not file.exists():
             continue
-        raw, untrained, trained = json.loads(file.read_text())["rows"]
+        raw, untrained, *own = json.loads(file.read_text())["rows"]
         if not lines:
             lines += [
                 [row["name"], *accuracies(row, [raw, untrained]), "", "", ""]
@@ -90,7 +92,10 @@ def table(workdirs: dict[str, Path]) -> str:
         last = {key: value for record in records for key, value in record.items()}
         rate = statistics.median(r["images_per_s"] for r in records if "images_per_s" in r)
         measured = [f"{last['embedding_std']:.2f}", f"{last['rankme']:.1f}", f"{rate:,.0f}"]
-        lines.append([NAMES[method], *accuracies(trained, [raw, untrained]), *measured])
+        # The online network, if the target is evaluated; then the run's own.
+        for row in own:
+            name = NAMES[method] + f", {ONLINE}" * (row["name"] == ONLINE)
+            lines.append([name, *accuracies(row, [raw, untrained]), *measured])
     rows = [list(COLUMNS), ["---"] * len(COLUMNS), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

@@ -318,6 +318,41 @@ def simsiam() -> Drawing:
     return drawing
 
 
+def dino() -> Drawing:
+    """DINO."""
+    drawing = Drawing(
+        "DINO",
+        "The student, encoder and projector, sees all crops. The teacher is a slow average of the "
+        "student, sees the two large crops and gets no gradient. From every crop, the student "
+        "predicts the teacher's distribution over prototypes of another crop; the teacher's "
+        "logits are centered and sharpened.",
+        488,
+    )
+    two_views(drawing, "all 10 crops", "2 large crops")
+    rows = (178, 238, 298)
+    for y, name in zip(rows, ("encoder", "projector", "65,536 prototypes"), strict=True):
+        drawing.box(LEFT, y, name, "net")
+    means = ("encoder’s average", "projector’s average", "prototypes’ average")
+    for y, name in zip(rows, means, strict=True):
+        drawing.box(RIGHT, y, name, "mean")
+        drawing.arrow((188, y), (211, y), average=True)
+    drawing.text(MIDDLE, 208, "EMA")
+    for y0, y1 in ((118, 178), (178, 238), (238, 298)):
+        drawing.down(LEFT, y0, y1)
+        drawing.down(RIGHT, y0, y1)
+    drawing.box(LEFT, 372, "softmax of\nlogits / τ", "net", 150)
+    drawing.box(RIGHT, 372, "softmax, centered,\nof logits / τ′", "data", 150)
+    drawing.arrow((LEFT, 314), (LEFT, 347))
+    drawing.arrow((RIGHT, 314), (RIGHT, 347))
+    drawing.stop(RIGHT, 328)
+    drawing.text(RIGHT - 54, 329, "no gradient")
+    for x in (LEFT, RIGHT):
+        drawing.arrow((x, 396), (x, 423))
+    shared(drawing, 440, "each crop predicts another’s distribution", "loss")
+    drawing.text(MIDDLE, 472, "τ′ is lower than τ; the center is an average of the logits")
+    return drawing
+
+
 def road() -> Drawing:
     """The road data takes."""
     drawing = Drawing(
@@ -338,7 +373,7 @@ def road() -> Drawing:
         ("optimizer", "data", "LARS, SGD, AdamW …"),
         ("method.update", "mean", "EMA, queue"),
         ("metrics, checkpoint", "data", "fetched a step late"),
-        ("evaluate, report, export", "data", "the online encoder"),
+        ("evaluate, report, export", "data", "online or EMA encoder"),
     ]
     for number, (name, kind, note) in enumerate(steps):
         y = 64 + 52 * number
@@ -380,7 +415,7 @@ def large_batch() -> Drawing:
     return drawing
 
 
-DIAGRAMS = (simclr, simclrv2, moco, swav, byol, simsiam, road, large_batch)
+DIAGRAMS = (simclr, simclrv2, moco, swav, byol, simsiam, dino, road, large_batch)
 
 
 def main() -> None:

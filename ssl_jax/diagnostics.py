@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ssl_jax.losses import normalize
 
@@ -39,7 +39,9 @@ def embedding_std(
 
 
 def prototypes_used(
-    scores: Float[Array, "n k"], mean_over_devices: Callable[[Array], Array] = lambda x: x
+    nearest: Int[Array, " n"],
+    count: int,
+    mean_over_devices: Callable[[Array], Array] = lambda x: x,
 ) -> Float[Array, ""]:
     """Effective number of prototypes that are some image's nearest: exp of their shares' entropy.
 
@@ -47,15 +49,14 @@ def prototypes_used(
     prototypes.
 
     Args:
-      scores: of this device's images against the K prototypes, [n, K].
+      nearest: index of the nearest prototype of this device's images, [n].
+      count: K, the number of prototypes.
       mean_over_devices: averages a local mean over devices.
 
     Returns:
       A number between 1 (one prototype is nearest to all images) and K.
     """
-    count = scores.shape[1]
-    nearest = jnp.zeros(count).at[jnp.argmax(scores, axis=1)].add(1 / scores.shape[0])
-    share = mean_over_devices(nearest)
+    share = mean_over_devices(jnp.zeros(count).at[nearest].add(1 / nearest.shape[0]))
     return jnp.exp(-jnp.sum(share * jnp.log(jnp.maximum(share, 1e-12))))
 
 

@@ -1,4 +1,4 @@
-"""Blockwise kernels of the contrastive losses, which never materialize the N x N matrix.
+"""Blockwise kernels of the losses, which never materialize the whole matrix of scores.
 
 Each kernel takes all rows and columns, computes scores one block at a time, and reduces them to
 the sums that `losses` needs. Shapes: m rows (anchors or queries), n columns (candidates), d
@@ -120,6 +120,95 @@ def queue_loss_and_pull(
         return lse - positive, pull + jnp.expm1(positive - lse)[:, None] * k
 
     return _over_queries(of_block, queries, keys, queue, block_size)
+
+
+def distillation(
+    student: Float[Array, "n v d"],
+    teacher: Float[Array, "n a d"],
+    prototypes: Float[Array, "d k"],
+    teacher_prototypes: Float[Array, "d k"],
+    center: Float[Array, " k"],
+    temperatures: Float[Array, "2"],
+    block_size: int | None,
+) -> tuple[tuple[Array, Array, Int[Array, " n"]], Float[Array, "n v d"], Float[Array, "d k"]]:
+    """Sums over images of DINO's cross-entropies, and their gradients, in one pass.
+
+    With s_v = x_v·P / τ of the student's crops and the teacher's q_a = softmax((t_a - c) / τ'):
+
+        loss = Σ_i 1/(A(V-1)) Σ_a Σ_{v≠a} (lse(s_v) - q_a·s_v)
+        ds_v = 1/(A(V-1)) Σ_{a≠v} (softmax(s_v) - q_a)
+
+    Args:
+      student: x_v, embeddings of V crops.
+      teacher: embeddings of the first A crops.
+      prototypes: P, of the student.
+      teacher_prototypes: of the teacher.
+      center: c.
+      temperatures: τ and τ'.
+      block_size: images per block; None: chosen for the platform the program is compiled for.
+
+    Returns:
+      The loss; the teacher's entropy, Σ_i of the mean over a of -q_a·log q_a; the prototype of
+      each image with the largest q_0; the gradients of the loss with respect to `student` and
+      `prototypes`.
+    """
+
+    def kernel(limits: _Limits, student: Array, teacher: Array, *shared: Array) -> Any:
+        n, crops = student.shape[0], student.shape[1] + teacher.shape[1]
+        block = _row_block(n, crops * shared[0].shape[1], block_size, limits)
+        real = _split(jnp.ones(n), block)  # 0 in the padding
+
+        def visit(totals: Any, rows: tuple[Array, Array, Array]) -> tuple[Any, Any]:
+            sums, of_rows = _distill_block(*rows, *shared)
+            return jax.tree.map(jnp.add, totals, sums), of_rows
+
+        zero = jnp.zeros(())
+        start = (zero, zero, jnp.zeros(shared[0].shape))
+        blocks = (_split(student, block), _split(teacher, block), real)
+        sums, of_rows = jax.lax.scan(visit, start, blocks)
+        loss, entropy, of_prototypes = sums
+        nearest, of_student = (x.reshape(-1, *x.shape[2:])[:n] for x in of_rows)
+        return (loss, entropy, nearest), of_student, of_prototypes
+
+    arrays = (student, teacher, prototypes, teacher_prototypes, center, temperatures)
+    values, of_student, of_prototypes = _by_platform(kernel, *arrays)
+    return values, of_student, of_prototypes
+
+
+def _distill_block(
+    student: Float[Array, "b v d"],
+    teacher: Float[Array, "b a d"],
+    real: Float[Array, " b"],
+    prototypes: Float[Array, "d k"],
+    teacher_prototypes: Float[Array, "d k"],
+    center: Float[Array, " k"],
+    temperatures: Float[Array, "2"],
+) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
+    """`distillation` of a block of images; `real` is 1, or 0 for images that don't count.
+
+    Returns:
+      Loss, entropy and the gradient of the prototypes, summed; nearest prototypes and the gradient
+      of the student, by image.
+    """
+    scores = matmul(student, prototypes) / temperatures[0]
+    # Without this, both terms of the cross-entropy would be large and nearly equal.
+    scores -= jnp.max(scores, axis=-1, keepdims=True)
+    lse = jax.nn.logsumexp(scores, axis=-1)
+    targets = (matmul(teacher, teacher_prototypes) - center[None, None, :]) / temperatures[1]
+    log_q = jax.nn.log_softmax(targets, axis=-1)
+    q = jnp.exp(log_q)
+    entropy = -jnp.sum(q * log_q, axis=-1).mean(axis=-1)
+    a, v = teacher.shape[1], student.shape[1]
+    others = (1.0 - jnp.eye(a, v)) / (a * (v - 1))
+    agreement = matmul(q, scores.swapaxes(1, 2), "highest")
+    loss = jnp.sum((lse[:, None, :] - agreement) * others[None], axis=(1, 2))
+    p = jnp.exp(scores - lse[:, :, None]) * jnp.sum(others, axis=0)[None, :, None]
+    pull = (p - jnp.einsum("av,bak->bvk", others, q)) * (real / temperatures[0])[:, None, None]
+    of_student = matmul(pull, prototypes.T)
+    d, k = prototypes.shape
+    of_prototypes = matmul(student.reshape(-1, d).T, pull.reshape(-1, k))
+    sums = (jnp.sum(loss * real), jnp.sum(entropy * real), of_prototypes)
+    return sums, (jnp.argmax(targets[:, 0], axis=-1), of_student)
 
 
 def matmul(a: Array, b: Array, precision: str = "high") -> Array:

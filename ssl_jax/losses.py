@@ -10,7 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ssl_jax import loss_kernels
 from ssl_jax.loss_kernels import matmul
@@ -307,6 +307,82 @@ def swapped_prediction(
     cross = jnp.mean(lse[:, None, :] - agreement, axis=0)
     others = 1.0 - jnp.eye(assigned, views)
     return jnp.sum(cross * others) / (assigned * (views - 1))
+
+
+def self_distillation(
+    student: Float[Array, "n v d"],
+    teacher: Float[Array, "n a d"],
+    prototypes: Float[Array, "d k"],
+    teacher_prototypes: Float[Array, "d k"],
+    center: Float[Array, " k"],
+    *,
+    temperature: float,
+    teacher_temperature: float | Float[Array, ""],
+    block_size: int | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""], Int[Array, " n"]]:
+    """Each crop predicts the teacher's distributions of other crops (DINO, eq. 3).
+
+    With the student's logits s_v = x_v·P / τ of V crops, and the teacher's distributions
+    q_a = softmax((x'_a·P' - c) / τ') of the first A of them:
+
+        loss = 1/n Σ_i 1/(A(V-1)) Σ_a Σ_{v≠a} -Σ_k q_ak log softmax(s_v)_k
+
+    The logits [n, V, K] are computed a block of images at a time, and never all in memory.
+
+    Args:
+      student: x_v, [n, V, d], V at least 2.
+      teacher: x'_a, [n, A, d]; no gradient flows into it or the other arrays of the teacher.
+      prototypes: P, [d, K].
+      teacher_prototypes: P'.
+      center: c, [K].
+      temperature: τ, positive.
+      teacher_temperature: τ', positive; may be traced.
+      block_size: images per block; None picks one that keeps their logits within 16 MiB on a CPU,
+        256 MiB elsewhere.
+
+    Returns:
+      The cross-entropy and the entropy of q, float32 scalars, whose difference is the mean
+      Kullback-Leibler divergence of the student from the teacher; and the prototype with the
+      largest q of each image's first crop.
+    """
+    temperatures = jnp.stack([jnp.float32(temperature), jnp.float32(teacher_temperature)])
+    fixed = (teacher, teacher_prototypes, center, temperatures)
+    student, prototypes = student.astype(jnp.float32), prototypes.astype(jnp.float32)
+    return _self_distillation(student, prototypes, jax.lax.stop_gradient(fixed), block_size)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _self_distillation(
+    student: Float[Array, "n v d"],
+    prototypes: Float[Array, "d k"],
+    fixed: tuple[Array, Array, Array, Array],
+    block_size: int | None,
+) -> tuple[Array, Array, Array]:
+    return _self_distillation_forward(student, prototypes, fixed, block_size)[0]
+
+
+def _self_distillation_forward(
+    student: Array,
+    prototypes: Array,
+    fixed: tuple[Array, Array, Array, Array],
+    block_size: int | None,
+) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
+    """Computes losses and gradients in one pass, as no image's gradient depends on others."""
+    teacher, teacher_prototypes, center, temperatures = fixed
+    n = student.shape[0]
+    (loss, entropy, nearest), dx, dp = loss_kernels.distillation(
+        student, teacher, prototypes, teacher_prototypes, center, temperatures, block_size
+    )
+    return (loss / n, entropy / n, nearest), (dx / n, dp / n)
+
+
+def _self_distillation_backward(
+    block_size: int | None, saved: tuple[Array, Array], cotangents: tuple[Array, Array, Array]
+) -> tuple[Array, Array, None]:
+    return saved[0] * cotangents[0], saved[1] * cotangents[0], None
+
+
+_self_distillation.defvjp(_self_distillation_forward, _self_distillation_backward)
 
 
 def negative_cosine(p: Float[Array, "n d"], z: Float[Array, "n d"]) -> Float[Array, ""]:

@@ -254,6 +254,7 @@ def make_optimizer(
     labels: Pytree | Callable[[Pytree], Pytree],
     schedule: optax.Schedule,
     peak: float | None = None,
+    weight_decay: optax.Schedule | None = None,
 ) -> optax.GradientTransformation:
     """Builds a run's optimizer from its parameter groups.
 
@@ -263,12 +264,15 @@ def make_optimizer(
     nor accumulates momentum during the first `frozen_steps` steps. Within the last three, weights
     and biases are distinguished by path.
 
+    With `clip_norm_per_tensor`, each optimizer gets the gradients of `clip_each_norm`.
+
     Args:
       config: `config.optim`; `momentum` is Adam's and AdamW's β1.
       labels: a label for each leaf of the params, or for a prefix of their tree; or a function
         that gives them for params, such as `Method.param_groups`; `init` checks these.
       schedule: learning rate by step, see `learning_rate_schedule`.
       peak: learning rate of "constant_lr", see `peak_learning_rate`.
+      weight_decay: weight decay by step, see `weight_decay_schedule`; None for the config's.
 
     Returns:
       The gradient transformation; its update needs the params.
@@ -279,6 +283,20 @@ def make_optimizer(
     """
     _check_options(config)
 
+    def base(rate: optax.ScalarOrSchedule, mask: Mask, start: int = 0) -> Any:
+        """The optimizer of a group whose inner count of steps starts at step `start`."""
+
+        def decayed(weight_decay: Any) -> optax.GradientTransformation:
+            return _base_optimizer(config, rate, mask, weight_decay)
+
+        optimizer = decayed(config.weight_decay)
+        if weight_decay is not None:
+            by_count = optax.inject_hyperparams(decayed)
+            optimizer = by_count(weight_decay=lambda count: weight_decay(count + start))
+        if config.clip_norm_per_tensor:
+            optimizer = optax.chain(clip_each_norm(config.clip_norm_per_tensor), optimizer)
+        return optimizer
+
     def make(label: str) -> optax.GradientTransformation:
         if label not in LABELS:
             raise UserError(f"param_groups gives the label '{label}'.{did_you_mean(label, LABELS)}")
@@ -288,13 +306,13 @@ def make_optimizer(
         if label == "constant_lr":
             if peak is None:
                 raise ValueError("Parameters labeled 'constant_lr' need `peak`.")
-            return _base_optimizer(config, peak, mask)
+            return base(peak, mask)
         if label == "frozen_until":
             steps = config.frozen_steps
-            # The inner count starts when the freeze ends; the schedule counts from the run's start.
-            inner = _base_optimizer(config, lambda count: schedule(count + steps), mask)
+            # The inner count starts when the freeze ends; schedules count from the run's start.
+            inner = base(lambda count: schedule(count + steps), mask, steps)
             return optax.conditionally_mask(inner, lambda step: step >= steps)
-        return _base_optimizer(config, schedule, mask)
+        return base(schedule, mask)
 
     def partitioned(labels: Pytree) -> optax.GradientTransformationExtraArgs:
         used = sorted(set(jax.tree.leaves(labels)))
@@ -309,6 +327,48 @@ def make_optimizer(
             updates, state, params, **extra
         ),
     )
+
+
+def clip_each_norm(limit: float) -> optax.GradientTransformation:
+    """Scales the gradient of each parameter tensor by itself to at most a norm of `limit`.
+
+    g ← g·min(1, limit/(‖g‖ + 1e-6)), as in DINO's official code; not the norm of all gradients.
+
+    Args:
+      limit: the largest norm, positive.
+
+    Returns:
+      The gradient transformation, without state.
+    """
+
+    def clip(gradient: Array, _: Any) -> Array:
+        return gradient * jnp.minimum(1.0, limit / (jnp.linalg.norm(gradient) + 1e-6))
+
+    return optax.stateless_with_tree_map(clip)
+
+
+def weight_decay_schedule(config: ConfigDict, length: Schedule) -> optax.Schedule | None:
+    """Builds the weight decay by step: a cosine from `weight_decay` to `weight_decay_end`.
+
+    end + (start - end)·(1 + cos(π·step/total))/2, without a warmup (DINO's official code).
+
+    Args:
+      config: `config.optim`.
+      length: the run's length.
+
+    Returns:
+      A function from the number of completed steps to the next step's weight decay; None if it is
+      constant.
+    """
+    start, end = config.weight_decay, config.weight_decay_end
+    if end in (0.0, start):
+        return None
+
+    def schedule(step: Any) -> Array:
+        progress = jnp.minimum(step / length.total_steps, 1.0)
+        return end + (start - end) * (1 + jnp.cos(jnp.pi * progress)) / 2
+
+    return schedule
 
 
 def peak_learning_rate(config: ConfigDict, batch_size: int) -> float:
@@ -392,14 +452,12 @@ def _after_warmup(config: ConfigDict, peak: float, warmup: int, length: Schedule
 
 
 def _base_optimizer(
-    config: ConfigDict, learning_rate: optax.ScalarOrSchedule, mask: Mask
+    config: ConfigDict, learning_rate: optax.ScalarOrSchedule, mask: Mask, weight_decay: Any
 ) -> optax.GradientTransformation:
     """Builds the config's optimizer; the mask selects the tensors to decay (and adapt)."""
     if config.name == "adamw":
-        return optax.adamw(
-            learning_rate, b1=config.momentum, weight_decay=config.weight_decay, mask=mask
-        )
-    options = {"momentum": config.momentum, "weight_decay": config.weight_decay}
+        return optax.adamw(learning_rate, b1=config.momentum, weight_decay=weight_decay, mask=mask)
+    options = {"momentum": config.momentum, "weight_decay": weight_decay}
     if config.name == "sgd":
         return sgd(learning_rate, nesterov=config.nesterov, mask=mask, **options)
     if config.name == "adam":

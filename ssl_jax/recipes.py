@@ -1,6 +1,6 @@
 """The views of each method's official code, and the settings that experiments share.
 
-Sources: google-research/simclr, facebookresearch/moco, /simsiam and /swav,
+Sources: google-research/simclr, facebookresearch/moco, /simsiam, /swav and /dino,
 deepmind/deepmind-research/byol. A config file starts from these and changes keys.
 """
 
@@ -118,6 +118,40 @@ def byol_views(size: Size = 224) -> dict[str, Any]:
         "view1": view(**both, blur={"prob": 1.0}, solarize={"prob": 0.0}),
         "view2": view(**both, blur={"prob": 0.1}, solarize={"prob": 0.2}),
     }
+
+
+def dino_views(
+    large: Size = 224,
+    small: Size = 96,
+    small_crops: int = 8,
+    areas: tuple[tuple[float, float], tuple[float, float]] = ((0.4, 1.0), (0.05, 0.4)),
+) -> dict[str, Any]:
+    """DINO: BYOL's blur and solarization of the two large crops, and small crops.
+
+    Args:
+      large: size of the two large crops.
+      small: size of the small crops.
+      small_crops: their number.
+      areas: of large and small crops, as shares of the image.
+    """
+
+    def crop(size: Size, area: tuple[float, float], blur: float, **changes: Any) -> ConfigDict:
+        return view(
+            size=size,
+            crop={**_torchvision(area), "interpolation": "bicubic"},
+            jitter=_jitter(0.4, 0.4, 0.2, 0.1),
+            blur={"prob": blur},
+            **changes,
+            **IMAGENET,
+        )
+
+    views = {
+        "large1": crop(large, areas[0], 1.0),
+        "large2": crop(large, areas[0], 0.1, solarize={"prob": 0.2}),
+    }
+    if small_crops:
+        views["small"] = crop(small, areas[1], 0.5, count=small_crops)
+    return views
 
 
 def imagenet_config(interpolation: str = "bicubic") -> ConfigDict:

@@ -306,7 +306,14 @@ _MODEL: Group = {
     "conv_init": Key(
         "truncated_fan_in",
         "Initialization of convolutions",
-        choices=("truncated_fan_in", "haiku", "fan_out_normal", "torch", "normal_0.01"),
+        choices=(
+            "truncated_fan_in",
+            "haiku",
+            "fan_out_normal",
+            "torch",
+            "normal_0.01",
+            "normal_0.02",
+        ),
     ),
     "zero_init_residual": Key(True, "Initialize γ of each block's last BatchNorm to 0"),
     "bn_group_size": Key(
@@ -379,6 +386,16 @@ _OPTIM: Group = {
     "momentum": Key(0.9, "Momentum of SGD, LARS and LARC; β1 of Adam", FRACTION),
     "nesterov": Key(False, "Nesterov momentum, for SGD"),
     "weight_decay": Key(1e-6, "Weight decay; see decay_norm_bias", FINITE),
+    "weight_decay_end": Key(
+        0.0,
+        "Weight decay at the end of the run, approached by a cosine (DINO); 0: constant",
+        FINITE,
+    ),
+    "clip_norm_per_tensor": Key(
+        0.0,
+        "Maximum norm of the gradient of each parameter tensor by itself (DINO); 0: none",
+        FINITE,
+    ),
     "trust_coefficient": Key(0.001, "Trust coefficient η of LARS and LARC", FINITE),
     "decay_norm_bias": Key(False, "Decay biases and normalization parameters, too"),
     "schedule": Key("cosine", "Schedule after the warmup", choices=("cosine", "step", "constant")),
@@ -391,7 +408,7 @@ _OPTIM: Group = {
     "step_epochs": Key((), "Epochs at which the step schedule lowers the learning rate"),
     "step_gamma": Key(0.1, "Factor applied at each of step_epochs", FINITE),
     "per_epoch": Key(False, "Update the learning rate once per epoch, as in MoCo's code"),
-    "frozen_steps": Key(0, "SwAV: initial steps with frozen prototypes", AT_LEAST_0),
+    "frozen_steps": Key(0, "SwAV, DINO: initial steps with frozen prototypes", AT_LEAST_0),
 }
 _Evaluation = functools.partial(Key, affects="results")
 _EVAL: Group = {
@@ -422,6 +439,14 @@ _EVAL: Group = {
     ),
     "linear_images": _Evaluation(
         50_000, "Maximum training images of the linear probe with all labels", POSITIVE
+    ),
+    "network": _Evaluation(
+        "default",
+        "Network of evaluations, exports and ssl_jax.load, of a method with a target (MoCo, BYOL, "
+        "DINO, SimCLR with a memory bank): the trained one (online) or its average (target); "
+        "default: DINO's target, otherwise online. With the target, kNN and the evaluation at the "
+        "end also measure the online one",
+        choices=("default", "online", "target"),
     ),
     "projector_layer": _Evaluation(
         0,
@@ -525,6 +550,33 @@ _METHODS: Group = {
         "predictor_constant_lr": Key(True, "Do not decay the predictor's learning rate"),
         "stop_gradient": Key(True, "Stop the gradient of the target; False shows the collapse"),
     },
+    "dino": {
+        "hidden": Key(2048, "Width of the projector's hidden layers", AT_LEAST_1),
+        "layers": Key(3, "Layers of the projector", AT_LEAST_1),
+        "head_bn": Key(False, "BatchNorm in the projector (lightly)"),
+        "hidden_bias": Key(True, "Bias of the projector's hidden layers; lightly has none"),
+        "out": Key(256, "Width of the embeddings", AT_LEAST_1),
+        "prototypes": Key(65536, "Number of prototypes", AT_LEAST_1),
+        "norm_last_layer": Key(
+            True,
+            "Prototypes of length 1; False trains their lengths, better with ViT-S and less stable",
+        ),
+        "separate_views": Key(False, _SEPARATE),
+        "temperature": Key(0.1, "Temperature of the student", POSITIVE),
+        "teacher_temperature": Key(
+            0.04, "Temperature of the teacher after its warmup; above 0.07 it collapses", POSITIVE
+        ),
+        "teacher_temperature_start": Key(
+            0.04, "Temperature of the teacher in the first epoch", POSITIVE
+        ),
+        "teacher_temperature_epochs": Key(
+            0, "Epochs in which the teacher's temperature rises; 0: none", AT_LEAST_0
+        ),
+        "center_decay": Key(0.9, "EMA decay of the center of the teacher's logits", FRACTION),
+        "ema_decay": Key(0.996, "EMA decay of the teacher at the first step", FRACTION),
+        "ema_decay_end": Key(1.0, _DECAY_END, FRACTION),
+        "block_size": Key(0, "Images per block of the loss; 0: automatic", AT_LEAST_0),
+    },
     "supervised": {
         "freeze": Key(False, "Train only the classifier, on features of a frozen encoder"),
         "classifier_init": Key(
@@ -566,7 +618,8 @@ SCHEMA: Group = {
     "seed": Key(0, "Random seed of everything", SEED),
     "method": Key(
         "simclr",
-        "Method: simclr, moco, swav, byol, simsiam, supervised, distill, or one you registered",
+        "Method: simclr, moco, swav, byol, simsiam, dino, supervised, distill, or one you "
+        "registered",
     ),
     "batch_size": Key(256, "Global batch size, over all devices", POSITIVE),
     "microbatch": Key(
@@ -622,7 +675,16 @@ SCHEMA: Group = {
             affects="results",  # read only when a run starts; compared by the weights
         ),
         "step": Key(0, "Step of the run's checkpoint; 0: the newest", AT_LEAST_0),
-        "heads": Key(False, "Load all networks, from a run of the same method"),
+        "network": Key(
+            "default",
+            "Of a run with a target network, which encoder to load, as in eval.network; default: "
+            "the one that the run evaluates",
+            choices=("default", "online", "target"),
+            affects="results",  # as above
+        ),
+        "heads": Key(
+            False, "Load all networks, from a run of the same method; of its online network"
+        ),
         "state": Key(
             "weights",
             "What is loaded: weights; or everything from a run of the same method and optimizer "

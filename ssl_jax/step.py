@@ -21,7 +21,12 @@ from ssl_jax.errors import UserError
 from ssl_jax.evals import probe
 from ssl_jax.methods import make_method
 from ssl_jax.methods.base import Batch, Method, Pytree
-from ssl_jax.optim import learning_rate_schedule, make_optimizer, peak_learning_rate
+from ssl_jax.optim import (
+    learning_rate_schedule,
+    make_optimizer,
+    peak_learning_rate,
+    weight_decay_schedule,
+)
 from ssl_jax.run.nonfinite import COUNT, STEP
 from ssl_jax.spmd import AXIS, Spmd, device_groups
 
@@ -90,7 +95,8 @@ def assemble(
     method = make_method(config, schedule, axis_name, groups)
     learning_rate = learning_rate_schedule(config.optim, config.batch_size, schedule)
     peak = peak_learning_rate(config.optim, config.batch_size)
-    optimizer = make_optimizer(config.optim, method.param_groups, learning_rate, peak)
+    decay = weight_decay_schedule(config.optim, schedule)
+    optimizer = make_optimizer(config.optim, method.param_groups, learning_rate, peak, decay)
     return method, optimizer, learning_rate
 
 

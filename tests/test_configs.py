@@ -16,7 +16,13 @@ from ssl_jax.errors import UserError
 from ssl_jax.methods import make_method
 from ssl_jax.methods.supervised import CLASSIFIER_INITS
 from ssl_jax.models import layers, resnet, vit
-from ssl_jax.optim import LR_SCALINGS, OPTIMIZERS, SCHEDULES, learning_rate_schedule
+from ssl_jax.optim import (
+    LR_SCALINGS,
+    OPTIMIZERS,
+    SCHEDULES,
+    learning_rate_schedule,
+    weight_decay_schedule,
+)
 from ssl_jax.schema import SCHEMA
 from ssl_jax.step import assemble, example_batch
 from ssl_jax.train.setup import Setup
@@ -29,11 +35,13 @@ VARIANTS = {
     "moco_imagenet": ["v1"],
     "swav_imagenet": ["256"],
     "byol_imagenet": ["40", "100", "300"],
+    "dino_imagenet": ["vit_base", "resnet50"],
     "simclr_cifar10": ["lightly", "solo"],
     "simsiam_cifar10": ["lightly", "solo"],
     "moco_cifar10": ["solo"],
     "swav_cifar10": ["solo"],
     "byol_cifar10": ["solo"],
+    "dino_cifar10": ["solo"],
 }
 ALL = [(file, v) for file in FILES for v in ["", *VARIANTS.get(file.stem, [])]]
 
@@ -92,7 +100,8 @@ def test_docstring_names_paper_published_result_and_cost(file):
 def test_every_method_has_a_config_per_dataset():
     for data in ("digits", "cifar10", "imagenet"):
         names = {file.stem.removesuffix(f"_{data}") for file in FILES if data in file.stem}
-        assert names >= {"simclr", "simclrv2", "moco", "swav", "byol", "simsiam", "supervised"}
+        expected = {"simclr", "simclrv2", "moco", "swav", "byol", "simsiam", "supervised"}
+        assert names >= expected | {"dino"}
 
 
 def test_choices_in_the_schema_equal_the_implemented_ones():
@@ -126,6 +135,7 @@ def test_swav_imagenet_uses_the_papers_multi_crop():
         ("simclr_cifar10", 2.0),
         ("simclr_cifar10:lightly", 0.24),
         ("moco_cifar10:solo", 0.3),
+        ("dino_imagenet:vit_base", 2e-3),
         ("swav_cifar10", 4e-3),
         ("simsiam_cifar10", 0.06),
         ("simsiam_cifar10:lightly", 0.06),
@@ -205,6 +215,10 @@ OFFICIAL = {
         for name, peak in (("simclr", 0.24), ("moco", 0.24), ("byol", 0.24), ("simsiam", 0.06))
     },
     "swav_cifar10:lightly": (CIFAR, epoch_rates(97, cosine(EPOCHS, 200, 4e-3))),
+    "dino_imagenet": (IMAGENET, swav_rates(2502, 100, 10, 0.0, 1e-3, 1e-6)),
+    "dino_imagenet:resnet50": (IMAGENET, swav_rates(2502, 100, 10, 0.0, 0.06, 1e-6)),
+    "dino_cifar10:lightly": (CIFAR, epoch_rates(97, cosine(EPOCHS, 200, 0.24))),
+    "dino_cifar10:solo": (CIFAR, solo_rates(195, 1000, 10, 3e-5, 0.3)),
     "moco_cifar10:solo": (CIFAR, solo_rates(195, 1000, 10, 3e-5, 0.3)),
     "byol_cifar10:solo": (CIFAR, solo_rates(195, 1000, 10, 3e-5, 1.0)),
 }
@@ -232,6 +246,21 @@ def test_byol_ema_decay_is_the_official_one_at_every_step(variant, base):
     steps = np.arange(total, dtype=np.int32)
     decay = jax.jit(jax.vmap(make_method(config, schedule).ema_decay))(steps)
     np.testing.assert_allclose(decay, expected, rtol=1e-6)
+
+
+def test_dino_imagenet_has_the_official_schedules_and_crops():
+    """main_dino.py: `cosine_scheduler` of the weight decay and of the teacher's EMA."""
+    config = load_config(str(ROOT / "configs/dino_imagenet.py"))
+    schedule = run_schedule(config, IMAGENET)
+    total, steps = 2502 * 100, np.arange(0, 2502 * 100, 97, dtype=np.int32)
+    decay = jax.jit(jax.vmap(weight_decay_schedule(config.optim, schedule)))(steps)
+    np.testing.assert_allclose(decay, cosine(steps, total, 0.04, 0.4), rtol=1e-5)
+    ema = jax.jit(jax.vmap(make_method(config, schedule).ema_decay))(steps)
+    np.testing.assert_allclose(ema, cosine(steps, total, 0.996, 1.0), rtol=1e-6)
+    assert config.optim.frozen_steps == 2502
+    assert [view.size for view in flat_views(config)] == [224] * 2 + [96] * 8
+    chances = [(view.blur.prob, view.solarize.prob) for view in flat_views(config)]
+    assert chances == [(1.0, 0.0), (0.1, 0.2), *[(0.5, 0.0)] * 8]
 
 
 def test_swav_imagenet_blurs_small_crops_by_three_sigma():
@@ -279,10 +308,12 @@ def shrink(config):
     config.batch_size, config.dtype = 64, "float32"
     config.model.update(depth=4, width=1 / 8, sk=False, bn_splits=min(config.model.bn_splits, 2))
     for view in config.views.values():
-        view.size = max(view.size // 7, 8)
+        view.size = max(view.size // 7, 8) // 8 * 8
     config.moco.queue, config.simclr.memory_bank = 128, min(config.simclr.memory_bank, 128)
     config.swav.update(queue=min(config.swav.queue, 128), prototypes=16)
-    for group in ("simclr", "moco", "swav", "byol", "simsiam"):
+    config.dino.update(prototypes=16, out=8)
+    config.model.vit.update(depth=1, width=16, heads=2, patch=8)
+    for group in ("simclr", "moco", "swav", "byol", "simsiam", "dino"):
         config[group].hidden = 16
 
 

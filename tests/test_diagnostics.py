@@ -113,10 +113,10 @@ def test_evaluations_and_logged_steps_are_checked_separately():
 
 def test_prototypes_used_detects_collapse():
     rng = np.random.default_rng(0)
-    spread = np.float32(rng.normal(size=(6000, 12)))
-    assert 11.5 < float(diagnostics.prototypes_used(spread)) <= 12.001
-    same = np.broadcast_to(spread[:1], spread.shape)
-    assert float(diagnostics.prototypes_used(same)) == pytest.approx(1, abs=1e-4)
+    spread = rng.integers(12, size=6000)
+    assert 11.5 < float(diagnostics.prototypes_used(spread, 12)) <= 12.001
+    same = np.full_like(spread, 3)
+    assert float(diagnostics.prototypes_used(same, 12)) == pytest.approx(1, abs=1e-4)
     detector = CollapseDetector()
     detector.check(1, {"prototypes_used": 1.0})
     assert "one prototype" in detector.check(2, {"prototypes_used": 1.0})[0]

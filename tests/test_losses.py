@@ -358,6 +358,83 @@ def test_swapped_prediction_equals_the_float64_oracle():
     np.testing.assert_allclose(ours, total / 2, rtol=1e-5)
 
 
+def self_distillation_oracle(student, prototypes, teacher, teacher_prototypes, center, tt):
+    """DINO's algorithm 1 with multi-crop, pair by pair: cross-entropy and the teacher's entropy."""
+
+    def softmax(x):
+        e = np.exp(x - x.max(-1, keepdims=True))
+        return e / e.sum(-1, keepdims=True)
+
+    p = softmax(student @ prototypes / 0.1)
+    q = softmax((teacher @ teacher_prototypes - center) / tt)
+    pairs = [(a, v) for a in range(q.shape[1]) for v in range(p.shape[1]) if a != v]
+    total = [-(q[:, a] * np.log(p[:, v])).sum(-1).mean() for a, v in pairs]
+    return np.mean(total), -(q * np.log(q)).sum(-1).mean(), q[:, 0].argmax(-1)
+
+
+def distillation_arrays(n=5, d=4, k=7):
+    rng = np.random.default_rng(7)
+    center = 0.1 * rng.normal(size=k)
+    crops = unit64(rng.normal(size=(n, 4, d))), unit64(rng.normal(size=(n, 2, d)))
+    prototypes = [unit64(rng.normal(size=(k, d))).T for _ in range(2)]
+    return crops[0], prototypes[0], crops[1], prototypes[1], center
+
+
+def test_self_distillation_equals_the_float64_oracle():
+    arrays = distillation_arrays()
+
+    def results(tt, block):
+        def loss(x, p, t, tp, c):
+            options = {"temperature": 0.1, "teacher_temperature": tt, "block_size": block}
+            loss, *rest = losses.self_distillation(x, t, p, tp, c, **options)
+            return 3 * loss, (loss, *rest)
+
+        return jax.value_and_grad(loss, range(5), has_aux=True)
+
+    def expected(tt):
+        x, p, *rest = arrays
+        oracle = functools.partial(self_distillation_oracle, tt=tt)
+        values = oracle(*arrays)
+        dx = numeric_gradient(lambda x: oracle(x, p, *rest)[0], x)
+        return values, dx, numeric_gradient(lambda p: oracle(x, p, *rest)[0], p)
+
+    oracles = {tt: expected(tt) for tt in (0.04, 0.07)}
+    cases = list(itertools.product(oracles, (None, 1, 2)))
+    for (tt, block), found in computed(cases, results, *arrays).items():
+        values, dx, dp = oracles[tt]
+        (_, actual), (own, of_prototypes, *of_teacher) = found
+        message = f"temperature {tt}, block {block}"
+        for a, b in zip(actual, values, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, err_msg=message)
+        np.testing.assert_allclose(own, 3 * dx, rtol=1e-3, atol=1e-5, err_msg=message)
+        np.testing.assert_allclose(of_prototypes, 3 * dp, rtol=1e-3, atol=1e-5, err_msg=message)
+        assert all(not np.any(each) for each in of_teacher), message
+
+
+def test_self_distillation_is_exact_for_large_scores():
+    x, p, t, tp, c = map(jnp.float32, distillation_arrays())
+    loss = functools.partial(losses.self_distillation, temperature=0.1, teacher_temperature=0.04)
+    expected, *_ = self_distillation_oracle(*map(np.float64, (x, 1e3 * p, t, 1e3 * tp, c)), 0.04)
+    np.testing.assert_allclose(loss(x, t, 1e3 * p, 1e3 * tp, c)[0], expected, rtol=1e-5)
+    # Equal outputs of all prototypes.
+    np.testing.assert_allclose(loss(x, t, 0 * p, 0 * tp, 0 * c)[:2], [np.log(7)] * 2, rtol=1e-6)
+
+
+def test_self_distillation_never_has_all_logits_in_memory():
+    """10 crops of 64 images against 65,536 prototypes: 160 MiB of logits of the student alone."""
+    n, k, d = 64, 65_536, 16
+    shapes = (n, 10, d), (d, k), (n, 2, d), (d, k), (k,)
+
+    def gradients(x, p, t, tp, c):
+        def loss(x, p):
+            options = {"temperature": 0.1, "teacher_temperature": 0.04}
+            return losses.self_distillation(x, t, p, tp, c, **options)[0]
+
+        return jax.grad(loss, (0, 1))(x, p)
+
+    assert compiled_mib(gradients, *shapes) < 64 < n * 10 * k * 4 / 2**20
+
+
 def test_negative_cosine_and_mse_equal_the_float64_oracle():
     rng = np.random.default_rng(7)
     p, z = rng.normal(size=(6, 4)), rng.normal(size=(6, 4))

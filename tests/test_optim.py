@@ -96,13 +96,17 @@ def direct(name, weight_decay):
 # The oracles: one tensor's trajectory, in float64.
 
 
+def by_step(decays, rates):
+    return np.broadcast_to(decays, len(rates))
+
+
 def norm(x):
     return np.sqrt((x * x).sum())
 
 
-def lars_oracle(w, gradients, rates, wd, adapt, lr_inside, eta=0.02):
+def lars_oracle(w, gradients, rates, decays, adapt, lr_inside, eta=0.02):
     v, out = 0 * w, []
-    for g, lr in zip(gradients, rates, strict=True):
+    for g, lr, wd in zip(gradients, rates, by_step(decays, rates), strict=True):
         trust = 1.0
         if adapt:
             g = g + wd * w
@@ -117,9 +121,9 @@ def lars_oracle(w, gradients, rates, wd, adapt, lr_inside, eta=0.02):
     return out
 
 
-def larc_oracle(w, gradients, rates, wd, adapt, clip, eta=0.02):
+def larc_oracle(w, gradients, rates, decays, adapt, clip, eta=0.02):
     v, out = 0 * w, []
-    for g, lr in zip(gradients, rates, strict=True):
+    for g, lr, wd in zip(gradients, rates, by_step(decays, rates), strict=True):
         if adapt and norm(w) > 0 and norm(g) > 0:
             rate = eta * norm(w) / (norm(g) + wd * norm(w) + 1e-8)
             if clip:  # the tensor's own rate, lr·trust, is min(rate, lr)
@@ -131,9 +135,9 @@ def larc_oracle(w, gradients, rates, wd, adapt, clip, eta=0.02):
     return out
 
 
-def sgd_oracle(w, gradients, rates, wd, adapt, nesterov=False):
+def sgd_oracle(w, gradients, rates, decays, adapt, nesterov=False):
     v, out = 0 * w, []
-    for g, lr in zip(gradients, rates, strict=True):
+    for g, lr, wd in zip(gradients, rates, by_step(decays, rates), strict=True):
         g = g + wd * w if adapt else g
         v = MOMENTUM * v + g
         w = w - lr * (g + MOMENTUM * v if nesterov else v)
@@ -141,9 +145,10 @@ def sgd_oracle(w, gradients, rates, wd, adapt, nesterov=False):
     return out
 
 
-def adamw_oracle(w, gradients, rates, wd, adapt):
+def adamw_oracle(w, gradients, rates, decays, adapt):
     first, second, out = 0 * w, 0 * w, []
-    for t, (g, lr) in enumerate(zip(gradients, rates, strict=True), start=1):
+    steps = zip(gradients, rates, by_step(decays, rates), strict=True)
+    for t, (g, lr, wd) in enumerate(steps, start=1):
         first = MOMENTUM * first + (1 - MOMENTUM) * g
         second = 0.999 * second + 0.001 * g * g
         step = (first / (1 - MOMENTUM**t)) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8)
@@ -152,9 +157,10 @@ def adamw_oracle(w, gradients, rates, wd, adapt):
     return out
 
 
-def adam_oracle(w, gradients, rates, wd, adapt):
+def adam_oracle(w, gradients, rates, decays, adapt):
     first, second, out = 0 * w, 0 * w, []
-    for t, (g, lr) in enumerate(zip(gradients, rates, strict=True), start=1):
+    steps = zip(gradients, rates, by_step(decays, rates), strict=True)
+    for t, (g, lr, wd) in enumerate(steps, start=1):
         g = g + wd * w if adapt else g
         first = MOMENTUM * first + (1 - MOMENTUM) * g
         second = 0.999 * second + 0.001 * g * g
@@ -414,6 +420,37 @@ def test_frozen_until_starts_with_fresh_momentum_at_its_step(name, frozen_steps)
     tensor = [g["conv"]["kernel"] for g in gradients]
     expected = oracle(name, params["conv"]["kernel"], tensor, RATES, 0.1, True)
     assert_follows(trajectory, ("conv", "kernel"), expected, name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weight_decay_follows_its_cosine_and_each_tensor_is_clipped(name):
+    params, frozen_steps, limit = some_params(), 2, 1.5
+    gradients = some_gradients(params, len(RATES))
+    config = make_config(name, weight_decay=0.1, weight_decay_end=0.5, frozen_steps=frozen_steps)
+    config.clip_norm_per_tensor = limit
+    decay = optim.weight_decay_schedule(config, Schedule(1, 4))  # ends a step before the last
+    labels = optim.role_labels(params) | {"dense": "frozen_until"}
+    optimizer = optim.make_optimizer(config, labels, schedule, weight_decay=decay)
+    trajectory = run(optimizer, params, gradients)
+    decays = 0.5 + (0.1 - 0.5) * (1 + np.cos(np.pi * np.minimum(np.arange(5) / 4, 1))) / 2
+    np.testing.assert_allclose([decay(step) for step in range(5)], decays, rtol=1e-6)
+    clipped = 0
+    for path in leaf_paths(params):
+        module, leaf = path
+        tensor = [np.float64(g[module][leaf]) for g in gradients]
+        clipped += sum(norm(g) > limit for g in tensor)
+        tensor = [g * min(1, limit / (norm(g) + 1e-6)) for g in tensor]
+        first = frozen_steps if module == "dense" else 0
+        rest = (tensor[first:], RATES[first:], decays[first:], leaf == "kernel")
+        expected = oracle(name, params[module][leaf], *rest)
+        assert_follows(trajectory[first:], path, expected, name)
+    assert 0 < clipped < len(gradients) * len(leaf_paths(params))
+
+
+def test_weight_decay_is_constant_without_an_end():
+    for end in (0.0, 0.1):
+        config = make_config("sgd", weight_decay=0.1, weight_decay_end=end)
+        assert optim.weight_decay_schedule(config, Schedule(1, 4)) is None
 
 
 def all_labels(params):

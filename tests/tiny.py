@@ -15,7 +15,7 @@ from ssl_jax.models.resnet import STAGES
 from ssl_jax.spmd import AXIS, device_groups
 from ssl_jax.step import assemble, init_state, make_train_step
 
-METHODS = ("simclr", "simclr_memory", "moco", "swav", "byol", "simsiam", "supervised")
+METHODS = ("simclr", "simclr_memory", "moco", "swav", "byol", "simsiam", "dino", "supervised")
 
 # One stage of one block, and two such stages; a ResNet-18 takes four times as long to compile.
 STAGES.update({4: (1,), 6: (1, 1)})
@@ -218,7 +218,8 @@ def method_config(name, **changes):
     config.byol.update(hidden=16, out=8)
     config.simsiam.update(out=16, predictor_hidden=8)
     config.swav.update(prototypes=12, hidden=16, out=8, queue=128, queue_from_epoch=1.0)
-    if name == "swav":
+    config.dino.update(hidden=16, out=8, prototypes=12, block_size=3)
+    if name in ("swav", "dino"):
         small = view(
             size=6,
             count=2,
@@ -229,4 +230,7 @@ def method_config(name, **changes):
         first = config.views.view1
         config.views = {"a_large": first, "b_large": first, "c_small": small}
         config.optim.update(name="larc", frozen_steps=2, warmup_epochs=0.0)
+    if name == "dino":
+        config.optim.update(name="adamw", lr=0.01, weight_decay=0.04, weight_decay_end=0.4)
+        config.optim.clip_norm_per_tensor = 0.5
     return config

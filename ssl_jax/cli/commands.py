@@ -397,6 +397,12 @@ def _add_export(parser: Parser) -> None:
         help="with --format=program: output of this hidden projector layer "
         "(default: 0, the encoder's features)",
     )
+    parser.add_argument(
+        "--network",
+        choices=("online", "target"),
+        default="default",
+        help="network of a method with a target (default: the run's config.eval.network)",
+    )
 
 
 def _format(name: str) -> str:

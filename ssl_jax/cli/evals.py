@@ -198,7 +198,7 @@ def _train(args: argparse.Namespace) -> None:
     if config.method == "supervised" and (warning := loss_warning(workdir)):
         print(warning, file=sys.stderr)
     if args.command == "linear":
-        _require_same_encoder(args.run, config.init_from.step, state)
+        _require_same_encoder(args.run, config.init_from, state)
     settings = {"command": args.command_line, "step": step, "trained_in": str(workdir)}
     # The default folder holds a single run, whose settings can't change.
     _keep(args, folder, what, metrics, settings, changes if args.workdir else {})
@@ -233,12 +233,12 @@ def _details(step: int, layer: int, changes: dict[str, Any], at: str = "step") -
     return "".join(f", {detail}" for detail in details)
 
 
-def _require_same_encoder(run: Path, step: int, state: Any) -> None:
+def _require_same_encoder(run: Path, init_from: Any, state: Any) -> None:
     """Checks that training a classifier has not changed a bit of the frozen encoder."""
     if jax.process_count() > 1:
         return  # reading a checkpoint takes all processes
     try:
-        source = weights_at(run, step or None)
+        source = weights_at(run, init_from.step or None, init_from.network)
     except UserError:
         return  # the run has resumed since and keeps newer checkpoints only
     for kind, trained, original in (

@@ -24,23 +24,24 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    chosen = {"step": args.step, "network": args.network}
     if args.format == "torch":
-        lines = export.export_torch(args.run, args.out, step=args.step)
+        lines = export.export_torch(args.run, args.out, **chosen)
         module = " and torch_encoder.py" if "torch_encoder" in lines[0] else ""
         print(f"{args.out}{module}; load with:")
         print("\n".join(f"    {line}" for line in lines))
     elif args.format in _DETECTORS:
         library, write = _DETECTORS[args.format]
-        lines = write(args.run, args.out, step=args.step)
+        lines = write(args.run, args.out, **chosen)
         print(f"{args.out}; config for {library}:")
         print("\n".join(f"    {line}" for line in lines))
     elif args.format == "jax":
-        export.export_tree(args.run, args.out, step=args.step)
+        export.export_tree(args.run, args.out, **chosen)
         out = args.out
         print(f'{out}; load with ssl_jax.load("{out}") or --config.init_from.path={out}')
     elif args.format == "program":
         shape = export.export_program(
-            args.run, args.out, step=args.step, projector_layer=args.projector_layer
+            args.run, args.out, projector_layer=args.projector_layer, **chosen
         )
         sides = ", ".join(map(str, shape["shape"]))
         print(
@@ -48,7 +49,7 @@ def _export(args: argparse.Namespace) -> None:
             f"[n, {shape['features']}]; load with jax.export.deserialize"
         )
     else:
-        kept = export.export_folder(args.run, args.out, step=args.step)
+        kept = export.export_folder(args.run, args.out, **chosen)
         print(f"{args.out}: choose a license in its README.md before you publish it")
         if kept:
             print("  its README.md was kept; for a new card, remove it and export again")

@@ -12,7 +12,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ssl_jax.config import default_config, flat_views, from_json, to_json, view, view_size
+from ssl_jax.config import (
+    apply_overrides,
+    default_config,
+    flat_views,
+    from_json,
+    to_json,
+    view,
+    view_size,
+)
 from ssl_jax.data.registry import Images
 from ssl_jax.data.sources import Source, make_sources, require_labels
 from ssl_jax.evals.results import measured_with, read_result
@@ -62,8 +70,8 @@ def derived_config(
     # Fixed now, because a run in progress will have newer checkpoints.
     step = newest_step(path) if step is None else step
     config.init_from.update(path=str(local_path(path).resolve()), step=step)
-    config.init_from.update(heads=False, state="weights")
-    config.eval.projector_layer = 0
+    config.init_from.update(heads=False, state="weights", network="default")
+    config.eval.update(projector_layer=0, network="default")
     config.eval.labels_per_class = ()  # the encoder will have seen more labels
     first = flat_views(source)[0]
     kept = {"size": first.size, "flip": first.flip, "mean": first.mean, "std": first.std}
@@ -77,6 +85,17 @@ def derived_config(
             config[key].update(value)
         else:
             config[key] = value
+    return config
+
+
+def overridden(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
+    """`apply_overrides` to a `derived_config`.
+
+    A classifier has one network, so `eval.network` is that of the run which its encoder is from.
+    """
+    config = apply_overrides(config, overrides)
+    if config.eval.network != "default":
+        config.init_from.network, config.eval.network = config.eval.network, "default"
     return config
 
 

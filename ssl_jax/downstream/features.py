@@ -28,7 +28,7 @@ from ssl_jax.spmd import make_spmd
 
 # Prefixes of the config keys that change a frozen encoder's features, and the keys of its first
 # view that do.
-_IMAGES = ("batch_size", "crop_fraction", "interpolation", "projector_layer")
+_IMAGES = ("batch_size", "crop_fraction", "interpolation", "projector_layer", "network")
 SEEN = ("data.", "dtype", *(f"eval.{key}" for key in _IMAGES))
 _SEEN_OF_VIEW = ("size", "mean", "std", "crop.sampler")
 
@@ -176,7 +176,8 @@ def run_features(
     if labeled_only:
         learned, held_out = _labeled(learned, held_out, multi_label)
     *targets, class_names = _targets(learned, held_out)  # first, as it may refuse them
-    encoder = load(path, step, projector_layer=config.eval.projector_layer)
+    chosen = {key: config.eval[key] for key in ("projector_layer", "network")}
+    encoder = load(path, step, **chosen)
     evaluator = Evaluator(config, spmd := make_spmd(), learned, held_out, progress=progress)
     seen = spmd.replicate(encoder.variables)
     splits = [evaluator.features(seen, split) for split in (learned, held_out) if split]

@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ssl_jax.config import apply_overrides
-from ssl_jax.downstream.classifier import derived_config, train_classifier
+from ssl_jax.downstream.classifier import derived_config, overridden, train_classifier
 from ssl_jax.interop.load import config_at
 
 # SimCLR v2 (arXiv:2006.10029, section 3 and appendix; the released code): on few labels, from the
@@ -58,7 +58,7 @@ def finetune_config(
     config.epochs = 60.0 if share <= 0.01 else 30.0
     if source.model.name == "resnet" and (source.model.width > 1 or source.model.sk):
         config.optim.lr = _RATE_OF_LARGER
-    return apply_overrides(config, overrides)
+    return overridden(config, overrides)
 
 
 def finetune(

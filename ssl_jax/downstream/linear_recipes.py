@@ -6,8 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ssl_jax.config import apply_overrides
-from ssl_jax.downstream.classifier import PLAIN_SGD, derived_config
+from ssl_jax.downstream.classifier import PLAIN_SGD, derived_config, overridden
 from ssl_jax.errors import UserError, did_you_mean
 from ssl_jax.interop.load import config_at
 
@@ -84,4 +83,4 @@ def linear_config(
     config = derived_config(path, LINEAR_RECIPES[recipe])
     config.supervised.freeze = True
     config.supervised.projector_layer = config_at(path).eval.projector_layer
-    return apply_overrides(config, overrides)
+    return overridden(config, overrides)

@@ -23,6 +23,7 @@ from ssl_jax.downstream.classifier import (
     PLAIN_SGD,
     derived_config,
     is_overridden,
+    overridden,
     train_classifier,
 )
 from ssl_jax.downstream.features import SEEN, linear_metrics, run_features
@@ -178,7 +179,7 @@ def transfer_config(
     config.data.update(default_config().data.to_dict() | {"channels": config.data.channels})
     if is_overridden(overrides, "epochs"):
         config.steps = 0
-    return apply_overrides(config, overrides)
+    return overridden(config, overrides)
 
 
 def transfer(

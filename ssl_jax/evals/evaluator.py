@@ -39,6 +39,7 @@ from ssl_jax.evals.results import (
     BASELINE,
     EVALUATION,
     FINE_TUNED,
+    ONLINE,
     UNTRAINED,
     Evaluation,
     Row,
@@ -51,7 +52,7 @@ from ssl_jax.evals.results import (
 )
 from ssl_jax.files import writing
 from ssl_jax.methods import make_method, title
-from ssl_jax.methods.base import evaluated_names
+from ssl_jax.methods.base import Method, evaluated_names
 from ssl_jax.run import processes
 from ssl_jax.run.log import Progress
 from ssl_jax.run.memory import enough_memory, require_host_memory
@@ -102,7 +103,9 @@ class Evaluator:
         self._several, self.not_scored = _scored(train, test)
         self._held_out = test.fingerprint if test is not None else ""
         self._progress = progress or Progress(verbosity="warnings")
-        method = make_method(config, Schedule(1, 1))
+        self._method = method = make_method(config, Schedule(1, 1))
+        # Measured beside the target.
+        self._beside = "online" if method.network_name() == "target" else ""
         if test is not None and processes.is_primary():
             _require_memory(train.num_examples + test.num_examples, method.num_features)
         layer = config.eval.projector_layer
@@ -189,10 +192,15 @@ class Evaluator:
         Returns:
           "rankme", "uniformity" and, given two views, "alignment" of a fixed sample of training
           images. If both splits have labels, "knn", the accuracy of weighted kNN on the held-out
-          split, and "probe_accuracy" if there is an online probe. "test_accuracy" of the run's own
-          classifier. Images without a label are neither neighbors nor scored.
+          split, "knn_online" of the online network if the target is evaluated, and
+          "probe_accuracy" if there is an online probe, which is the online network's.
+          "test_accuracy" of the run's own classifier. Images without a label are neither neighbors
+          nor scored.
         """
-        variables = evaluated_variables(state, self.config.eval.projector_layer)
+        accuracy = self._classifier_accuracy(state)
+        if self._beside and not self.not_scored:
+            accuracy |= self._online_accuracy(state)
+        variables = evaluated_variables(self._method, state)
         if self.not_scored:  # kNN would need all images
             some = fixed_sample(self.train.num_examples, _SAMPLED)
             train, test = self.features(variables, Subset(self.train, some)), None
@@ -200,9 +208,8 @@ class Evaluator:
             train = self.features(variables, self._labeled_train)
             test = self.features(variables, self._labeled_test)
         views = self._view_features(state, variables)
-        accuracy = self._classifier_accuracy(state)
-        if state.probe and test is not None and not self.config.eval.projector_layer:
-            accuracy["probe_accuracy"] = self._probe_accuracy(state, test)
+        if test is not None and not self._beside:
+            accuracy |= self._probe_accuracy(state, test)
         names = ["rankme", "uniformity", *accuracy]
         names += ["alignment"] * (len(views) == 2) + ["knn"] * (test is not None)
         measured = dict.fromkeys(names, 0.0)
@@ -223,12 +230,23 @@ class Evaluator:
             self._classify, _variables(state, self._classifier), self._labeled_test
         )
 
-    def _probe_accuracy(self, state: Any, test: Float[np.ndarray, "n d"]) -> float:
-        """Accuracy of the online probe; 0 on processes without the features."""
+    def _online_accuracy(self, state: Any) -> dict[str, float]:
+        """Accuracies of the online network beside the target; 0 without the features."""
+        variables = evaluated_variables(self._method, state, "online")
+        train = self.features(variables, self._labeled_train)
+        test = self.features(variables, self._labeled_test)
+        knn = self._knn_accuracy(train, test) if processes.is_primary() else 0.0
+        return {"knn_online": knn, **self._probe_accuracy(state, test)}
+
+    def _probe_accuracy(self, state: Any, test: Float[np.ndarray, "n d"]) -> dict[str, float]:
+        """Accuracy of the online probe, if there is one; 0 on processes without the features."""
+        if not state.probe or self.config.eval.projector_layer:
+            return {}
         if not len(test):
-            return 0.0
+            return {"probe_accuracy": 0.0}
         logits = probe.scores(jax.device_get(state.probe["params"]), jnp.asarray(test))
-        return float(np.mean(np.asarray(logits).argmax(axis=1) == self._labeled_test.labels))
+        correct = np.asarray(logits).argmax(axis=1) == self._labeled_test.labels
+        return {"probe_accuracy": float(np.mean(correct))}
 
     def is_done(self, workdir: Path, settings: str | None) -> bool:
         """Whether the accuracies of the run's end have all been written and can be read.
@@ -266,7 +284,8 @@ class Evaluator:
         """Describes what `finish` measures of the encoder; "" if that is turned off."""
         if self._fits_rows:
             kind = "fine-tuned" if self._fine_tuned else "frozen"
-            text = f"Evaluating the features of the {kind} encoder and two baselines."
+            two = "target and online encoders" if self._beside else "encoder"
+            text = f"Evaluating the features of the {kind} {two} and two baselines."
             return f"{text} {_SEVERAL}" if self._several else text
         if not self.config.eval.at_end or self.config.supervised.freeze:
             return ""
@@ -314,7 +333,7 @@ class Evaluator:
         self._write_classifier(workdir, state)
         if self.test is None or not self._extracts:
             return pictures
-        variables = evaluated_variables(state, self.config.eval.projector_layer)
+        variables = evaluated_variables(self._method, state)
         own = FINE_TUNED if self._fine_tuned else self.config.method
         encoders = [(own, self._encode, variables)]
         train, test = self.train, self.test
@@ -325,6 +344,9 @@ class Evaluator:
                 (BASELINE, self._small, {}),
                 (UNTRAINED, self._encode, self._replicate(initial)),
             ]
+            if self._beside:
+                online = evaluated_variables(self._method, state, self._beside)
+                encoders.append((ONLINE, self._encode, online))
         for name, encode, weights in encoders:
             if stopping():
                 raise processes.StoppedError
@@ -355,8 +377,8 @@ class Evaluator:
     def _notes(self) -> tuple[str, ...]:
         """Limits of the accuracies, as sentences for the report."""
         if self._several:
-            return self._several_notes()
-        notes = []
+            return self._network_note() + self._several_notes()
+        notes = [*self._network_note()]
         fewest, name = self._smallest_class()
         if self._needs_labels and min(self.config.eval.labels_per_class, default=fewest) < fewest:
             notes.append(
@@ -376,6 +398,11 @@ class Evaluator:
                 f"{fewest:,} in the training images."
             )
         return tuple(notes)
+
+    def _network_note(self) -> tuple[str, ...]:
+        """What the run's own row is, if the target is evaluated."""
+        name = title(self.config.method)
+        return (f"{name} is evaluated by its target network.",) if self._beside else ()
 
     def _several_notes(self) -> tuple[str, ...]:
         """What is not measured on images of several classes each."""
@@ -559,17 +586,24 @@ def pixels(images: Float[np.ndarray, "*n h w 3"]) -> np.ndarray:
     return np.clip(np.round(images * 255), 0, 255).astype(np.uint8)
 
 
-def evaluated_variables(state: Any, projector_layer: int = 0) -> Pytree:
-    """Selects the variables of the evaluated network: the online or query encoder, not the target.
+def evaluated_variables(method: Method, state: Any, network: str = "") -> Pytree:
+    """Selects the variables of the evaluated network.
 
     Args:
+      method: of the run. With `config.eval.projector_layer`, the projector's variables are
+        included.
       state: of the run.
-      projector_layer: see `Method.features`; above 0, the projector's variables are included.
+      network: "online" or "target"; "" for that of `config.eval.network`.
 
     Returns:
       "params" and "batch_stats", each by the network's name.
     """
-    return _variables(state, evaluated_names(projector_layer))
+    params, stats = method.evaluated(state.params, state.method_state, network)
+    names = evaluated_names(method.config.eval.projector_layer)
+    return {
+        "params": {name: params[name] for name in names},
+        "batch_stats": {name: stats[name] for name in names},
+    }
 
 
 def _variables(state: Any, names: tuple[str, ...]) -> Pytree:

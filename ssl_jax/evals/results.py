@@ -22,6 +22,7 @@ _MAX_IMAGES = 2**31  # from here on, intervals would overflow
 # The fix of results of commands, where the evaluated run may only be read.
 ELSEWHERE = "or keep the results in another folder with --results=DIR"
 BASELINE, UNTRAINED = "raw pixels", "random init"
+ONLINE = "online network"  # of a run whose own row is the target's
 FINE_TUNED = "fine-tuned"  # a run's own row, if its encoder was pretrained before
 
 # Keys of config.eval that the results of a run's end don't depend on.
@@ -37,7 +38,7 @@ class Row:
     """One encoder's accuracies, as fractions of 1.
 
     Attributes:
-      name: the config's name of the method, `FINE_TUNED`, or that of a baseline.
+      name: the config's name of the method, `FINE_TUNED`, `ONLINE`, or that of a baseline.
       trials: by labels per class, the accuracy of each few-label trial.
       single: "linear" and "knn", which are fitted once; of images of several classes each
         "mean_ap", the mean average precision of the linear classifier.
@@ -51,8 +52,8 @@ class Row:
 
     @property
     def trained(self) -> bool:
-        """Whether this is the run's own row and not a baseline."""
-        return self.name not in (BASELINE, UNTRAINED)
+        """Whether this is the run's own row, not a baseline or another network."""
+        return self.name not in (BASELINE, UNTRAINED, ONLINE)
 
 
 def has_results(workdir: Path) -> bool:

@@ -55,6 +55,7 @@ def model_card(path: str | Path, weights: Weights) -> str:
         f"An image encoder; {_size(weights)}.",
         "",
         f"Method: {name}{f' ({paper})' if paper else ''}.",
+        *_network(weights),
         *_origin(weights),
         "",
         "## Use",
@@ -75,6 +76,14 @@ def _size(weights: Weights) -> str:
     features = make_method(weights.config, Schedule(1, 1)).num_features
     count = sum(leaf.size for leaf in jax.tree.leaves(weights.params["encoder"]))
     return f"{features:,} features per image, {count:,} parameters"
+
+
+def _network(weights: Weights) -> list[str]:
+    named = {
+        "target": "Network: the target, an average of the online network's weights over training.",
+        "online": "Network: the online one, which was trained, not its target.",
+    }
+    return [named[weights.network]] if weights.network in named else []
 
 
 def _origin(weights: Weights) -> list[str]:

@@ -49,7 +49,9 @@ _FOLDER_FILES = (
 _MAX_BYTES = 2**31 - 2**24
 
 
-def export_torch(path: str | Path, file: str | Path, *, step: int | None = None) -> list[str]:
+def export_torch(
+    path: str | Path, file: str | Path, *, step: int | None = None, network: str = "default"
+) -> list[str]:
     """Writes the encoder as safetensors with the names of torchvision and timm.
 
     A ResNet that neither has gets a loader next to it.
@@ -58,6 +60,7 @@ def export_torch(path: str | Path, file: str | Path, *, step: int | None = None)
       path: a run's workdir, or a file of weights.
       file: the output, `*.safetensors`; its header has the architecture and the preprocessing.
       step: of the run's checkpoint, the newest by default.
+      network: see `ssl_jax.load`.
 
     Returns:
       Lines of Python that load it.
@@ -66,7 +69,7 @@ def export_torch(path: str | Path, file: str | Path, *, step: int | None = None)
       UserError: there is nothing to export, the encoder has selective kernels or is neither a
         ResNet nor a ViT, or the file can't be written.
     """
-    weights, file = weights_at(path, step), local_path(file)
+    weights, file = weights_at(path, step, network), local_path(file)
     if weights.config.model.name == "vit":
         _require_configured(weights.config)
         _write_torch(weights, file)
@@ -175,13 +178,16 @@ def _loader(folder: Path) -> Path:
     return file
 
 
-def export_detectron2(path: str | Path, file: str | Path, *, step: int | None = None) -> list[str]:
+def export_detectron2(
+    path: str | Path, file: str | Path, *, step: int | None = None, network: str = "default"
+) -> list[str]:
     """Writes the encoder as a file for detectron2's `MODEL.WEIGHTS`.
 
     Args:
       path: a run's workdir, or a file of weights.
       file: the output, `*.pkl`: a pickle of NumPy arrays.
       step: of the run's checkpoint, the newest by default.
+      network: see `ssl_jax.load`.
 
     Returns:
       Lines of the YAML config that belong to the file.
@@ -191,20 +197,23 @@ def export_detectron2(path: str | Path, file: str | Path, *, step: int | None = 
         another suffix or can't be written.
     """
     file = _with_suffix(file, ".pkl")
-    weights = weights_at(path, step)
+    weights = weights_at(path, step, network)
     _require_resnet(weights.config)
     require_detectron2s(weights.config)
     _write(file, to_detectron2(_torch_state(weights)))
     return detectron2_config(weights.config, file)
 
 
-def export_pth(path: str | Path, file: str | Path, *, step: int | None = None) -> list[str]:
+def export_pth(
+    path: str | Path, file: str | Path, *, step: int | None = None, network: str = "default"
+) -> list[str]:
     """Writes the encoder by `torch.save` with torchvision's names, as MMDetection reads it.
 
     Args:
       path: a run's workdir, or a file of weights.
       file: the output, `*.pth`.
       step: of the run's checkpoint, the newest by default.
+      network: see `ssl_jax.load`.
 
     Returns:
       Lines of MMDetection's config that belong to the file.
@@ -214,7 +223,7 @@ def export_pth(path: str | Path, file: str | Path, *, step: int | None = None) -
         network, or the file has another suffix or can't be written.
     """
     file = _with_suffix(file, ".pth")
-    weights = weights_at(path, step)
+    weights = weights_at(path, step, network)
     config = weights.config
     _require_resnet(config)
     arrays = _torch_state(weights)
@@ -255,22 +264,30 @@ def _with_suffix(file: str | Path, suffix: str) -> Path:
     return file
 
 
-def export_tree(path: str | Path, file: str | Path, *, step: int | None = None) -> None:
+def export_tree(
+    path: str | Path, file: str | Path, *, step: int | None = None, network: str = "default"
+) -> None:
     """Writes all networks of a run to a file for `ssl_jax.load` and `config.init_from.path`.
 
     Args:
       path: a run's workdir, or a file of weights.
       file: the output, `*.safetensors`.
       step: of the run's checkpoint, the newest by default.
+      network: see `ssl_jax.load`.
 
     Raises:
       UserError: there is nothing to export, or the file can't be written.
     """
-    write_weights(weights_at(path, step), file)
+    write_weights(weights_at(path, step, network), file)
 
 
 def export_program(
-    path: str | Path, file: str | Path, *, step: int | None = None, projector_layer: int = 0
+    path: str | Path,
+    file: str | Path,
+    *,
+    step: int | None = None,
+    projector_layer: int = 0,
+    network: str = "default",
 ) -> dict[str, Any]:
     """Writes the encoder with its weights as a program that needs only JAX.
 
@@ -285,6 +302,7 @@ def export_program(
       file: the output, `*.bin`.
       step: of the run's checkpoint, the newest by default.
       projector_layer: return the output of this hidden layer of the projector.
+      network: see `ssl_jax.load`.
 
     Returns:
       "shape" [height, width, C] and "dtype" of the images, and "features", the number per image.
@@ -294,7 +312,7 @@ def export_program(
         has another suffix or can't be written.
     """
     file = _with_suffix(file, ".bin")
-    encoder = load(path, step, projector_layer=projector_layer)
+    encoder = load(path, step, projector_layer=projector_layer, network=network)
     config = from_json(to_json(encoder.config))
     config.dtype = "float32"
     shape = view_shape(config, flat_views(config)[0])
@@ -343,7 +361,9 @@ def _write(file: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def export_folder(path: str | Path, folder: str | Path, *, step: int | None = None) -> bool:
+def export_folder(
+    path: str | Path, folder: str | Path, *, step: int | None = None, network: str = "default"
+) -> bool:
     """Writes a Hugging Face folder: config, weights, preprocessing and a model card.
 
     `timm.create_model("local-dir:FOLDER")` loads a ViT or a network that torchvision has,
@@ -353,6 +373,7 @@ def export_folder(path: str | Path, folder: str | Path, *, step: int | None = No
       path: a run's workdir, or a file of weights.
       folder: the output; created if it doesn't exist.
       step: of the run's checkpoint, the newest by default.
+      network: see `ssl_jax.load`.
 
     Returns:
       Whether the folder's README.md was kept: the user has edited the card of an earlier export.
@@ -363,7 +384,7 @@ def export_folder(path: str | Path, folder: str | Path, *, step: int | None = No
     """
     folder = local_path(folder)
     _require_no_other_files(folder)
-    weights = weights_at(path, step)
+    weights = weights_at(path, step, network)
     config = weights.config
     _require_configured(config)
     loads, torch = has_torch_loader(config), has_torch_loader(config) or in_timm(config)

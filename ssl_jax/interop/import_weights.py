@@ -141,7 +141,7 @@ def _as_exported(
         config.views = known.views
     config.eval.update(known.eval.to_dict())
     config.data.update({**known.data.to_dict(), "num_classes": config.data.num_classes})
-    config.eval.projector_layer = 0
+    config.eval.update(projector_layer=0, network="default")
     # With a source, the config is not taken for the recipe that trained the weights.
     source = f"ssl_jax ({known.method}): {path.name}"
     weights = dataclasses.replace(weights, config=config, source=source)

@@ -206,7 +206,10 @@ def load_initial_weights(state: TrainState, config: ConfigDict) -> TrainState:
         state = _whole_state(state, config)
     params, method_state = dict(state.params), dict(state.method_state)
     if config.init_from.path and config.init_from.state == "weights":
-        source = weights_at(config.init_from.path, config.init_from.step or None)
+        path, heads = config.init_from.path, config.init_from.heads
+        # A file has one network; of a run, heads such as predictors belong to the online one.
+        network = "online" if heads and not is_weights_file(path) else config.init_from.network
+        source = weights_at(path, config.init_from.step or None, network)
         stats = dict(method_state["batch_stats"])
         for name in _names(config, params):
             if name not in source.params:
@@ -267,11 +270,12 @@ def _moments(initial: Any, source: Any) -> Any:
     """
 
     def take(new: Any, old: Any) -> Any:
-        if isinstance(new, optax.ConditionallyMaskState):
+        if isinstance(new, wrappers):
             return new._replace(inner_state=_moments(new.inner_state, old.inner_state))
         return new if isinstance(new, optax.ScaleByScheduleState) else old
 
-    counts = (optax.ConditionallyMaskState, optax.ScaleByScheduleState)
+    wrappers = (optax.ConditionallyMaskState, optax.InjectStatefulHyperparamsState)
+    counts = (*wrappers, optax.ScaleByScheduleState)
     return jax.tree.map(take, initial, source, is_leaf=lambda x: isinstance(x, counts))
 
 

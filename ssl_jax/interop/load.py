@@ -43,6 +43,7 @@ class Encoder:
         encoder's.
       projector: "params" and "batch_stats" of the projector, None if `projector_layer` is 0.
       source: the path it was loaded from.
+      network: "online" or "target", which of the run's networks it is; "" if there is only one.
     """
 
     config: ConfigDict
@@ -52,14 +53,16 @@ class Encoder:
     projector_layer: int = 0
     projector: Pytree = None
     source: str = ""
+    network: str = ""
 
     def __repr__(self) -> str:
         """One line, without the weights."""
         layer = f" of projector layer {self.projector_layer}" if self.projector_layer else ""
         count = sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
         step = f"step {self.step} of " if self.step else ""
+        network = f" ({self.network} network)" if self.network else ""
         return (
-            f"Encoder({self.config.method}, {self._method.encoder_name}, "
+            f"Encoder({self.config.method}{network}, {self._method.encoder_name}, "
             f"{self.num_features} features{layer}, {count:,} parameters, {step}{self.source!r})"
         )
 
@@ -150,7 +153,11 @@ class Encoder:
 
 
 def load(
-    path: str | Path, step: int | None = None, *, projector_layer: int | None = None
+    path: str | Path,
+    step: int | None = None,
+    *,
+    projector_layer: int | None = None,
+    network: str = "default",
 ) -> Encoder:
     """Loads an encoder from a run or a file.
 
@@ -160,18 +167,20 @@ def load(
       step: of the run's checkpoint, the newest by default.
       projector_layer: return the output of this hidden layer of the projector, after its ReLU
         (SimCLR v2 fine-tunes from 1); 0 for the encoder's; default `config.eval.projector_layer`.
+      network: "online" or "target", of a run of a method with a target network; default
+        `config.eval.network`.
 
     Returns:
       The encoder, on the default device.
 
     Raises:
-      UserError: there is no run, checkpoint, step or layer as requested, or the file contains no
-        encoder.
+      UserError: there is no run, checkpoint, step, layer or network as requested, or the file
+        contains no encoder.
     """
     config = config_at(path)
     layer = config.eval.projector_layer if projector_layer is None else projector_layer
     make_method(config, Schedule(1, 1)).check_projector_layer(layer)
-    weights = weights_at(path, step)
+    weights = weights_at(path, step, network)
     projector = None
     if layer:
         stats = weights.batch_stats.get("projector", {})
@@ -180,30 +189,43 @@ def load(
     params, stats = jax.tree.map(
         jnp.asarray, (weights.params["encoder"], weights.batch_stats.get("encoder", {}))
     )
-    return Encoder(config, params, stats, weights.step, layer, projector, str(path))
+    about = (weights.step, layer, projector, str(path), weights.network)
+    return Encoder(config, params, stats, *about)
 
 
-def weights_at(path: str | Path, step: int | None = None) -> Weights:
-    """Reads the networks of a run, without targets and queues, or of a file of weights.
+def weights_at(path: str | Path, step: int | None = None, network: str = "default") -> Weights:
+    """Reads the networks of a run, without its queues, or of a file of weights.
 
     Args:
       path: the run's workdir, or the file.
       step: of the run's checkpoint, the newest by default; a file has no steps.
+      network: "online", "target", or "default" for that of the run's evaluations; see
+        `Method.evaluated`. A file has one of them.
 
     Returns:
       The weights, on the host.
 
     Raises:
-      UserError: the path can't be read, there is no checkpoint of that step, or a weight is NaN or
+      UserError: the path can't be read, it has no such step or network, or a weight is NaN or
         infinite.
     """
     if is_weights_file(path):
         if step:
             raise UserError(f"{path} is a file of weights, which has no steps: omit --step.")
-        return read_weights(path)
+        weights = read_weights(path)
+        if network not in ("default", weights.network or "online"):
+            raise UserError(
+                f"{path} is a file of weights and has the {weights.network or 'online'} network "
+                f"only, not the {network} one. Use the workdir of the run."
+            )
+        return weights
+    config = read_config(local_path(path))
+    method = make_method(config, Schedule(1, 1))
+    name = method.network_name(network)
     state = restore_state(path, step)
-    stats = {k: v for k, v in state.method_state["batch_stats"].items() if k in state.params}
-    weights = Weights(read_config(local_path(path)), state.params, stats, int(state.step))
+    params, stats = method.evaluated(state.params, state.method_state, name)
+    taken = name if method.target_networks else ""
+    weights = Weights(config, params, stats, int(state.step), network=taken)
     require_finite(weights, path)
     return weights
 

@@ -38,6 +38,7 @@ class Weights:
       batch_stats: BatchNorm's running statistics, likewise.
       step: of the checkpoint; 0 if unknown.
       source: kind and name of the imported file; "" for a run.
+      network: "online" or "target", which of a run's networks they are; "" if there is only one.
       left_out: names in an imported file that no network here has.
     """
 
@@ -47,6 +48,7 @@ class Weights:
     step: int = 0
     source: str = ""
     left_out: tuple[str, ...] = ()
+    network: str = ""
 
 
 def write_weights(weights: Weights, file: str | Path) -> None:
@@ -65,6 +67,7 @@ def write_weights(weights: Weights, file: str | Path) -> None:
         "config": json.dumps(portable_config(weights.config)),
         "step": str(weights.step),
         "source": weights.source,
+        "network": weights.network,
     }
     write_safetensors(flatten_dict(tree, sep="/"), file, header)
 
@@ -148,7 +151,7 @@ def parse_weights(
         params, stats = tree["params"], tree.get("batch_stats", {})
         if not all(isinstance(x, dict) for x in (*params.values(), *stats.values())):
             raise ValueError("an array in place of a network")
-        return Weights(config, params, stats, step, source)
+        return Weights(config, params, stats, step, source, network=header.get("network", ""))
     except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise UserError(f"{file} is corrupt ({error}): export it again.") from error
 

@@ -10,6 +10,7 @@ from ssl_jax.config import Schedule, register_options
 from ssl_jax.errors import UserError, require_choice
 from ssl_jax.methods.base import Method
 from ssl_jax.methods.byol import BYOL
+from ssl_jax.methods.dino import DINO
 from ssl_jax.methods.distill import Distill
 from ssl_jax.methods.moco import MoCo
 from ssl_jax.methods.simclr import SimCLR
@@ -46,6 +47,7 @@ METHODS = {
     "swav": Entry(SwAV, "SwAV", "Caron et al., 2020", "2006.09882"),
     "byol": Entry(BYOL, "BYOL", "Grill et al., 2020", "2006.07733"),
     "simsiam": Entry(SimSiam, "SimSiam", "Chen & He, 2020", "2011.10566"),
+    "dino": Entry(DINO, "DINO", "Caron et al., 2021", "2104.14294"),
     "supervised": Entry(Supervised, "Supervised"),
     "distill": Entry(Distill, "Distillation", "Chen et al., 2020", "2006.10029"),
 }
@@ -117,4 +119,5 @@ def make_method(
     """
     method = method_class(config.method)(config, schedule, axis_name, groups)
     method.check_projector_layer(config.eval.projector_layer)
+    method.network_name()  # refuses one that the method doesn't have
     return method

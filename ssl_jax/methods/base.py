@@ -3,9 +3,11 @@
 A method is five pure functions over pytrees, written for one device's share of the batch; one train
 step serves all methods. The rest of the package relies on these conventions:
 
-* `params["encoder"]` and `state["batch_stats"]["encoder"]` are the evaluated network.
+* `params["encoder"]` and `state["batch_stats"]["encoder"]` are the trained (online) encoder. A
+  method with a target has its networks in `state["target"]` and `state["batch_stats"]["target"]`,
+  by the same names. `Method.evaluated` returns the one that evaluations, `load` and exports take.
 * every leaf of `outputs` has this device's examples on axis 0, and `outputs["embedding"]` [n, D]
-  holds the encoder's features of the first view.
+  holds the online encoder's features of the first view.
 * outputs are floats. With `config.microbatch`, `forward` sees one microbatch at a time, always with
   the same `rng`, and `loss` gets a batch of ids and labels without views.
 * `stats` is the new `state["batch_stats"]`; the rest of `state` changes only in `update`.
@@ -15,6 +17,7 @@ step serves all methods. The rest of the package relies on these conventions:
   order of the global batch.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +28,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from ssl_jax.config import Schedule, flat_views, view_shape, view_size
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, require_choice
 from ssl_jax.models import MLPHead, ResNet, make_encoder
 from ssl_jax.models.registry import encoder_name
 from ssl_jax.models.resnet import architecture, resnet_name
@@ -50,6 +53,8 @@ class Method:
     """
 
     networks: Mapping[str, nn.Module] = {}  # keyed as in `params`
+    target_networks: Mapping[str, nn.Module] = {}  # keyed as in `state["target"]`
+    evaluates_target = False  # whether the target is evaluated unless configured otherwise
     trivial_loss: float | None = None  # the loss of constant outputs, if known
     frozen: tuple[str, ...] = ()  # networks whose batch statistics never change
     needs_labels = False  # whether the loss uses labels
@@ -98,6 +103,44 @@ class Method:
         """Moves targets and fills queues after the optimizer; returns `params`, `state`."""
         return params, state
 
+    def evaluated(self, params: Pytree, state: Pytree, network: str = "") -> tuple[Pytree, Pytree]:
+        """The networks that evaluations, `load` and exports take, "encoder" among them.
+
+        Args:
+          params: of the run.
+          state: the method's.
+          network: "online" or "target"; "" for `network_name()`.
+
+        Returns:
+          Parameters and batch statistics, by the networks' names.
+        """
+        stats = state["batch_stats"]
+        if (network or self.network_name()) == "target":
+            return state["target"], stats["target"]
+        return params, {name: stats[name] for name in params if name in stats}
+
+    def network_name(self, chosen: str = "default") -> str:
+        """Resolves a choice of `config.eval.network` to "online" or "target".
+
+        Args:
+          chosen: "online", "target", or "default" for the config's and, if that is "default", too,
+            the method's.
+
+        Raises:
+          UserError: the method has no target, or another choice.
+        """
+        require_choice("The network to evaluate", chosen, ("default", "online", "target"))
+        if chosen == "default":
+            chosen = self.config.eval.network
+        if chosen == "default":
+            return "target" if self.evaluates_target else "online"
+        if chosen == "target" and not self.target_networks:
+            raise UserError(
+                f"The network to evaluate (config.eval.network) is 'target', but this run of "
+                f"'{self.config.method}' has no target network. Use default or online."
+            )
+        return chosen
+
     def param_groups(self, params: Pytree) -> Pytree:
         """Labels each leaf of `params` for the optimizer; see `optim.make_optimizer`."""
         return role_labels(params)
@@ -139,7 +182,7 @@ class Method:
     def features(
         self, params: Pytree, stats: Pytree, images: Array, projector_layer: int = 0
     ) -> Float[Array, "n d"]:
-        """Computes the evaluated features: the online encoder, or a projector's hidden layer.
+        """Computes the evaluated features: an encoder's, or a projector's hidden layer.
 
         Args:
           params: with "encoder", and "projector" if one of its layers is requested.
@@ -229,6 +272,43 @@ class Method:
         together, stats = apply_networks(networks, params, stats, joined(views), of_all)
         in_parts = [x.reshape(splits, len(views), -1, *x.shape[1:]) for x in together]
         return [x.swapaxes(1, 2).reshape(-1, len(views), *x.shape[3:]) for x in in_parts], stats
+
+    def apply_to_crops(
+        self,
+        networks: Mapping[str, nn.Module],
+        params: Pytree,
+        stats: Pytree,
+        views: Sequence[Array],
+        *,
+        separate: bool = False,
+        keys: Sequence[Array] | None = None,
+    ) -> tuple[Array, Array, Pytree]:
+        """Encodes crops of equal size together, and then projects all crops together.
+
+        Args:
+          networks: "encoder", and those applied to its features, in order.
+          params: by name.
+          stats: batch statistics by name.
+          views: [n, H, W, C] each, crops of one size next to each other.
+          separate: encode and project every crop by itself; see `apply_to_views`.
+          keys: as in `apply_to_views`.
+
+        Returns:
+          The first view's features [n, D], the last network's outputs [n, V, d], and the updated
+          `stats`.
+        """
+        encoder = {"encoder": networks["encoder"]}
+        head = {name: module for name, module in networks.items() if name != "encoder"}
+        features: list[Array] = []
+        for _, group in itertools.groupby(views, key=lambda view: view.shape[1:3]):
+            crops = list(group)
+            random = keys and keys[len(features) : len(features) + len(crops)]
+            (h,), stats = self.apply_to_views(
+                encoder, params, stats, crops, separate=separate, keys=random
+            )
+            features += list(jnp.unstack(h, axis=1))
+        (*_, z), stats = self.apply_to_views(head, params, stats, features, separate=separate)
+        return features[0], z, stats
 
     def image_keys(self, rng: Array, batch: Batch) -> list[Array] | None:
         """Makes a random key per image and view, for an encoder with `uses_keys`.

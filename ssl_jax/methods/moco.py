@@ -53,6 +53,7 @@ class MoCo(Method):
             kernel_init="torch",
         )
         self.networks = {"encoder": self.encoder, "projector": projector}
+        self.target_networks = self.networks
 
     def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
         """Copies the key encoder; fills the queues with normalized Gaussian rows.

@@ -42,6 +42,7 @@ class SimCLR(Method):
             kernel_init="normal_0.01",
         )
         self.networks = {"encoder": self.encoder, "projector": projector}
+        self.target_networks = self.networks if options.memory_bank else {}
 
     def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
         """Starts the EMA as a copy and the memory bank with normalized Gaussian rows."""

@@ -6,7 +6,6 @@ cheap, are not assigned themselves.
 """
 
 import functools
-import itertools
 import math
 from typing import Any
 
@@ -78,20 +77,15 @@ class SwAV(Method):
         Crops of equal size are encoded together, and then all are projected together; with
         `separate_views`, every crop is encoded and projected by itself.
         """
-        stats, views = state["batch_stats"], batch["views"]
-        separate = self.config.swav.separate_views
-        encoder, projector = ({name: self.networks[name]} for name in ("encoder", "projector"))
-        features: list[Array] = []
-        keys = self.image_keys(rng, batch)
-        for _, group in itertools.groupby(views, key=lambda view: view.shape[1]):
-            crops = list(group)
-            random = keys and keys[len(features) : len(features) + len(crops)]
-            (h,), stats = self.apply_to_views(
-                encoder, params, stats, crops, separate=separate, keys=random
-            )
-            features += list(jnp.unstack(h, axis=1))
-        (z,), stats = self.apply_to_views(projector, params, stats, features, separate=separate)
-        return {"embedding": features[0], "projection": losses.normalize(z)}, stats
+        embedding, z, stats = self.apply_to_crops(
+            self.networks,
+            params,
+            state["batch_stats"],
+            batch["views"],
+            separate=self.config.swav.separate_views,
+            keys=self.image_keys(rng, batch),
+        )
+        return {"embedding": embedding, "projection": losses.normalize(z)}, stats
 
     def loss(
         self, params: Pytree, outputs: dict[str, Array], state: Pytree, batch: Batch, step: Array
@@ -101,7 +95,8 @@ class SwAV(Method):
         scores = self.scores(outputs["projection"], params["prototypes"])
         q = self.assign(scores, params["prototypes"], state)
         loss = losses.swapped_prediction(scores, q, temperature=options.temperature)
-        used = prototypes_used(scores[:, 0], self.mean)
+        nearest = jnp.argmax(scores[:, 0], axis=1)
+        used = prototypes_used(nearest, options.prototypes, self.mean)
         return self.mean(loss), {"prototypes_used": used}
 
     def assign(

@@ -1,5 +1,6 @@
 """MLP heads on top of an encoder: projectors and predictors of all methods."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -18,10 +19,11 @@ OUT_BN: dict[str, dict[str, bool]] = {
     "scale": {"use_scale": True, "use_bias": False},
     "no_affine": {"use_scale": False, "use_bias": False},
 }
+ACTIVATIONS = {"relu": nn.relu, "gelu": functools.partial(nn.gelu, approximate=False)}
 
 
 class MLPHead(nn.Module):
-    """`layers` linear layers, `dense1` to `denseL`, with a ReLU after all but the last.
+    """`layers` linear layers, `dense1` to `denseL`, with an activation after all but the last.
 
     Each may be followed by a BatchNorm (`bn1` to `bnL`). The heads in the official code::
 
@@ -33,6 +35,7 @@ class MLPHead(nn.Module):
       BYOL, projector and predictor  2       yes          yes        no        none      haiku
       SimSiam, projector             3       no           yes        yes       no_affine torch
       SimSiam, predictor             2       no           yes        yes       none      torch
+      DINO, with GELU                3       yes          no         yes       none      normal_0.02
 
     lightly's and solo-learn's, all initialized as "torch"::
 
@@ -43,6 +46,7 @@ class MLPHead(nn.Module):
       BYOL, SwAV, lightly            2       no           yes        yes       none
       BYOL, SwAV, solo-learn         2       yes          yes        yes       none
       SimSiam, projector, lightly    2       no           yes        no        full
+      DINO, lightly                  2       no           yes        yes       none
 
     Attributes:
       hidden: units per layer except the last; unused with one layer.
@@ -53,6 +57,7 @@ class MLPHead(nn.Module):
       hidden_bn: whether a BatchNorm follows them.
       out_bias: whether the last layer has a bias.
       out_bn: BatchNorm after the last layer: "none", "full", "scale" (γ, no β) or "no_affine".
+      activation: "relu", or exact "gelu"; after the BatchNorm of a hidden layer.
       kernel_init: a key of `layers.KERNEL_INITS`. Biases start at 0, or with "torch" uniform in
         ±1/sqrt(fan in) like the kernel.
       dtype: of the linear layers, "float32" or "bfloat16"; all else is float32.
@@ -73,6 +78,7 @@ class MLPHead(nn.Module):
     hidden_bn: bool = True
     out_bias: bool = False
     out_bn: str = "none"
+    activation: str = "relu"
     kernel_init: str = "torch"
     dtype: Any = "float32"
     axis_name: str | None = None
@@ -82,6 +88,7 @@ class MLPHead(nn.Module):
     def __post_init__(self) -> None:
         require_choice("The head's out_bn", self.out_bn, OUT_BN)
         require_choice("The head's kernel_init", self.kernel_init, KERNEL_INITS)
+        require_choice("The head's activation", self.activation, ACTIVATIONS)
         sizes = {"layers": (self.layers, 0)}
         if self.layers:
             sizes["out"] = (self.out, 1)
@@ -103,7 +110,7 @@ class MLPHead(nn.Module):
           train: normalize by the batch statistics and update `batch_stats`, which must be mutable;
             if False, normalize by the running ones.
           return_hidden: return the output of this hidden layer, counted from 1, after BatchNorm and
-            ReLU, or for 0 the features themselves (SimCLR v2's `ft_proj_selector`).
+            activation, or for 0 the features themselves (SimCLR v2's `ft_proj_selector`).
 
         Returns:
           float32 [n, `out`], or [n, `hidden`] for a hidden layer.
@@ -131,7 +138,7 @@ class MLPHead(nn.Module):
             x = self._dense(self.hidden, self.hidden_bias, x, name=f"dense{i}")
             if self.hidden_bn:
                 x = norm(name=f"bn{i}")(x)
-            x = nn.relu(x)
+            x = ACTIVATIONS[self.activation](x)
         if return_hidden is not None or not self.layers:
             return x
         x = self._dense(self.out, self.out_bias, x, name=f"dense{self.layers}")

@@ -24,6 +24,8 @@ KERNEL_INITS: dict[str, Initializer] = {
     "torch": _variance(1 / 3, "fan_in", "uniform"),
     # SimCLR's head.
     "normal_0.01": nn.initializers.normal(0.01),
+    # DINO's head. Its code truncates at ±2, a hundred standard deviations away.
+    "normal_0.02": nn.initializers.normal(0.02),
 }
 
 

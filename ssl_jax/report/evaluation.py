@@ -12,6 +12,7 @@ from ssl_jax.evals.intervals import mean_interval, proportion_interval
 from ssl_jax.evals.results import (
     BASELINE,
     EVALUATION,
+    ONLINE,
     SINGLE,
     Evaluation,
     Measure,
@@ -121,6 +122,8 @@ def _style(row: Row) -> tuple[str, str]:
     """A series' class and marker: trained encoders have the accent color."""
     if row.trained:
         return "series", "disc"
+    if row.name == ONLINE:
+        return "base", "dot"
     return ("base", "square") if row.name == BASELINE else ("base dots", "triangle")
 
 

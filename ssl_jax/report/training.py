@@ -41,6 +41,7 @@ CHARTS: dict[str, tuple[str, str, Callable[[Curve], str], str]] = {
     "learning_rate": ("Learning rate", "learning rate", _peak, "zero"),
     "ema_decay": ("EMA decay", "decay of the target", _ends, ""),
     "knn": ("kNN accuracy", "accuracy, %", _best, "percent"),
+    "knn_online": ("kNN accuracy, online network", "accuracy, %", _best, "percent"),
     "probe_accuracy": ("Online probe, held out", "accuracy, %", _best, "percent"),
     "test_accuracy": ("Classifier accuracy, held out", "accuracy, %", _best, "percent"),
     "embedding_std": ("Spread of embeddings", "std, 1 = evenly spread", _ends, "zero"),

@@ -228,7 +228,7 @@ def _first_state(
         }
     )
     state = setup.program.init()
-    untrained = jax.device_get(evaluated_variables(state, setup.config.eval.projector_layer))
+    untrained = jax.device_get(evaluated_variables(setup.method, state))
     if not start:
         state = load_initial_weights(state, setup.config)  # frees the arrays that it replaces
         state = jax.tree.map(

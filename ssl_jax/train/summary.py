@@ -281,7 +281,12 @@ def _memory(analysis: Any) -> str:
 def evaluation_line(setup: Setup, step: int, measured: dict[str, float]) -> str:
     """The terminal line of an evaluation during training."""
     parts = [f"step {step}/{setup.schedule.total_steps}"]
-    names = {"knn": "kNN", "test_accuracy": "top-1", "probe_accuracy": "online probe"}
+    names = {
+        "knn": "kNN",
+        "knn_online": "online network",
+        "test_accuracy": "top-1",
+        "probe_accuracy": "online probe",
+    }
     for key, name in names.items():
         if key in measured:
             parts.append(f"{name} {100 * measured[key]:.2f}%")

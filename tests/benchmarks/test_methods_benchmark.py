@@ -23,6 +23,7 @@ def test_table_compares_each_run_with_its_own_baselines(tmp_path):
     rows = [
         row("raw pixels", [0.80, 0.90]),
         row("random init", [0.60, 0.62]),
+        row("online network", [0.81, 0.91]),
         row("byol", [0.83, 0.93]),
     ]
     (tmp_path / "evaluation.json").write_text(json.dumps({"rows": rows}))
@@ -33,8 +34,9 @@ def test_table_compares_each_run_with_its_own_baselines(tmp_path):
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     table = load().table({"byol": tmp_path, "moco": tmp_path / "not_run"}).splitlines()
-    assert [line.count("|") for line in table] == [11] * 5
+    assert [line.count("|") for line in table] == [11] * 6
     assert "| random init | 61.0 | -24.0 ± 50.8 |  |" in table[3]
     # The differences are 3 points in both trials.
-    assert "| BYOL | 88.0 | +3.0 ± 0.0 | +27.0 ±" in table[4]
-    assert "| 0.60 | 12.3 | 20 |" in table[4]
+    assert "| BYOL, online network | 86.0 | +1.0 ± 0.0 | +25.0 ±" in table[4]
+    assert "| BYOL | 88.0 | +3.0 ± 0.0 | +27.0 ±" in table[5]
+    assert "| 0.60 | 12.3 | 20 |" in table[5]

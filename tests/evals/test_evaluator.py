@@ -49,7 +49,7 @@ def untrained(train, test):
 def evaluate(folder, train, test):
     """Evaluates an untrained encoder and writes its images; returns its features of both splits."""
     evaluator, state = untrained(train, test)
-    variables = evaluated_variables(state)
+    variables = evaluated_variables(evaluator._method, state)
     write_images(folder, evaluator.finish(folder, jax.device_get(variables), state), step=0)
     return [evaluator.features(variables, split) for split in (train, test)]
 
@@ -191,7 +191,7 @@ def test_diagnostics_and_views_are_of_a_sample_of_all_classes(monkeypatch):
         evaluator, state = untrained(source, random_source(24, seed=1))
         evaluator._view_features = lambda *args: []
         found[labels] = evaluator.measure(state)
-    features = evaluator.features(evaluated_variables(state), train)
+    features = evaluator.features(evaluated_variables(evaluator._method, state), train)
     expected = diagnostics.rankme(features[fixed_sample(96, 16)])
     assert expected > 1.01 * diagnostics.rankme(features[:16])
     for measured in found.values():

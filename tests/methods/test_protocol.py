@@ -79,6 +79,10 @@ def test_methods_follow_the_protocol_conventions(method):
     assert loss.shape == () and loss.dtype == jnp.float32
     assert jax.tree.structure(made.param_groups(params)) == jax.tree.structure(params)
     assert "encoder" in params and "encoder" in state["batch_stats"]
+    evaluated, own = made.evaluated(params, state)
+    assert "encoder" in evaluated and "encoder" in own
+    for name in made.target_networks:
+        assert name in state["target"] and name in state["batch_stats"]["target"]
 
 
 @pytest.mark.parametrize("method", ["simclr", "swav"])
@@ -109,6 +113,8 @@ HEADS = {
     "byol:solo": ("predictor", "dense1-bias bn1 dense2-bias"),
     "simsiam:lightly": ("projector", "dense1 bn1 dense2 bn2"),
     "simsiam:solo": ("projector", "dense1 bn1 dense2 bn2 dense3-bias"),
+    "dino:lightly": ("projector", "dense1 bn1 dense2-bias"),
+    "dino:solo": ("projector", "dense1-bias dense2-bias dense3-bias"),
     "swav:lightly": ("projector", "dense1 bn1 dense2-bias"),
     "swav:solo": ("projector", "dense1-bias bn1 dense2-bias"),
 }

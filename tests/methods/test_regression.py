@@ -16,7 +16,7 @@ from tiny import (
     with_whole_images,
 )
 
-from ssl_jax.config import Schedule
+from ssl_jax.config import Schedule, flat_views
 from ssl_jax.methods import make_method
 from ssl_jax.spmd import make_spmd
 from ssl_jax.step import example_batch
@@ -26,7 +26,8 @@ from ssl_jax.step import example_batch
 def made(name):
     method = make_method(with_whole_images(method_config(name)), Schedule(1, 10))
     rng = np.random.default_rng(0)
-    views = tuple(jnp.float32(rng.uniform(size=(16, 8, 8, 3))) for _ in range(2))
+    sizes = [view.size for view in flat_views(method.config)]
+    views = tuple(jnp.float32(rng.uniform(size=(16, size, size, 3))) for size in sizes)
     batch = {**example_batch(method.config), "views": views}
     params, state = jax.jit(method.init)(jax.random.key(0), batch)
     return method, params, state, batch
@@ -140,7 +141,7 @@ def test_simsiam_bias_before_the_last_batchnorm_is_frozen():
     assert np.abs(first["dense3"]["kernel"] - last["dense3"]["kernel"]).max() > 0
 
 
-@pytest.mark.parametrize("name", ["byol", "moco", "simclr_memory"])
+@pytest.mark.parametrize("name", ["byol", "moco", "simclr_memory", "dino"])
 def test_no_gradient_reaches_the_target(name):
     method, params, state, batch = made(name)
 

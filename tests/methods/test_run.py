@@ -53,13 +53,13 @@ def test_golden_metrics_replicated_state_evaluated_network_and_bit_exact_resume(
     config.epochs = 2.0  # of 4 steps: SwAV's queue fills from step 4
     config.optim.warmup_epochs = 0.0
     config.model.bn_group_size = 1  # each device its own statistics: what would diverge
-    _, step, state, device_data = make_step(config, spmd, source)
+    made, step, state, device_data = make_step(config, spmd, source)
     args = (device_data, spmd, source, config)
     state, metrics = take_steps(step, state, *args, [0])
     assert metrics.pop("nonfinite_steps") == metrics.pop("nonfinite_step") == 0
     golden = {name: float(value) for name, value in metrics.items()}
     golden["parameter_norm"] = norm_of(state.params)
-    assert_the_online_network_is_evaluated(state)
+    assert_evaluates(made, state, "target" if method == "dino" else "online")
     # SwAV's queue of 128 holds a batch when it is saved, and is in use when it is restored.
     state, _ = take_steps(step, state, *args, range(1, 6))
     with_queue = {"queue" in name for name in state.method_state}
@@ -85,20 +85,24 @@ def test_golden_metrics_replicated_state_evaluated_network_and_bit_exact_resume(
         np.testing.assert_allclose(value, expected[name], rtol=2e-3, atol=1e-5, err_msg=message)
 
 
-def assert_the_online_network_is_evaluated(state):
-    evaluated = leaves(evaluated_variables(state))
-    online = leaves(
-        {
-            "params": {"encoder": state.params["encoder"]},
-            "batch_stats": {"encoder": state.method_state["batch_stats"]["encoder"]},
-        }
-    )
-    assert evaluated.keys() == online.keys()
-    for name, leaf in online.items():
-        np.testing.assert_array_equal(evaluated[name], leaf)
+def assert_evaluates(method, state, network):
+    """Checks which network is evaluated by default and that the other one differs."""
+    stats = state.method_state["batch_stats"]
+    networks = {"online": (state.params, stats)}
     if "target" in state.method_state:
-        target = leaves({"params": {"encoder": state.method_state["target"]["encoder"]}})
-        assert any(not np.array_equal(evaluated[name], leaf) for name, leaf in target.items())
+        networks["target"] = (state.method_state["target"], stats["target"])
+    assert networks.keys() == ({"online", "target"} if method.target_networks else {"online"})
+    assert method.network_name() == network
+    found = {name: leaves(evaluated_variables(method, state, name)) for name in ("", *networks)}
+    for name, (params, own) in networks.items():
+        expected = {"params": {"encoder": params["encoder"]}}
+        expected = leaves(expected | {"batch_stats": {"encoder": own["encoder"]}})
+        for each in {name, ""} if name == network else {name}:
+            assert found[each].keys() == expected.keys()
+            for path, leaf in expected.items():
+                np.testing.assert_array_equal(found[each][path], leaf)
+    for name in networks.keys() - {network}:
+        assert any(not np.array_equal(found[name][path], found[""][path]) for path in found[""])
 
 
 def noisy_views(images, config, rng):
@@ -128,6 +132,7 @@ def losses_on_digits(method, steps):
     # Many more prototypes than dimensions, or embeddings find a direction equally far from all.
     config.swav.update(queue=0, prototypes=48, out=6, hidden=32, epsilon=0.02, temperature=0.2)
     config.simclr.memory_bank = 512 if method == "simclr_memory" else 0
+    config.dino.update(prototypes=48, out=6, hidden=32, ema_decay=0.9, head_bn=True, block_size=0)
     spmd = make_spmd(devices=ONE)
     _, step, state, _ = make_step(config, spmd, source, unaugmented)
     index = Index(source.num_examples, config.batch_size, config.seed)
@@ -151,6 +156,7 @@ def plateau(config):
         "swav": np.log(config.swav.prototypes),
         "byol": 4.0,  # predictions and targets at right angles
         "simsiam": 0.0,
+        "dino": np.log(config.dino.prototypes),
         "supervised": np.log(10),
     }
 
@@ -162,6 +168,7 @@ DROP = {
     "swav": 0.1,
     "byol": 1.0,
     "simsiam": 0.2,
+    "dino": 0.2,
     "supervised": 0.2,
 }
 
@@ -179,6 +186,8 @@ def test_training_on_digits_lowers_the_loss_below_its_plateau(method):
     else:
         assert end < plateau(config)[method] - DROP[method]
     assert series[-1]["embedding_std"] > 0.1
+    if "prototypes_used" in series[-1]:  # or DINO's teacher has one for all images, and no loss
+        assert series[-1]["prototypes_used"] > 3
 
 
 def test_golden_run_schedules_match_their_config():

@@ -1,4 +1,5 @@
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,17 @@ HEADS = {
         "dense1 bn1 relu dense2 bn2 relu dense3-bias bn3-none",
     ),
     "simsiam_predictor": ({"out_bias": True}, "dense1 bn1 relu dense2-bias"),
+    "dino": (
+        {
+            **{"layers": 3, "hidden_bias": True, "hidden_bn": False, "out_bias": True},
+            **{"activation": "gelu", "kernel_init": "normal_0.02"},
+        },
+        "dense1-bias gelu dense2-bias gelu dense3-bias",
+    ),
+    "dino_lightly": (
+        {"out_bias": True, "activation": "gelu"},
+        "dense1 bn1 gelu dense2-bias",
+    ),
     "full": ({"layers": 1, "out_bn": "full"}, "dense1 bn1"),
 }
 
@@ -67,6 +79,8 @@ def oracle(layers, variables, x, train):
         if word == "relu":
             x = np.maximum(x, 0)
             after.append(x)
+        elif word == "gelu":  # exact, with the error function
+            x = np.vectorize(lambda value: value * (1 + math.erf(value / 2**0.5)) / 2)(x)
         elif name.startswith("dense"):
             x = x @ params[name]["kernel"] + (params[name]["bias"] if option else 0)
             used |= {(name, "kernel")} | ({(name, "bias")} if option else set())
@@ -141,6 +155,7 @@ def test_missing_hidden_layer_is_refused(layer):
     ("name", "std", "largest"),
     [
         ("normal_0.01", 0.01, None),
+        ("normal_0.02", 0.02, None),
         ("torch", 256**-0.5 / 3**0.5, 256**-0.5),
         ("truncated_fan_in", 256**-0.5, 2 * 256**-0.5 / 0.8796),
         ("haiku", 0.8796 * 256**-0.5, 2 * 256**-0.5),

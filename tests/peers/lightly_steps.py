@@ -26,7 +26,7 @@ from loss import tolerate_missing_operators  # noqa: E402
 
 tolerate_missing_operators()
 import torch  # noqa: E402
-from lightly.loss import NegativeCosineSimilarity, NTXentLoss, SwaVLoss  # noqa: E402
+from lightly.loss import DINOLoss, NegativeCosineSimilarity, NTXentLoss, SwaVLoss  # noqa: E402
 from lightly.models import ResNetGenerator, utils  # noqa: E402
 from lightly.models.batchnorm import SplitBatchNorm  # noqa: E402
 from lightly.models.modules import heads  # noqa: E402
@@ -39,7 +39,7 @@ from ssl_jax.models.resnet import STAGES  # noqa: E402
 from ssl_jax.spmd import AXIS, make_spmd  # noqa: E402
 from ssl_jax.step import assemble, init_state, make_train_step  # noqa: E402
 
-STEPS, PER_EPOCH, BATCH, SIDE, WIDTH = 10, 2, 32, 8, 1 / 8
+STEPS, PER_EPOCH, BATCH, SIDE, SMALL_SIDE, WIDTH = 10, 2, 32, 8, 6, 1 / 8
 FEATURES, HIDDEN, OUT, SPLITS, QUEUE, PROTOTYPES = 16, 24, 16, 8, 128, 24
 # Of lightly's resnet-9, without the last two stages: compiling takes most of the time.
 STAGES[6] = (1, 1)
@@ -49,7 +49,17 @@ SMALL = {
     "byol": {"byol.hidden": HIDDEN, "byol.out": OUT},
     "simsiam": {"simsiam.hidden": HIDDEN, "simsiam.out": HIDDEN, "simsiam.predictor_hidden": OUT},
     "swav": {"swav.hidden": FEATURES, "swav.out": OUT, "swav.prototypes": PROTOTYPES},
+    "dino": {"dino.hidden": HIDDEN, "dino.out": OUT, "dino.prototypes": PROTOTYPES},
 }
+# The official recipe on the tiny network, with lightly's head and loss and torch's AdamW; its
+# schedules are shorter.
+SMALL["dino_official"] = SMALL["dino"] | {
+    **{"model.name": "resnet", "model.stem": "cifar_no_relu", "model.conv_init": "torch"},
+    **{"optim.frozen_steps": PER_EPOCH, "optim.warmup_epochs": 1.0, "optim.lr": 0.02},
+    **{"optim.clip_norm_per_tensor": 0.05, "dino.norm_last_layer": False},
+    **{"dino.teacher_temperature": 0.07, "dino.teacher_temperature_epochs": 3},
+}
+OFFICIAL_RATE, CLIP = 0.02 * BATCH / 256, 0.05
 
 
 class Lightly:
@@ -61,6 +71,11 @@ class Lightly:
         backbone = nn.Sequential(*list(resnet.children())[:4], nn.AdaptiveAvgPool2d(1))
         self.networks = {"encoder": backbone, "projector": self.projector(method)}
         self.target = {}
+        self.method, self.official = method, method == "dino_official"
+        if method.startswith("dino"):  # whose layer with weight norm can't be copied
+            self.target = {"encoder": copy.deepcopy(backbone), "projector": self.projector(method)}
+        if self.official:
+            self.target["projector"].load_state_dict(self.networks["projector"].state_dict())
         if method in ("moco", "byol"):
             self.target = {name: copy.deepcopy(net) for name, net in self.networks.items()}
         if method == "byol":
@@ -75,15 +90,22 @@ class Lightly:
             "byol": NegativeCosineSimilarity,
             "simsiam": NegativeCosineSimilarity,
             "swav": SwaVLoss,
+            "dino": lambda: DINOLoss(PROTOTYPES),
+            "dino_official": lambda: DINOLoss(PROTOTYPES, 0.04, 0.07, 3),
         }[method]()
         for module in (*self.networks.values(), *self.target.values(), self.criterion):
             module.double().train()
-        self.loss = getattr(self, method)
-        self.parameters = [p for net in self.networks.values() for p in net.parameters()]
+        self.loss = self.dino if self.official else getattr(self, method)
+        parameters = [p for net in self.networks.values() for p in net.parameters()]
+        self.parameters = [p for p in parameters if p.requires_grad]
         rate = 0.06 if method == "simsiam" else 0.06 * BATCH / 128
         if method == "swav":
             rate = 1e-3 * BATCH / 128
             self.optimizer = torch.optim.Adam(self.parameters, lr=rate, weight_decay=1e-6)
+        elif self.official:
+            groups = [[p for p in self.parameters if (p.ndim > 1) == decayed] for decayed in (1, 0)]
+            decays = [{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}]
+            self.optimizer = torch.optim.AdamW(decays, lr=0.0)
         else:
             self.optimizer = torch.optim.SGD(
                 self.parameters, lr=rate, momentum=0.9, weight_decay=5e-4
@@ -101,6 +123,15 @@ class Lightly:
                     (HIDDEN, HIDDEN, nn.BatchNorm1d(HIDDEN), None),
                 ]
             )
+        if method.startswith("dino"):
+            batch_norm = method == "dino"
+            head = heads.DINOProjectionHead(
+                FEATURES, HIDDEN, OUT, PROTOTYPES, batch_norm, norm_last_layer=batch_norm
+            )
+            if batch_norm:  # as the benchmark
+                hidden = (FEATURES, HIDDEN, nn.BatchNorm1d(HIDDEN), nn.GELU())
+                head.layers = heads.ProjectionHead([hidden, (HIDDEN, OUT, None, None)]).layers
+            return head
         kind, hidden = {
             "simclr": (heads.SimCLRProjectionHead, FEATURES),
             "moco": (heads.MoCoProjectionHead, FEATURES),
@@ -151,22 +182,66 @@ class Lightly:
         scores = [prototypes(nn.functional.normalize(self.project(x), dim=1)) for x in views]
         return self.criterion(scores, [])
 
+    def dino(self, views, shuffles):
+        decay, epoch = 0.99, 0
+        if self.official:  # the decay after the step before this one, as the official code's end
+            decay, epoch = 1 - (1 - 0.996) * fallen(self.number - 1), self.number // PER_EPOCH
+        if self.number or not self.official:
+            self.move_target(decay)
+        with torch.no_grad():
+            targets = [self.project(x, self.target) for x in views[:2]]
+        if not self.official:
+            return self.criterion(targets, [self.project(x) for x in views], epoch=epoch)
+        features = [
+            self.networks["encoder"](torch.cat(crops)).flatten(start_dim=1)
+            for crops in (views[:2], views[2:])
+        ]
+        students = self.networks["projector"](torch.cat(features)).chunk(len(views))
+        with torch.no_grad():
+            both = self.target["encoder"](torch.cat(views[:2])).flatten(start_dim=1)
+            targets = self.target["projector"](both).chunk(2)
+        return self.criterion(list(targets), list(students), epoch=epoch)
+
     def step(self, number, views, shuffles):
         """Takes one optimizer step; returns loss, gradient norm and learning rate."""
+        self.number = number
+        if self.official:
+            self.set_schedules(number)
         rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.zero_grad()
         loss = self.loss(views, shuffles)
         loss.backward()
         norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in self.parameters]))
+        if self.official:
+            for p in self.parameters:
+                p.grad *= min(1.0, CLIP / (p.grad.norm().item() + 1e-6))
+            self.networks["projector"].freeze_last_layer = 1
+            self.networks["projector"].cancel_last_layer_gradients(number // PER_EPOCH)
         self.optimizer.step()
-        if (number + 1) % PER_EPOCH == 0:
+        if (number + 1) % PER_EPOCH == 0 and not self.official:
             self.schedule.step()
         return loss.item(), norm.item(), rate
+
+    def set_schedules(self, number):
+        """A warmup of an epoch that ends at the peak, then a cosine; the decay's own cosine."""
+        after = number - PER_EPOCH
+        rate = number / (PER_EPOCH - 1) * OFFICIAL_RATE
+        if after >= 0:
+            rate = 1e-6 + (OFFICIAL_RATE - 1e-6) * fallen(after, STEPS - PER_EPOCH)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.param_groups[0]["weight_decay"] = 0.4 + (0.04 - 0.4) * fallen(number)
 
     def trees(self, networks):
         """The networks' parameters and running statistics as ssl_jax has them."""
         params, stats = {}, {}
         for name, network in networks.items():
+            if hasattr(network, "last_layer"):
+                last = network.last_layer
+                params["prototypes"] = {
+                    "kernel": last.weight_v.detach().numpy().T,
+                    "length": last.weight_g.detach().numpy()[:, 0],
+                }
             if name == "prototypes":
                 (linear,) = network.heads
                 weight = nn.functional.normalize(linear.weight.detach(), dim=1)
@@ -178,7 +253,8 @@ class Lightly:
 
 def network_trees(name, network):
     """Converts an encoder or a head to ssl_jax's trees."""
-    state = {key: value.numpy() for key, value in network.state_dict().items()}
+    state = network.state_dict().items()
+    state = {key: value.numpy() for key, value in state if not key.startswith("last_layer.")}
     if name == "encoder":
         names = sequential(state)
         state = {names[key]: value for key, value in state.items()}
@@ -198,6 +274,11 @@ def network_trees(name, network):
         params, stats, unknown = from_torch(state, place)
     assert not unknown, unknown
     return params, stats
+
+
+def fallen(step, total=STEPS):
+    """A cosine from 1 to 0."""
+    return (1 + np.cos(np.pi * step / total)) / 2
 
 
 class Passes:
@@ -235,10 +316,14 @@ class Ours:
             "eval.probe=False",
         ]
         changes += ["max_nonfinite_steps=0", f"epochs={STEPS // PER_EPOCH}"]
-        config = load_config(str(ROOT / f"configs/{method}_cifar10.py") + ":lightly", changes)
+        official = method == "dino_official"
+        file = "dino_imagenet.py:vit_small" if official else f"{method}_cifar10.py:lightly"
+        config = load_config(str(ROOT / "configs" / file), changes)
         config.dtype = "float64"
         for view in config.views.values():
             view.size = SIDE
+        if official:
+            config.views.small.update(count=2, size=SMALL_SIDE)
         if method == "moco":
             assert config.model.bn_splits == SPLITS
         self.spmd = make_spmd(devices=jax.devices()[:1])
@@ -326,6 +411,9 @@ def compare(method):
     for number in range(STEPS):
         image = rng.normal(size=(BATCH, SIDE, SIDE, 3))
         views = [image + rng.normal(size=image.shape) for _ in range(2)]
+        if lightly.official:
+            small = image[:, :SMALL_SIDE, :SMALL_SIDE]
+            views += [small + rng.normal(size=small.shape) for _ in range(2)]
         shuffles = [
             None if each is None else torch.tensor(place[each[order]])
             for each in ours.shuffles(number)
@@ -333,7 +421,8 @@ def compare(method):
         theirs = [torch.tensor(view[order].transpose(0, 3, 1, 2)).contiguous() for view in views]
         steps.append((ours.step(views), lightly.step(number, theirs, shuffles)))
     passes.debias()
-    lightly.move_target()  # ssl_jax does so at the end of a step
+    # ssl_jax does so at the end of a step.
+    lightly.move_target(*([1 - (1 - 0.996) * fallen(STEPS - 1)] if lightly.official else []))
     mine, peer = (np.array(each).T for each in zip(*steps, strict=True))
     if method == "byol":
         mine[0] -= 1  # 1 - cos against -cos
@@ -349,6 +438,9 @@ def compare(method):
     with_stats = {name: tree for name, tree in stats.items() if tree}
     own = {name: method_state["batch_stats"][name] for name in with_stats}
     found["statistics"] = relative(own, with_stats)
+    if method.startswith("dino"):
+        center = lightly.criterion.center.numpy().reshape(-1)
+        found["center"] = relative(method_state["center"], center)
     if method == "moco":
         bank = lightly.criterion.memory_bank.bank.numpy().reshape(-1, BATCH, OUT)
         found["queue"] = relative(method_state["queue"][0].reshape(bank.shape), bank[:, place])
