@@ -218,7 +218,7 @@ def method_config(name, **changes):
     config.byol.update(hidden=16, out=8)
     config.simsiam.update(out=16, predictor_hidden=8)
     config.swav.update(prototypes=12, hidden=16, out=8, queue=128, queue_from_epoch=1.0)
-    config.dino.update(hidden=16, out=8, prototypes=12, block_size=3)
+    config.dino.update(hidden=16, out=8, prototypes=12, head_bn=True, block_size=3)
     if name in ("swav", "dino"):
         small = view(
             size=6,

@@ -126,7 +126,8 @@ def test_teacher_temperature_rises_by_epoch_as_in_the_official_code(epochs, expe
 @pytest.mark.parametrize("norm_last_layer", [True, False])
 def test_prototypes_are_frozen_at_first_and_their_lengths_if_configured(norm_last_layer):
     config, source = with_whole_images(method_config("dino")), random_source()
-    config.optim.update(frozen_steps=2, weight_decay=0.1)
+    config.epochs = 8.0  # of one step each
+    config.optim.update(frozen_steps=2, warmup_epochs=0.0)
     config.dino.norm_last_layer = norm_last_layer
     spmd, ids = make_spmd(devices=jax.devices()[:1]), np.arange(64, dtype=np.int32)
     _, step, state, _ = make_step(config, spmd, source, unaugmented)
