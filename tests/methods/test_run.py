@@ -152,6 +152,8 @@ def plateau(config):
         "byol": 4.0,  # predictions and targets at right angles
         "simsiam": 0.0,
         "supervised": np.log(10),
+        "mocov3": 4 * config.mocov3.temperature * np.log(batch),
+        "supcon": np.log(2 * batch - 1) * config.supcon.temperature / 0.07,
     }
 
 
@@ -163,6 +165,8 @@ DROP = {
     "byol": 1.0,
     "simsiam": 0.2,
     "supervised": 0.2,
+    "mocov3": 0.2,
+    "supcon": 0.5,
 }
 
 
