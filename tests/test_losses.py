@@ -359,7 +359,7 @@ def test_info_nce_equals_the_float64_oracle():
 
 
 def batch_info_nce_oracle(q, k, temperature):
-    """MoCo v3's algorithm 1 in one direction, without 2τ: the keys of other images are negatives."""
+    """MoCo v3's algorithm 1 in one direction, without 2τ: other images' keys are negatives."""
     logits = unit64(q) @ unit64(k).T / temperature
     top = logits.max(1)
     lse = top + np.log(np.exp(logits - top[:, None]).sum(1))

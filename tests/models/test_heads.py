@@ -32,6 +32,7 @@ HEADS = {
         "dense1 bn1 relu dense2 bn2 relu dense3-bias bn3-none",
     ),
     "simsiam_predictor": ({"out_bias": True}, "dense1 bn1 relu dense2-bias"),
+    "mocov3": ({"out_bn": "no_affine"}, "dense1 bn1 relu dense2 bn2-none"),
     "full": ({"layers": 1, "out_bn": "full"}, "dense1 bn1"),
 }
 
