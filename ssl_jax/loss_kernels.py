@@ -90,19 +90,19 @@ def softmax_pull(
 
 
 def class_means(
-    label: Int[Array, " n"],
-    own: Int[Array, " 2n"],
-    columns: Float[Array, "columns d"],
+    label: Int[Array, " m"],
+    own: Int[Array, " m"],
+    columns: Float[Array, "n d"],
     column_label: Int[Array, " images"],
     block_size: int | None,
-) -> Float[Array, "2n d"]:
+) -> Float[Array, "m d"]:
     """The mean of each anchor's positives: the other columns of its class.
 
     Args:
-      label: of this device's images, whose two views are the anchors; -1 for none.
+      label: of the anchors; -1 for none.
       own: the index of each anchor's own column, which is excluded.
-      columns: first views of all images, then second views.
-      column_label: of all images.
+      columns: first views of all images, then their second views.
+      column_label: of the images.
       block_size: as for `log_sum_exp`.
 
     Returns:
@@ -125,7 +125,7 @@ def class_means(
 
         return _in_blocks(of_block, block_size, limits, len(columns), label, own)
 
-    return _by_platform(kernel, jnp.tile(label, 2), own, columns, column_label)
+    return _by_platform(kernel, label, own, columns, column_label)
 
 
 def queue_loss(

@@ -144,7 +144,8 @@ def _nt_xent_forward(
     positives = z[::-1]
     if label is not None:
         labels = _gather(label[None], axis_name)[0]
-        positives = loss_kernels.class_means(label, own, columns, labels, block_size)
+        both = jnp.tile(label, 2)
+        positives = loss_kernels.class_means(both, own, columns, labels, block_size)
         positives = positives.reshape(z.shape)
     loss = jnp.mean(lse) - jnp.mean(jnp.sum(z * positives, axis=-1)) / temperature
     accuracy = contrastive_accuracy(z[0], z[1], gathered[1], among=True, axis_name=axis_name)
