@@ -23,7 +23,18 @@ from ssl_jax.evals.results import ONLINE
 from ssl_jax.run.log import read_metrics
 
 ROOT = Path(__file__).parent.parent
-METHODS = ("simclr", "simclrv2", "moco", "swav", "byol", "simsiam", "dino", "supervised")
+METHODS = (
+    "simclr",
+    "simclrv2",
+    "moco",
+    "swav",
+    "byol",
+    "simsiam",
+    "mocov3",
+    "supcon",
+    "dino",
+    "supervised",
+)
 NAMES = {
     "simclr": "SimCLR v1",
     "simclrv2": "SimCLR v2 (memory bank)",
@@ -32,6 +43,8 @@ NAMES = {
     "byol": "BYOL",
     "simsiam": "SimSiam",
     "dino": "DINO",
+    "mocov3": "MoCo v3",
+    "supcon": "SupCon, all labels",
     "supervised": "Supervised, all labels",
 }
 COLUMNS = (

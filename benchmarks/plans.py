@@ -30,8 +30,20 @@ RUNS = (
     ("byol_imagenet.py", V5E, ()),
     ("simsiam_imagenet.py", "v4:2x2x2", ()),
     ("simsiam_imagenet.py", "v5e:2x4", ()),
+    ("mocov3_imagenet.py", V4, ()),
+    ("mocov3_imagenet.py", V5E, ()),
 )
-METHODS = ("simclr", "simclrv2", "moco", "swav", "byol", "simsiam", "supervised")
+METHODS = (
+    "simclr",
+    "simclrv2",
+    "moco",
+    "swav",
+    "byol",
+    "simsiam",
+    "mocov3",
+    "supcon",
+    "supervised",
+)
 KINDS = ("all-reduce", "all-gather", "all-to-all")
 _VIT = ("model.name=vit", "optim.name=adamw", "optim.lr_scaling=linear", "optim.lr=1.5e-4")
 ENCODERS = {

@@ -262,27 +262,20 @@ def swav() -> Drawing:
     return drawing
 
 
-def predicted(drawing: Drawing, loss: str) -> None:
+def predicted(drawing: Drawing, loss: str, names: tuple[str, str] = ("p", "z")) -> None:
     """The left predictor's answer against the right projection, which gets no gradient."""
     drawing.down(LEFT, 238, 298)
     drawing.down(LEFT, 298, 364)
     drawing.down(RIGHT, 238, 364, stop=True)
-    drawing.text(LEFT + 16, 330, "p")
-    drawing.text(RIGHT - 20, 330, "z")
+    drawing.text(LEFT + 16, 330, names[0])
+    drawing.text(RIGHT - 20, 330, names[1])
     drawing.text(RIGHT + 54, 300, "no gradient")
     shared(drawing, 364, loss, "loss")
     drawing.text(MIDDLE, 400, "and the same with the views exchanged")
 
 
-def byol() -> Drawing:
-    """BYOL."""
-    drawing = Drawing(
-        "BYOL",
-        "The online network, encoder, projector and predictor, predicts from view 1 what the "
-        "target network makes of view 2, and the reverse. The target is a slow average of the "
-        "online network and gets no gradient.",
-        424,
-    )
+def online_and_average(drawing: Drawing) -> None:
+    """Two views, a network with a predictor on the left, its average on the right."""
     two_views(drawing)
     rows = (178, 238, 298)
     for y, name in zip(rows, ("encoder", "projector", "predictor"), strict=True):
@@ -294,6 +287,18 @@ def byol() -> Drawing:
     for y0, y1 in ((118, 178), (178, 238)):
         drawing.down(LEFT, y0, y1)
         drawing.down(RIGHT, y0, y1)
+
+
+def byol() -> Drawing:
+    """BYOL."""
+    drawing = Drawing(
+        "BYOL",
+        "The online network, encoder, projector and predictor, predicts from view 1 what the "
+        "target network makes of view 2, and the reverse. The target is a slow average of the "
+        "online network and gets no gradient.",
+        424,
+    )
+    online_and_average(drawing)
     predicted(drawing, "|p − z|² of unit vectors")
     return drawing
 
@@ -350,6 +355,47 @@ def dino() -> Drawing:
         drawing.arrow((x, 396), (x, 423))
     shared(drawing, 440, "each crop predicts another’s distribution", "loss")
     drawing.text(MIDDLE, 472, "τ′ is lower than τ; the center is an average of the logits")
+    return drawing
+
+
+def mocov3() -> Drawing:
+    """MoCo v3."""
+    drawing = Drawing(
+        "MoCo v3",
+        "The online network, encoder, projector and predictor, makes queries of view 1. Its slow "
+        "average makes keys of view 2, without gradient. InfoNCE: each query finds its key among "
+        "the keys of the global batch, and the same with the views exchanged.",
+        424,
+    )
+    online_and_average(drawing)
+    predicted(drawing, "InfoNCE: q finds k among the batch’s", ("q", "k"))
+    return drawing
+
+
+def supcon() -> Drawing:
+    """SupCon."""
+    drawing = Drawing(
+        "SupCon",
+        "Two views of each image go through the same encoder and the same projector. Each "
+        "projection is pulled toward all other projections of its class, against those of the "
+        "other classes.",
+        386,
+    )
+    two_views(drawing)
+    shared(drawing, 178, "encoder (the same weights)")
+    shared(drawing, 238, "projector (the same weights)")
+    for x in (LEFT, RIGHT):
+        drawing.down(x, 118, 178)
+        drawing.down(x, 178, 238)
+        drawing.down(x, 238, 326)
+    drawing.text(LEFT - 14, 206, "h")
+    drawing.text(LEFT - 14, 282, "z₁")
+    drawing.text(RIGHT + 14, 282, "z₂")
+    drawing.text(MIDDLE, 206, "evaluated")
+    drawing.box(MIDDLE, 280, "labels", "data", 90)
+    drawing.arrow((MIDDLE, 296), (MIDDLE, 309))
+    shared(drawing, 326, "z finds all of its class among all", "loss")
+    drawing.text(MIDDLE, 360, "positives and negatives: the global batch")
     return drawing
 
 
@@ -415,7 +461,7 @@ def large_batch() -> Drawing:
     return drawing
 
 
-DIAGRAMS = (simclr, simclrv2, moco, swav, byol, simsiam, dino, road, large_batch)
+DIAGRAMS = (simclr, simclrv2, moco, swav, byol, simsiam, mocov3, dino, supcon, road, large_batch)
 
 
 def main() -> None:

@@ -89,37 +89,81 @@ def softmax_pull(
     return _by_platform(kernel, anchors, own, columns, lse, column_lse)
 
 
+def class_means(
+    label: Int[Array, " m"],
+    own: Int[Array, " m"],
+    columns: Float[Array, "n d"],
+    column_label: Int[Array, " images"],
+    block_size: int | None,
+) -> Float[Array, "m d"]:
+    """The mean of each anchor's positives: the other columns of its class.
+
+    Args:
+      label: of the anchors; -1 for none.
+      own: the index of each anchor's own column, which is excluded.
+      columns: first views of all images, then their second views.
+      column_label: of the images.
+      block_size: as for `log_sum_exp`.
+
+    Returns:
+      The means; of an anchor without a label, the other view.
+    """
+    images = len(column_label)
+
+    def kernel(
+        limits: _Limits, label: Array, own: Array, columns: Array, column_label: Array
+    ) -> Array:
+        index = jnp.arange(len(columns))
+
+        def of_block(label: Array, own: Array) -> Array:
+            own, label = own[:, None], label[:, None]
+            positive = (label == jnp.tile(column_label, 2)[None]) & (label >= 0)
+            positive |= own % images == (index % images)[None]
+            positive &= own != index[None]
+            count = jnp.sum(positive, axis=1, keepdims=True)
+            return matmul(positive.astype(jnp.float32), columns) / count
+
+        return _in_blocks(of_block, block_size, limits, len(columns), label, own)
+
+    return _by_platform(kernel, label, own, columns, column_label)
+
+
 def queue_loss(
     queries: Float[Array, "m d"],
     keys: Float[Array, "m d"],
     queue: Float[Array, "n d"],
+    own: Int[Array, " m"] | None,
     temperature: float,
     block_size: int | None,
 ) -> Float[Array, " m"]:
-    """lse_i - s_i+ for each query; s_i+ = q_i·k_i / τ, and lse_i is over s_i+ and the queue."""
+    """lse_i - s_i+ for each query; s_i+ = q_i·k_i / τ, and lse_i is over s_i+ and the queue.
 
-    def of_block(q: Array, k: Array, queue: Array) -> Array:
-        _, positive, lse = _queue_scores(q, k, queue, temperature)
+    The queue's row `own` of each query, if given, is excluded.
+    """
+
+    def of_block(q: Array, k: Array, own: Array | None, queue: Array) -> Array:
+        _, positive, lse = _queue_scores(q, k, own, queue, temperature)
         return lse - positive
 
-    return _over_queries(of_block, queries, keys, queue, block_size)
+    return _over_queries(of_block, queries, keys, own, queue, block_size)
 
 
 def queue_loss_and_pull(
     queries: Float[Array, "m d"],
     keys: Float[Array, "m d"],
     queue: Float[Array, "n d"],
+    own: Int[Array, " m"] | None,
     temperature: float,
     block_size: int | None,
 ) -> tuple[Float[Array, " m"], Float[Array, "m d"]]:
     """`queue_loss`, and Σ_j e^{s_ij - lse_i} x_j + (e^{s_i+ - lse_i} - 1) k_i, in one pass."""
 
-    def of_block(q: Array, k: Array, queue: Array) -> tuple[Array, Array]:
-        scores, positive, lse = _queue_scores(q, k, queue, temperature)
+    def of_block(q: Array, k: Array, own: Array | None, queue: Array) -> tuple[Array, Array]:
+        scores, positive, lse = _queue_scores(q, k, own, queue, temperature)
         pull = matmul(jnp.exp(scores - lse[:, None]), queue)
         return lse - positive, pull + jnp.expm1(positive - lse)[:, None] * k
 
-    return _over_queries(of_block, queries, keys, queue, block_size)
+    return _over_queries(of_block, queries, keys, own, queue, block_size)
 
 
 def distillation(
@@ -226,16 +270,16 @@ def _by_platform(kernel, *arrays: Array):  # type: ignore[no-untyped-def]
     return jax.lax.platform_dependent(*arrays, cpu=cpu, default=default)
 
 
-def _over_queries(of_block, queries, keys, queue, block_size):  # type: ignore[no-untyped-def]
-    """of_block(queries, keys, queue), for a block of queries and their keys at a time."""
+def _over_queries(of_block, queries, keys, own, queue, block_size):  # type: ignore[no-untyped-def]
+    """of_block(queries, keys, own, queue), for a block of queries and their keys at a time."""
 
-    def kernel(limits: _Limits, queries: Array, keys: Array, queue: Array) -> Any:
-        def with_queue(q: Array, k: Array) -> Any:
-            return of_block(q, k, queue)
+    def kernel(limits: _Limits, queue: Array, *rows: Array) -> Any:
+        def with_queue(q: Array, k: Array, own: Array | None = None) -> Any:
+            return of_block(q, k, own, queue)
 
-        return _in_blocks(with_queue, block_size, limits, len(queue), queries, keys)
+        return _in_blocks(with_queue, block_size, limits, len(queue), *rows)
 
-    return _by_platform(kernel, queries, keys, queue)
+    return _by_platform(kernel, queue, queries, keys, *([] if own is None else [own]))
 
 
 def _row_block(rows: int, columns: int, block_size: int | None, limits: _Limits) -> int:
@@ -293,8 +337,10 @@ def _weights(scores: Array, row_lse: Array, column_lse: Array, temperature: floa
     return jnp.exp(scores - row) + jnp.exp(scores - column)
 
 
-def _masked_scores(anchors: Array, own: Int[Array, " b"], columns: Array, tau: float) -> Array:
+def _masked_scores(anchors: Array, own: Array | None, columns: Array, tau: float) -> Array:
     scores = matmul(anchors, columns.T) / tau
+    if own is None:
+        return scores
     itself = own[:, None] == jnp.arange(columns.shape[0])[None, :]
     return jnp.where(itself, -jnp.inf, scores)
 
@@ -309,10 +355,10 @@ def _pair_scores(blocks: Array, i: Array, j: Array, total: int, temperature: flo
 
 
 def _queue_scores(
-    q: Array, k: Array, queue: Array, temperature: float
+    q: Array, k: Array, own: Array | None, queue: Array, temperature: float
 ) -> tuple[Float[Array, "m n"], Float[Array, " m"], Float[Array, " m"]]:
     """Returns scores of the negatives, scores of the positive, and the log-sum-exp of both."""
-    scores = matmul(q, queue.T) / temperature
+    scores = _masked_scores(q, own, queue, temperature)
     positive = jnp.sum(q * k, axis=1) / temperature
     return scores, positive, jnp.logaddexp(positive, jax.nn.logsumexp(scores, axis=1))
 

@@ -76,25 +76,61 @@ def nt_xent_and_accuracy(
     z = jnp.stack([normalize(z1), normalize(z2)])
     if memory is None:
         memory = jnp.zeros((0, z.shape[-1]))
-    loss, accuracy = _local_nt_xent(z, memory, temperature, axis_name, block_size)
+    loss, accuracy = _local_nt_xent(z, memory, None, temperature, axis_name, block_size)
     return _pmean(loss, axis_name), _pmean(accuracy, axis_name)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def supcon(
+    z1: Float[Array, "n d"],
+    z2: Float[Array, "n d"],
+    label: Int[Array, " n"],
+    *,
+    temperature: float,
+    axis_name: str | None = None,
+    block_size: int | None = None,
+) -> Float[Array, ""]:
+    """Supervised contrastive loss of two views (Khosla et al., 2020, arXiv:2004.11362, eq. 2).
+
+    As `nt_xent`, except that the positives P(i) of an anchor are all other projections of its
+    class, its other view among them:
+
+        loss = 1/2N Σ_i (lse_i - 1/|P(i)| Σ_{p∈P(i)} s_ip)
+
+    Args:
+      z1: projections of the first view, as for `nt_xent`.
+      z2: projections of the second view of the same images.
+      label: each image's class; -1 for none: its only positive is its other view.
+      temperature: τ, positive; safe down to 0.01.
+      axis_name: mapped axis over which the batch is split; None on a single device.
+      block_size: as for `nt_xent`.
+
+    Returns:
+      float32 scalar, the same on every device: eq. 2 divided by 2N, without the factor of the
+      official codes.
+    """
+    z = jnp.stack([normalize(z1), normalize(z2)])
+    memory = jnp.zeros((0, z.shape[-1]))
+    loss, _ = _local_nt_xent(z, memory, label, temperature, axis_name, block_size)
+    return _pmean(loss, axis_name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _local_nt_xent(
     z: Float[Array, "2 n d"],
     memory: Float[Array, "k d"],
+    label: Int[Array, " n"] | None,
     temperature: float,
     axis_name: str | None,
     block_size: int | None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Averages over this device's 2n anchors; negatives come from all devices."""
-    return _nt_xent_forward(z, memory, temperature, axis_name, block_size)[0]
+    return _nt_xent_forward(z, memory, label, temperature, axis_name, block_size)[0]
 
 
 def _nt_xent_forward(
     z: Float[Array, "2 n d"],
     memory: Float[Array, "k d"],
+    label: Int[Array, " n"] | None,
     temperature: float,
     axis_name: str | None,
     block_size: int | None,
@@ -102,14 +138,18 @@ def _nt_xent_forward(
     n, d = z.shape[1:]
     gathered = _gather(z, axis_name)  # [2, N, d]
     columns = jnp.concatenate([gathered.reshape(-1, d), memory.astype(jnp.float32)])
-    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * n
-    own = first + jnp.arange(n)  # this device's anchors among the columns
+    own = batch_positions(n, axis_name)  # this device's anchors among the columns
     own = jnp.concatenate([own, gathered.shape[1] + own])
     lse = loss_kernels.log_sum_exp(z.reshape(-1, d), own, columns, temperature, block_size)
-    positive = jnp.sum(z[0] * z[1], axis=-1) / temperature
-    loss = jnp.mean(lse) - jnp.mean(positive)
+    positives = z[::-1]
+    if label is not None:
+        labels = _gather(label[None], axis_name)[0]
+        both = jnp.tile(label, 2)
+        positives = loss_kernels.class_means(both, own, columns, labels, block_size)
+        positives = positives.reshape(z.shape)
+    loss = jnp.mean(lse) - jnp.mean(jnp.sum(z * positives, axis=-1)) / temperature
     accuracy = contrastive_accuracy(z[0], z[1], gathered[1], among=True, axis_name=axis_name)
-    return (loss, accuracy), (z, memory, columns, own, lse)
+    return (loss, accuracy), (z, memory, columns, own, lse, positives)
 
 
 def _nt_xent_backward(
@@ -118,15 +158,16 @@ def _nt_xent_backward(
     block_size: int | None,
     saved: tuple[Array, ...],
     cotangents: tuple[Float[Array, ""], Float[Array, ""]],
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, None]:
     """The gradient of the sum over devices of their local means.
 
         dx_i = 1/(2n·τ) [Σ_{j≠i} (e^{s_ij - lse_i} + e^{s_ij - lse_j}) x_j - 2 x_{i+}]
 
-    n is the number of this device's images. Because s is symmetric, each device computes its own
-    rows from the lse of all anchors, and no gradient is reduced across devices.
+    n is the number of this device's images, x_{i+} the mean of i's positives: one of them has the
+    same number of positives as i, so it pulls i as i pulls it. Because s is symmetric, each device
+    computes its own rows from the lse of all anchors, and no gradient is reduced across devices.
     """
-    z, memory, columns, own, lse = saved
+    z, memory, columns, own, lse, positives = saved
     n, d = z.shape[1:]
     column_lse = _gather(lse.reshape(2, -1), axis_name).reshape(-1)
     # Rows of the memory bank are not anchors: e^{s - inf} = 0 removes their terms.
@@ -134,9 +175,9 @@ def _nt_xent_backward(
     dz = loss_kernels.softmax_pull(
         z.reshape(-1, d), own, columns, lse, column_lse, temperature, block_size
     )
-    dz = dz.reshape(z.shape) - 2 * z[::-1]
+    dz = dz.reshape(z.shape) - 2 * positives
     dz *= cotangents[0] / (2 * n * temperature)
-    return dz, jnp.zeros_like(memory)
+    return dz, jnp.zeros_like(memory), None
 
 
 _local_nt_xent.defvjp(_nt_xent_forward, _nt_xent_backward)
@@ -148,9 +189,10 @@ def info_nce(
     queue: Float[Array, "k d"],
     *,
     temperature: float,
+    own: Int[Array, " n"] | None = None,
     block_size: int | None = None,
 ) -> Float[Array, ""]:
-    """InfoNCE against a queue of negatives (MoCo, section 3.1, eq. 1).
+    """InfoNCE against a queue of negatives (MoCo, section 3.1, eq. 1), or against a batch's keys.
 
     With s_i+ = q_i·k_i / τ and s_ij = q_i·x_j / τ for the queue's x_j:
 
@@ -162,6 +204,8 @@ def info_nce(
       keys: k, the positives, [n, d], normalized here; no gradient flows into them.
       queue: x, the negatives, [K, d], unit rows; no gradient flows into them.
       temperature: τ, positive; safe down to 0.01.
+      own: the row of the queue that holds each query's key, if it does: the keys of the global
+        batch (MoCo v3), and `batch_positions`. Then only the other rows are negatives.
       block_size: queries compared with the queue at a time; memory is O((n + K)·d + block_size·K).
         None picks one that keeps a block within 16 MiB on a CPU, 256 MiB elsewhere.
 
@@ -170,28 +214,29 @@ def info_nce(
     """
     q = normalize(queries)
     k, queue = jax.lax.stop_gradient((normalize(keys), queue.astype(jnp.float32)))
-    return _info_nce(q, k, queue, temperature, block_size)
+    return _info_nce(q, k, queue, own, temperature, block_size)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _info_nce(
     q: Float[Array, "n d"],
     k: Float[Array, "n d"],
     queue: Float[Array, "k d"],
+    own: Int[Array, " n"] | None,
     temperature: float,
     block_size: int | None,
 ) -> Float[Array, ""]:
-    return jnp.mean(loss_kernels.queue_loss(q, k, queue, temperature, block_size))
+    return jnp.mean(loss_kernels.queue_loss(q, k, queue, own, temperature, block_size))
 
 
 def _info_nce_forward(
-    q: Array, k: Array, queue: Array, temperature: float, block_size: int | None
+    q: Array, k: Array, queue: Array, own: Array | None, temperature: float, block_size: int | None
 ) -> tuple[Float[Array, ""], Float[Array, "n d"]]:
     """Computes loss and gradient in one pass: no query's gradient depends on other queries.
 
     dq_i = 1/(n·τ) [Σ_j e^{s_ij - lse_i} x_j + (e^{s_i+ - lse_i} - 1) k_i]
     """
-    loss, dq = loss_kernels.queue_loss_and_pull(q, k, queue, temperature, block_size)
+    loss, dq = loss_kernels.queue_loss_and_pull(q, k, queue, own, temperature, block_size)
     return jnp.mean(loss), dq / (q.shape[0] * temperature)
 
 
@@ -200,11 +245,17 @@ def _info_nce_backward(
     block_size: int | None,
     dq: Float[Array, "n d"],
     cotangent: Float[Array, ""],
-) -> tuple[Array, None, None]:
-    return dq * cotangent, None, None
+) -> tuple[Array, None, None, None]:
+    return dq * cotangent, None, None, None
 
 
 _info_nce.defvjp(_info_nce_forward, _info_nce_backward)
+
+
+def batch_positions(n: int, axis_name: str | None) -> Int[Array, " n"]:
+    """The positions of this device's n examples in the global batch."""
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * n
+    return first + jnp.arange(n)
 
 
 def contrastive_accuracy(

@@ -1,7 +1,8 @@
 """The views of each method's official code, and the settings that experiments share.
 
-Sources: google-research/simclr, facebookresearch/moco, /simsiam, /swav and /dino,
-deepmind/deepmind-research/byol. A config file starts from these and changes keys.
+Sources: google-research/simclr, facebookresearch/moco, /moco-v3, /simsiam, /swav and /dino,
+deepmind/deepmind-research/byol, HobbitLong/SupContrast. A config file starts from these and
+changes keys.
 """
 
 from typing import Any
@@ -152,6 +153,37 @@ def dino_views(
     if small_crops:
         views["small"] = crop(small, areas[1], 0.5, count=small_crops)
     return views
+
+
+def mocov3_views(size: Size = 224, smallest: float = 0.2) -> dict[str, Any]:
+    """MoCo v3: BYOL's strengths with torchvision's definitions.
+
+    Args:
+      size: of both views.
+      smallest: area of the smallest crop, as a share of the image; ViT: 0.08.
+    """
+    both = {
+        "size": size,
+        "crop": _torchvision((smallest, 1.0)),
+        "jitter": _jitter(0.4, 0.4, 0.2, 0.1),
+        **IMAGENET,
+    }
+    return {
+        "view1": view(**both, blur={"prob": 1.0}),
+        "view2": view(**both, blur={"prob": 0.1}, solarize={"prob": 0.2}),
+    }
+
+
+def supcontrast_views(size: Size = 32) -> dict[str, Any]:
+    """SupContrast's CIFAR-10 views: weaker colors than SimCLR's, no blur."""
+    one = view(
+        size=size,
+        crop=_torchvision((0.2, 1.0)),
+        jitter=_jitter(0.4, 0.4, 0.4, 0.1),
+        blur={"prob": 0.0},
+        **CIFAR10_SUPCONTRAST,
+    )
+    return {"view1": one, "view2": one}
 
 
 def imagenet_config(interpolation: str = "bicubic") -> ConfigDict:

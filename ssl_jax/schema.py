@@ -361,6 +361,12 @@ _MODEL: Group = {
         ),
         "registers": Key(0, "Additional learned tokens that are not read out", AT_LEAST_0),
         "layer_scale": Key(0.0, "Initial scale per feature of each branch; 0: none", FINITE),
+        "weight_init": Key(
+            "normal",
+            "Initialization of linear layers: N(0, 0.02²) (normal), or Xavier's uniform one, with "
+            "query, key and value as layers of their own (xavier, MoCo v3)",
+            choices=("normal", "xavier"),
+        ),
         "drop_path": Key(
             0.0,
             "Probability that training drops a branch of the last block for an image; lower in "
@@ -577,6 +583,29 @@ _METHODS: Group = {
         "ema_decay_end": Key(1.0, _DECAY_END, FRACTION),
         "block_size": Key(0, "Images per block of the loss; 0: automatic", AT_LEAST_0),
     },
+    "mocov3": {
+        "temperature": Key(1.0, "Temperature τ of InfoNCE; ViT: 0.2", POSITIVE),
+        "hidden": Key(4096, "Width of the hidden layers of projector and predictor", AT_LEAST_1),
+        "out": Key(256, "Width of queries and keys", AT_LEAST_1),
+        "layers": Key(2, "Layers of the projector; ViT: 3", AT_LEAST_1),
+        "predictor_bn": Key(
+            False, "BatchNorm without scale and shift at the end of the predictor, as for ViTs"
+        ),
+        "ema_decay": Key(0.99, "EMA decay of the key encoder at the first step", FRACTION),
+        "ema_decay_end": Key(1.0, _DECAY_END, FRACTION),
+        "freeze_patches": Key(True, "Keep a ViT's patch projection at its initial values"),
+    },
+    "supcon": {
+        "temperature": Key(0.1, "Temperature τ", POSITIVE),
+        "base_temperature": Key(
+            0.07,
+            "The loss is multiplied by τ and divided by this; the paper's TensorFlow code: 1",
+            POSITIVE,
+        ),
+        "hidden": Key(0, _HIDDEN, AT_LEAST_0),
+        "out": Key(128, "Width of the projections", AT_LEAST_1),
+        "layers": Key(2, "Layers of the projector", AT_LEAST_1),
+    },
     "supervised": {
         "freeze": Key(False, "Train only the classifier, on features of a frozen encoder"),
         "classifier_init": Key(
@@ -618,8 +647,8 @@ SCHEMA: Group = {
     "seed": Key(0, "Random seed of everything", SEED),
     "method": Key(
         "simclr",
-        "Method: simclr, moco, swav, byol, simsiam, dino, supervised, distill, or one you "
-        "registered",
+        "Method: simclr, moco, swav, byol, simsiam, mocov3, dino, supcon, supervised, distill, or "
+        "one that you registered",
     ),
     "batch_size": Key(256, "Global batch size, over all devices", POSITIVE),
     "microbatch": Key(

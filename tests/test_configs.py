@@ -42,6 +42,7 @@ VARIANTS = {
     "swav_cifar10": ["solo"],
     "byol_cifar10": ["solo"],
     "dino_cifar10": ["solo"],
+    "mocov3_imagenet": ["100", "300", "vit_s", "vit_b"],
 }
 ALL = [(file, v) for file in FILES for v in ["", *VARIANTS.get(file.stem, [])]]
 
@@ -101,7 +102,7 @@ def test_every_method_has_a_config_per_dataset():
     for data in ("digits", "cifar10", "imagenet"):
         names = {file.stem.removesuffix(f"_{data}") for file in FILES if data in file.stem}
         expected = {"simclr", "simclrv2", "moco", "swav", "byol", "simsiam", "supervised"}
-        assert names >= expected | {"dino"}
+        assert names >= expected | {"mocov3", "dino", "supcon"}
 
 
 def test_choices_in_the_schema_equal_the_implemented_ones():
@@ -111,6 +112,7 @@ def test_choices_in_the_schema_equal_the_implemented_ones():
     assert model["head_init"].choices == ("official", "torch")
     assert model["vit"]["pool"].choices == vit.POOLS
     assert model["vit"]["positions"].choices == vit.POSITIONS
+    assert model["vit"]["weight_init"].choices == tuple(vit.WEIGHT_INITS)
     assert model["conv_init"].choices == tuple(layers.KERNEL_INITS)
     assert SCHEMA["supervised"]["classifier_init"].choices == tuple(CLASSIFIER_INITS)
     assert optim["name"].choices == OPTIMIZERS
@@ -139,6 +141,8 @@ def test_swav_imagenet_uses_the_papers_multi_crop():
         ("swav_cifar10", 4e-3),
         ("simsiam_cifar10", 0.06),
         ("simsiam_cifar10:lightly", 0.06),
+        ("supcon_imagenet", 9.6),
+        ("supcon_cifar10", 0.5),
     ],
 )
 def test_peak_learning_rate_is_the_published_one(name, peak):
@@ -172,6 +176,11 @@ def simclr_rates(images, batch, epochs, warmup_epochs, peak):
 def byol_rates(images, batch, epochs, warmup_epochs, peak):
     """configs/byol.py and utils/schedules.py."""
     return warm_cosine(epochs * images // batch, warmup_epochs * images // batch, peak)
+
+
+def mocov3_rates(batches, epochs, warmup_epochs, peak):
+    """main_moco.py of MoCo v3: `adjust_learning_rate` at every step."""
+    return warm_cosine(batches * epochs, batches * warmup_epochs, peak)
 
 
 def swav_rates(batches, epochs, warmup_epochs, start, peak, end):
@@ -221,6 +230,10 @@ OFFICIAL = {
     "dino_cifar10:solo": (CIFAR, solo_rates(195, 1000, 10, 3e-5, 0.3)),
     "moco_cifar10:solo": (CIFAR, solo_rates(195, 1000, 10, 3e-5, 0.3)),
     "byol_cifar10:solo": (CIFAR, solo_rates(195, 1000, 10, 3e-5, 1.0)),
+    "mocov3_imagenet": (IMAGENET, mocov3_rates(312, 1000, 10, 4.8)),
+    "mocov3_imagenet:100": (IMAGENET, mocov3_rates(312, 100, 10, 9.6)),
+    "mocov3_imagenet:vit_s": (IMAGENET, mocov3_rates(312, 300, 40, 2.4e-3)),
+    "mocov3_cifar10:solo": (CIFAR, solo_rates(195, 1000, 10, 3e-5, 0.3)),
 }
 
 
@@ -313,7 +326,7 @@ def shrink(config):
     config.swav.update(queue=min(config.swav.queue, 128), prototypes=16)
     config.dino.update(prototypes=16, out=8)
     config.model.vit.update(depth=1, width=16, heads=2, patch=8)
-    for group in ("simclr", "moco", "swav", "byol", "simsiam", "dino"):
+    for group in ("simclr", "moco", "swav", "byol", "simsiam", "mocov3", "dino", "supcon"):
         config[group].hidden = 16
 
 
@@ -346,6 +359,7 @@ def test_one_tiny_training_step_from_tfds_data(file, prepared):
         *((name, "simclr", True) for name in ("simclr_cifar10", "simclrv2_cifar10")),
         ("byol_imagenet", "same", True),
         *((f"{name}_imagenet", "symmetric", False) for name in ("moco", "swav", "simsiam")),
+        ("mocov3_imagenet", "symmetric", False),
     ],
 )
 def test_networks_pad_and_project_as_in_the_official_codes(name, padding, project_first):

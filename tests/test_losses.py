@@ -92,6 +92,49 @@ def test_nt_xent_gradient_equals_the_float64_oracle(pair):
         )
 
 
+def supcon_oracle(z1, z2, label, temperature):
+    """SupCon's eq. 2 divided by the number of anchors, anchor by anchor."""
+    z, label = np.concatenate([unit64(z1), unit64(z2)]), np.concatenate([label, label])
+    total, n = 0.0, len(z1)
+    for i in range(2 * n):
+        scores = z @ z[i] / temperature
+        others = [j for j in range(2 * n) if j != i]
+        own = [j for j in others if label[j] == label[i] >= 0 or abs(i - j) == n]
+        top = scores[others].max()
+        total += top + np.log(np.exp(scores[others] - top).sum()) - scores[own].mean()
+    return total / (2 * n)
+
+
+LABELS = np.array([0, 2, 0, -1, 1, 0, -1, 1])  # a class of one image, two images without a class
+
+
+def test_supcon_and_its_gradient_equal_the_float64_oracle(pair):
+    z1, z2 = pair[0][:8], pair[1][:8]
+
+    def loss(temperature, block):
+        options = {"temperature": temperature, "block_size": block}
+        return jax.value_and_grad(lambda a, b: losses.supcon(a, b, jnp.array(LABELS), **options))
+
+    temperatures = (0.2, 0.01)
+    expected = {}
+    for t in temperatures:
+        oracle = functools.partial(supcon_oracle, z2=z2, label=LABELS, temperature=t)
+        expected[t] = oracle(z1), numeric_gradient(oracle, z1)
+    cases = list(itertools.product(temperatures, [None, 3, 16]))
+    for (temperature, block), (value, gradient) in computed(cases, loss, z1, z2).items():
+        message = f"temperature {temperature}, block {block}"
+        of_loss, of_gradient = expected[temperature]
+        np.testing.assert_allclose(value, of_loss, 1e-5, 2e-7 / temperature, err_msg=message)
+        np.testing.assert_allclose(gradient, of_gradient, 1e-4, 2e-6 / temperature, err_msg=message)
+
+
+@pytest.mark.parametrize("label", [np.full(16, -1), np.arange(16)])
+def test_supcon_without_shared_classes_is_nt_xent(pair, label):
+    arrays = tuple(map(jnp.float32, pair))
+    found = losses.supcon(*arrays, jnp.array(label), temperature=0.1)
+    np.testing.assert_allclose(found, losses.nt_xent(*arrays, temperature=0.1), rtol=1e-6)
+
+
 def test_nt_xent_agrees_with_optax(pair):
     # optax takes embeddings labeled by image, with unit length.
     z = jnp.float32(np.stack(pair, axis=1).reshape(32, 8))
@@ -234,6 +277,55 @@ def test_nt_xent_gradients_agree_between_1_and_8_devices(pair, mode):
             assert not np.allclose(wrong, expected_gradient, rtol=1e-2)
 
 
+@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
+def test_losses_of_labels_and_of_batch_keys_agree_between_1_and_8_devices(pair, mode):
+    spmd = make_spmd(mode)
+    weights = jnp.float32(np.random.default_rng(1).normal(size=(8, 8)))
+    batch = (*map(np.float32, pair), np.int32([0, 1, 2, -1] * 4))
+
+    def value_and_gradient(axis_name, gather, w, batch):
+        def supcon(w):
+            z1, z2, label = batch
+            return losses.supcon(z1 @ w, z2, label, temperature=0.2, axis_name=axis_name)
+
+        def info_nce(w):
+            q, k, own = batch[0] @ w, batch[1], losses.batch_positions(len(batch[1]), axis_name)
+            keys = gather(losses.normalize(k))
+            return losses.info_nce(q, k, keys, own=own, temperature=0.2)
+
+        return [jax.value_and_grad(loss)(w) for loss in (supcon, info_nce)]
+
+    def per_device(w, batch):
+        gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
+        return jax.lax.pmean(value_and_gradient(AXIS, gather, w, batch), AXIS)
+
+    mapped = spmd.map(per_device, ("replicated", "sharded"), "replicated")
+    actual = jax.device_get(mapped(spmd.replicate(weights), spmd.place_batch(batch)))
+    expected = jax.jit(functools.partial(value_and_gradient, None, lambda x: x))(weights, batch)
+    for (value, gradient), (one, of_one) in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(value, one, rtol=1e-5)
+        np.testing.assert_allclose(gradient, of_one, rtol=1e-4, atol=1e-6)
+        assert np.abs(of_one).max() > 1e-3
+
+
+def test_supcon_all_gathers_labels_and_embeddings_once_and_never_holds_the_score_matrix():
+    n, d, block = 64, 24, 4
+
+    def per_device(z1, z2, label):
+        def loss(a):
+            return losses.supcon(a, z2, label, temperature=0.1, axis_name=AXIS, block_size=block)
+
+        return jax.value_and_grad(loss)(z1)
+
+    mapped = make_spmd().map(per_device, ("sharded",) * 3, ("replicated", "sharded"))
+    z, label = jax.ShapeDtypeStruct((n, d), jnp.float32), jax.ShapeDtypeStruct((n,), jnp.int32)
+    text = mapped.lower(z, z, label).compile().as_text()
+    gathered = [f"f32[2,{n},{d}]", f"f32[2,{n}]", f"s32[1,{n}]"]
+    assert sorted(collectives(text, "all-gather")) == gathered
+    assert set(collectives(text, "all-reduce")) == {"f32[]"}
+    assert f"[{block},{2 * n}]" in text and f"[{2 * n // 8},{2 * n}]" not in text
+
+
 def info_nce_oracle(q, k, queue, temperature):
     """MoCo eq. 1, the positive first."""
     positive = np.sum(unit64(q) * unit64(k), 1, keepdims=True)
@@ -264,6 +356,38 @@ def test_info_nce_equals_the_float64_oracle():
         np.testing.assert_allclose(value, loss, rtol=1e-5, err_msg=message)
         np.testing.assert_allclose(alone, value, rtol=1e-6, err_msg=message)
         np.testing.assert_allclose(gradient, of_loss, rtol=1e-3, atol=1e-4, err_msg=message)
+
+
+def batch_info_nce_oracle(q, k, temperature):
+    """MoCo v3's algorithm 1 in one direction, without 2τ: other images' keys are negatives."""
+    logits = unit64(q) @ unit64(k).T / temperature
+    top = logits.max(1)
+    lse = top + np.log(np.exp(logits - top[:, None]).sum(1))
+    return np.mean(lse - np.diagonal(logits))
+
+
+def test_info_nce_among_a_batchs_keys_equals_the_float64_oracle(pair):
+    q, k = pair[0][:7], unit64(pair[1][:7][::-1])
+
+    def loss(temperature, block):
+        def of_arrays(q, k):
+            own = losses.batch_positions(len(q), None)
+            return losses.info_nce(q, k, k, own=own, temperature=temperature, block_size=block)
+
+        return jax.value_and_grad(of_arrays, (0, 1))
+
+    temperatures = (1.0, 0.05)
+    expected = {}
+    for t in temperatures:
+        oracle = functools.partial(batch_info_nce_oracle, k=k, temperature=t)
+        expected[t] = oracle(q), numeric_gradient(oracle, q)
+    cases = list(itertools.product(temperatures, [None, 1, 4]))
+    for (temperature, block), (value, (gradient, to_keys)) in computed(cases, loss, q, k).items():
+        message = f"temperature {temperature}, block {block}"
+        of_loss, of_gradient = expected[temperature]
+        np.testing.assert_allclose(value, of_loss, rtol=1e-5, err_msg=message)
+        np.testing.assert_allclose(gradient, of_gradient, 1e-4, 1e-5, err_msg=message)
+        assert float(jnp.abs(to_keys).max()) == 0, message
 
 
 @pytest.mark.parametrize(("n", "limit"), [(256, 64), (8192, 256)])

@@ -26,12 +26,8 @@ from ssl_jax.step import loss_and_gradients
 
 ONE = jax.devices()[:1]
 # For what takes seconds with each method: `make test` tries some, `make long` the others.
-SOME_METHODS = [
-    pytest.param(
-        name, marks=[pytest.mark.long] * (name in ("simclr_memory", "simsiam", "supervised"))
-    )
-    for name in METHODS
-]
+OTHERS = ("simclr_memory", "simsiam", "supervised", "mocov3", "supcon")
+SOME_METHODS = [pytest.param(name, marks=[pytest.mark.long] * (name in OTHERS)) for name in METHODS]
 
 
 def with_moved_zeros(state):

@@ -10,6 +10,11 @@ from ssl_jax.downstream.classifier import PLAIN_SGD, derived_config, overridden
 from ssl_jax.errors import UserError, did_you_mean
 from ssl_jax.interop.load import config_at
 
+_MOCO_V3 = {
+    "batch_size": 1024,
+    "epochs": 90.0,
+    "supervised": {"classifier_init": "normal_0.01"},
+}
 # Batch, length and optimizer of the methods' official codes for a linear classifier on ImageNet;
 # `lr` is for a batch of 256. Deviations: MoCo's, SwAV's and SimSiam's codes also train on the last,
 # smaller batch of an epoch; crops and flips are those of the run.
@@ -59,6 +64,9 @@ LINEAR_RECIPES: dict[str, dict[str, Any]] = {
         "supervised": {"classifier_init": "normal_0.01"},
         "optim": {**PLAIN_SGD, "name": "larc", "lr": 0.1},
     },
+    # facebookresearch/moco-v3, for ResNet-50 and for ViTs.
+    "mocov3": {**_MOCO_V3, "optim": {**PLAIN_SGD, "lr": 0.1}},
+    "mocov3_vit": {**_MOCO_V3, "optim": {**PLAIN_SGD, "lr": 3.0}},
 }
 
 

@@ -23,7 +23,9 @@ from ssl_jax.methods.base import init_networks
 from ssl_jax.models.resnet import STAGES, ResNet
 from ssl_jax.recipes import CIFAR10, CIFAR10_SUPCONTRAST, IMAGENET, IMAGENET_SWAV, set_channels
 
-_METHODS = ("moco", "simsiam", "swav", "simclr", "byol")
+# The methods whose heads are read, by the code that wrote the file.
+_METHODS = {name: name for name in ("moco", "simsiam", "swav", "simclr", "byol")}
+_METHODS["moco_v3"] = "mocov3"
 _MAX_LISTED = 12  # names in an error message
 
 
@@ -217,7 +219,7 @@ def _model(found: Found, path: Path) -> dict[str, Any]:
 def _heads(config: ConfigDict, found: Found) -> None:
     """Sets the method and the sizes of its heads; "supervised" for a file without heads."""
     projector = found.params.get("projector")
-    config.method = found.kind if found.kind in _METHODS and projector else "supervised"
+    config.method = _METHODS.get(found.kind, "supervised") if projector else "supervised"
     if config.method == "supervised":
         classifier = found.params.get("classifier")
         config.data.num_classes = classifier["Dense_0"]["kernel"].shape[1] if classifier else 1000

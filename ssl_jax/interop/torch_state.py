@@ -43,7 +43,13 @@ class _Code:
 
 _CODES = {
     "moco": _Code(("encoder_q.",), {"projector": ("{encoder}fc.", _MLP2)}),
-    "moco_v3": _Code(("base_encoder.",)),
+    "moco_v3": _Code(
+        ("base_encoder.",),
+        {
+            "projector": ("{encoder}fc.", {**_MLP2_BN, "4": "bn2"}),
+            "predictor": ("{outer}predictor.", _MLP2_BN),
+        },
+    ),
     "vissl": _Code(("trunk._feature_blocks.", "_feature_blocks.")),
     "dino": _Code(("teacher.backbone.",)),
     "dinov2": _Code(("teacher.backbone.", "")),

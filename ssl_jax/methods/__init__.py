@@ -13,8 +13,10 @@ from ssl_jax.methods.byol import BYOL
 from ssl_jax.methods.dino import DINO
 from ssl_jax.methods.distill import Distill
 from ssl_jax.methods.moco import MoCo
+from ssl_jax.methods.mocov3 import MoCoV3
 from ssl_jax.methods.simclr import SimCLR
 from ssl_jax.methods.simsiam import SimSiam
+from ssl_jax.methods.supcon import SupCon
 from ssl_jax.methods.supervised import Supervised
 from ssl_jax.methods.swav import SwAV
 
@@ -48,6 +50,8 @@ METHODS = {
     "byol": Entry(BYOL, "BYOL", "Grill et al., 2020", "2006.07733"),
     "simsiam": Entry(SimSiam, "SimSiam", "Chen & He, 2020", "2011.10566"),
     "dino": Entry(DINO, "DINO", "Caron et al., 2021", "2104.14294"),
+    "mocov3": Entry(MoCoV3, "MoCo v3", "Chen, Xie & He, 2021", "2104.02057"),
+    "supcon": Entry(SupCon, "SupCon", "Khosla et al., 2020", "2004.11362"),
     "supervised": Entry(Supervised, "Supervised"),
     "distill": Entry(Distill, "Distillation", "Chen et al., 2020", "2006.10029"),
 }

@@ -58,6 +58,7 @@ class Method:
     trivial_loss: float | None = None  # the loss of constant outputs, if known
     frozen: tuple[str, ...] = ()  # networks whose batch statistics never change
     needs_labels = False  # whether the loss uses labels
+    keeps_unlabeled = False  # whether a loss with labels also uses images without one
     classifies = False  # whether it trains a classifier and implements `classify`
 
     def __init__(

@@ -36,6 +36,10 @@ class MLPHead(nn.Module):
       SimSiam, projector             3       no           yes        yes       no_affine torch
       SimSiam, predictor             2       no           yes        yes       none      torch
       DINO, with GELU                3       yes          no         yes       none      normal_0.02
+      MoCo v3, projector             2, 3    no           yes        no        no_affine torch
+      MoCo v3, predictor, ResNet     2       no           yes        no        none      torch
+      MoCo v3, predictor, ViT        2       no           yes        no        no_affine torch
+      SupCon                         2       yes          no         yes       none      torch
 
     lightly's and solo-learn's, all initialized as "torch"::
 

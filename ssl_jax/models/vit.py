@@ -5,12 +5,14 @@ Parameters are named after timm's: `blocks_0` is its `blocks.0`, `patch_embed` i
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.initializers import Initializer
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
@@ -25,9 +27,31 @@ _SIZES = {(192, 12): "Ti", (384, 12): "S", (768, 12): "B", (1024, 24): "L"}
 _NORMAL = nn.initializers.normal(0.02)
 
 
+def _xavier(layers: int = 1) -> Initializer:
+    """Xavier's uniform initialization of linear layers next to each other in a kernel [..., out].
+
+    All axes but the last are inputs, also those of the patch projection, a convolution.
+    """
+
+    def init(key: Array, shape: Any, dtype: Any = jnp.float32) -> Array:
+        bound = math.sqrt(6 / (math.prod(shape[:-1]) + shape[-1] // layers))
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+_XAVIER, _TINY = _xavier(), nn.initializers.normal(1e-6)
+# Of the patch projection, the class token, the layers of a block, and query, key and value.
+WEIGHT_INITS: dict[str, tuple[Initializer, ...]] = {
+    "normal": (KERNEL_INITS["torch"], _NORMAL, _NORMAL, _NORMAL),
+    "xavier": (_XAVIER, _TINY, _XAVIER, _xavier(3)),
+}
+
+
 def architecture(model: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of `config.model.vit` that determine what a ViT computes from its weights."""
-    return {key: value for key, value in model["vit"].items() if key != "drop_path"}
+    of_training = ("drop_path", "weight_init")
+    return {key: value for key, value in model["vit"].items() if key not in of_training}
 
 
 def build(config: ConfigDict, axis_name: str | None, groups: Groups | None) -> "ViT":
@@ -83,6 +107,9 @@ class ViT(nn.Module):
         arXiv:2103.17239); 0 for none.
       drop_path: probability that the last block drops a branch for an image in training; it
         increases linearly from 0 in the first block (Huang et al., 2016, arXiv:1603.09382).
+      weight_init: "normal", N(0, 0.02²), and for the patches PyTorch's default; or "xavier",
+        uniform by fans in and out, with query, key and value as layers of their own, and a class
+        token of N(0, 1e-6²), as in MoCo v3.
       dtype: of the computation, "float32" or "bfloat16". Parameters, softmax, the statistics of
         LayerNorm and the features are float32.
       remat: keep only the blocks' inputs for the backward pass and recompute the blocks there.
@@ -101,12 +128,14 @@ class ViT(nn.Module):
     registers: int = 0
     layer_scale: float = 0.0
     drop_path: float = 0.0
+    weight_init: str = "normal"
     dtype: Any = "float32"
     remat: bool = False
 
     def __post_init__(self) -> None:
         require_choice("config.model.vit.pool", self.pool, POOLS)
         require_choice("config.model.vit.positions", self.positions, POSITIONS)
+        require_choice("config.model.vit.weight_init", self.weight_init, WEIGHT_INITS)
         if self.width % self.heads:
             raise UserError(
                 f"config.model.vit.width is {self.width}, which config.model.vit.heads, "
@@ -150,12 +179,13 @@ class ViT(nn.Module):
           float32 [n, `num_features`].
         """
         n, dtype = x.shape[0], jnp.dtype(self.dtype)
+        patch_init, token_init, *block_inits = WEIGHT_INITS[self.weight_init]
         x = nn.Conv(
             self.width,
             (self.patch, self.patch),
             (self.patch, self.patch),
             padding="VALID",
-            kernel_init=KERNEL_INITS["torch"],
+            kernel_init=patch_init,
             dtype=dtype,
             name="patch_embed",
         )(x)
@@ -164,7 +194,7 @@ class ViT(nn.Module):
         x = x.reshape(n, -1, self.width) + positions.astype(dtype)
         prefix = []
         if self.pool == "class":
-            token = self.param("cls_token", _NORMAL, (1, 1, self.width))
+            token = self.param("cls_token", token_init, (1, 1, self.width))
             prefix.append(token + class_position)
         if self.registers:
             prefix.append(self.param("reg_token", _NORMAL, (1, self.registers, self.width)))
@@ -177,7 +207,8 @@ class ViT(nn.Module):
         block = nn.remat(Block) if self.remat else Block
         for i in range(self.depth):
             of_block = None if kept is None else kept[:, i]
-            x = block(self.heads, self.layer_scale, dtype, name=f"blocks_{i}")(x, of_block)
+            options = (self.heads, self.layer_scale, dtype, *block_inits)
+            x = block(*options, name=f"blocks_{i}")(x, of_block)
         norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=jnp.float32)
         if self.pool == "class":
             return jnp.asarray(norm(name="norm")(x[:, 0]))
@@ -208,6 +239,8 @@ class Block(nn.Module):
     heads: int
     layer_scale: float
     dtype: Any
+    kernel_init: Initializer
+    qkv_init: Initializer
 
     @nn.compact
     def __call__(
@@ -220,9 +253,10 @@ class Block(nn.Module):
           kept: factors of the two branches by image, 0 for a dropped one; None to keep all.
         """
         norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
-        attention = Attention(self.heads, self.dtype, name="attn")
+        inits = (self.kernel_init, self.qkv_init)
+        attention = Attention(self.heads, self.dtype, *inits, name="attn")
         x = x + self._scaled(attention(norm(name="norm1")(x)), 0, kept)
-        mlp = MLP(self.dtype, name="mlp")
+        mlp = MLP(self.dtype, self.kernel_init, name="mlp")
         return x + self._scaled(mlp(norm(name="norm2")(x)), 1, kept)
 
     def _scaled(self, y: Array, branch: int, kept: Array | None) -> Array:
@@ -248,28 +282,33 @@ class Attention(nn.Module):
 
     heads: int
     dtype: Any
+    kernel_init: Initializer
+    qkv_init: Initializer
 
     @nn.compact
     def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
         """Attends over the tokens of an image."""
         n, t, d = x.shape
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_NORMAL)
-        qkv = dense(3 * d, name="qkv")(x).reshape(n, t, 3, self.heads, d // self.heads)
+        dense = functools.partial(nn.Dense, dtype=self.dtype)
+        qkv = dense(3 * d, kernel_init=self.qkv_init, name="qkv")(x)
+        qkv = qkv.reshape(n, t, 3, self.heads, d // self.heads)
         # By default, JAX (0.10 and before) writes out products and softmax for XLA on all devices.
         # "cudnn", its only fused implementation, doesn't compute float32 or run elsewhere.
         y = jax.nn.dot_product_attention(*jnp.unstack(qkv, axis=2))
-        return jnp.asarray(dense(d, name="proj")(y.reshape(n, t, d)))
+        project = dense(d, kernel_init=self.kernel_init, name="proj")
+        return jnp.asarray(project(y.reshape(n, t, d)))
 
 
 class MLP(nn.Module):
     """A layer of four times the width, exact GELU, and a layer of the width."""
 
     dtype: Any
+    kernel_init: Initializer
 
     @nn.compact
     def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
         """Maps each token."""
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_NORMAL)
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=self.kernel_init)
         y = nn.gelu(dense(4 * x.shape[-1], name="fc1")(x), approximate=False)
         return jnp.asarray(dense(x.shape[-1], name="fc2")(y))
 

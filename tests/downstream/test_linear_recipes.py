@@ -26,6 +26,8 @@ from ssl_jax.step import assemble
         ("swav", 0.3, 256, 100, True),
         ("byol", 0.2, 1024, 80, False),
         ("simsiam", 0.1, 4096, 90, True),
+        ("mocov3", 0.1, 1024, 90, True),
+        ("mocov3_vit", 3, 1024, 90, True),
     ],
 )
 def test_linear_recipes_match_the_official_codes(run, recipe, rate, batch, epochs, per_epoch):

@@ -98,11 +98,10 @@ def dino(net, small):
 
 
 def moco_v3(net, small):
-    """MoCo v3: two encoders with projectors as their `fc`, and a predictor."""
+    """MoCo v3's two encoders, without heads."""
     momentum = prefixed("module.momentum_encoder.", {name: v + 1 for name, v in net.items()})
-    heads = layers("module.base_encoder.fc.", *MLP) | layers("module.predictor.", *MLP)
-    state = prefixed("module.base_encoder.", net) | momentum | heads
-    return {"arch": "resnet50", "state_dict": state}, [*momentum, *heads]
+    state = prefixed("module.base_encoder.", net) | momentum
+    return {"arch": "resnet50", "state_dict": state}, [*momentum]
 
 
 @pytest.mark.parametrize("code", [vissl, supcontrast, barlow_twins, vicreg, dino, moco_v3])
@@ -123,6 +122,11 @@ HEADS = {
     "simsiam": (
         "encoder.",
         {"encoder.fc.0.": (4, 8), "predictor.0.": (2, 4), "predictor.3.": (4, 2)},
+        "predictor",
+    ),
+    "moco_v3": (
+        "base_encoder.",
+        {"base_encoder.fc.0.": (4, 8), "base_encoder.fc.3.": (3, 4), "predictor.0.": (4, 3)},
         "predictor",
     ),
     "swav": ("", {"projection_head.0.": (4, 8), "prototypes.": (5, 3)}, "prototypes"),

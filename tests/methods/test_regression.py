@@ -141,7 +141,7 @@ def test_simsiam_bias_before_the_last_batchnorm_is_frozen():
     assert np.abs(first["dense3"]["kernel"] - last["dense3"]["kernel"]).max() > 0
 
 
-@pytest.mark.parametrize("name", ["byol", "moco", "simclr_memory", "dino"])
+@pytest.mark.parametrize("name", ["byol", "moco", "mocov3", "simclr_memory", "dino"])
 def test_no_gradient_reaches_the_target(name):
     method, params, state, batch = made(name)
 

@@ -158,6 +158,8 @@ def plateau(config):
         "simsiam": 0.0,
         "dino": np.log(config.dino.prototypes),
         "supervised": np.log(10),
+        "mocov3": 4 * config.mocov3.temperature * np.log(batch),
+        "supcon": np.log(2 * batch - 1) * config.supcon.temperature / 0.07,
     }
 
 
@@ -170,6 +172,8 @@ DROP = {
     "simsiam": 0.2,
     "dino": 0.2,
     "supervised": 0.2,
+    "mocov3": 0.2,
+    "supcon": 0.5,
 }
 
 

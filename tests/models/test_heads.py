@@ -44,6 +44,7 @@ HEADS = {
         {"out_bias": True, "activation": "gelu"},
         "dense1 bn1 gelu dense2-bias",
     ),
+    "mocov3": ({"out_bn": "no_affine"}, "dense1 bn1 relu dense2 bn2-none"),
     "full": ({"layers": 1, "out_bn": "full"}, "dense1 bn1"),
 }
 

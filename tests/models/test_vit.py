@@ -64,9 +64,32 @@ def test_names_and_architecture_have_what_changes_the_function():
     assert from_json(to_json(config)).model.vit.registers == 4
 
 
+def test_xavier_initialization_is_mocov3s():
+    """Uniform by the fans of linear layers, of query, key and value each; patches are vectors."""
+    width, patch = 32, 4
+    module = ViT(width=width, depth=1, heads=4, patch=patch, image_size=8, weight_init="xavier")
+    image = np.zeros((1, 8, 8, 3), np.float32)
+    params = jax.jit(lambda k: module.init(k, image, train=False)["params"])(jax.random.key(0))
+    block = params["blocks_0"]
+    fans = {
+        (3 * patch * patch, width): params["patch_embed"],
+        (width, width): block["attn"]["qkv"],
+        (width, width, "proj"): block["attn"]["proj"],
+        (width, 4 * width): block["mlp"]["fc1"],
+        (4 * width, width): block["mlp"]["fc2"],
+    }
+    for (fan_in, fan_out, *_), layer in fans.items():
+        kernel, bound = np.asarray(layer["kernel"]), np.sqrt(6 / (fan_in + fan_out))
+        assert 0.98 * bound < np.abs(kernel).max() <= bound
+        assert kernel.std() == pytest.approx(bound / np.sqrt(3), rel=0.05)
+        assert not np.asarray(layer["bias"]).any()
+    assert 0 < np.abs(params["cls_token"]).max() < 1e-5
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"weight_init": "xaver"}, "weight_init is 'xaver'. Did you mean 'xavier'"),
         ({"heads": 3}, "config.model.vit.width is 8, which config.model.vit.heads, 3, does not"),
         ({"patch": 3}, "config.views.view1.size is 8, but config.model.vit.patch is 3"),
         ({"image_size": 9}, "config.model.vit.image_size is 9: use a multiple"),
@@ -138,7 +161,9 @@ def test_microbatched_gradients_equal_the_plain_steps():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", ["moco", "swav", "byol", "simsiam", "dino", "supervised"])
+@pytest.mark.parametrize(
+    "method", ["moco", "swav", "byol", "simsiam", "mocov3", "dino", "supcon", "supervised"]
+)
 def test_steps_agree_between_1_and_8_devices_and_with_microbatches(method):
     config = method_config(method)
     config.model.name = "vit"

@@ -3,7 +3,8 @@
 `python lightly_steps.py METHOD ...` prints one line of JSON per method: the largest relative
 differences over ten steps of `configs/METHOD_cifar10.py:lightly` on the first two stages of a
 narrow ResNet. The lightly half follows its CIFAR-10 benchmark, with its own networks, losses and
-EMA, and torch's optimizers.
+EMA, and torch's optimizers. MoCo v3 and SupCon, which lightly doesn't have, are written from the
+papers here, on lightly's networks and with the optimizer of its benchmark.
 """
 
 import copy
@@ -50,6 +51,8 @@ SMALL = {
     "simsiam": {"simsiam.hidden": HIDDEN, "simsiam.out": HIDDEN, "simsiam.predictor_hidden": OUT},
     "swav": {"swav.hidden": FEATURES, "swav.out": OUT, "swav.prototypes": PROTOTYPES},
     "dino": {"dino.hidden": HIDDEN, "dino.out": OUT, "dino.prototypes": PROTOTYPES},
+    "mocov3": {"mocov3.hidden": HIDDEN, "mocov3.out": OUT, "mocov3.temperature": 0.2},
+    "supcon": {"supcon.hidden": FEATURES, "supcon.out": OUT},
 }
 # The official recipe on the tiny network, with lightly's head and loss and torch's AdamW; its
 # schedules are shorter.
@@ -60,6 +63,8 @@ SMALL["dino_official"] = SMALL["dino"] | {
     **{"dino.teacher_temperature": 0.07, "dino.teacher_temperature_epochs": 3},
 }
 OFFICIAL_RATE, CLIP = 0.02 * BATCH / 256, 0.05
+FROM_PAPERS = ("mocov3", "supcon")
+LABELS = np.arange(BATCH) % 5 - 1  # -1: none
 
 
 class Lightly:
@@ -71,15 +76,22 @@ class Lightly:
         backbone = nn.Sequential(*list(resnet.children())[:4], nn.AdaptiveAvgPool2d(1))
         self.networks = {"encoder": backbone, "projector": self.projector(method)}
         self.target = {}
-        self.method, self.official = method, method == "dino_official"
+        self.method, self.official, self.number = method, method == "dino_official", 0
         if method.startswith("dino"):  # whose layer with weight norm can't be copied
             self.target = {"encoder": copy.deepcopy(backbone), "projector": self.projector(method)}
         if self.official:
             self.target["projector"].load_state_dict(self.networks["projector"].state_dict())
-        if method in ("moco", "byol"):
+        if method in ("moco", "byol", "mocov3"):
             self.target = {name: copy.deepcopy(net) for name, net in self.networks.items()}
         if method == "byol":
             self.networks["predictor"] = heads.BYOLPredictionHead(OUT, HIDDEN, OUT)
+        if method == "mocov3":
+            self.networks["predictor"] = heads.ProjectionHead(
+                [
+                    (OUT, HIDDEN, nn.BatchNorm1d(HIDDEN), nn.ReLU()),
+                    (HIDDEN, OUT, None, None, False),
+                ]
+            )
         if method == "simsiam":
             self.networks["predictor"] = heads.SimSiamPredictionHead(HIDDEN, OUT, HIDDEN)
         if method == "swav":
@@ -92,7 +104,7 @@ class Lightly:
             "swav": SwaVLoss,
             "dino": lambda: DINOLoss(PROTOTYPES),
             "dino_official": lambda: DINOLoss(PROTOTYPES, 0.04, 0.07, 3),
-        }[method]()
+        }.get(method, nn.Identity)()
         for module in (*self.networks.values(), *self.target.values(), self.criterion):
             module.double().train()
         self.loss = self.dino if self.official else getattr(self, method)
@@ -132,11 +144,19 @@ class Lightly:
                 hidden = (FEATURES, HIDDEN, nn.BatchNorm1d(HIDDEN), nn.GELU())
                 head.layers = heads.ProjectionHead([hidden, (HIDDEN, OUT, None, None)]).layers
             return head
+        if method == "mocov3":
+            return heads.ProjectionHead(
+                [
+                    (FEATURES, HIDDEN, nn.BatchNorm1d(HIDDEN), nn.ReLU()),
+                    (HIDDEN, OUT, nn.BatchNorm1d(OUT, affine=False), None),
+                ]
+            )
         kind, hidden = {
             "simclr": (heads.SimCLRProjectionHead, FEATURES),
             "moco": (heads.MoCoProjectionHead, FEATURES),
             "byol": (heads.BYOLProjectionHead, HIDDEN),
             "swav": (heads.SwaVProjectionHead, FEATURES),
+            "supcon": (heads.MoCoProjectionHead, FEATURES),
         }[method]
         return kind(FEATURES, hidden, OUT)
 
@@ -145,6 +165,8 @@ class Lightly:
         return networks["projector"](networks["encoder"](images).flatten(start_dim=1))
 
     def move_target(self, decay=0.99):
+        if self.method == "mocov3":  # a cosine to 1, by the step's place in the run
+            decay = 1 - 0.01 * (1 + np.cos(np.pi * self.number / STEPS)) / 2
         for name, network in self.target.items():
             utils.update_momentum(self.networks[name], network, decay)
 
@@ -170,6 +192,27 @@ class Lightly:
                 targets.append(self.project(images, self.target))
         (p0, p1), (z0, z1) = predictions, targets
         return (self.criterion(p0, z1) + self.criterion(p1, z0)) / 2
+
+    def mocov3(self, views, shuffles):
+        tau, losses = 0.2, []
+        queries = [self.networks["predictor"](self.project(images)) for images in views]
+        self.move_target()
+        with torch.no_grad():
+            keys = [self.project(images, self.target) for images in views]
+        for q, k in zip(queries, keys[::-1], strict=True):
+            logits = nn.functional.normalize(q) @ nn.functional.normalize(k).T / tau
+            losses.append(nn.functional.cross_entropy(logits, torch.arange(BATCH)))
+        return 2 * tau * sum(losses)
+
+    def supcon(self, views, shuffles):
+        tau, z = 0.1, nn.functional.normalize(self.project(torch.cat(views)))
+        label = torch.tensor(np.tile(LABELS, 2))
+        itself = torch.eye(2 * BATCH, dtype=torch.bool)
+        positive = (label[:, None] == label) & (label >= 0) | itself.roll(BATCH, 0)
+        positive &= ~itself
+        scores = (z @ z.T / tau).masked_fill(itself, -torch.inf)
+        log_p = (scores - scores.logsumexp(1, keepdim=True)).masked_fill(~positive, 0)
+        return -tau / 0.07 * (log_p.sum(1) / positive.sum(1)).mean()
 
     def simsiam(self, views, shuffles):
         z0, z1 = map(self.project, views)
@@ -316,8 +359,11 @@ class Ours:
             "eval.probe=False",
         ]
         changes += ["max_nonfinite_steps=0", f"epochs={STEPS // PER_EPOCH}"]
-        official = method == "dino_official"
-        file = "dino_imagenet.py:vit_small" if official else f"{method}_cifar10.py:lightly"
+        file = f"{'simclr' if method in FROM_PAPERS else method}_cifar10.py:lightly"
+        if method == "dino_official":
+            file = "dino_imagenet.py:vit_small"
+        elif method in FROM_PAPERS:
+            changes += [f"method={method}"]
         config = load_config(str(ROOT / "configs" / file), changes)
         config.dtype = "float64"
         for view in config.views.values():
@@ -355,7 +401,8 @@ class Ours:
 
     def step(self, views):
         ids = np.arange(BATCH, dtype=np.int32)
-        batch = self.spmd.place_batch({"id": ids, "views": tuple(views)})
+        batch = {"id": ids, "label": LABELS.astype(np.int32), "views": tuple(views)}
+        batch = self.spmd.place_batch(batch)
         self.state, metrics = self.step_fn(self.state, batch, {})
         return [float(metrics[name]) for name in ("loss", "gradient_norm", "learning_rate")]
 
@@ -422,6 +469,7 @@ def compare(method):
         steps.append((ours.step(views), lightly.step(number, theirs, shuffles)))
     passes.debias()
     # ssl_jax does so at the end of a step.
+    lightly.number = STEPS
     lightly.move_target(*([1 - (1 - 0.996) * fallen(STEPS - 1)] if lightly.official else []))
     mine, peer = (np.array(each).T for each in zip(*steps, strict=True))
     if method == "byol":

@@ -187,6 +187,27 @@ def test_simsiam_with_projector_and_predictor(tmp_path):
     assert_same(ours(weights, projected, "predictor"), by_torch(predictor, projected))
 
 
+def test_moco_v3_with_projector_and_predictor(tmp_path):
+    head = mlp(512, 64, 32, bn=True, bias=False, last_bias=False)
+    head.append(nn.BatchNorm1d(32, affine=False))
+    predictor = mlp(32, 64, 32, bn=True, bias=False, last_bias=False)
+    net, average = randomized(resnet(fc=head)), randomized(resnet(fc=head), seed=1)
+    randomized(net), randomized(predictor)
+    state = prefixed("module.base_encoder.", net) | prefixed("module.predictor.", predictor)
+    state |= prefixed("module.momentum_encoder.", average)
+    weights = read_weights(saved(tmp_path, state))
+    options = weights.config.mocov3
+    assert weights.config.method == "mocov3" and not options.predictor_bn
+    assert (options.hidden, options.out, options.layers) == (64, 32, 2)
+    assert all("momentum_encoder" in name for name in weights.left_out)
+    net.fc = nn.Identity()
+    features = by_torch(net, images())
+    assert_same(ours(weights, images()), features)
+    projected = by_torch(head, features)
+    assert_same(ours(weights, features, "projector"), projected)
+    assert_same(ours(weights, projected, "predictor"), by_torch(predictor, projected))
+
+
 def test_swav_with_prototypes(tmp_path):
     net, head = randomized(resnet()), randomized(mlp(512, 512, 128, bn=True, bias=True))
     prototypes = nn.Linear(128, 30, bias=False)
