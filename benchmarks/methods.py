@@ -22,7 +22,8 @@ from ssl_jax.evals.intervals import mean_interval
 from ssl_jax.run.log import read_metrics
 
 ROOT = Path(__file__).parent.parent
-METHODS = ("simclr", "simclrv2", "moco", "swav", "byol", "simsiam", "supervised")
+METHODS = ("simclr", "simclrv2", "moco", "swav", "byol", "simsiam", "barlow", "vicreg")
+METHODS += ("supervised",)
 NAMES = {
     "simclr": "SimCLR v1",
     "simclrv2": "SimCLR v2 (memory bank)",
@@ -30,6 +31,8 @@ NAMES = {
     "swav": "SwAV",
     "byol": "BYOL",
     "simsiam": "SimSiam",
+    "barlow": "Barlow Twins",
+    "vicreg": "VICReg",
     "supervised": "Supervised, all labels",
 }
 COLUMNS = (

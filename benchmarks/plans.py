@@ -30,8 +30,13 @@ RUNS = (
     ("byol_imagenet.py", V5E, ()),
     ("simsiam_imagenet.py", "v4:2x2x2", ()),
     ("simsiam_imagenet.py", "v5e:2x4", ()),
+    ("barlow_imagenet.py", "v4:2x4x4", ()),
+    ("barlow_imagenet.py", "v5e:4x8", ()),
+    ("vicreg_imagenet.py", "v4:2x4x4", ()),
+    ("vicreg_imagenet.py", "v5e:4x8", ()),
 )
-METHODS = ("simclr", "simclrv2", "moco", "swav", "byol", "simsiam", "supervised")
+METHODS = ("simclr", "simclrv2", "moco", "swav", "byol", "simsiam", "barlow", "vicreg")
+METHODS += ("supervised",)
 KINDS = ("all-reduce", "all-gather", "all-to-all")
 _VIT = ("model.name=vit", "optim.name=adamw", "optim.lr_scaling=linear", "optim.lr=1.5e-4")
 ENCODERS = {

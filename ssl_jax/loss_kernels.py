@@ -1,4 +1,4 @@
-"""Blockwise kernels of the contrastive losses, which never materialize the N x N matrix.
+"""Blockwise kernels of the losses that compare all images, without an N x N matrix in memory.
 
 Each kernel takes all rows and columns, computes scores one block at a time, and reduces them to
 the sums that `losses` needs. Shapes: m rows (anchors or queries), n columns (candidates), d
@@ -120,6 +120,30 @@ def queue_loss_and_pull(
         return lse - positive, pull + jnp.expm1(positive - lse)[:, None] * k
 
     return _over_queries(of_block, queries, keys, queue, block_size)
+
+
+def gram_pull(
+    anchors: Float[Array, "m d"],
+    columns: Float[Array, "n d"],
+    values: Float[Array, "n d"],
+    block_size: int | None,
+) -> Float[Array, "m d"]:
+    """Σ_j (x_i·x_j) y_j for each anchor i, where y_j is the value of column j.
+
+    Args:
+      anchors: x_i, of any length.
+      columns: x_j.
+      values: y_j.
+      block_size: as for `log_sum_exp`.
+    """
+
+    def kernel(limits: _Limits, anchors: Array, columns: Array, values: Array) -> Array:
+        def of_block(anchor: Array) -> Array:
+            return matmul(matmul(anchor, columns.T), values)
+
+        return jnp.asarray(_in_blocks(of_block, block_size, limits, len(columns), anchors))
+
+    return _by_platform(kernel, anchors, columns, values)
 
 
 def matmul(a: Array, b: Array, precision: str = "high") -> Array:

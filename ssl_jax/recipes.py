@@ -1,6 +1,6 @@
 """The views of each method's official code, and the settings that experiments share.
 
-Sources: google-research/simclr, facebookresearch/moco, /simsiam and /swav,
+Sources: google-research/simclr, facebookresearch/moco, /simsiam, /swav, /barlowtwins and /vicreg,
 deepmind/deepmind-research/byol. A config file starts from these and changes keys.
 """
 
@@ -116,6 +116,20 @@ def byol_views(size: Size = 224) -> dict[str, Any]:
     }
     return {
         "view1": view(**both, blur={"prob": 1.0}, solarize={"prob": 0.0}),
+        "view2": view(**both, blur={"prob": 0.1}, solarize={"prob": 0.2}),
+    }
+
+
+def barlow_views(size: Size = 224) -> dict[str, Any]:
+    """Barlow Twins and VICReg: BYOL's views with torchvision's operators."""
+    both = {
+        "size": size,
+        "crop": {**_torchvision((0.08, 1.0)), "interpolation": "bicubic"},
+        "jitter": _jitter(0.4, 0.4, 0.2, 0.1),
+        **IMAGENET,
+    }
+    return {
+        "view1": view(**both, blur={"prob": 1.0}),
         "view2": view(**both, blur={"prob": 0.1}, solarize={"prob": 0.2}),
     }
 

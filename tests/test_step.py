@@ -28,7 +28,9 @@ ONE = jax.devices()[:1]
 # For what takes seconds with each method: `make test` tries some, `make long` the others.
 SOME_METHODS = [
     pytest.param(
-        name, marks=[pytest.mark.long] * (name in ("simclr_memory", "simsiam", "supervised"))
+        name,
+        marks=[pytest.mark.long]
+        * (name in ("simclr_memory", "simsiam", "barlow", "vicreg", "supervised")),
     )
     for name in METHODS
 ]

@@ -15,7 +15,8 @@ from ssl_jax.models.resnet import STAGES
 from ssl_jax.spmd import AXIS, device_groups
 from ssl_jax.step import assemble, init_state, make_train_step
 
-METHODS = ("simclr", "simclr_memory", "moco", "swav", "byol", "simsiam", "supervised")
+METHODS = ("simclr", "simclr_memory", "moco", "swav", "byol", "simsiam", "barlow", "vicreg")
+METHODS += ("supervised",)
 
 # One stage of one block, and two such stages; a ResNet-18 takes four times as long to compile.
 STAGES.update({4: (1,), 6: (1, 1)})
@@ -217,6 +218,9 @@ def method_config(name, **changes):
     config.moco.update(queue=192, out=8)
     config.byol.update(hidden=16, out=8)
     config.simsiam.update(out=16, predictor_hidden=8)
+    # More and fewer dimensions than images: the loss compares images, or dimensions.
+    config.barlow.update(hidden=16, out=72)
+    config.vicreg.update(hidden=16, out=12)
     config.swav.update(prototypes=12, hidden=16, out=8, queue=128, queue_from_epoch=1.0)
     if name == "swav":
         small = view(

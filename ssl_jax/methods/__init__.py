@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import Schedule, register_options
 from ssl_jax.errors import UserError, require_choice
+from ssl_jax.methods.barlow import BarlowTwins
 from ssl_jax.methods.base import Method
 from ssl_jax.methods.byol import BYOL
 from ssl_jax.methods.distill import Distill
@@ -16,6 +17,7 @@ from ssl_jax.methods.simclr import SimCLR
 from ssl_jax.methods.simsiam import SimSiam
 from ssl_jax.methods.supervised import Supervised
 from ssl_jax.methods.swav import SwAV
+from ssl_jax.methods.vicreg import VICReg
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,8 @@ METHODS = {
     "swav": Entry(SwAV, "SwAV", "Caron et al., 2020", "2006.09882"),
     "byol": Entry(BYOL, "BYOL", "Grill et al., 2020", "2006.07733"),
     "simsiam": Entry(SimSiam, "SimSiam", "Chen & He, 2020", "2011.10566"),
+    "barlow": Entry(BarlowTwins, "Barlow Twins", "Zbontar et al., 2021", "2103.03230"),
+    "vicreg": Entry(VICReg, "VICReg", "Bardes et al., 2021", "2105.04906"),
     "supervised": Entry(Supervised, "Supervised"),
     "distill": Entry(Distill, "Distillation", "Chen et al., 2020", "2006.10029"),
 }

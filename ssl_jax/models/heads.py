@@ -33,6 +33,8 @@ class MLPHead(nn.Module):
       BYOL, projector and predictor  2       yes          yes        no        none      haiku
       SimSiam, projector             3       no           yes        yes       no_affine torch
       SimSiam, predictor             2       no           yes        yes       none      torch
+      Barlow Twins                   3       no           yes        no        none      torch
+      VICReg                         3       yes          yes        no        none      torch
 
     lightly's and solo-learn's, all initialized as "torch"::
 
@@ -43,6 +45,8 @@ class MLPHead(nn.Module):
       BYOL, SwAV, lightly            2       no           yes        yes       none
       BYOL, SwAV, solo-learn         2       yes          yes        yes       none
       SimSiam, projector, lightly    2       no           yes        no        full
+      Barlow Twins, lightly          2       no           yes        yes       none
+      Barlow, VICReg, solo-learn     3       yes          yes        yes       none
 
     Attributes:
       hidden: units per layer except the last; unused with one layer.

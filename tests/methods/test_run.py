@@ -151,6 +151,8 @@ def plateau(config):
         "swav": np.log(config.swav.prototypes),
         "byol": 4.0,  # predictions and targets at right angles
         "simsiam": 0.0,
+        "barlow": config.barlow.out,
+        "vicreg": 0.99 * config.vicreg.variance_weight,
         "supervised": np.log(10),
     }
 
@@ -162,6 +164,8 @@ DROP = {
     "swav": 0.1,
     "byol": 1.0,
     "simsiam": 0.2,
+    "barlow": 10.0,
+    "vicreg": 2.0,
     "supervised": 0.2,
 }
 

@@ -138,7 +138,9 @@ def test_microbatched_gradients_equal_the_plain_steps():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", ["moco", "swav", "byol", "simsiam", "supervised"])
+@pytest.mark.parametrize(
+    "method", ["moco", "swav", "byol", "simsiam", "barlow", "vicreg", "supervised"]
+)
 def test_steps_agree_between_1_and_8_devices_and_with_microbatches(method):
     config = method_config(method)
     config.model.name = "vit"

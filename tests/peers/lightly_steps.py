@@ -3,7 +3,7 @@
 `python lightly_steps.py METHOD ...` prints one line of JSON per method: the largest relative
 differences over ten steps of `configs/METHOD_cifar10.py:lightly` on the first two stages of a
 narrow ResNet. The lightly half follows its CIFAR-10 benchmark, with its own networks, losses and
-EMA, and torch's optimizers.
+EMA, and torch's optimizers. VICReg isn't in that benchmark: it has Barlow Twins' settings there.
 """
 
 import copy
@@ -26,7 +26,13 @@ from loss import tolerate_missing_operators  # noqa: E402
 
 tolerate_missing_operators()
 import torch  # noqa: E402
-from lightly.loss import NegativeCosineSimilarity, NTXentLoss, SwaVLoss  # noqa: E402
+from lightly.loss import (  # noqa: E402
+    BarlowTwinsLoss,
+    NegativeCosineSimilarity,
+    NTXentLoss,
+    SwaVLoss,
+    VICRegLoss,
+)
 from lightly.models import ResNetGenerator, utils  # noqa: E402
 from lightly.models.batchnorm import SplitBatchNorm  # noqa: E402
 from lightly.models.modules import heads  # noqa: E402
@@ -41,6 +47,7 @@ from ssl_jax.step import assemble, init_state, make_train_step  # noqa: E402
 
 STEPS, PER_EPOCH, BATCH, SIDE, WIDTH = 10, 2, 32, 8, 1 / 8
 FEATURES, HIDDEN, OUT, SPLITS, QUEUE, PROTOTYPES = 16, 24, 16, 8, 128, 24
+WIDE = 40  # more than images in a batch
 # Of lightly's resnet-9, without the last two stages: compiling takes most of the time.
 STAGES[6] = (1, 1)
 SMALL = {
@@ -49,6 +56,9 @@ SMALL = {
     "byol": {"byol.hidden": HIDDEN, "byol.out": OUT},
     "simsiam": {"simsiam.hidden": HIDDEN, "simsiam.out": HIDDEN, "simsiam.predictor_hidden": OUT},
     "swav": {"swav.hidden": FEATURES, "swav.out": OUT, "swav.prototypes": PROTOTYPES},
+    "barlow": {"barlow.hidden": HIDDEN, "barlow.out": WIDE},
+    "vicreg": {"method": "vicreg", "vicreg.hidden": HIDDEN, "vicreg.out": WIDE}
+    | {"vicreg.hidden_bias": False, "vicreg.out_bias": True},
 }
 
 
@@ -75,6 +85,8 @@ class Lightly:
             "byol": NegativeCosineSimilarity,
             "simsiam": NegativeCosineSimilarity,
             "swav": SwaVLoss,
+            "barlow": BarlowTwinsLoss,
+            "vicreg": VICRegLoss,
         }[method]()
         for module in (*self.networks.values(), *self.target.values(), self.criterion):
             module.double().train()
@@ -101,6 +113,11 @@ class Lightly:
                     (HIDDEN, HIDDEN, nn.BatchNorm1d(HIDDEN), None),
                 ]
             )
+        if method == "barlow":
+            hidden = (FEATURES, HIDDEN, nn.BatchNorm1d(HIDDEN), nn.ReLU())
+            return heads.ProjectionHead([hidden, (HIDDEN, WIDE, None, None)])
+        if method == "vicreg":
+            return heads.VICRegProjectionHead(FEATURES, HIDDEN, WIDE)
         kind, hidden = {
             "simclr": (heads.SimCLRProjectionHead, FEATURES),
             "moco": (heads.MoCoProjectionHead, FEATURES),
@@ -119,6 +136,8 @@ class Lightly:
 
     def simclr(self, views, shuffles):
         return self.criterion(*map(self.project, views))
+
+    barlow = vicreg = simclr
 
     def moco(self, views, shuffles):
         self.move_target()
@@ -235,7 +254,8 @@ class Ours:
             "eval.probe=False",
         ]
         changes += ["max_nonfinite_steps=0", f"epochs={STEPS // PER_EPOCH}"]
-        config = load_config(str(ROOT / f"configs/{method}_cifar10.py") + ":lightly", changes)
+        file = {"vicreg": "barlow"}.get(method, method)
+        config = load_config(str(ROOT / f"configs/{file}_cifar10.py") + ":lightly", changes)
         config.dtype = "float64"
         for view in config.views.values():
             view.size = SIDE

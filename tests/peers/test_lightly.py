@@ -18,7 +18,7 @@ if not importlib.util.find_spec("lightly"):
     pytest.skip("lightly is not installed here: make peers", allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
-METHODS = ("simclr", "moco", "swav", "byol", "simsiam")
+METHODS = ("simclr", "moco", "swav", "byol", "simsiam", "barlow")
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +26,15 @@ def differences():
     """Of a process of its own, in which ssl_jax computes in float64."""
     # Compiling in float64 takes most of the time, and these few steps are fast in any case.
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    command = [sys.executable, str(Path(__file__).parent / "lightly_steps.py"), *METHODS]
+    command = [sys.executable, str(Path(__file__).parent / "lightly_steps.py")]
+    command += [*METHODS, "vicreg"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | flags)
     assert done.returncode == 0, done.stderr[-2000:]
     found = map(json.loads, filter(lambda line: line.startswith("{"), done.stdout.splitlines()))
     return {each.pop("method"): each for each in found}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "vicreg"])
 def test_ten_steps_equal_lightlys(method, differences):
     found = differences[method]
     expected = {"loss", "gradient norm", "learning rate", "parameters", "statistics"}
