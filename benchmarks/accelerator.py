@@ -51,13 +51,14 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
     def loss(sizes: str, large: str, *more: str) -> list[str]:
         if args.toy:
             sizes, large, more = "8", large and "16", ("--info-nce=", "--sinkhorn=", "--rounds=1")
+            more += ("--statistics=8x16",)
         return [str(BENCHMARKS / "loss.py"), f"--sizes={sizes}", f"--large={large or 0}", *more]
 
     small = "2" if args.toy else "512"
     profile = f"--profile={args.out / 'kernels.txt'}"
     found = {
         "step": step("simclr_imagenet.py", "256", ["bare", "plain", *torch]),
-        "loss": loss("1024,4096", "", "--info-nce=", "--sinkhorn="),
+        "loss": loss("1024,4096", "", "--info-nce=", "--sinkhorn=", "--statistics="),
         "loss_large": loss("8192", "65536", "--info-nce=256x65536", "--sinkhorn=8192x3000"),
         "cached": step("simclr_imagenet.py", "8192", [], f"--microbatch={small}"),
         "sweep": step("simclr_imagenet.py", "64,128,512,1024", []),

@@ -39,7 +39,7 @@ from ssl_jax.methods import title
 from ssl_jax.run.log import read_metrics
 
 ROOT = Path(__file__).parent.parent
-METHODS = ("simclr", "moco", "byol", "simsiam", "swav")
+METHODS = ("simclr", "moco", "byol", "simsiam", "swav", "barlow")
 SIDES = ("ssl_jax", "lightly")
 PARTS = 5  # of a run, after each of which kNN is measured
 # BYOL's loss is reported as 1 - cos, as ssl_jax's with loss_scale 1/4; lightly's is -cos.

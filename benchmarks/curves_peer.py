@@ -32,7 +32,12 @@ from torch.utils.data import DataLoader, Dataset
 tolerate_missing_operators()
 tolerate_missing_lightning()
 
-from lightly.loss import NegativeCosineSimilarity, NTXentLoss, SwaVLoss  # noqa: E402
+from lightly.loss import (  # noqa: E402
+    BarlowTwinsLoss,
+    NegativeCosineSimilarity,
+    NTXentLoss,
+    SwaVLoss,
+)
 from lightly.models import utils  # noqa: E402
 from lightly.models.batchnorm import get_norm_layer  # noqa: E402
 from lightly.models.modules import heads  # noqa: E402
@@ -228,7 +233,22 @@ class SwAV(Method):
         return self.criterion([self.prototypes(each) for each in z], []).squeeze()
 
 
+class Barlow(Method):
+    """Cross-correlation of the batch; two layers in the projector."""
+
+    def __init__(self, width: float):
+        super().__init__(width)
+        hidden = (self.features, 2048, nn.BatchNorm1d(2048), nn.ReLU())
+        self.projector = heads.ProjectionHead([hidden, (2048, 2048, None, None)])
+        self.criterion = BarlowTwinsLoss()
+
+    def loss(self, x0: Tensor, x1: Tensor) -> Tensor:
+        """The loss of a batch."""
+        return self.criterion(*(self.projector(self.backbone(x)) for x in (x0, x1)))
+
+
 METHODS = {"simclr": SimCLR, "moco": MoCo, "byol": BYOL, "simsiam": SimSiam, "swav": SwAV}
+METHODS |= {"barlow": Barlow}
 
 
 class Views(Dataset):

@@ -1,18 +1,20 @@
 """Compares the losses with other implementations: time and memory of value and gradient.
 
-NT-Xent with dense jitted JAX, optax and lightly (in a separate environment); InfoNCE and Sinkhorn
-with dense jitted JAX. Implementations alternate, so that a busy machine slows all of them equally.
+NT-Xent with dense jitted JAX, optax and lightly (in a separate environment); InfoNCE, Sinkhorn,
+Barlow Twins and VICReg with dense jitted JAX, the last two also in ssl_jax's form with a d × d
+matrix. Implementations alternate, so that a busy machine slows all of them equally.
 The table has medians and ratios to ssl_jax. Memory is the compiled program's temporary memory for
 JAX, and the growth of the resident set for lightly.
 
     python benchmarks/loss.py [--peer=lightly --peer-python=PATH] [--sizes=1024,2048,4096,8192]
-        [--large=65536] [--info-nce=256x65536,8192x65536] [--sinkhorn=8192x3000] [--rounds=5]
-        [--json=FILE]
+        [--large=65536] [--info-nce=256x65536,8192x65536] [--sinkhorn=8192x3000]
+        [--statistics=2048x8192] [--rounds=5] [--json=FILE]
 
 The peer's environment: torch, lightly, lightly-utils, torchvision, NumPy and Pillow.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -30,11 +32,11 @@ MAX_MIB = 8192
 COLUMNS = ("loss", "size", "implementation", "seconds", "time / ssl_jax", "MiB")
 
 
-def two_views(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns projections of two views of n images, [n, 128], the same in every process."""
+def two_views(n: int, d: int = DIM) -> tuple[np.ndarray, np.ndarray]:
+    """Returns projections of two views of n images, [n, d], the same in every process."""
     rng = np.random.default_rng(0)
-    first = rng.normal(size=(n, DIM)).astype(np.float32)
-    return first, first + rng.normal(size=(n, DIM)).astype(np.float32) / 2
+    first = rng.normal(size=(n, d)).astype(np.float32)
+    return first, first + rng.normal(size=(n, d)).astype(np.float32) / 2
 
 
 def unit_rows(n: int, seed: int) -> np.ndarray:
@@ -213,6 +215,50 @@ def sinkhorn_implementations() -> dict[str, Callable[..., Any]]:
     return {"ssl_jax": ours, "dense JAX": dense}
 
 
+def statistics_implementations() -> dict[str, dict[str, Callable[..., Any]]]:
+    """By loss: ssl_jax, its form with a d × d matrix, and dense JAX."""
+    import jax
+    import jax.numpy as jnp
+
+    from ssl_jax import losses
+
+    def off_diagonal(matrix: Any) -> Any:
+        return jnp.sum(jnp.square(jnp.where(jnp.eye(len(matrix), dtype=bool), 0, matrix)))
+
+    def dense_barlow(z1: Any, z2: Any) -> Any:
+        u, v = ((z - z.mean(0)) / jnp.sqrt(z.var(0) + 1e-5) for z in (z1, z2))
+        c = u.T @ v / len(u)
+        return jnp.sum(jnp.square(jnp.diagonal(c) - 1)) + 0.0051 * off_diagonal(c)
+
+    def dense_vicreg(z1: Any, z2: Any) -> Any:
+        loss, (n, d) = 25 * jnp.mean(jnp.square(z1 - z2)), z1.shape
+        for z in (z1, z2):
+            x = z - z.mean(0)
+            deviation = jnp.sqrt(x.var(0, ddof=1) + 1e-4)
+            loss += 12.5 * jnp.mean(jax.nn.relu(1 - deviation))
+            loss += off_diagonal(x.T @ x / (n - 1)) / d
+        return loss
+
+    def weighted(terms: Any, weights: tuple[float, ...]) -> Any:
+        return sum(weight * term for weight, term in zip(weights, terms, strict=True))
+
+    def barlow(z1: Any, z2: Any, gram: bool | None) -> Any:
+        return weighted(losses.barlow_twins(z1, z2, gram=gram), (1, 0.0051))
+
+    def vicreg(z1: Any, z2: Any, gram: bool | None) -> Any:
+        return weighted(losses.vicreg(z1, z2, gram=gram), (25, 25, 1))
+
+    def named(ours: Any, dense: Any) -> dict[str, Callable[..., Any]]:
+        forms = {"ssl_jax": None, "ssl_jax, d × d": False}
+        found = {name: functools.partial(ours, gram=gram) for name, gram in forms.items()}
+        return {
+            name: jax.value_and_grad(loss, argnums=(0, 1))
+            for name, loss in (found | {"dense JAX": dense}).items()
+        }
+
+    return {"Barlow Twins": named(barlow, dense_barlow), "VICReg": named(vicreg, dense_vicreg)}
+
+
 def compare(
     loss: str,
     size: str,
@@ -316,6 +362,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--large", type=int, default=65536, help="batch for ssl_jax only; 0: none")
     parser.add_argument("--info-nce", type=shapes, default="256x65536,8192x65536")
     parser.add_argument("--sinkhorn", type=shapes, default="8192x3000")
+    parser.add_argument(
+        "--statistics", type=shapes, default="2048x8192", help="images × dimensions"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer", choices=["lightly"])
     parser.add_argument("--peer-python", help="interpreter of the peer's environment")
@@ -349,6 +398,11 @@ def main() -> None:
         named = sinkhorn_implementations()
         compiled = {name: Compiled(function, scores) for name, function in named.items()}
         rows += compare("Sinkhorn", f"{n:,} × {k:,}", compiled, args.rounds)
+    for n, d in args.statistics:
+        for loss, named in statistics_implementations().items():
+            views = two_views(n, d)
+            compiled = {name: Compiled(function, *views) for name, function in named.items()}
+            rows += compare(loss, f"{n:,} × {d:,}", compiled, args.rounds)
     table = [list(COLUMNS), ["---"] * len(COLUMNS), *map(cells, rows)]
     print("\n".join("| " + " | ".join(line) + " |" for line in table))
     if args.json:

@@ -23,18 +23,8 @@ from ssl_jax.evals.results import ONLINE
 from ssl_jax.run.log import read_metrics
 
 ROOT = Path(__file__).parent.parent
-METHODS = (
-    "simclr",
-    "simclrv2",
-    "moco",
-    "swav",
-    "byol",
-    "simsiam",
-    "mocov3",
-    "supcon",
-    "dino",
-    "supervised",
-)
+METHODS = ("simclr", "simclrv2", "moco", "swav", "byol", "simsiam", "mocov3", "barlow", "vicreg")
+METHODS += ("dino", "supcon", "supervised")
 NAMES = {
     "simclr": "SimCLR v1",
     "simclrv2": "SimCLR v2 (memory bank)",
@@ -45,6 +35,8 @@ NAMES = {
     "dino": "DINO",
     "mocov3": "MoCo v3",
     "supcon": "SupCon, all labels",
+    "barlow": "Barlow Twins",
+    "vicreg": "VICReg",
     "supervised": "Supervised, all labels",
 }
 COLUMNS = (

@@ -43,6 +43,10 @@ METHODS = (
     "mocov3",
     "supcon",
     "supervised",
+    ("barlow_imagenet.py", "v4:2x4x4", ()),
+    ("barlow_imagenet.py", "v5e:4x8", ()),
+    ("vicreg_imagenet.py", "v4:2x4x4", ()),
+    ("vicreg_imagenet.py", "v5e:4x8", ()),
 )
 KINDS = ("all-reduce", "all-gather", "all-to-all")
 _VIT = ("model.name=vit", "optim.name=adamw", "optim.lr_scaling=linear", "optim.lr=1.5e-4")

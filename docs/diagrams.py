@@ -134,14 +134,9 @@ def shared(drawing: Drawing, y: float, words: str, kind: str = "net") -> None:
     drawing.box(MIDDLE, y, words, kind, WIDE)
 
 
-def simclr() -> Drawing:
-    """SimCLR v1."""
-    drawing = Drawing(
-        "SimCLR",
-        "Two views of each image go through the same encoder and the same projector. NT-Xent pulls "
-        "the two projections of an image together, against those of all other images.",
-        366,
-    )
+def in_one_network(name: str, told: str, loss: str, below: str) -> Drawing:
+    """Both views through one network, to a loss over the batch."""
+    drawing = Drawing(name, told, 366)
     two_views(drawing)
     shared(drawing, 178, "encoder (the same weights)")
     shared(drawing, 238, "projector (the same weights)")
@@ -153,9 +148,20 @@ def simclr() -> Drawing:
     drawing.text(LEFT + 14, 270, "z₁")
     drawing.text(RIGHT + 14, 270, "z₂")
     drawing.text(MIDDLE, 206, "evaluated")
-    shared(drawing, 306, "NT-Xent: z₁ finds z₂ among all", "loss")
-    drawing.text(MIDDLE, 340, "2B − 2 negatives: the others of the global batch")
+    shared(drawing, 306, loss, "loss")
+    drawing.text(MIDDLE, 340, below)
     return drawing
+
+
+def simclr() -> Drawing:
+    """SimCLR v1."""
+    return in_one_network(
+        "SimCLR",
+        "Two views of each image go through the same encoder and the same projector. NT-Xent pulls "
+        "the two projections of an image together, against those of all other images.",
+        "NT-Xent: z₁ finds z₂ among all",
+        "2B − 2 negatives: the others of the global batch",
+    )
 
 
 def simclrv2() -> Drawing:
@@ -399,6 +405,30 @@ def supcon() -> Drawing:
     return drawing
 
 
+def barlow() -> Drawing:
+    """Barlow Twins."""
+    return in_one_network(
+        "Barlow Twins",
+        "Two views of each image go through the same encoder and the same projector. Over the "
+        "batch, each dimension of one view's embeddings is to correlate with the same dimension of "
+        "the other's, and with no other dimension.",
+        "correlations of z₁ with z₂: identity",
+        "d × d correlations, over the global batch",
+    )
+
+
+def vicreg() -> Drawing:
+    """VICReg."""
+    return in_one_network(
+        "VICReg",
+        "Two views of each image go through the same encoder and the same projector. The two "
+        "embeddings of an image are to be near each other. Over the batch, each dimension is to "
+        "have a standard deviation of 1, and no covariance with the others.",
+        "|z₁ − z₂|², variances, covariances",
+        "variances and covariances over the global batch",
+    )
+
+
 def road() -> Drawing:
     """The road data takes."""
     drawing = Drawing(
@@ -461,7 +491,8 @@ def large_batch() -> Drawing:
     return drawing
 
 
-DIAGRAMS = (simclr, simclrv2, moco, swav, byol, simsiam, mocov3, dino, supcon, road, large_batch)
+DIAGRAMS = (simclr, simclrv2, moco, swav, byol, simsiam, mocov3, barlow, vicreg, dino, supcon)
+DIAGRAMS += (road, large_batch)
 
 
 def main() -> None:

@@ -115,7 +115,7 @@ class CollapseDetector:
     """Follows a run's logged metrics and warns once of each kind of collapse.
 
     Attributes:
-      trivial_loss: the loss of constant outputs, if known: ln K for SwAV.
+      trivial_loss: the loss of constant outputs, if known: ln K for SwAV, d for Barlow Twins.
       patience: steps for which the loss, which starts there, may stay there.
     """
 
@@ -187,7 +187,7 @@ class CollapseDetector:
             judge(
                 "loss",
                 lambda loss: not abs(loss - trivial) < NEAR_TRIVIAL * abs(trivial),
-                f"the loss stays at that of constant outputs ({{:.4f}}, ln K = {trivial:.4f})",
+                f"the loss stays at that of constant outputs ({{:.4f}}; theirs: {trivial:.4f})",
             )
         return indicators
 

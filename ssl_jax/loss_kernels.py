@@ -255,6 +255,30 @@ def _distill_block(
     return sums, (jnp.argmax(targets[:, 0], axis=-1), of_student)
 
 
+def gram_pull(
+    anchors: Float[Array, "m d"],
+    columns: Float[Array, "n d"],
+    values: Float[Array, "n d"],
+    block_size: int | None,
+) -> Float[Array, "m d"]:
+    """Σ_j (x_i·x_j) y_j for each anchor i, where y_j is the value of column j.
+
+    Args:
+      anchors: x_i, of any length.
+      columns: x_j.
+      values: y_j.
+      block_size: as for `log_sum_exp`.
+    """
+
+    def kernel(limits: _Limits, anchors: Array, columns: Array, values: Array) -> Array:
+        def of_block(anchor: Array) -> Array:
+            return matmul(matmul(anchor, columns.T), values)
+
+        return jnp.asarray(_in_blocks(of_block, block_size, limits, len(columns), anchors))
+
+    return _by_platform(kernel, anchors, columns, values)
+
+
 def matmul(a: Array, b: Array, precision: str = "high") -> Array:
     """A float32 product: three bfloat16 passes on a TPU, TF32 on a GPU.
 

@@ -446,6 +446,238 @@ def normalized_mse(p: Float[Array, "n d"], z: Float[Array, "n d"]) -> Float[Arra
     return jnp.mean(jnp.sum(jnp.square(normalize(p) - normalize(z)), axis=-1))
 
 
+def barlow_twins(
+    z1: Float[Array, "n d"],
+    z2: Float[Array, "n d"],
+    *,
+    axis_name: str | None = None,
+    block_size: int | None = None,
+    gram: bool | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The two terms of Barlow Twins' loss (eq. 1 and 2): the first plus λ times the second.
+
+    With u and v, both views' embeddings, of which each dimension is normalized by its mean and
+    variance over the N images of the global batch, as by a BatchNorm without scale and shift:
+
+        C_ij       = 1/N Σ_a u_ai v_aj
+        invariance = Σ_i (C_ii - 1)²
+        redundancy = Σ_{i≠j} C_ij² = 1/N² Σ_ab (u_a·u_b)(v_a·v_b) - Σ_i C_ii²
+
+    The last form never needs the d x d matrix C, and compares N x N pairs of images in blocks.
+
+    Args:
+      z1: embeddings of the first view, [n, d], any float type; normalized here in float32.
+      z2: embeddings of the second view of the same images, [n, d].
+      axis_name: mapped axis over which the batch is split; None on a single device.
+      block_size: images compared with all others at a time. None picks one that keeps a block
+        within 16 MiB on a CPU, 256 MiB elsewhere.
+      gram: whether to compare images, in memory O(N·d + block_size·N), rather than to form C, in
+        O(n·d + d²). None: if N < d, which needs less memory and fewer operations.
+
+    Returns:
+      Both terms, float32 scalars, the same on every device.
+    """
+    z = jnp.stack([z1, z2]).astype(jnp.float32)
+    return _barlow_twins(z, axis_name, block_size, _by_images(z, axis_name, gram))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _barlow_twins(
+    z: Float[Array, "2 n d"], axis_name: str | None, block_size: int | None, gram: bool
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    return _barlow_twins_forward(z, axis_name, block_size, gram)[0]
+
+
+def _barlow_twins_forward(
+    z: Float[Array, "2 n d"], axis_name: str | None, block_size: int | None, gram: bool
+) -> tuple[tuple[Float[Array, ""], Float[Array, ""]], tuple[Array, ...]]:
+    """Also returns N/2 times the gradient of N Σ C_ij², one pass over the images later than C.
+
+    N C v_a = Σ_b (v_a·v_b) u_b, and for the second view with u and v exchanged
+    """
+    x, everyone, variance = _centered(z, axis_name, gram)
+    n = _batch(z, axis_name)
+    scale = jax.lax.rsqrt(variance + 1e-5)
+    u, everyone = x * scale, everyone * scale
+    pull = _pull(u, everyone, axis_name, block_size, gram, cross=True) / n
+    # Σ_a u_ai (C v_a)_i = N Σ_j C_ij²: squared rows of C, then columns, then the diagonal.
+    sums = jnp.concatenate([jnp.sum(u * pull, axis=1), jnp.sum(u[:1] * u[1:], axis=1)])
+    sums = _psum(sums, axis_name) / n
+    squares, diagonal = sums[:2], sums[2]
+    invariance = jnp.sum(jnp.square(diagonal - 1))
+    redundancy = jnp.sum(squares[0]) - jnp.sum(jnp.square(diagonal))
+    return (invariance, redundancy), (u, pull, scale, squares, diagonal)
+
+
+def _barlow_twins_backward(
+    axis_name: str | None,
+    block_size: int | None,
+    gram: bool,
+    saved: tuple[Array, ...],
+    cotangents: tuple[Float[Array, ""], Float[Array, ""]],
+) -> tuple[Array]:
+    """The gradient of the sum over devices, of which each has the global terms.
+
+    With t_i = 2 (C_ii - 1) for the invariance, and -2 C_ii for the redundancy:
+
+        du_a = 1/N (2 C v_a + t v_a),  dz_a = 1/σ (du_a - mean_b du_b - u_a mean_b(u_b du_b))
+
+    The second term is 0 as the mean of v is, the third's mean is 1/N (2 Σ_j C_ij² + t_i C_ii).
+    """
+    u, pull, scale, squares, diagonal = saved
+    of_invariance, of_redundancy = cotangents
+    t = 2 * of_invariance * (diagonal - 1) - 2 * of_redundancy * diagonal
+    du = 2 * of_redundancy * pull + t[None, None, :] * u[::-1]
+    along = 2 * of_redundancy * squares + (t * diagonal)[None, :]
+    return ((du - u * along[:, None, :]) * scale / u.shape[1],)  # n·devices/N = 1
+
+
+_barlow_twins.defvjp(_barlow_twins_forward, _barlow_twins_backward)
+
+
+def vicreg(
+    z1: Float[Array, "n d"],
+    z2: Float[Array, "n d"],
+    *,
+    axis_name: str | None = None,
+    block_size: int | None = None,
+    gram: bool | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+    """The three terms of VICReg's loss (section 4.1), which is their weighted sum.
+
+    With x_a = z_a - mean over the N images of the global batch, separately for each view:
+
+        Cov_ij     = 1/(N-1) Σ_a x_ai x_aj
+        invariance = 1/(N·d) Σ_a |z1_a - z2_a|²
+        variance   = Σ_views 1/2d Σ_i max(0, 1 - √(Cov_ii + 1e-4))
+        covariance = Σ_views 1/d Σ_{i≠j} Cov_ij²
+
+        Σ_{i≠j} Cov_ij² = 1/(N-1)² Σ_ab (x_a·x_b)² - Σ_i Cov_ii²
+
+    The last form never needs the d x d matrix Cov. The ½ of the variance is the official code's.
+
+    Args:
+      z1: embeddings of the first view, [n, d], any float type; float32 here.
+      z2: embeddings of the second view of the same images, [n, d].
+      axis_name: mapped axis over which the batch is split; None on a single device.
+      block_size: as for `barlow_twins`.
+      gram: as for `barlow_twins`.
+
+    Returns:
+      The three terms, float32 scalars, the same on every device.
+    """
+    z = jnp.stack([z1, z2]).astype(jnp.float32)
+    variance, covariance = _vicreg(z, axis_name, block_size, _by_images(z, axis_name, gram))
+    return _pmean(jnp.mean(jnp.square(z[0] - z[1])), axis_name), variance, covariance
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _vicreg(
+    z: Float[Array, "2 n d"], axis_name: str | None, block_size: int | None, gram: bool
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Variance and covariance."""
+    return _vicreg_forward(z, axis_name, block_size, gram)[0]
+
+
+def _vicreg_forward(
+    z: Float[Array, "2 n d"], axis_name: str | None, block_size: int | None, gram: bool
+) -> tuple[tuple[Float[Array, ""], Float[Array, ""]], tuple[Array, ...]]:
+    x, everyone, variance = _centered(z, axis_name, gram)
+    n, d = _batch(z, axis_name), z.shape[2]
+    variance *= n / (n - 1)
+    pull = _pull(x, everyone, axis_name, block_size, gram, cross=False) / (n - 1)  # Cov x_a
+    squares = _psum(jnp.sum(x * pull), axis_name) / (n - 1)
+    covariance = (squares - jnp.sum(jnp.square(variance))) / d
+    short = jax.nn.relu(1 - jnp.sqrt(variance + 1e-4))
+    return (jnp.sum(short) / (2 * d), covariance), (x, pull, variance)
+
+
+def _vicreg_backward(
+    axis_name: str | None,
+    block_size: int | None,
+    gram: bool,
+    saved: tuple[Array, ...],
+    cotangents: tuple[Float[Array, ""], Float[Array, ""]],
+) -> tuple[Array]:
+    """The gradient of the sum over devices, of which each has the global terms.
+
+        variance:   dz_ai = -[σ_i < 1] x_ai / (2d σ_i (N-1)), with σ_i = √(Cov_ii + 1e-4)
+        covariance: dz_a  = 4/(d (N-1)) (Cov x_a - diag(Cov) x_a)
+
+    Both sum to 0 over the images, so the mean needs no further term.
+    """
+    x, pull, variance = saved
+    devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    of_variance, of_covariance = cotangents
+    deviation = jnp.sqrt(variance + 1e-4)
+    dz = 4 * of_covariance * (pull - variance * x)
+    dz -= jnp.where(deviation < 1, of_variance / (2 * deviation), 0) * x
+    n, d = devices * x.shape[1], x.shape[2]
+    return (dz * devices / (d * (n - 1)),)
+
+
+_vicreg.defvjp(_vicreg_forward, _vicreg_backward)
+
+
+def _batch(z: Float[Array, "2 n d"], axis_name: str | None) -> int:
+    """The number of images in the global batch."""
+    return z.shape[1] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
+
+
+def _by_images(z: Float[Array, "2 n d"], axis_name: str | None, gram: bool | None) -> bool:
+    return _batch(z, axis_name) < z.shape[2] if gram is None else gram
+
+
+def _centered(
+    z: Float[Array, "2 n d"], axis_name: str | None, gathered: bool
+) -> tuple[Float[Array, "2 n d"], Float[Array, "2 m d"], Float[Array, "2 1 d"]]:
+    """Subtracts the mean over the global batch.
+
+    Args:
+      z: this device's embeddings of both views.
+      axis_name: mapped axis over which the batch is split.
+      gathered: gather the embeddings once, and take their statistics without further collectives.
+
+    Returns:
+      This device's centered embeddings, those of the global batch (if not gathered, the same), and
+      the variance with 1/N.
+    """
+    rows = _gather(z, axis_name) if gathered else z
+    over = None if gathered else axis_name
+    mean = _pmean(jnp.mean(rows, axis=1, keepdims=True), over)
+    rows -= mean
+    variance = _pmean(jnp.mean(jnp.square(rows), axis=1, keepdims=True), over)
+    return z - mean, rows, variance
+
+
+def _pull(
+    own: Float[Array, "2 n d"],
+    everyone: Float[Array, "2 m d"],
+    axis_name: str | None,
+    block_size: int | None,
+    gram: bool,
+    cross: bool,
+) -> Float[Array, "2 n d"]:
+    """Σ_b (p_a·p_b) q_b = (Σ_b q_b p_bᵀ) p_a for this device's images a and both views' q.
+
+    Args:
+      own: q, this device's embeddings of both views.
+      everyone: those of the global batch; used if `gram`.
+      axis_name: mapped axis over which the batch is split.
+      block_size: images compared with all others at a time, if `gram`.
+      gram: use the first form, with N x N products, rather than the second, with a d x d matrix.
+      cross: whether p is the other view's, or the same one's.
+    """
+    p, columns = (own[::-1], everyone[::-1]) if cross else (own, everyone)
+    if gram:
+        views = zip(p, columns, everyone, strict=True)
+        return jnp.stack([loss_kernels.gram_pull(*view, block_size) for view in views])
+    if not cross:
+        return matmul(p, _psum(matmul(own.swapaxes(1, 2), own), axis_name))
+    matrix = _psum(matmul(own[0].T, own[1]), axis_name)
+    return jnp.stack([matmul(p[0], matrix.T), matmul(p[1], matrix)])
+
+
 def normalize(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
     """Scales rows to unit length, in float32; a zero row stays zero, with a finite gradient."""
     x = x.astype(jnp.float32)

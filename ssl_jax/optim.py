@@ -259,7 +259,8 @@ def make_optimizer(
     """Builds a run's optimizer from its parameter groups.
 
     Labels: "weight" gets weight decay and trust; "norm_bias" gets neither (unless
-    `decay_norm_bias` is set, or with LARC, which treats all tensors alike); "constant_lr" keeps the
+    `decay_norm_bias` is set, or with LARC, which treats all tensors alike), and with `norm_bias_lr`
+    the schedule times `norm_bias_lr` / `lr` (Barlow Twins' official code); "constant_lr" keeps the
     learning rate at `peak`; "frozen" never changes and has no state; "frozen_until" neither changes
     nor accumulates momentum during the first `frozen_steps` steps. Within the last three, weights
     and biases are distinguished by path.
@@ -312,6 +313,9 @@ def make_optimizer(
             # The inner count starts when the freeze ends; schedules count from the run's start.
             inner = base(lambda count: schedule(count + steps), mask, steps)
             return optax.conditionally_mask(inner, lambda step: step >= steps)
+        if label == "norm_bias" and config.norm_bias_lr:
+            factor = config.norm_bias_lr / config.lr
+            return base(lambda count: factor * schedule(count), mask)
         return base(schedule, mask)
 
     def partitioned(labels: Pytree) -> optax.GradientTransformationExtraArgs:
@@ -481,6 +485,11 @@ def _check_options(config: ConfigDict) -> None:
         raise UserError(
             f"config.optim.nesterov needs sgd, but config.optim.name is '{config.name}'. Turn "
             "it off."
+        )
+    if config.norm_bias_lr and not config.lr:
+        raise UserError(
+            f"config.optim.norm_bias_lr is {config.norm_bias_lr}, but config.optim.lr is 0, whose "
+            "schedule it follows. Set config.optim.lr, or config.optim.norm_bias_lr to 0."
         )
     if config.decay_norm_bias and config.name.startswith("lars"):
         raise UserError(

@@ -1,8 +1,8 @@
 """The views of each method's official code, and the settings that experiments share.
 
-Sources: google-research/simclr, facebookresearch/moco, /moco-v3, /simsiam, /swav and /dino,
-deepmind/deepmind-research/byol, HobbitLong/SupContrast. A config file starts from these and
-changes keys.
+Sources: google-research/simclr, facebookresearch/moco, /moco-v3, /simsiam, /swav, /barlowtwins,
+/vicreg and /dino, deepmind/deepmind-research/byol, HobbitLong/SupContrast. A config file starts
+from these and changes keys.
 """
 
 from typing import Any
@@ -184,6 +184,20 @@ def supcontrast_views(size: Size = 32) -> dict[str, Any]:
         **CIFAR10_SUPCONTRAST,
     )
     return {"view1": one, "view2": one}
+
+
+def barlow_views(size: Size = 224) -> dict[str, Any]:
+    """Barlow Twins and VICReg: BYOL's views with torchvision's operators."""
+    both = {
+        "size": size,
+        "crop": {**_torchvision((0.08, 1.0)), "interpolation": "bicubic"},
+        "jitter": _jitter(0.4, 0.4, 0.2, 0.1),
+        **IMAGENET,
+    }
+    return {
+        "view1": view(**both, blur={"prob": 1.0}),
+        "view2": view(**both, blur={"prob": 0.1}, solarize={"prob": 0.2}),
+    }
 
 
 def imagenet_config(interpolation: str = "bicubic") -> ConfigDict:

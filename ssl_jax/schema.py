@@ -384,6 +384,12 @@ _OPTIM: Group = {
         choices=("lars", "lars_byol", "lars_clipped", "larc", "sgd", "adam", "adamw"),
     ),
     "lr": Key(0.3, "Peak learning rate before lr_scaling", FINITE),
+    "norm_bias_lr": Key(
+        0.0,
+        "The same for biases and normalization parameters, which follow the same schedule "
+        "(Barlow Twins); 0: lr",
+        FINITE,
+    ),
     "lr_scaling": Key(
         "linear",
         "Scaling of the learning rate with batch size B: B/256 (linear), √B (sqrt), or none",
@@ -606,6 +612,32 @@ _METHODS: Group = {
         "out": Key(128, "Width of the projections", AT_LEAST_1),
         "layers": Key(2, "Layers of the projector", AT_LEAST_1),
     },
+    "barlow": {
+        "hidden": Key(8192, "Width of the projector's hidden layers", AT_LEAST_1),
+        "out": Key(8192, "Width of the embeddings", AT_LEAST_1),
+        "layers": Key(3, "Layers of the projector", AT_LEAST_1),
+        "hidden_bias": Key(False, "Bias before the projector's BatchNorm; solo-learn has it"),
+        "out_bias": Key(False, "Bias of the projector's last layer (lightly, solo-learn)"),
+        "redundancy_weight": Key(0.0051, "Weight λ of the redundancy term; lightly: 0.005", FINITE),
+        "loss_scale": Key(
+            1.0,
+            "Factor of the loss; the official code trains with the gradient divided by the number "
+            "of devices",
+            POSITIVE,
+        ),
+    },
+    "vicreg": {
+        "hidden": Key(8192, "Width of the projector's hidden layers", AT_LEAST_1),
+        "out": Key(8192, "Width of the embeddings", AT_LEAST_1),
+        "layers": Key(3, "Layers of the projector", AT_LEAST_1),
+        "hidden_bias": Key(True, "Bias before the projector's BatchNorm; lightly has none"),
+        "out_bias": Key(False, "Bias of the projector's last layer (lightly, solo-learn)"),
+        "invariance_weight": Key(25.0, "Weight of the distance between the views", FINITE),
+        "variance_weight": Key(
+            25.0, "Weight of the variance term; solo-learn's 25 are 50 here", FINITE
+        ),
+        "covariance_weight": Key(1.0, "Weight of the covariance term", FINITE),
+    },
     "supervised": {
         "freeze": Key(False, "Train only the classifier, on features of a frozen encoder"),
         "classifier_init": Key(
@@ -647,8 +679,8 @@ SCHEMA: Group = {
     "seed": Key(0, "Random seed of everything", SEED),
     "method": Key(
         "simclr",
-        "Method: simclr, moco, swav, byol, simsiam, mocov3, dino, supcon, supervised, distill, or "
-        "one that you registered",
+        "Method: simclr, moco, swav, byol, simsiam, mocov3, barlow, vicreg, dino, supcon, "
+        "supervised, distill, or one that you registered",
     ),
     "batch_size": Key(256, "Global batch size, over all devices", POSITIVE),
     "microbatch": Key(

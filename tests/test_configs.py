@@ -36,6 +36,7 @@ VARIANTS = {
     "swav_imagenet": ["256"],
     "byol_imagenet": ["40", "100", "300"],
     "dino_imagenet": ["vit_base", "resnet50"],
+    "vicreg_imagenet": ["100"],
     "simclr_cifar10": ["lightly", "solo"],
     "simsiam_cifar10": ["lightly", "solo"],
     "moco_cifar10": ["solo"],
@@ -43,6 +44,7 @@ VARIANTS = {
     "byol_cifar10": ["solo"],
     "dino_cifar10": ["solo"],
     "mocov3_imagenet": ["100", "300", "vit_s", "vit_b"],
+    "barlow_cifar10": ["solo"],
 }
 ALL = [(file, v) for file in FILES for v in ["", *VARIANTS.get(file.stem, [])]]
 
@@ -102,7 +104,7 @@ def test_every_method_has_a_config_per_dataset():
     for data in ("digits", "cifar10", "imagenet"):
         names = {file.stem.removesuffix(f"_{data}") for file in FILES if data in file.stem}
         expected = {"simclr", "simclrv2", "moco", "swav", "byol", "simsiam", "supervised"}
-        assert names >= expected | {"mocov3", "dino", "supcon"}
+        assert names >= expected | {"mocov3", "barlow", "vicreg", "dino", "supcon"}
 
 
 def test_choices_in_the_schema_equal_the_implemented_ones():
@@ -134,6 +136,8 @@ def test_swav_imagenet_uses_the_papers_multi_crop():
         ("swav_imagenet", 4.8),
         ("byol_imagenet", 3.2),
         ("simsiam_imagenet", 0.1),
+        ("barlow_imagenet", 1.6),
+        ("vicreg_imagenet:100", 0.6),
         ("simclr_cifar10", 2.0),
         ("simclr_cifar10:lightly", 0.24),
         ("moco_cifar10:solo", 0.3),
@@ -200,6 +204,14 @@ def solo_rates(batches, epochs, warmup_epochs, start, peak):
     return swav_rates(batches, epochs, warmup_epochs, start, peak, 0.0)
 
 
+def barlow_rates(batches, epochs, peak):
+    """main.py and main_vicreg.py: `adjust_learning_rate`, with `len(loader)` batches."""
+    total, warmup = epochs * batches, 10 * batches
+    step = np.arange(total)
+    after = cosine(step - warmup, total - warmup, peak, 1e-3 * peak)
+    return np.where(step < warmup, step / warmup * peak, after)
+
+
 IMAGENET, CIFAR = 1_281_167, 50_000
 EPOCHS = np.arange(200)
 OFFICIAL = {
@@ -219,9 +231,20 @@ OFFICIAL = {
     ),
     "moco_imagenet:v2": (IMAGENET, epoch_rates(5004, cosine(EPOCHS, 200, 0.03))),
     "simsiam_imagenet": (IMAGENET, epoch_rates(2502, cosine(EPOCHS[:100], 100, 0.1))),
+    "barlow_imagenet": (IMAGENET, barlow_rates(625, 1000, 0.2 * 8)),
+    "vicreg_imagenet": (IMAGENET, barlow_rates(625, 1000, 0.2 * 8)),
+    "vicreg_imagenet:100": (IMAGENET, barlow_rates(2502, 100, 0.3 * 2)),
+    "barlow_cifar10:solo": (CIFAR, solo_rates(195, 1000, 10, 3e-5, 0.3)),
+    "vicreg_cifar10": (CIFAR, solo_rates(195, 1000, 10, 3e-5, 0.3)),
     **{
         f"{name}_cifar10:lightly": (CIFAR, epoch_rates(97, cosine(EPOCHS, 200, peak)))
-        for name, peak in (("simclr", 0.24), ("moco", 0.24), ("byol", 0.24), ("simsiam", 0.06))
+        for name, peak in (
+            ("simclr", 0.24),
+            ("moco", 0.24),
+            ("byol", 0.24),
+            ("barlow", 0.24),
+            ("simsiam", 0.06),
+        )
     },
     "swav_cifar10:lightly": (CIFAR, epoch_rates(97, cosine(EPOCHS, 200, 4e-3))),
     "dino_imagenet": (IMAGENET, swav_rates(2502, 100, 10, 0.0, 1e-3, 1e-6)),
@@ -276,6 +299,23 @@ def test_dino_imagenet_has_the_official_schedules_and_crops():
     assert chances == [(1.0, 0.0), (0.1, 0.2), *[(0.5, 0.0)] * 8]
 
 
+def test_barlow_imagenets_effective_rates_and_views_are_the_official_ones():
+    """One GPU's share of the true gradient, which LARS adapts in weights only."""
+    config = load_config(str(ROOT / "configs/barlow_imagenet.py"))
+    assert config.barlow.loss_scale * 32 == 1
+    # --scale-loss .024 of the code's first version
+    ratio = config.optim.norm_bias_lr / config.optim.lr
+    assert ratio == pytest.approx(0.024)
+    for name in ("barlow", "vicreg"):
+        views = load_config(str(ROOT / f"configs/{name}_imagenet.py")).views
+        assert (views.view1.blur.prob, views.view2.blur.prob) == (1.0, 0.1)
+        assert (views.view1.solarize.prob, views.view2.solarize.prob) == (0.0, 0.2)
+        for view in views.values():
+            assert view.jitter.style == "torchvision" and view.crop.interpolation == "bicubic"
+            jitter = [view.jitter[key] for key in ("brightness", "contrast", "saturation", "hue")]
+            assert jitter == [0.4, 0.4, 0.2, 0.1]
+
+
 def test_swav_imagenet_blurs_small_crops_by_three_sigma():
     config = load_config(str(ROOT / "configs/swav_imagenet.py"))
     taps = {view.size: blur_taps((view.size, view.size), view) for view in flat_views(config)}
@@ -326,8 +366,10 @@ def shrink(config):
     config.swav.update(queue=min(config.swav.queue, 128), prototypes=16)
     config.dino.update(prototypes=16, out=8)
     config.model.vit.update(depth=1, width=16, heads=2, patch=8)
-    for group in ("simclr", "moco", "swav", "byol", "simsiam", "mocov3", "dino", "supcon"):
+    groups = ("simclr", "moco", "swav", "byol", "simsiam", "mocov3", "barlow", "vicreg", "dino")
+    for group in (*groups, "supcon"):
         config[group].hidden = 16
+    config.barlow.out = config.vicreg.out = 32
 
 
 @pytest.mark.long
@@ -360,6 +402,7 @@ def test_one_tiny_training_step_from_tfds_data(file, prepared):
         ("byol_imagenet", "same", True),
         *((f"{name}_imagenet", "symmetric", False) for name in ("moco", "swav", "simsiam")),
         ("mocov3_imagenet", "symmetric", False),
+        *((f"{name}_imagenet", "symmetric", False) for name in ("barlow", "vicreg")),
     ],
 )
 def test_networks_pad_and_project_as_in_the_official_codes(name, padding, project_first):

@@ -559,6 +559,156 @@ def test_self_distillation_never_has_all_logits_in_memory():
     assert memory.temp_size_in_bytes < 64 * 2**20 < n * 10 * k * 4
 
 
+def barlow_twins_oracle(z1, z2):
+    """Barlow Twins' algorithm 1 with PyTorch's BatchNorm: the diagonal's term, then the rest's."""
+    u, v = ((z - z.mean(0)) / np.sqrt(z.var(0) + 1e-5) for z in (z1, z2))
+    c = u.T @ v / len(z1)
+    off = ~np.eye(len(c), dtype=bool)
+    return np.array([np.square(np.diag(c) - 1).sum(), np.square(c[off]).sum()])
+
+
+def vicreg_oracle(z1, z2):
+    """VICReg's algorithm 1: invariance, variance (halved, as in the official code), covariance."""
+    terms = np.array([np.square(z1 - z2).mean(), 0, 0])
+    for z in (z1, z2):
+        covariance, d = np.cov(z.T), z.shape[1]
+        deviation = np.sqrt(z.var(0, ddof=1) + 1e-4)
+        terms[1] += np.maximum(0, 1 - deviation).mean() / 2
+        terms[2] += np.square(covariance[~np.eye(d, dtype=bool)]).sum() / d
+    return terms
+
+
+STATISTICS = {
+    "barlow_twins": (losses.barlow_twins, barlow_twins_oracle),
+    "vicreg": (losses.vicreg, vicreg_oracle),
+}
+FORMS = [(True, None), (True, 3), (False, None)]  # gram, block
+
+
+def correlated(n, d, seed=0):
+    """Two views with correlated dimensions, of standard deviations below and above 1."""
+    rng = np.random.default_rng(seed)
+    mixed = rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) * np.linspace(0.1, 1, d) + 3
+    return mixed, mixed + 0.3 * rng.normal(size=(n, d))
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+@pytest.mark.parametrize("shape", [(8, 5), (5, 8)])
+def test_terms_of_the_batchs_statistics_and_gradients_equal_the_float64_oracle(name, shape):
+    loss, oracle = STATISTICS[name]
+    z1, z2 = correlated(*shape)
+
+    def with_gradients(gram, block):
+        def terms(a, b):
+            return jnp.stack(loss(a, b, gram=gram, block_size=block))
+
+        return lambda a, b: (terms(a, b), *jax.jacrev(terms, (0, 1))(a, b))
+
+    # Both losses are symmetric in the views.
+    slopes = [
+        [numeric_gradient(lambda x, i=i, b=b: oracle(x, b)[i], a) for i in range(len(oracle(a, b)))]
+        for a, b in ((z1, z2), (z2, z1))
+    ]
+    for form, (value, *gradients) in computed(FORMS, with_gradients, z1, z2).items():
+        np.testing.assert_allclose(value, oracle(z1, z2), rtol=2e-5, err_msg=f"{form}")
+        for actual, expected in zip(gradients, slopes, strict=True):
+            for mine, slope in zip(actual, expected, strict=True):
+                atol = 1e-5 * np.abs(slope).max() + 1e-6
+                np.testing.assert_allclose(mine, slope, rtol=1e-3, atol=atol, err_msg=f"{form}")
+
+
+@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_losses_and_gradients_agree_between_1_and_8_devices(name, mode):
+    spmd, loss = make_spmd(mode), STATISTICS[name][0]
+    batch = tuple(map(np.float32, correlated(16, 8, seed=1)))
+    weights = np.float32(np.random.default_rng(2).normal(size=(8, 20)))
+
+    def values_and_gradients(axis_name, w, batch):
+        def total(w, gram, block):
+            terms = loss(*(z @ w for z in batch), axis_name=axis_name, gram=gram, block_size=block)
+            return sum((i + 1) * term for i, term in enumerate(terms)), terms
+
+        forms = {str(form): functools.partial(total, gram=form[0], block=form[1]) for form in FORMS}
+        return {
+            form: jax.value_and_grad(of_form, has_aux=True)(w) for form, of_form in forms.items()
+        }
+
+    def per_device(w, batch):
+        return {
+            form: (value, jax.lax.pmean(gradient, AXIS))
+            for form, (value, gradient) in values_and_gradients(AXIS, w, batch).items()
+        }
+
+    mapped = spmd.map(per_device, ("replicated", "sharded"), "replicated")
+    actual = mapped(spmd.replicate(weights), spmd.place_batch(batch))
+    expected, expected_gradient = jax.jit(functools.partial(values_and_gradients, None))(
+        weights, batch
+    )[str(FORMS[0])]
+    assert len(actual) == len(FORMS)
+    for form, (value, gradient) in actual.items():
+        for mine, one in zip(jax.tree.leaves(value), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(mine, one, rtol=2e-5, err_msg=form)
+        atol = 1e-4 * np.abs(expected_gradient).max()
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-3, atol=atol, err_msg=form)
+        for wrong in (8 * gradient, gradient / 8):
+            assert not np.allclose(wrong, expected_gradient, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_losses_never_hold_all_pairs_of_images_or_of_dimensions(name):
+    loss = STATISTICS[name][0]
+
+    def traced(n, d, block=None):
+        z = jnp.ones((n, d))
+        total = lambda a: sum(loss(a, z, block_size=block))  # noqa: E731 - in one line
+        return str(jax.make_jaxpr(jax.value_and_grad(total))(z))
+
+    text = traced(64, 80, block=16)
+    assert "f32[16,64]" in text
+    assert "f32[64,64]" not in text and "80,80]" not in text
+    # With fewer dimensions than images, pairs of dimensions are fewer.
+    text = traced(64, 48, block=16)
+    assert "48,48]" in text and "f32[16,64]" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "sums"), [("barlow_twins", {"f32[3,128]"}), ("vicreg", {"f32[]"})]
+)
+def test_statistics_losses_all_gather_the_embeddings_once(name, sums):
+    n, d, loss = 64, 128, STATISTICS[name][0]
+
+    def per_device(z1, z2):
+        def total(a, b):
+            return sum(loss(a, b, axis_name=AXIS))
+
+        return jax.value_and_grad(total, argnums=(0, 1))(z1, z2)
+
+    mapped = make_spmd().map(per_device, ("sharded", "sharded"), ("replicated", "sharded"))
+    z = jax.ShapeDtypeStruct((n, d), jnp.float32)
+    text = mapped.lower(z, z).compile().as_text()
+    assert collectives(text, "all-gather") == [f"f32[2,{n},{d}]"]
+    # No statistics, and nothing in the backward pass.
+    assert set(collectives(text, "all-reduce")) == sums
+    for kind in ("reduce-scatter", "all-to-all", "collective-permute"):
+        assert collectives(text, kind) == []
+
+
+def test_statistics_losses_of_constant_embeddings_are_the_trivial_ones():
+    @jax.jit
+    def both(z):
+        def total(a, loss):
+            terms = loss(a, z)
+            return sum(terms), terms
+
+        return [jax.value_and_grad(total, has_aux=True)(z, loss) for loss, _ in STATISTICS.values()]
+
+    found = both(jnp.full((6, 9), 0.7, jnp.bfloat16))
+    for ((_, terms), gradient), expected in zip(found, ([9, 0], [0, 0.99, 0]), strict=True):
+        assert [float(term) for term in terms] == pytest.approx(expected, abs=1e-6)
+        assert gradient.dtype == jnp.bfloat16 and bool(jnp.isfinite(gradient).all())
+
+
 def test_negative_cosine_and_mse_equal_the_float64_oracle():
     rng = np.random.default_rng(7)
     p, z = rng.normal(size=(6, 4)), rng.normal(size=(6, 4))

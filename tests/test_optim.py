@@ -379,6 +379,21 @@ def test_constant_lr_changes_only_the_schedule(name):
         assert_follows(trajectory, (module, leaf), expected, name)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_norm_bias_lr_scales_the_schedule_of_biases_and_norms_only(name):
+    params = some_params()
+    gradients = some_gradients(params, len(RATES))
+    config = make_config(name, weight_decay=0.1)
+    config.update(lr=0.2, norm_bias_lr=0.0048)
+    optimizer = optim.make_optimizer(config, optim.role_labels(params), schedule)
+    trajectory = run(optimizer, params, gradients)
+    for module, leaf in (("dense", "kernel"), ("dense", "bias"), ("bn", "scale")):
+        rates = RATES if leaf == "kernel" else [0.024 * rate for rate in RATES]
+        tensor = [g[module][leaf] for g in gradients]
+        expected = oracle(name, params[module][leaf], tensor, rates, 0.1, leaf == "kernel")
+        assert_follows(trajectory, (module, leaf), expected, name)
+
+
 def test_constant_lr_needs_a_peak():
     labels = {"predictor": "constant_lr"}
     with pytest.raises(ValueError, match="peak"):
@@ -630,6 +645,7 @@ def test_zero_learning_rate_stays_zero():
         ({"name": "lasr"}, "config.optim.name is 'lasr'. Did you mean 'lars'"),
         ({"name": "larc", "nesterov": True}, "config.optim.nesterov needs sgd"),
         ({"name": "lars", "decay_norm_bias": True}, "config.optim.decay_norm_bias"),
+        ({"lr": 0.0, "norm_bias_lr": 0.1}, "config.optim.norm_bias_lr is 0.1, but .* Set config"),
     ],
 )
 def test_inapplicable_optimizer_options_are_refused(change, match):

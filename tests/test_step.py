@@ -26,7 +26,7 @@ from ssl_jax.step import loss_and_gradients
 
 ONE = jax.devices()[:1]
 # For what takes seconds with each method: `make test` tries some, `make long` the others.
-OTHERS = ("simclr_memory", "simsiam", "supervised", "mocov3", "supcon")
+OTHERS = ("simclr_memory", "simsiam", "supervised", "mocov3", "barlow", "vicreg", "supcon")
 SOME_METHODS = [pytest.param(name, marks=[pytest.mark.long] * (name in OTHERS)) for name in METHODS]
 
 

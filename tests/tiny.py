@@ -15,8 +15,8 @@ from ssl_jax.models.resnet import STAGES
 from ssl_jax.spmd import AXIS, device_groups
 from ssl_jax.step import assemble, init_state, make_train_step
 
-METHODS = ("simclr", "simclr_memory", "moco", "swav", "byol", "simsiam", "supervised")
-METHODS += ("mocov3", "dino", "supcon")
+METHODS = ("simclr", "simclr_memory", "moco", "swav", "byol", "simsiam", "mocov3", "barlow")
+METHODS += ("vicreg", "dino", "supcon", "supervised")
 
 # One stage of one block, and two such stages; a ResNet-18 takes four times as long to compile.
 STAGES.update({4: (1,), 6: (1, 1)})
@@ -220,6 +220,9 @@ def method_config(name, **changes):
     config.simsiam.update(out=16, predictor_hidden=8)
     config.mocov3.update(hidden=16, out=8, temperature=0.2)
     config.supcon.out = 8
+    # More and fewer dimensions than images: the loss compares images, or dimensions.
+    config.barlow.update(hidden=16, out=72)
+    config.vicreg.update(hidden=16, out=12)
     config.swav.update(prototypes=12, hidden=16, out=8, queue=128, queue_from_epoch=1.0)
     config.dino.update(hidden=16, out=8, prototypes=12, head_bn=True, block_size=3)
     if name in ("swav", "dino"):

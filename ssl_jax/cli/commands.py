@@ -316,9 +316,9 @@ def _add_linear(parser: Parser) -> None:
     parser.add_argument(
         "--recipe",
         default=FAST,
-        help="simclr, simclr_cifar, moco, swav, byol, simsiam, mocov3 or mocov3_vit: the official "
-        f"recipe, trained on random crops and flips (default: {FAST}, fitted on features, with the "
-        "penalty chosen on held-out training images)",
+        help="simclr, simclr_cifar, moco, swav, byol, simsiam, mocov3, mocov3_vit, barlow or "
+        "vicreg: the official recipe, trained on random crops and flips (default: "
+        f"{FAST}, fitted on features, with the penalty chosen on held-out training images)",
     )
     _add_path(parser, "--workdir", "folder of a recipe's run (default: RUN/linear_RECIPE)")
 

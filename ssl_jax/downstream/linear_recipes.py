@@ -16,8 +16,8 @@ _MOCO_V3 = {
     "supervised": {"classifier_init": "normal_0.01"},
 }
 # Batch, length and optimizer of the methods' official codes for a linear classifier on ImageNet;
-# `lr` is for a batch of 256. Deviations: MoCo's, SwAV's and SimSiam's codes also train on the last,
-# smaller batch of an epoch; crops and flips are those of the run.
+# `lr` is for a batch of 256. Deviations: the codes in PyTorch also train on the last, smaller batch
+# of an epoch; crops and flips are those of the run.
 LINEAR_RECIPES: dict[str, dict[str, Any]] = {
     # google-research/simclr: weight decay 1e-6, of the bias as well, no warmup.
     "simclr": {
@@ -56,6 +56,20 @@ LINEAR_RECIPES: dict[str, dict[str, Any]] = {
         "count_steps": "images",
         "supervised": {"classifier_init": "haiku"},
         "optim": {**PLAIN_SGD, "nesterov": True, "lr": 0.2, "per_epoch": False},
+    },
+    # facebookresearch/barlowtwins
+    "barlow": {
+        "batch_size": 256,
+        "epochs": 100.0,
+        "supervised": {"classifier_init": "normal_0.01"},
+        "optim": {**PLAIN_SGD, "lr": 0.3, "weight_decay": 1e-6},
+    },
+    # facebookresearch/vicreg, the command of its README
+    "vicreg": {
+        "batch_size": 256,
+        "epochs": 100.0,
+        "supervised": {"classifier_init": "normal_0.01"},
+        "optim": {**PLAIN_SGD, "lr": 0.02, "weight_decay": 1e-6},
     },
     # facebookresearch/simsiam: LARC around SGD.
     "simsiam": {

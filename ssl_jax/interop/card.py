@@ -171,8 +171,10 @@ def _training(path: str | Path, weights: Weights) -> Iterator[str]:
     known = isinstance(temperature, int | float)
     yield f"- {f'Temperature {temperature:g}, seed' if known else 'Seed'} {config.seed}."
     optim = config.optim
+    others = optim.norm_bias_lr
+    rates = f"{optim.lr:g}{f', of biases and normalization {others:g}' if others else ''}"
     yield (
-        f"- {optim.name}, learning rate {optim.lr:g} ({optim.lr_scaling} scaling), "
+        f"- {optim.name}, learning rate {rates} ({optim.lr_scaling} scaling), "
         f"{optim.schedule}, {optim.warmup_epochs:g} epochs of warmup, "
         f"weight decay {optim.weight_decay:g}, {config.dtype}."
     )

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.config import Schedule, register_options
 from ssl_jax.errors import UserError, require_choice
+from ssl_jax.methods.barlow import BarlowTwins
 from ssl_jax.methods.base import Method
 from ssl_jax.methods.byol import BYOL
 from ssl_jax.methods.dino import DINO
@@ -19,6 +20,7 @@ from ssl_jax.methods.simsiam import SimSiam
 from ssl_jax.methods.supcon import SupCon
 from ssl_jax.methods.supervised import Supervised
 from ssl_jax.methods.swav import SwAV
+from ssl_jax.methods.vicreg import VICReg
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,8 @@ METHODS = {
     "dino": Entry(DINO, "DINO", "Caron et al., 2021", "2104.14294"),
     "mocov3": Entry(MoCoV3, "MoCo v3", "Chen, Xie & He, 2021", "2104.02057"),
     "supcon": Entry(SupCon, "SupCon", "Khosla et al., 2020", "2004.11362"),
+    "barlow": Entry(BarlowTwins, "Barlow Twins", "Zbontar et al., 2021", "2103.03230"),
+    "vicreg": Entry(VICReg, "VICReg", "Bardes et al., 2021", "2105.04906"),
     "supervised": Entry(Supervised, "Supervised"),
     "distill": Entry(Distill, "Distillation", "Chen et al., 2020", "2006.10029"),
 }

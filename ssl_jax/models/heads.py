@@ -40,6 +40,8 @@ class MLPHead(nn.Module):
       MoCo v3, predictor, ResNet     2       no           yes        no        none      torch
       MoCo v3, predictor, ViT        2       no           yes        no        no_affine torch
       SupCon                         2       yes          no         yes       none      torch
+      Barlow Twins                   3       no           yes        no        none      torch
+      VICReg                         3       yes          yes        no        none      torch
 
     lightly's and solo-learn's, all initialized as "torch"::
 
@@ -51,6 +53,8 @@ class MLPHead(nn.Module):
       BYOL, SwAV, solo-learn         2       yes          yes        yes       none
       SimSiam, projector, lightly    2       no           yes        no        full
       DINO, lightly                  2       no           yes        yes       none
+      Barlow Twins, lightly          2       no           yes        yes       none
+      Barlow, VICReg, solo-learn     3       yes          yes        yes       none
 
     Attributes:
       hidden: units per layer except the last; unused with one layer.

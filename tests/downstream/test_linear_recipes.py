@@ -28,6 +28,8 @@ from ssl_jax.step import assemble
         ("simsiam", 0.1, 4096, 90, True),
         ("mocov3", 0.1, 1024, 90, True),
         ("mocov3_vit", 3, 1024, 90, True),
+        ("barlow", 0.3, 256, 100, True),
+        ("vicreg", 0.02, 256, 100, True),
     ],
 )
 def test_linear_recipes_match_the_official_codes(run, recipe, rate, batch, epochs, per_epoch):
@@ -36,7 +38,8 @@ def test_linear_recipes_match_the_official_codes(run, recipe, rate, batch, epoch
     assert config.optim.lr_scaling == "linear" and config.optim.warmup_epochs == 0
     assert config.optim.momentum == 0.9 and config.optim.per_epoch == per_epoch
     assert config.optim.decay_norm_bias
-    assert config.optim.weight_decay == (1e-6 if recipe in ("simclr", "swav") else 0)
+    decayed = recipe in ("simclr", "swav", "barlow", "vicreg")
+    assert config.optim.weight_decay == (1e-6 if decayed else 0)
     assert config.optim.nesterov == (recipe in ("simclr", "simclr_cifar", "byol"))
     assert config.optim.name == ("larc" if recipe == "simsiam" else "sgd")
     assert config.optim.schedule == ("step" if recipe == "moco" else "cosine")

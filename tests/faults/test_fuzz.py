@@ -69,6 +69,7 @@ WORDS = [
     "swav",
     "byol",
     "simsiam",
+    "barlow",
     "supervised",
     "adam",
 ]

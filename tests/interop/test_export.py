@@ -210,6 +210,16 @@ def test_card_of_a_registered_method_has_its_temperature_if_numeric(tmp_path, va
     assert words in list(_training(tmp_path, Weights(config, {}, {}, 3)))
 
 
+def test_card_names_the_learning_rate_of_biases_if_it_is_another(tmp_path):
+    config = tiny_config(method="barlow")
+    config.optim.update(lr=0.2, warmup_epochs=10.0)
+    named = {0.0: "0.2 (linear", 0.0048: "0.2, of biases and normalization 0.0048 (linear"}
+    for rate, words in named.items():
+        config.optim.norm_bias_lr = rate
+        (line,) = (x for x in _training(tmp_path, Weights(config, {}, {}, 3)) if "warmup" in x)
+        assert line.startswith(f"- lars, learning rate {words}")
+
+
 def test_selective_kernels_are_not_exported_for_torch(selective, tmp_path, capsys):
     line = [
         "export",

@@ -115,6 +115,9 @@ HEADS = {
     "simsiam:solo": ("projector", "dense1 bn1 dense2 bn2 dense3-bias"),
     "dino:lightly": ("projector", "dense1 bn1 dense2-bias"),
     "dino:solo": ("projector", "dense1-bias dense2-bias dense3-bias"),
+    "barlow:lightly": ("projector", "dense1 bn1 dense2-bias"),
+    "barlow:solo": ("projector", "dense1-bias bn1 dense2-bias bn2 dense3-bias"),
+    "vicreg:solo": ("projector", "dense1-bias bn1 dense2-bias bn2 dense3-bias"),
     "swav:lightly": ("projector", "dense1 bn1 dense2-bias"),
     "swav:solo": ("projector", "dense1-bias bn1 dense2-bias"),
     "mocov3:solo": ("predictor", "dense1 bn1 dense2"),
@@ -193,7 +196,9 @@ def test_batch_stats_keep_the_target_leaves():
     assert any("target" in name for name in leaves(state["batch_stats"]))
 
 
-@pytest.mark.parametrize("method", ["simclr", "moco", "byol", "simsiam", "mocov3", "supcon"])
+@pytest.mark.parametrize(
+    "method", ["simclr", "moco", "byol", "simsiam", "mocov3", "barlow", "vicreg", "supcon"]
+)
 @pytest.mark.parametrize("sizes", [(8,), (8, 8, 8), (8, 6)])
 def test_two_view_methods_refuse_other_view_configs(method, sizes):
     config = method_config(method)

@@ -157,6 +157,8 @@ def plateau(config):
         "byol": 4.0,  # predictions and targets at right angles
         "simsiam": 0.0,
         "dino": np.log(config.dino.prototypes),
+        "barlow": config.barlow.out,
+        "vicreg": 0.99 * config.vicreg.variance_weight,
         "supervised": np.log(10),
         "mocov3": 4 * config.mocov3.temperature * np.log(batch),
         "supcon": np.log(2 * batch - 1) * config.supcon.temperature / 0.07,
@@ -171,6 +173,8 @@ DROP = {
     "byol": 1.0,
     "simsiam": 0.2,
     "dino": 0.2,
+    "barlow": 10.0,
+    "vicreg": 2.0,
     "supervised": 0.2,
     "mocov3": 0.2,
     "supcon": 0.5,

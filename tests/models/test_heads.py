@@ -28,6 +28,11 @@ HEADS = {
     ),
     "swav": ({"hidden_bias": True, "out_bias": True}, "dense1-bias bn1 relu dense2-bias"),
     "byol": ({"hidden_bias": True, "kernel_init": "haiku"}, "dense1-bias bn1 relu dense2"),
+    "barlow": ({"layers": 3}, "dense1 bn1 relu dense2 bn2 relu dense3"),
+    "vicreg": (
+        {"layers": 3, "hidden_bias": True},
+        "dense1-bias bn1 relu dense2-bias bn2 relu dense3",
+    ),
     "simsiam_projector": (
         {"layers": 3, "out_bias": True, "out_bn": "no_affine"},
         "dense1 bn1 relu dense2 bn2 relu dense3-bias bn3-none",

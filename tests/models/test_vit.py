@@ -162,7 +162,19 @@ def test_microbatched_gradients_equal_the_plain_steps():
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "method", ["moco", "swav", "byol", "simsiam", "mocov3", "dino", "supcon", "supervised"]
+    "method",
+    [
+        "moco",
+        "swav",
+        "byol",
+        "simsiam",
+        "mocov3",
+        "barlow",
+        "vicreg",
+        "dino",
+        "supcon",
+        "supervised",
+    ],
 )
 def test_steps_agree_between_1_and_8_devices_and_with_microbatches(method):
     config = method_config(method)

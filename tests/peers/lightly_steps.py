@@ -3,8 +3,9 @@
 `python lightly_steps.py METHOD ...` prints one line of JSON per method: the largest relative
 differences over ten steps of `configs/METHOD_cifar10.py:lightly` on the first two stages of a
 narrow ResNet. The lightly half follows its CIFAR-10 benchmark, with its own networks, losses and
-EMA, and torch's optimizers. MoCo v3 and SupCon, which lightly doesn't have, are written from the
-papers here, on lightly's networks and with the optimizer of its benchmark.
+EMA, and torch's optimizers. VICReg isn't in that benchmark: it has Barlow Twins' settings there.
+MoCo v3 and SupCon, which lightly doesn't have, are written from the papers here, on lightly's
+networks and with the optimizer of its benchmark.
 """
 
 import copy
@@ -27,7 +28,14 @@ from loss import tolerate_missing_operators  # noqa: E402
 
 tolerate_missing_operators()
 import torch  # noqa: E402
-from lightly.loss import DINOLoss, NegativeCosineSimilarity, NTXentLoss, SwaVLoss  # noqa: E402
+from lightly.loss import (  # noqa: E402
+    BarlowTwinsLoss,
+    DINOLoss,
+    NegativeCosineSimilarity,
+    NTXentLoss,
+    SwaVLoss,
+    VICRegLoss,
+)
 from lightly.models import ResNetGenerator, utils  # noqa: E402
 from lightly.models.batchnorm import SplitBatchNorm  # noqa: E402
 from lightly.models.modules import heads  # noqa: E402
@@ -42,6 +50,7 @@ from ssl_jax.step import assemble, init_state, make_train_step  # noqa: E402
 
 STEPS, PER_EPOCH, BATCH, SIDE, SMALL_SIDE, WIDTH = 10, 2, 32, 8, 6, 1 / 8
 FEATURES, HIDDEN, OUT, SPLITS, QUEUE, PROTOTYPES = 16, 24, 16, 8, 128, 24
+WIDE = 40  # more than images in a batch
 # Of lightly's resnet-9, without the last two stages: compiling takes most of the time.
 STAGES[6] = (1, 1)
 SMALL = {
@@ -53,6 +62,9 @@ SMALL = {
     "dino": {"dino.hidden": HIDDEN, "dino.out": OUT, "dino.prototypes": PROTOTYPES},
     "mocov3": {"mocov3.hidden": HIDDEN, "mocov3.out": OUT, "mocov3.temperature": 0.2},
     "supcon": {"supcon.hidden": FEATURES, "supcon.out": OUT},
+    "barlow": {"barlow.hidden": HIDDEN, "barlow.out": WIDE},
+    "vicreg": {"method": "vicreg", "vicreg.hidden": HIDDEN, "vicreg.out": WIDE}
+    | {"vicreg.hidden_bias": False, "vicreg.out_bias": True},
 }
 # The official recipe on the tiny network, with lightly's head and loss and torch's AdamW; its
 # schedules are shorter.
@@ -102,6 +114,8 @@ class Lightly:
             "byol": NegativeCosineSimilarity,
             "simsiam": NegativeCosineSimilarity,
             "swav": SwaVLoss,
+            "barlow": BarlowTwinsLoss,
+            "vicreg": VICRegLoss,
             "dino": lambda: DINOLoss(PROTOTYPES),
             "dino_official": lambda: DINOLoss(PROTOTYPES, 0.04, 0.07, 3),
         }.get(method, nn.Identity)()
@@ -151,6 +165,11 @@ class Lightly:
                     (HIDDEN, OUT, nn.BatchNorm1d(OUT, affine=False), None),
                 ]
             )
+        if method == "barlow":
+            hidden = (FEATURES, HIDDEN, nn.BatchNorm1d(HIDDEN), nn.ReLU())
+            return heads.ProjectionHead([hidden, (HIDDEN, WIDE, None, None)])
+        if method == "vicreg":
+            return heads.VICRegProjectionHead(FEATURES, HIDDEN, WIDE)
         kind, hidden = {
             "simclr": (heads.SimCLRProjectionHead, FEATURES),
             "moco": (heads.MoCoProjectionHead, FEATURES),
@@ -172,6 +191,8 @@ class Lightly:
 
     def simclr(self, views, shuffles):
         return self.criterion(*map(self.project, views))
+
+    barlow = vicreg = simclr
 
     def moco(self, views, shuffles):
         self.move_target()
@@ -359,11 +380,10 @@ class Ours:
             "eval.probe=False",
         ]
         changes += ["max_nonfinite_steps=0", f"epochs={STEPS // PER_EPOCH}"]
-        file = f"{'simclr' if method in FROM_PAPERS else method}_cifar10.py:lightly"
-        if method == "dino_official":
-            file = "dino_imagenet.py:vit_small"
-        elif method in FROM_PAPERS:
-            changes += [f"method={method}"]
+        official = method == "dino_official"
+        file = {"vicreg": "barlow", **dict.fromkeys(FROM_PAPERS, "simclr")}.get(method, method)
+        file = "dino_imagenet.py:vit_small" if official else f"{file}_cifar10.py:lightly"
+        changes += [f"method={method}"] * (method in FROM_PAPERS)
         config = load_config(str(ROOT / "configs" / file), changes)
         config.dtype = "float64"
         for view in config.views.values():

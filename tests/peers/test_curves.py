@@ -16,6 +16,7 @@ LOSSES = {
     "moco": (0, np.log(65) + 1),
     "byol": (-1, 1),
     "simsiam": (-1, 1),
+    "barlow": (0, 1e5),
     "swav": (np.log(512) - 1, np.log(512) + 1),
 }
 

@@ -1,0 +1,19 @@
+"""VICReg on scikit-learn's digits, minutes on a CPU.
+
+Paper: Bardes et al., 2021, arXiv:2105.04906, scaled down. Cost: 800 steps, as many as
+`simclr_digits`. Deviations: `recipes.digits_config`; a projector of 512, AdamW.
+"""
+
+from ml_collections import ConfigDict
+
+from ssl_jax.recipes import digits_config
+
+
+def get_config() -> ConfigDict:
+    """Returns the config."""
+    config = digits_config()
+    config.method = "vicreg"
+    config.vicreg.update(hidden=512, out=512)
+    config.optim.update(name="adamw", lr=1e-3, lr_scaling="none")
+    config.optim.update(weight_decay=0.05, decay_norm_bias=False)
+    return config
