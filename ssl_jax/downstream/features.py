@@ -14,7 +14,13 @@ from ml_collections import ConfigDict
 from ssl_jax.config import apply_overrides
 from ssl_jax.data.labels import common_targets, targets_of
 from ssl_jax.data.registry import Images
-from ssl_jax.data.sources import Source, labeled, make_sources, require_labels, require_targets
+from ssl_jax.data.sources import (
+    Source,
+    labeled,
+    make_sources,
+    require_labels,
+    require_measurable,
+)
 from ssl_jax.errors import UserError, install_extra
 from ssl_jax.evals.evaluator import Evaluator
 from ssl_jax.evals.knn import knn_votes
@@ -197,10 +203,9 @@ def run_features(
 
 def _labeled(train: Source, test: Source | None, multi_label: bool) -> tuple[Source, Source | None]:
     """The labeled images; those of several classes each are all kept."""
-    if multi_label and (targets_of(train) or targets_of(test)):
-        require_targets(train, test)
+    (require_measurable if multi_label else require_labels)(train, test)
+    if targets_of(train):
         return train, test
-    require_labels(train, test)
     return labeled(train), test and labeled(test)
 
 
