@@ -33,7 +33,7 @@ from ssl_jax.downstream.classifier import (
     is_overridden,
     train_classifier,
 )
-from ssl_jax.downstream.features import SEEN, linear_metrics, run_features
+from ssl_jax.downstream.features import SEEN, linear_metrics, require_channels, run_features
 from ssl_jax.downstream.keeping import result_name, results_of, source_of
 from ssl_jax.errors import UserError, did_you_mean, require_choice
 from ssl_jax.evals.linear import METRICS
@@ -46,7 +46,7 @@ from ssl_jax.evals.results import (
     write_result,
 )
 from ssl_jax.files import local_path, own_folder, reading, writing
-from ssl_jax.interop.load import newest_step, weights_fingerprint
+from ssl_jax.interop.load import config_at, newest_step, weights_fingerprint
 from ssl_jax.recipes import set_channels
 from ssl_jax.run.nonfinite import NonFiniteError
 
@@ -329,6 +329,7 @@ class _Job:
         try:
             for pair, chosen in itertools.product(grid, (False, True)):
                 self.trial(*pair, chosen)  # refuses links
+            require_channels(config_at(self.path), self.data_set.overrides)
             configs = [self.config(*pair, _HELD_OUT) for pair in grid] or [self.config(0.0, 0.0)]
             config = configs[0]
             config.data.validation = 0.0
