@@ -328,6 +328,12 @@ def validate(config: ConfigDict) -> None:
         )
     if config.steps == 0 and config.epochs == 0:
         raise UserError("config.epochs and config.steps are both 0. Set one of them.")
+    if config.data.label_separator and config.data.name != "paths":
+        raise UserError(
+            f"config.data.label_separator is '{config.data.label_separator}', but only the labels "
+            f"of a list of images are separated, and config.data.name is '{config.data.name}'. Set "
+            "config.data.label_separator= or config.data.name=paths."
+        )
     if not config.views:
         raise UserError("config.views is empty. Add at least one view.")
     if config.method == "swav" and len(flat_views(config)) < 2:

@@ -647,6 +647,10 @@ _METHODS: Group = {
         ),
         "projector_layer": Key(0, "SimCLR projector layers kept below the classifier", AT_LEAST_0),
         "projector_hidden": Key(0, "Width of those layers; 0: the encoder's width", AT_LEAST_0),
+        "sigmoid": Key(
+            False,
+            "A sigmoid per class instead of a softmax; set if images have several labels each",
+        ),
     },
     "distill": {
         "teacher": Key("", "Workdir of the supervised run that is the teacher", affects="results"),

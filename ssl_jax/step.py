@@ -153,7 +153,12 @@ def batch_shapes(
     """
     raw: dict[str, Any] = {"id": jax.ShapeDtypeStruct((n,), jnp.int32)}
     if labeled:
-        raw["label"] = jax.ShapeDtypeStruct((n,), jnp.int32)
+        several = config.method == "supervised" and config.supervised.sigmoid
+        raw["label"] = (
+            jax.ShapeDtypeStruct((n, config.data.num_classes), jnp.int8)
+            if several
+            else jax.ShapeDtypeStruct((n,), jnp.int32)
+        )
     if cropped:
         dtype = jnp.float32 if is_float(config.data.bits, config.data.range) else jnp.uint8
         shapes = [view_shape(config, view) for view in flat_views(config)]

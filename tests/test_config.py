@@ -188,6 +188,33 @@ def test_defaults_are_within_their_bounds_and_choices():
         assert key.doc, name
 
 
+@pytest.mark.parametrize(
+    ("key", "allowed"),
+    [
+        ("views.*.crop.area", False),  # (low, high)
+        ("views.*.blur.sigma", False),
+        ("views.*.size", False),
+        ("data.range", True),  # the default: all values
+        ("eval.labels_per_class", True),  # none is measured
+    ],
+)
+def test_empty_tuple_is_refused_unless_it_has_a_meaning(key, allowed):
+    if allowed:
+        schema_keys()[key].require(key, ())
+        return
+    with pytest.raises(UserError, match=re.escape(f"{key} is (): write")):
+        schema_keys()[key].require(key, ())
+
+
+@pytest.mark.parametrize("name", ["folder", "packed", "records", "tfds", "hf", "digits"])
+def test_separator_of_labels_is_refused_where_nothing_is_separated(name):
+    flags = [f"data.name={name}", "data.label_separator=;"]
+    words = f"config.data.label_separator is ';', but .* config.data.name is '{name}'. Set"
+    with pytest.raises(UserError, match=words):
+        apply_overrides(default_config(), flags)
+    apply_overrides(default_config(), ["data.name=paths", flags[1]])
+
+
 def test_values_that_would_fail_late_are_refused():
     for key, value in (
         ("eval.interpolation", "foo"),

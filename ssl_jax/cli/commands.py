@@ -460,8 +460,8 @@ def _add_data(parser: Parser) -> None:
         "pack",
         _prepare_data,
     )
-    images = "image folder, one subfolder per class or flat"
-    _add_path(pack, "folder", images)
+    images = "image folder, one subfolder per class or flat; or a list of images (.csv, .tsv, .txt)"
+    _add_path(pack, "images", images)
     _add_path(pack, "out", "file to write", metavar="FILE.npz")
     pack.add_argument(
         "--channels", type=int, default=3, help="config.data.channels of the runs (default: 3)"
@@ -474,7 +474,7 @@ def _add_data(parser: Parser) -> None:
         "convert",
         _prepare_data,
     )
-    convert.add_argument("folder", help=images)
+    convert.add_argument("images", help=images)
     convert.add_argument("out", help="folder to write, on disk or in a bucket")
     convert.add_argument(
         "--shards",
@@ -482,13 +482,20 @@ def _add_data(parser: Parser) -> None:
         default=0,
         help="number of files to write (default: 0, files of about 128 MiB)",
     )
+    for each in (pack, convert):
+        keys = (("image", "paths"), ("label", "labels, or '' for none"))
+        for name, what in keys:
+            text = f"column of a .csv or .tsv list with the {what} (default: {name})"
+            each.add_argument(f"--{name}-key", default=name, metavar="COLUMN", help=text)
+        text = "text between the classes of an image in that column, such as ';'"
+        each.add_argument("--label-separator", default="", metavar="TEXT", help=text)
 
 
 def _prepare_data(args: argparse.Namespace) -> None:
-    if "://" not in str(args.folder) and not local_path(args.folder).is_dir():
-        missing = "is not a folder" if local_path(args.folder).exists() else "doesn't exist"
+    if "://" not in str(args.images) and not local_path(args.images).exists():
         raise UserError(
-            f"{args.folder} {missing}: name a folder of images.{close_path(args.folder)}"
+            f"{args.images} doesn't exist: name a folder or a list of images."
+            f"{close_path(args.images)}"
         )
 
 

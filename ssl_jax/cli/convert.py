@@ -2,9 +2,11 @@
 
 import argparse
 
+from ssl_jax.data.image_list import Columns
 from ssl_jax.data.records import convert
 
 
 def run(args: argparse.Namespace) -> None:
     """Converts image files to a few large files."""
-    print(f"{args.out}: {convert(args.folder, args.out, args.shards):,} images")
+    columns = Columns(args.image_key, args.label_key, args.label_separator, flags=True)
+    print(f"{args.out}: {convert(args.images, args.out, args.shards, columns):,} images")

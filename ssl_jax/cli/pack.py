@@ -2,9 +2,11 @@
 
 import argparse
 
+from ssl_jax.data.image_list import Columns
 from ssl_jax.data.packed import pack
 
 
 def run(args: argparse.Namespace) -> None:
     """Packs small images into one file."""
-    print(f"{args.out}: {pack(args.folder, args.out, args.channels):,} images")
+    columns = Columns(args.image_key, args.label_key, args.label_separator, flags=True)
+    print(f"{args.out}: {pack(args.images, args.out, args.channels, columns):,} images")

@@ -35,6 +35,7 @@ _FILLED_IN = (
     "data.num_classes: 0 ->",
     "model.vit.image_size: 0 ->",
     "supervised.projector_hidden: 0 ->",
+    "supervised.sigmoid: False ->",
     # The teacher's networks.
     *("distill.depth:", "distill.width:", "distill.sk:", "distill.stem:", "distill.padding:"),
     *("distill.project_first:", "distill.projector_layer:", "distill.projector_hidden:"),

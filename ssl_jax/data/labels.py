@@ -119,7 +119,7 @@ def listed(values: Sequence[str], separator: str) -> tuple[Int8[np.ndarray, "n c
 
     Args:
       values: names of each image's classes; "" for an image of no class. A name that begins with
-        "?" is unknown or difficult in that image.
+        "?" is unknown or difficult in that image, unless the image has it without "?", too.
       separator: between names; spaces around them are ignored.
 
     Returns:
@@ -131,7 +131,7 @@ def listed(values: Sequence[str], separator: str) -> tuple[Int8[np.ndarray, "n c
     columns = {name: column for column, name in enumerate(names)}
     targets = np.zeros((len(values), len(names)), np.int8)
     for target, row in zip(targets, each, strict=True):
-        for name in row:
+        for name in sorted(row, key=lambda name: not name.startswith(UNKNOWN)):  # the known last
             target[columns[name.removeprefix(UNKNOWN)]] = -1 if name.startswith(UNKNOWN) else 1
     return targets, names
 

@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 
 from ssl_jax.data.arrays import ArraySource
 from ssl_jax.data.decode import ChannelsError, decode
-from ssl_jax.data.listing import IMAGES_IN_WORDS, list_images, read_image, require_packed
+from ssl_jax.data.image_list import FLAGS, Columns, list_or_folder
+from ssl_jax.data.listing import IMAGES_IN_WORDS, read_image, require_packed
 from ssl_jax.data.values import MAX_CHANNELS
 from ssl_jax.errors import UserError, counted
 from ssl_jax.files import local_path, open_regular, reading, writing_output
@@ -16,32 +17,35 @@ from ssl_jax.files import local_path, open_regular, reading, writing_output
 _KEYS = {"images", "labels", "class_names"}
 
 
-def pack(folder: str | Path, out: str | Path, channels: int = 3) -> int:
-    """Packs the images of a folder into one file for `config.data.name = "packed"`.
+def pack(images: str | Path, out: str | Path, channels: int = 3, columns: Columns = FLAGS) -> int:
+    """Packs images into one file for `config.data.name = "packed"`.
 
     Args:
-      folder: one subfolder per class, or flat; all images have the same size, such as CIFAR's.
+      images: a folder, one subfolder per class or flat, or a list, see `read_list`; all images have
+        the same size, such as CIFAR's.
       out: the file to write, an uncompressed `.npz` with "images" uint8 [N, H, W, C], or uint16 if
         the first image has more than 8 bits, "labels" int32 [N] (-1 for an image without a label;
-        empty without classes) and "class_names".
+        empty without classes) or `Targets.values`, int8 [N, classes], and "class_names".
       channels: C, `config.data.channels` of the runs.
+      columns: how a list is read.
 
     Returns:
       The number of images, N.
 
     Raises:
-      UserError: as `list_images`, an image can't be decoded or differs in size, channels or bits,
-        or the file can't be written. No file is left behind.
+      UserError: as `list_or_folder`, an image can't be decoded or differs in size, channels or
+        bits, or the file can't be written. No file is left behind.
     """
     out = local_path(out)
     if out.suffix != ".npz":
         raise UserError(f"The output file is {out}. Give it a name that ends in .npz.")
-    files, labels, class_names = list_images(str(folder), "the folder to pack")
+    found = list_or_folder(str(images), "the folder or list to pack", columns)
+    files = found.files
     if not 1 <= channels <= MAX_CHANNELS:
         raise UserError(f"--channels is {channels}. Set it to 1 to {MAX_CHANNELS}.")
     first = _decode(files[0], channels)
-    images = np.empty((len(files), *first.shape), first.dtype)
-    for row, file in zip(images, files, strict=True):
+    pixels = np.empty((len(files), *first.shape), first.dtype)
+    for row, file in zip(pixels, files, strict=True):
         image = _decode(file, channels)
         if image.dtype != first.dtype:
             raise UserError(
@@ -51,18 +55,15 @@ def pack(folder: str | Path, out: str | Path, channels: int = 3) -> int:
             )
         if image.shape != first.shape:
             raise UserError(
-                f"{file} has {image.shape[1]}×{image.shape[0]} pixels and {files[0]} has "
-                f"{first.shape[1]}×{first.shape[0]}, but packed images must have the same size. "
+                f"{file} has {image.shape[0]}×{image.shape[1]} pixels and {files[0]} has "
+                f"{first.shape[0]}×{first.shape[1]}, but packed images must have the same size. "
                 "Resize them, or set config.data.name to 'folder'."
             )
         row[...] = image
+    labels = found.label_array if found.label_names else np.zeros(0, np.int32)
+    names = np.array(found.label_names, str)
     with writing_output(out) as temporary, temporary.open("wb") as handle:
-        np.savez(
-            handle,
-            images=images,
-            labels=np.array(labels or [], np.int32),
-            class_names=np.array(class_names, str),
-        )
+        np.savez(handle, images=pixels, labels=labels, class_names=names)
     return len(files)
 
 

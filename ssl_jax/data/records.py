@@ -1,8 +1,8 @@
 """Image files copied into a few ArrayRecord files, which file systems and buckets read faster.
 
-Each record is the unchanged bytes of one image file. `index.npz` holds the labels, the file names
-and the number of records per shard, so that a run starts without opening all shards. It is written
-last: a folder without it is incomplete.
+Each record is the unchanged bytes of one image file. `index.npz` holds the labels, int32 [n] or of
+several classes per image int8 [n, classes], the file names and the number of records per shard, so
+that a run starts without opening all shards. It is written last: a folder without it is incomplete.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from ssl_jax.data.host import HostSource, contents_fingerprint
-from ssl_jax.data.labels import NO_LABEL, checked_labels
-from ssl_jax.data.listing import list_images, read_image
+from ssl_jax.data.image_list import FLAGS, Columns, list_or_folder
+from ssl_jax.data.labels import NO_LABEL, checked_labels, checked_targets, is_multi_label
+from ssl_jax.data.listing import read_image
 from ssl_jax.data.reader import in_parallel
 from ssl_jax.data.tensorflow import array_record_data_source, array_record_module, tf
 from ssl_jax.errors import UserError, first_line
@@ -35,35 +36,36 @@ _READERS = 64  # parallel reads, which hide the latency of a disk or a bucket
 _KEYS = {"shards", "counts", "label", "names", "class_names"}
 
 
-def convert(folder: str, out: str, num_shards: int = 0) -> int:
-    """Copies the image files of a folder, unchanged, into ArrayRecord shards.
+def convert(images: str, out: str, num_shards: int = 0, columns: Columns = FLAGS) -> int:
+    """Copies image files, unchanged, into ArrayRecord shards.
 
     Args:
-      folder: one subfolder per class, or flat, as for `config.data.name = "folder"`.
+      images: a folder, one subfolder per class or flat, as for `config.data.name = "folder"`; or a
+        list, see `read_list`.
       out: the folder to write, local or in a bucket (gs://...); it must not hold records yet.
       num_shards: number of files to write; 0 for files of about 128 MiB.
+      columns: how a list is read.
 
     Returns:
       The number of images.
 
     Raises:
-      UserError: as `list_images`; a negative number of shards; `out` already holds records; a file
-        can't be read or written.
+      UserError: as `list_or_folder`; a negative number of shards; `out` already holds records; a
+        file can't be read or written.
     """
     if num_shards < 0:
         raise UserError(f"The number of shards is {num_shards}: use 1 or more, or 0 to choose it.")
     out = _expanded(out)
-    files, labels, class_names = list_images(folder, "the folder to convert")
+    found = list_or_folder(images, "the folder or list to convert", columns)
+    files = found.files
     with reading(out, CHECK_PATH, tf.errors.OpError):
         exists = tf.io.gfile.exists(_join(out, _INDEX))
     if exists:
         raise UserError(f"{out} already holds records. Choose another folder, or remove it.")
-    with reading(folder):
+    with reading(images):
         num_shards = min(num_shards or _default_shards(files), len(files))
     shards = [f"{i:05d}-of-{num_shards:05d}.array_record" for i in range(num_shards)]
     chunks = np.array_split(np.arange(len(files)), num_shards)
-    root = local_path(folder)  # once: it looks the path up
-    names = [os.path.relpath(file, root) for file in files]
     # ArrayRecord's errors are RuntimeErrors.
     with writing(out, "or choose another folder", RuntimeError, tf.errors.OpError):
         tf.io.gfile.makedirs(out)
@@ -74,9 +76,9 @@ def convert(folder: str, out: str, num_shards: int = 0) -> int:
             _join(out, _INDEX),
             shards=np.array(shards),
             counts=np.array([len(chunk) for chunk in chunks]),
-            label=np.array(labels or [NO_LABEL] * len(files), np.int32),
-            names=np.frombuffer(os.fsencode("\0".join(names)), np.uint8),
-            class_names=np.array(class_names, str),
+            label=found.label_array,
+            names=np.frombuffer(os.fsencode("\0".join(found.names)), np.uint8),
+            class_names=np.array(found.label_names, str),
         )
     return len(files)
 
@@ -107,11 +109,14 @@ class RecordsSource(HostSource):
             config, num_examples, identity, lambda id: sampled[np.array([id])][0]
         )
         super().__init__(config, f"config.data.{key} ({folder})", num_examples, fingerprint)
-        labels, self.class_names = checked_labels(
-            index["label"], index["class_names"], num_examples, _join(folder, _INDEX)
-        )
-        self.num_classes, self.labels_from = len(self.class_names), _join(folder, _INDEX)
-        self._labels = index["label"].astype(np.int32) if labels is None else labels
+        self.labels_from, labels = _join(folder, _INDEX), None
+        given = (index["label"], index["class_names"], num_examples, self.labels_from)
+        if is_multi_label(index["label"]):
+            self._targets = checked_targets(*given)
+        else:
+            labels, self.class_names = checked_labels(*given)
+        self.num_classes = len(self.class_names)
+        self._labels = np.full(num_examples, NO_LABEL, np.int32) if labels is None else labels
         self._names = names
         self._records = ArrayRecords(parts)
 

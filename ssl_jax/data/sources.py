@@ -213,8 +213,8 @@ def why_not_scored(train: Source, test: Source | None, *, learned: bool = True) 
     if targets_of(train if learned else test):
         return (
             "The images have several labels each, so there is no accuracy of one class per image. "
-            "Mean average precision is measured by `ssl-jax linear` and `ssl-jax "
-            "transfer --no-finetune`; for anything else, give one label per image."
+            "Mean average precision is measured by `ssl-jax linear`, `ssl-jax finetune` and "
+            "`ssl-jax transfer`; for anything else, give one label per image."
         )
     if test is None:
         reasons.append("there are no held-out images")
@@ -275,6 +275,21 @@ def require_targets(train: Source, test: Source | None) -> None:
     """
     if why := why_no_mean_ap(train, test):
         raise UserError(why)
+
+
+def require_measurable(train: Source, test: Source | None) -> None:
+    """Refuses data on which a classifier can't be measured.
+
+    Images of several classes are measured by average precision, see `require_targets`; others by
+    accuracy, see `require_labels`.
+
+    Raises:
+      UserError: names what is missing, and the fix.
+    """
+    if targets_of(train) or targets_of(test):
+        require_targets(train, test)
+    else:
+        require_labels(train, test)
 
 
 def stratified_subset(

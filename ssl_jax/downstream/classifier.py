@@ -22,7 +22,7 @@ from ssl_jax.config import (
     view_size,
 )
 from ssl_jax.data.registry import Images
-from ssl_jax.data.sources import Source, make_sources, require_labels
+from ssl_jax.data.sources import Source, make_sources, require_labels, require_measurable
 from ssl_jax.evals.results import measured_with, read_result
 from ssl_jax.files import local_path
 from ssl_jax.interop.load import config_at, newest_step
@@ -124,14 +124,18 @@ def train_classifier(
       test: the held-out images to `train`, if any.
 
     Returns:
-      The state, and `classification_metrics` of the held-out images on the primary process; None on
-      other processes, and if SIGTERM stopped the run.
+      The state, and the metrics of the held-out images on the primary process,
+      `classification_metrics` or, of several labels per image, `multi_label_metrics`; None on other
+      processes, and if SIGTERM stopped the run.
 
     Raises:
       UserError: bad input, or no labels to train or evaluate on; raised before training.
     """
     splits = make_sources(config, train, test)
-    require_labels(*splits, learned=config.method != "distill" or config.distill.labels > 0)
+    if config.method == "distill":
+        require_labels(*splits, learned=config.distill.labels > 0)
+    else:
+        require_measurable(*splits)
     run = pretrain(config, workdir, command, train=train, test=test, verbosity=verbosity)
     state, held_out = run.state, splits[1]
     # A run that was stopped during its evaluation lacks the last file, or has an earlier one's.
@@ -150,11 +154,17 @@ def loss_warning(workdir: str | Path) -> str:
     workdir = local_path(workdir)
     config = read_config(workdir)
     losses = [r["loss"] for r in read_metrics(workdir / "metrics.jsonl") if "loss" in r]
-    classes = config.data.num_classes
-    if not losses or losses[-1] <= math.log(classes):  # neither if it is NaN
+    several, classes = config.supervised.sigmoid, config.data.num_classes
+    equal = math.log(2 if several else classes)
+    if not losses or losses[-1] <= equal:  # neither if it is NaN
         return ""
+    what = (
+        "a probability of 0.5 per class"
+        if several
+        else f"equal probabilities for {classes} classes"
+    )
     return (
-        f"warning: the last training loss is {losses[-1]:.4g}, and that of equal probabilities for "
-        f"{classes} classes {math.log(classes):.4g}, so the classifier has learned nothing. Lower "
+        f"warning: the last training loss is {losses[-1]:.4g}, and that of {what} {equal:.4g}, so "
+        "the classifier has learned nothing. Lower "
         f"--config.optim.lr (now {config.optim.lr:g}), or train longer, in a new --workdir."
     )

@@ -14,8 +14,14 @@ from ml_collections import ConfigDict
 from ssl_jax.config import apply_overrides
 from ssl_jax.data.labels import common_targets, targets_of
 from ssl_jax.data.registry import Images
-from ssl_jax.data.sources import Source, labeled, make_sources, require_labels, require_targets
-from ssl_jax.errors import UserError, install_extra
+from ssl_jax.data.sources import (
+    Source,
+    labeled,
+    make_sources,
+    require_labels,
+    require_measurable,
+)
+from ssl_jax.errors import UserError, counted, install_extra
 from ssl_jax.evals.evaluator import Evaluator
 from ssl_jax.evals.knn import knn_votes
 from ssl_jax.evals.linear import PENALTIES, fit_linear, fit_multi_label
@@ -168,8 +174,10 @@ def run_features(
         or an override is bad or doesn't change features; raised before anything is computed.
     """
     overrides = tuple(overrides)
-    config = apply_overrides(trained := config_at(path), overrides)
-    _require_seen(config, overrides, trained.data.channels)
+    trained = config_at(path)
+    require_channels(trained, overrides)
+    config = apply_overrides(trained, overrides)
+    _require_seen(config, overrides)
     if projector_layer is not None:
         config.eval.projector_layer = projector_layer
     learned, held_out = make_sources(config, train, test)
@@ -198,10 +206,9 @@ def run_features(
 
 def _labeled(train: Source, test: Source | None, multi_label: bool) -> tuple[Source, Source | None]:
     """The labeled images; those of several classes each are all kept."""
-    if multi_label and (targets_of(train) or targets_of(test)):
-        require_targets(train, test)
+    (require_measurable if multi_label else require_labels)(train, test)
+    if targets_of(train):
         return train, test
-    require_labels(train, test)
     return labeled(train), test and labeled(test)
 
 
@@ -222,13 +229,28 @@ def _names(source: Source) -> list[str]:
     return source.names(np.arange(source.num_examples))
 
 
-def _require_seen(config: ConfigDict, overrides: Iterable[str], channels: int) -> None:
+def require_channels(trained: ConfigDict, overrides: Iterable[str]) -> None:
+    """Refuses images of another number of channels than those that an encoder was trained on.
+
+    Args:
+      trained: config of the encoder's run.
+      overrides: strings `a.b=VALUE` that name other data.
+
+    Raises:
+      UserError: naming both numbers.
+    """
+    for override in overrides:
+        key, _, channels = override.partition("=")
+        if key == "data.channels" and channels.strip() != str(trained.data.channels):
+            raise UserError(
+                f"config.data.channels is {channels}, but the encoder was trained on images of "
+                f"{counted(trained.data.channels, 'channel')}. Use images of that number of "
+                "channels."
+            )
+
+
+def _require_seen(config: ConfigDict, overrides: Iterable[str]) -> None:
     """Refuses keys that have no effect or would change the trained network."""
-    if config.data.channels != channels:
-        raise UserError(
-            f"config.data.channels is {config.data.channels}, but the encoder was trained on "
-            f"images of {channels}. Use images of that number of channels."
-        )
     first = sorted(config.views)[0]
     seen = (*SEEN, *(f"views.{first}.{key}" for key in _SEEN_OF_VIEW))
     for override in overrides:

@@ -34,7 +34,8 @@ def finetune_config(
 
     Args:
       path: the run's workdir.
-      labels: share of the training images that is labeled, the same number of each class.
+      labels: share of the training images that is labeled, the same number of each class; of
+        images with several labels each, sampled without regard to classes.
       projector_layer: number of hidden projector layers that are kept; default, as in SimCLR v2, 1
         on part of the labels for a SimCLR run whose projector has three layers, else 0.
       overrides: strings `a.b=VALUE`, as on the command line.
@@ -79,7 +80,7 @@ def finetune(
       overrides: strings `a.b=VALUE`.
 
     Returns:
-      `classification_metrics` of the held-out images; {} where `train_classifier` has None.
+      Metrics of the held-out images, see `train_classifier`; {} where that has None.
 
     Raises:
       UserError: bad input.

@@ -14,11 +14,19 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from ssl_jax.config import apply_overrides, default_config, run_schedule
 from ssl_jax.data.labels import targets_of
-from ssl_jax.data.sources import held_out_ids, make_sources, require_labels, require_targets
+from ssl_jax.data.sources import (
+    Source,
+    Subset,
+    held_out_ids,
+    make_sources,
+    require_measurable,
+    why_no_mean_ap,
+)
 from ssl_jax.downstream.classifier import (
     PLAIN_SGD,
     derived_config,
@@ -26,7 +34,7 @@ from ssl_jax.downstream.classifier import (
     overridden,
     train_classifier,
 )
-from ssl_jax.downstream.features import SEEN, linear_metrics, run_features
+from ssl_jax.downstream.features import SEEN, linear_metrics, require_channels, run_features
 from ssl_jax.downstream.keeping import result_name, results_of, source_of
 from ssl_jax.errors import UserError, did_you_mean, require_choice
 from ssl_jax.evals.linear import METRICS
@@ -39,7 +47,7 @@ from ssl_jax.evals.results import (
     write_result,
 )
 from ssl_jax.files import local_path, own_folder, reading, writing
-from ssl_jax.interop.load import newest_step, weights_fingerprint
+from ssl_jax.interop.load import config_at, newest_step, weights_fingerprint
 from ssl_jax.recipes import set_channels
 from ssl_jax.run.nonfinite import NonFiniteError
 
@@ -270,6 +278,27 @@ def table(rows: Sequence[Row]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in lines]
 
 
+def _require_held_out(train: Source) -> int:
+    """The number of training images on which settings are chosen.
+
+    Raises:
+      UserError: there are none, or none of a class that the other images have.
+    """
+    count = train.num_examples
+    held = held_out_ids(train.labels, count, _HELD_OUT)
+    rest = np.setdiff1d(np.arange(count), held)
+    if (
+        not len(held)
+        or targets_of(train)
+        and why_no_mean_ap(Subset(train, rest), Subset(train, held))
+    ):
+        raise UserError(
+            "The classes are too small to hold a tenth out. Fine-tune with one rate "
+            "and one decay, so that there is nothing to choose."
+        )
+    return len(held)
+
+
 @dataclasses.dataclass
 class _Job:
     """Transfer of a run's encoder to one dataset."""
@@ -301,26 +330,17 @@ class _Job:
         try:
             for pair, chosen in itertools.product(grid, (False, True)):
                 self.trial(*pair, chosen)  # refuses links
+            require_channels(config_at(self.path), self.data_set.overrides)
             configs = [self.config(*pair, _HELD_OUT) for pair in grid] or [self.config(0.0, 0.0)]
             config = configs[0]
             config.data.validation = 0.0
             train, test = make_sources(config)
             self.fingerprints = (train.fingerprint, test.fingerprint if test else "")
             self._require_metric(bool(targets_of(train) or targets_of(test)))
-            if targets_of(train) and not grid:
-                require_targets(train, test)
-            else:
-                require_labels(train, test)
+            require_measurable(train, test)
             if not grid:
                 return
-            held_out = 0
-            if len(grid) > 1:
-                held_out = len(held_out_ids(train.labels, train.num_examples, _HELD_OUT))
-                if not held_out:
-                    raise UserError(
-                        "The classes are too small to hold a tenth out. Fine-tune with one rate "
-                        "and one decay, so that there is nothing to choose."
-                    )
+            held_out = _require_held_out(train) if len(grid) > 1 else 0
             schedule = run_schedule(config, train.num_examples - held_out)
         except UserError as error:
             raise UserError(f"{self.data_set.name}: {error}") from error

@@ -34,6 +34,7 @@ from ssl_jax.evals.features import extract_features, padded_batches
 from ssl_jax.evals.knn import knn_classify
 from ssl_jax.evals.linear import few_label_accuracies, fit_multi_label, linear_probe
 from ssl_jax.evals.metrics import classification_metrics
+from ssl_jax.evals.multi_label import mean_average_precision, multi_label_metrics
 from ssl_jax.evals.pictures import PICTURES, image_names, retrieval_pictures, view_grid
 from ssl_jax.evals.results import (
     BASELINE,
@@ -100,7 +101,7 @@ class Evaluator:
           UserError: the features of both splits can't fit in the primary process's memory.
         """
         self.config, self.train, self.test = config, train, test
-        self._several, self.not_scored = _scored(train, test)
+        self._several, self.not_scored = _scored(train, test, config.eval.linear_images)
         self._held_out = test.fingerprint if test is not None else ""
         self._progress = progress or Progress(verbosity="warnings")
         self._method = method = make_method(config, Schedule(1, 1))
@@ -128,7 +129,9 @@ class Evaluator:
 
         # The run's own classifier, if it trains one.
         self._needs_labels = method.needs_labels
+        self._sigmoid = config.method == "supervised" and config.supervised.sigmoid
         classified = method.classifies and test is not None and test.num_classes > 0
+        classified |= self._sigmoid and not why_no_mean_ap(train, test)
         self._classifier = tuple(method.networks) if classified else ()
         self._classify = _gathered(spmd, classify)
         self._encode, self._small = _gathered(spmd, encode), _gathered(spmd, small)
@@ -194,8 +197,8 @@ class Evaluator:
           images. If both splits have labels, "knn", the accuracy of weighted kNN on the held-out
           split, "knn_online" of the online network if the target is evaluated, and
           "probe_accuracy" if there is an online probe, which is the online network's.
-          "test_accuracy" of the run's own classifier. Images without a label are neither neighbors
-          nor scored.
+          "test_accuracy" of the run's own classifier, or "test_mean_ap" of one of several classes
+          per image. Images without a label are neither neighbors nor scored.
         """
         accuracy = self._classifier_accuracy(state)
         if self._beside and not self.not_scored:
@@ -226,9 +229,9 @@ class Evaluator:
 
     def logits(self, state: Any) -> Float[np.ndarray, "n c"]:
         """Logits of labeled held-out images by the run's own classifier, on the primary process."""
-        return self._extract(
-            self._classify, _variables(state, self._classifier), self._labeled_test
-        )
+        scored = self.test if self._sigmoid else self._labeled_test
+        assert scored is not None
+        return self._extract(self._classify, _variables(state, self._classifier), scored)
 
     def _online_accuracy(self, state: Any) -> dict[str, float]:
         """Accuracies of the online network beside the target; 0 without the features."""
@@ -296,8 +299,17 @@ class Evaluator:
         if not self._classifier:
             return {}
         logits = self.logits(state)
+        if self._sigmoid:
+            precision = self._mean_ap(logits) if len(logits) else 0.0
+            return {"test_mean_ap": precision}
         correct = logits.argmax(axis=1) == self._labeled_test.labels if len(logits) else [0.0]
         return {"test_accuracy": float(np.mean(correct))}
+
+    def _mean_ap(self, logits: Float[np.ndarray, "n c"]) -> float:
+        """Mean average precision of the run's own classifier, over classes of both splits."""
+        learned, test = _both_targets(self.train, self.test)
+        kept = np.flatnonzero(learned.counts[: logits.shape[1]])
+        return mean_average_precision(logits[:, kept], test.values[:, kept])
 
     def view_grid(self, state: Any) -> UInt8[np.ndarray, "rows columns 3"]:
         """Draws some images with the views that the first step makes of them."""
@@ -418,9 +430,7 @@ class Evaluator:
 
     def _targets(self) -> tuple[Targets, Targets]:
         """Targets of the training images that classifiers learn from, and of the held-out ones."""
-        train, test = targets_of(self.train), targets_of(self.test)
-        assert train is not None and test is not None
-        train, test = common_targets(train, test)
+        train, test = _both_targets(self.train, self.test)
         return train.of(fixed_sample(len(train.values), self.config.eval.linear_images)), test
 
     def _several_row(self, name: str, train: np.ndarray, test: np.ndarray) -> Row:
@@ -453,7 +463,10 @@ class Evaluator:
             return
         logits = self.logits(state)
         if processes.is_primary():
-            measured = classification_metrics(logits, np.asarray(self._labeled_test.labels))
+            if self._sigmoid:
+                measured = _precisions(logits, *_both_targets(self.train, self.test))
+            else:
+                measured = classification_metrics(logits, np.asarray(self._labeled_test.labels))
             with writing(workdir):
                 write_result(workdir, "classifier", "the run's own classifier", measured)
 
@@ -538,12 +551,43 @@ class Evaluator:
         return [np.asarray(view) for view in batch["views"]]
 
 
-def _scored(train: Source, test: Source | None) -> tuple[bool, str]:
-    """Whether average precision is measured, and why accuracies are not, or ""."""
+def _scored(train: Source, test: Source | None, sampled: int) -> tuple[bool, str]:
+    """Whether average precision is measured, and why accuracies are not, or ""; see `_targets`."""
     if not several_labels(train, test):
         return False, why_not_scored(train, test)
     missing = why_no_mean_ap(train, test)
+    if not missing and why_no_mean_ap(_sample(train, sampled), test):
+        missing = (
+            f"No class has an image both among the {sampled:,} training images that the linear "
+            "probe learns from and in the held-out images, so there is no average precision. Raise "
+            "config.eval.linear_images."
+        )
     return not missing, missing or _SEVERAL
+
+
+def _sample(source: Source, most: int) -> Source:
+    return Subset(source, fixed_sample(source.num_examples, most))
+
+
+def _both_targets(train: Source, test: Source | None) -> tuple[Targets, Targets]:
+    """Targets of both splits, with the same classes: first those of the training images."""
+    learned, held_out = targets_of(train), targets_of(test)
+    assert learned is not None and held_out is not None
+    return common_targets(learned, held_out)
+
+
+def _precisions(logits: Float[np.ndarray, "n c"], train: Targets, test: Targets) -> dict[str, Any]:
+    """`multi_label_metrics` of a classifier, without classes that it has no image of to learn.
+
+    Args:
+      logits: of the training images' classes.
+      train: targets of the training images, from `_both_targets`.
+      test: of the held-out images.
+    """
+    scores = np.zeros(test.values.shape, np.float32)
+    scores[:, : logits.shape[1]] = logits
+    skipped = np.flatnonzero(train.counts == 0)
+    return multi_label_metrics(scores, test.values, test.names, skipped=skipped)
 
 
 def _require_memory(images: int, width: int) -> None:

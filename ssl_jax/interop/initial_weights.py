@@ -151,6 +151,12 @@ def _resolve_teacher(config: ConfigDict) -> None:
             f"{encoder_name(source.model)}, but only a ResNet can be distilled: use the run of a "
             "ResNet; the student may be any encoder."
         )
+    if source.method == "supervised" and source.supervised.sigmoid:
+        raise UserError(
+            f"The teacher in {config.distill.teacher} (config.distill.teacher) has a sigmoid per "
+            "class, for images with several labels each, but a student learns a softmax over the "
+            "classes: fine-tune a teacher on one label per image."
+        )
     config.distill.update(resnet.architecture(source.model))
     kept = source.supervised if source.method == "supervised" else dict.fromkeys(_PROJECTOR_KEYS, 0)
     config.distill.update({key: kept[key] for key in _PROJECTOR_KEYS})

@@ -8,6 +8,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
+from ssl_jax.config import flat_views, view_size
 from ssl_jax.interop.torch_names import from_torch_layout, to_torch_layout
 from ssl_jax.interop.weights import Pytree
 from ssl_jax.models.vit import image_size, sincos_positions
@@ -70,7 +71,8 @@ def vit_to_torch(params: Pytree, config: ConfigDict) -> dict[str, np.ndarray]:
 
     Args:
       params: of the encoder.
-      config: of the run. Fixed positions are written as a table, which timm learns.
+      config: of the run. Fixed positions are written as a table, which timm learns, for images of
+        the first view's size: timm interpolates the table for others, where we compute it.
 
     Returns:
       float32 arrays in PyTorch's layout.
@@ -87,12 +89,21 @@ def vit_to_torch(params: Pytree, config: ConfigDict) -> dict[str, np.ndarray]:
         found[f"{layer}.{leaf}".replace("/", ".")] = to_torch_layout(value)
     options = config.model.vit
     if options.positions == "sincos":
+        rows, columns = (size // options.patch for size in _table_size(config))
         side = image_size(config) // options.patch
-        table = np.asarray(sincos_positions((side, side), side, options.width), np.float32)[None]
+        table = np.asarray(sincos_positions((rows, columns), side, options.width), np.float32)[None]
         if options.pool == "class" and not options.registers:
             table = np.concatenate([np.zeros_like(table[:, :1]), table], axis=1)
         found["pos_embed"] = table
     return found
+
+
+def _table_size(config: ConfigDict) -> tuple[int, int]:
+    """Height and width of the images that an exported table of positions belongs to."""
+    if config.model.vit.positions == "sincos":
+        return view_size(flat_views(config)[0])
+    side = image_size(config)
+    return side, side
 
 
 def timm_arguments(config: ConfigDict) -> tuple[str, dict[str, Any]]:
@@ -102,9 +113,10 @@ def timm_arguments(config: ConfigDict) -> tuple[str, dict[str, Any]]:
       A name that timm knows, and arguments that replace those of the name; without `num_classes`.
     """
     options = config.model.vit
+    height, width = _table_size(config)
     name = f"vit_{_TIMM.get((options.width, options.depth), 'base')}_patch16_224"
     arguments = {
-        "img_size": image_size(config),
+        "img_size": height if height == width else (height, width),
         "patch_size": options.patch,
         "embed_dim": options.width,
         "depth": options.depth,

@@ -195,7 +195,7 @@ def _grid(
     count: int, extras: set[int], patch: int, given: int, timm: Mapping[str, Any], path: Path
 ) -> tuple[int, int]:
     """The number of other tokens that have positions, and the side of the grid of patches."""
-    options = {}
+    options, named = {}, _timm_size(timm, path)
     for extra in sorted(extras):
         side = math.isqrt(max(count - extra, 0))
         if side and side * side == count - extra:
@@ -207,7 +207,7 @@ def _grid(
             f"without {besides} of them for other tokens, they are not those of a square image."
         )
     sizes = " or ".join(str(side * patch) for side in options.values())
-    known = given or _timm_size(timm) if len(options) > 1 else given
+    known = given or named if len(options) > 1 else given
     fitting = {extra: side for extra, side in options.items() if side * patch == known}
     if given and not fitting:
         raise UserError(
@@ -222,10 +222,17 @@ def _grid(
     return next(iter(options.items()))
 
 
-def _timm_size(timm: Mapping[str, Any]) -> int:
+def _timm_size(timm: Mapping[str, Any], path: Path) -> int:
     """The size of the images in timm's `config.json`; 0 if it has none."""
     arguments, known = (timm.get(key) for key in ("model_args", "pretrained_cfg"))
     size = arguments.get("img_size") if isinstance(arguments, dict) else None
+    if isinstance(size, list) and size:
+        if len(set(map(str, size))) > 1:
+            raise UserError(
+                f"{path} is not a supported ViT: its positions are those of images of {size} "
+                "pixels (model_args in config.json), which are not square."
+            )
+        size = size[0]
     if size is None and isinstance(known, dict):
         shape = known.get("input_size")
         size = shape[-1] if isinstance(shape, list) and shape else None

@@ -36,7 +36,8 @@ from ssl_jax.optim import role_labels
 
 _IMAGE_KEYS = 0x1D  # no number that a method folds into its key
 Pytree = Any
-# "views", a tuple of [n, H, W, C] float32; "id" [n]; for labeled data "label" [n], -1 for none.
+# "views", a tuple of [n, H, W, C] float32; "id" [n]; for labeled data "label" [n], -1 for none, or
+# for a method that takes them the rows of `Targets.values`, [n, classes].
 Batch = dict[str, Any]
 
 
@@ -59,6 +60,7 @@ class Method:
     frozen: tuple[str, ...] = ()  # networks whose batch statistics never change
     needs_labels = False  # whether the loss uses labels
     keeps_unlabeled = False  # whether a loss with labels also uses images without one
+    takes_targets = False  # whether these may be rows of several classes, "label" int8 [n, classes]
     classifies = False  # whether it trains a classifier and implements `classify`
 
     def __init__(
@@ -344,10 +346,10 @@ class Method:
         """Averages a local mean over devices."""
         return x if self.axis_name is None else jax.lax.pmean(x, self.axis_name)
 
-    def label_weights(self, label: Int[Array, " n"]) -> Float[Array, " n"]:
-        """Weights of examples in losses: 0 without a label (-1), else equal.
+    def label_weights(self, label: Int[Array, "n *c"]) -> Float[Array, "n *c"]:
+        """Weights of labels in losses: 0 where there is none (-1), else equal.
 
-        Their mean over the global batch is 1, or 0 if no example has a label.
+        Their mean over the global batch is 1, or 0 if there is no label.
         """
         has_label = (label >= 0).astype(jnp.float32)
         share = self.mean(jnp.mean(has_label))

@@ -1,4 +1,14 @@
-"""Supervised cross-entropy: the baseline with all labels, fine-tuning, linear evaluation."""
+"""Supervised cross-entropy: the baseline with all labels, fine-tuning, linear evaluation.
+
+With one label y per image, the loss is -log softmax(z)_y of the logits z, averaged over labeled
+images and views. With several labels per image (`config.supervised.sigmoid`), classes are
+independent, as in the one-vs-rest classifiers of PASCAL VOC: with targets t of 0 and 1, it is
+
+    -t log sigmoid(z) - (1 - t) log(1 - sigmoid(z)),
+
+averaged over views and over all pairs of an image and a class whose target is known: the mean over
+classes, not their sum.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int
 
 from ssl_jax.errors import UserError
@@ -65,11 +76,12 @@ class Supervised(ClassifierMethod):
     """
 
     needs_labels = True
+    takes_targets = True
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         options, classes = self.config.supervised, self.config.data.num_classes
-        if classes < 2:
+        if classes < (1 if options.sigmoid else 2):
             lack = "are all of one class" if classes else "have no labels"
             raise UserError(
                 f"config.method is '{self.config.method}', but the training images {lack}. "
@@ -117,8 +129,11 @@ class Supervised(ClassifierMethod):
     def loss(
         self, params: Pytree, outputs: dict[str, Array], state: Pytree, batch: Batch, step: Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """Computes the cross-entropy with the labels, averaged over labeled images and views."""
+        """Computes the cross-entropy with the labels; the module's docstring has the averages."""
         weights = self.label_weights(batch["label"])
+        if self.config.supervised.sigmoid:
+            loss = sigmoid_cross_entropy(outputs["logits"], batch["label"], weights)
+            return self.mean(loss), {}
         loss, correct = cross_entropy(outputs["logits"], batch["label"], weights)
         return self.mean(loss), {"train_accuracy": self.mean(correct)}
 
@@ -157,6 +172,15 @@ def evaluate_networks(
         x = networks[name].apply(variables, x, train=False)
         outputs.append(x)
     return outputs
+
+
+def sigmoid_cross_entropy(
+    logits: Float[Array, "n v c"], targets: Int[Array, "n c"], weights: Float[Array, "n c"]
+) -> Array:
+    """Returns the weighted mean over examples, views and classes of binary cross-entropies."""
+    known = jnp.maximum(targets, 0).astype(jnp.float32)[:, None]
+    losses = optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), known)
+    return jnp.mean(weights[:, None] * losses)
 
 
 def cross_entropy(

@@ -17,10 +17,12 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from ssl_jax.config import Schedule, flat_views, run_schedule
+from ssl_jax.data.labels import targets_of
 from ssl_jax.data.sources import make_sources
 from ssl_jax.errors import UserError, first_line
 from ssl_jax.files import read_regular, reading
 from ssl_jax.interop.initial_weights import resolve_initial_weights
+from ssl_jax.methods import method_class
 from ssl_jax.plan.chips import BETWEEN_HOSTS, EXAMPLES, GPUS_PER_HOST, Topology, require_compiler
 from ssl_jax.plan.flops import jaxpr_flops, model_flops
 from ssl_jax.plan.fused import Cost, fused_cost
@@ -39,11 +41,19 @@ _HOP_S = 1e-6  # latency of a hop between neighboring chips (Google, "How to Sca
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The training set as a plan needs it: its size, and the arrays in device memory."""
+    """The training set as a plan needs it: its size, and the arrays in device memory.
+
+    Attributes:
+      images: Their number.
+      classes: Number of classes of the labels; 0 without labels.
+      device_data: Shapes of the arrays.
+      several: Whether the method learns several labels per image.
+    """
 
     images: int
     classes: int
     device_data: dict[str, Any]
+    several: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,9 +210,10 @@ def describe_data(config: ConfigDict, images: int = 0) -> Data:
         name: jax.ShapeDtypeStruct((images or len(array), *array.shape[1:]), array.dtype)
         for name, array in source.device_data().items()
     }
-    return Data(
-        images or source.num_examples, config.data.num_classes or source.num_classes, shapes
-    )
+    targets = targets_of(source) if method_class(config.method).takes_targets else None
+    classes = source.num_classes if targets is None else len(targets.names)
+    count = images or source.num_examples
+    return Data(count, config.data.num_classes or classes, shapes, targets is not None)
 
 
 def program_of(
@@ -215,6 +226,7 @@ def program_of(
     """
     config = ConfigDict(config.to_dict())
     config.data.num_classes = data.classes
+    config.supervised.sigmoid |= data.several
     resolve_initial_weights(config)
     spmd = make_spmd(devices=devices, batch_size=config.batch_size, microbatch=config.microbatch)
     schedule = run_schedule(config, data.images)

@@ -369,7 +369,7 @@ def _original_column(samples: Samples) -> list[_Cell]:
         tall, wide = samples.sizes[row]
         lines = _lines([samples.labels[row]], _HEAD, width)
         name, id = samples.names[row], str(samples.ids[row])
-        lines += _lines([f"image {id}, {wide}x{tall}", *[name] * (name != id)], _GRAY, width)
+        lines += _lines([f"image {id}, {tall}x{wide}", *[name] * (name != id)], _GRAY, width)
         cells.append(_Cell(lines, np.asarray(image), outlines=tuple(outlines)))
     width = max(_COLUMN, *(cell.width for cell in cells))
     return [_heading("original", "outlines of its views", _NOTE.color, width), *cells]
@@ -377,7 +377,7 @@ def _original_column(samples: Samples) -> list[_Cell]:
 
 def _view_column(view: View, color: str) -> list[_Cell]:
     tall, wide = view.pixels.shape[1:3]
-    size = str(tall) if tall == wide else f"{wide}x{tall}"
+    size = str(tall) if tall == wide else f"{tall}x{wide}"
     zoom = _zoom(max(tall, wide))
     width = max(zoom * wide + 2 * _EDGE, _COLUMN)
     scale = f", enlarged {zoom}x" if zoom > 1 else ""

@@ -44,6 +44,7 @@ CHARTS: dict[str, tuple[str, str, Callable[[Curve], str], str]] = {
     "knn_online": ("kNN accuracy, online network", "accuracy, %", _best, "percent"),
     "probe_accuracy": ("Online probe, held out", "accuracy, %", _best, "percent"),
     "test_accuracy": ("Classifier accuracy, held out", "accuracy, %", _best, "percent"),
+    "test_mean_ap": ("Classifier mAP, held out", "mAP, %", _best, "percent"),
     "embedding_std": ("Spread of embeddings", "std, 1 = evenly spread", _ends, "zero"),
     "rankme": ("RankMe", "effective rank of features", _ends, "zero"),
     "images_per_s": ("Throughput", "images per second", _median, "zero"),

@@ -171,7 +171,7 @@ def run_steps(run: Run, state: TrainState, stop: processes.Stop) -> tuple[TrainS
     setup, config, total = run.setup, run.setup.config, run.setup.schedule.total_steps
     evaluate_every = setup.schedule.every(config.eval.knn_every_epochs)
     save_every = setup.schedule.every(config.checkpoint.every_epochs)
-    step, first, place = run.start, run.start + 1, setup.spmd.place_batch
+    step, first, place = run.start, run.start + 1, setup.place_batch
     metrics: dict[str, jax.Array] = {}
     unlogged: dict[str, jax.Array] | None = None
     if run.owes_evaluation(evaluate_every):

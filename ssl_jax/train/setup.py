@@ -1,8 +1,11 @@
 """What a run is built from: devices, data, schedule and train step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Int, Int8
 from ml_collections import ConfigDict
 
 from ssl_jax.config import from_json, require_fitting_range, run_schedule, to_json
@@ -13,6 +16,7 @@ from ssl_jax.data.sources import Source, bits_of, labeled, make_sources
 from ssl_jax.errors import UserError
 from ssl_jax.interop.initial_weights import resolve_initial_weights
 from ssl_jax.methods import method_class
+from ssl_jax.methods.base import Method
 from ssl_jax.run.wandb import require_wandb
 from ssl_jax.spmd import make_spmd
 from ssl_jax.step import Program
@@ -70,17 +74,9 @@ class Setup:
         self.rows = self.spmd.local_indices(config.batch_size)
         self.program = Program(config, self.schedule, self.spmd)
         self.method = self.program.method
-        if self.method.needs_labels and self.train.num_classes == 0:
-            raise UserError(
-                f"config.method is '{config.method}', but the training images have no labels. Use "
-                "a folder with one subfolder per class."
-            )
-        classes = self.test.num_classes if self.test else 0
-        if self.method.classifies and classes > config.data.num_classes:
-            raise UserError(
-                f"The held-out images are of {classes} classes, but the classifier has "
-                f"{config.data.num_classes}. Use two splits of one dataset."
-            )
+        several = self.method.takes_targets and targets_of(self.train) is not None
+        self._targets = _targets_by_id(self.train) if several else None
+        _require_fitting_labels(config, self.method, self.train, self.test)
         optim = config.optim
         # A loss may start at its value for constant outputs and leave it as the rate warms up.
         patience = max(self.schedule.every(max(1.0, optim.warmup_epochs)), optim.frozen_steps)
@@ -89,16 +85,59 @@ class Setup:
         if self.method.custom_encoder:
             self.derived["encoder"] = self.method.custom_encoder
 
+    def place_batch(self, batch: dict[str, Any]) -> Any:
+        """Puts a batch of the source on the devices, with its targets if the method takes them."""
+        if self._targets is not None:
+            batch = {**batch, "label": self._targets(batch["id"])}
+        return self.spmd.place_batch(batch)
+
+
+def _require_fitting_labels(
+    config: ConfigDict, method: Method, train: Source, test: Source | None
+) -> None:
+    """Refuses images without the labels that a method needs, and more classes than it has."""
+    targets = targets_of(train) if method.takes_targets else None
+    if method.needs_labels and targets is None and train.num_classes == 0:
+        raise UserError(
+            f"config.method is '{config.method}', but the training images have no labels. Use "
+            "a folder with one subfolder per class."
+        )
+    classes = test.num_classes if test else 0
+    if method.classifies and classes > config.data.num_classes:
+        raise UserError(
+            f"The held-out images are of {classes} classes, but the classifier has "
+            f"{config.data.num_classes}. Use two splits of one dataset."
+        )
+
+
+def _targets_by_id(
+    source: Source,
+) -> Callable[[Int[np.ndarray, " n"]], Int8[np.ndarray, "n c"]]:
+    """A function from ids to `Targets.values` of a source whose images have several labels each."""
+    known: tuple[int, Any] = (-1, None)
+
+    def of(ids: Int[np.ndarray, " n"]) -> Int8[np.ndarray, "n c"]:
+        nonlocal known
+        if known[0] != len(source.bad):  # an unreadable image has the labels of its replacement
+            bad, targets = len(source.bad), targets_of(source)
+            assert targets is not None
+            known = bad, targets.values
+        rows: np.ndarray = known[1][ids]
+        return rows
+
+    return of
+
 
 def _require_one_label(config: ConfigDict, train: Source) -> None:
     """Refuses images of several classes for a method whose loss needs one class per image."""
-    needs_labels = method_class(config.method).needs_labels
-    needs_labels |= config.method == "distill" and config.distill.labels > 0
-    if needs_labels and targets_of(train):
+    method = method_class(config.method)
+    needs_one = method.needs_labels and not method.takes_targets
+    needs_one |= config.method == "distill" and config.distill.labels > 0
+    if needs_one and targets_of(train):
         raise UserError(
             f"config.method is '{config.method}', but the training images have several labels "
-            "each, and its loss needs one class per image. Give one label per image, or "
-            "evaluate with `ssl-jax linear` or `ssl-jax transfer --no-finetune`."
+            "each, and its loss needs one class per image. Give one label per image, or train on "
+            "several with the method 'supervised' or `ssl-jax finetune`."
         )
 
 
@@ -116,12 +155,26 @@ def resolve(config: ConfigDict, train: Source, started: ConfigDict | None = None
     config = from_json(to_json(config))
     config.data.bits = config.data.bits or bits_of(train)
     require_fitting_range(config)
-    if config.data.num_classes == 0:
-        config.data.num_classes = train.num_classes
-    elif train.num_classes > config.data.num_classes:
-        raise UserError(
-            f"config.data.num_classes is {config.data.num_classes}, but the training images are of "
-            f"{train.num_classes} classes. Set it to {train.num_classes}, or to 0."
-        )
+    _resolve_classes(config, train)
     resolve_initial_weights(config, started)
     return config
+
+
+def _resolve_classes(config: ConfigDict, train: Source) -> None:
+    """Sets the number of classes, and whether the classifier has a sigmoid for each."""
+    targets = targets_of(train) if method_class(config.method).takes_targets else None
+    classes = train.num_classes if targets is None else len(targets.names)
+    given = config.data.num_classes
+    if classes > given > 0 or targets is not None and given not in (0, classes):
+        raise UserError(
+            f"config.data.num_classes is {given}, but the training images are of {classes} "
+            f"classes. Set it to {classes}, or to 0."
+        )
+    config.data.num_classes = given or classes
+    if targets is not None:
+        config.supervised.sigmoid = True
+    elif config.supervised.sigmoid:
+        raise UserError(
+            "config.supervised.sigmoid is True, but only a classifier of images with several "
+            "labels each has a sigmoid per class, and is given it. Leave the key out."
+        )

@@ -128,10 +128,10 @@ def _values(config: ConfigDict) -> str:
 
 
 def _sizes(source: Source) -> str:
-    """Width and height of the images, of a sample of a source that reads files."""
+    """Height and width of the images, of a sample of a source that reads files."""
     ids = np.linspace(0, source.num_examples - 1, min(_SAMPLED, source.num_examples))
-    sizes = sorted({(w, h) for h, w in source.image_sizes(ids.astype(int)).tolist()})
-    ends = [f"{w}×{h}" for w, h in sizes[:: max(1, len(sizes) - 1)]]
+    sizes = sorted({(h, w) for h, w in source.image_sizes(ids.astype(int)).tolist()})
+    ends = [f"{h}×{w}" for h, w in sizes[:: max(1, len(sizes) - 1)]]
     return f"{' to '.join(ends) or 'unreadable'} px"
 
 
@@ -148,7 +148,11 @@ def data_warnings(setup: Setup) -> list[str]:
     if train.num_classes == 1:
         found.append(f"warning: {why_not_scored(train, setup.test)}")
     classes = setup.config.data.num_classes
-    if setup.config.method == "supervised" and classes > train.num_classes:
+    if (
+        setup.config.method == "supervised"
+        and classes > train.num_classes
+        and not targets_of(train)
+    ):
         found.append(
             f"warning: the classifier has {classes:,} outputs (config.data.num_classes) for "
             f"{train.num_classes:,} classes. Set config.data.num_classes=0 for one per class."
@@ -285,6 +289,7 @@ def evaluation_line(setup: Setup, step: int, measured: dict[str, float]) -> str:
         "knn": "kNN",
         "knn_online": "online network",
         "test_accuracy": "top-1",
+        "test_mean_ap": "mAP",
         "probe_accuracy": "online probe",
     }
     for key, name in names.items():

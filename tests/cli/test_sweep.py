@@ -39,6 +39,7 @@ def runs(monkeypatch):
         overrides = [a.removeprefix("--config.") for a in arguments if a.startswith("--config.")]
         config = load_config(CONFIG.partition("=")[2], overrides)
         config.data.num_classes = 10  # filled in
+        config.supervised.sigmoid = True  # the same
         started.append(workdir.name)
         if codes.get(workdir.name) is None:
             workdir.mkdir(parents=True, exist_ok=True)

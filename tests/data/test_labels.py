@@ -1,5 +1,7 @@
 """The check of labels and class names that come from outside."""
 
+import types
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from ssl_jax.data.labels import (
     checked_labels,
     checked_targets,
     common_targets,
+    is_multi_label,
     listed,
     of_lists,
     require_same_classes,
@@ -97,6 +100,8 @@ def test_labels_with_a_column_per_class_are_targets(dtype):
         ([[0, 1], [2, 0], [0, 0]], (), "label 2 .image 1, class 0"),
         ([[0.5, 1]] * 3, (), "dtype float64"),
         ([[0, 1]] * 3, ("a", "a"), "2 columns but 1 different"),
+        ([[0, 1]] * 3, ("a", "b", "b"), "2 columns but 2 different class names in a list of 3"),
+        ([[5]] * 3, (), r"For one label per image, give labels\[:, 0\]"),
     ],
 )
 def test_wrong_targets_raise_user_error(labels, names, message):
@@ -104,10 +109,22 @@ def test_wrong_targets_raise_user_error(labels, names, message):
         arrays(labels, names)
 
 
+def test_ragged_labels_are_refused():
+    ragged = [[0, 1], [1], [0, 0]]
+    images = np.zeros((3, 4, 4, 3), np.uint8)
+    with pytest.raises(UserError, match="The labels are lists of different lengths. Give a row of"):
+        ArraySource(images, ragged)
+    own = types.SimpleNamespace(labels=ragged)
+    with pytest.raises(UserError, match="The labels are lists of different lengths"):
+        is_multi_label(own.labels)
+
+
 def test_lists_of_classes_become_targets():
     targets, names = listed(["dog; cat", "", "?dog;emu"], ";")
     assert names == ["cat", "dog", "emu"]
     assert targets.tolist() == [[1, 1, 0], [0, 0, 0], [0, -1, 1]]
+    for cell in ("dog;?dog", "?dog;dog"):  # a plain and a difficult one in the same image
+        assert listed([cell], ";")[0].tolist() == [[1]]
     assert of_lists([[1], None, []], 2).tolist() == [[0, 1], [-1, -1], [0, 0]]
 
 

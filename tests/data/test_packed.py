@@ -9,6 +9,7 @@ from PIL import Image
 from tiny import tiny_config
 
 from ssl_jax.cli.main import main
+from ssl_jax.data import image_list
 from ssl_jax.data.decode import decode
 from ssl_jax.data.packed import pack
 from ssl_jax.data.sources import make_sources
@@ -52,7 +53,7 @@ def test_flat_folder_packs_without_labels(folder, tmp_path):
 
 def test_images_of_two_sizes_raise_user_error_and_leave_no_file(folder, tmp_path):
     Image.new("RGB", (9, 8)).save(folder / "dog" / "2.png")
-    with pytest.raises(UserError, match="dog/2.png has 9×8 pixels .* must have the same size"):
+    with pytest.raises(UserError, match="dog/2.png has 8×9 pixels .* must have the same size"):
         pack(folder, tmp_path / "out.npz")
     assert not list(tmp_path.glob("out*"))
 
@@ -218,3 +219,60 @@ def test_labels_with_a_column_per_class_are_read_from_a_packed_file(tmp_path):
     assert source.targets.names == ("cat", "dog") and source.targets.values.all()
     with pytest.raises(UserError, match=r"labels of shape \[3, 0\]"):
         make_sources(packed_config(dir=str(tmp_path / "0.npz")))
+
+
+def listed_folder(folder):
+    """A list of the images with up to two classes each, and its targets."""
+    cells = ["cat;dog", "?dog", "", "dog", "cat", "dog;?cat"]
+    files = sorted(folder.rglob("*.png"))
+    rows = [f"{file.relative_to(folder)},{cell}" for file, cell in zip(files, cells, strict=True)]
+    (folder / "list.csv").write_text("\n".join(["path,kinds", *rows]))
+    return folder / "list.csv", [[1, 1], [0, -1], [0, 0], [0, 1], [1, 0], [-1, 1]]
+
+
+FLAGS = ("--image-key=path", "--label-key=kinds", "--label-separator=;")
+
+
+def test_list_with_several_labels_per_image_is_packed(folder, tmp_path, capsys):
+    file, targets = listed_folder(folder)
+    out = tmp_path / "several.npz"
+    assert main(["data", "pack", str(file), str(out), *FLAGS]) == 0
+    assert "6 images" in capsys.readouterr().out
+    source = make_sources(packed_config(dir=str(out)))[0]
+    assert source.targets.names == ("cat", "dog") and source.labels is None
+    assert source.targets.values.tolist() == targets
+    pack(folder, tmp_path / "one.npz")
+    single = make_sources(packed_config(dir=str(tmp_path / "one.npz")))[0]
+    np.testing.assert_array_equal(source.images, single.images)
+    # A damaged label is named when the file is read.
+    with np.load(out) as arrays:
+        wrong = {**arrays, "labels": np.where(np.arange(2) == 1, 7, arrays["labels"])}
+    np.savez(out, **wrong)
+    with pytest.raises(UserError, match=r"several.npz\) has the label 7 \(image 0, class 1\)"):
+        make_sources(packed_config(dir=str(out)))
+
+
+def test_list_with_one_label_per_image_is_packed(folder, tmp_path):
+    file, _ = listed_folder(folder)
+    columns = image_list.Columns("path", "kinds", flags=True)
+    pack(file, tmp_path / "one.npz", columns=columns)
+    source = make_sources(packed_config(dir=str(tmp_path / "one.npz")))[0]
+    assert source.targets is None and source.labels.tolist() == [2, 0, -1, 3, 1, 4]
+    assert source.class_names == ("?dog", "cat", "cat;dog", "dog", "dog;?cat")
+    plain = folder / "list.txt"
+    plain.write_text("dog/1.png\ncat/0.png\n")
+    assert pack(plain, tmp_path / "plain.npz") == 2
+    assert make_sources(packed_config(dir=str(tmp_path / "plain.npz")))[0].labels is None
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_flags_of_lists_are_refused_with_a_folder(folder, tmp_path, capsys, flag):
+    assert main(["data", "pack", str(folder), str(tmp_path / "out.npz"), flag]) == 2
+    name, value = flag.split("=")
+    assert f"{name} is '{value}', but {folder} is not a list of images" in capsys.readouterr().err
+
+
+def test_column_that_a_list_lacks_is_named_by_its_flag(folder, tmp_path, capsys):
+    file, _ = listed_folder(folder)
+    assert main(["data", "pack", str(file), str(tmp_path / "out.npz")]) == 2
+    assert "--image-key is 'image', which is not a column of" in capsys.readouterr().err

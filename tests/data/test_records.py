@@ -302,3 +302,26 @@ def test_records_in_a_bucket_are_read_one_by_one(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="Cannot read gs://bucket/records/00003-of-00003"):
             bucket[np.array([3, 13])]
         server.shutdown()
+
+
+def test_list_with_several_labels_per_image_is_converted(tmp_path):
+    images, folder = fill(tmp_path / "images"), tmp_path / "records"
+    names = sorted(str(file.relative_to(images)) for file in images.rglob("*.png"))
+    cells = ["cat;dog", "", "?cat; emu", *["dog"] * 9]
+    rows = ["image,label", *(f"{name},{cell}" for name, cell in zip(names, cells, strict=True))]
+    (images / "list.csv").write_text("\n".join(rows))
+    line = ["data", "convert", str(images / "list.csv"), str(folder), "--shards=2"]
+    assert main([*line, "--label-separator=;"]) == 0
+    source = source_of(folder)
+    expected = source_of(images / "list.csv", "paths", label_separator=";")
+    assert source.targets.names == expected.targets.names == ("cat", "dog", "emu")
+    np.testing.assert_array_equal(source.targets.values, expected.targets.values)
+    assert source.targets.values[2].tolist() == [-1, 0, 1] and source.labels is None
+    assert source.names(range(12)) == names
+    np.testing.assert_array_equal(source.eval_transform([7]), expected.eval_transform([7]))
+    with np.load(folder / "index.npz") as index:
+        wrong = {**index, "label": np.where(np.arange(3) == 1, 7, index["label"])}
+    assert source_of(folder).fingerprint == source.fingerprint
+    np.savez(folder / "index.npz", **wrong)
+    with pytest.raises(UserError, match=r"index.npz has the label 7 \(image 0, class 1\) among"):
+        source_of(folder)

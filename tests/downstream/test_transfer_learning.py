@@ -10,10 +10,12 @@ from encoders import copy_run, random_encoder
 from tiny import method_config, random_source, without_color
 
 from ssl_jax.cli import main as cli
+from ssl_jax.data.sources import held_out_ids
 from ssl_jax.downstream import transfer_learning
 from ssl_jax.errors import UserError
 from ssl_jax.evals.linear import METRICS
 from ssl_jax.interop.weights import Weights, write_weights
+from ssl_jax.recipes import set_channels
 
 WHOLE = "--config.views.view.crop.sampler=none"  # whole images, which compile faster than crops
 BRIEF = ("--config.steps=4", "--config.batch_size=16", "--config.log_every=100", WHOLE)
@@ -268,34 +270,104 @@ def test_encoder_of_a_classifier_is_transferred_to_other_classes(tmp_path, named
 
 def test_read_sets_reads_the_list_in_configs():
     listed = transfer_learning.read_sets(Path(__file__).parents[2] / "configs" / "transfer.json")
-    assert {data_set.metric for data_set in listed} == set(METRICS)
-    assert len(listed) == 9
+    assert {data_set.metric for data_set in listed} == {*METRICS, "mean_ap_11_point"}
+    assert len(listed) == 10
 
 
-def test_several_labels_per_image_are_measured_by_mean_average_precision(run, tmp_path, capsys):
+def write_several(folder, kept=3):
+    """Packed files of images with several labels each, of which only some classes have images."""
     for split, n in (("train", 90), ("test", 40)):
         source = random_source(n=n, seed=n, classes=3)
         targets = np.eye(3, dtype=np.int8)[source.labels]
         targets[:5, 0] = -1
-        names = np.array(["a", "b", "c"])
-        file = tmp_path / f"{split}.npz"
+        targets[:, kept:] = 0
+        file, names = folder / f"{split}.npz", np.array(["a", "b", "c"])
         np.savez(file, images=source.images, labels=targets, class_names=names)
-    packed = {"name": "packed", "dir": f"{tmp_path}/train.npz", "test_dir": f"{tmp_path}/test.npz"}
-    file = tmp_path / "sets.json"
+    return {"name": "packed", "dir": f"{folder}/train.npz", "test_dir": f"{folder}/test.npz"}
+
+
+def test_several_labels_per_image_are_measured_by_mean_average_precision(run, tmp_path, capsys):
+    packed, file = write_several(tmp_path), tmp_path / "sets.json"
     line = ["transfer", f"--from={run}", f"--sets={file}", f"--results={tmp_path / 'kept'}"]
     file.write_text(json.dumps({"voc": {"data": packed}}))
     assert cli.main([*line, "--no-finetune"]) == 2
     assert "voc: The metric is top1, but the images have several labels" in capsys.readouterr().err
     file.write_text(json.dumps({"voc": {"metric": "mean_ap_11_point", "data": packed}}))
-    assert cli.main([*line, "--rates=0.1"]) == 2
-    assert "transfer --no-finetune" in capsys.readouterr().err
     assert cli.main([*line, "--no-finetune"]) == 0
     assert "| voc | mean ap 11 point | " in capsys.readouterr().out
     data = [f"--config.data.{key}={value}" for key, value in packed.items()]
-    for name, *flags in (["knn"], ["finetune"], ["linear", "--recipe=simclr"]):
-        assert cli.main([name, f"--from={run}", *flags, *data]) == 2
-        assert "The images have several labels each" in capsys.readouterr().err
+    assert cli.main(["knn", f"--from={run}", *data]) == 2
+    assert "The images have several labels each" in capsys.readouterr().err
     assert cli.main(["linear", f"--from={run}", f"--results={tmp_path}", *data, "--json"]) == 0
     metrics = json.loads(capsys.readouterr().out)["metrics"]
     assert metrics["examples"] == 40 and len(metrics["classes"]) == 3
     assert metrics["mean_ap"]["low"] <= metrics["mean_ap"]["value"] <= metrics["mean_ap"]["high"]
+
+
+def test_fine_tuning_on_several_labels_is_chosen_by_mean_average_precision(
+    run, tmp_path, monkeypatch
+):
+    packed, file = write_several(tmp_path), tmp_path / "sets.json"
+    listed = {"metric": "mean_ap", "data": packed}
+    file.write_text(json.dumps({"voc": listed}))
+    trained = []
+
+    def train(config, workdir, command, verbosity):
+        trained.append((config.optim.lr, config.data.validation))
+        found = {"mean_ap": config.optim.lr, "mean_ap_11_point": 1 - config.optim.lr}
+        return None, {name: {"value": x, "low": x, "high": x} for name, x in found.items()}
+
+    monkeypatch.setattr(transfer_learning, "train_classifier", train)
+    grid = {"rates": (0.1, 0.01), "decays": (0.0,), "overrides": ("batch_size=16",)}
+    (row,) = transfer_learning.transfer(run, transfer_learning.read_sets(file), tmp_path, **grid)
+    assert trained == [(0.1, 0.1), (0.01, 0.1), (0.1, 0.0)] and row.rate == 0.1
+    assert "| 10.0 [10.0, 10.0] | 0.1, 0 |" in transfer_learning.table([row])[2]
+    # A tenth of the images need not have a class that others have.
+    with np.load(packed["dir"]) as arrays:
+        changed = dict(arrays)
+    changed["labels"][held_out_ids(None, 90, 0.1)] = 0
+    np.savez(packed["dir"], **changed)
+    with pytest.raises(UserError, match="voc: The classes are too small to hold a tenth out"):
+        transfer_learning.transfer(run, transfer_learning.read_sets(file), tmp_path, **grid)
+
+
+@pytest.mark.long
+def test_fine_tuned_row_of_several_labels_is_measured_on_the_test_split(run, tmp_path, capsys):
+    file = tmp_path / "sets.json"
+    listed = {"metric": "mean_ap", "data": write_several(tmp_path)}
+    file.write_text(json.dumps({"voc": listed}))
+    line = ["transfer", f"--from={run}", f"--sets={file}", f"--results={tmp_path / 'kept'}"]
+    assert cli.main([*line, "--rates=0.1", "--decays=0", *BRIEF, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["finetune"]["examples"] == 40 and len(row["finetune"]["classes"]) == 3
+    assert 0 < row["finetune"]["mean_ap"]["value"] <= 1
+
+
+def test_images_of_other_channels_than_the_encoders_are_refused(run, tmp_path, capsys):
+    file, images = tmp_path / "sets.json", tmp_path / "gray.npz"
+    pixels = random_source(n=40, classes=2).images[..., :1]
+    np.savez(images, images=pixels, labels=np.arange(40) % 2, class_names=["a", "b"])
+    data = {"name": "packed", "dir": str(images), "test_dir": str(images)}
+    line = ["transfer", f"--from={run}", f"--sets={file}", f"--results={tmp_path / 'kept'}"]
+    file.write_text(json.dumps({"gray": {"data": data | {"channels": 1}}}))
+    for flags in (["--no-finetune"], ["--rates=0.1", "--config.batch_size=16"]):
+        assert cli.main([*line, *flags]) == 2
+        words = "gray: config.data.channels is 1, but the encoder was trained on images of 3 chann"
+        assert words in capsys.readouterr().err
+    file.write_text(json.dumps({"gray": {"data": data}}))
+    assert cli.main([*line, "--no-finetune"]) == 2
+    assert "images of 1 channel, but config.data.channels is 3" in capsys.readouterr().err
+
+
+def test_channels_are_those_of_the_encoder_unless_the_list_names_them(tmp_path):
+    config = without_color(method_config("simclr"))
+    set_channels(config, 1)
+    config.data.num_classes = 0
+    encoder, file = random_encoder(config), tmp_path / "gray.safetensors"
+    networks = ({"encoder": encoder[kind]} for kind in ("params", "batch_stats"))
+    write_weights(Weights(config, *networks), file)
+    sets = tmp_path / "sets.json"
+    sets.write_text(json.dumps({"digits": {"data": {"range": [0, 200]}}}))
+    (listed,) = transfer_learning.read_sets(sets)
+    changed = transfer_learning.transfer_config(file, listed.overrides)
+    assert changed.data.channels == 1 and changed.data.range == (0, 200)

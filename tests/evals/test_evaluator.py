@@ -359,3 +359,20 @@ def test_several_labels_per_image_are_measured_by_mean_average_precision(tmp_pat
     assert "mean average precision is measured" in evaluator.plan()
     absent = ArraySource(splits[1].images, np.zeros((40, 5), np.int8), splits[1].targets.names)
     assert "No class has an image in both" in evaluator_of(splits[0], absent).plan()
+
+
+def test_sample_without_a_class_of_the_held_out_images_is_said_and_the_end_goes_on(tmp_path):
+    train, test = random_source(96), several(random_source(40, seed=1))
+    targets = several(train).targets.values
+    targets[fixed_sample(96, 5)] = 0
+    splits = ArraySource(train.images, targets, test.targets.names), test
+    evaluator, state = untrained(*splits)
+    assert "mean average precision is measured" in evaluator.plan()
+    config = evaluator.config
+    config.eval.linear_images = 5
+    evaluator = Evaluator(config, make_spmd(), *splits)
+    said = "No class has an image both among the 5 training images that the linear probe learns"
+    assert evaluator.plan().startswith("Evaluating nearest neighbors and a map only. " + said)
+    pictures = evaluator.finish(tmp_path, jax.device_get(evaluated_variables(state)), state)
+    assert said in str(pictures["not_scored"]) and "neighbors" in pictures
+    assert not (tmp_path / "evaluation.json").exists()

@@ -16,11 +16,11 @@ import ssl_jax
 from ssl_jax.cli import main as cli
 from ssl_jax.config import from_json, to_json, view
 from ssl_jax.interop.card import _images, _training, _views
-from ssl_jax.interop.export import _hub_config, export_program
+from ssl_jax.interop.export import _hub_config, _hub_preprocessing, export_program
 from ssl_jax.interop.import_weights import read_weights
 from ssl_jax.interop.initial_weights import load_initial_weights, resolve_initial_weights
 from ssl_jax.interop.load import restore_state
-from ssl_jax.interop.metadata import preprocessing
+from ssl_jax.interop.metadata import pixel_statistics, preprocessing
 from ssl_jax.interop.weights import Weights, read_header, write_weights
 
 
@@ -182,6 +182,34 @@ def test_preprocessing_is_that_of_the_run():
         assert not _hub_config(config)["ssl_jax"]["antialias"]
         assert "(bicubic, not antialiased)" in _images(config)
         assert _images(config).endswith(" timm and the hub crops these and is smoother.")
+
+
+@pytest.mark.parametrize(
+    ("limits", "bits", "largest", "of_8_bits"),
+    [
+        ((), 8, 255, (0, 255)),
+        ((10, 210), 8, 255, (10, 210)),
+        ((), 16, 65535, (0, 255)),  # of 16 bits, detectors read the upper 8
+        ((100, 4095), 16, 65535, (0, 255)),
+    ],
+)
+def test_statistics_of_exports_are_those_of_the_values_range(limits, bits, largest, of_8_bits):
+    config = tiny_config()
+    config.data.update(range=limits, bits=bits)
+    for each in config.views.values():
+        each.update(mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.3))
+    low, high = limits or (0, largest)
+    values, unit = np.array([low, high]), np.array([0.0, 1.0])[:, None]
+    expected = (unit - [0.4, 0.5, 0.6]) / [0.2, 0.2, 0.3]
+    hub = _hub_config(config)["pretrained_cfg"]  # timm divides by the largest value
+    found = (values[:, None] / largest - hub["mean"]) / hub["std"]
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+    mean, std = pixel_statistics(config)
+    found = (np.array(of_8_bits)[:, None] - mean) / std
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    how = _hub_preprocessing(config)
+    scaled = values[:, None] * how["rescale_factor"]
+    np.testing.assert_allclose((scaled - how["image_mean"]) / how["image_std"], expected, atol=1e-9)
 
 
 def test_card_describes_each_views_augmentation():

@@ -16,6 +16,7 @@ from ssl_jax.interop import export
 from ssl_jax.interop.import_weights import read_weights
 from ssl_jax.interop.vit_names import vit_to_torch
 from ssl_jax.interop.weights import Weights, write_weights
+from ssl_jax.models.vit import sincos_positions
 
 RNG = np.random.default_rng(0)
 SIZE = 12  # pixels, 3×3 patches
@@ -305,6 +306,30 @@ def test_exports_of_other_channels_name_them_for_timm(tmp_path, nets, channels):
     hub = json.loads((tmp_path / "hub" / "config.json").read_text())
     assert hub["model_args"]["in_chans"] == channels
     assert hub["pretrained_cfg"]["first_conv"] is None  # or timm would replace the weights
+
+
+@pytest.mark.parametrize("pool", ["class", "mean"])
+def test_fixed_positions_are_written_for_the_size_of_the_first_view(tmp_path, pool):
+    """timm would interpolate the table of another size, where the run computes its positions."""
+    config = vit_config(positions="sincos", pool=pool, image_size=16)
+    for each in config.views.values():
+        with each.unlocked(), each.ignore_type():
+            each.size = (8, 12)
+    params = random_encoder(config)["params"]
+    state = vit_to_torch(params, config)
+    table = np.asarray(sincos_positions((2, 3), 4, 64))
+    expected = np.concatenate([np.zeros((1, 64)), table]) if pool == "class" else table
+    np.testing.assert_array_equal(state["pos_embed"][0], np.float32(expected))
+    source = tmp_path / "ours.safetensors"
+    write_weights(Weights(config, {"encoder": params}, {"encoder": {}}, 3), source)
+    assert "img_size=(8, 12), " in export.export_torch(source, tmp_path / "timm.safetensors")[1]
+    export.export_folder(source, tmp_path / "hub")
+    hub = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert hub["model_args"]["img_size"] == [8, 12]
+    assert hub["pretrained_cfg"]["input_size"] == [3, 8, 12]
+    (tmp_path / "config.json").write_text(json.dumps({"model_args": {"img_size": [8, 12]}}))
+    with pytest.raises(UserError, match=r"positions are those of images of \[8, 12\] pixels"):
+        read_weights(tmp_path / "timm.safetensors")
 
 
 @pytest.mark.parametrize("write", [export.export_detectron2, export.export_pth])

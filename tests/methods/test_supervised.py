@@ -30,3 +30,23 @@ def test_images_without_a_label_are_in_neither_loss_nor_accuracy(devices):
     np.testing.assert_allclose(logs["train_accuracy"], correct.mean(), rtol=1e-5)
     without, _ = jax.vmap(loss, axis_name="devices")(jnp.float32(shards[0]), shards[1] * 0 - 1)
     assert not np.asarray(without).any()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_several_labels_are_learned_by_the_mean_of_known_binary_cross_entropies(devices):
+    rng = np.random.default_rng(1)
+    logits, targets = rng.normal(size=(8, 2, 3)), rng.integers(0, 2, (8, 3)).astype(np.int8)
+    targets[[0, 1, 2], [0, 2, 2]] = -1
+    targets[7] = -1
+    config = method_config("supervised")
+    config.supervised.sigmoid = True
+    method = make_method(config, Schedule(1, 1), "devices")
+
+    def loss(logits, targets):
+        return method.loss({}, {"logits": logits}, {}, {"label": targets}, jnp.int32(0))[0]
+
+    shards = [x.reshape(devices, 8 // devices, *x.shape[1:]) for x in (logits, targets)]
+    found = jax.vmap(loss, axis_name="devices")(jnp.float32(shards[0]), shards[1])
+    signs = np.where(targets == 1, 1.0, -1.0)[:, None]
+    each = np.logaddexp(0, -signs * logits).mean(axis=1)
+    np.testing.assert_allclose(found, each[targets >= 0].mean(), rtol=1e-5)

@@ -94,17 +94,30 @@ def test_features_equal_timms_after_import_and_after_export(tmp_path, name):
     assert ssl_jax.load(tmp_path / "hub").config.model.vit == weights.config.model.vit
 
 
-def test_fixed_positions_are_exported_as_a_table(tmp_path):
-    save_file(timm_net().state_dict(), tmp_path / "timm.safetensors")
+@pytest.mark.parametrize("size", [(32, 32), (24, 40), (16, 16)])
+@pytest.mark.parametrize("positions", ["learned", "sincos"])
+@pytest.mark.parametrize("name", ["class", "registers", "mean"])
+def test_features_of_images_of_other_sizes_equal_ours_after_export(tmp_path, name, positions, size):
+    """The positions are those of 32 pixels: learned ones are interpolated, fixed ones computed."""
+    save_file(timm_net(**NETS[name]).state_dict(), tmp_path / "timm.safetensors")
     weights = read_weights(tmp_path / "timm.safetensors")
-    weights.config.model.vit.positions = "sincos"
-    del weights.params["encoder"]["pos_embed"]
+    for view in weights.config.views.values():
+        with view.unlocked(), view.ignore_type():
+            view.size = size
+    weights.config.model.vit.positions = positions
+    if positions == "sincos":
+        del weights.params["encoder"]["pos_embed"]
     write_weights(weights, tmp_path / "ours.safetensors")
+    x = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
+    module = make_encoder(weights.config)
+    expected = module.apply({"params": weights.params["encoder"]}, x, train=False)
+
     lines = export.export_torch(tmp_path / "ours.safetensors", tmp_path / "net.safetensors")
     names = {}
     exec("\n".join(lines).replace('"net.', f'"{tmp_path}/net.'), names)
-    x = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
-    module = make_encoder(weights.config)
-    with torch.no_grad():
-        found = names["net"](torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy()
-    close(found, np.asarray(module.apply({"params": weights.params["encoder"]}, x, train=False)))
+    export.export_folder(tmp_path / "ours.safetensors", tmp_path / "hub")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True, num_classes=0)
+    for net in (names["net"], loaded.eval()):
+        with torch.no_grad():
+            found = net(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy()
+        close(found, np.asarray(expected))

@@ -205,7 +205,7 @@ def tiny_plan():
     return plan.make_plan(with_whole_images(tiny_config(batch_size=64)), GPUS, images=6400)
 
 
-@pytest.mark.parametrize("source", ["digits", "folder"])
+@pytest.mark.parametrize("source", ["digits", "folder", "several labels"])
 def test_plan_compiles_the_program_that_training_runs(source, tmp_path):
     config = without_color(tiny_config(batch_size=32))
     if source == "folder":
@@ -214,10 +214,15 @@ def test_plan_compiles_the_program_that_training_runs(source, tmp_path):
         fill(tmp_path / "images", per_class=16)
         config.data.update(name="folder", dir=str(tmp_path / "images"))
         config.model.width = 1 / 16
+    if source == "several labels":
+        config.method, config.data.name = "supervised", "packed"
+        config.data.dir = str(tmp_path / "packed.npz")
+        images, labels = np.zeros((64, 8, 8, 3), np.uint8), np.eye(64, 3, dtype=np.int8)
+        np.savez(config.data.dir, images=images, labels=labels, class_names=[])
     setup = Setup(config)
     state = setup.program.init()
     device_data = setup.spmd.replicate(setup.train.device_data())
-    place = setup.spmd.place_batch
+    place = setup.place_batch
     with Prefetcher(setup.train, setup.index, setup.rows, place, 0, 1) as batches:
         trained = setup.program.step.lower(state, batches.next(), device_data)
     data = plan.describe_data(config)

@@ -1,3 +1,4 @@
+import dataclasses
 import sys
 import zlib
 
@@ -227,6 +228,20 @@ def test_views_are_enlarged_by_whole_factors_without_resampling(monkeypatch):
     drawn = np.asarray(drawn)
     assert (drawn[:36] == 255).all() and (drawn[:, -36:] == 255).all()
     assert (drawn[-36:] == 255).all() and (drawn[:, :36] == 255).all()
+
+
+def test_captions_have_height_before_width(monkeypatch):
+    source, written = random_source(), []
+    samples, only = collect_from(source, monkeypatch, plain_view())
+    samples.sizes[:] = (30, 40)
+    wide = dataclasses.replace(only, pixels=only.pixels[:, :4])
+    lines = views_picture._lines
+    monkeypatch.setattr(
+        views_picture, "_lines", lambda texts, *rest: written.extend(texts) or lines(texts, *rest)
+    )
+    views_picture.draw(dataclasses.replace(samples, views=(wide,)), "title")
+    assert any("30x40" in text for text in written)
+    assert any(text.startswith("4x8 px") for text in written)
 
 
 def test_outlines_enclose_the_views_sources(monkeypatch):

@@ -70,12 +70,12 @@ def test_start_summary_says_what_was_understood_of_the_labels():
     names, labels = [f"c{i}" for i in range(12)], [0, 0, 1, -1, -1, -1]
     some = ArraySource(images, labels, names, labels_from="some.npz")
     rows, warnings = of_data(some, ArraySource(images), validation=0.5)
-    assert rows["images"] == "6 for training, 9×8 px" and not warnings
+    assert rows["images"] == "6 for training, 8×9 px" and not warnings
     first = ", ".join(["c0 2", "c1 1", *(f"c{i} 0" for i in range(2, 10))])
     expected = f"12 ({first}, …); 3 images have no label; labels: some.npz"
     assert rows["classes"] == expected
     share = "0.5 of the training images (config.data.validation)"
-    assert rows["held out"] == f"6 images, 9×8 px, no labels, {share}"
+    assert rows["held out"] == f"6 images, 8×9 px, no labels, {share}"
     rows, warnings = of_data(ArraySource(images))
     assert (rows["classes"], rows["held out"]) == ("unknown, no labels", "none") and not warnings
 
@@ -112,7 +112,7 @@ def test_sizes_of_image_files_are_read_from_their_headers(tmp_path):
     fill(tmp_path, per_class=3)
     config = config_of(tmp_path)
     rows, _ = of_data(make_sources(config)[0], **config.data)
-    assert rows["images"] == "9 for training, 30×36 to 40×36 px"
+    assert rows["images"] == "9 for training, 36×30 to 36×40 px"
     assert rows["classes"] == f"3 (cat 3, dog 3, emu 3); labels: subfolders of {tmp_path}"
 
 
@@ -295,3 +295,11 @@ def test_verbosity_of_a_run(tmp_path, capsys, monkeypatch):
     # A finished run that is part of a larger command prints nothing.
     pretrain(config, tmp_path / "all", verbosity="line")
     assert capsys.readouterr().out == ""
+
+
+def test_classifier_of_several_labels_has_an_output_per_class():
+    config, source = tiny_config(method="supervised"), random_source()
+    several = ArraySource(source.images, np.eye(4, dtype=np.int8)[source.labels])
+    config.data.num_classes = 4
+    setup = types.SimpleNamespace(train=several, test=several, config=config)
+    assert not summary.data_warnings(setup)
