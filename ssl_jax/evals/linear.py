@@ -85,6 +85,7 @@ def linear_probe(
     test_features: Float[np.ndarray, "m d"],
     *,
     regularization: float = 0.1,
+    axes: Float[np.ndarray, "d d"] | None = None,
 ) -> Int[np.ndarray, " m"]:
     """Fits a linear classifier on frozen features, with one penalty.
 
@@ -93,6 +94,7 @@ def linear_probe(
       train_labels: [n], any integers.
       test_features: [m, d].
       regularization: inverse strength of the L2 penalty, C of scikit-learn's `LogisticRegression`.
+      axes: see `fit_linear`.
 
     Returns:
       Predicted labels of the test features, [m].
@@ -105,7 +107,12 @@ def linear_probe(
         penalty *= 2
     # At the default tolerance an image in 500 is still on the wrong side of a boundary.
     model = fit_linear(
-        train_features, labels, num_classes=len(classes), penalties=[penalty], tolerance=1e-5
+        train_features,
+        labels,
+        num_classes=len(classes),
+        penalties=[penalty],
+        tolerance=1e-5,
+        axes=axes,
     )
     predicted: np.ndarray = classes[model.predict(test_features)]
     return predicted
@@ -141,12 +148,18 @@ def few_label_accuracies(
     generator = np.random.default_rng([seed, labels_per_class])
     # Searched once: with a thousand classes, each search of ImageNet's labels takes a second.
     members = [np.flatnonzero(train_labels == c) for c in np.unique(train_labels)]
+    sampled = [
+        np.concatenate([generator.choice(ids, labels_per_class, replace=False) for ids in members])
+        for _ in range(trials)
+    ]
+    axes, (count, width) = None, (len(sampled[0]), train_features.shape[1])
+    if count >= width:
+        # The host finds the axes of 2,048 features in seconds, in which devices fit many trials.
+        first = np.asarray(train_features[sampled[0]], np.float32)
+        axes = _principal_axes(jnp.asarray(first - first.mean(axis=0)))
     accuracies = []
-    for _ in range(trials):
-        seen = np.concatenate(
-            [generator.choice(ids, labels_per_class, replace=False) for ids in members]
-        )
-        predicted = linear_probe(train_features[seen], train_labels[seen], test_features)
+    for seen in sampled:
+        predicted = linear_probe(train_features[seen], train_labels[seen], test_features, axes=axes)
         accuracies.append(np.mean(predicted == test_labels))
     return np.array(accuracies)
 
@@ -162,6 +175,7 @@ def fit_linear(
     tolerance: float = 1e-4,
     seed: int = 0,
     metric: str = "top1",
+    axes: Float[np.ndarray, "d d"] | None = None,
 ) -> LinearClassifier:
     """Fits a linear classifier to frozen features; the module's docstring has the objective.
 
@@ -179,6 +193,8 @@ def fit_linear(
       seed: of the validation split.
       metric: that chooses the penalty, "top1" or "mean_per_class"; of several classes per image
         "mean_ap" or "mean_ap_11_point".
+      axes: orthonormal axes, in columns, such as the principal axes of similar features, which are
+        not computed then; None: those of the features. The solution is the same.
 
     Returns:
       The classifier.
@@ -193,7 +209,8 @@ def fit_linear(
         raise UserError("There are no penalties to choose from. Give at least one.")
     center = features.mean(axis=0)
     scale = max(float((features - center).std()), 1e-12)
-    data = _Data((features - center) / scale, labels, num_classes, max_iterations, tolerance)
+    limits = (max_iterations, tolerance)
+    data = _Data((features - center) / scale, labels, num_classes, limits, axes)
     start = np.zeros((features.shape[1] + 1, num_classes), np.float32)
     ordered = sorted(set(penalties), reverse=True)
     penalty = ordered[0]
@@ -267,13 +284,13 @@ def fit_multi_label(
 
 @dataclasses.dataclass(frozen=True)
 class _Data:
-    """Examples on the host, centered and scaled, and the limits of a fit; see `fit_linear`."""
+    """Examples on the host, centered and scaled, limits of a fit and axes; see `fit_linear`."""
 
     x: np.ndarray
     y: np.ndarray
     classes: int
-    max_iterations: int
-    tolerance: float
+    limits: tuple[int, float]
+    axes: np.ndarray | None
 
     def part(self, ids: np.ndarray) -> "_Data":
         """Some of the examples."""
@@ -292,15 +309,15 @@ class _Fit:
 
     def __init__(self, data: _Data) -> None:
         x, y = data.x, data.y
-        self.limits = data.max_iterations, data.tolerance
+        self.limits = data.limits
         self.flatness = 1 / _SIGMOID_CURVATURE if y.ndim == 2 else data.classes
         spmd = _shared_by(*x.shape, data.classes)
         rows = max(_SMALLEST, len(x))
         rows += -rows % spmd.size
         padded = _place(spmd, x, rows)
-        self.variances, self.axes = _principal_axes(padded)
-        self.variances *= rows / len(x)
-        self.projected = jnp.matmul(padded, self.axes, precision="highest")
+        self.axes = _principal_axes(padded) if data.axes is None else data.axes
+        self.projected, squares = _along(padded, self.axes)
+        self.variances = np.asarray(squares) / len(x)
         self.targets = _place(spmd, np.maximum(y, 0).astype(np.int32), rows)
         known = (y >= 0).astype(np.float32)
         self.shares = _place(spmd, known / np.maximum(known.sum(axis=0), 1), rows)
@@ -355,8 +372,8 @@ def _scores(
     return np.asarray(logits)[: len(features)]
 
 
-def _principal_axes(x: Float[Array, "n d"]) -> tuple[np.ndarray, np.ndarray]:
-    """Variances [r] and axes [d, r] of centered features, r = min(n, d); float32.
+def _principal_axes(x: Float[Array, "n d"]) -> Float[np.ndarray, "d r"]:
+    """Axes of centered features, r = min(n, d).
 
     Gradients are combinations of examples, so with fewer examples than features no more than n axes
     matter.
@@ -364,14 +381,22 @@ def _principal_axes(x: Float[Array, "n d"]) -> tuple[np.ndarray, np.ndarray]:
     count, width = x.shape
     if width <= count:
         product = np.asarray(jnp.matmul(x.T, x, precision="highest"), np.float64)
-        squares, axes = np.linalg.eigh(product)
+        _, axes = np.linalg.eigh(product)
     else:
         wide = np.asarray(x, np.float64)
         squares, left = np.linalg.eigh(wide @ wide.T)
         spanned = squares > 1e-12 * squares.max()
         axes = wide.T @ left * (spanned / np.sqrt(np.where(spanned, squares, 1)))
-    variances = np.maximum(squares, 0) / count
-    return variances.astype(np.float32), axes.astype(np.float32)
+    return axes.astype(np.float32)
+
+
+@jax.jit
+def _along(
+    x: Float[Array, "n d"], axes: Float[Array, "d r"]
+) -> tuple[Float[Array, "n r"], Float[Array, " r"]]:
+    """Coordinates of features along axes, and the sums of their squares."""
+    projected = jnp.matmul(x, axes, precision="highest")
+    return projected, jnp.sum(jnp.square(projected), axis=0)
 
 
 def _sweep(

@@ -101,6 +101,29 @@ def test_few_label_trials_are_reproducible_and_improve_with_features_and_labels(
     assert more.mean() > first.mean()
 
 
+def test_trials_share_the_axes_of_as_many_labels_as_features(monkeypatch):
+    train, labels = blobs(0)
+    test, test_labels = blobs(1)
+    data, found = (train, labels, test, test_labels), []
+
+    def counted(matrix, plain=np.linalg.eigh):
+        found.append(matrix.shape)
+        return plain(matrix)
+
+    monkeypatch.setattr(np.linalg, "eigh", counted)
+    shared = few_label_accuracies(*data, labels_per_class=10, trials=3)
+    assert found == [(5, 5)]
+    few_label_accuracies(*data, labels_per_class=1, trials=3)  # 4 labels, 5 features
+    assert len(found) == 4
+    generator = np.random.default_rng([0, 10])
+    for accuracy in shared:
+        seen = np.concatenate(
+            [generator.choice(np.flatnonzero(labels == c), 10, replace=False) for c in range(4)]
+        )
+        own = linear_probe(train[seen], labels[seen], test)  # along its own axes
+        assert accuracy == pytest.approx(np.mean(own == test_labels), abs=1.1 / len(test))
+
+
 # fit_linear
 
 
@@ -204,13 +227,12 @@ def shared_by_all(monkeypatch):
 def test_eight_devices_find_the_solution_of_one(shared_by_all, several):
     x, y = blobs(n=203)  # which 8 doesn't divide
     if several:
-        y = (np.arange(4)[None, :] <= y[:, None]).astype(np.int8)
+        y = ((np.arange(4)[None, :] - y[:, None]) % 4 < 2).astype(np.int8)
         y[::7, 2] = -1  # unknown
-    options = {"num_classes": 4, "penalties": [1e-1, 1e-3], "tolerance": 1e-6}
-    options["metric"] = "mean_ap" if several else "top1"
-    data = linear._Data(x, y, 4, 100, 1e-6)
-    placed = [(f.projected, f.targets, f.shares) for f in [linear._Fit(data)]]
-    for array in placed[0]:
+    options = {"num_classes": 4, "tolerance": 1e-6, "metric": "mean_ap" if several else "top1"}
+    options["penalties"] = [1e-3] if several else [1e-1, 1e-3]
+    fit = linear._Fit(linear._Data(x, y, 4, (100, 1e-6), None))
+    for array in (fit.projected, fit.targets, fit.shares):
         assert {shard.data.shape[0] for shard in array.addressable_shards} == {26}
         assert len({shard.device for shard in array.addressable_shards}) == 8
     split = fit_linear(x, y, **options)
