@@ -10,6 +10,11 @@ costs three points at 5 labels per class.
 
 For images of several classes, the first term is the sum over classes of the mean sigmoid
 cross-entropy of the images for which the class is known.
+
+Large fits are split over this process's devices by examples: each holds its share of the features
+twice, and of the logits about three times. For ImageNet's 1.28 million training images, 2,048
+features and 1,000 classes, that is 36 GB over all devices. An evaluation of the objective and its
+gradient takes 4·n·d·classes FLOPs, there 1.0e13.
 """
 
 import dataclasses
@@ -22,14 +27,17 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Int8
 
-from ssl_jax.errors import UserError, require_choice
+from ssl_jax.errors import UserError, counted, require_choice
 from ssl_jax.evals.multi_label import (
     MULTI_LABEL_METRICS,
     mean_average_precision,
     multi_label_metrics,
     require_classes,
 )
+from ssl_jax.run.memory import enough_memory
+from ssl_jax.spmd import Spmd, make_spmd
 
+_Carry = tuple[Array, optax.OptState, Array, Array, Array]
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 METRICS = ("top1", "mean_per_class")  # that can choose the penalty
 # Curvature of a class's loss where all its scores are equal: with softmax 1 / classes, about.
@@ -38,6 +46,9 @@ _MEMORY = 10  # past gradients that L-BFGS keeps
 # Examples are padded to this many with zeros, so that fits on few labels, which take milliseconds,
 # share one program, whose compilation takes seconds.
 _SMALLEST = 128
+# Logits times features from which on several devices share a product. Below it, which takes a
+# device milliseconds at most, they would spend the time waiting for each other.
+_SHARED = 2**28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +61,18 @@ class LinearClassifier:
       penalty: on the squared weights, chosen or given.
       validation: accuracy (or its mean per class) on the validation split by penalty; empty if only
         one penalty was given.
+      evaluations: of the objective and its gradient in the last fit, at 4·n·d·c FLOPs each.
     """
 
     weights: Float[np.ndarray, "d c"]
     bias: Float[np.ndarray, " c"]
     penalty: float
     validation: dict[float, float]
+    evaluations: int
 
     def scores(self, features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n c"]:
         """Logits of the classes."""
-        return np.asarray(features, np.float32) @ self.weights + self.bias
+        return _scores(np.asarray(features, np.float32), self.weights, self.bias)
 
     def predict(self, features: Float[np.ndarray, "n d"]) -> Int[np.ndarray, " n"]:
         """The most likely class of each example, int32 [n]."""
@@ -72,6 +85,7 @@ def linear_probe(
     test_features: Float[np.ndarray, "m d"],
     *,
     regularization: float = 0.1,
+    axes: Float[np.ndarray, "d d"] | None = None,
 ) -> Int[np.ndarray, " m"]:
     """Fits a linear classifier on frozen features, with one penalty.
 
@@ -80,6 +94,7 @@ def linear_probe(
       train_labels: [n], any integers.
       test_features: [m, d].
       regularization: inverse strength of the L2 penalty, C of scikit-learn's `LogisticRegression`.
+      axes: see `fit_linear`.
 
     Returns:
       Predicted labels of the test features, [m].
@@ -92,7 +107,12 @@ def linear_probe(
         penalty *= 2
     # At the default tolerance an image in 500 is still on the wrong side of a boundary.
     model = fit_linear(
-        train_features, labels, num_classes=len(classes), penalties=[penalty], tolerance=1e-5
+        train_features,
+        labels,
+        num_classes=len(classes),
+        penalties=[penalty],
+        tolerance=1e-5,
+        axes=axes,
     )
     predicted: np.ndarray = classes[model.predict(test_features)]
     return predicted
@@ -128,12 +148,18 @@ def few_label_accuracies(
     generator = np.random.default_rng([seed, labels_per_class])
     # Searched once: with a thousand classes, each search of ImageNet's labels takes a second.
     members = [np.flatnonzero(train_labels == c) for c in np.unique(train_labels)]
+    sampled = [
+        np.concatenate([generator.choice(ids, labels_per_class, replace=False) for ids in members])
+        for _ in range(trials)
+    ]
+    axes, (count, width) = None, (len(sampled[0]), train_features.shape[1])
+    if count >= width:
+        # The host finds the axes of 2,048 features in seconds, in which devices fit many trials.
+        first = np.asarray(train_features[sampled[0]], np.float32)
+        axes = _principal_axes(jnp.asarray(first - first.mean(axis=0)))
     accuracies = []
-    for _ in range(trials):
-        seen = np.concatenate(
-            [generator.choice(ids, labels_per_class, replace=False) for ids in members]
-        )
-        predicted = linear_probe(train_features[seen], train_labels[seen], test_features)
+    for seen in sampled:
+        predicted = linear_probe(train_features[seen], train_labels[seen], test_features, axes=axes)
         accuracies.append(np.mean(predicted == test_labels))
     return np.array(accuracies)
 
@@ -149,6 +175,7 @@ def fit_linear(
     tolerance: float = 1e-4,
     seed: int = 0,
     metric: str = "top1",
+    axes: Float[np.ndarray, "d d"] | None = None,
 ) -> LinearClassifier:
     """Fits a linear classifier to frozen features; the module's docstring has the objective.
 
@@ -166,13 +193,15 @@ def fit_linear(
       seed: of the validation split.
       metric: that chooses the penalty, "top1" or "mean_per_class"; of several classes per image
         "mean_ap" or "mean_ap_11_point".
+      axes: orthonormal axes, in columns, such as the principal axes of similar features, which are
+        not computed then; None: those of the features. The solution is the same.
 
     Returns:
       The classifier.
 
     Raises:
-      UserError: labels that don't match the features or the number of classes, or too few examples
-        to choose a penalty.
+      UserError: labels that don't match the features or the number of classes, too few examples to
+        choose a penalty, or too little memory on the devices.
     """
     features, labels = np.asarray(features, np.float32), np.asarray(labels)
     _check(features, labels, num_classes, metric)
@@ -180,24 +209,28 @@ def fit_linear(
         raise UserError("There are no penalties to choose from. Give at least one.")
     center = features.mean(axis=0)
     scale = max(float((features - center).std()), 1e-12)
-    fit = _Fit((features - center) / scale, labels, num_classes, max_iterations, tolerance)
+    limits = (max_iterations, tolerance)
+    data = _Data((features - center) / scale, labels, num_classes, limits, axes)
     start = np.zeros((features.shape[1] + 1, num_classes), np.float32)
     ordered = sorted(set(penalties), reverse=True)
     penalty = ordered[0]
     validation: dict[float, float] = {}
-    if len(ordered) > 1:
-        shuffled = np.random.default_rng(seed).permutation(len(labels))
-        held = round(validation_fraction * len(labels))
-        if not 0 < held < len(labels):
-            raise UserError(
-                f"A validation split of {validation_fraction:g} of {len(labels)} examples is empty "
-                "or leaves nothing to fit. Give more examples, or a single penalty."
-            )
-        start, validation = _sweep(start, fit, shuffled, held, ordered, metric)
-        penalty = min(ordered, key=lambda p: (-validation[p], p))
-    solution = fit(start, penalty)
+    subject = f"The linear classifier on {counted(len(labels), 'feature vector')}"
+    with enough_memory(subject, ["fewer images, more devices"]):
+        if len(ordered) > 1:
+            shuffled = np.random.default_rng(seed).permutation(len(labels))
+            held = round(validation_fraction * len(labels))
+            if not 0 < held < len(labels):
+                raise UserError(
+                    f"A validation split of {validation_fraction:g} of {len(labels)} examples is "
+                    "empty or leaves nothing to fit. Give more examples, or a single penalty."
+                )
+            start, validation = _sweep(start, data, shuffled, held, ordered, metric)
+            penalty = min(ordered, key=lambda p: (-validation[p], p))
+        solution, evaluations = _Fit(data)(start, penalty)
     weights = solution[:-1] / scale
-    return LinearClassifier(weights, solution[-1] - center @ weights, penalty, validation)
+    bias = solution[-1] - center @ weights
+    return LinearClassifier(weights, bias, penalty, validation, evaluations)
 
 
 def fit_multi_label(
@@ -249,35 +282,54 @@ def fit_multi_label(
     return metrics, model.penalty
 
 
+@dataclasses.dataclass(frozen=True)
+class _Data:
+    """Examples on the host, centered and scaled, limits of a fit and axes; see `fit_linear`."""
+
+    x: np.ndarray
+    y: np.ndarray
+    classes: int
+    limits: tuple[int, float]
+    axes: np.ndarray | None
+
+    def part(self, ids: np.ndarray) -> "_Data":
+        """Some of the examples."""
+        return dataclasses.replace(self, x=self.x[ids], y=self.y[ids])
+
+
 class _Fit:
     """Minimizes the objective on fixed examples, from a given start, with a given penalty.
 
     In coordinates in which the objective's curvature where all scores are equal, the features'
     covariance over the number of classes plus the penalty, is 1 in all directions. In the features'
     own coordinates it is far from that, and L-BFGS needs several times as many iterations.
+
+    Examples are split over the devices; the weights and the state of L-BFGS are on each of them.
     """
 
-    def __init__(self, x: np.ndarray, y: np.ndarray, classes: int, *limits: float) -> None:
-        self.x, self.y, self.classes, self.limits = x, y, classes, limits
-        self.flatness = 1 / _SIGMOID_CURVATURE if y.ndim == 2 else classes
-        missing = max(_SMALLEST - len(x), 0)
-        padded = jnp.asarray(np.pad(x, ((0, missing), (0, 0))))
-        self.variances, self.axes = _principal_axes(padded)
-        self.variances *= len(padded) / len(x)
-        self.projected = jnp.matmul(padded, self.axes, precision="highest")
-        rows = ((0, missing),) + ((0, 0),) * (y.ndim - 1)
-        self.targets = jnp.asarray(np.pad(np.maximum(y, 0), rows), jnp.int32)
+    def __init__(self, data: _Data) -> None:
+        x, y = data.x, data.y
+        self.limits = data.limits
+        self.flatness = 1 / _SIGMOID_CURVATURE if y.ndim == 2 else data.classes
+        spmd = _shared_by(*x.shape, data.classes)
+        rows = max(_SMALLEST, len(x))
+        rows += -rows % spmd.size
+        padded = _place(spmd, x, rows)
+        self.axes = _principal_axes(padded) if data.axes is None else data.axes
+        self.projected, squares = _along(padded, self.axes)
+        self.variances = np.asarray(squares) / len(x)
+        self.targets = _place(spmd, np.maximum(y, 0).astype(np.int32), rows)
         known = (y >= 0).astype(np.float32)
-        self.shares = jnp.asarray(np.pad(known / np.maximum(known.sum(axis=0), 1), rows))
+        self.shares = _place(spmd, known / np.maximum(known.sum(axis=0), 1), rows)
 
-    def __call__(self, start: np.ndarray, penalty: float) -> np.ndarray:
-        """The solution, float32 [d + 1, classes]; its last row is the bias."""
+    def __call__(self, start: np.ndarray, penalty: float) -> tuple[np.ndarray, int]:
+        """The solution, float32 [d + 1, classes], whose last row is the bias; and evaluations."""
         curvature = self.variances / self.flatness + penalty
         # With few examples, some directions have no curvature but the penalty's.
         root = np.sqrt(np.maximum(curvature, 1e-7 * curvature.max() + 1e-30))
         scales = np.append(root, self.flatness**-0.5).astype(np.float32)[:, None]
         along_axes = np.concatenate([self.axes.T @ start[:-1], start[-1:]])
-        found, _ = _minimize(
+        found, evaluations = _minimize(
             scales * along_axes,
             self.projected,
             self.targets,
@@ -287,11 +339,41 @@ class _Fit:
             *self.limits,
         )
         along_axes = np.asarray(found) / scales
-        return np.concatenate([self.axes @ along_axes[:-1], along_axes[-1:]])
+        solution = np.concatenate([self.axes @ along_axes[:-1], along_axes[-1:]])
+        return solution, int(evaluations)
 
 
-def _principal_axes(x: Float[Array, "n d"]) -> tuple[np.ndarray, np.ndarray]:
-    """Variances [r] and axes [d, r] of centered features, r = min(n, d); float32.
+def _shared_by(rows: int, width: int, classes: int) -> Spmd:
+    """The devices that share a product of features [rows, width] with weights [width, classes]."""
+    devices = jax.local_devices()
+    return make_spmd(devices=devices if rows * width * classes >= _SHARED else devices[:1])
+
+
+def _place(spmd: Spmd, array: np.ndarray, rows: int) -> Array:
+    """Splits an array over devices by rows, with zeros appended up to `rows`."""
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        missing = len(range(rows)[index[0]]) - len(part := array[index[0]])
+        return np.pad(part, ((0, missing),) + ((0, 0),) * (array.ndim - 1)) if missing else part
+
+    shape = (rows, *array.shape[1:])
+    return jax.make_array_from_callback(shape, spmd.sharding("sharded"), shard)
+
+
+def _scores(
+    features: Float[np.ndarray, "n d"],
+    weights: Float[np.ndarray, "d c"],
+    bias: Float[np.ndarray, " c"],
+) -> Float[np.ndarray, "n c"]:
+    """Logits, computed on this process's devices."""
+    spmd = _shared_by(*features.shape, len(bias))
+    placed = _place(spmd, features, len(features) + -len(features) % spmd.size)
+    logits = jnp.matmul(placed, weights, precision="highest") + bias[None, :]
+    return np.asarray(logits)[: len(features)]
+
+
+def _principal_axes(x: Float[Array, "n d"]) -> Float[np.ndarray, "d r"]:
+    """Axes of centered features, r = min(n, d).
 
     Gradients are combinations of examples, so with fewer examples than features no more than n axes
     matter.
@@ -299,29 +381,35 @@ def _principal_axes(x: Float[Array, "n d"]) -> tuple[np.ndarray, np.ndarray]:
     count, width = x.shape
     if width <= count:
         product = np.asarray(jnp.matmul(x.T, x, precision="highest"), np.float64)
-        squares, axes = np.linalg.eigh(product)
+        _, axes = np.linalg.eigh(product)
     else:
         wide = np.asarray(x, np.float64)
         squares, left = np.linalg.eigh(wide @ wide.T)
         spanned = squares > 1e-12 * squares.max()
         axes = wide.T @ left * (spanned / np.sqrt(np.where(spanned, squares, 1)))
-    variances = np.maximum(squares, 0) / count
-    return variances.astype(np.float32), axes.astype(np.float32)
+    return axes.astype(np.float32)
+
+
+@jax.jit
+def _along(
+    x: Float[Array, "n d"], axes: Float[Array, "d r"]
+) -> tuple[Float[Array, "n r"], Float[Array, " r"]]:
+    """Coordinates of features along axes, and the sums of their squares."""
+    projected = jnp.matmul(x, axes, precision="highest")
+    return projected, jnp.sum(jnp.square(projected), axis=0)
 
 
 def _sweep(
     solution: np.ndarray,
-    fit: _Fit,
+    data: _Data,
     shuffled: np.ndarray,
     held: int,
     penalties: Sequence[float],
     metric: str,
 ) -> tuple[np.ndarray, dict[float, float]]:
     """The last solution, and the metric on the first `held` of the shuffled examples by penalty."""
-    out, seen = shuffled[:held], shuffled[held:]
-    labels, accuracy = fit.y[out], {}
-    part = _Fit(fit.x[seen], fit.y[seen], fit.classes, *fit.limits)
-    held_out, weights = jnp.asarray(fit.x[out]), np.ones(held)
+    held_out = data.part(shuffled[:held])
+    labels, accuracy, weights = held_out.y, {}, np.ones(held)
     several = labels.ndim == 2
     if several and not (labels == 1).any():
         raise UserError(
@@ -330,14 +418,15 @@ def _sweep(
         )
     if metric == "mean_per_class":
         weights /= np.bincount(labels)[labels]
+    fit = _Fit(data.part(shuffled[held:]))
     for penalty in penalties:  # strongest first: each fit starts from the previous solution
-        solution = part(solution, penalty)
-        logits = jnp.matmul(held_out, solution[:-1], precision="highest") + solution[-1:]
+        solution, _ = fit(solution, penalty)
+        logits = _scores(held_out.x, solution[:-1], solution[-1])
         if several:
-            accuracy[penalty] = mean_average_precision(np.asarray(logits), labels, metric)
+            accuracy[penalty] = mean_average_precision(logits, labels, metric)
             continue
-        predicted = np.asarray(jnp.argmax(logits, axis=1))
-        accuracy[penalty] = float(np.average(predicted == labels, weights=weights))
+        correct = logits.argmax(axis=1) == labels
+        accuracy[penalty] = float(np.average(correct, weights=weights))
     return solution, accuracy
 
 
@@ -376,7 +465,7 @@ def _minimize(
     """Runs L-BFGS until the gradient with respect to weights and bias vanishes.
 
     The coordinates are weights along the principal axes and bias, times `scales`; the loss is the
-    sum of the examples' times `shares`. Returns the solution and the number of iterations.
+    sum of the examples' times `shares`. Returns the solution and the number of evaluations.
     """
 
     def objective(solution: Array) -> Array:
@@ -391,18 +480,20 @@ def _minimize(
     solver = optax.lbfgs(memory_size=_MEMORY)
     value_and_grad = optax.value_and_grad_from_state(objective)
 
-    def step(carry: tuple[Array, optax.OptState, Array, Array]) -> tuple:
-        solution, state, done, _ = carry
+    def step(carry: _Carry) -> _Carry:
+        solution, state, done, evaluations, _ = carry
         value, gradient = value_and_grad(solution, state=state)
         updates, state = solver.update(
             gradient, state, solution, value=value, grad=gradient, value_fn=objective
         )
         solution = optax.apply_updates(solution, updates)
-        return solution, state, done + 1, jnp.abs(scales * gradient).max()
+        evaluations += optax.tree_utils.tree_get(state, "num_linesearch_steps")
+        return solution, state, done + 1, evaluations, jnp.abs(scales * gradient).max()
 
-    def unfinished(carry: tuple[Array, optax.OptState, Array, Array]) -> Array:
-        return (carry[2] < max_iterations) & (carry[3] > tolerance)
+    def unfinished(carry: _Carry) -> Array:
+        return (carry[2] < max_iterations) & (carry[-1] > tolerance)
 
-    first = (start, solver.init(start), jnp.int32(0), jnp.float32(jnp.inf))
-    solution, _, done, _ = jax.lax.while_loop(unfinished, step, first)
-    return solution, done
+    # The line search leaves value and gradient to the next iteration; the first computes its own.
+    first = (start, solver.init(start), jnp.int32(0), jnp.int32(1), jnp.float32(jnp.inf))
+    solution, _, _, evaluations, _ = jax.lax.while_loop(unfinished, step, first)
+    return solution, evaluations

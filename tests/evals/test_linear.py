@@ -1,10 +1,12 @@
+import jax
 import numpy as np
+import optax
 import pytest
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from ssl_jax.errors import UserError
-from ssl_jax.evals import few_label_accuracies, fit_linear, linear_probe
+from ssl_jax.evals import few_label_accuracies, fit_linear, linear, linear_probe
 
 
 def blobs(seed=0, n=200, d=5):
@@ -99,6 +101,29 @@ def test_few_label_trials_are_reproducible_and_improve_with_features_and_labels(
     assert more.mean() > first.mean()
 
 
+def test_trials_share_the_axes_of_as_many_labels_as_features(monkeypatch):
+    train, labels = blobs(0)
+    test, test_labels = blobs(1)
+    data, found = (train, labels, test, test_labels), []
+
+    def counted(matrix, plain=np.linalg.eigh):
+        found.append(matrix.shape)
+        return plain(matrix)
+
+    monkeypatch.setattr(np.linalg, "eigh", counted)
+    shared = few_label_accuracies(*data, labels_per_class=10, trials=3)
+    assert found == [(5, 5)]
+    few_label_accuracies(*data, labels_per_class=1, trials=3)  # 4 labels, 5 features
+    assert len(found) == 4
+    generator = np.random.default_rng([0, 10])
+    for accuracy in shared:
+        seen = np.concatenate(
+            [generator.choice(np.flatnonzero(labels == c), 10, replace=False) for c in range(4)]
+        )
+        own = linear_probe(train[seen], labels[seen], test)  # along its own axes
+        assert accuracy == pytest.approx(np.mean(own == test_labels), abs=1.1 / len(test))
+
+
 # fit_linear
 
 
@@ -186,3 +211,90 @@ def test_fit_linear_converges_on_features_of_low_rank(count, penalty):
     x = (y[:, None] == np.arange(3)) @ rng.normal(size=(3, 200))  # rank 3 of 200
     model = fit_linear(x, y, num_classes=3, penalties=[penalty], max_iterations=100)
     assert (model.predict(x) == y).all()
+
+
+# On several devices
+
+
+@pytest.fixture
+def shared_by_all(monkeypatch):
+    """Splits fits of any size over the eight devices; returns a function that undoes it."""
+    monkeypatch.setattr(linear, "_SHARED", 0)
+    return lambda: monkeypatch.setattr(linear, "_SHARED", np.inf)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one class", "several classes"])
+def test_eight_devices_find_the_solution_of_one(shared_by_all, several):
+    x, y = blobs(n=203)  # which 8 doesn't divide
+    if several:
+        y = ((np.arange(4)[None, :] - y[:, None]) % 4 < 2).astype(np.int8)
+        y[::7, 2] = -1  # unknown
+    options = {"num_classes": 4, "tolerance": 1e-6, "metric": "mean_ap" if several else "top1"}
+    options["penalties"] = [1e-3] if several else [1e-1, 1e-3]
+    fit = linear._Fit(linear._Data(x, y, 4, (100, 1e-6), None))
+    for array in (fit.projected, fit.targets, fit.shares):
+        assert {shard.data.shape[0] for shard in array.addressable_shards} == {26}
+        assert len({shard.device for shard in array.addressable_shards}) == 8
+    split = fit_linear(x, y, **options)
+    scores = split.scores(x)
+    shared_by_all()
+    whole = fit_linear(x, y, **options)
+    assert split.penalty == whole.penalty
+    assert split.validation == pytest.approx(whole.validation, abs=1e-6)
+    np.testing.assert_allclose(split.weights, whole.weights, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(split.bias, whole.bias, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(scores, x @ split.weights + split.bias[None, :], atol=1e-4)
+    np.testing.assert_allclose(whole.scores(x), scores, rtol=1e-3, atol=1e-3)
+
+
+def test_only_large_fits_are_split():
+    assert linear._shared_by(1200, 64, 10).size == 1
+    assert linear._shared_by(50_000, 2048, 10).size == len(jax.local_devices()) == 8
+
+
+def test_imagenet_is_split_over_the_devices():
+    """Each holds its share of the features and of the logits, and the whole state of L-BFGS."""
+    count, width, classes = 1_281_168, 2048, 1000
+    spmd = linear._shared_by(count, width, classes)
+
+    def on_devices(layout, *shape, dtype=np.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=spmd.sharding(layout))
+
+    lowered = linear._minimize.lower(
+        on_devices("replicated", width + 1, classes),
+        on_devices("sharded", count, width),
+        on_devices("sharded", count, dtype=np.int32),
+        on_devices("sharded", count),
+        np.float32(1e-3),
+        on_devices("replicated", width + 1, 1),
+        500,
+        1e-4,
+    )
+    memory = lowered.compile().memory_analysis()
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    features, logits = 4 * count * width / 8, 4 * count * classes / 8
+    solver = 30 * 4 * width * classes  # ten past steps and gradients, and what a step makes
+    assert features + logits < used < features + 3.1 * logits + solver
+
+
+def test_evaluations_of_the_objective_are_counted(monkeypatch):
+    seen, plain = [], optax.softmax_cross_entropy_with_integer_labels
+
+    def watched(logits, labels):
+        jax.debug.callback(lambda: seen.append(1))
+        return plain(logits, labels)
+
+    monkeypatch.setattr(optax, plain.__name__, watched)
+    x, y = blobs(d=7)  # a shape that no other test compiles
+    fitted = fit_linear(x, y, num_classes=4, penalties=[1e-3], tolerance=1e-6)
+    jax.effects_barrier()
+    assert fitted.evaluations == len(seen) > 5
+
+
+def test_too_little_memory_is_a_clear_error(monkeypatch):
+    def fail(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(linear, "_minimize", fail)
+    with pytest.raises(UserError, match=r"classifier on 200 feature vectors doesn't fit .* fewer"):
+        fit_linear(*blobs(), num_classes=4, penalties=[1e-3])

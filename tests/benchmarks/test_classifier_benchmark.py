@@ -1,0 +1,39 @@
+"""The benchmark of the linear classifier at toy size."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("classifier")
+
+
+def test_a_row_per_size_and_an_estimate_for_imagenet(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["classifier.py", "--sizes=90x6x3,60x6x3", "--rounds=1"])
+    benchmark.main()
+    header, _, *rows, _, estimate = capsys.readouterr().out.splitlines()
+    assert header == (
+        "| features | classes | seconds | preparation | evaluations | TFLOP | TFLOP/s |"
+    )
+    assert [row.split(" | ")[:2] for row in rows] == [["| 90 × 6", "3"], ["| 60 × 6", "3"]]
+    assert all(float(row.split(" | ")[3]) <= float(row.split(" | ")[2]) for row in rows)
+    assert re.match(
+        r"1,281,167 × 2,048 features of 1,000 classes: [\d,]+ TFLOP per fit with \d+ evaluations, "
+        r"[\d,]+ minutes at the rate of 60 × 6 × 3; 6 fits .* 36 GB over all devices\.$",
+        estimate,
+    )
+
+
+def test_an_incomplete_size_is_a_usage_error(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["classifier.py", "--sizes=90x6"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "IMAGESxWIDTHxCLASSES" in capsys.readouterr().err
