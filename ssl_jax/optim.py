@@ -284,20 +284,6 @@ def make_optimizer(
     """
     _check_options(config)
 
-    def base(rate: optax.ScalarOrSchedule, mask: Mask, start: int = 0) -> Any:
-        """The optimizer of a group whose inner count of steps starts at step `start`."""
-
-        def decayed(weight_decay: Any) -> optax.GradientTransformation:
-            return _base_optimizer(config, rate, mask, weight_decay)
-
-        optimizer = decayed(config.weight_decay)
-        if weight_decay is not None:
-            by_count = optax.inject_hyperparams(decayed)
-            optimizer = by_count(weight_decay=lambda count: weight_decay(count + start))
-        if config.clip_norm_per_tensor:
-            optimizer = optax.chain(clip_each_norm(config.clip_norm_per_tensor), optimizer)
-        return optimizer
-
     def make(label: str) -> optax.GradientTransformation:
         if label not in LABELS:
             raise UserError(f"param_groups gives the label '{label}'.{did_you_mean(label, LABELS)}")
@@ -307,16 +293,19 @@ def make_optimizer(
         if label == "constant_lr":
             if peak is None:
                 raise ValueError("Parameters labeled 'constant_lr' need `peak`.")
-            return base(peak, mask)
+            return _group_optimizer(config, peak, mask, weight_decay)
         if label == "frozen_until":
             steps = config.frozen_steps
             # The inner count starts when the freeze ends; schedules count from the run's start.
-            inner = base(lambda count: schedule(count + steps), mask, steps)
+            later, decay = _later(schedule, steps), weight_decay and _later(weight_decay, steps)
+            inner = _group_optimizer(config, later, mask, decay)
             return optax.conditionally_mask(inner, lambda step: step >= steps)
         if label == "norm_bias" and config.norm_bias_lr:
             factor = config.norm_bias_lr / config.lr
-            return base(lambda count: factor * schedule(count), mask)
-        return base(schedule, mask)
+            return _group_optimizer(
+                config, lambda count: factor * schedule(count), mask, weight_decay
+            )
+        return _group_optimizer(config, schedule, mask, weight_decay)
 
     def partitioned(labels: Pytree) -> optax.GradientTransformationExtraArgs:
         used = sorted(set(jax.tree.leaves(labels)))
@@ -453,6 +442,29 @@ def _after_warmup(config: ConfigDict, peak: float, warmup: int, length: Schedule
         drops = {length.steps(epoch) - warmup: config.step_gamma for epoch in config.step_epochs}
         return optax.piecewise_constant_schedule(peak, drops)
     return optax.constant_schedule(peak)
+
+
+def _later(schedule: optax.Schedule, steps: int) -> optax.Schedule:
+    return lambda count: schedule(count + steps)
+
+
+def _group_optimizer(
+    config: ConfigDict,
+    rate: optax.ScalarOrSchedule,
+    mask: Mask,
+    weight_decay: optax.Schedule | None,
+) -> optax.GradientTransformation:
+    """Builds the optimizer of a group of parameters, with clipping and a schedule of the decay."""
+
+    def decayed(weight_decay: Any) -> optax.GradientTransformation:
+        return _base_optimizer(config, rate, mask, weight_decay)
+
+    optimizer = decayed(config.weight_decay)
+    if weight_decay is not None:
+        optimizer = optax.inject_hyperparams(decayed)(weight_decay=weight_decay)
+    if config.clip_norm_per_tensor:
+        optimizer = optax.chain(clip_each_norm(config.clip_norm_per_tensor), optimizer)
+    return optimizer
 
 
 def _base_optimizer(

@@ -345,20 +345,11 @@ class Evaluator:
         self._write_classifier(workdir, state)
         if self.test is None or not self._extracts:
             return pictures
-        variables = evaluated_variables(self._method, state)
-        own = FINE_TUNED if self._fine_tuned else self.config.method
-        encoders = [(own, self._encode, variables)]
+        encoders = self._encoders(state, initial)
+        own = encoders[0][0]
         train, test = self.train, self.test
         if not self.not_scored:
             train, test = self._labeled_train, self._labeled_test
-        if self._fits_rows:
-            encoders += [
-                (BASELINE, self._small, {}),
-                (UNTRAINED, self._encode, self._replicate(initial)),
-            ]
-            if self._beside:
-                online = evaluated_variables(self._method, state, self._beside)
-                encoders.append((ONLINE, self._encode, online))
         for name, encode, weights in encoders:
             if stopping():
                 raise processes.StoppedError
@@ -379,6 +370,19 @@ class Evaluator:
             with writing(workdir):
                 write_evaluation(workdir, found)
         return pictures
+
+    def _encoders(self, state: Any, initial: Pytree) -> list[tuple[str, Any, Pytree]]:
+        """The rows' names, encoders and variables: the run's own first, then those beside it."""
+        own = FINE_TUNED if self._fine_tuned else self.config.method
+        encoders = [(own, self._encode, evaluated_variables(self._method, state))]
+        if not self._fits_rows:
+            return encoders
+        encoders.append((BASELINE, self._small, {}))
+        encoders.append((UNTRAINED, self._encode, self._replicate(initial)))
+        if self._beside:
+            online = evaluated_variables(self._method, state, self._beside)
+            encoders.append((ONLINE, self._encode, online))
+        return encoders
 
     def _retrieval(
         self, train: Source, test: Source, features: list[np.ndarray]
