@@ -64,9 +64,8 @@ class Setup:
         # TFDS's labels are inside the records, all of which would be read; the loss of `supervised`
         # leaves out images without a label by itself.
         masked = (config.method, config.data.name) == ("supervised", "tfds")
-        method = method_class(config.method)
-        masked |= method.keeps_unlabeled
-        if method.needs_labels and self.train.num_classes and not masked:
+        kind = method_class(config.method)
+        if kind.needs_labels and self.train.num_classes and not (masked or kind.keeps_unlabeled):
             self.train = labeled(self.train)
         self.config = config = resolve(config, self.train, started)
         self.schedule = run_schedule(config, self.train.num_examples)

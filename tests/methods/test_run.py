@@ -126,9 +126,11 @@ def losses_on_digits(method, steps):
     config.data.num_classes = 10
     config.batch_size, config.epochs = 64, steps / 21
     config.optim.update(name="adamw", lr_scaling="none", warmup_epochs=0.0)
-    config.optim.lr = {"moco": 0.003, "swav": 0.01, "supervised": 0.02}.get(method, 0.005)
+    rates = {"moco": 0.003, "swav": 0.01, "supervised": 0.02, "mocov3": 0.01}
+    config.optim.lr = rates.get(method, 0.005)
     config.optim.frozen_steps = 0
     config.moco.update(queue=512, ema_decay=0.95, ema_decay_end=0.95)
+    config.mocov3.update(ema_decay=0.9, ema_decay_end=0.9)
     # Many more prototypes than dimensions, or embeddings find a direction equally far from all.
     config.swav.update(queue=0, prototypes=48, out=6, hidden=32, epsilon=0.02, temperature=0.2)
     config.simclr.memory_bank = 512 if method == "simclr_memory" else 0
