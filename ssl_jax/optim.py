@@ -280,29 +280,10 @@ def make_optimizer(
     """
     _check_options(config)
 
-    def make(label: str) -> optax.GradientTransformation:
-        if label not in LABELS:
-            raise UserError(f"param_groups gives the label '{label}'.{did_you_mean(label, LABELS)}")
-        mask = _mask_of_label(label, config.decay_norm_bias)
-        if label == "frozen":
-            return optax.set_to_zero()
-        if label == "constant_lr":
-            if peak is None:
-                raise ValueError("Parameters labeled 'constant_lr' need `peak`.")
-            return _base_optimizer(config, peak, mask)
-        if label == "frozen_until":
-            steps = config.frozen_steps
-            # The inner count starts when the freeze ends; the schedule counts from the run's start.
-            inner = _base_optimizer(config, lambda count: schedule(count + steps), mask)
-            return optax.conditionally_mask(inner, lambda step: step >= steps)
-        if label == "norm_bias" and config.norm_bias_lr:
-            factor = config.norm_bias_lr / config.lr
-            return _base_optimizer(config, lambda count: factor * schedule(count), mask)
-        return _base_optimizer(config, schedule, mask)
-
     def partitioned(labels: Pytree) -> optax.GradientTransformationExtraArgs:
         used = sorted(set(jax.tree.leaves(labels)))
-        return optax.partition({label: make(label) for label in used}, labels)
+        made = {label: _labeled_optimizer(label, config, schedule, peak) for label in used}
+        return optax.partition(made, labels)
 
     if not callable(labels):
         return partitioned(labels)
@@ -393,6 +374,29 @@ def _after_warmup(config: ConfigDict, peak: float, warmup: int, length: Schedule
         drops = {length.steps(epoch) - warmup: config.step_gamma for epoch in config.step_epochs}
         return optax.piecewise_constant_schedule(peak, drops)
     return optax.constant_schedule(peak)
+
+
+def _labeled_optimizer(
+    label: str, config: ConfigDict, schedule: optax.Schedule, peak: float | None
+) -> optax.GradientTransformation:
+    if label not in LABELS:
+        raise UserError(f"param_groups gives the label '{label}'.{did_you_mean(label, LABELS)}")
+    mask = _mask_of_label(label, config.decay_norm_bias)
+    if label == "frozen":
+        return optax.set_to_zero()
+    if label == "constant_lr":
+        if peak is None:
+            raise ValueError("Parameters labeled 'constant_lr' need `peak`.")
+        return _base_optimizer(config, peak, mask)
+    if label == "frozen_until":
+        steps = config.frozen_steps
+        # The inner count starts when the freeze ends; the schedule counts from the run's start.
+        inner = _base_optimizer(config, lambda count: schedule(count + steps), mask)
+        return optax.conditionally_mask(inner, lambda step: step >= steps)
+    if label == "norm_bias" and config.norm_bias_lr:
+        factor = config.norm_bias_lr / config.lr
+        return _base_optimizer(config, lambda count: factor * schedule(count), mask)
+    return _base_optimizer(config, schedule, mask)
 
 
 def _base_optimizer(
