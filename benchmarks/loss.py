@@ -226,14 +226,17 @@ def statistics_implementations() -> dict[str, dict[str, Callable[..., Any]]]:
         return jnp.sum(jnp.square(jnp.where(jnp.eye(len(matrix), dtype=bool), 0, matrix)))
 
     def dense_barlow(z1: Any, z2: Any) -> Any:
-        u, v = ((z - z.mean(0)) / jnp.sqrt(z.var(0) + 1e-5) for z in (z1, z2))
+        u, v = (
+            (z - z.mean(0, keepdims=True)) / jnp.sqrt(z.var(0, keepdims=True) + 1e-5)
+            for z in (z1, z2)
+        )
         c = u.T @ v / len(u)
         return jnp.sum(jnp.square(jnp.diagonal(c) - 1)) + 0.0051 * off_diagonal(c)
 
     def dense_vicreg(z1: Any, z2: Any) -> Any:
         loss, (n, d) = 25 * jnp.mean(jnp.square(z1 - z2)), z1.shape
         for z in (z1, z2):
-            x = z - z.mean(0)
+            x = z - z.mean(0, keepdims=True)
             deviation = jnp.sqrt(x.var(0, ddof=1) + 1e-4)
             loss += 12.5 * jnp.mean(jax.nn.relu(1 - deviation))
             loss += off_diagonal(x.T @ x / (n - 1)) / d

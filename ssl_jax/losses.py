@@ -668,14 +668,16 @@ def _pull(
       gram: use the first form, with N x N products, rather than the second, with a d x d matrix.
       cross: whether p is the other view's, or the same one's.
     """
-    p, columns = (own[::-1], everyone[::-1]) if cross else (own, everyone)
     if gram:
-        views = zip(p, columns, everyone, strict=True)
-        return jnp.stack([loss_kernels.gram_pull(*view, block_size) for view in views])
+        views = [(1 - q if cross else q, q) for q in (0, 1)]
+        pulls = [
+            loss_kernels.gram_pull(own[p], everyone[p], everyone[q], block_size) for p, q in views
+        ]
+        return jnp.stack(pulls)
     if not cross:
-        return matmul(p, _psum(matmul(own.swapaxes(1, 2), own), axis_name))
+        return matmul(own, _psum(matmul(own.swapaxes(1, 2), own), axis_name))
     matrix = _psum(matmul(own[0].T, own[1]), axis_name)
-    return jnp.stack([matmul(p[0], matrix.T), matmul(p[1], matrix)])
+    return jnp.stack([matmul(own[1], matrix.T), matmul(own[0], matrix)])
 
 
 def normalize(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:

@@ -284,32 +284,12 @@ def make_optimizer(
     """
     _check_options(config)
 
-    def make(label: str) -> optax.GradientTransformation:
-        if label not in LABELS:
-            raise UserError(f"param_groups gives the label '{label}'.{did_you_mean(label, LABELS)}")
-        mask = _mask_of_label(label, config.decay_norm_bias)
-        if label == "frozen":
-            return optax.set_to_zero()
-        if label == "constant_lr":
-            if peak is None:
-                raise ValueError("Parameters labeled 'constant_lr' need `peak`.")
-            return _group_optimizer(config, peak, mask, weight_decay)
-        if label == "frozen_until":
-            steps = config.frozen_steps
-            # The inner count starts when the freeze ends; schedules count from the run's start.
-            later, decay = _later(schedule, steps), weight_decay and _later(weight_decay, steps)
-            inner = _group_optimizer(config, later, mask, decay)
-            return optax.conditionally_mask(inner, lambda step: step >= steps)
-        if label == "norm_bias" and config.norm_bias_lr:
-            factor = config.norm_bias_lr / config.lr
-            return _group_optimizer(
-                config, lambda count: factor * schedule(count), mask, weight_decay
-            )
-        return _group_optimizer(config, schedule, mask, weight_decay)
-
     def partitioned(labels: Pytree) -> optax.GradientTransformationExtraArgs:
         used = sorted(set(jax.tree.leaves(labels)))
-        return optax.partition({label: make(label) for label in used}, labels)
+        made = {
+            label: _labeled_optimizer(label, config, schedule, peak, weight_decay) for label in used
+        }
+        return optax.partition(made, labels)
 
     if not callable(labels):
         return partitioned(labels)
@@ -465,6 +445,35 @@ def _group_optimizer(
     if config.clip_norm_per_tensor:
         optimizer = optax.chain(clip_each_norm(config.clip_norm_per_tensor), optimizer)
     return optimizer
+
+
+def _labeled_optimizer(
+    label: str,
+    config: ConfigDict,
+    schedule: optax.Schedule,
+    peak: float | None,
+    weight_decay: optax.Schedule | None,
+) -> optax.GradientTransformation:
+    if label not in LABELS:
+        raise UserError(f"param_groups gives the label '{label}'.{did_you_mean(label, LABELS)}")
+    mask = _mask_of_label(label, config.decay_norm_bias)
+    if label == "frozen":
+        return optax.set_to_zero()
+    if label == "constant_lr":
+        if peak is None:
+            raise ValueError("Parameters labeled 'constant_lr' need `peak`.")
+        return _group_optimizer(config, peak, mask, weight_decay)
+    if label == "frozen_until":
+        steps = config.frozen_steps
+        # The inner count starts when the freeze ends; schedules count from the run's start.
+        later, decay = _later(schedule, steps), weight_decay and _later(weight_decay, steps)
+        inner = _group_optimizer(config, later, mask, decay)
+        return optax.conditionally_mask(inner, lambda step: step >= steps)
+    share = 1.0
+    if label == "norm_bias" and config.norm_bias_lr:
+        share = config.norm_bias_lr / config.lr
+    rate = schedule if share == 1 else lambda count: share * schedule(count)
+    return _group_optimizer(config, rate, mask, weight_decay)
 
 
 def _base_optimizer(

@@ -118,9 +118,9 @@ def test_without_batchnorm_cached_gradients_match_the_plain_step(method, without
     config = method_config(method)
     expected = computed(config, ONE, plain)
     actual = computed(config, ONE, cached)
-    # Its normalization enlarges the rounding of embeddings that hardly differ without BatchNorm.
-    rtol = 1e-3 if method == "barlow" else 1e-4
-    assert_trees_close(actual, expected, rtol=rtol, atol=1e-6)
+    # Its loss divides by deviations of 1e-3 here; a shift has no gradient but rounding.
+    tolerance = {"rtol": 1e-3, "atol": 3e-3} if method == "barlow" else {"rtol": 1e-4, "atol": 1e-6}
+    assert_trees_close(actual, expected, **tolerance)
     assert max(np.abs(g).max() for g in jax.tree.leaves(expected[1])) > 1e-4
 
 

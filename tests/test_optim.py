@@ -379,7 +379,7 @@ def test_constant_lr_changes_only_the_schedule(name):
         assert_follows(trajectory, (module, leaf), expected, name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["lars_byol", "adamw"])
 def test_norm_bias_lr_scales_the_schedule_of_biases_and_norms_only(name):
     params = some_params()
     gradients = some_gradients(params, len(RATES))
