@@ -461,7 +461,7 @@ def _add_data(parser: Parser) -> None:
         _prepare_data,
     )
     images = "image folder, one subfolder per class or flat; or a list of images (.csv, .tsv, .txt)"
-    _add_path(pack, "images", images)
+    _add_path(pack, "folder", images, metavar="IMAGES")
     _add_path(pack, "out", "file to write", metavar="FILE.npz")
     pack.add_argument(
         "--channels", type=int, default=3, help="config.data.channels of the runs (default: 3)"
@@ -474,7 +474,7 @@ def _add_data(parser: Parser) -> None:
         "convert",
         _prepare_data,
     )
-    convert.add_argument("images", help=images)
+    convert.add_argument("folder", help=images, metavar="IMAGES")
     convert.add_argument("out", help="folder to write, on disk or in a bucket")
     convert.add_argument(
         "--shards",
@@ -492,10 +492,10 @@ def _add_data(parser: Parser) -> None:
 
 
 def _prepare_data(args: argparse.Namespace) -> None:
-    if "://" not in str(args.images) and not local_path(args.images).exists():
+    if "://" not in str(args.folder) and not local_path(args.folder).exists():
         raise UserError(
-            f"{args.images} doesn't exist: name a folder or a list of images."
-            f"{close_path(args.images)}"
+            f"{args.folder} doesn't exist: name a folder or a list of images."
+            f"{close_path(args.folder)}"
         )
 
 

@@ -174,10 +174,8 @@ def run_features(
         or an override is bad or doesn't change features; raised before anything is computed.
     """
     overrides = tuple(overrides)
-    trained = config_at(path)
-    require_channels(trained, overrides)
-    config = apply_overrides(trained, overrides)
-    _require_seen(config, overrides)
+    require_channels(trained := config_at(path), overrides)
+    _require_seen(config := apply_overrides(trained, overrides), overrides)
     if projector_layer is not None:
         config.eval.projector_layer = projector_layer
     learned, held_out = make_sources(config, train, test)
