@@ -124,8 +124,7 @@ class Evaluator:
 
         def classify(variables: Pytree, images: Array) -> Array:
             ready = prepare_eval(images, config)
-            logits: Array = method.classify(variables["params"], variables["batch_stats"], ready)
-            return logits
+            return method.classify(variables["params"], variables["batch_stats"], ready)
 
         # The run's own classifier, if it trains one.
         self._needs_labels = method.needs_labels
