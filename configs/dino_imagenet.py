@@ -7,7 +7,7 @@ its README: vit_small with batch 512, vit_base with 1024, and resnet50 with 512 
 only longer runs with other settings are: 76.1 % and 78.2 % (ViT-B/16), 67.5 % and 75.3 %
 (ResNet-50, 800 epochs). Better by 4 points for three times the cost, for vit_small only:
 --config.epochs=300 --config.dino.teacher_temperature=0.07
---config.dino.teacher_temperature_epochs=30 --config.dino.norm_last_layer=False. Cost: COST GFLOP
+--config.dino.teacher_temperature_epochs=30 --config.dino.norm_last_layer=False. Cost: 112 GFLOP
 per image (vit_small). Data: `recipes.imagenet_config`. Prototypes are frozen for an epoch: for
 another batch size, change --config.optim.frozen_steps. Deviations: computed in bfloat16, officially
 in mixed float16; the blur is an exact Gaussian, of which Pillow's three box filters are an

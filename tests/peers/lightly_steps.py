@@ -91,8 +91,9 @@ class Lightly:
         self.method, self.official, self.number = method, method == "dino_official", 0
         if method.startswith("dino"):  # whose layer with weight norm can't be copied
             self.target = {"encoder": copy.deepcopy(backbone), "projector": self.projector(method)}
-        if self.official:
             self.target["projector"].load_state_dict(self.networks["projector"].state_dict())
+        # Of the teacher's temperatures.
+        torch.set_default_dtype(torch.float64 if method.startswith("dino") else torch.float32)
         if method in ("moco", "byol", "mocov3"):
             self.target = {name: copy.deepcopy(net) for name, net in self.networks.items()}
         if method == "byol":
@@ -252,9 +253,9 @@ class Lightly:
             decay, epoch = 1 - (1 - 0.996) * fallen(self.number - 1), self.number // PER_EPOCH
         if self.number or not self.official:
             self.move_target(decay)
-        with torch.no_grad():
-            targets = [self.project(x, self.target) for x in views[:2]]
         if not self.official:
+            with torch.no_grad():
+                targets = [self.project(x, self.target) for x in views]
             return self.criterion(targets, [self.project(x) for x in views], epoch=epoch)
         features = [
             self.networks["encoder"](torch.cat(crops)).flatten(start_dim=1)
@@ -345,27 +346,25 @@ def fallen(step, total=STEPS):
     return (1 + np.cos(np.pi * step / total)) / 2
 
 
-class Passes:
-    """Counts the batches of a network's BatchNorms, and the values that each averages over."""
+def average_biased_variances(networks):
+    """Makes running variances the averages of biased variances, as in ssl_jax.
 
-    def __init__(self, networks):
-        self.seen = {}
-        for network in networks.values():
-            for layer in network.modules():
-                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                    layer.register_forward_hook(self.hook)
+    After each pass, because batches of views of different sizes have different factors n/(n - 1).
+    """
+    before = {}
 
-    def hook(self, layer, inputs, output):
+    def hook(layer, inputs, output):
         splits = layer.num_splits if isinstance(layer, SplitBatchNorm) else 1
-        times, _ = self.seen.get(layer, (0, 0))
-        values = inputs[0].numel() // layer.num_features // splits
-        self.seen[layer] = times + 1, values
+        n = inputs[0].numel() // layer.num_features // splits
+        kept = (1 - layer.momentum) * before[layer]
+        layer.running_var.data.sub_(kept).mul_((n - 1) / n).add_(kept)  # unseen by autograd
+        before[layer] = layer.running_var.clone()
 
-    def debias(self):
-        """Makes running variances the averages of biased variances, as in ssl_jax."""
-        for layer, (times, values) in self.seen.items():
-            start = (1 - layer.momentum) ** times
-            layer.running_var.sub_(start).mul_((values - 1) / values).add_(start)
+    for network in networks.values():
+        for layer in network.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                before[layer] = layer.running_var.clone()
+                layer.register_forward_hook(hook)
 
 
 class Ours:
@@ -402,6 +401,8 @@ class Ours:
         method_state = {"batch_stats": stats}
         if lightly.target:
             method_state["target"], stats["target"] = lightly.trees(lightly.target)
+        if method.startswith("dino"):
+            method_state["center"] = lightly.criterion.center.numpy().reshape(-1)
         if method == "moco":
             method_state["queue"] = lightly.criterion.memory_bank.bank.numpy()[None]
         shapes = jax.eval_shape(lambda: init_state(self.method, optimizer, config))
@@ -446,8 +447,12 @@ def loaded(own, new):
 
 
 def with_long_integers(x):
-    """Converts step counts: in JAX, int32 divided by a Python number is float32, int64 float64."""
-    return x.astype(np.int64) if x.dtype == np.int32 else x
+    """Converts step counts: in JAX, int32 divided by a Python number is float32, int64 float64.
+
+    And the float32 numbers that were computed from them, such as the first step's weight decay.
+    """
+    long = {np.dtype(np.int32): np.int64, np.dtype(np.float32): np.float64}
+    return x.astype(long.get(x.dtype, x.dtype))
 
 
 def relative(actual, expected):
@@ -467,7 +472,8 @@ def compare(method):
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     lightly = Lightly(method)
-    passes = Passes({**lightly.networks, **{f"t_{k}": v for k, v in lightly.target.items()}})
+    targets = {f"target_{name}": network for name, network in lightly.target.items()}
+    average_biased_variances(lightly.networks | targets)
     ours = Ours(method, lightly)
     # A split is a block of images in ssl_jax, every SPLITS-th image in lightly.
     order = np.arange(BATCH)
@@ -487,11 +493,11 @@ def compare(method):
         ]
         theirs = [torch.tensor(view[order].transpose(0, 3, 1, 2)).contiguous() for view in views]
         steps.append((ours.step(views), lightly.step(number, theirs, shuffles)))
-    passes.debias()
     # ssl_jax does so at the end of a step.
     lightly.number = STEPS
     lightly.move_target(*([1 - (1 - 0.996) * fallen(STEPS - 1)] if lightly.official else []))
     mine, peer = (np.array(each).T for each in zip(*steps, strict=True))
+    print(np.abs(mine / peer - 1), file=sys.stderr)
     if method == "byol":
         mine[0] -= 1  # 1 - cos against -cos
     names = ("loss", "gradient norm", "learning rate")
