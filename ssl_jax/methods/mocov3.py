@@ -79,7 +79,7 @@ class MoCoV3(Method):
                 query, key[:, other], candidates, among=True, axis_name=self.axis_name
             )
             correct.append(accuracy)
-        return 2 * tau * self.mean(sum(terms)), {
+        return 2 * tau * self.mean(jnp.sum(jnp.stack(terms))), {
             "contrastive_accuracy": self.mean(jnp.mean(jnp.stack(correct))),
             "ema_decay": self.ema_decay(step),
         }

@@ -31,6 +31,8 @@ COLLECTIVES = {
     "byol": {"all-reduce": 19},
     "simsiam": {"all-reduce": 27},
     "supervised": {"all-reduce": 11},
+    "mocov3": {"all-reduce": 23, "all-gather": 1},
+    "supcon": {"all-reduce": 12, "all-gather": 2},
 }
 # Upper bounds of the temporary memory, at least a tenth above the actual values.
 MAX_MIB = {
@@ -41,6 +43,8 @@ MAX_MIB = {
     "byol": 6.3,
     "simsiam": 6.3,
     "supervised": 5.2,
+    "mocov3": 6.9,
+    "supcon": 5.1,
 }
 
 
