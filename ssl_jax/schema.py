@@ -649,7 +649,7 @@ _METHODS: Group = {
         "projector_hidden": Key(0, "Width of those layers; 0: the encoder's width", AT_LEAST_0),
         "sigmoid": Key(
             False,
-            "A sigmoid per class instead of a softmax; set if images have several labels each",
+            "A sigmoid per class instead of a softmax; set by runs on several labels per image",
         ),
     },
     "distill": {

@@ -11,7 +11,14 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from ssl_jax.data.labels import Targets, checked_labels, checked_targets, listed, numbered
+from ssl_jax.data.labels import (
+    NO_LABEL,
+    Targets,
+    checked_labels,
+    checked_targets,
+    listed,
+    numbered,
+)
 from ssl_jax.data.listing import list_images, require_list
 from ssl_jax.errors import UserError, did_you_mean
 from ssl_jax.files import local_path, reading
@@ -59,7 +66,7 @@ class ImageList:
     folder: Path
     files: list[str]
     names: list[str]
-    labels: Sequence[int] | Int[np.ndarray, " n"] | None
+    labels: Int[np.ndarray, " n"] | None
     class_names: tuple[str, ...]
     targets: Targets | None = None
 
@@ -68,7 +75,9 @@ class ImageList:
         """Labels as they are written: int32 [n], -1 for none; or `Targets.values`, int8 [n, c]."""
         if self.targets:
             return self.targets.values
-        return np.array([-1] * len(self.files) if self.labels is None else self.labels, np.int32)
+        if self.labels is None:
+            return np.full(len(self.files), NO_LABEL, np.int32)
+        return self.labels.astype(np.int32)
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -143,7 +152,8 @@ def list_or_folder(path: str, key: str, columns: Columns) -> ImageList:
                 f"{columns.name(name)} is '{value}', but {path} is not a list of images, and the "
                 "classes of a folder are its subfolders. Leave it out, or give a .csv or .tsv file."
             )
-    files, labels, classes = list_images(path, key)
+    files, numbers, classes = list_images(path, key)
+    labels = None if numbers is None else np.array(numbers, np.int32)
     names = [os.path.relpath(file, root) for file in files]
     return ImageList(root, files, names, labels, classes)
 

@@ -72,7 +72,7 @@ def vit_to_torch(params: Pytree, config: ConfigDict) -> dict[str, np.ndarray]:
     Args:
       params: of the encoder.
       config: of the run. Fixed positions are written as a table, which timm learns, for images of
-        the first view's size: timm interpolates the table for others, where we compute it.
+        the first view's size: for others timm interpolates the table, and our ViT computes it.
 
     Returns:
       float32 arrays in PyTorch's layout.

@@ -364,7 +364,7 @@ def test_several_labels_per_image_are_measured_by_mean_average_precision(tmp_pat
     assert "No class has an image in both" in evaluator_of(splits[0], absent).plan()
 
 
-def test_sample_without_a_class_of_the_held_out_images_is_said_and_the_end_goes_on(tmp_path):
+def test_sample_without_a_class_of_the_held_out_images_leaves_out_average_precision(tmp_path):
     train, test = random_source(96), several(random_source(40, seed=1))
     targets = several(train).targets.values
     targets[fixed_sample(96, 5)] = 0
