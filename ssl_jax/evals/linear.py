@@ -311,7 +311,7 @@ class _Fit:
         x, y = data.x, data.y
         self.limits = data.limits
         self.flatness = 1 / _SIGMOID_CURVATURE if y.ndim == 2 else data.classes
-        spmd = _shared_by(*x.shape, data.classes)
+        spmd = _shared_by(x, data.classes)
         rows = max(_SMALLEST, len(x))
         rows += -rows % spmd.size
         padded = _place(spmd, x, rows)
@@ -343,16 +343,16 @@ class _Fit:
         return solution, int(evaluations)
 
 
-def _shared_by(rows: int, width: int, classes: int) -> Spmd:
-    """The devices that share a product of features [rows, width] with weights [width, classes]."""
+def _shared_by(x: np.ndarray, classes: int) -> Spmd:
+    """The devices that share a product of features with weights of that many classes."""
     devices = jax.local_devices()
-    return make_spmd(devices=devices if rows * width * classes >= _SHARED else devices[:1])
+    return make_spmd(devices=devices if x.size * classes >= _SHARED else devices[:1])
 
 
 def _place(spmd: Spmd, array: np.ndarray, rows: int) -> Array:
     """Splits an array over devices by rows, with zeros appended up to `rows`."""
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: Any) -> np.ndarray:
         missing = len(range(rows)[index[0]]) - len(part := array[index[0]])
         return np.pad(part, ((0, missing),) + ((0, 0),) * (array.ndim - 1)) if missing else part
 
@@ -366,7 +366,7 @@ def _scores(
     bias: Float[np.ndarray, " c"],
 ) -> Float[np.ndarray, "n c"]:
     """Logits, computed on this process's devices."""
-    spmd = _shared_by(*features.shape, len(bias))
+    spmd = _shared_by(features, len(bias))
     placed = _place(spmd, features, len(features) + -len(features) % spmd.size)
     logits = jnp.matmul(placed, weights, precision="highest") + bias[None, :]
     return np.asarray(logits)[: len(features)]
