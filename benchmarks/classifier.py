@@ -39,8 +39,8 @@ def flops(n: int, d: int, classes: int) -> float:
 
 
 def memory(n: int, d: int, classes: int) -> float:
-    """GB over all devices: the features twice and about three arrays of the logits' size."""
-    return 4e-9 * n * (2 * d + 3 * classes)
+    """GB over all devices: the features and about three arrays of the logits' size."""
+    return 4e-9 * n * (d + 3 * classes)
 
 
 def seconds_of(function: Callable[[], Any], rounds: int) -> float:

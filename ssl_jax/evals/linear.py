@@ -11,10 +11,10 @@ costs three points at 5 labels per class.
 For images of several classes, the first term is the sum over classes of the mean sigmoid
 cross-entropy of the images for which the class is known.
 
-Large fits are split over this process's devices by examples: each holds its share of the features
-twice, and of the logits about three times. For ImageNet's 1.28 million training images, 2,048
-features and 1,000 classes, that is 36 GB over all devices. An evaluation of the objective and its
-gradient takes 4·n·d·classes FLOPs, there 1.0e13.
+Large fits are split over this process's devices by examples: each holds its share of the features,
+twice while they are projected, and about three times its share of the logits. For ImageNet's 1.28
+million training images, 2,048 features and 1,000 classes, that is 26 GB over all devices. An
+evaluation of the objective and its gradient takes 4·n·d·classes FLOPs, there 1.0e13.
 """
 
 import dataclasses
@@ -208,9 +208,10 @@ def fit_linear(
     if not penalties:
         raise UserError("There are no penalties to choose from. Give at least one.")
     center = features.mean(axis=0)
-    scale = max(float((features - center).std()), 1e-12)
-    limits = (max_iterations, tolerance)
-    data = _Data((features - center) / scale, labels, num_classes, limits, axes)
+    x = features - center
+    scale = max(float(x.std()), 1e-12)
+    x /= scale  # in place, as ImageNet's features take 10 GB
+    data = _Data(x, labels, num_classes, (max_iterations, tolerance), axes)
     start = np.zeros((features.shape[1] + 1, num_classes), np.float32)
     ordered = sorted(set(penalties), reverse=True)
     penalty = ordered[0]
