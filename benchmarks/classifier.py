@@ -39,8 +39,8 @@ def flops(n: int, d: int, classes: int) -> float:
 
 
 def memory(n: int, d: int, classes: int) -> float:
-    """GB over all devices: the features twice and about three arrays of the logits' size."""
-    return 4e-9 * n * (2 * d + 3 * classes)
+    """GB over all devices: the features and about three arrays of the logits' size."""
+    return 4e-9 * n * (d + 3 * classes)
 
 
 def seconds_of(function: Callable[[], Any], rounds: int) -> float:
@@ -68,8 +68,9 @@ def measure(size: tuple[int, int, int], penalty: float, rounds: int) -> dict[str
     seconds = seconds_of(lambda: models.append(fit(500)), rounds)
     evaluations = models[-1].evaluations
     work = evaluations * flops(*size)
+    rate = work / max(seconds - preparation, 1e-9)  # in a toy run, noise may be more than the fit
     row = {"size": size, "seconds": seconds, "preparation": preparation}
-    return row | {"evaluations": evaluations, "flops": work, "rate": work / (seconds - preparation)}
+    return row | {"evaluations": evaluations, "flops": work, "rate": rate}
 
 
 def cells(row: dict[str, Any]) -> list[str]:

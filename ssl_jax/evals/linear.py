@@ -11,10 +11,10 @@ costs three points at 5 labels per class.
 For images of several classes, the first term is the sum over classes of the mean sigmoid
 cross-entropy of the images for which the class is known.
 
-Large fits are split over this process's devices by examples: each holds its share of the features
-twice, and of the logits about three times. For ImageNet's 1.28 million training images, 2,048
-features and 1,000 classes, that is 36 GB over all devices. An evaluation of the objective and its
-gradient takes 4·n·d·classes FLOPs, there 1.0e13.
+Large fits are split over this process's devices by examples: each holds its share of the features,
+twice while they are projected, and about three times its share of the logits. For ImageNet's 1.28
+million training images, 2,048 features and 1,000 classes, that is 26 GB over all devices. An
+evaluation of the objective and its gradient takes 4·n·d·classes FLOPs, there 1.0e13.
 """
 
 import dataclasses
@@ -208,9 +208,10 @@ def fit_linear(
     if not penalties:
         raise UserError("There are no penalties to choose from. Give at least one.")
     center = features.mean(axis=0)
-    scale = max(float((features - center).std()), 1e-12)
-    limits = (max_iterations, tolerance)
-    data = _Data((features - center) / scale, labels, num_classes, limits, axes)
+    x = features - center
+    scale = max(float(x.std()), 1e-12)
+    x /= scale  # in place, as ImageNet's features take 10 GB
+    data = _Data(x, labels, num_classes, (max_iterations, tolerance), axes)
     start = np.zeros((features.shape[1] + 1, num_classes), np.float32)
     ordered = sorted(set(penalties), reverse=True)
     penalty = ordered[0]
@@ -311,7 +312,7 @@ class _Fit:
         x, y = data.x, data.y
         self.limits = data.limits
         self.flatness = 1 / _SIGMOID_CURVATURE if y.ndim == 2 else data.classes
-        spmd = _shared_by(*x.shape, data.classes)
+        spmd = _shared_by(x, data.classes)
         rows = max(_SMALLEST, len(x))
         rows += -rows % spmd.size
         padded = _place(spmd, x, rows)
@@ -343,16 +344,16 @@ class _Fit:
         return solution, int(evaluations)
 
 
-def _shared_by(rows: int, width: int, classes: int) -> Spmd:
-    """The devices that share a product of features [rows, width] with weights [width, classes]."""
+def _shared_by(x: np.ndarray, classes: int) -> Spmd:
+    """The devices that share a product of features with weights of that many classes."""
     devices = jax.local_devices()
-    return make_spmd(devices=devices if rows * width * classes >= _SHARED else devices[:1])
+    return make_spmd(devices=devices if x.size * classes >= _SHARED else devices[:1])
 
 
 def _place(spmd: Spmd, array: np.ndarray, rows: int) -> Array:
     """Splits an array over devices by rows, with zeros appended up to `rows`."""
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: Any) -> np.ndarray:
         missing = len(range(rows)[index[0]]) - len(part := array[index[0]])
         return np.pad(part, ((0, missing),) + ((0, 0),) * (array.ndim - 1)) if missing else part
 
@@ -366,7 +367,7 @@ def _scores(
     bias: Float[np.ndarray, " c"],
 ) -> Float[np.ndarray, "n c"]:
     """Logits, computed on this process's devices."""
-    spmd = _shared_by(*features.shape, len(bias))
+    spmd = _shared_by(features, len(bias))
     placed = _place(spmd, features, len(features) + -len(features) % spmd.size)
     logits = jnp.matmul(placed, weights, precision="highest") + bias[None, :]
     return np.asarray(logits)[: len(features)]

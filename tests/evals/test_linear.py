@@ -7,6 +7,7 @@ from sklearn.linear_model import LogisticRegression
 
 from ssl_jax.errors import UserError
 from ssl_jax.evals import few_label_accuracies, fit_linear, linear, linear_probe
+from ssl_jax.spmd import make_spmd
 
 
 def blobs(seed=0, n=200, d=5):
@@ -248,14 +249,15 @@ def test_eight_devices_find_the_solution_of_one(shared_by_all, several):
 
 
 def test_only_large_fits_are_split():
-    assert linear._shared_by(1200, 64, 10).size == 1
-    assert linear._shared_by(50_000, 2048, 10).size == len(jax.local_devices()) == 8
+    assert linear._shared_by(np.broadcast_to(np.float32(0), (1200, 64)), 10).size == 1
+    large = np.broadcast_to(np.float32(0), (50_000, 2048))
+    assert linear._shared_by(large, 10).size == len(jax.local_devices()) == 8
 
 
 def test_imagenet_is_split_over_the_devices():
     """Each holds its share of the features and of the logits, and the whole state of L-BFGS."""
     count, width, classes = 1_281_168, 2048, 1000
-    spmd = linear._shared_by(count, width, classes)
+    spmd = make_spmd(devices=jax.local_devices())
 
     def on_devices(layout, *shape, dtype=np.float32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=spmd.sharding(layout))
