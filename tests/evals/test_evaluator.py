@@ -1,17 +1,20 @@
 """The evaluation at the end of a run, with the images for its report and for TensorBoard."""
 
 import json
+import types
 import zipfile
 
 import jax
 import numpy as np
 import pytest
+from sklearn.metrics import average_precision_score
 from tiny import random_source, tiny_config
 
 from ssl_jax import diagnostics
 from ssl_jax.config import run_schedule
 from ssl_jax.data.arrays import ArraySource
 from ssl_jax.data.index import fixed_sample
+from ssl_jax.data.labels import Targets
 from ssl_jax.errors import UserError
 from ssl_jax.evals import evaluator as module
 from ssl_jax.evals.evaluator import Evaluator, evaluated_variables
@@ -381,3 +384,15 @@ def test_sample_without_a_class_of_the_held_out_images_leaves_out_average_precis
     )
     assert said in str(pictures["not_scored"]) and "neighbors" in pictures
     assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_classifier_of_several_labels_is_measured_on_the_classes_of_both_splits():
+    rng = np.random.default_rng(0)
+    logits, values = rng.normal(size=(30, 3)), rng.integers(0, 2, (30, 3)).astype(np.int8)
+    learned = Targets(np.array([[1, 1, 0]], np.int8), ("a", "b", "unseen"))
+    splits = [types.SimpleNamespace(targets=learned)]
+    splits.append(types.SimpleNamespace(targets=Targets(values, ("b", "new", "unseen"))))
+    found = module._precisions(logits, *module._both_targets(*splits))
+    (only,) = found["classes"]
+    assert only["name"] == "b" and found["excluded"] == ["a", "unseen", "new"]
+    assert only["mean_ap"] == pytest.approx(average_precision_score(values[:, 0], logits[:, 1]))
