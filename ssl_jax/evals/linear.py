@@ -213,24 +213,16 @@ def fit_linear(
     x /= scale  # in place, as ImageNet's features take 10 GB
     data = _Data(x, labels, num_classes, (max_iterations, tolerance), axes)
     start = np.zeros((features.shape[1] + 1, num_classes), np.float32)
-    ordered = sorted(set(penalties), reverse=True)
-    penalty = ordered[0]
+    penalty, *weaker = ordered = sorted(set(penalties), reverse=True)
     validation: dict[float, float] = {}
     subject = f"The linear classifier on {counted(len(labels), 'feature vector')}"
-    with enough_memory(subject, ["fewer images, more devices"]):
-        if len(ordered) > 1:
-            shuffled = np.random.default_rng(seed).permutation(len(labels))
-            held = round(validation_fraction * len(labels))
-            if not 0 < held < len(labels):
-                raise UserError(
-                    f"A validation split of {validation_fraction:g} of {len(labels)} examples is "
-                    "empty or leaves nothing to fit. Give more examples, or a single penalty."
-                )
-            start, validation = _sweep(start, data, shuffled, held, ordered, metric)
+    with enough_memory(subject, ["fewer images", "more devices"]):
+        if weaker:
+            split = _split(len(labels), validation_fraction, seed)
+            start, validation = _sweep(start, data, *split, ordered, metric)
             penalty = min(ordered, key=lambda p: (-validation[p], p))
         solution, evaluations = _Fit(data)(start, penalty)
-    weights = solution[:-1] / scale
-    bias = solution[-1] - center @ weights
+    weights, bias = solution[:-1] / scale, solution[-1] - center @ solution[:-1] / scale
     return LinearClassifier(weights, bias, penalty, validation, evaluations)
 
 
@@ -400,26 +392,38 @@ def _along(
     return projected, jnp.sum(jnp.square(projected), axis=0)
 
 
+def _split(count: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of the examples that are held out, a share of them, and of the others."""
+    held = round(share * count)
+    if not 0 < held < count:
+        raise UserError(
+            f"A validation split of {share:g} of {count} examples is empty or leaves nothing to "
+            "fit. Give more examples, or a single penalty."
+        )
+    shuffled = np.random.default_rng(seed).permutation(count)
+    return shuffled[:held], shuffled[held:]
+
+
 def _sweep(
     solution: np.ndarray,
     data: _Data,
-    shuffled: np.ndarray,
-    held: int,
+    out: np.ndarray,
+    seen: np.ndarray,
     penalties: Sequence[float],
     metric: str,
 ) -> tuple[np.ndarray, dict[float, float]]:
-    """The last solution, and the metric on the first `held` of the shuffled examples by penalty."""
-    held_out = data.part(shuffled[:held])
-    labels, accuracy, weights = held_out.y, {}, np.ones(held)
+    """The last solution, and the metric on the examples left out by penalty."""
+    held_out = data.part(out)
+    labels, accuracy, weights = held_out.y, {}, np.ones(len(out))
     several = labels.ndim == 2
     if several and not (labels == 1).any():
         raise UserError(
-            f"None of the {held} images on which the penalty is chosen is of any class. Give more "
-            "labeled images, or a single penalty."
+            f"None of the {len(out)} images on which the penalty is chosen is of any class. Give "
+            "more labeled images, or a single penalty."
         )
     if metric == "mean_per_class":
         weights /= np.bincount(labels)[labels]
-    fit = _Fit(data.part(shuffled[held:]))
+    fit = _Fit(data.part(seen))
     for penalty in penalties:  # strongest first: each fit starts from the previous solution
         solution, _ = fit(solution, penalty)
         logits = _scores(held_out.x, solution[:-1], solution[-1])

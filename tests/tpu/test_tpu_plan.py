@@ -9,10 +9,12 @@ from tiny import METHODS, method_config, with_two_stages, without_color
 
 from ssl_jax.cli import backend
 from ssl_jax.cli.plan import describe
-from ssl_jax.config import load_config
+from ssl_jax.config import Schedule, load_config
 from ssl_jax.errors import UserError
 from ssl_jax.plan import plan
 from ssl_jax.plan.chips import parse_topology
+from ssl_jax.spmd import make_spmd
+from ssl_jax.step import Program
 
 if importlib.util.find_spec("libtpu") is None:
     pytest.skip("the extra `plan` (libtpu) is not installed: make peers", allow_module_level=True)
@@ -109,6 +111,18 @@ def test_vits_blocks_have_no_collectives():
     assert made.fits and made.cycles
     counts = {each.kind: each.count for each in made.collectives}
     assert counts.get("all-reduce", 0) <= 3, counts
+
+
+def test_largest_recipe_starts_with_its_state_in_memory_once():
+    """SimCLR v2's R152 3x with selective kernels: its step takes more."""
+    config = load_config("configs/simclrv2_imagenet.py:r152w3sk")
+    spmd = make_spmd(devices=plan.devices_of(parse_topology("v4:2x2x1")))
+    program = Program(config, Schedule(10, 100), spmd)
+    shapes = jax.tree.leaves(jax.eval_shape(program.init))
+    state = sum(leaf.size * leaf.dtype.itemsize for leaf in shapes)
+    memory = jax.jit(program.init).lower().compile().memory_analysis()
+    assert 7e9 < state == pytest.approx(memory.output_size_in_bytes, rel=0.01)
+    assert memory.temp_size_in_bytes < 0.01 * state
 
 
 def test_unknown_slice_is_rejected():
