@@ -20,6 +20,8 @@ from ssl_jax.methods import METHODS, make_method, title
 from ssl_jax.report.evaluation import accuracy, measure_name, measures, row_name
 from ssl_jax.run.folder import read_record
 
+# Methods by the code that wrote an imported file, where the names differ.
+_METHODS = {"moco_v3": "mocov3", "supcontrast": "supcon"}
 _TOP = """---
 # license: choose one, it is yours to give
 library_name: {library}
@@ -45,6 +47,7 @@ def model_card(path: str | Path, weights: Weights) -> str:
     config = weights.config
     kind = weights.source.partition(":")[0] or config.method
     kind = kind.removeprefix("ssl_jax (").removesuffix(")")  # a network exported for PyTorch
+    kind = _METHODS.get(kind, kind)
     name = title(kind)
     paper = METHODS[kind].citation if kind in METHODS else ""
     plain = in_timm(config)

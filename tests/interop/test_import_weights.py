@@ -1,5 +1,6 @@
 """Imported files of a tiny network: inferred kinds, refusals, and runs that start from them."""
 
+import dataclasses
 import json
 import re
 
@@ -187,6 +188,15 @@ def test_projected_first_shortcut_is_inferred_and_named_on_export(tmp_path):
     plain.init_from.path = str(file)
     with pytest.raises(UserError, match="set config.model.project_first=True"):
         resolve_initial_weights(plain)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("moco_v3", "MoCo v3 (Chen, Xie & He, 2021"), ("supcontrast", "SupCon (Khosla et al., 2020")],
+)
+def test_card_of_an_import_names_the_method_of_its_code(tmp_path, drawn, kind, method):
+    weights = dataclasses.replace(ours(drawn), source=f"{kind}: net.pth")
+    assert f"Method: {method}" in model_card(tmp_path / "ours.safetensors", weights)
 
 
 def test_card_of_an_import_has_no_training_section(tmp_path, drawn):
