@@ -30,6 +30,8 @@ COLLECTIVES = {
     "swav": {"all-reduce": 19, "all-gather": 1},
     "byol": {"all-reduce": 19},
     "simsiam": {"all-reduce": 27},
+    "barlow": {"all-reduce": 20, "all-gather": 1},
+    "vicreg": {"all-reduce": 22},
     "supervised": {"all-reduce": 11},
 }
 # Upper bounds of the temporary memory, at least a tenth above the actual values.
@@ -40,6 +42,8 @@ MAX_MIB = {
     "swav": 7.4,
     "byol": 6.3,
     "simsiam": 6.3,
+    "barlow": 6.0,
+    "vicreg": 6.2,
     "supervised": 5.2,
 }
 
