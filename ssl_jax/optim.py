@@ -265,10 +265,9 @@ def make_optimizer(
     nor accumulates momentum during the first `frozen_steps` steps. Within the last three, weights
     and biases are distinguished by path.
 
-    With `clip_norm_per_tensor`, each optimizer gets the gradients of `clip_each_norm`.
-
     Args:
-      config: `config.optim`; `momentum` is Adam's and AdamW's β1.
+      config: `config.optim`; `momentum` is Adam's and AdamW's β1. With `clip_norm_per_tensor`,
+        gradients go through `clip_each_norm` first.
       labels: a label for each leaf of the params, or for a prefix of their tree; or a function
         that gives them for params, such as `Method.param_groups`; `init` checks these.
       schedule: learning rate by step, see `learning_rate_schedule`.
@@ -424,10 +423,6 @@ def _after_warmup(config: ConfigDict, peak: float, warmup: int, length: Schedule
     return optax.constant_schedule(peak)
 
 
-def _later(schedule: optax.Schedule, steps: int) -> optax.Schedule:
-    return lambda count: schedule(count + steps)
-
-
 def _group_optimizer(
     config: ConfigDict,
     rate: optax.ScalarOrSchedule,
@@ -464,16 +459,27 @@ def _labeled_optimizer(
             raise ValueError("Parameters labeled 'constant_lr' need `peak`.")
         return _group_optimizer(config, peak, mask, weight_decay)
     if label == "frozen_until":
-        steps = config.frozen_steps
-        # The inner count starts when the freeze ends; schedules count from the run's start.
-        later, decay = _later(schedule, steps), weight_decay and _later(weight_decay, steps)
-        inner = _group_optimizer(config, later, mask, decay)
-        return optax.conditionally_mask(inner, lambda step: step >= steps)
+        return _frozen_until(config, schedule, mask, weight_decay)
     share = 1.0
     if label == "norm_bias" and config.norm_bias_lr:
         share = config.norm_bias_lr / config.lr
     rate = schedule if share == 1 else lambda count: share * schedule(count)
     return _group_optimizer(config, rate, mask, weight_decay)
+
+
+def _frozen_until(
+    config: ConfigDict, rate: optax.Schedule, mask: Mask, weight_decay: optax.Schedule | None
+) -> optax.GradientTransformation:
+    """Freezes a group's parameters for the first steps, in which momentum doesn't start either."""
+    steps = config.frozen_steps
+
+    # The inner count starts when the freeze ends; schedules count from the run's start.
+    def later(schedule: optax.Schedule) -> optax.Schedule:
+        return lambda count: schedule(count + steps)
+
+    decay = weight_decay and later(weight_decay)
+    inner = _group_optimizer(config, later(rate), mask, decay)
+    return optax.conditionally_mask(inner, lambda step: step >= steps)
 
 
 def _base_optimizer(

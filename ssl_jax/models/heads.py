@@ -1,6 +1,7 @@
 """MLP heads on top of an encoder: projectors and predictors of all methods."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +20,10 @@ OUT_BN: dict[str, dict[str, bool]] = {
     "scale": {"use_scale": True, "use_bias": False},
     "no_affine": {"use_scale": False, "use_bias": False},
 }
-ACTIVATIONS = {"relu": nn.relu, "gelu": functools.partial(nn.gelu, approximate=False)}
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": nn.relu,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+}
 
 
 class MLPHead(nn.Module):

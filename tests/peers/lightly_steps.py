@@ -83,6 +83,8 @@ class Lightly:
     """The benchmark's model of a method: its networks by ssl_jax's names, and a training step."""
 
     def __init__(self, method):
+        # DINO's teacher temperatures have the default dtype.
+        torch.set_default_dtype(torch.float64 if method.startswith("dino") else torch.float32)
         splits = SPLITS if method == "moco" else 0
         resnet = ResNetGenerator("resnet-9", width=WIDTH, num_splits=splits)
         backbone = nn.Sequential(*list(resnet.children())[:4], nn.AdaptiveAvgPool2d(1))
@@ -92,8 +94,6 @@ class Lightly:
         if method.startswith("dino"):  # whose layer with weight norm can't be copied
             self.target = {"encoder": copy.deepcopy(backbone), "projector": self.projector(method)}
             self.target["projector"].load_state_dict(self.networks["projector"].state_dict())
-        # Of the teacher's temperatures.
-        torch.set_default_dtype(torch.float64 if method.startswith("dino") else torch.float32)
         if method in ("moco", "byol", "mocov3"):
             self.target = {name: copy.deepcopy(net) for name, net in self.networks.items()}
         if method == "byol":
@@ -497,7 +497,6 @@ def compare(method):
     lightly.number = STEPS
     lightly.move_target(*([1 - (1 - 0.996) * fallen(STEPS - 1)] if lightly.official else []))
     mine, peer = (np.array(each).T for each in zip(*steps, strict=True))
-    print(np.abs(mine / peer - 1), file=sys.stderr)
     if method == "byol":
         mine[0] -= 1  # 1 - cos against -cos
     names = ("loss", "gradient norm", "learning rate")
