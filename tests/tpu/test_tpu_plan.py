@@ -30,6 +30,7 @@ COLLECTIVES = {
     "swav": {"all-reduce": 19, "all-gather": 1},
     "byol": {"all-reduce": 19},
     "simsiam": {"all-reduce": 27},
+    "dino": {"all-reduce": 19},
     "supervised": {"all-reduce": 11},
 }
 # Upper bounds of the temporary memory, at least a tenth above the actual values.
@@ -40,6 +41,7 @@ MAX_MIB = {
     "swav": 7.4,
     "byol": 6.3,
     "simsiam": 6.3,
+    "dino": 7.4,
     "supervised": 5.2,
 }
 
