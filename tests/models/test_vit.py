@@ -180,10 +180,10 @@ def test_steps_agree_between_1_and_8_devices_and_with_microbatches(method):
     config = method_config(method)
     config.model.name = "vit"
     config.model.vit.update({**TINY, "drop_path": 0.5, "pool": "mean"})
-    config.dino.hidden_bias = False  # before BatchNorm, its gradient would be rounding
     expected, actual = (computed(config, devices, plain) for devices in (ONE, jax.devices()))
     np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5, atol=1e-6)
-    assert_trees_close(actual[1], expected[1], rtol=2e-4)
+    # Biases before a BatchNorm, such as the last LayerNorm's, have no gradient but rounding.
+    assert_trees_close(actual[1], expected[1], rtol=2e-4, atol=1e-5)
 
 
 @pytest.mark.long
