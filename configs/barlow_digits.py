@@ -1,6 +1,6 @@
 """Barlow Twins on scikit-learn's digits, minutes on a CPU.
 
-Paper: Zbontar et al., 2021, arXiv:2103.03230, scaled down. Cost: 800 steps, as many as
+Paper: Zbontar et al., 2021, arXiv:2103.03230, scaled down. Cost: 800 steps, like
 `simclr_digits`. Deviations: `recipes.digits_config`; a projector of 512, AdamW.
 """
 

@@ -1,6 +1,6 @@
 """VICReg on scikit-learn's digits, minutes on a CPU.
 
-Paper: Bardes et al., 2021, arXiv:2105.04906, scaled down. Cost: 800 steps, as many as
+Paper: Bardes et al., 2021, arXiv:2105.04906, scaled down. Cost: 800 steps, like
 `simclr_digits`. Deviations: `recipes.digits_config`; a projector of 512, AdamW.
 """
 

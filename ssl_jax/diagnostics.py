@@ -187,7 +187,7 @@ class CollapseDetector:
             judge(
                 "loss",
                 lambda loss: not abs(loss - trivial) < NEAR_TRIVIAL * abs(trivial),
-                f"the loss stays at that of constant outputs ({{:.4f}}; theirs: {trivial:.4f})",
+                f"the loss stays at that of constant outputs ({{:.4f}}, constant: {trivial:.4f})",
             )
         return indicators
 

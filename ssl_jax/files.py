@@ -75,6 +75,7 @@ def cannot_read(path: str | Path, error: Exception, fix: str = CHECK_PATH) -> Us
     """The error of a file or folder that can't be read, or of one in it; `fix` ends its message."""
     inside = error.filename if isinstance(error, OSError) else None
     shown = inside if isinstance(inside, str) else path
+    shown = "''" if str(shown) == "" else shown
     return UserError(f"Cannot read {shown} ({reason(error)}). {fix}.")
 
 

@@ -495,11 +495,11 @@ def _barlow_twins_forward(
 
     N C v_a = Σ_b (v_a·v_b) u_b, and for the second view with u and v exchanged
     """
-    x, everyone, variance = _centered(z, axis_name, gram)
+    x, gathered, variance = _centered(z, axis_name, gram)
     n = _batch(z, axis_name)
     scale = jax.lax.rsqrt(variance + 1e-5)
-    u, everyone = x * scale, everyone * scale
-    pull = _pull(u, everyone, axis_name, block_size, gram, cross=True) / n
+    u, gathered = x * scale, gathered * scale
+    pull = _pull(u, gathered, axis_name, block_size, gram, cross=True) / n
     # Σ_a u_ai (C v_a)_i = N Σ_j C_ij²: squared rows of C, then columns, then the diagonal.
     sums = jnp.concatenate([jnp.sum(u * pull, axis=1), jnp.sum(u[:1] * u[1:], axis=1)])
     sums = _psum(sums, axis_name) / n
@@ -565,6 +565,9 @@ def vicreg(
 
     Returns:
       The three terms, float32 scalars, the same on every device.
+
+    Raises:
+      ValueError: the global batch is a single image, which has no variance.
     """
     z = jnp.stack([z1, z2]).astype(jnp.float32)
     variance, covariance = _vicreg(z, axis_name, block_size, _by_images(z, axis_name, gram))
@@ -582,10 +585,12 @@ def _vicreg(
 def _vicreg_forward(
     z: Float[Array, "2 n d"], axis_name: str | None, block_size: int | None, gram: bool
 ) -> tuple[tuple[Float[Array, ""], Float[Array, ""]], tuple[Array, ...]]:
-    x, everyone, variance = _centered(z, axis_name, gram)
+    x, gathered, variance = _centered(z, axis_name, gram)
     n, d = _batch(z, axis_name), z.shape[2]
+    if n == 1:
+        raise ValueError("VICReg's variance needs at least two images in the global batch.")
     variance *= n / (n - 1)
-    pull = _pull(x, everyone, axis_name, block_size, gram, cross=False) / (n - 1)  # Cov x_a
+    pull = _pull(x, gathered, axis_name, block_size, gram, cross=False) / (n - 1)  # Cov x_a
     squares = _psum(jnp.sum(x * pull), axis_name) / (n - 1)
     covariance = (squares - jnp.sum(jnp.square(variance))) / d
     short = jax.nn.relu(1 - jnp.sqrt(variance + 1e-4))
@@ -652,7 +657,7 @@ def _centered(
 
 def _pull(
     own: Float[Array, "2 n d"],
-    everyone: Float[Array, "2 m d"],
+    gathered: Float[Array, "2 m d"],
     axis_name: str | None,
     block_size: int | None,
     gram: bool,
@@ -662,7 +667,7 @@ def _pull(
 
     Args:
       own: q, this device's embeddings of both views.
-      everyone: those of the global batch; used if `gram`.
+      gathered: those of the global batch; used if `gram`.
       axis_name: mapped axis over which the batch is split.
       block_size: images compared with all others at a time, if `gram`.
       gram: use the first form, with N x N products, rather than the second, with a d x d matrix.
@@ -671,7 +676,7 @@ def _pull(
     if gram:
         views = [(1 - q if cross else q, q) for q in (0, 1)]
         pulls = [
-            loss_kernels.gram_pull(own[p], everyone[p], everyone[q], block_size) for p, q in views
+            loss_kernels.gram_pull(own[p], gathered[p], gathered[q], block_size) for p, q in views
         ]
         return jnp.stack(pulls)
     if not cross:

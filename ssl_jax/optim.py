@@ -259,11 +259,14 @@ def make_optimizer(
     """Builds a run's optimizer from its parameter groups.
 
     Labels: "weight" gets weight decay and trust; "norm_bias" gets neither (unless
-    `decay_norm_bias` is set, or with LARC, which treats all tensors alike), and with `norm_bias_lr`
-    the schedule times `norm_bias_lr` / `lr` (Barlow Twins' official code); "constant_lr" keeps the
+    `decay_norm_bias` is set, or with LARC, which treats all tensors alike); "constant_lr" keeps the
     learning rate at `peak`; "frozen" never changes and has no state; "frozen_until" neither changes
     nor accumulates momentum during the first `frozen_steps` steps. Within the last three, weights
     and biases are distinguished by path.
+
+    With `clip_norm_per_tensor`, each optimizer gets the gradients of `clip_each_norm`. With
+    `norm_bias_lr`, all biases and normalization parameters, by path, whatever their label, have
+    `norm_bias_lr` / `lr` times their learning rate (Barlow Twins' official code).
 
     Args:
       config: `config.optim`; `momentum` is Adam's and AdamW's β1. With `clip_norm_per_tensor`,
@@ -288,7 +291,10 @@ def make_optimizer(
         made = {
             label: _labeled_optimizer(label, config, schedule, peak, weight_decay) for label in used
         }
-        return optax.partition(made, labels)
+        optimizer = optax.partition(made, labels)
+        if config.norm_bias_lr:
+            optimizer = optax.chain(optimizer, _scale_norm_bias(config.norm_bias_lr / config.lr))
+        return optimizer
 
     if not callable(labels):
         return partitioned(labels)
@@ -460,11 +466,19 @@ def _labeled_optimizer(
         return _group_optimizer(config, peak, mask, weight_decay)
     if label == "frozen_until":
         return _frozen_until(config, schedule, mask, weight_decay)
-    share = 1.0
-    if label == "norm_bias" and config.norm_bias_lr:
-        share = config.norm_bias_lr / config.lr
-    rate = schedule if share == 1 else lambda count: share * schedule(count)
-    return _group_optimizer(config, rate, mask, weight_decay)
+    return _group_optimizer(config, schedule, mask, weight_decay)
+
+
+def _scale_norm_bias(factor: float) -> optax.GradientTransformation:
+    """Scales the updates of biases and normalization parameters: a learning rate of their own."""
+
+    def scale(updates: Pytree, _: Pytree | None) -> Pytree:
+        def scaled(role: str, update: Array) -> Array:
+            return factor * update if role == "norm_bias" else update
+
+        return jax.tree.map(scaled, role_labels(updates), updates)
+
+    return optax.stateless(scale)
 
 
 def _frozen_until(

@@ -85,7 +85,7 @@ def test_loss_stuck_at_ln_k_warns():
     metrics = {"loss": 8.0064, "embedding_std": 0.5}
     assert detector.check(1, metrics) == []
     (warning,) = detector.check(2, metrics)
-    assert "constant outputs (8.0064; theirs: 8.0064)" in warning
+    assert "constant outputs (8.0064, constant: 8.0064)" in warning
     assert CollapseDetector(trivial_loss=8.0).check(1, {"loss": 6.0, "embedding_std": 0.5}) == []
 
 

@@ -394,6 +394,25 @@ def test_norm_bias_lr_scales_the_schedule_of_biases_and_norms_only(name):
         assert_follows(trajectory, (module, leaf), expected, name)
 
 
+@pytest.mark.parametrize("label", ["norm_bias", "constant_lr"])
+def test_norm_bias_lr_goes_by_the_parameters_path_whatever_its_label(label):
+    params = some_params()
+    (gradients,) = some_gradients(params, 1)
+    labels = jax.tree.map(lambda _: label, params)
+    rate = optax.constant_schedule(0.2)
+
+    def step(**changes):
+        config = make_config("lars")
+        config.update(lr=0.2, **changes)
+        optimizer = optim.make_optimizer(config, labels, rate, 0.2)
+        return optimizer.update(gradients, optimizer.init(params), params)[0]["dense"]
+
+    one_rate, two_rates = step(), step(norm_bias_lr=0.02)
+    np.testing.assert_array_equal(two_rates["kernel"], one_rate["kernel"])
+    np.testing.assert_allclose(two_rates["bias"], 0.1 * one_rate["bias"], rtol=1e-6)
+    assert np.abs(one_rate["bias"]).min() > 0
+
+
 def test_constant_lr_needs_a_peak():
     labels = {"predictor": "constant_lr"}
     with pytest.raises(ValueError, match="peak"):

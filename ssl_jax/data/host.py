@@ -527,10 +527,14 @@ class _Feed:
 
 
 def _refuse_affine(config: ConfigDict) -> None:
-    for name in sorted(config.views):
-        for key, value in config.views[name].affine.items():
-            if value:
-                raise UserError(
-                    f"config.views.{name}.affine.{key} is {value}, but crops on the host don't "
-                    "support affine transforms. Set it to 0, or use packed images."
-                )
+    on = [
+        f"--config.views.{name}.affine.{key}=0"
+        for name in sorted(config.views)
+        for key, value in config.views[name].affine.items()
+        if value
+    ]
+    if on:
+        raise UserError(
+            "The views have affine transforms, which crops on the host don't support. Use packed "
+            f"images, or add {' '.join(on)}."
+        )

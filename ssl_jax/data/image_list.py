@@ -103,6 +103,9 @@ def read_list(path: str, key: str, columns: Columns) -> ImageList:
     """
     file, where = require_list(path, key), f"{key} ({path})"
     with reading(file):
+        with file.open("rb") as binary:
+            if b"\0" in binary.read(4096):
+                raise UserError(f"{where} is not text. Set {key} to a list or a folder of images.")
         # Names of files need not be UTF-8.
         with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
             names, given = _read_rows(lines, file.suffix.lower(), columns, path)

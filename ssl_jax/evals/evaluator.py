@@ -105,8 +105,8 @@ class Evaluator:
         self._held_out = test.fingerprint if test is not None else ""
         self._progress = progress or Progress(verbosity="warnings")
         self._method = method = make_method(config, Schedule(1, 1))
-        # Measured beside the target.
-        self._beside = "online" if method.network_name() == "target" else ""
+        # Measured next to the target.
+        self._other = "online" if method.network_name() == "target" else ""
         if test is not None and processes.is_primary():
             _require_memory(train.num_examples + test.num_examples, method.num_features)
         layer = config.eval.projector_layer
@@ -200,7 +200,7 @@ class Evaluator:
           per image. Images without a label are neither neighbors nor scored.
         """
         accuracy = self._classifier_accuracy(state)
-        if self._beside and not self.not_scored:
+        if self._other and not self.not_scored:
             accuracy |= self._online_accuracy(state)
         variables = evaluated_variables(self._method, state)
         if self.not_scored:  # kNN would need all images
@@ -210,7 +210,7 @@ class Evaluator:
             train = self.features(variables, self._labeled_train)
             test = self.features(variables, self._labeled_test)
         views = self._view_features(state, variables)
-        if test is not None and not self._beside:
+        if test is not None and not self._other:
             accuracy |= self._probe_accuracy(state, test)
         names = ["rankme", "uniformity", *accuracy]
         names += ["alignment"] * (len(views) == 2) + ["knn"] * (test is not None)
@@ -233,7 +233,7 @@ class Evaluator:
         return self._extract(self._classify, _variables(state, self._classifier), scored)
 
     def _online_accuracy(self, state: Any) -> dict[str, float]:
-        """Accuracies of the online network beside the target; 0 without the features."""
+        """Accuracies of the online network next to the target; 0 without the features."""
         variables = evaluated_variables(self._method, state, "online")
         train = self.features(variables, self._labeled_train)
         test = self.features(variables, self._labeled_test)
@@ -286,7 +286,7 @@ class Evaluator:
         """Describes what `finish` measures of the encoder; "" if that is turned off."""
         if self._fits_rows:
             kind = "fine-tuned" if self._fine_tuned else "frozen"
-            two = "target and online encoders" if self._beside else "encoder"
+            two = "target and online encoders" if self._other else "encoder"
             text = f"Evaluating the features of the {kind} {two} and two baselines."
             return f"{text} {_SEVERAL}" if self._several else text
         if not self.config.eval.at_end or self.config.supervised.freeze:
@@ -371,15 +371,15 @@ class Evaluator:
         return pictures
 
     def _encoders(self, state: Any, initial: Pytree) -> list[tuple[str, Any, Pytree]]:
-        """The rows' names, encoders and variables: the run's own first, then those beside it."""
+        """The rows' names, encoders and variables: the run's own, baselines, the other network."""
         own = FINE_TUNED if self._fine_tuned else self.config.method
         encoders = [(own, self._encode, evaluated_variables(self._method, state))]
         if not self._fits_rows:
             return encoders
         encoders.append((BASELINE, self._small, {}))
         encoders.append((UNTRAINED, self._encode, self._replicate(initial)))
-        if self._beside:
-            online = evaluated_variables(self._method, state, self._beside)
+        if self._other:
+            online = evaluated_variables(self._method, state, self._other)
             encoders.append((ONLINE, self._encode, online))
         return encoders
 
@@ -417,7 +417,7 @@ class Evaluator:
     def _network_note(self) -> tuple[str, ...]:
         """What the run's own row is, if the target is evaluated."""
         name = title(self.config.method)
-        return (f"{name} is evaluated by its target network.",) if self._beside else ()
+        return (f"{name} is evaluated by its target network.",) if self._other else ()
 
     def _several_notes(self) -> tuple[str, ...]:
         """What is not measured on images of several classes each."""

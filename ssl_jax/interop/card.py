@@ -176,10 +176,15 @@ def _training(path: str | Path, weights: Weights) -> Iterator[str]:
     optim = config.optim
     others = optim.norm_bias_lr
     rates = f"{optim.lr:g}{f', of biases and normalization {others:g}' if others else ''}"
+    decay = f"{optim.weight_decay:g}"
+    if optim.weight_decay_end:
+        decay += f" to {optim.weight_decay_end:g} by a cosine"
+    limit = optim.clip_norm_per_tensor
+    clipped = f", gradients clipped to a norm of {limit:g} per tensor" if limit else ""
     yield (
         f"- {optim.name}, learning rate {rates} ({optim.lr_scaling} scaling), "
         f"{optim.schedule}, {optim.warmup_epochs:g} epochs of warmup, "
-        f"weight decay {optim.weight_decay:g}, {config.dtype}."
+        f"weight decay {decay}{clipped}, {config.dtype}."
     )
     if config.init_from.path:
         yield f"- Initial weights: {Path(config.init_from.path).name}."
@@ -247,7 +252,7 @@ def _data(path: str | Path, config: ConfigDict) -> str:
 
 
 def _labels(config: ConfigDict) -> str:
-    return "used" if config.method == "supervised" else "not used"
+    return "used" if make_method(config, Schedule(1, 1)).needs_labels else "not used"
 
 
 def _results(path: str | Path, step: int) -> Iterator[str]:

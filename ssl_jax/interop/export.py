@@ -124,8 +124,8 @@ def _require_resnet(config: ConfigDict) -> None:
         own = ["--format=torch, for timm"] if config.model.name == "vit" else ["--format=program"]
         formats = ", ".join(["--format=jax", "--format=folder"]) + f" or {own[0]}"
         raise UserError(
-            f"The encoder is {encoder_name(config.model)}, but this format is for ResNets, the "
-            f"backbones of these detectors: export it with {formats}."
+            f"The encoder is {encoder_name(config.model)}, but this format is for ResNets "
+            f"only: export it with {formats}."
         )
 
 

@@ -1,6 +1,6 @@
 """Barlow Twins: redundancy reduction (Zbontar et al., 2021, arXiv:2103.03230).
 
-Each dimension of the embeddings shall agree between the two views of an image and be uncorrelated
+Each dimension of the embeddings should agree between the two views of an image and be uncorrelated
 with the others, over the global batch. One network, no negatives, predictor, EMA or stop-gradient.
 """
 

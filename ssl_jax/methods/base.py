@@ -379,6 +379,9 @@ def init_networks(
 
     Returns:
       `params` and `batch_stats` by name, {} for a network without statistics.
+
+    Raises:
+      UserError: the encoder's features don't have the shape [n, `num_features`].
     """
     params, stats, x = {}, {}, images[:1]
     for key, (name, module) in zip(
@@ -389,8 +392,23 @@ def init_networks(
             variables.get("params", {}),
             variables.get("batch_stats", {}),
         )
+        if name == "encoder":
+            _require_features(module, out.shape)
         x = jnp.zeros(out.shape, out.dtype)
     return params, stats
+
+
+def _require_features(encoder: nn.Module, shape: tuple[int, ...]) -> None:
+    """Checks the shape of an encoder's output for one image."""
+    promised = getattr(encoder, "num_features", None)
+    if len(shape) == 2 and promised in (None, shape[1]):
+        return
+    known = "" if promised is None else f", where num_features is {promised}"
+    raise UserError(
+        f"The encoder {type(encoder).__name__} returns features of shape {list(shape)} for one "
+        f"image{known}. Return [n, num_features]: average over height and width, and correct "
+        "num_features."
+    )
 
 
 def apply_networks(

@@ -1,6 +1,6 @@
 """VICReg: variance-invariance-covariance regularization (Bardes et al., 2021, arXiv:2105.04906).
 
-The embeddings of an image's two views shall be near each other, while each dimension keeps a
+The embeddings of an image's two views should be near each other, while each dimension keeps a
 standard deviation of 1 over the global batch and is uncorrelated with the others. One network, no
 negatives, predictor, EMA, stop-gradient or normalization of the embeddings.
 """

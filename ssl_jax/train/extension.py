@@ -1,10 +1,10 @@
 """Extending a run: training it for longer than planned, `pretrain(..., extend=True)`.
 
 The state and the data order continue as if nothing had happened. Everything that depends on the
-run's length, the learning rate and a method's EMA decay, follows from there on the schedule of a
-run of the new length. So only the length has to be recorded, and the extended run is resumed as any
-other, by the same call or by one without `extend`. All other keys that affect training must be
-those of the run.
+run's length, the learning rate, a weight decay with an end and a method's EMA decay, follows from
+there on the schedule of a run of the new length. So only the length has to be recorded, and the
+extended run is resumed as any other, by the same call or by one without `extend`. All other keys
+that affect training must be those of the run.
 """
 
 import dataclasses

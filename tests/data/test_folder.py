@@ -168,8 +168,9 @@ def test_different_class_folders_in_dir_and_test_dir_raise_user_error(tmp_path):
 
 def test_affine_views_raise_user_error(tmp_path):
     c = config_of(fill(tmp_path))
-    c.views.a.affine.shear = 5.0
-    with pytest.raises(UserError, match="config.views.a.affine.shear is 5.0, .* Set it to 0"):
+    c.views.a.affine.update(shear=5.0, degrees=2.0)
+    flags = "--config.views.a.affine.degrees=0 --config.views.a.affine.shear=0."
+    with pytest.raises(UserError, match=f"Use packed images, or add {flags}"):
         make_sources(c)
 
 

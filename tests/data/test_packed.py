@@ -237,7 +237,8 @@ def test_list_with_several_labels_per_image_is_packed(folder, tmp_path, capsys):
     file, targets = listed_folder(folder)
     out = tmp_path / "several.npz"
     assert main(["data", "pack", str(file), str(out), *FLAGS]) == 0
-    assert "6 images" in capsys.readouterr().out
+    packed = "several.npz: 6 images, 2 classes (cat, dog), several per image"
+    assert packed in capsys.readouterr().out
     source = make_sources(packed_config(dir=str(out)))[0]
     assert source.targets.names == ("cat", "dog") and source.labels is None
     assert source.targets.values.tolist() == targets

@@ -80,6 +80,7 @@ def test_fingerprint_depends_on_lines_and_labels(images):
     ("file", "text", "words"),
     [
         ("a.txt", "\n \n", "which names no images. Write a path per line"),
+        ("a.txt", "\x89PNG\0", "is not text. Set config.data.dir to a list or a folder"),
         ("a.csv", "", "which names no images"),
         ("a.txt", "cat/9.png\n", "whose first image, cat/9.png, is not in "),
         ("a.csv", "images,label\ncat/0.png,1\n", "image_key is 'image', which is not a column"),

@@ -13,6 +13,7 @@ from encoders import blank_state, copy_run, random_encoder, same
 from tiny import tiny_config
 
 import ssl_jax
+from ssl_jax import methods
 from ssl_jax.cli import main as cli
 from ssl_jax.config import from_json, to_json, view
 from ssl_jax.interop.card import _images, _training, _views
@@ -22,6 +23,7 @@ from ssl_jax.interop.initial_weights import load_initial_weights, resolve_initia
 from ssl_jax.interop.load import restore_state
 from ssl_jax.interop.metadata import pixel_statistics, preprocessing
 from ssl_jax.interop.weights import Weights, read_header, write_weights
+from ssl_jax.methods import SimCLR
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +232,10 @@ def test_card_describes_each_views_augmentation():
 @pytest.mark.parametrize(
     ("value", "words"), [("cosine", "- Seed 7."), (0.5, "- Temperature 0.5, seed 7.")]
 )
-def test_card_of_a_registered_method_has_its_temperature_if_numeric(tmp_path, value, words):
+def test_card_of_a_registered_method_has_its_temperature_if_numeric(
+    tmp_path, value, words, monkeypatch
+):
+    monkeypatch.setattr(methods, "_REGISTERED", {"own": SimCLR})
     config = tiny_config()
     config.method, config.seed = "own", 7
     with config.unlocked():
@@ -246,6 +251,20 @@ def test_card_names_the_learning_rate_of_biases_if_it_is_another(tmp_path):
         config.optim.norm_bias_lr = rate
         (line,) = (x for x in _training(tmp_path, Weights(config, {}, {}, 3)) if "warmup" in x)
         assert line.startswith(f"- lars, learning rate {words}")
+
+
+@pytest.mark.parametrize(("method", "words"), [("supcon", "used"), ("simclr", "not used")])
+def test_card_says_whether_labels_were_used(tmp_path, method, words):
+    lines = list(_training(tmp_path, Weights(tiny_config(method=method), {}, {}, 3)))
+    assert f"- Data: digits; labels were {words}." in lines
+
+
+def test_card_has_the_weight_decays_end_and_the_clipping(tmp_path):
+    config = tiny_config()
+    config.optim.update(weight_decay=0.04, weight_decay_end=0.4, clip_norm_per_tensor=3.0)
+    (line,) = (x for x in _training(tmp_path, Weights(config, {}, {}, 3)) if "warmup" in x)
+    words = "weight decay 0.04 to 0.4 by a cosine, gradients clipped to a norm of 3 per tensor"
+    assert words in line
 
 
 def test_selective_kernels_are_not_exported_for_torch(selective, tmp_path, capsys):

@@ -24,7 +24,19 @@ from ssl_jax.models.registry import architecture
 from ssl_jax.plan.flops import model_flops
 from ssl_jax.report.words import network
 from ssl_jax.spmd import make_spmd
-from ssl_jax.step import Program
+from ssl_jax.step import Program, example_batch
+
+
+class WrongFeatures(nn.Module):
+    """An encoder without the average over height and width, or with a wrong number of features."""
+
+    average: bool
+    num_features: int = 5
+
+    @nn.compact
+    def __call__(self, images, train):
+        return images.mean(axis=(1, 2)) if self.average else images
+
 
 PAGE = (Path(__file__).parents[2] / "docs/new_encoder.md").read_text()
 (CODE,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
@@ -209,3 +221,19 @@ def test_runs_without_a_name_of_their_encoder_are_of_a_resnet():
     model = default_config().model.to_dict()
     del model["name"]
     assert "ResNet-50" in network({"config": {"model": model}})
+
+
+@pytest.mark.parametrize(
+    ("average", "words"),
+    [
+        (False, r"\[1, 8, 8, 3\] for one image, where num_features is 5. Return \[n, num_f"),
+        (True, r"WrongFeatures returns features of shape \[1, 3\] for one image, where num_fe"),
+    ],
+)
+def test_features_of_a_wrong_shape_are_refused_before_training(forget, average, words):
+    register("wrong")(lambda config: WrongFeatures(average))
+    config = method_config("simclr")
+    config.model.name = "wrong"
+    method = make_method(config, Schedule(1, 10))
+    with pytest.raises(UserError, match=words):
+        jax.eval_shape(method.init, jax.random.key(0), example_batch(config))
