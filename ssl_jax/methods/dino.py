@@ -154,9 +154,9 @@ class DINO(Method):
         options = self.config.dino
         start, end = options.teacher_temperature_start, options.teacher_temperature
         epochs = options.teacher_temperature_epochs
-        epoch = step // self.schedule.steps_per_epoch
+        epoch = jnp.asarray(step // self.schedule.steps_per_epoch, jnp.float32)
         rising = start + (end - start) * epoch / max(epochs - 1, 1)
-        return jnp.where(epoch < epochs, rising, end).astype(jnp.float32)
+        return jnp.where(epoch < epochs, rising, end)
 
     def ema_decay(self, step: Array) -> Float[Array, ""]:
         """The teacher's EMA decay: a cosine from `ema_decay` to `ema_decay_end`."""

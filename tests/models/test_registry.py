@@ -231,7 +231,7 @@ def test_runs_without_a_name_of_their_encoder_are_of_a_resnet():
     ],
 )
 def test_features_of_a_wrong_shape_are_refused_before_training(forget, average, words):
-    register("wrong")(lambda config: WrongFeatures(average))
+    register("wrong")(lambda *_: WrongFeatures(average))
     config = method_config("simclr")
     config.model.name = "wrong"
     method = make_method(config, Schedule(1, 10))

@@ -83,8 +83,7 @@ class Lightly:
     """The benchmark's model of a method: its networks by ssl_jax's names, and a training step."""
 
     def __init__(self, method):
-        # DINO's teacher temperatures have the default dtype.
-        torch.set_default_dtype(torch.float64 if method.startswith("dino") else torch.float32)
+        torch.set_default_dtype(torch.float32)  # of the weights, which ssl_jax copies to float32
         splits = SPLITS if method == "moco" else 0
         resnet = ResNetGenerator("resnet-9", width=WIDTH, num_splits=splits)
         backbone = nn.Sequential(*list(resnet.children())[:4], nn.AdaptiveAvgPool2d(1))
@@ -109,6 +108,8 @@ class Lightly:
             self.networks["predictor"] = heads.SimSiamPredictionHead(HIDDEN, OUT, HIDDEN)
         if method == "swav":
             self.networks["prototypes"] = heads.SwaVPrototypes(OUT, PROTOTYPES)
+        if method.startswith("dino"):  # whose temperatures have the default dtype
+            torch.set_default_dtype(torch.float64)
         self.criterion = {
             "simclr": NTXentLoss,
             "moco": lambda: NTXentLoss(temperature=0.1, memory_bank_size=(QUEUE, OUT)),
