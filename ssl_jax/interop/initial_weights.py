@@ -53,6 +53,7 @@ def resolve_initial_weights(config: ConfigDict, started: ConfigDict | None = Non
         return
     if config.init_from.path:
         _resolve_encoder(config)
+        config.init_from.network = _network(config)
     elif config.init_from.state == "all":
         raise UserError(
             "config.init_from.state is 'all', but config.init_from.path is empty: set it to the "
@@ -97,7 +98,6 @@ def _resumed_network(config: ConfigDict, started: ConfigDict) -> str:
 
 def _resolve_encoder(config: ConfigDict) -> None:
     source = config_at(config.init_from.path)
-    config.init_from.network = _network(config)
     kept, custom = (make_method(each, Schedule(1, 1)).custom_encoder for each in (source, config))
     if kept != custom:
         raise UserError(
