@@ -743,9 +743,8 @@ SCHEMA: Group = {
         "network": Key(
             "default",
             "Of a run with a target network, which encoder to load, as in eval.network; default: "
-            "the one that the run evaluates",
+            "the one that the run evaluates, which config.json records by name",
             choices=("default", "online", "target"),
-            affects="results",  # as above
         ),
         "heads": Key(
             False, "Load all networks, from a run of the same method; of its online network"

@@ -25,7 +25,7 @@ from ssl_jax.data.registry import Images
 from ssl_jax.data.sources import Source, make_sources, require_labels, require_measurable
 from ssl_jax.evals.results import measured_with, read_result
 from ssl_jax.files import local_path
-from ssl_jax.interop.load import config_at, newest_step
+from ssl_jax.interop.load import config_at, network_at, newest_step
 from ssl_jax.report import images_settings
 from ssl_jax.run import processes
 from ssl_jax.run.folder import read_config
@@ -92,9 +92,13 @@ def overridden(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
     """`apply_overrides` to a `derived_config`.
 
     A classifier has one network, so `eval.network` is that of the run which its encoder is from.
+
+    Raises:
+      UserError: a bad override, or the run has no such network.
     """
     config = apply_overrides(config, overrides)
     if config.eval.network != "default":
+        network_at(config.init_from.path, config.eval.network, "config.eval.network")
         config.init_from.network, config.eval.network = config.eval.network, "default"
     return config
 

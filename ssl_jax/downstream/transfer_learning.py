@@ -47,7 +47,7 @@ from ssl_jax.evals.results import (
     write_result,
 )
 from ssl_jax.files import local_path, own_folder, reading, writing
-from ssl_jax.interop.load import config_at, newest_step, weights_fingerprint
+from ssl_jax.interop.load import config_at, network_at, newest_step, weights_fingerprint
 from ssl_jax.recipes import set_channels
 from ssl_jax.run.nonfinite import NonFiniteError
 
@@ -362,7 +362,9 @@ class _Job:
         changes = (*self.data_set.overrides, "data.validation=0.0", *own)
         # The encoder is a network of its run's method, whose classes are those of that run's data.
         changes = tuple(each for each in changes if not each.startswith("data.num_classes="))
+        config = apply_overrides(config_at(self.path), changes)
         settings: dict[str, Any] = {"step": self.step, "weights": self.weights}
+        settings["network"] = network_at(self.path, config.eval.network)
         settings["metric"] = self.data_set.metric
         settings |= {"overrides": list(changes), "data": list(self.fingerprints)}
         name = f"transfer_{self.data_set.name}_linear"

@@ -156,6 +156,13 @@ def read_weights_config(path: str | Path) -> ConfigDict:
     return parse_config(path, header) if "ssl_jax" in header else read_weights(path).config
 
 
+def read_network(path: str | Path) -> str:
+    """Which network of its run a file has, "online" or "target"; only the header is read."""
+    path = _in_folder(path)
+    header = read_header(path) if path.suffix == ".safetensors" else {}
+    return header.get("network") or "online"
+
+
 def _state_dict(found: Any, path: Path) -> dict[str, np.ndarray]:
     """Finds the state dict in an object that `torch.save` wrote.
 

@@ -13,7 +13,13 @@ from ssl_jax.config import Schedule
 from ssl_jax.errors import UserError
 from ssl_jax.interop.import_weights import is_weights_file
 from ssl_jax.interop.infer_architecture import require_finite_array
-from ssl_jax.interop.load import config_at, restore_state, weights_at, weights_fingerprint
+from ssl_jax.interop.load import (
+    config_at,
+    network_at,
+    restore_state,
+    weights_at,
+    weights_fingerprint,
+)
 from ssl_jax.methods import make_method
 from ssl_jax.models import make_encoder, resnet
 from ssl_jax.models.registry import architecture, encoder_name
@@ -28,9 +34,10 @@ def resolve_initial_weights(config: ConfigDict, started: ConfigDict | None = Non
 
     Args:
       config: changed in place: the width of a kept projector, the teacher's networks, the image
-        size of a ViT's positions, which stays that of the run where its encoder gets other images.
+        size of a ViT's positions, which stays that of the run where its encoder gets other images;
+        `init_from.network` becomes "online" or "target".
       started: config of the run that is resumed, if any. Its checkpoints have all weights, so its
-        keys are copied and the sources, which may be gone, are not read.
+        keys are copied. Of the sources, which may be gone, only the network's name is read.
 
     Raises:
       UserError: a source doesn't exist, or its networks don't fit.
@@ -40,11 +47,13 @@ def resolve_initial_weights(config: ConfigDict, started: ConfigDict | None = Non
     if started is not None:
         if config.init_from.path:
             config.supervised.projector_hidden = started.supervised.projector_hidden
+            config.init_from.network = _resumed_network(config, started)
         config.distill.update(resnet.architecture(started.distill))
         config.distill.update({key: started.distill[key] for key in _PROJECTOR_KEYS})
         return
     if config.init_from.path:
         _resolve_encoder(config)
+        config.init_from.network = _network(config)
     elif config.init_from.state == "all":
         raise UserError(
             "config.init_from.state is 'all', but config.init_from.path is empty: set it to the "
@@ -52,6 +61,39 @@ def resolve_initial_weights(config: ConfigDict, started: ConfigDict | None = Non
         )
     if config.method == "distill" and config.distill.teacher:
         _resolve_teacher(config)
+
+
+def _network(config: ConfigDict) -> str:
+    """The network whose encoder is loaded; "default" where networks are not chosen.
+
+    Raises:
+      UserError: the source has no such network, or the choice would have no effect.
+    """
+    init_from = config.init_from
+    chosen, whole = init_from.network, init_from.state == "all"
+    if not whole and (not init_from.heads or is_weights_file(init_from.path)):
+        return network_at(init_from.path, chosen, "config.init_from.network")
+    if chosen != "default":
+        option, loaded = (
+            ("state is 'all'", "all networks")
+            if whole
+            else ("heads is true", "the online network with its heads")
+        )
+        raise UserError(
+            f"config.init_from.network is '{chosen}', but config.init_from.{option}, which loads "
+            f"{loaded}: leave out config.init_from.network."
+        )
+    return "default"
+
+
+def _resumed_network(config: ConfigDict, started: ConfigDict) -> str:
+    """The network of a resumed run's config, to be compared with that of the run that started."""
+    chosen, before = config.init_from.network, started.init_from.network
+    if before == "default":  # nothing was chosen
+        return str(chosen)
+    with contextlib.suppress(UserError):
+        return network_at(config.init_from.path, chosen)
+    return str(before if chosen == "default" else chosen)
 
 
 def _resolve_encoder(config: ConfigDict) -> None:
@@ -203,7 +245,7 @@ def load_initial_weights(state: TrainState, config: ConfigDict) -> TrainState:
 
     Returns:
       The state; loaded arrays are on the host, to be placed once the initial ones are freed. A
-      target network gets the same weights as the network that it follows.
+      target network gets the same weights and statistics as the network that it follows.
 
     Raises:
       UserError: a source has no checkpoint, other shapes, or values that are not finite.
@@ -228,6 +270,8 @@ def load_initial_weights(state: TrainState, config: ConfigDict) -> TrainState:
                 stats[name] = _copy_params(stats[name], source.batch_stats.get(name, {}), name)
             if name in method_state.get("target", {}):
                 method_state["target"] = {**method_state["target"], name: params[name]}
+            if name in stats.get("target", {}):
+                stats["target"] = {**stats["target"], name: stats[name]}
         method_state["batch_stats"] = stats
     if "teacher" in method_state:
         source = weights_at(config.distill.teacher, config.distill.step or None)

@@ -19,7 +19,12 @@ from ssl_jax.config import Schedule
 from ssl_jax.data.pipeline import prepare_eval
 from ssl_jax.errors import UserError
 from ssl_jax.files import local_path, reading
-from ssl_jax.interop.import_weights import is_weights_file, read_weights, read_weights_config
+from ssl_jax.interop.import_weights import (
+    is_weights_file,
+    read_network,
+    read_weights,
+    read_weights_config,
+)
 from ssl_jax.interop.infer_architecture import require_finite
 from ssl_jax.interop.weights import Weights
 from ssl_jax.methods import Method, make_method
@@ -213,21 +218,44 @@ def weights_at(path: str | Path, step: int | None = None, network: str = "defaul
         if step:
             raise UserError(f"{path} is a file of weights, which has no steps: omit --step.")
         weights = read_weights(path)
-        if network not in ("default", weights.network or "online"):
-            raise UserError(
-                f"{path} is a file of weights and has the {weights.network or 'online'} network "
-                f"only, not the {network} one. Use the workdir of the run."
-            )
+        network_at(path, network)  # refuses another one
         return weights
+    name = network_at(path, network)
     config = read_config(local_path(path))
     method = make_method(config, Schedule(1, 1))
-    name = method.network_name(network)
     state = restore_state(path, step)
     params, stats = method.evaluated(state.params, state.method_state, name)
     taken = name if method.target_networks else ""
     weights = Weights(config, params, stats, int(state.step), network=taken)
     require_finite(weights, path)
     return weights
+
+
+def network_at(
+    path: str | Path, chosen: str = "default", what: str = "The network to evaluate"
+) -> str:
+    """Resolves which network of a run or a file is taken; weights are not read.
+
+    Args:
+      path: the run's workdir, or the file.
+      chosen: "online", "target", or "default" for that of the run's evaluations or of the file.
+      what: names the choice in errors, such as its key.
+
+    Returns:
+      "online" or "target".
+
+    Raises:
+      UserError: the path can't be read, or it has no such network.
+    """
+    if not is_weights_file(path):
+        return make_method(read_config(local_path(path)), Schedule(1, 1)).network_name(chosen, what)
+    found = read_network(path)
+    if chosen not in ("default", found):
+        raise UserError(
+            f"{what} is '{chosen}', but {path} is a file of weights and has the {found} network "
+            "only. Use the workdir of the run."
+        )
+    return found
 
 
 def config_at(path: str | Path) -> ConfigDict:

@@ -73,8 +73,12 @@ def write_weights(weights: Weights, file: str | Path) -> None:
 
 
 def portable_config(config: ConfigDict) -> dict[str, Any]:
-    """A run's config as JSON for other users of its weights: no W&B project, no local paths."""
+    """A run's config as JSON for other users of its weights: no W&B project, no local paths.
+
+    `eval.network` is "default", because the exported network, the only one, may be the other.
+    """
     plain = {**to_json(config), "wandb": ""}
+    plain["eval"] = {**plain["eval"], "network": "default"}
     for group, key in _PATHS:
         # The last part still names the data.
         plain[group] = {**plain[group], key: PurePath(plain[group][key]).name}

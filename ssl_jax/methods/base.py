@@ -122,25 +122,27 @@ class Method:
             return state["target"], stats["target"]
         return params, {name: stats[name] for name in params if name in stats}
 
-    def network_name(self, chosen: str = "default") -> str:
+    def network_name(self, chosen: str = "default", what: str = "The network to evaluate") -> str:
         """Resolves a choice of `config.eval.network` to "online" or "target".
 
         Args:
           chosen: "online", "target", or "default" for the config's and, if that is "default", too,
             the method's.
+          what: names the choice in errors, such as its key.
 
         Raises:
           UserError: the method has no target, or another choice.
         """
-        require_choice("The network to evaluate", chosen, ("default", "online", "target"))
+        require_choice(what, chosen, ("default", "online", "target"))
         if chosen == "default":
             chosen = self.config.eval.network
+            what = "The network to evaluate (config.eval.network)"
         if chosen == "default":
             return "target" if self.evaluates_target else "online"
         if chosen == "target" and not self.target_networks:
             raise UserError(
-                f"The network to evaluate (config.eval.network) is 'target', but this run of "
-                f"'{self.config.method}' has no target network. Use default or online."
+                f"{what} is 'target', but a run of '{self.config.method}' has no target network. "
+                "Use default or online."
             )
         return chosen
 
