@@ -116,6 +116,8 @@ def _use(config: ConfigDict, plain: bool) -> Iterator[str]:
         yield ""
         yield "```python"
     yield "import ssl_jax"
+    if config.model.name not in ("resnet", "vit"):
+        yield f"# First import the file that registers the encoder '{config.model.name}'."
     yield ""
     yield 'encoder = ssl_jax.load("ssl_jax.safetensors")'
     dtype = "uint16" if config.data.bits > 8 else "uint8"
@@ -166,7 +168,11 @@ def _training(path: str | Path, weights: Weights) -> Iterator[str]:
     yield "## Training"
     yield ""
     yield f"- Data: {_data(path, config)}; labels were {_labels(config)}."
-    length = f"{config.steps:,} steps" if config.steps else f"{config.epochs:g} epochs"
+    length = (
+        f"{config.steps:,} steps"
+        if config.steps
+        else f"{config.epochs:g} epoch{'' if config.epochs == 1 else 's'}"
+    )
     yield f"- {length}, batch size {config.batch_size:,}; weights of step {weights.step:,}."
     yield from _views(config)
     # In a method from outside the package, the option may mean anything.
@@ -174,6 +180,7 @@ def _training(path: str | Path, weights: Weights) -> Iterator[str]:
     known = isinstance(temperature, int | float)
     yield f"- {f'Temperature {temperature:g}, seed' if known else 'Seed'} {config.seed}."
     optim = config.optim
+    scaling = f"{optim.lr_scaling} scaling" if optim.lr_scaling != "none" else "not scaled"
     others = optim.norm_bias_lr
     rates = f"{optim.lr:g}{f', of biases and normalization {others:g}' if others else ''}"
     decay = f"{optim.weight_decay:g}"
@@ -182,7 +189,7 @@ def _training(path: str | Path, weights: Weights) -> Iterator[str]:
     limit = optim.clip_norm_per_tensor
     clipped = f", gradients clipped to a norm of {limit:g} per tensor" if limit else ""
     yield (
-        f"- {optim.name}, learning rate {rates} ({optim.lr_scaling} scaling), "
+        f"- {optim.name}, learning rate {rates} ({scaling}), "
         f"{optim.schedule}, {optim.warmup_epochs:g} epochs of warmup, "
         f"weight decay {decay}{clipped}, {config.dtype}."
     )
@@ -248,6 +255,8 @@ def _data(path: str | Path, config: ConfigDict) -> str:
     named = data.dataset if data.name == "tfds" else data.name
     size = str(_record(path).get("data", "")).partition(",")[0]
     share = f", {100 * data.subset:g} % of it" if data.subset < 1 else ""
+    if data.validation:
+        share += f", without {100 * data.validation:g} % that are held out"
     return f"{named} ({size})" + share if size else f"{named}{share}"
 
 

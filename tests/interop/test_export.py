@@ -16,7 +16,7 @@ import ssl_jax
 from ssl_jax import methods
 from ssl_jax.cli import main as cli
 from ssl_jax.config import from_json, to_json, view
-from ssl_jax.interop.card import _images, _training, _views
+from ssl_jax.interop.card import _images, _training, _use, _views
 from ssl_jax.interop.export import _hub_config, _hub_preprocessing, export_program
 from ssl_jax.interop.import_weights import read_weights
 from ssl_jax.interop.initial_weights import load_initial_weights, resolve_initial_weights
@@ -257,6 +257,23 @@ def test_card_names_the_learning_rate_of_biases_if_it_is_another(tmp_path):
 def test_card_says_whether_labels_were_used(tmp_path, method, words):
     lines = list(_training(tmp_path, Weights(tiny_config(method=method), {}, {}, 3)))
     assert f"- Data: digits; labels were {words}." in lines
+
+
+def test_card_of_a_part_of_the_data_and_of_one_epoch(tmp_path):
+    config = tiny_config(epochs=1.0)
+    config.data.validation, config.optim.lr_scaling = 0.25, "none"
+    card = "\n".join(_training(tmp_path, Weights(config, {}, {}, 3)))
+    assert (
+        "- Data: digits, without 25 % that are held out; labels were not used.\n- 1 epoch," in card
+    )
+    assert "(not scaled)" in card
+
+
+def test_card_names_the_encoder_that_must_be_registered_first():
+    config = tiny_config()
+    assert not any("registers" in line for line in _use(config, plain=False))
+    config.model.name = "mini"
+    assert "# First import the file that registers the encoder 'mini'." in _use(config, plain=False)
 
 
 def test_card_has_the_weight_decays_end_and_the_clipping(tmp_path):
