@@ -23,6 +23,7 @@ from ssl_jax.config import (
 )
 from ssl_jax.data.registry import Images
 from ssl_jax.data.sources import Source, make_sources, require_labels, require_measurable
+from ssl_jax.errors import UserError
 from ssl_jax.evals.results import measured_with, read_result
 from ssl_jax.files import local_path
 from ssl_jax.interop.load import config_at, network_at, newest_step
@@ -94,11 +95,16 @@ def overridden(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
     A classifier has one network, so `eval.network` is that of the run which its encoder is from.
 
     Raises:
-      UserError: a bad override, or the run has no such network.
+      UserError: a bad override, the run has no such network, or two are named.
     """
     config = apply_overrides(config, overrides)
     if config.eval.network != "default":
         network_at(config.init_from.path, config.eval.network, "config.eval.network")
+        if config.init_from.network not in ("default", config.eval.network):
+            raise UserError(
+                f"config.init_from.network is '{config.init_from.network}', but config.eval.network"
+                f" is '{config.eval.network}': set only one of them."
+            )
         config.init_from.network, config.eval.network = config.eval.network, "default"
     return config
 

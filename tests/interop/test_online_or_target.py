@@ -130,6 +130,8 @@ def test_classifiers_start_from_the_network_of_the_config(run, make, networks):
     for network in ("target", "online"):
         config = make(run, overrides=[f"eval.network={network}", "data.num_classes=10"])
         assert (config.init_from.network, config.eval.network) == (network, "default")
+    with pytest.raises(UserError, match="is 'online', but config.eval.network is 'target': set"):
+        make(run, overrides=["init_from.network=online", "eval.network=target"])
     config = make(run, overrides=["data.num_classes=10"])
     assert config.init_from.network == "default"
     if make is finetune_config:
