@@ -338,5 +338,5 @@ def test_detectors_refuse_vits(tmp_path, nets, write):
     source = tmp_path / "ours.safetensors"
     write_weights(Weights(config, {"encoder": params}, {"encoder": {}}, 3), source)
     suffix = "pkl" if write is export.export_detectron2 else "pth"
-    with pytest.raises(UserError, match="is for ResNets, .*--format=torch, for timm"):
+    with pytest.raises(UserError, match="is for ResNets only: .*--format=torch, for timm"):
         write(source, tmp_path / f"net.{suffix}")
