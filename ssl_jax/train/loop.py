@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -93,9 +94,11 @@ def pretrain(
             started = started_config(workdir, extend)
             config = given_data(config, train, test)
             setup = Setup(config, started, train, test)
-        check_folder = _claim_folder(setup, config, workdir, command, stack, extend)
+        begun = threading.Event()
+        check_folder = _claim_folder(setup, config, workdir, command, stack, extend, begun)
         with enough_memory("The step", step_suggestions(config, setup.spmd.size), _PLAN):
             run, state = start_run(setup, workdir, progress, check_folder)
+            begun.set()
             # Until here SIGTERM ends the process at once: no step would be lost.
             stop = stack.enter_context(processes.Stop())
             with run.closing():
@@ -120,6 +123,7 @@ def _claim_folder(
     command: str,
     stack: contextlib.ExitStack,
     extend: bool,
+    begun: threading.Event,
 ) -> Callable[[], None]:
     """Locks the run's folder until the stack closes, and writes its config or compares it.
 
@@ -133,7 +137,7 @@ def _claim_folder(
         if processes.is_primary():
             check_folder = stack.enter_context(locked(workdir))
             if not (workdir / "config.json").exists():
-                stack.push(_withdrawing(workdir, check_folder))
+                stack.push(_withdrawing(workdir, check_folder, begun))
             data = (setup.train.fingerprint, setup.test.fingerprint if setup.test else "")
             weights = source_fingerprints(setup.config, started_weights(workdir))
             more: Any = {"weights": weights, "evaluated": has_results(workdir), "extend": extend}
@@ -146,15 +150,17 @@ def _claim_folder(
     return check_folder
 
 
-def _withdrawing(workdir: Path, check_folder: Callable[[], None]) -> Callable[..., None]:
-    """An exit of a new run that removes its config if the run was refused before it started.
+def _withdrawing(
+    workdir: Path, check_folder: Callable[[], None], begun: threading.Event
+) -> Callable[..., None]:
+    """An exit of a new run that removes its config if the run was refused before it had begun.
 
     Its folder then takes the corrected config.
     """
 
     def withdraw(kind: type[BaseException] | None, *_: Any) -> None:
-        begun = has_checkpoint(workdir) or (workdir / "metrics.jsonl").exists()
-        if kind and issubclass(kind, UserError) and not begun:
+        refused = kind is not None and issubclass(kind, UserError)
+        if refused and not begun.is_set() and not has_checkpoint(workdir):
             with contextlib.suppress(UserError, OSError):
                 check_folder()
                 (workdir / "config.json").unlink()

@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -249,7 +250,10 @@ def test_run_refused_before_it_starts_leaves_a_folder_for_the_corrected_config(
         with pytest.raises(UserError, match="damaged weights"):
             pretrain(tiny_config(seed=seed), tmp_path)
         assert not (tmp_path / "config.json").exists()
-    (tmp_path / "metrics.jsonl").touch()  # it has started
+        (tmp_path / "metrics.jsonl").touch()  # opened before the first images are read
+    run = types.SimpleNamespace(closing=contextlib.nullcontext)
+    monkeypatch.setattr(loop, "start_run", lambda *_: (run, None))
+    monkeypatch.setattr(loop, "run_steps", refused)
     with pytest.raises(UserError, match="damaged weights"):
         pretrain(tiny_config(), tmp_path)
     assert (tmp_path / "config.json").exists()
