@@ -343,7 +343,7 @@ class HostSource:
         except ChannelsError as error:
             self._other_channels = (
                 f"{self.name(self._source_id[id])} has {counted(error.found, 'channel')}, but "
-                f"config.data.channels is {self.channels}. Set it to the channels of all images, or "
+                f"config.data.channels is {self.channels}. Set it to that of your images, or "
                 "convert this one."
             )
             if self._config.data.on_bad_image == "fatal":

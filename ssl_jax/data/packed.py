@@ -105,7 +105,7 @@ def _decode(file: str, channels: int) -> np.ndarray:
     except ChannelsError as error:
         raise UserError(
             f"{file} has {counted(error.found, 'channel')}, not the {channels} of "
-            "--channels. Set it to the channels of all images, or convert this one."
+            "--channels. Set it to that of your images, or convert this one."
         ) from error
     except ValueError as error:
         raise UserError(
