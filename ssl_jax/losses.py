@@ -94,7 +94,7 @@ def supcon(
     As `nt_xent`, except that the positives P(i) of an anchor are all other projections of its
     class, its other view among them:
 
-        loss = 1/2N Σ_i (lse_i - 1/|P(i)| Σ_{p∈P(i)} s_ip)
+        loss = 1/2N Σ_i (lse_i - mean_{p∈P(i)} s_ip)
 
     Args:
       z1: projections of the first view, as for `nt_xent`.
@@ -548,7 +548,7 @@ def vicreg(
     With x_a = z_a - mean over the N images of the global batch, separately for each view:
 
         Cov_ij     = 1/(N-1) Σ_a x_ai x_aj
-        invariance = 1/(N·d) Σ_a |z1_a - z2_a|²
+        invariance = 1/(N·d) Σ_a ‖z1_a - z2_a‖²
         variance   = Σ_views 1/2d Σ_i max(0, 1 - √(Cov_ii + 1e-4))
         covariance = Σ_views 1/d Σ_{i≠j} Cov_ij²
 
