@@ -89,13 +89,11 @@ def pretrain(
     with contextlib.ExitStack() as stack:
         stack.callback(progress.end)
         progress.starting("Opening the data …")
-        # Errors of the config surface here, before the folder is touched.
         with processes.raise_on_all_processes():
             started = started_config(workdir, extend)
             config = given_data(config, train, test)
             setup = Setup(config, started, train, test)
-        begun = threading.Event()
-        check_folder = _claim_folder(setup, config, workdir, command, stack, extend, begun)
+        check_folder, begun = _claim_folder(setup, config, workdir, command, stack, extend)
         with enough_memory("The step", step_suggestions(config, setup.spmd.size), _PLAN):
             run, state = start_run(setup, workdir, progress, check_folder)
             begun.set()
@@ -123,15 +121,17 @@ def _claim_folder(
     command: str,
     stack: contextlib.ExitStack,
     extend: bool,
-    begun: threading.Event,
-) -> Callable[[], None]:
+) -> tuple[Callable[[], None], threading.Event]:
     """Locks the run's folder until the stack closes, and writes its config or compares it.
 
-    Also compares the folder and `config`, as it was given, between processes.
+    Also compares the folder and `config`, as it was given, between processes. Errors of the config
+    have surfaced before, in `Setup`.
 
     Returns:
-      A check that the folder is still in place; see `locked`.
+      A check that the folder is still in place, see `locked`; and what to set once the run has
+      begun: until then, an error withdraws the config of a new run.
     """
+    begun = threading.Event()
     check_folder: Callable[[], None] = lambda: None  # noqa: E731
     with processes.raise_on_all_processes():
         if processes.is_primary():
@@ -147,7 +147,7 @@ def _claim_folder(
     same = to_json(config)
     same["data"] |= {"dir": "", "test_dir": ""}  # compared by the images' fingerprints
     processes.require_same({"workdir": lock_text(workdir), "config": json.dumps(same)})
-    return check_folder
+    return check_folder, begun
 
 
 def _withdrawing(
