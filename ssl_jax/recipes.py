@@ -162,16 +162,7 @@ def mocov3_views(size: Size = 224, smallest: float = 0.2) -> dict[str, Any]:
       size: of both views.
       smallest: area of the smallest crop, as a share of the image; ViT: 0.08.
     """
-    both = {
-        "size": size,
-        "crop": _torchvision((smallest, 1.0)),
-        "jitter": _jitter(0.4, 0.4, 0.2, 0.1),
-        **IMAGENET,
-    }
-    return {
-        "view1": view(**both, blur={"prob": 1.0}),
-        "view2": view(**both, blur={"prob": 0.1}, solarize={"prob": 0.2}),
-    }
+    return _blurred_and_solarized(size, _torchvision((smallest, 1.0)))
 
 
 def supcontrast_views(size: Size = 32) -> dict[str, Any]:
@@ -188,16 +179,8 @@ def supcontrast_views(size: Size = 32) -> dict[str, Any]:
 
 def barlow_views(size: Size = 224) -> dict[str, Any]:
     """Barlow Twins and VICReg: BYOL's views with torchvision's operators."""
-    both = {
-        "size": size,
-        "crop": {**_torchvision((0.08, 1.0)), "interpolation": "bicubic"},
-        "jitter": _jitter(0.4, 0.4, 0.2, 0.1),
-        **IMAGENET,
-    }
-    return {
-        "view1": view(**both, blur={"prob": 1.0}),
-        "view2": view(**both, blur={"prob": 0.1}, solarize={"prob": 0.2}),
-    }
+    crop = {**_torchvision((0.08, 1.0)), "interpolation": "bicubic"}
+    return _blurred_and_solarized(size, crop)
 
 
 def imagenet_config(interpolation: str = "bicubic") -> ConfigDict:
@@ -344,6 +327,15 @@ def digits_view(**changes: Any) -> ConfigDict:
         "noise": 0.05,
     }
     return view(**{**options, **changes})
+
+
+def _blurred_and_solarized(size: Size, crop: dict[str, Any]) -> dict[str, Any]:
+    """BYOL's strengths, blur and solarization with torchvision's operators."""
+    both = {"size": size, "crop": crop, "jitter": _jitter(0.4, 0.4, 0.2, 0.1), **IMAGENET}
+    return {
+        "view1": view(**both, blur={"prob": 1.0}),
+        "view2": view(**both, blur={"prob": 0.1}, solarize={"prob": 0.2}),
+    }
 
 
 def _torchvision(area: tuple[float, float]) -> dict[str, Any]:

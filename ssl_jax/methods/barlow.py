@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from ssl_jax import losses
-from ssl_jax.methods.base import Batch, Method, Pytree, init_networks
+from ssl_jax.methods.base import Batch, Method, Pytree
 
 
 class BarlowTwins(Method):
@@ -31,20 +31,11 @@ class BarlowTwins(Method):
         # Constant embeddings have no correlation at all.
         self.trivial_loss = options.loss_scale * options.out
 
-    def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
-        """Creates the networks; the only state is their batch statistics."""
-        params, stats = init_networks(self.networks, rng, batch["views"][0])
-        return params, {"batch_stats": stats}
-
     def forward(
         self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
         """Encodes each view as its own batch; outputs `projection` [n, 2, d], not normalized."""
-        views, keys = batch["views"], self.image_keys(rng, batch)
-        (features, z), stats = self.apply_to_views(
-            self.networks, params, state["batch_stats"], views, separate=True, keys=keys
-        )
-        return {"embedding": features[:, 0], "projection": z}, stats
+        return self.project_views(params, state, batch, rng, separate=True)
 
     def loss(
         self, params: Pytree, outputs: dict[str, Array], state: Pytree, batch: Batch, step: Array

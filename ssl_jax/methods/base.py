@@ -77,7 +77,7 @@ class Method:
         self.encoder = self._configured = make_encoder(config, axis_name, groups)
 
     def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
-        """Creates initial parameters and state.
+        """Creates initial parameters and state: by default networks and their batch statistics.
 
         Args:
           rng: a key, the same on every device.
@@ -86,7 +86,8 @@ class Method:
         Returns:
           `params`, `state`; `state["batch_stats"]` mirrors the modules of `params`.
         """
-        raise NotImplementedError
+        params, stats = init_networks(self.networks, rng, batch["views"][0])
+        return params, {"batch_stats": stats}
 
     def forward(
         self, params: Pytree, state: Pytree, batch: Batch, rng: Array
@@ -314,6 +315,20 @@ class Method:
             features += list(jnp.unstack(h, axis=1))
         (*_, z), stats = self.apply_to_views(head, params, stats, features, separate=separate)
         return features[0], z, stats
+
+    def project_views(
+        self, params: Pytree, state: Pytree, batch: Batch, rng: Array, *, separate: bool
+    ) -> tuple[dict[str, Array], Pytree]:
+        """The `forward` of an encoder and a projector; outputs `projection` [n, V, d].
+
+        The other arguments and the results are those of `forward`; see `apply_to_views` for
+        `separate`.
+        """
+        views, keys = batch["views"], self.image_keys(rng, batch)
+        (features, z), stats = self.apply_to_views(
+            self.networks, params, state["batch_stats"], views, separate=separate, keys=keys
+        )
+        return {"embedding": features[:, 0], "projection": z}, stats
 
     def image_keys(self, rng: Array, batch: Batch) -> list[Array] | None:
         """Makes a random key per image and view, for an encoder with `uses_keys`.

@@ -9,7 +9,7 @@ import jax
 from jaxtyping import Array, Float
 
 from ssl_jax import losses
-from ssl_jax.methods.base import Batch, Method, Pytree, init_networks
+from ssl_jax.methods.base import Batch, Method, Pytree
 
 
 class SimSiam(Method):
@@ -35,11 +35,6 @@ class SimSiam(Method):
             kernel_init="torch",
         )
         self.networks = {"encoder": self.encoder, "projector": projector, "predictor": predictor}
-
-    def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
-        """Creates the networks; the only state is their batch statistics."""
-        params, stats = init_networks(self.networks, rng, batch["views"][0])
-        return params, {"batch_stats": stats}
 
     def forward(
         self, params: Pytree, state: Pytree, batch: Batch, rng: Array

@@ -20,7 +20,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from ssl_jax.errors import UserError
-from ssl_jax.methods.base import Batch, Method, Pytree, apply_networks, init_networks
+from ssl_jax.methods.base import Batch, Method, Pytree, apply_networks
 from ssl_jax.models.layers import KERNEL_INITS
 
 CLASSIFIER_INITS = {
@@ -90,11 +90,6 @@ class Supervised(ClassifierMethod):
         self.networks = classifying_networks(self, self.encoder, options, options.classifier_init)
         if options.freeze:
             self.frozen = tuple(name for name in self.networks if name != "classifier")
-
-    def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
-        """Creates the networks; the only state is their batch statistics."""
-        params, stats = init_networks(self.networks, rng, batch["views"][0])
-        return params, {"batch_stats": stats}
 
     def forward(
         self, params: Pytree, state: Pytree, batch: Batch, rng: Array

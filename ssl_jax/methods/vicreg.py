@@ -10,7 +10,7 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from ssl_jax import losses
-from ssl_jax.methods.base import Batch, Method, Pytree, init_networks
+from ssl_jax.methods.base import Batch, Method, Pytree
 
 
 class VICReg(Method):
@@ -32,20 +32,11 @@ class VICReg(Method):
         # Constant embeddings have a standard deviation of √1e-4.
         self.trivial_loss = options.variance_weight * 0.99
 
-    def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
-        """Creates the networks; the only state is their batch statistics."""
-        params, stats = init_networks(self.networks, rng, batch["views"][0])
-        return params, {"batch_stats": stats}
-
     def forward(
         self, params: Pytree, state: Pytree, batch: Batch, rng: Array
     ) -> tuple[dict[str, Array], Pytree]:
         """Encodes each view as its own batch; outputs `projection` [n, 2, d]."""
-        views, keys = batch["views"], self.image_keys(rng, batch)
-        (features, z), stats = self.apply_to_views(
-            self.networks, params, state["batch_stats"], views, separate=True, keys=keys
-        )
-        return {"embedding": features[:, 0], "projection": z}, stats
+        return self.project_views(params, state, batch, rng, separate=True)
 
     def loss(
         self, params: Pytree, outputs: dict[str, Array], state: Pytree, batch: Batch, step: Array
