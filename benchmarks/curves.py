@@ -152,12 +152,17 @@ def table(found: Found) -> str:
             cells = [f"{len(seeds)}", *(interval(column) for column in zip(*knn, strict=True))]
             cells.append(over_lightly(sides) if side == "ssl_jax" else "")
             cells.append(interval([lines[-1]["loss"] for lines in all_lines], digits=3))
-            seconds = [sum(line["seconds"] for line in lines) for lines in all_lines]
-            images = [sum(line["images"] for line in lines) for lines in all_lines]
-            cells.append(f"{statistics.fmean(seconds) / 60:.1f}")
-            cells.append(f"{sum(images) / sum(seconds):,.0f}")
+            rates = [median_rate(lines) for lines in all_lines]
+            images = statistics.fmean(sum(x["images"] for x in lines) for lines in all_lines)
+            cells.append(f"{images / statistics.fmean(rates) / 60:.1f}")
+            cells.append(f"{statistics.fmean(rates):,.0f}")
             rows.append([title(method), side, *cells])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def median_rate(lines: list[Line]) -> float:
+    """Images per second of the median epoch, which a pause of the machine doesn't change."""
+    return statistics.median(line["images"] / line["seconds"] for line in lines)
 
 
 def interval(values: Sequence[float], digits: int = 1) -> str:
