@@ -32,6 +32,10 @@ RUNS = (
     ("simsiam_imagenet.py", "v5e:2x4", ()),
     ("mocov3_imagenet.py", V4, ()),
     ("mocov3_imagenet.py", V5E, ()),
+    ("barlow_imagenet.py", "v4:2x4x4", ()),
+    ("barlow_imagenet.py", "v5e:4x8", ()),
+    ("vicreg_imagenet.py", "v4:2x4x4", ()),
+    ("vicreg_imagenet.py", "v5e:4x8", ()),
 )
 METHODS = (
     "simclr",
@@ -43,10 +47,6 @@ METHODS = (
     "mocov3",
     "supcon",
     "supervised",
-    ("barlow_imagenet.py", "v4:2x4x4", ()),
-    ("barlow_imagenet.py", "v5e:4x8", ()),
-    ("vicreg_imagenet.py", "v4:2x4x4", ()),
-    ("vicreg_imagenet.py", "v5e:4x8", ()),
 )
 KINDS = ("all-reduce", "all-gather", "all-to-all")
 _VIT = ("model.name=vit", "optim.name=adamw", "optim.lr_scaling=linear", "optim.lr=1.5e-4")
