@@ -113,7 +113,7 @@ def make_torch_step(args: argparse.Namespace) -> Any:
     encoder = getattr(torchvision.models, f"resnet{args.depth}")(zero_init_residual=True)
     width = encoder.fc.in_features
     encoder.fc = nn.Identity()
-    if args.stem == "cifar":
+    if args.stem != "imagenet":
         encoder.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
         encoder.maxpool = nn.Identity()
     projector = nn.Sequential(
