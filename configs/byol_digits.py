@@ -16,9 +16,8 @@ def get_config() -> ConfigDict:
     config = digits_config()
     config.method = "byol"
     config.batch_size = 64
-    config.epochs = 200.0
+    config.epochs = 400.0
     config.log_every = 80
-    config.byol.update(hidden=512, out=64, ema_decay=0.99, target_init="copy")
-    config.optim.update(name="adamw", lr=1e-3, lr_scaling="none")
-    config.optim.update(weight_decay=0.05, decay_norm_bias=False)
+    config.byol.update(hidden=512, out=64, ema_decay=0.98, target_init="copy")
+    config.optim.update(lr=0.1, lr_scaling="none", weight_decay=5e-4, decay_norm_bias=False)
     return config

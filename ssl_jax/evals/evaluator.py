@@ -139,6 +139,7 @@ class Evaluator:
         # A multiple of the number of devices.
         self._batch_size = -(-config.eval.batch_size // spmd.size) * spmd.size
         self._rows, self._devices = spmd.local_indices(self._batch_size), spmd.size
+        self._seconds = self._waited = 0.0  # of passes over images
 
     @functools.cached_property
     def _labeled_train(self) -> Source:
@@ -180,7 +181,12 @@ class Evaluator:
                 keep=processes.is_primary(),
                 timeout_s=self.config.data.timeout_s,
                 update=self._progress.update,
+                timed=self._count,
             )
+
+    def _count(self, seconds: float, waited: float) -> None:
+        """Adds a pass over images to what `measure` has taken."""
+        self._seconds, self._waited = self._seconds + seconds, self._waited + waited
 
     def measure(self, state: Any) -> dict[str, float]:
         """Measures what is tracked during training, on features of the evaluated network.
@@ -192,13 +198,15 @@ class Evaluator:
           state: of the run.
 
         Returns:
-          "rankme", "uniformity" and, given two views, "alignment" of a fixed sample of training
+          "eval_data_wait", the share of the time for features that the primary process waited for
+          images; "rankme", "uniformity" and, given two views, "alignment" of a fixed sample of training
           images. If both splits have labels, "knn", the accuracy of weighted kNN on the held-out
           split, "knn_online" of the online network if the target is evaluated, and
           "probe_accuracy" if there is an online probe, which is the online network's.
           "test_accuracy" of the run's own classifier, or "test_mean_ap" of one of several classes
           per image. Images without a label are neither neighbors nor scored.
         """
+        self._seconds = self._waited = 0.0
         accuracy = self._classifier_accuracy(state)
         if self._other and not self.not_scored:
             accuracy |= self._online_accuracy(state)
@@ -212,11 +220,12 @@ class Evaluator:
         views = self._view_features(state, variables)
         if test is not None and not self._other:
             accuracy |= self._probe_accuracy(state, test)
-        names = ["rankme", "uniformity", *accuracy]
+        names = ["eval_data_wait", "rankme", "uniformity", *accuracy]
         names += ["alignment"] * (len(views) == 2) + ["knn"] * (test is not None)
         measured = dict.fromkeys(names, 0.0)
         if processes.is_primary():
             sample = train[fixed_sample(len(train), _SAMPLED)] if test is not None else train
+            measured["eval_data_wait"] = self._waited / max(self._seconds, 1e-9)
             measured["rankme"] = diagnostics.rankme(sample)
             measured["uniformity"] = diagnostics.uniformity(sample[: _SAMPLED // 2])
             if len(views) == 2:

@@ -1,6 +1,7 @@
 """Feature extraction: a frozen encoder applied to all images of a source."""
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ def extract_features(
     keep: bool = True,
     timeout_s: float = 0.0,
     update: Callable[[str], None] = lambda text: None,
+    timed: Callable[[float, float], None] = lambda seconds, waited: None,
 ) -> Float[np.ndarray, "n d"]:
     """Extracts the features of every image of a source, in the order of the ids.
 
@@ -40,6 +42,7 @@ def extract_features(
       keep: whether this process collects the features, or only computes its share.
       timeout_s: maximum time to wait for a batch of images, in seconds; 0 for no limit.
       update: receives the progress as text, after each batch.
+      timed: receives the seconds that it took, and those of them spent waiting for images.
 
     Returns:
       float32 [N, d]; [0, d] unless `keep`.
@@ -51,6 +54,7 @@ def extract_features(
     kept_features = np.empty((0, 0), np.float32)
     ids = (batch[rows] for batch, _ in padded_batches(count, batch_size))
     starts = range(0, count, batch_size)
+    begin = time.perf_counter()
     with Reader[Any](source.eval_batches(ids), timeout_s, place) as images:
         computed = (encode(variables, images.next()) for _ in starts)
         # One batch late: images are read and the next batch dispatched while the devices compute.
@@ -63,6 +67,7 @@ def extract_features(
             else:
                 jax.block_until_ready(features)
             update(f"Extracting features: {end:,} of {count:,} images")
+        timed(time.perf_counter() - begin, images.wait_seconds)
     return kept_features
 
 

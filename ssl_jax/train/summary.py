@@ -295,7 +295,8 @@ def evaluation_line(setup: Setup, step: int, measured: dict[str, float]) -> str:
     for key, name in names.items():
         if key in measured:
             parts.append(f"{name} {100 * measured[key]:.2f}%")
-    return " | ".join([*parts, f"RankMe {measured['rankme']:.1f}"])
+    parts.append(f"RankMe {measured['rankme']:.1f}")
+    return " | ".join([*parts, f"data wait {100 * measured['eval_data_wait']:.1f}%"])
 
 
 def end_rows(workdir: Path, seconds: float, start: int) -> Iterator[Row]:

@@ -1,3 +1,5 @@
+import time
+
 import jax.numpy as jnp
 import numpy as np
 from tiny import random_source
@@ -37,3 +39,26 @@ def test_keep_false_encodes_all_batches_and_returns_no_features():
     options = {"batch_size": 4, "rows": np.arange(2), "place": jnp.asarray, "keep": False}
     assert extract_features(encode, None, source, **options).shape == (0, 192)
     assert sizes == [2, 2, 2]
+
+
+def test_time_spent_waiting_for_images_is_told():
+    source, found = random_source(n=6), []
+    slow, quick = 0.05, source.eval_batches
+
+    def eval_batches(ids):
+        for images in quick(ids):
+            time.sleep(slow)
+            yield images
+
+    source.eval_batches = eval_batches
+    extract_features(
+        lambda variables, images: images.reshape(len(images), -1),
+        None,
+        source,
+        batch_size=2,
+        rows=np.arange(2),
+        place=jnp.asarray,
+        timed=lambda *times: found.append(times),
+    )
+    [(seconds, waited)] = found
+    assert 2 * slow < waited < seconds

@@ -270,11 +270,12 @@ def test_changed_environment_is_noted_with_its_effect_on_losses():
 
 def test_evaluation_line_has_the_accuracies_that_were_measured():
     setup = Setup(tiny_config(steps=8))
-    line = summary.evaluation_line(setup, 4, {"knn": 0.875, "rankme": 12.34})
-    assert line == "step 4/8 | kNN 87.50% | RankMe 12.3"
-    accuracies = {"test_accuracy": 0.5, "probe_accuracy": 0.25, "rankme": 1.0}
+    always = {"rankme": 12.34, "eval_data_wait": 0.253}
+    line = summary.evaluation_line(setup, 4, {"knn": 0.875, **always})
+    assert line == "step 4/8 | kNN 87.50% | RankMe 12.3 | data wait 25.3%"
+    accuracies = {"test_accuracy": 0.5, "probe_accuracy": 0.25, **always}
     line = summary.evaluation_line(setup, 8, accuracies)
-    assert line == "step 8/8 | top-1 50.00% | online probe 25.00% | RankMe 1.0"
+    assert line == "step 8/8 | top-1 50.00% | online probe 25.00% | RankMe 12.3 | data wait 25.3%"
 
 
 def test_verbosity_of_a_run(tmp_path, capsys, monkeypatch):
