@@ -14,6 +14,5 @@ def get_config() -> ConfigDict:
     config = digits_config()
     config.method = "barlow"
     config.barlow.update(hidden=512, out=512)
-    config.optim.update(name="adamw", lr=1e-3, lr_scaling="none")
-    config.optim.update(weight_decay=0.05, decay_norm_bias=False)
+    config.optim.update(name="lars", lr=2.0, weight_decay=1e-6, decay_norm_bias=False)
     return config

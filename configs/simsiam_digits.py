@@ -15,8 +15,8 @@ def get_config() -> ConfigDict:
     config = digits_config()
     config.method = "simsiam"
     config.batch_size = 64
-    config.epochs = 200.0
+    config.epochs = 500.0
     config.log_every = 80
     config.simsiam.update(hidden=256, out=256, predictor_hidden=64)
-    config.optim.update(name="lars", lr=2.0, weight_decay=1e-6, decay_norm_bias=False)
+    config.optim.update(lr=0.3, weight_decay=5e-4)
     return config
