@@ -16,9 +16,10 @@ def get_config() -> ConfigDict:
     config = digits_config()
     config.method = "dino"
     config.batch_size = 64
-    config.epochs = 200.0
+    config.epochs = 300.0
     config.log_every = 80
     config.dino.update(hidden=256, out=64, prototypes=512, head_bn=True, ema_decay=0.99)
-    config.optim.update(name="adamw", lr=1e-3, lr_scaling="none", weight_decay=0.05)
+    config.dino.teacher_temperature = 0.02
+    config.optim.update(name="adamw", lr=5e-3, lr_scaling="none", weight_decay=0.05)
     config.optim.update(decay_norm_bias=False, clip_norm_per_tensor=3.0, frozen_steps=21)
     return config
