@@ -1,12 +1,14 @@
-"""Time of the linear classifier on frozen features, and an estimate for all of ImageNet.
+"""Time of the linear classifier on frozen features, and estimates for all of ImageNet.
 
 Features are ReLUs of class centers and noise, whose variance falls from direction to direction as
 that of an encoder's features. Times are medians without compilation. "Preparation" is everything
 but L-BFGS: copies, principal axes, projection. FLOPs are 4·n·d·classes per evaluation of the
-objective and its gradient.
+objective and its gradient. The last line is the evaluation at the end of a run on ImageNet, one
+row of its table: a probe of as many images as the config allows, and for each number of labels as
+many trials; one of each is timed, compilation included.
 
     python benchmarks/classifier.py [--sizes=50000x512x10,20000x2048x1000] [--penalty=1e-4]
-        [--rounds=3]
+        [--rounds=3] [--end=50000x2048x1000]
 """
 
 import argparse
@@ -60,7 +62,14 @@ def measure(size: tuple[int, int, int], penalty: float, rounds: int) -> dict[str
     x, y = random_features(*size)
 
     def fit(iterations: int) -> Any:
-        return fit_linear(x, y, num_classes=size[2], penalties=[penalty], max_iterations=iterations)
+        return fit_linear(
+            x,
+            y,
+            num_classes=size[2],
+            penalties=[penalty],
+            max_iterations=iterations,
+            tolerance=1e-5,  # that of a run's probe
+        )
 
     fit(1)  # compiles
     preparation = seconds_of(lambda: fit(0), rounds)
@@ -87,11 +96,39 @@ def estimate(row: dict[str, Any], fits: int) -> str:
     n, d, classes = IMAGENET
     work = row["evaluations"] * flops(*IMAGENET)
     measured = " × ".join(f"{number:,}" for number in row["size"])
+    minutes = (work / row["rate"] + row["preparation"] * n / row["size"][0]) / 60
     return (
         f"{n:,} × {d:,} features of {classes:,} classes: {work / 1e12:,.0f} TFLOP per fit with "
-        f"{row['evaluations']} evaluations, {work / row['rate'] / 60:,.0f} minutes at the rate of "
-        f"{measured}; {fits} fits with the choice of a penalty; {memory(*IMAGENET):.0f} GB over "
+        f"{row['evaluations']} evaluations, {minutes:,.0f} minutes with preparation at the rates "
+        f"of {measured}; {fits} fits with the choice of a penalty; {memory(*IMAGENET):.0f} GB over "
         "all devices."
+    )
+
+
+def end_of_run(size: tuple[int, int, int]) -> str:
+    """Times a row of the table at the end of a run; trials are timed once and multiplied."""
+    from ssl_jax.config import default_config
+    from ssl_jax.evals.linear import few_label_accuracies, linear_probe
+
+    options = default_config().eval
+    x, y = random_features(2 * size[0], *size[1:])
+    data = (x[: size[0]], y[: size[0]], x[size[0] :])
+    whole = seconds_of(lambda: linear_probe(*data), 1)
+    parts, total = [f"{whole:,.1f} s for the probe"], whole
+    for count in options.labels_per_class:
+
+        def trial(count: int = count) -> Any:
+            return few_label_accuracies(
+                *data, y[size[0] :], labels_per_class=count, trials=1, seed=0
+            )
+
+        once = seconds_of(trial, 1)
+        parts.append(f"{once:,.1f} s per trial of {count}")
+        total += options.trials * once
+    shape = " × ".join(f"{number:,}" for number in size)
+    return (
+        f"End of a run, {shape}, as many held-out images: {', '.join(parts)}; with "
+        f"{options.trials} trials {total / 60:,.1f} minutes per row."
     )
 
 
@@ -109,6 +146,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=sizes, default="50000x512x10,20000x2048x1000")
     parser.add_argument("--penalty", type=float, default=1e-4)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--end", type=sizes, default="50000x2048x1000")
     args = parser.parse_args()
     from ssl_jax.evals.linear import PENALTIES
 
@@ -116,7 +154,9 @@ def main() -> None:
     for size in args.sizes:
         row = measure(size, args.penalty, args.rounds)
         print("| " + " | ".join(cells(row)) + " |", flush=True)
-    print("\n" + estimate(row, len(PENALTIES) + 1))
+    print("\n" + estimate(row, len(PENALTIES) + 1), flush=True)
+    for size in args.end:
+        print("\n" + end_of_run(size))
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def prepare_eval(images: Array, config: ConfigDict) -> Float[Array, "n tall wide
 
 
 class Prefetcher(Reader[Any]):
-    """Reads batches in a background thread and places them on the devices ahead of time."""
+    """Reads batches in a background thread, ahead of time."""
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from ssl_jax.errors import UserError
 
-_DEPTH = 1  # items waiting, besides the one in use and the one being read
+_DEPTH = 1  # items waiting, besides the one being read
 _SLOW_S = 30.0  # seconds without an item until a warning is logged
 _log = logging.getLogger("ssl_jax.data")
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Reader(Generic[T]):
-    """Iterates in a daemon thread, ahead of time.
+    """Iterates in a daemon thread, ahead of time; items wait on the host.
 
     Attributes:
       wait_seconds: total time that `next` has waited.
@@ -41,18 +41,20 @@ class Reader(Generic[T]):
         Args:
           items: to read.
           timeout_s: maximum time that `next` waits, in seconds; 0 for no limit.
-          place: applied to each item in the thread, such as to put it on the devices.
+          place: applied to each item when it is asked for, such as to put it on the devices, whose
+            memory then holds no item ahead of time.
         """
+        self._place = place
         self.wait_seconds, self._timeout_s, self._warned = 0.0, timeout_s, False
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=_DEPTH)
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._read, args=(items, place), daemon=True)
+        self._thread = threading.Thread(target=self._read, args=(items,), daemon=True)
         self._thread.start()
 
-    def _read(self, items: Iterator[Any], place: Callable[[Any], T]) -> None:
+    def _read(self, items: Iterator[Any]) -> None:
         try:
             for item in items:
-                if not self._put(place(item)):
+                if not self._put(item):
                     return
             self._put(RuntimeError("the source ended early"))
         except BaseException as error:  # `next` raises it in the main thread
@@ -68,7 +70,7 @@ class Reader(Generic[T]):
         return False
 
     def next(self) -> T:
-        """Returns the next item; raises errors of the thread.
+        """Returns the next item, placed; raises errors of the thread.
 
         Raises:
           UserError: no item within `timeout_s` seconds.
@@ -78,7 +80,7 @@ class Reader(Generic[T]):
         self.wait_seconds += time.perf_counter() - start
         if isinstance(item, BaseException):
             raise item
-        return item
+        return self._place(item)
 
     def _wait(self) -> Any:
         """The next item; warns once if it is late."""

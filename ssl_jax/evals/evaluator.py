@@ -198,10 +198,10 @@ class Evaluator:
           state: of the run.
 
         Returns:
-          "eval_data_wait", the share of the time for features that the primary process waited for
-          images; "rankme", "uniformity" and, given two views, "alignment" of a fixed sample of training
-          images. If both splits have labels, "knn", the accuracy of weighted kNN on the held-out
-          split, "knn_online" of the online network if the target is evaluated, and
+          "rankme", "uniformity" and, given two views, "alignment" of a fixed sample of training
+          images; "eval_data_wait", the share of the time for features that the primary process
+          waited for images. If both splits have labels, "knn", the accuracy of weighted kNN on
+          the held-out split, "knn_online" of the online network if the target is evaluated, and
           "probe_accuracy" if there is an online probe, which is the online network's.
           "test_accuracy" of the run's own classifier, or "test_mean_ap" of one of several classes
           per image. Images without a label are neither neighbors nor scored.

@@ -86,9 +86,10 @@ class MoCo(Method):
         (features, query), stats = self.apply_to_views(
             self.networks, params, stats, images, separate=True, keys=random
         )
+        leaks = bool(jax.tree.leaves(target_stats))  # a ViT has no BatchNorm
         shuffled = [
-            self.shuffle(view, jax.random.fold_in(rng, number))
-            for number, view in enumerate(batch["views"][::-1][:directions])
+            self.shuffle(view, jax.random.fold_in(rng, i)) if leaks else (view, lambda x: x)
+            for i, view in enumerate(batch["views"][::-1][:directions])
         ]
         (_, key), target_stats = self.apply_to_views(
             self.networks, state["target"], target_stats, [x for x, _ in shuffled], separate=True
@@ -167,7 +168,7 @@ class MoCo(Method):
 
         Args:
           images: this device's images, [n, ...]; not moved if `config.moco.shuffle` is off or
-            BatchNorm's statistics are global.
+            BatchNorm's statistics are global, else sent in the compute dtype.
           rng: the same on every device.
 
         Returns:
@@ -210,4 +211,5 @@ class MoCo(Method):
                 axis_index_groups=None if group == devices else groups,
             )
 
-        return all_to_all(images[order]), lambda x: all_to_all(x)[jnp.argsort(order)]
+        sent = images[order].astype(self.config.dtype)  # in which they are encoded
+        return all_to_all(sent), lambda x: all_to_all(x)[jnp.argsort(order)]

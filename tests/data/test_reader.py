@@ -13,13 +13,19 @@ from ssl_jax.data.reader import Reader, in_parallel, read_all
 from ssl_jax.errors import UserError
 
 
-def test_items_come_in_order_and_are_placed_in_the_thread():
-    where = []
-    with Reader(iter(range(3)), place=lambda x: where.append(threading.get_ident()) or -x) as r:
-        assert [r.next() for _ in range(3)] == [0, -1, -2]
+def test_items_come_in_order_and_are_read_ahead_but_not_placed():
+    read, placed = threading.Semaphore(0), []
+
+    def items():
+        for number in range(3):
+            read.release()
+            yield number
+
+    with Reader(items(), place=lambda x: placed.append(x) or -x) as r:
+        assert all(read.acquire(timeout=60) for _ in range(2)) and placed == []
+        assert [r.next() for _ in range(3)] == [0, -1, -2] and placed == [0, 1, 2]
         with pytest.raises(RuntimeError, match="ended early"):
             r.next()
-    assert threading.get_ident() not in where
     assert read_all(iter("abc")) == ["a", "b", "c"] and read_all(iter([])) == []
 
 

@@ -199,6 +199,7 @@ def test_diagnostics_and_views_are_of_a_sample_of_all_classes(monkeypatch):
     expected = diagnostics.rankme(features[fixed_sample(96, 16)])
     assert expected > 1.01 * diagnostics.rankme(features[:16])
     for measured in found.values():
+        assert 0 < measured["eval_data_wait"] < 1
         assert measured["rankme"] == pytest.approx(expected, rel=1e-3)
         uniform = diagnostics.uniformity(features[fixed_sample(96, 8)])
         assert measured["uniformity"] == pytest.approx(uniform, rel=1e-2)

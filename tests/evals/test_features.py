@@ -41,7 +41,30 @@ def test_keep_false_encodes_all_batches_and_returns_no_features():
     assert sizes == [2, 2, 2]
 
 
-def test_time_spent_waiting_for_images_is_told():
+def test_features_are_fetched_one_batch_late():
+    """So that the host reads, and the next batch is dispatched, while the devices compute."""
+    source, order = random_source(n=6), []
+
+    class Computing:
+        shape = (2, 192)
+
+        def __init__(self, number):
+            self.number = number
+
+        def __array__(self, dtype=None, copy=None):
+            order.append(f"fetch {self.number}")
+            return np.zeros(self.shape, dtype)
+
+    def encode(variables, images):
+        number = sum(event.startswith("encode") for event in order)
+        order.append(f"encode {number}")
+        return Computing(number)
+
+    extract_features(encode, None, source, batch_size=2, rows=np.arange(2), place=jnp.asarray)
+    assert order == ["encode 0", "encode 1", "fetch 0", "encode 2", "fetch 1", "fetch 2"]
+
+
+def test_time_spent_waiting_for_images_is_reported():
     source, found = random_source(n=6), []
     slow, quick = 0.05, source.eval_batches
 

@@ -1,3 +1,5 @@
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -63,6 +65,24 @@ def test_shuffle_uses_all_to_all_and_never_gathers_images():
     # The keys, [64, 1, 8], are; the views, [64, 8, 8, 3], are not.
     assert gathers
     assert not any("8,8,3" in line.split(" all-gather(")[0] for line in gathers)
+
+
+@pytest.mark.parametrize(("model", "dtype"), [("resnet", "bf16"), ("vit", "")])
+def test_images_are_sent_in_the_compute_dtype_and_only_with_batchnorm(model, dtype):
+    config = method_config("moco")
+    config.dtype, config.model.bn_group_size, config.model.name = "bfloat16", 1, model
+    config.model.vit.update(patch=4, width=16, depth=1, heads=2)
+    method, rng = make_method(config, Schedule(1, 10), AXIS), jax.random.key(0)
+    batch = jax.tree.map(lambda x: jnp.repeat(x, 32, axis=0), example_batch(config))
+
+    def forward(batch):
+        params, state = method.init(rng, batch)
+        return method.forward(params, state, batch, rng)[0]["key"]
+
+    mapped = make_spmd().map(forward, ("sharded",), "sharded")
+    program = str(jax.make_jaxpr(mapped)(batch))
+    sent = re.findall(r"(\w+)\[8,8,8,3\] = all_to_all\[", program)
+    assert sent == [dtype] * bool(dtype)
 
 
 def test_images_stay_where_batchnorm_is_global_and_keys_are_the_same():

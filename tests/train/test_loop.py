@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -303,6 +304,39 @@ def test_at_most_two_steps_are_in_flight(monkeypatch):
         loop.run_steps(run, None, stop)
     assert len(most) == 16 and most == [1, 1] + [2] * 14
     assert run.log_step.call_count == 1
+
+
+def test_devices_hold_two_batches(monkeypatch):
+    """That of the running step and the next one, which is what a plan counts."""
+    config, alive, most = tiny_config(log_every=100, batch_size=160), weakref.WeakSet(), []
+
+    class OnDevice(dict):
+        __hash__ = object.__hash__
+
+    class Metric:
+        def __init__(self, batch):
+            self.batch = batch  # as a device keeps it until its step ends
+
+        def block_until_ready(self):
+            self.batch = None
+
+    built = setup.Setup(config)
+
+    def place_batch(batch):
+        time.sleep(0.01)  # the reader would be ahead by now
+        alive.add(placed := OnDevice(batch))
+        most.append(len(alive))
+        return placed
+
+    def step(state, batch, device_data):
+        return state, {"loss": Metric(batch)}
+
+    monkeypatch.setattr(built, "place_batch", place_batch)
+    monkeypatch.setattr(loop, "_compiled", lambda *args: step)
+    monkeypatch.setattr(loop, "evaluate", lambda *args: None)
+    with Stop() as stop:
+        loop.run_steps(MagicMock(setup=built, start=0, device_data={}), None, stop)
+    assert len(most) == 16 and max(most) == 2
 
 
 def packed(path, source):
