@@ -112,7 +112,7 @@ class Peer:
         print(n, file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline().split()
         if len(answer) != 3:
-            sys.exit("The peer's process ended; what it said is above.")
+            sys.exit("The peer's process ended. See its output above.")
         seconds, mib, value = map(float, answer)
         return seconds, mib, value
 

@@ -435,7 +435,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
     )
     args, overrides = parser.parse_known_args(argv)
     if args.profile and "torch" in args.peers.split(","):
-        parser.error("--profile slows our kernels' launching down: leave torch out of --peers")
+        parser.error("--profile slows kernel launches of ssl_jax only: leave torch out of --peers")
     return args, overrides
 
 
@@ -450,7 +450,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} {NAMED_KERNELS}".strip()
     if "torch" in args.peers.split(","):
-        # It takes its share of the accelerator's memory beside ours.
+        # Both processes share the accelerator's memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".6")
     from ssl_jax.cli.backend import tune_cpu
 
@@ -480,8 +480,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows, parts = rows + measured, parts | where
         args.profile, args.split = None, False  # of the first batch
         if args.json:
-            told = {"hardware": hardware(), "rows": rows, "ms": parts}
-            args.json.write_text(json.dumps(told, indent=1))
+            result = {"hardware": hardware(), "rows": rows, "ms": parts}
+            args.json.write_text(json.dumps(result, indent=1))
     if not rows:
         sys.exit("No batch fits.")
     table = [list(COLUMNS), ["---"] * len(COLUMNS), *map(cells, rows)]

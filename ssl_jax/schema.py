@@ -455,9 +455,9 @@ _EVAL: Group = {
     "network": _Evaluation(
         "default",
         "Network of evaluations, exports and ssl_jax.load, of a method with a target (MoCo, BYOL, "
-        "DINO, SimCLR with a memory bank): the trained one (online) or its average (target); "
-        "default: DINO's target, otherwise online. With the target, kNN and the evaluation at the "
-        "end also measure the online one",
+        "MoCo v3, DINO, SimCLR with a memory bank): the trained one (online) or its average "
+        "(target); default: DINO's target, otherwise online. With the target, kNN and the "
+        "evaluation at the end also measure the online one",
         choices=("default", "online", "target"),
     ),
     "projector_layer": _Evaluation(

@@ -1,0 +1,132 @@
+"""GFLOP/s of ResNet-18's 3×3 convolutions on a CPU, by jaxlib and by torch.
+
+Each stage's convolution by itself, float32, channels last: forward, gradient of the input, gradient
+of the kernel; medians of seven calls. jaxlib runs without and with the flag of
+`ssl_jax.cli.backend.tune_cpu`, and with the flag and each of --more. Each in its own process.
+
+    python benchmarks/convolutions.py [--peer-python=PATH] [--views=128]
+        [--more=--xla_cpu_use_onednn=true,--xla_cpu_use_xnnpack=true]
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+STAGES = ((64, 32), (128, 16), (256, 8), (512, 4))  # channels, and side of the images in pixels
+CALLS = 7
+
+
+def median_seconds(function: Callable[[], Any]) -> float:
+    """The median of several calls, after one that compiles."""
+    function()
+    taken = []
+    for _ in range(CALLS):
+        start = time.perf_counter()
+        function()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def by_jax(views: int, channels: int, side: int) -> list[float]:
+    """Seconds of the forward pass and both gradients in JAX."""
+    import jax
+    import jax.numpy as jnp
+
+    def convolve(x: Any, kernel: Any) -> Any:
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (views, side, side, channels), jnp.float32)
+    kernel = jax.random.normal(keys[1], (3, 3, channels, channels), jnp.float32)
+    y = convolve(x, kernel)
+    passes = [
+        jax.jit(lambda x, kernel, y: convolve(x, kernel)),
+        jax.jit(lambda x, kernel, y: jax.linear_transpose(lambda x: convolve(x, kernel), x)(y)),
+        jax.jit(lambda x, kernel, y: jax.linear_transpose(lambda k: convolve(x, k), kernel)(y)),
+    ]
+    return [median_seconds(lambda f=f: jax.block_until_ready(f(x, kernel, y))) for f in passes]
+
+
+def by_torch(views: int, channels: int, side: int) -> list[float]:
+    """Seconds of the forward pass and both gradients in torch."""
+    import torch
+
+    def placed(*shape: int) -> Any:
+        return torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_()
+
+    x, kernel = placed(views, channels, side, side), placed(channels, channels, 3, 3)
+    y = torch.nn.functional.conv2d(x, kernel, padding=1)
+    dy = torch.randn_like(y)
+
+    def forward() -> Any:
+        return torch.nn.functional.conv2d(x.detach(), kernel.detach(), padding=1)
+
+    gradients = [
+        lambda wanted=wanted: torch.autograd.grad(y, wanted, dy, retain_graph=True)
+        for wanted in (x, kernel)
+    ]
+    return [median_seconds(function) for function in (forward, *gradients)]
+
+
+def rates(by: str, views: int) -> list[str]:
+    """GFLOP/s per stage: forward / gradient of the input / gradient of the kernel."""
+    measure = {"jax": by_jax, "torch": by_torch}[by]
+    cells = []
+    for channels, side in STAGES:
+        flops = 2 * views * side**2 * channels**2 * 9
+        seconds = measure(views, channels, side)
+        cells.append(" / ".join(f"{flops / each / 1e9:.0f}" for each in seconds))
+    return cells
+
+
+def in_process(python: str, by: str, views: int, flags: str) -> list[str]:
+    """`rates` in a process of its own, with XLA's flags."""
+    command = [python, __file__, f"--by={by}", f"--views={views}"]
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{by} with XLA_FLAGS='{flags}' failed. See the output above.")
+    cells: list[str] = json.loads(done.stdout.splitlines()[-1])
+    return cells
+
+
+def main() -> None:
+    """Prints the table as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peer-python", help="interpreter that has torch")
+    parser.add_argument("--views", type=int, default=128)
+    parser.add_argument("--more", default="", help="comma-separated flags of XLA")
+    parser.add_argument("--by", choices=["jax", "torch"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.by:
+        print(json.dumps(rates(args.by, args.views)))
+        return
+    from ssl_jax.cli.backend import tune_cpu
+
+    os.environ["XLA_FLAGS"] = ""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    tune_cpu()
+    flag = os.environ["XLA_FLAGS"]
+    ways = {"jaxlib": "", "jaxlib with the flag": flag}
+    ways |= {f"and {more}": f"{flag} {more}" for more in args.more.split(",") if more}
+    columns = {}
+    if args.peer_python:
+        columns["torch"] = in_process(args.peer_python, "torch", args.views, "")
+    for name, flags in ways.items():
+        columns[name] = in_process(sys.executable, "jax", args.views, flags)
+    print("| " + " | ".join(["channels, size", *columns]) + " |")
+    print("|" + " --- |" * (1 + len(columns)))
+    for row, (channels, side) in enumerate(STAGES):
+        cells = [f"{channels}, {side}×{side}", *(column[row] for column in columns.values())]
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
