@@ -323,12 +323,12 @@ def test_devices_hold_two_batches(monkeypatch):
     built = setup.Setup(config)
 
     def place_batch(batch):
-        time.sleep(0.01)  # the reader would be ahead by now
         alive.add(placed := OnDevice(batch))
         most.append(len(alive))
         return placed
 
     def step(state, batch, device_data):
+        time.sleep(0.05)  # in which the next batches are read
         return state, {"loss": Metric(batch)}
 
     monkeypatch.setattr(built, "place_batch", place_batch)
