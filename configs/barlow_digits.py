@@ -1,7 +1,8 @@
 """Barlow Twins on scikit-learn's digits, minutes on a CPU.
 
-Paper: Zbontar et al., 2021, arXiv:2103.03230, scaled down. Cost: 800 steps, like
-`simclr_digits`. Deviations: `recipes.digits_config`; a projector of 512, AdamW.
+Paper: Zbontar et al., 2021, arXiv:2103.03230. Result: 95.2 % at 5 labels per class (raw pixels
+86.0, random init 66.3); full linear 98.7 %. Cost: 800 steps, like `simclr_digits`. Deviations:
+`recipes.digits_config`; a projector of 512, and LARS with one rate for all parameters.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,10 @@
 """BYOL on scikit-learn's digits, minutes on a CPU.
 
-Paper: Grill et al., 2020, arXiv:2006.07733. Result: 86.0 % at 5 labels per class (raw pixels 86.0,
-random init 62.3); full linear 94.7 %. Cost: 4,200 steps, 1.3 times the images of `simclr_digits`.
-Deviations: `recipes.digits_config`; batch 64 and 200 epochs for more steps, smaller heads, AdamW, a
-target that starts as a copy of the online network and an EMA decay from 0.99, for a short run.
+Paper: Grill et al., 2020, arXiv:2006.07733. Result: 96.7 % at 5 labels per class (raw pixels 86.0,
+random init 62.3); full linear 99.8 %. Cost: 8,400 steps of batch 64, 2.5 times the images of
+`simclr_digits`. Deviations: `recipes.digits_config`; batch 64 and 400 epochs for more steps,
+smaller heads, SGD, a target that starts as a copy of the online network and an EMA decay from 0.98,
+for a short run.
 """
 
 from ml_collections import ConfigDict

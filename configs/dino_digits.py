@@ -1,9 +1,11 @@
 """DINO on scikit-learn's digits, minutes on a CPU.
 
-Paper: Caron et al., 2021, arXiv:2104.14294. Result: not measured yet. Cost: 4,200 steps, as
-`byol_digits`, and no small crops. Deviations: `recipes.digits_config`; batch 64 and 200 epochs for
-more steps; two crops of 8×8; a smaller head with BatchNorm and 512 prototypes, a constant weight
-decay, and an EMA decay from 0.99, for a short run.
+Paper: Caron et al., 2021, arXiv:2104.14294. Result: 96.6 % at 5 labels per class by the teacher,
+96.2 by the student (raw pixels 86.0, random init 62.3); full linear 99.3 %. Cost: 6,300 steps of
+batch 64, 1.9 times the images of `simclr_digits`, and no small crops. Deviations:
+`recipes.digits_config`; batch 64 and 300 epochs for more steps; two crops of 8×8; a smaller head
+with BatchNorm and 512 prototypes, a constant weight decay, an EMA decay from 0.99 and a teacher's
+temperature of 0.02. With 0.04 and a rate of 1e-3 it collapses to the uniform distribution.
 """
 
 from ml_collections import ConfigDict
