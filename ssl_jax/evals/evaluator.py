@@ -79,6 +79,8 @@ class Evaluator:
       not_scored: why accuracies of frozen features can't be measured; "" if they can.
     """
 
+    _seconds = _waited = 0.0  # of passes over images
+
     def __init__(
         self,
         config: ConfigDict,
@@ -139,7 +141,6 @@ class Evaluator:
         # A multiple of the number of devices.
         self._batch_size = -(-config.eval.batch_size // spmd.size) * spmd.size
         self._rows, self._devices = spmd.local_indices(self._batch_size), spmd.size
-        self._seconds = self._waited = 0.0  # of passes over images
 
     @functools.cached_property
     def _labeled_train(self) -> Source:
