@@ -1,4 +1,4 @@
-"""Prefetches batches onto the devices, and augments them there."""
+"""Reads batches ahead of time, and augments them on the devices."""
 
 from collections.abc import Callable
 from typing import Any
