@@ -134,7 +134,7 @@ def end_of_run(size: tuple[int, int, int]) -> str:
 
 def sizes(text: str) -> list[tuple[int, int, int]]:
     """Parses "50000x512x10,20000x2048x1000": images, width of the features, classes."""
-    parsed = [tuple(map(int, part.split("x"))) for part in text.split(",")]
+    parsed = [tuple(map(int, part.split("x"))) for part in text.split(",") if part]
     if any(len(size) != 3 for size in parsed):
         raise argparse.ArgumentTypeError("give each size as IMAGESxWIDTHxCLASSES")
     return [(n, d, classes) for n, d, classes in parsed]
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=sizes, default="50000x512x10,20000x2048x1000")
     parser.add_argument("--penalty", type=float, default=1e-4)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--end", type=sizes, default="50000x2048x1000")
+    parser.add_argument("--end", type=sizes, default="50000x2048x1000", help="may be empty")
     args = parser.parse_args()
     from ssl_jax.evals.linear import PENALTIES
 

@@ -90,7 +90,10 @@ def in_process(python: str, by: str, views: int, flags: str) -> list[str]:
     """`rates` in a process of its own, with XLA's flags."""
     command = [python, __file__, f"--by={by}", f"--views={views}"]
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    except OSError as error:
+        sys.exit(f"Cannot run {python} ({error.strerror}).")
     if done.returncode:
         sys.exit(f"{by} with XLA_FLAGS='{flags}' failed. See the output above.")
     cells: list[str] = json.loads(done.stdout.splitlines()[-1])

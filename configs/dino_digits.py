@@ -2,7 +2,7 @@
 
 Paper: Caron et al., 2021, arXiv:2104.14294. Result: 96.6 % at 5 labels per class by the teacher,
 96.2 by the student (raw pixels 86.0, random init 62.3); full linear 99.3 %. Cost: 6,300 steps of
-batch 64, 1.9 times the images of `simclr_digits`, and no small crops. Deviations:
+batch 64, 2.0 times the images of `simclr_digits`, and no small crops. Deviations:
 `recipes.digits_config`; batch 64 and 300 epochs for more steps; two crops of 8×8; a smaller head
 with BatchNorm and 512 prototypes, a constant weight decay, an EMA decay from 0.99 and a teacher's
 temperature of 0.02. With 0.04 and a rate of 1e-3 it collapses to the uniform distribution.

@@ -1,7 +1,7 @@
 """SimSiam on scikit-learn's digits, minutes on a CPU.
 
 Paper: Chen & He, 2020, arXiv:2011.10566. Result: 97.2 % at 5 labels per class (raw pixels 86.0,
-random init 66.3); full linear 99.3 %. Cost: 10,500 steps of batch 64, 3.1 times the images of
+random init 66.3); full linear 99.3 %. Cost: 10,500 steps of batch 64, 3.3 times the images of
 `simclr_digits`; it learns little in the first 3,000. Deviations: `recipes.digits_config`; batch 64
 and 500 epochs for more steps, smaller heads.
 """

@@ -27,7 +27,7 @@ class Reader(Generic[T]):
     """Iterates in a daemon thread, ahead of time; items wait on the host.
 
     Attributes:
-      wait_seconds: total time that `next` has waited.
+      wait_seconds: total time that `next` has waited for items and placed them.
     """
 
     def __init__(
@@ -77,10 +77,11 @@ class Reader(Generic[T]):
         """
         start = time.perf_counter()
         item = self._wait()
-        self.wait_seconds += time.perf_counter() - start
         if isinstance(item, BaseException):
             raise item
-        return self._place(item)
+        placed = self._place(item)
+        self.wait_seconds += time.perf_counter() - start
+        return placed
 
     def _wait(self) -> Any:
         """The next item; warns once if it is late."""

@@ -90,7 +90,7 @@ class Source(Protocol):
         ...
 
     def batches(self, steps: Iterator[tuple[int, np.ndarray]]) -> Iterator[dict[str, Any]]:
-        """This process's batches, in order.
+        """This process's batches, in order, each in arrays of its own: they are read ahead.
 
         Args:
           steps: pairs of a step and the ids, int32 [n], that this process needs for it.

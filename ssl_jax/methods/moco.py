@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from ssl_jax import ema, losses
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import Batch, Method, Pytree, init_networks
+from ssl_jax.models import ResNet, ViT
 
 
 class MoCo(Method):
@@ -86,7 +87,8 @@ class MoCo(Method):
         (features, query), stats = self.apply_to_views(
             self.networks, params, stats, images, separate=True, keys=random
         )
-        leaks = bool(jax.tree.leaves(target_stats))  # a ViT has no BatchNorm
+        # A ViT has no BatchNorm; an encoder of your own may have statistics without variables.
+        leaks = bool(jax.tree.leaves(target_stats)) or not self._built_in
         shuffled = [
             self.shuffle(view, jax.random.fold_in(rng, i)) if leaks else (view, lambda x: x)
             for i, view in enumerate(batch["views"][::-1][:directions])
@@ -157,6 +159,10 @@ class MoCo(Method):
             options.ema_decay, step, self.schedule.total_steps, end=options.ema_decay_end
         )
 
+    @property
+    def _built_in(self) -> bool:
+        return isinstance(self.encoder, ResNet | ViT)
+
     def shuffle(
         self, images: Float[Array, "n *shape"], rng: Array
     ) -> tuple[Array, Callable[[Array], Array]]:
@@ -168,7 +174,7 @@ class MoCo(Method):
 
         Args:
           images: this device's images, [n, ...]; not moved if `config.moco.shuffle` is off or
-            BatchNorm's statistics are global, else sent in the compute dtype.
+            BatchNorm's statistics are global, else sent in the compute dtype of a built-in encoder.
           rng: the same on every device.
 
         Returns:
@@ -211,5 +217,7 @@ class MoCo(Method):
                 axis_index_groups=None if group == devices else groups,
             )
 
-        sent = images[order].astype(self.config.dtype)  # in which they are encoded
-        return all_to_all(sent), lambda x: all_to_all(x)[jnp.argsort(order)]
+        # In the dtype in which they are encoded, if that is known.
+        dtype = self.config.dtype if self._built_in else images.dtype
+        sent = all_to_all(images[order].astype(dtype)).astype(images.dtype)
+        return sent, lambda x: all_to_all(x)[jnp.argsort(order)]

@@ -19,6 +19,7 @@ from ssl_jax.config import Schedule
 from ssl_jax.data.index import stream_key
 from ssl_jax.errors import UserError
 from ssl_jax.methods import make_method
+from ssl_jax.models import registry
 from ssl_jax.spmd import AXIS, make_spmd
 from ssl_jax.step import example_batch
 
@@ -67,8 +68,22 @@ def test_shuffle_uses_all_to_all_and_never_gathers_images():
     assert not any("8,8,3" in line.split(" all-gather(")[0] for line in gathers)
 
 
-@pytest.mark.parametrize(("model", "dtype"), [("resnet", "bf16"), ("vit", "")])
-def test_images_are_sent_in_the_compute_dtype_and_only_with_batchnorm(model, dtype):
+class BatchCentered(nn.Module):
+    """An encoder with statistics of the batch but no variables for them, computed in float32."""
+
+    num_features: int = 8
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        assert images.dtype == jnp.float32
+        x = nn.Dense(self.num_features)(images.mean((1, 2)))
+        return x - x.mean(axis=0, keepdims=True)
+
+
+@pytest.mark.parametrize(("model", "dtype"), [("resnet", "bf16"), ("vit", ""), ("mine", "f32")])
+def test_images_are_sent_in_the_compute_dtype_and_only_with_batchnorm(monkeypatch, model, dtype):
+    """What an encoder of the user's own takes and normalizes isn't known: it gets all as it was."""
+    monkeypatch.setitem(registry._REGISTERED, "mine", lambda *_: BatchCentered())
     config = method_config("moco")
     config.dtype, config.model.bn_group_size, config.model.name = "bfloat16", 1, model
     config.model.vit.update(patch=4, width=16, depth=1, heads=2)
