@@ -65,7 +65,7 @@ def build(config: ConfigDict, axis_name: str | None, groups: Groups | None) -> "
         if any(side % options.patch for side in view_size(view)):
             raise UserError(
                 f"config.views.{name}.size is {view.size}, but config.model.vit.patch is "
-                f"{options.patch}: use a size that is a multiple of it."
+                f"{options.patch}: use a multiple of it, or a smaller patch."
             )
     keys = dict(options) | {"image_size": image_size(config)}
     return ViT(**keys, dtype=config.dtype, remat=config.remat)
