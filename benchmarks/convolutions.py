@@ -11,12 +11,13 @@ of the kernel; medians of seven calls. jaxlib runs without and with the flag of
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
+
+from classifier import seconds_of
+from plans import print_table
 
 STAGES = ((64, 32), (128, 16), (256, 8), (512, 4))  # channels, and side of the images in pixels
 CALLS = 7
@@ -25,12 +26,7 @@ CALLS = 7
 def median_seconds(function: Callable[[], Any]) -> float:
     """The median of several calls, after one that compiles."""
     function()
-    taken = []
-    for _ in range(CALLS):
-        start = time.perf_counter()
-        function()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+    return seconds_of(function, CALLS)
 
 
 def by_jax(views: int, channels: int, side: int) -> list[float]:
@@ -124,11 +120,9 @@ def main() -> None:
         columns["torch"] = in_process(args.peer_python, "torch", args.views, "")
     for name, flags in ways.items():
         columns[name] = in_process(sys.executable, "jax", args.views, flags)
-    print("| " + " | ".join(["channels, size", *columns]) + " |")
-    print("|" + " --- |" * (1 + len(columns)))
-    for row, (channels, side) in enumerate(STAGES):
-        cells = [f"{channels}, {side}×{side}", *(column[row] for column in columns.values())]
-        print("| " + " | ".join(cells) + " |")
+    names = [f"{channels}, {side}×{side}" for channels, side in STAGES]
+    rows = [list(cells) for cells in zip(names, *columns.values(), strict=True)]
+    print_table(["channels, size", *columns], rows)
 
 
 if __name__ == "__main__":
