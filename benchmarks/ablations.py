@@ -18,6 +18,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from markdown_table import markdown
+
 from ssl_jax.diagnostics import CollapseDetector
 from ssl_jax.evals.intervals import mean_interval
 from ssl_jax.run.log import read_metrics
@@ -86,11 +88,11 @@ def table(group: str, out: Path) -> str:
     if group in UNCHANGED:
         folder, name = UNCHANGED[group]
         runs[name] = out / folder
-    lines = [list(COLUMNS), ["---"] * len(COLUMNS)]
+    rows = []
     for name, workdir in sorted(runs.items(), key=lambda item: _order(item[0])):
         if (workdir / "report_images.npz").exists():
-            lines.append(cells(name, workdir))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+            rows.append(cells(name, workdir))
+    return markdown(COLUMNS, rows)
 
 
 def _order(name: str) -> float:

@@ -22,6 +22,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from markdown_table import markdown
+
 ROOT = Path(__file__).parent.parent
 IMAGES = 50_000  # in CIFAR-10
 BENCHMARKS, CONFIGS = ROOT / "benchmarks", ROOT / "configs"
@@ -137,31 +139,24 @@ def write_results(out: Path) -> None:
         lines += [f"## {file.stem}", ""]
         lines += [found["hardware"], ""] if isinstance(found, dict) else []
         header = list(rows[0])
-        lines += ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
-        lines += ["| " + " | ".join(cell(row[name]) for name in header) + " |" for row in rows]
-        lines.append("")
+        lines += [markdown(header, ([cell(row[name]) for name in header] for row in rows)), ""]
         for kind, parts in found.get("ms", {}).items() if isinstance(found, dict) else ():
-            lines += [f"| {kind} | ms |", "| --- | --- |"]
-            lines += [f"| {part} | {ms:.2f} |" for part, ms in parts.items()] + [""]
+            lines += [markdown([kind, "ms"], ([p, f"{ms:.2f}"] for p, ms in parts.items())), ""]
     runs = [workdir for workdir in sorted(out.glob("cifar_*")) if workdir.is_dir()]
     if runs:
-        lines += ["## CIFAR-10 (JPEG q75), ResNet-18", ""]
-        lines += [
-            "| method | epochs | kNN | full linear | minutes of steps |",
-            "| --- | --- | --- | --- | --- |",
-        ]
-        lines += [cifar_row(workdir) for workdir in runs]
+        header = ["method", "epochs", "kNN", "full linear", "minutes of steps"]
+        lines += ["## CIFAR-10 (JPEG q75), ResNet-18", "", markdown(header, map(cifar_row, runs))]
     (out / "results.md").write_text("\n".join(lines) + "\n")
 
 
-def cifar_row(workdir: Path) -> str:
-    """Returns the progress and accuracy of a run as a table row."""
+def cifar_row(workdir: Path) -> list[str]:
+    """Returns the progress and accuracy of a run as cells of the table."""
     from ssl_jax.run.log import read_metrics
 
     method = workdir.name.removeprefix("cifar_")
     metrics = read_metrics(workdir / "metrics.jsonl")
     if not metrics:
-        return f"| {method} | 0 |  |  |  |"
+        return [method, "0", "", "", ""]
     config = json.loads((workdir / "config.json").read_text())["config"]
     knn = [line["knn"] for line in metrics if "knn" in line]
     rates = [line["images_per_s"] for line in metrics if "images_per_s" in line]
@@ -174,7 +169,7 @@ def cifar_row(workdir: Path) -> str:
     best = f"{100 * max(knn):.1f}" if knn else ""
     # An epoch has whole batches only.
     epochs = step / max(1, IMAGES // batch)
-    return f"| {method} | {epochs:.0f} | {best} | {linear} | {minutes} |"
+    return [method, f"{epochs:.0f}", best, linear, minutes]
 
 
 def cell(value: object) -> str:

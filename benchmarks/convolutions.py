@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from classifier import seconds_of
-from plans import print_table
+from markdown_table import print_table
 
 STAGES = ((64, 32), (128, 16), (256, 8), (512, 4))  # channels, and side of the images in pixels
 CALLS = 7

@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 from curves_picture import Panel, draw
+from markdown_table import markdown
 
 from ssl_jax.evals.intervals import mean_interval
 from ssl_jax.evals.knn import knn_classify
@@ -143,8 +144,8 @@ def table(found: Found) -> str:
     runs = [lines for sides in found.values() for side in sides.values() for lines in side.values()]
     epochs = sorted({int(line["epoch"]) for lines in runs for line in lines if "knn" in line})
     names = ["", "", "seeds", *(f"kNN, epoch {epoch}" for epoch in epochs)]
-    rows = [[*names, "over lightly", "last loss", "minutes", "images/s"]]
-    rows.append(["---"] * len(rows[0]))
+    header = [*names, "over lightly", "last loss", "minutes", "images/s"]
+    rows = []
     for method, sides in found.items():
         for side, seeds in sides.items():
             all_lines = seeds.values()
@@ -157,7 +158,7 @@ def table(found: Found) -> str:
             cells.append(f"{images / statistics.fmean(rates) / 60:.1f}")
             cells.append(f"{statistics.fmean(rates):,.0f}")
             rows.append([title(method), side, *cells])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(header, rows)
 
 
 def median_rate(lines: list[Line]) -> float:

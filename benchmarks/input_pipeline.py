@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markdown_table import print_table
 
 ROOT = Path(__file__).parents[1]
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -560,13 +561,6 @@ def resident_mib(images: Path, batch: int, marks: Sequence[int]) -> dict[int, fl
                 pages = int(Path("/proc/self/statm").read_text().split()[1])
                 resident[step] = pages * page / MIB
     return resident
-
-
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a Markdown table."""
-    for row in [header, ["---"] * len(header), *rows]:
-        print("| " + " | ".join(row) + " |", flush=True)
-    print()
 
 
 def compare(args: argparse.Namespace) -> None:

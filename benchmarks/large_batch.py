@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from markdown_table import print_table
+
 MIB = 2**20
 _SIZE = 16  # of the small network's images, pixels
 
@@ -136,13 +138,6 @@ def alternate(runners: dict[str, Runner], rounds: int) -> dict[str, float]:
         for name, runner in runners.items():
             seconds[name].append(runner.seconds())
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """Prints a Markdown table."""
-    for row in [header, ["---"] * len(header), *rows]:
-        print("| " + " | ".join(row) + " |", flush=True)
-    print()
 
 
 def memory_rows(large: int) -> list[list[str]]:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markdown_table import print_table
 
 DIM, TEMPERATURE, EPSILON, ITERATIONS, THREADS = 128, 0.1, 0.05, 3, 2
 # Programs that need more than this are not run, but their memory is reported.
@@ -406,8 +407,7 @@ def main() -> None:
             views = two_views(n, d)
             compiled = {name: Compiled(function, *views) for name, function in named.items()}
             rows += compare(loss, f"{n:,} × {d:,}", compiled, args.rounds)
-    table = [list(COLUMNS), ["---"] * len(COLUMNS), *map(cells, rows)]
-    print("\n".join("| " + " | ".join(line) + " |" for line in table))
+    print_table(COLUMNS, map(cells, rows))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
 

@@ -5,8 +5,10 @@ command until the table is complete.
 
     python benchmarks/methods.py [--data=digits] [--workdir=runs/methods] [--methods=simclr,moco]
     python benchmarks/methods.py --data=cifar10 --train=train.npz --test=test.npz
+        [--config.epochs=100.0]
 
 For CIFAR-10, two files written by `ssl-jax data pack`, the `cpu` variants of the configs are used.
+Config keys are set in all runs.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from markdown_table import markdown
 
 from ssl_jax.evals.intervals import mean_interval
 from ssl_jax.evals.results import ONLINE
@@ -52,7 +55,7 @@ def run(method: str, args: argparse.Namespace, workdir: Path) -> None:
     if args.data == "cifar10":
         command += [f"--config.data.dir={args.train}", f"--config.data.test_dir={args.test}"]
         config += ":cpu"
-    command.append(f"--config={config}")
+    command += [f"--config={config}", *args.changes]
     print("$", *command, flush=True)
     if subprocess.run(command).returncode:
         sys.exit(f"{method} failed. See the output above.")
@@ -101,11 +104,10 @@ def table(workdirs: dict[str, Path]) -> str:
         for row in own:
             name = NAMES[method] + f", {ONLINE}" * (row["name"] == ONLINE)
             lines.append([name, *accuracies(row, [raw, untrained]), *measured])
-    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(COLUMNS, lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Runs missing methods, then prints the table and writes it to the workdir."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="digits", choices=["digits", "cifar10"])
@@ -113,7 +115,11 @@ def main() -> None:
     parser.add_argument("--test", help="CIFAR-10: the packed test images")
     parser.add_argument("--workdir", type=Path, default=Path("runs/methods"))
     parser.add_argument("--methods", default=",".join(METHODS))
-    args = parser.parse_args()
+    args, args.changes = parser.parse_known_args(argv)
+    if bad := [text for text in args.changes if not text.startswith("--config.")]:
+        parser.error(f"unrecognized arguments: {' '.join(bad)}")
+    if unknown := set(args.methods.split(",")) - set(METHODS):
+        parser.error(f"--methods: {', '.join(unknown)}. Choose from {', '.join(METHODS)}.")
     if args.data == "cifar10" and not (args.train and args.test):
         parser.error("--data=cifar10 needs --train and --test")
     workdirs = {name: args.workdir / f"{name}_{args.data}" for name in args.methods.split(",")}

@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from markdown_table import print_table
+
 ROOT = Path(__file__).parent.parent
 V4, V5E = "v4:4x4x4", "v5e:8x8"
 RUNS = (
@@ -76,12 +78,6 @@ def plan(config: str, topology: str, overrides: tuple[str, ...], out: Path) -> d
             sys.exit(f"{name}: {done.stderr[-2000:]}")
         file.write_text(done.stdout)
     return json.loads(file.read_text())
-
-
-def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """Prints a table as Markdown."""
-    for row in [header, ["---"] * len(header), *rows]:
-        print("| " + " | ".join(row) + " |")
 
 
 def runs(out: Path) -> None:

@@ -20,6 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 from evaluation_images import write_photographs
+from markdown_table import print_table
 
 ROOT = Path(__file__).parents[1]
 EVENTS = {"first line": re.compile(r"\S"), "first step": re.compile(r"step 1/")}
@@ -76,12 +77,6 @@ def import_times(code: str) -> tuple[float, int, Counter[str]]:
     return sum(seconds.values()), len(timed), seconds
 
 
-def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """Prints a Markdown table."""
-    for row in (header, ["---"] * len(header), *rows):
-        print("| " + " | ".join(row) + " |", flush=True)
-
-
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -108,7 +103,7 @@ def main() -> None:
     print_table(["seconds (median)", *EVENTS], rows)
     for name, code in IMPORTS.items():
         total, modules, seconds = import_times(code)
-        print(f"\nImports of {name}: {modules:,} modules, {total:.2f} s\n")
+        print(f"Imports of {name}: {modules:,} modules, {total:.2f} s\n")
         rows = [[package, f"{taken:.3f}"] for package, taken in seconds.most_common(TOP)]
         print_table(["package", "seconds"], rows)
 

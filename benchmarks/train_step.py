@@ -32,6 +32,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from markdown_table import print_table
+
 ROOT = Path(__file__).parent.parent
 PEERS = Path(__file__).with_name("step_peers.py")
 COLUMNS = ("step", "batch", "images/s", "time / ssl_jax", "ms", "GiB", "TFLOP/s", "share of peak")
@@ -484,9 +486,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.json.write_text(json.dumps(result, indent=1))
     if not rows:
         sys.exit("No batch fits.")
-    table = [list(COLUMNS), ["---"] * len(COLUMNS), *map(cells, rows)]
     print(hardware())
-    print("\n".join("| " + " | ".join(line) + " |" for line in table))
+    print_table(COLUMNS, map(cells, rows))
 
 
 if __name__ == "__main__":

@@ -314,6 +314,7 @@ def validate(config: ConfigDict) -> None:
     encoders = {name: keys for name, keys in _ENCODERS.items() if name in config.model}
     model = {**_MODEL, **encoders}
     _require({**SCHEMA, **methods, "model": model}, config, "config")
+    _require_known("method", config.method, "a method", _REGISTERED)
     _require_known("model.name", config.model.name, "an encoder", _ENCODERS)
     if config.microbatch and config.batch_size % config.microbatch:
         raise UserError(

@@ -683,8 +683,12 @@ SCHEMA: Group = {
     "seed": Key(0, "Random seed of everything", SEED),
     "method": Key(
         "simclr",
-        "Method: simclr, moco, swav, byol, simsiam, mocov3, barlow, vicreg, dino, supcon, "
-        "supervised, distill, or one that you registered",
+        "Method",
+        choices=(
+            *("simclr", "moco", "swav", "byol", "simsiam", "mocov3", "barlow", "vicreg", "dino"),
+            *("supcon", "supervised", "distill"),
+        ),
+        is_open=True,
     ),
     "batch_size": Key(256, "Global batch size, over all devices", POSITIVE),
     "microbatch": Key(

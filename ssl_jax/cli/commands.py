@@ -365,7 +365,9 @@ def _prepare_evaluation(args: argparse.Namespace) -> None:
         raise UserError(f"--recipe={FAST} creates no run. Remove --workdir, or choose a recipe.")
     elif args.command == "transfer":
         if not args.sets.is_file():
-            raise UserError(f"There is no dataset list at {args.sets}.{close_path(args.sets)}")
+            raise UserError(
+                f"There is no dataset list at {args.sets} (--sets).{close_path(args.sets)}"
+            )
         for flag in ("rates", "decays", "workdir"):
             if not args.finetune and getattr(args, flag) is not None:
                 raise UserError(f"--{flag} is for fine-tuning. Remove it or --no-finetune.")

@@ -175,7 +175,10 @@ def _suggestion(parser: Parser, name: str) -> str:
     head, _, rest = name.partition(".")
     if parser.takes_config and key in flatten(default_config().to_dict()):
         return f"Set the config key with --config.{key}=VALUE."
-    if parser.takes_config and (keys := keys_named(key)):
+    keys = keys_named(key)
+    if "--from" in parser.options:  # which sets this group
+        keys = [k for k in keys if not k.startswith("init_from.")]
+    if parser.takes_config and keys:
         return f"Set the config key with {' or '.join(f'--config.{k}=VALUE' for k in keys[:4])}."
     if parser.takes_config and rest and difflib.get_close_matches(head, ["--config"]):
         return f"Did you mean --config.{rest}?"

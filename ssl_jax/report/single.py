@@ -117,7 +117,7 @@ def _unfinished(metrics: Metrics | None) -> str:
     reached = f"The run has reached step {metrics.last_step:,}"
     if facts:
         reached += f" ({'; '.join(facts)})"
-    return f"{reached} and has not been evaluated."
+    return f"{reached} and has not been evaluated. If it was stopped, its command resumes it."
 
 
 def _lead(metrics: Metrics | None, evaluation: Evaluation | None) -> dict[str, Any] | str:

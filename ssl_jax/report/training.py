@@ -51,6 +51,9 @@ CHARTS: dict[str, tuple[str, str, Callable[[Curve], str], str]] = {
 }
 
 
+_JUDGED = {"embedding_std", "rankme"}  # curves without which collapse can't be judged
+
+
 def chart_options(kind: str) -> dict[str, bool]:
     """Returns the options of a chart of that kind."""
     return {"from_zero": kind == "zero", "is_percent": kind == "percent"}
@@ -150,7 +153,7 @@ def collapse_verdict(metrics: Metrics, run: dict[str, Any]) -> str:
       metrics: of the run.
       run: its record, `config.json`.
     """
-    return _verdict(_indicators(metrics, run)) if _judged(metrics) else "Not judged."
+    return _verdict(metrics, _indicators(metrics, run)) if _judged(metrics) else "Not judged."
 
 
 def collapse_section(metrics: Metrics, run: dict[str, Any]) -> dict[str, Any] | str:
@@ -172,7 +175,7 @@ def collapse_section(metrics: Metrics, run: dict[str, Any]) -> dict[str, Any] | 
         reasons.append(f"Temporarily: {'; '.join(gone)}.")
     return {
         "collapsed": bool(standing),
-        "verdict": _verdict(indicators),
+        "verdict": _verdict(metrics, indicators),
         "reasons": " ".join(reasons),
         "facts": {
             what: _course(metrics.curves[name])
@@ -184,10 +187,10 @@ def collapse_section(metrics: Metrics, run: dict[str, Any]) -> dict[str, Any] | 
 
 def _judged(metrics: Metrics) -> bool:
     logged = metrics.curves.keys() | metrics.not_finite.keys()
-    return bool(logged & {"embedding_std", "rankme"})
+    return bool(logged & _JUDGED)
 
 
-def _verdict(indicators: list[CollapseSign]) -> str:
+def _verdict(metrics: Metrics, indicators: list[CollapseSign]) -> str:
     standing = [sign for sign in indicators if sign.until is None]
     # Learning, too, may halve the spread.
     sure = [sign for sign in standing if sign.kind != "halved"]
@@ -195,7 +198,12 @@ def _verdict(indicators: list[CollapseSign]) -> str:
         return f"Collapsed since step {sure[0].since:,}."
     if standing:
         return f"A sign of collapse since step {standing[0].since:,}."
-    return "No sign of collapse at the end." if indicators else "No sign of collapse."
+    if indicators:
+        return "No sign of collapse at the end."
+    # A fall takes two measurements.
+    counts = [len(metrics.curves[name][0]) for name in _JUDGED & metrics.curves.keys()]
+    single = max(counts, default=0) == 1
+    return "No sign of collapse in a single measurement." if single else "No sign of collapse."
 
 
 def _course(curve: Curve) -> str:

@@ -10,8 +10,7 @@ from ssl_jax.config import flat_views, load_config
 FILE = Path(__file__).parents[2] / "configs" / "ablations.py"
 
 
-def test_table_reports_collapse_and_sorts_the_unchanged_run_by_its_value(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(FILE.parents[1] / "benchmarks"))
+def test_table_reports_collapse_and_sorts_the_unchanged_run_by_its_value(tmp_path):
     table = importlib.import_module("ablations").table
     for name, std in (("temperature-0.1", 0.5), ("temperature-1", 0.001), ("head-mlp2", 0.6)):
         folder = tmp_path / name

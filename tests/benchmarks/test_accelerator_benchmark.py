@@ -34,7 +34,6 @@ def get_config(variant=""):
 @pytest.fixture
 def benchmark(monkeypatch, tmp_path):
     """The module; its subprocesses train the smallest network."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module = importlib.import_module("accelerator")
     configs = tmp_path / "configs"
     configs.mkdir()

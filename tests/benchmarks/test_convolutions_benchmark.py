@@ -4,13 +4,9 @@ import importlib
 import json
 import re
 import sys
-from pathlib import Path
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def test_a_row_per_stage_and_a_column_per_way(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     benchmark = importlib.import_module("convolutions")
     monkeypatch.setattr(benchmark, "STAGES", ((2, 4), (3, 2)))
     asked = []

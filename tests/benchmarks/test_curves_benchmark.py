@@ -11,13 +11,11 @@ from PIL import Image
 
 from ssl_jax.config import load_config
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 EPOCHS, STEPS, BATCH = 5, 2, 16
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def benchmark():
     return importlib.import_module("curves")
 
 

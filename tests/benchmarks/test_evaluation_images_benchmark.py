@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +9,6 @@ pytest.importorskip("tensorflow")
 
 
 def test_both_ways_read_the_same_images_and_are_compared(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     benchmark = importlib.import_module("evaluation_images")
     monkeypatch.setattr(benchmark, "WIDTH", 40)
     monkeypatch.setattr(benchmark, "HEIGHT", 30)

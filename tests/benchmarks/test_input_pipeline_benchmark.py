@@ -1,6 +1,6 @@
 """The input pipeline benchmark, at toy size and without the peers."""
 
-import importlib.util
+import importlib
 import itertools
 import subprocess
 import sys
@@ -28,10 +28,7 @@ def photos(tmp_path):
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    spec = importlib.util.spec_from_file_location("input_pipeline", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # needed by dataclasses
-    spec.loader.exec_module(module)
+    module = importlib.import_module("input_pipeline")
     real = module.make_config
 
     def small(method, images, *changes):

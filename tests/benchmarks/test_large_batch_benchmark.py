@@ -1,6 +1,6 @@
 """The benchmark of large batches measures memory and time, here of a tiny network."""
 
-import importlib.util
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +13,7 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "large_batch.py"
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    spec = importlib.util.spec_from_file_location("large_batch", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module("large_batch")
 
     def tiny(size, batch, microbatch, remat, large):
         config = with_whole_images(method_config("simclr", microbatch=microbatch, remat=remat))

@@ -1,17 +1,11 @@
 """The table of methods: finished runs, with differences paired over trials."""
 
-import importlib.util
+import importlib
 import json
-from pathlib import Path
+import subprocess
+from types import SimpleNamespace
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "methods.py"
-
-
-def load():
-    spec = importlib.util.spec_from_file_location("methods_benchmark", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+import pytest
 
 
 def row(name, trials):
@@ -33,10 +27,37 @@ def test_table_compares_each_run_with_its_own_baselines(tmp_path):
         {"step": 2, "rankme": 12.34},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    table = load().table({"byol": tmp_path, "moco": tmp_path / "not_run"}).splitlines()
+    workdirs = {"byol": tmp_path, "moco": tmp_path / "not_run"}
+    table = importlib.import_module("methods").table(workdirs).splitlines()
     assert [line.count("|") for line in table] == [11] * 6
     assert "| random init | 61.0 | -24.0 ± 50.8 |  |" in table[3]
     # The differences are 3 points in both trials.
     assert "| BYOL, online network | 86.0 | +1.0 ± 0.0 | +25.0 ±" in table[4]
     assert "| BYOL | 88.0 | +3.0 ± 0.0 | +27.0 ±" in table[5]
     assert "| 0.60 | 12.3 | 20 |" in table[5]
+
+
+def test_config_keys_are_set_in_all_runs(tmp_path, monkeypatch, capsys):
+    commands = []
+
+    def run(command):
+        commands.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    main = importlib.import_module("methods").main
+    more = [f"--workdir={tmp_path}", "--methods=byol,moco"]
+    main([*more, "--config.epochs=100.0"])
+    assert [command[-1] for command in commands] == ["--config.epochs=100.0"] * 2
+    assert [command[-2].rpartition("/")[2] for command in commands] == [
+        "byol_digits.py",
+        "moco_digits.py",
+    ]
+    for wrong, message in (
+        ([*more, "--epochs=100"], "unrecognized arguments: --epochs=100"),
+        (["--methods=mocoo"], "mocoo. Choose from simclr,"),
+    ):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        assert message in capsys.readouterr().err
+    assert len(commands) == 2  # none of the wrong ones has started

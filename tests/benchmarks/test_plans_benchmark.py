@@ -30,7 +30,6 @@ MADE = {
 
 @pytest.mark.parametrize("table", ["runs", "collectives", "scaling", "vits"])
 def test_each_plan_has_a_row_and_a_config(monkeypatch, tmp_path, capsys, table):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     benchmark = importlib.import_module("plans")
     asked = set()
 

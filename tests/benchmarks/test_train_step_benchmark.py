@@ -26,7 +26,6 @@ PLAIN = ("jitter.prob=0", "blur.prob=0", "flip=0", "gray=0", "crop.sampler=none"
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # main() adds to it
     module = importlib.import_module("train_step")
     monkeypatch.setattr(module, "PACKED", 64)
@@ -113,7 +112,6 @@ def test_a_profile_is_not_taken_beside_torch():
 
 @pytest.mark.long
 def test_plain_flax_learns(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     step_peers = importlib.import_module("step_peers")
     monkeypatch.setitem(step_peers.BLOCKS, 6, (1, 1))
     views = [np.random.default_rng(i).integers(0, 256, (4, 16, 16, 3), np.uint8) for i in (0, 1)]

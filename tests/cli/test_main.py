@@ -128,6 +128,8 @@ def test_overrides_are_accepted_with_and_without_equals_sign():
             ["pretrain", "--size=96"],
             "with --config.views.view1.size=VALUE or --config.views.view2.size=VALUE.",
         ),
+        # The other key of this name, config.init_from.network, is that of --from.
+        (["knn", "--network=online"], "Set the config key with --config.eval.network=VALUE."),
         (["knn", "--zzz"], "ssl-jax knn has no option --zzz. See `ssl-jax knn --help`."),
         # No abbreviations: their meaning would change when an option is added.
         (["knn", "--maj", "--from=a"], "has no option --maj. Did you mean --majority?"),
@@ -195,7 +197,7 @@ def test_wrong_path_is_reported_with_a_similar_one(capsys, tmp_path):
         (["knn", f"--from={tmp_path}/runn"], f"weights file at {tmp_path}/runn. Did you mean"),
         (["knn", f"--from={tmp_path}/empty"], "empty: config.json is missing."),
         (["report", f"{tmp_path}/runn"], f"Did you mean '{tmp_path}/run'?"),
-        (["transfer", a_run, "--sets=no.json"], "no dataset list at no.json"),
+        (["transfer", a_run, "--sets=no.json"], "no dataset list at no.json (--sets)"),
         (["features", a_run, "--out=nowhere/f.npz"], "no folder nowhere (--out)"),
         (["export", a_run, "--format=jax", "--out=nowhere/f"], "no folder nowhere (--out)"),
         (["views", "--config=c.py", "--out=nowhere/v.png"], "no folder nowhere (--out)"),

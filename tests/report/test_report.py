@@ -505,7 +505,7 @@ def test_report_of_a_run_that_has_just_started(tmp_path):
     write_metrics(tmp_path, records())
     assert Page(write_report(tmp_path)).lead() == (
         "The run has reached step 200 (loss 3.000; kNN accuracy 90.0 % at step 200) and has not "
-        "been evaluated."
+        "been evaluated. If it was stopped, its command resumes it."
     )
 
 
@@ -689,6 +689,11 @@ def test_verdict_of_a_healthy_run_shows_its_evidence(tmp_path):
     text = page.section("collapse")
     assert "0.6500 at the end (from 0.6000 to 0.7000)" in text
     assert "40.00 at the end" in text and "4.000 at the end" in text
+
+
+def test_verdict_on_a_single_measurement_says_so(tmp_path):
+    page = write_run_with(tmp_path, embedding_std=[0.7], rankme=[30], loss=[5, 4])
+    assert verdict(page) == ["✓", "No sign of collapse in a single measurement."]
 
 
 def test_verdict_of_a_collapsed_run_has_the_step(tmp_path):
