@@ -27,7 +27,7 @@ def test_a_row_per_stage_and_a_column_per_way(monkeypatch, capsys):
         sys, "argv", ["convolutions.py", "--peer-python=peer", f"--more={more}", "--views=1"]
     )
     benchmark.main()
-    header, _, *rows = capsys.readouterr().out.splitlines()
+    header, _, *rows = capsys.readouterr().out.strip().splitlines()
     assert header == (f"| channels, size | torch | jaxlib | jaxlib with the flag | and {more} |")
     assert [row.split(" | ")[0] for row in rows] == ["| 2, 4×4", "| 3, 2×2"]
     assert all(

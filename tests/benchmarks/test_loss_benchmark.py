@@ -19,7 +19,7 @@ def test_it_prints_a_row_for_each_implementation(tmp_path):
     toy += ("--statistics=8x16", "--rounds=1")
     done = run(*toy, f"--json={file}")
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = done.stdout.strip().splitlines()
     assert lines[0] == "| loss | size | implementation | seconds | time / ssl_jax | MiB |"
     assert len(lines) == 2 + 2 * 3 + 1 + 2 + 2 + 2 * 3
     rows = json.loads(file.read_text())

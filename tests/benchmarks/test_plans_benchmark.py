@@ -40,7 +40,7 @@ def test_each_plan_has_a_row_and_a_config(monkeypatch, tmp_path, capsys, table):
 
     monkeypatch.setattr(benchmark, "plan", plan)
     getattr(benchmark, table)(tmp_path)
-    header, _, *rows = capsys.readouterr().out.splitlines()
+    header, _, *rows = capsys.readouterr().out.strip().splitlines()
     assert len(rows) >= len(asked) and {row.count("|") for row in rows} == {header.count("|")}
     for config, overrides in asked:
         load_config(str(ROOT / "configs" / config), list(overrides))
