@@ -41,7 +41,14 @@ from lightly.loss import (  # noqa: E402
 from lightly.models import utils  # noqa: E402
 from lightly.models.batchnorm import get_norm_layer  # noqa: E402
 from lightly.models.modules import heads  # noqa: E402
-from lightly.transforms import SimCLRTransform, SwaVTransform  # noqa: E402
+from lightly.transforms import (  # noqa: E402
+    BYOLTransform,
+    BYOLView1Transform,
+    BYOLView2Transform,
+    SimCLRTransform,
+    SimSiamTransform,
+    SwaVTransform,
+)
 from lightly.transforms.utils import IMAGENET_NORMALIZE  # noqa: E402
 
 SIZE, SPLITS, QUEUE, EMA_DECAY = 32, 8, 4096, 0.99
@@ -251,20 +258,41 @@ METHODS = {"simclr": SimCLR, "moco": MoCo, "byol": BYOL, "simsiam": SimSiam, "sw
 METHODS |= {"barlow": Barlow}
 
 
+def byol_views() -> BYOLTransform:
+    """BYOL's and Barlow Twins' transform, without blur."""
+    return BYOLTransform(
+        BYOLView1Transform(input_size=SIZE, gaussian_blur=0.0),
+        BYOLView2Transform(input_size=SIZE, gaussian_blur=0.0),
+    )
+
+
+def simclr_views() -> SimCLRTransform:
+    """SimCLR's and MoCo's transform, with half the jitter and no blur."""
+    return SimCLRTransform(input_size=SIZE, cj_strength=0.5, gaussian_blur=0.0)
+
+
+def simsiam_views() -> SimSiamTransform:
+    """SimSiam's transform, without blur."""
+    return SimSiamTransform(input_size=SIZE, gaussian_blur=0.0)
+
+
+def swav_views() -> SwaVTransform:
+    """SwAV's transform: two crops of one size, half the jitter, no blur."""
+    crops: dict[str, Any] = {"crop_sizes": (SIZE,), "crop_counts": (2,)}
+    crops |= {"crop_min_scales": (0.14,), "crop_max_scales": (1.0,)}
+    return SwaVTransform(**crops, cj_strength=0.5, gaussian_blur=0.0)
+
+
+TRANSFORMS = {"simclr": simclr_views, "moco": simclr_views, "byol": byol_views}
+TRANSFORMS |= {"barlow": byol_views, "simsiam": simsiam_views, "swav": swav_views}
+
+
 class Views(Dataset):
     """Two views of each image, as lightly's transforms make them from Pillow images."""
 
     def __init__(self, images: np.ndarray, method: str):
         self.images = images
-        self.transform = SimCLRTransform(input_size=SIZE, cj_strength=0.5, gaussian_blur=0.0)
-        if method == "swav":
-            self.transform = SwaVTransform(
-                crop_sizes=(SIZE,),
-                crop_counts=(2,),
-                crop_min_scales=(0.14,),
-                crop_max_scales=(1.0,),
-                gaussian_blur=0.0,
-            )
+        self.transform = TRANSFORMS[method]()
 
     def __len__(self) -> int:
         """The number of images."""

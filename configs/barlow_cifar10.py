@@ -11,8 +11,8 @@ from ssl_jax.recipes import cpu_cifar10_config, lightly_cifar10_config, solo_cif
 
 
 def lightly() -> ConfigDict:
-    """Lightly's benchmark."""
-    config = lightly_cifar10_config()
+    """Lightly's benchmark, with BYOL's views."""
+    config = lightly_cifar10_config(saturation=0.2, solarize=0.2)
     config.method = "barlow"
     config.barlow.update(hidden=2048, out=2048, layers=2, out_bias=True, redundancy_weight=0.005)
     return config

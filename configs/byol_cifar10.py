@@ -12,8 +12,8 @@ from ssl_jax.recipes import cpu_cifar10_config, lightly_cifar10_config, solo_cif
 
 
 def lightly() -> ConfigDict:
-    """Lightly's benchmark."""
-    config = lightly_cifar10_config()
+    """Lightly's benchmark; solarizes the second view with probability 0.2."""
+    config = lightly_cifar10_config(saturation=0.2, solarize=0.2)
     config.method = "byol"
     config.byol.update(hidden=1024, ema_decay=0.99, ema_decay_end=0.99, loss_scale=0.25)
     config.byol.update(target_init="copy", hidden_bias=False, out_bias=True)

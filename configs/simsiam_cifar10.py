@@ -33,7 +33,7 @@ def paper() -> ConfigDict:
 
 def lightly() -> ConfigDict:
     """Lightly's benchmark: no scaling of the learning rate, and the predictor's decays, too."""
-    config = lightly_cifar10_config()
+    config = lightly_cifar10_config(smallest=0.2)
     config.method = "simsiam"
     config.simsiam.update(layers=2, hidden=2048, out_bn="full", out_bias=False)
     config.simsiam.predictor_constant_lr = False

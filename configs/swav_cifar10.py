@@ -13,11 +13,8 @@ from ssl_jax.recipes import cpu_cifar10_config, lightly_cifar10_config, solo_cif
 
 def lightly() -> ConfigDict:
     """Lightly's benchmark."""
-    config = lightly_cifar10_config()
+    config = lightly_cifar10_config(smallest=0.14)
     config.method = "swav"
-    for view in config.views.values():
-        view.crop.area = (0.14, 1.0)
-        view.jitter.update(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
     config.swav.update(prototypes=512, hidden=512)
     config.swav.update(hidden_bias=False, prototype_bias=True, separate_views=True)
     config.optim.update(name="adam", lr=2e-3, weight_decay=1e-6)

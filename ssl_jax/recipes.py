@@ -217,26 +217,33 @@ def cifar10_config() -> ConfigDict:
     return config
 
 
-def lightly_cifar10_config() -> ConfigDict:
+def lightly_cifar10_config(
+    smallest: float = 0.08, saturation: float = 0.4, solarize: float = 0.0
+) -> ConfigDict:
     """Settings of lightly's CIFAR-10 benchmark: batch 512, 200 epochs, SGD .06·B/128.
 
     Its variants are --config.batch_size=128 (with --config.moco.queue=4096) and
     --config.epochs=800. The cosine schedule moves once per epoch, without warmup. The network is
     lightly's, whose first layer has no ReLU. Differences: bfloat16 (--config.dtype=float32 turns it
     off); running variances without PyTorch's factor n/(n - 1), which evaluations use.
+
+    Args:
+      smallest: smallest crop, as a share of the image; the default is that of SimCLR and MoCo.
+      saturation: strength of that jitter.
+      solarize: probability of solarizing the second view.
     """
     config = cifar10_config()
     config.batch_size = 512
     config.epochs = 200.0
-    jitter = _jitter(0.4, 0.4, 0.4, 0.1)
     one = view(
         size=32,
-        crop=_torchvision((0.08, 1.0)),
-        jitter=jitter,
+        crop=_torchvision((smallest, 1.0)),
+        jitter=_jitter(0.4, 0.4, saturation, 0.1),
         blur={"prob": 0.0},
         **IMAGENET,
     )
-    config.views = {"view1": one, "view2": one}
+    config.views = {"view1": one, "view2": one.copy_and_resolve_references()}
+    config.views.view2.solarize.prob = solarize
     config.model.update(stem="cifar_no_relu", conv_init="torch", zero_init_residual=False)
     config.model.head_init = "torch"
     config.optim.update(name="sgd", lr=0.12, weight_decay=5e-4, decay_norm_bias=True)
