@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from ssl_jax import diagnostics
-from ssl_jax.config import Schedule
+from ssl_jax.config import Schedule, flat_views
 from ssl_jax.data.augment import to_float
 from ssl_jax.data.device_crop import resize_images
 from ssl_jax.data.index import fixed_sample, views_stream
@@ -62,6 +62,7 @@ from ssl_jax.spmd import AXIS, Spmd
 Pytree = Any
 
 _SAMPLED = 2048  # images for RankMe, half of them for uniformity, which compares all pairs
+_ALIGNED = 256  # images whose views are compared
 _PIXELS = 16  # side to which images are shrunk for the raw pixels baseline
 
 
@@ -541,16 +542,18 @@ class Evaluator:
 
     def _view_features(self, state: Any, variables: Pytree) -> list[Float[np.ndarray, "n d"]]:
         """Features of two views of the same images; empty if there is one view."""
-        sample = fixed_sample(self.train.num_examples, self._batch_size)
-        rows, kept = next(padded_batches(len(sample), self._batch_size))
-        views = self._views(state, sample[rows][self._rows])[:2]
-        if len(views) < 2:
+        if len(flat_views(self.config)) < 2:
             return []
-        # Rounded like the images of 8 bits that the encoder gets in evaluations.
-        data = self.config.data
+        data, found = self.config.data, []
         kept_floats = is_float(data.bits, data.range)
-        placed = [self._place(view if kept_floats else pixels(view)) for view in views]
-        return [np.asarray(self._encode(variables, view), np.float32)[:kept] for view in placed]
+        sample = fixed_sample(self.train.num_examples, _ALIGNED)
+        for rows, kept in padded_batches(len(sample), self._batch_size):
+            views = self._views(state, sample[rows][self._rows])[:2]
+            # Rounded like the images of 8 bits that the encoder gets in evaluations.
+            placed = [self._place(view if kept_floats else pixels(view)) for view in views]
+            encoded = [np.asarray(self._encode(variables, view), np.float32) for view in placed]
+            found.append([features[:kept] for features in encoded])
+        return [np.concatenate(parts) for parts in zip(*found, strict=True)]
 
     def _views(self, state: Any, ids: Int[np.ndarray, " n"]) -> list[np.ndarray]:
         """The views that the first step makes of images, not normalized."""

@@ -17,7 +17,7 @@ from ssl_jax.data.index import fixed_sample
 from ssl_jax.data.labels import Targets
 from ssl_jax.errors import UserError
 from ssl_jax.evals import evaluator as module
-from ssl_jax.evals.evaluator import Evaluator, evaluated_variables
+from ssl_jax.evals.evaluator import Evaluator, evaluated_variables, pixels
 from ssl_jax.evals.knn import knn_classify
 from ssl_jax.evals.results import (
     FINE_TUNED,
@@ -36,16 +36,17 @@ from ssl_jax.spmd import make_spmd
 from ssl_jax.step import Program
 
 
-def evaluator_of(train, test):
+def evaluator_of(train, test, batch_size=64):
     config = tiny_config(batch_size=32)
+    config.eval.batch_size = batch_size
     config.data.num_classes = train.num_classes
     config.eval.at_end = True
     return Evaluator(config, make_spmd(), train, test)
 
 
-def untrained(train, test):
+def untrained(train, test, batch_size=64):
     """An evaluator, and the state of an untrained encoder."""
-    evaluator, spmd = evaluator_of(train, test), make_spmd()
+    evaluator, spmd = evaluator_of(train, test, batch_size), make_spmd()
     schedule = run_schedule(evaluator.config, train.num_examples)
     return evaluator, spmd.replicate(Program(evaluator.config, schedule, spmd).init())
 
@@ -188,14 +189,17 @@ def test_diagnostics_and_views_are_of_a_sample_of_all_classes(monkeypatch):
     order = np.argsort(train.labels, kind="stable")
     train = ArraySource(train.images[order], train.labels[order])
     monkeypatch.setattr(module, "_SAMPLED", 16)
+    monkeypatch.setattr(module, "_ALIGNED", 16)
     assert len(set(train.labels[:16])) == 1 and len(set(train.labels[fixed_sample(96, 16)])) == 4
     found = {}
     for labels in ("with", "without"):
         source = train if labels == "with" else ArraySource(train.images)
-        evaluator, state = untrained(source, random_source(24, seed=1))
-        evaluator._view_features = lambda *args: []
+        evaluator, state = untrained(source, random_source(24, seed=1), batch_size=6)
         found[labels] = evaluator.measure(state)
-    features = evaluator.features(evaluated_variables(evaluator._method, state), train)
+    views = evaluator._views(state, fixed_sample(96, 16))
+    variables = evaluated_variables(evaluator._method, state)
+    encoded = [evaluator.features(variables, ArraySource(pixels(view))) for view in views]
+    features = evaluator.features(variables, train)
     expected = diagnostics.rankme(features[fixed_sample(96, 16)])
     assert expected > 1.01 * diagnostics.rankme(features[:16])
     for measured in found.values():
@@ -203,6 +207,8 @@ def test_diagnostics_and_views_are_of_a_sample_of_all_classes(monkeypatch):
         assert measured["rankme"] == pytest.approx(expected, rel=1e-3)
         uniform = diagnostics.uniformity(features[fixed_sample(96, 8)])
         assert measured["uniformity"] == pytest.approx(uniform, rel=1e-2)
+        aligned = diagnostics.alignment(*encoded)
+        assert measured["alignment"] == pytest.approx(aligned, rel=1e-3)
     pictures = evaluator._view_pictures(state)
     np.testing.assert_array_equal(pictures["originals"], train.images[fixed_sample(96, 12)])
 
