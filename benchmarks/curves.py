@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 from curves_picture import Panel, draw
 from markdown_table import markdown
+from setting import config_changes, require_setting
 
 from ssl_jax.evals.intervals import mean_interval
 from ssl_jax.evals.knn import knn_classify
@@ -216,17 +217,6 @@ def write_lines(file: Path, lines: list[Line]) -> None:
     os.replace(part, file)
 
 
-def require_setting(args: argparse.Namespace) -> None:
-    """Records the setting in the workdir, or ends if its runs have another one."""
-    setting = {"images": args.images, "epochs": args.epochs, "batch": args.batch}
-    setting["changes"] = args.changes
-    file = args.workdir / "setting.json"
-    if not file.exists():
-        file.write_text(json.dumps(setting))
-    elif (started := json.loads(file.read_text())) != setting:
-        sys.exit(f"{args.workdir} holds runs with {started}, not {setting}. Set --workdir.")
-
-
 def first_of_each_class(source: Path, images: int, out: Path) -> None:
     """Writes a packed file with the first images of each class, unless it exists."""
     if out.exists():
@@ -256,10 +246,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--images", type=int, default=20_000, help="training images")
     parser.add_argument("--batch", type=int, default=256)
-    args, changes = parser.parse_known_args(argv)
-    if bad := [text for text in changes if not text.startswith("--config.")]:
-        parser.error(f"unrecognized arguments: {' '.join(bad)}")
-    args.changes = [text.removeprefix("--config.") for text in changes]
+    args, more = parser.parse_known_args(argv)
+    args.changes = [text.removeprefix("--config.") for text in config_changes(parser, more)]
     if args.epochs % PARTS:
         parser.error(f"--epochs={args.epochs} is not a multiple of {PARTS}")
     args.methods = args.methods.split(",")
@@ -272,10 +260,11 @@ def main(argv: list[str] | None = None) -> None:
     """Makes the missing runs in alternation; prints the table."""
     args = parse_arguments(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the command in `execute` ends
-    args.workdir.mkdir(parents=True, exist_ok=True)
-    require_setting(args)
-    source, args.train = args.train, (args.workdir / "train.npz").resolve()
-    args.test = args.test.resolve()
+    source, args.test = args.train.resolve(), args.test.resolve()
+    setting = {"train": str(source), "test": str(args.test), "images": args.images}
+    setting |= {"epochs": args.epochs, "batch": args.batch, "changes": args.changes}
+    require_setting(args.workdir / "setting.json", setting)
+    args.train = (args.workdir / "train.npz").resolve()
     first_of_each_class(source, args.images, args.train)
     runs = {"ssl_jax": run_ssl_jax, "lightly": run_lightly}
     sides = SIDES if args.peer_python else SIDES[:1]

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from markdown_table import markdown
+from setting import config_changes, require_setting
 
 from ssl_jax.evals.intervals import mean_interval
 from ssl_jax.evals.results import ONLINE
@@ -115,13 +116,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--test", help="CIFAR-10: the packed test images")
     parser.add_argument("--workdir", type=Path, default=Path("runs/methods"))
     parser.add_argument("--methods", default=",".join(METHODS))
-    args, args.changes = parser.parse_known_args(argv)
-    if bad := [text for text in args.changes if not text.startswith("--config.")]:
-        parser.error(f"unrecognized arguments: {' '.join(bad)}")
+    args, more = parser.parse_known_args(argv)
+    args.changes = config_changes(parser, more)
     if unknown := set(args.methods.split(",")) - set(METHODS):
         parser.error(f"--methods: {', '.join(unknown)}. Choose from {', '.join(METHODS)}.")
     if args.data == "cifar10" and not (args.train and args.test):
         parser.error("--data=cifar10 needs --train and --test")
+    setting = {"train": args.train, "test": args.test, "changes": args.changes}
+    require_setting(args.workdir / f"{args.data}.json", setting)
     workdirs = {name: args.workdir / f"{name}_{args.data}" for name in args.methods.split(",")}
     for method, workdir in workdirs.items():
         if not (workdir / "evaluation.json").exists():

@@ -3,8 +3,7 @@
 Paper: Caron et al., 2021, arXiv:2104.14294; the official code has no CIFAR command. Two crops of
 32×32, no small crops. Published, of the online network: kNN 81.3 % (lightly, 200 epochs), 89.5 %
 online linear (solo-learn). Cost: 4.4 GFLOP per view. Data: `recipes.cifar10_config`.
-Deviations: computed in bfloat16; lightly's teacher starts with a head of its own, here with the
-student's.
+Deviation: computed in bfloat16.
 """
 
 from ml_collections import ConfigDict
@@ -26,6 +25,7 @@ def lightly() -> ConfigDict:
         view.blur.prob = 0.0
     config.dino.update(layers=2, head_bn=True, hidden_bias=False, prototypes=2048)
     config.dino.update(ema_decay=0.99, ema_decay_end=0.99, separate_views=True)
+    config.dino.target_init = "encoder"
     config.eval.network = "online"
     return config
 

@@ -584,6 +584,12 @@ _METHODS: Group = {
         "teacher_temperature_epochs": Key(
             0, "Epochs in which the teacher's temperature rises; 0: none", AT_LEAST_0
         ),
+        "target_init": Key(
+            "copy",
+            "The teacher starts as a copy of the student, or with a copy of its encoder and other "
+            "random weights in projector and prototypes (lightly)",
+            choices=("copy", "encoder"),
+        ),
         "center_decay": Key(0.9, "EMA decay of the center of the teacher's logits", FRACTION),
         "ema_decay": Key(0.996, "EMA decay of the teacher at the first step", FRACTION),
         "ema_decay_end": Key(1.0, _DECAY_END, FRACTION),

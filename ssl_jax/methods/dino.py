@@ -51,7 +51,24 @@ class DINO(Method):
         self.target_networks = self.networks
 
     def init(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
-        """Creates unit prototypes [d, K], with lengths [K] of 1, and copies the teacher."""
+        """Creates unit prototypes [d, K], with lengths [K] of 1; copies the teacher or its encoder.
+
+        `config.dino.target_init` is "copy" (official) or "encoder", lightly's, whose teacher has
+        other random weights in projector and prototypes.
+        """
+        params, stats = self._random(rng, batch)
+        target = jax.tree.map(jnp.copy, params)
+        if self.config.dino.target_init == "encoder":
+            own, _ = self._random(jax.random.fold_in(rng, 1), batch)
+            target = {**own, "encoder": target["encoder"]}
+        return params, {
+            "batch_stats": {**stats, "target": jax.tree.map(jnp.copy, stats)},
+            "target": target,
+            "center": jnp.zeros(self.config.dino.prototypes),
+        }
+
+    def _random(self, rng: Array, batch: Batch) -> tuple[Pytree, Pytree]:
+        """Random parameters with prototypes, and initial batch statistics."""
         options = self.config.dino
         rng_networks, rng_prototypes = jax.random.split(rng)
         params, stats = init_networks(self.networks, rng_networks, batch["views"][0])
@@ -62,11 +79,7 @@ class DINO(Method):
             rng_prototypes, (options.out, options.prototypes), minval=-bound, maxval=bound
         )
         params["prototypes"] = {"kernel": kernel, "length": jnp.ones(options.prototypes)}
-        return params, {
-            "batch_stats": {**stats, "target": jax.tree.map(jnp.copy, stats)},
-            "target": jax.tree.map(jnp.copy, params),
-            "center": jnp.zeros(options.prototypes),
-        }
+        return params, stats
 
     def forward(
         self, params: Pytree, state: Pytree, batch: Batch, rng: Array

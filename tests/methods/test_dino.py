@@ -53,6 +53,18 @@ def test_teacher_starts_as_a_copy_with_unit_prototypes_and_no_center():
     assert method.trivial_loss == pytest.approx(np.log(12))
 
 
+def test_lightlys_teacher_starts_with_a_copy_of_the_encoder_only():
+    method = dino(target_init="encoder")
+    batch = {**example_batch(method.config), "views": ready_views(method.config, np.arange(2))}
+    params, state = jax.jit(method.init)(jax.random.key(0), batch)
+    online, target = leaves(params), leaves(state["target"])
+    assert online.keys() == target.keys()
+    same = {name for name in online if np.array_equal(online[name], target[name])}
+    assert {name for name in online if name.startswith("encoder")} <= same
+    kernels = {name for name in online if name.endswith("kernel")}
+    assert same & kernels == {name for name in kernels if name.startswith("encoder")}
+
+
 def test_prototypes_have_their_lengths():
     rng = np.random.default_rng(0)
     kernel, length = rng.normal(size=(8, 5)), rng.normal(size=5)

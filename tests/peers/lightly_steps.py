@@ -92,7 +92,9 @@ class Lightly:
         self.method, self.official, self.number = method, method == "dino_official", 0
         if method.startswith("dino"):  # whose layer with weight norm can't be copied
             self.target = {"encoder": copy.deepcopy(backbone), "projector": self.projector(method)}
-            self.target["projector"].load_state_dict(self.networks["projector"].state_dict())
+            if self.official:  # lightly's teacher has a head of its own
+                student = self.networks["projector"].state_dict()
+                self.target["projector"].load_state_dict(student)
         if method in ("moco", "byol", "mocov3"):
             self.target = {name: copy.deepcopy(net) for name, net in self.networks.items()}
         if method == "byol":
