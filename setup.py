@@ -80,6 +80,7 @@ setup(
         # Other packages, to compare with: tests/peers.
         "peers": [
             *TEST,
+            *PICTURES,
             "dm-haiku>=0.0.14",
             "timm>=1.0",
             "torch>=2.13",

@@ -2,9 +2,13 @@
 
 import importlib
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+
+from ssl_jax.config import flat_views, load_config
 
 torch = pytest.importorskip("torch", reason="torch is not installed here: make peers")
 pytest.importorskip("lightly", reason="lightly is not installed here: make peers")
@@ -76,6 +80,62 @@ def test_killed_run_resumes_with_the_same_steps(train):
     )
     assert len(found) == 3
     np.testing.assert_allclose(found, expected, rtol=1e-4)  # torch's sums vary with alignment
+
+
+def parts(transform):
+    """The single transforms of one of lightly's views, by class name; no-ops are left out."""
+    found, waiting = {}, [transform]
+    while waiting:
+        one = waiting.pop()
+        inner = [getattr(one, "transforms", None), getattr(one, "transform", None)]
+        waiting += next((list(x) for x in inner if isinstance(x, list | torch.nn.ModuleList)), [])
+        if isinstance(inner[1], torchvision.transforms.v2.Compose):
+            waiting.append(inner[1])
+        if not isinstance(one, torchvision.transforms.v2.ColorJitter) or one.hue:
+            found[type(one).__name__] = one
+    return found
+
+
+@pytest.mark.parametrize("method", LOSSES)
+def test_views_are_those_of_the_config(peer, method):
+    file = Path(__file__).parents[2] / "configs" / f"{method}_cifar10.py"
+    views = flat_views(load_config(f"{file}:lightly"))
+    theirs = peer.TRANSFORMS[method]().transforms
+    assert len(views) == len(theirs) == 2
+    for view, found in zip(views, map(parts, theirs), strict=True):
+        crop, jitter = found["RandomResizedCrop"], found["ColorJitter"]
+        assert (crop.size, crop.scale) == ((view.size, view.size), tuple(view.crop.area))
+        for name in ("brightness", "contrast", "saturation"):
+            strength = view.jitter[name]
+            assert getattr(jitter, name) == pytest.approx((1 - strength, 1 + strength)), name
+        assert jitter.hue == pytest.approx((-view.jitter.hue, view.jitter.hue))
+        assert found["RandomApply"].p == view.jitter.prob
+        assert found["RandomGrayscale"].p == view.gray
+        assert found["RandomHorizontalFlip"].p == view.flip
+        assert found["GaussianBlur"].prob == view.blur.prob
+        solarized = found["RandomSolarization"].prob if "RandomSolarization" in found else 0
+        assert solarized == view.solarize.prob
+        assert list(found["Normalize"].mean) == pytest.approx(list(view.mean))
+        assert list(found["Normalize"].std) == pytest.approx(list(view.std))
+
+
+def test_both_libraries_train_in_alternation(tmp_path):
+    """The comparison itself, of real runs; colors tell the classes apart."""
+    for name, count in (("train", 40), ("test", 20)):
+        labels = np.arange(count, dtype=np.int32) % 2
+        images = np.broadcast_to(labels[:, None, None, None] * 200, (count, 32, 32, 3))
+        arrays = {"images": images.astype(np.uint8), "labels": labels, "class_names": ["a", "b"]}
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    curves = importlib.import_module("curves")
+    words = [f"--{name}={tmp_path}/{name}.npz" for name in ("train", "test")]
+    words += [f"--workdir={tmp_path}/curves", f"--peer-python={sys.executable}"]
+    words += ["--methods=simclr", "--seeds=1", "--epochs=5", "--images=40", "--batch=16"]
+    words += ["--peer-workers=0", "--config.model.width=0.0625", "--config.eval.knn_k=5"]
+    curves.main(words)
+    header, _, *rows = (tmp_path / "curves" / "curves.md").read_text().splitlines()
+    assert [row.split(" | ")[1] for row in rows] == ["ssl_jax", "lightly"]
+    cells = dict(zip(header.split(" | "), rows[0].split(" | "), strict=True))
+    assert float(cells["kNN, epoch 5"]) >= 50 and float(cells["images/s |"].strip(" |")) > 0
 
 
 def test_network_is_torchvisions(peer):
