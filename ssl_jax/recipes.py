@@ -225,7 +225,8 @@ def lightly_cifar10_config(
     Its variants are --config.batch_size=128 (with --config.moco.queue=4096) and
     --config.epochs=800. The cosine schedule moves once per epoch, without warmup. The network is
     lightly's, whose first layer has no ReLU. Differences: bfloat16 (--config.dtype=float32 turns it
-    off); running variances without PyTorch's factor n/(n - 1), which evaluations use.
+    off); running variances without PyTorch's factor n/(n - 1), which evaluations use: with it, kNN
+    of two SimCLR runs of docs/curves.md changed by 0.03 and 0.00 points.
 
     Args:
       smallest: smallest crop, as a share of the image; the default is that of SimCLR and MoCo.
@@ -256,7 +257,7 @@ def solo_cifar10_config(jitter: tuple[float, float, float, float]) -> ConfigDict
 
     Its stem pads two pixels, giving 34×34 maps; its warmup ends at the peak. Differences: bfloat16
     (--config.dtype=float32 turns it off); running variances without PyTorch's factor n/(n - 1),
-    which evaluations use.
+    as in `lightly_cifar10_config`.
 
     Args:
       jitter: strengths of brightness, contrast, saturation and hue.
