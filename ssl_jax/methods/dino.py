@@ -54,13 +54,14 @@ class DINO(Method):
         """Creates unit prototypes [d, K], with lengths [K] of 1; copies the teacher or its encoder.
 
         `config.dino.target_init` is "copy" (official) or "encoder", lightly's, whose teacher has
-        other random weights in projector and prototypes.
+        other random weights in projector and prototypes and moves once before the first step.
         """
         params, stats = self._random(rng, batch)
         target = jax.tree.map(jnp.copy, params)
         if self.config.dino.target_init == "encoder":
             own, _ = self._random(jax.random.fold_in(rng, 1), batch)
-            target = {**own, "encoder": target["encoder"]}
+            moved = ema.update(own, params, self.ema_decay(jnp.int32(0)))
+            target = {**moved, "encoder": target["encoder"]}
         return params, {
             "batch_stats": {**stats, "target": jax.tree.map(jnp.copy, stats)},
             "target": target,

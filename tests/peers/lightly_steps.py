@@ -92,9 +92,11 @@ class Lightly:
         self.method, self.official, self.number = method, method == "dino_official", 0
         if method.startswith("dino"):  # whose layer with weight norm can't be copied
             self.target = {"encoder": copy.deepcopy(backbone), "projector": self.projector(method)}
-            if self.official:  # lightly's teacher has a head of its own
+            if self.official:
                 student = self.networks["projector"].state_dict()
                 self.target["projector"].load_state_dict(student)
+            else:  # a head of its own, which moves before the first step
+                self.move_target()
         if method in ("moco", "byol", "mocov3"):
             self.target = {name: copy.deepcopy(net) for name, net in self.networks.items()}
         if method == "byol":
@@ -254,7 +256,7 @@ class Lightly:
         decay, epoch = 0.99, 0
         if self.official:  # the decay after the step before this one, as the official code's end
             decay, epoch = 1 - (1 - 0.996) * fallen(self.number - 1), self.number // PER_EPOCH
-        if self.number or not self.official:
+        if self.number:
             self.move_target(decay)
         if not self.official:
             with torch.no_grad():
