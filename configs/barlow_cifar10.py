@@ -20,12 +20,8 @@ def lightly() -> ConfigDict:
 
 def solo() -> ConfigDict:
     """solo-learn's script; solarizes the second view with probability 0.2."""
-    config = solo_cifar10_config(jitter=(0.4, 0.4, 0.2, 0.1))
+    config = solo_cifar10_config(jitter=(0.4, 0.4, 0.2, 0.1), blur=0.0, solarize=0.2)
     config.method = "barlow"
-    for view in config.views.values():
-        view.blur.prob = 0.0
-    config.views.view2 = config.views.view2.copy_and_resolve_references()
-    config.views.view2.solarize.prob = 0.2
     config.barlow.update(hidden=2048, out=2048, hidden_bias=True, out_bias=True, loss_scale=0.1)
     config.optim.update(lr=0.3, weight_decay=1e-4)
     return config

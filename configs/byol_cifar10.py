@@ -22,12 +22,8 @@ def lightly() -> ConfigDict:
 
 def solo() -> ConfigDict:
     """solo-learn's script; solarizes the second view with probability 0.2."""
-    config = solo_cifar10_config(jitter=(0.4, 0.4, 0.2, 0.1))
+    config = solo_cifar10_config(jitter=(0.4, 0.4, 0.2, 0.1), blur=0.0, solarize=0.2)
     config.method = "byol"
-    for view in config.views.values():
-        view.blur.prob = 0.0
-    config.views.view2 = config.views.view2.copy_and_resolve_references()
-    config.views.view2.solarize.prob = 0.2
     config.byol.update(ema_decay=0.99, target_init="copy", out_bias=True)
     config.optim.update(lr=1.0, weight_decay=1e-5)
     return config

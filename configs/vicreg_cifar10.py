@@ -12,11 +12,10 @@ from ssl_jax.recipes import cpu_cifar10_config, solo_cifar10_config
 
 def solo() -> ConfigDict:
     """solo-learn's script, whose variance term lacks the official ½: its weight 25 is 50."""
-    config = solo_cifar10_config(jitter=(0.4, 0.4, 0.2, 0.1))
+    config = solo_cifar10_config(jitter=(0.4, 0.4, 0.2, 0.1), blur=0.0)
     config.method = "vicreg"
     for view in config.views.values():
         view.crop.area = (0.2, 1.0)
-        view.blur.prob = 0.0
         view.solarize.prob = 0.1
     config.vicreg.update(hidden=2048, out=2048, out_bias=True, variance_weight=50.0)
     config.optim.update(lr=0.3, weight_decay=1e-4)

@@ -252,7 +252,9 @@ def lightly_cifar10_config(
     return config
 
 
-def solo_cifar10_config(jitter: tuple[float, float, float, float]) -> ConfigDict:
+def solo_cifar10_config(
+    jitter: tuple[float, float, float, float], blur: float = 0.5, solarize: float = 0.0
+) -> ConfigDict:
     """Settings of solo-learn's CIFAR-10 scripts: batch 256, 1,000 epochs, warmup 10, cosine.
 
     Its stem pads two pixels, giving 34×34 maps; its warmup ends at the peak. Differences: bfloat16
@@ -261,6 +263,8 @@ def solo_cifar10_config(jitter: tuple[float, float, float, float]) -> ConfigDict
 
     Args:
       jitter: strengths of brightness, contrast, saturation and hue.
+      blur: probability.
+      solarize: probability of solarizing the second view.
     """
     config = cifar10_config()
     config.batch_size = 256
@@ -269,10 +273,11 @@ def solo_cifar10_config(jitter: tuple[float, float, float, float]) -> ConfigDict
         size=32,
         crop={**_torchvision((0.08, 1.0)), "interpolation": "bicubic"},
         jitter=_jitter(*jitter),
-        blur={"prob": 0.5},
+        blur={"prob": blur},
         **CIFAR10,
     )
-    config.views = {"view1": one, "view2": one}
+    config.views = {"view1": one, "view2": one.copy_and_resolve_references()}
+    config.views.view2.solarize.prob = solarize
     config.model.update(stem="cifar_pad2", conv_init="fan_out_normal", zero_init_residual=False)
     config.model.head_init = "torch"
     config.optim.update(name="lars_clipped", trust_coefficient=0.02)
