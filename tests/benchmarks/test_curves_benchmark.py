@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from images import packed_colors
 from PIL import Image
 
 from ssl_jax.config import load_config
@@ -21,13 +22,7 @@ def benchmark():
 
 @pytest.fixture
 def packed(tmp_path):
-    """Arguments for 40 training and 20 test images in two classes, which colors tell apart."""
-    for name, count in (("train", 40), ("test", 20)):
-        labels = np.arange(count, dtype=np.int32) % 2
-        images = np.broadcast_to(labels[:, None, None, None] * 200, (count, 32, 32, 3))
-        arrays = {"images": images.astype(np.uint8), "labels": labels, "class_names": ["a", "b"]}
-        np.savez(tmp_path / f"{name}.npz", **arrays)
-    return [f"--train={tmp_path}/train.npz", f"--test={tmp_path}/test.npz"]
+    return packed_colors(tmp_path)
 
 
 def arguments(command):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from images import packed_colors
 
 from ssl_jax.config import flat_views, load_config
 
@@ -121,14 +122,12 @@ def test_views_are_those_of_the_config(peer, method):
 
 def test_both_libraries_train_in_alternation(tmp_path):
     """The comparison itself, of real runs; colors tell the classes apart."""
-    for name, count in (("train", 40), ("test", 20)):
-        labels = np.arange(count, dtype=np.int32) % 2
-        images = np.broadcast_to(labels[:, None, None, None] * 200, (count, 32, 32, 3))
-        arrays = {"images": images.astype(np.uint8), "labels": labels, "class_names": ["a", "b"]}
-        np.savez(tmp_path / f"{name}.npz", **arrays)
     curves = importlib.import_module("curves")
-    words = [f"--{name}={tmp_path}/{name}.npz" for name in ("train", "test")]
-    words += [f"--workdir={tmp_path}/curves", f"--peer-python={sys.executable}"]
+    words = [
+        *packed_colors(tmp_path),
+        f"--workdir={tmp_path}/curves",
+        f"--peer-python={sys.executable}",
+    ]
     words += ["--methods=simclr", "--seeds=1", "--epochs=5", "--images=40", "--batch=16"]
     words += ["--peer-workers=0", "--config.model.width=0.0625", "--config.eval.knn_k=5"]
     curves.main(words)
