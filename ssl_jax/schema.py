@@ -48,6 +48,8 @@ FINITE = Bounds(0, 1e9)  # and not negative
 FRACTION = Bounds(0, 1)
 POSITIVE_FRACTION = Bounds(0, 1, open_low=True)
 SEED = Bounds(0, 2**32 - 1)  # what a JAX key holds
+LAYERS = Bounds(1, 64)  # built one by one, as are views: a larger number would never end
+_MAX_INT = 2**31 - 1  # of keys without an upper bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,10 @@ class Key:
             require_choice(name, value, self.choices)
         elif isinstance(value, str) and value.lower() in ("true", "false", "none", "null"):
             raise UserError(f"{name} is '{value}'. Set a name, or --{name}= for none.")
+        if self.bounds is None or self.bounds.high == math.inf:
+            numbers = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(number, int) and abs(number) > _MAX_INT for number in numbers):
+                raise UserError(f"{name} is beyond {_MAX_INT}: use a smaller number.")
         if self.bounds is None or value == () == self.default:
             return
         if self.is_size and isinstance(value, tuple) and len(value) != 2:
@@ -138,7 +144,7 @@ _TEACHER = "of the teacher's run; filled in from there"
 # One kind of view. Sizes and blur sigmas are in pixels of the view, angles in degrees.
 VIEW: Group = {
     "size": Key(224, "Side length in pixels, or a pair (height, width)", AT_LEAST_1, is_size=True),
-    "count": Key(1, "Number of views of this kind", AT_LEAST_1),
+    "count": Key(1, "Number of views of this kind", Bounds(1, 1024)),
     "crop": {
         "sampler": Key(
             "tf",
@@ -337,7 +343,7 @@ _MODEL: Group = {
     ),
     "vit": {
         "width": Key(384, "Features per token; Ti 192, S 384, B 768, L 1024", AT_LEAST_1),
-        "depth": Key(12, "Number of blocks; Ti, S and B 12, L 24", AT_LEAST_1),
+        "depth": Key(12, "Number of blocks; Ti, S and B 12, L 24", Bounds(1, 256)),
         "heads": Key(6, "Attention heads; Ti 3, S 6 (MoCo v3: 12), B 12, L 16", AT_LEAST_1),
         "patch": Key(
             16, "Side of the patches in pixels; divides the sides of every view", AT_LEAST_1
@@ -472,7 +478,7 @@ _METHODS: Group = {
         "temperature": Key(0.1, "Temperature of NT-Xent", POSITIVE),
         "hidden": Key(0, _HIDDEN, AT_LEAST_0),
         "out": Key(128, "Width of the projections", AT_LEAST_1),
-        "layers": Key(2, "Layers of the projector; 0: no projector", AT_LEAST_0),
+        "layers": Key(2, "Layers of the projector; 0: no projector", Bounds(0, 64)),
         "head_bn": Key(
             "scale",
             "BatchNorm of the projector: after all layers, the last one without shift (scale, "
@@ -494,7 +500,7 @@ _METHODS: Group = {
         "temperature": Key(0.2, "Temperature of InfoNCE; v1: 0.07", POSITIVE),
         "hidden": Key(0, _HIDDEN, AT_LEAST_0),
         "out": Key(128, "Width of queries and keys", AT_LEAST_1),
-        "layers": Key(2, "Layers of the projector; v1: 1", AT_LEAST_1),
+        "layers": Key(2, "Layers of the projector; v1: 1", LAYERS),
         "symmetric": Key(False, "Use each view as query and as key (lightly, solo-learn)"),
         "shared_queue": Key(
             False,
@@ -548,7 +554,7 @@ _METHODS: Group = {
     "simsiam": {
         "hidden": Key(0, _HIDDEN, AT_LEAST_0),
         "out": Key(2048, "Width of projections and predictions", AT_LEAST_1),
-        "layers": Key(3, "Layers of the projector", AT_LEAST_1),
+        "layers": Key(3, "Layers of the projector", LAYERS),
         "out_bn": Key(
             "no_affine",
             "The projector's last BatchNorm: without scale and shift (official), or with both "
@@ -564,7 +570,7 @@ _METHODS: Group = {
     },
     "dino": {
         "hidden": Key(2048, "Width of the projector's hidden layers", AT_LEAST_1),
-        "layers": Key(3, "Layers of the projector", AT_LEAST_1),
+        "layers": Key(3, "Layers of the projector", LAYERS),
         "head_bn": Key(False, "BatchNorm in the projector (lightly)"),
         "hidden_bias": Key(True, "Bias of the projector's hidden layers; lightly has none"),
         "out": Key(256, "Width of the embeddings", AT_LEAST_1),
@@ -599,7 +605,7 @@ _METHODS: Group = {
         "temperature": Key(1.0, "Temperature τ of InfoNCE; ViT: 0.2", POSITIVE),
         "hidden": Key(4096, "Width of the hidden layers of projector and predictor", AT_LEAST_1),
         "out": Key(256, "Width of queries and keys", AT_LEAST_1),
-        "layers": Key(2, "Layers of the projector; ViT: 3", AT_LEAST_1),
+        "layers": Key(2, "Layers of the projector; ViT: 3", LAYERS),
         "predictor_bn": Key(
             False, "BatchNorm without scale and shift at the end of the predictor, as for ViTs"
         ),
@@ -616,12 +622,12 @@ _METHODS: Group = {
         ),
         "hidden": Key(0, _HIDDEN, AT_LEAST_0),
         "out": Key(128, "Width of the projections", AT_LEAST_1),
-        "layers": Key(2, "Layers of the projector", AT_LEAST_1),
+        "layers": Key(2, "Layers of the projector", LAYERS),
     },
     "barlow": {
         "hidden": Key(8192, "Width of the projector's hidden layers", AT_LEAST_1),
         "out": Key(8192, "Width of the embeddings", AT_LEAST_1),
-        "layers": Key(3, "Layers of the projector", AT_LEAST_1),
+        "layers": Key(3, "Layers of the projector", LAYERS),
         "hidden_bias": Key(False, "Bias before the projector's BatchNorm; solo-learn has it"),
         "out_bias": Key(False, "Bias of the projector's last layer (lightly, solo-learn)"),
         "redundancy_weight": Key(0.0051, "Weight λ of the redundancy term; lightly: 0.005", FINITE),
@@ -635,7 +641,7 @@ _METHODS: Group = {
     "vicreg": {
         "hidden": Key(8192, "Width of the projector's hidden layers", AT_LEAST_1),
         "out": Key(8192, "Width of the embeddings", AT_LEAST_1),
-        "layers": Key(3, "Layers of the projector", AT_LEAST_1),
+        "layers": Key(3, "Layers of the projector", LAYERS),
         "hidden_bias": Key(True, "Bias before the projector's BatchNorm; lightly has none"),
         "out_bias": Key(False, "Bias of the projector's last layer (lightly, solo-learn)"),
         "invariance_weight": Key(25.0, "Weight of the distance between the views", FINITE),
@@ -651,7 +657,9 @@ _METHODS: Group = {
             "Initialization of the classifier's weights",
             choices=("zeros", "normal_0.01", "haiku"),
         ),
-        "projector_layer": Key(0, "SimCLR projector layers kept below the classifier", AT_LEAST_0),
+        "projector_layer": Key(
+            0, "SimCLR projector layers kept below the classifier", Bounds(0, 64)
+        ),
         "projector_hidden": Key(0, "Width of those layers; 0: the encoder's width", AT_LEAST_0),
         "sigmoid": Key(
             False,

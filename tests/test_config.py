@@ -110,7 +110,13 @@ def test_variant_is_passed_to_get_config(tmp_path):
         ("optim.name=lasr", ["config.optim.name is 'lasr'", "Did you mean 'lars'"]),
         ("optim.schedule=x", ["config.optim.schedule", "Use one of: cosine, step, constant"]),
         ("views.view1.crop.sampler=random", ["config.views.view1.crop.sampler", "torchvision"]),
-        ("views.view1.count=0", ["config.views.view1.count", "at least 1"]),
+        ("views.view1.count=0", ["config.views.view1.count", "from 1 to 1024"]),
+        ("simclr.layers=1000000", ["config.simclr.layers", "from 0 to 64"]),
+        ("moco.layers=1000000", ["config.moco.layers", "from 1 to 64"]),
+        ("supervised.projector_layer=1000000", ["projector_layer", "from 0 to 64"]),
+        ("model.vit.depth=1000000", ["config.model.vit.depth", "from 1 to 256"]),
+        ("moco.hidden=2147483648", ["config.moco.hidden", "beyond 2147483647"]),
+        ("eval.labels_per_class=(2147483648,)", ["config.eval.labels_per_class", "beyond"]),
     ],
 )
 def test_invalid_override_error_is_one_line_and_names_the_key(config_file, override, words):

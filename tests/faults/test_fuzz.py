@@ -2,14 +2,17 @@
 
 import contextlib
 import copy
+import functools
 import io
 import json
 import math
+import operator
 import pickle
 import re
 import resource
 import shutil
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,18 +23,19 @@ from hypothesis import strategies as st
 from pickles import EXPENSIVE, HOSTILE, Crafted
 from PIL import Image
 from report_runs import images, map_and_failures, records, write_metrics, write_run
-from tiny import leaves, tiny_config, with_two_stages
+from tiny import METHODS, leaves, method_config, tiny_config, with_two_stages
 
 import ssl_jax
 from ssl_jax.cli import main as cli
-from ssl_jax.config import apply_overrides, flatten, to_json
+from ssl_jax.config import apply_overrides, flatten, from_json, to_json
 from ssl_jax.data.packed import packed_source
 from ssl_jax.errors import UserError
 from ssl_jax.interop.export import export_torch, export_tree
 from ssl_jax.interop.import_weights import read_weights
+from ssl_jax.interop.infer_architecture import require_complete
 from ssl_jax.interop.load import restore_state
 from ssl_jax.interop.pickled import read_pickle
-from ssl_jax.interop.weights import read_safetensors
+from ssl_jax.interop.weights import Weights, read_safetensors
 from ssl_jax.report import write_report
 from ssl_jax.report.reading import parse_images, read
 from ssl_jax.run.checkpoint import damage
@@ -476,6 +480,28 @@ def test_safetensors_with_odd_headers_are_read_or_a_one_line_error(run, tmp_path
             assert_clear(error)
             refused += 1
     assert refused > 50
+
+
+@pytest.mark.parametrize("encoder", ["resnet", "vit"])
+@pytest.mark.parametrize("method", METHODS)
+def test_huge_integers_are_refused_or_cost_nothing(method, encoder):
+    config = method_config(method)
+    config.model.name = encoder
+    config.model.vit.update(width=12, depth=2, heads=2, patch=4)
+    plain = to_json(config)
+    keys = [key for key, value in flatten(plain).items() if type(value) is int]
+    if method != "simclr":  # the others' keys are common
+        keys = [key for key in keys if key.split(".")[0] == method]
+    for key in keys:
+        for number in (10**400, 2**31 - 1, 10**5):
+            changed = copy.deepcopy(plain)
+            *groups, last = key.split(".")
+            functools.reduce(operator.getitem, groups, changed)[last] = number
+            try:
+                weights = Weights(from_json(changed), {"encoder": {}}, {})
+                require_complete(weights, Path("a.safetensors"))
+            except UserError as error:
+                assert_clear(error)
 
 
 def test_corrupt_config_is_read_or_a_one_line_error(run, tmp_path):
