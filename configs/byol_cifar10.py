@@ -33,7 +33,7 @@ def cpu() -> ConfigDict:
     """A smaller setting: minutes on a CPU."""
     config = cpu_cifar10_config()
     config.method = "byol"
-    config.byol.update(hidden=512, out=64, ema_decay=0.98)
+    config.byol.update(hidden=512, out=64, ema_decay=0.98, target_init="copy")
     config.optim.update(name="sgd", lr=0.05, weight_decay=1e-4, decay_norm_bias=True)
     return config
 
