@@ -290,7 +290,7 @@ _MODEL: Group = {
         is_open=True,
     ),
     "depth": Key(50, "Depth of the ResNet: 18, 34, 50, 101, 152 or 200"),
-    "width": Key(1.0, "Multiplier of the channels", POSITIVE),
+    "width": Key(1.0, "Multiplier of the channels", Bounds(0, 64, open_low=True)),
     "sk": Key(False, "Selective kernels (SimCLR v2)"),
     "stem": Key(
         "imagenet",

@@ -1,9 +1,11 @@
 """Errors of too little memory, on a device or on the host, with suggestions."""
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from humanize import naturalsize
@@ -50,6 +52,32 @@ def require_host_memory(size: int, what: str, fix: str) -> None:
     if size > (whole := host_memory()):
         kept, of = (naturalsize(each, binary=True) for each in (size, whole))
         raise UserError(f"{what} take {kept}, but this machine has {of} of memory. {fix}")
+
+
+def require_state_memory(state: Any) -> None:
+    """Refuses a train state that can't fit in a device's memory, before it is initialized.
+
+    Args:
+      state: its shapes; each device holds all of it.
+
+    Raises:
+      UserError: naming the largest array.
+    """
+    sizes = {
+        f"{jax.tree_util.keystr(path)} {list(x.shape)}": x.size * x.dtype.itemsize
+        for path, x in jax.tree_util.tree_leaves_with_path(state)
+    }
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        whole = host_memory() // jax.local_device_count()
+    else:
+        whole = (device.memory_stats() or {}).get("bytes_limit", math.inf)
+    if sum(sizes.values()) > whole:
+        kept, of = (naturalsize(each, binary=True) for each in (sum(sizes.values()), whole))
+        raise UserError(
+            f"The networks, their optimizer and queues take {kept} per device, but {of} are there; "
+            f"the largest array is state{max(sizes, key=sizes.__getitem__)}. Use a smaller one."
+        )
 
 
 def host_memory() -> int:

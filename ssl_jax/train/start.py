@@ -19,6 +19,7 @@ from ssl_jax.run import processes
 from ssl_jax.run.checkpoint import Checkpoints, quarantine_corrupt
 from ssl_jax.run.folder import changed_settings, note_resumption
 from ssl_jax.run.log import Fetcher, MetricsLog, NoLog, Progress, read_metrics
+from ssl_jax.run.memory import require_state_memory
 from ssl_jax.run.nonfinite import NonfiniteGuard
 from ssl_jax.run.wandb import WandbWriter
 from ssl_jax.step import TrainState
@@ -227,6 +228,8 @@ def _first_state(
             "number of bits per value (config.data.bits)": str(setup.config.data.bits),
         }
     )
+    with processes.raise_on_all_processes():
+        require_state_memory(jax.eval_shape(setup.program.init))
     state = setup.program.init()
     untrained = jax.device_get(evaluated_variables(setup.method, state))
     if not start:
