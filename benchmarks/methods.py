@@ -122,7 +122,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--methods: {', '.join(unknown)}. Choose from {', '.join(METHODS)}.")
     if args.data == "cifar10" and not (args.train and args.test):
         parser.error("--data=cifar10 needs --train and --test")
-    setting = {"train": args.train, "test": args.test, "changes": args.changes}
+    train, test = (file and str(Path(file).resolve()) for file in (args.train, args.test))
+    setting = {"train": train, "test": test, "changes": args.changes}
     require_setting(args.workdir / f"{args.data}.json", setting)
     workdirs = {name: args.workdir / f"{name}_{args.data}" for name in args.methods.split(",")}
     for method, workdir in workdirs.items():

@@ -19,9 +19,9 @@ def config_changes(parser: argparse.ArgumentParser, more: list[str]) -> list[str
 
 
 def require_setting(file: Path, setting: dict[str, Any]) -> None:
-    """Records the setting in a file of the runs' folder, or ends if it has another one.
+    """Records the setting in a file of the runs' folder, or exits if a different one is there.
 
-    Finished runs are kept, so those of another setting would be taken for runs of this one.
+    Finished runs are kept, so runs with a different setting would be mistaken for these.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists():

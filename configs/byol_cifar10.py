@@ -2,7 +2,7 @@
 
 Paper: Grill et al., 2020, arXiv:2006.07733; the official code has no CIFAR command. Published: kNN
 86.8 % (lightly, 200 epochs), 92.6 % online linear (solo-learn). Cost: 4.4 GFLOP per view. Data:
-`recipes.cifar10_config`. In both, the target starts as a copy. lightly's loss is a quarter of
+`recipes.cifar10_config`. In all three, the target starts as a copy. lightly's loss is a quarter of
 BYOL's (`loss_scale`), less 1. Deviation: computed in bfloat16.
 """
 

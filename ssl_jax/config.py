@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from ssl_jax.errors import UserError, did_you_mean
 from ssl_jax.files import local_path, reading
-from ssl_jax.schema import SCHEMA, VIEW, Group, Key
+from ssl_jax.schema import MAX_INT, SCHEMA, VIEW, Group, Key
 
 # Names that other libraries give to keys of the schema.
 _USUAL_NAMES = {
@@ -93,7 +93,7 @@ def register_options(method: str, options: Mapping[str, Any]) -> None:
 
     Raises:
       UserError: the schema has another group or key of that name, or a default is of a type that
-        the schema doesn't have.
+        the schema doesn't have, or out of bounds.
     """
     if method in default_config() and method not in _REGISTERED:
         raise UserError(f"config.{method} is already in the schema. Register another name.")
@@ -125,6 +125,7 @@ def _keys(group: str, options: Mapping[str, Any]) -> dict[str, Key]:
                 f"{group}.{name} has the default {key.default!r}. Use a bool, number, string or "
                 "tuple."
             )
+        key.require(f"The default of {group}.{name}", key.default)
     return keys
 
 
@@ -180,10 +181,10 @@ class Schedule:
     exact_epoch: Fraction | None = None
 
     def steps(self, epochs: float) -> int:
-        """Steps in a number of epochs, as `config.count_steps` counts them."""
+        """Steps in a number of epochs, as `config.count_steps` counts them; at most `MAX_INT`."""
         if self.exact_epoch is None:
-            return round(epochs * self.steps_per_epoch)
-        return math.floor(Fraction(epochs) * self.exact_epoch)
+            return min(round(epochs * self.steps_per_epoch), MAX_INT)
+        return min(math.floor(Fraction(epochs) * self.exact_epoch), MAX_INT)
 
     def every(self, epochs: float) -> int:
         """Steps in `epochs` epochs, at least 1; 0 epochs mean never and give 0."""
@@ -201,7 +202,7 @@ def run_schedule(config: ConfigDict, num_examples: int) -> Schedule:
       The schedule: `config.steps`, or `config.epochs` as `config.count_steps` counts them.
 
     Raises:
-      UserError: the batch is larger than the dataset.
+      UserError: the batch is larger than the dataset, or the run is too long.
     """
     per_epoch = num_examples // config.batch_size
     if per_epoch == 0:
@@ -216,6 +217,10 @@ def run_schedule(config: ConfigDict, num_examples: int) -> Schedule:
     total = config.steps or Schedule(per_epoch, 0, exact).steps(config.epochs)
     if config.count_steps == "images_plus_1" and not config.steps:
         total += 1
+    if total >= MAX_INT:
+        raise UserError(
+            f"config.epochs is {config.epochs}, but a run has fewer than {MAX_INT} steps."
+        )
     return Schedule(per_epoch, max(total, 1), exact)
 
 

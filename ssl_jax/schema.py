@@ -49,7 +49,9 @@ FRACTION = Bounds(0, 1)
 POSITIVE_FRACTION = Bounds(0, 1, open_low=True)
 SEED = Bounds(0, 2**32 - 1)  # what a JAX key holds
 LAYERS = Bounds(1, 64)  # built one by one, as are views: a larger number would never end
-_MAX_INT = 2**31 - 1  # of keys without an upper bound
+LAYERS_OR_NONE = Bounds(0, 64)
+SIDE = Bounds(1, 4096)  # of a view, pixels
+MAX_INT = 2**31 - 1  # of keys without an upper bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +104,10 @@ class Key:
             raise UserError(f"{name} is '{value}'. Set a name, or --{name}= for none.")
         if self.bounds is None or self.bounds.high == math.inf:
             numbers = value if isinstance(value, tuple) else (value,)
-            if any(isinstance(number, int) and abs(number) > _MAX_INT for number in numbers):
-                raise UserError(f"{name} is beyond {_MAX_INT}: use a smaller number.")
+            if any(isinstance(number, int) and abs(number) > MAX_INT for number in numbers):
+                raise UserError(f"{name} must be between -{MAX_INT} and {MAX_INT}.")
+            if any(isinstance(number, float) and math.isinf(number) for number in numbers):
+                raise UserError(f"{name} is infinite: set a number.")
         if self.bounds is None or value == () == self.default:
             return
         if self.is_size and isinstance(value, tuple) and len(value) != 2:
@@ -139,11 +143,12 @@ _SEPARATE = (
 )
 _HIDDEN = "Width of the projector's hidden layers; 0: the encoder's width"
 _DECAY_END = "EMA decay at the end of the run, approached by a cosine; equal: constant"
+_WIDTH = Bounds(0, 64, open_low=True)
 _TEACHER = "of the teacher's run; filled in from there"
 
 # One kind of view. Sizes and blur sigmas are in pixels of the view, angles in degrees.
 VIEW: Group = {
-    "size": Key(224, "Side length in pixels, or a pair (height, width)", AT_LEAST_1, is_size=True),
+    "size": Key(224, "Side length in pixels, or a pair (height, width)", SIDE, is_size=True),
     "count": Key(1, "Number of views of this kind", Bounds(1, 1024)),
     "crop": {
         "sampler": Key(
@@ -186,7 +191,7 @@ VIEW: Group = {
             0,
             "Kernel size in pixels; 0: a tenth of the height, or with "
             "jitter.style=torchvision three sigma on both sides if that is more",
-            AT_LEAST_0,
+            Bounds(0, 1023),
         ),
     },
     "solarize": {
@@ -263,7 +268,7 @@ _DATA: Group = {
         "Share of the images held out for testing if the source has no test split",
         Bounds(0, 1, open_low=True, open_high=True),
     ),
-    "threads": Key(0, "Host pipeline threads; 0: one per core", AT_LEAST_0, affects="nothing"),
+    "threads": Key(0, "Host pipeline threads; 0: one per core", Bounds(0, 1024), affects="nothing"),
     "timeout_s": Key(
         900.0, "Stop after this many seconds without a batch; 0: never", FINITE, affects="nothing"
     ),
@@ -290,7 +295,7 @@ _MODEL: Group = {
         is_open=True,
     ),
     "depth": Key(50, "Depth of the ResNet: 18, 34, 50, 101, 152 or 200"),
-    "width": Key(1.0, "Multiplier of the channels", Bounds(0, 64, open_low=True)),
+    "width": Key(1.0, "Multiplier of the channels", _WIDTH),
     "sk": Key(False, "Selective kernels (SimCLR v2)"),
     "stem": Key(
         "imagenet",
@@ -443,12 +448,14 @@ _EVAL: Group = {
     "interpolation": _Evaluation(
         "bicubic", "Interpolation when resizing for evaluation", choices=_INTERPOLATIONS
     ),
-    "batch_size": Key(256, "Batch size for feature extraction", POSITIVE, affects="nothing"),
+    "batch_size": Key(
+        256, "Batch size for feature extraction", Bounds(1, 2**20), affects="nothing"
+    ),
     "labels_per_class": _Evaluation(
         (1, 5, 10), "Labels per class of few-label evaluations", POSITIVE
     ),
     "trials": _Evaluation(
-        20, "Random label subsets to average few-label accuracies over", POSITIVE
+        20, "Random label subsets to average few-label accuracies over", Bounds(1, 10_000)
     ),
     "at_end": _Evaluation(
         True,
@@ -478,7 +485,7 @@ _METHODS: Group = {
         "temperature": Key(0.1, "Temperature of NT-Xent", POSITIVE),
         "hidden": Key(0, _HIDDEN, AT_LEAST_0),
         "out": Key(128, "Width of the projections", AT_LEAST_1),
-        "layers": Key(2, "Layers of the projector; 0: no projector", Bounds(0, 64)),
+        "layers": Key(2, "Layers of the projector; 0: no projector", LAYERS_OR_NONE),
         "head_bn": Key(
             "scale",
             "BatchNorm of the projector: after all layers, the last one without shift (scale, "
@@ -529,7 +536,7 @@ _METHODS: Group = {
         "separate_views": Key(False, _SEPARATE),
         "temperature": Key(0.1, "Temperature of the predictions", POSITIVE),
         "epsilon": Key(0.05, "ε of Sinkhorn-Knopp; smaller is sharper", POSITIVE),
-        "iterations": Key(3, "Iterations of Sinkhorn-Knopp", AT_LEAST_1),
+        "iterations": Key(3, "Iterations of Sinkhorn-Knopp", Bounds(1, 100)),
         "queue": Key(0, "Queued embeddings per assigned crop; 0: no queue", AT_LEAST_0),
         "queue_from_epoch": Key(15.0, "Epoch at which the queue starts to fill", FINITE),
     },
@@ -593,7 +600,8 @@ _METHODS: Group = {
         "target_init": Key(
             "copy",
             "The teacher starts as a copy of the student, or with a copy of its encoder and other "
-            "random weights in projector and prototypes (lightly)",
+            "random weights in projector and prototypes, updated once before the first step "
+            "(lightly)",
             choices=("copy", "encoder"),
         ),
         "center_decay": Key(0.9, "EMA decay of the center of the teacher's logits", FRACTION),
@@ -658,7 +666,7 @@ _METHODS: Group = {
             choices=("zeros", "normal_0.01", "haiku"),
         ),
         "projector_layer": Key(
-            0, "SimCLR projector layers kept below the classifier", Bounds(0, 64)
+            0, "SimCLR projector layers kept below the classifier", LAYERS_OR_NONE
         ),
         "projector_hidden": Key(0, "Width of those layers; 0: the encoder's width", AT_LEAST_0),
         "sigmoid": Key(
@@ -672,13 +680,13 @@ _METHODS: Group = {
         "temperature": Key(1.0, "Temperature of teacher and student", POSITIVE),
         "labels": Key(0.0, "Weight of the cross-entropy with labels in the loss", FRACTION),
         "depth": Key(0, f"model.depth {_TEACHER}"),
-        "width": Key(1.0, f"model.width {_TEACHER}"),
+        "width": Key(1.0, f"model.width {_TEACHER}", _WIDTH),
         "sk": Key(False, f"model.sk {_TEACHER}"),
         "stem": Key("", f"model.stem {_TEACHER}"),
         "padding": Key("", f"model.padding {_TEACHER}"),
         "project_first": Key(False, f"model.project_first {_TEACHER}"),
-        "projector_layer": Key(0, f"supervised.projector_layer {_TEACHER}"),
-        "projector_hidden": Key(0, f"supervised.projector_hidden {_TEACHER}"),
+        "projector_layer": Key(0, f"supervised.projector_layer {_TEACHER}", LAYERS_OR_NONE),
+        "projector_hidden": Key(0, f"supervised.projector_hidden {_TEACHER}", AT_LEAST_0),
     },
 }
 _CHECKPOINT: Group = {

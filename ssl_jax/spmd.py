@@ -5,6 +5,7 @@ maps these functions by `jax.shard_map` or `jax.pmap`.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -184,13 +185,26 @@ def make_spmd(
     parts = (("batch_size", batch_size, 0, ""), ("microbatch", microbatch, batch_size, _DIVIDES))
     for key, size, whole, condition in parts:
         if size % count:
-            fitting = [m for m in range(count, size, count) if whole % m == 0]
+            fitting = microbatches(whole, count, size) if whole else [size - size % count]
             raise UserError(
                 f"config.{key} is {size}, which {count} devices can't share equally. Use a "
-                f"multiple of {count}{condition}, such as {max(fitting, default=count)}."
+                f"multiple of {count}{condition}, such as {max([count, *fitting])}."
             )
     mesh = jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
     return Spmd(mesh, mode)
+
+
+def microbatches(batch_size: int, devices: int, most: int) -> list[int]:
+    """Sizes of microbatches that the devices can share, ascending.
+
+    Args:
+      batch_size: which they divide.
+      devices: in the mesh.
+      most: the largest size.
+    """
+    small = [n for n in range(1, math.isqrt(batch_size) + 1) if batch_size % n == 0]
+    sizes = {*small, *(batch_size // n for n in small)}
+    return sorted(size for size in sizes if size % devices == 0 and size <= most)
 
 
 def device_groups(size: int, group: int) -> tuple[tuple[int, ...], ...] | None:

@@ -17,7 +17,7 @@ def picture(number, color, size=(40, 30)):
 
 
 def packed_colors(folder):
-    """Packs 40 training and 20 test images in two classes, which colors tell apart.
+    """Packs 40 training and 20 test images in two classes of different colors.
 
     Returns:
       The arguments --train and --test of a benchmark.

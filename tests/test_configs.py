@@ -13,7 +13,7 @@ from ssl_jax.config import Schedule, flat_views, flatten, load_config, run_sched
 from ssl_jax.data.augment import blur_taps
 from ssl_jax.data.pipeline import Prefetcher
 from ssl_jax.errors import UserError
-from ssl_jax.methods import make_method
+from ssl_jax.methods import METHODS, make_method
 from ssl_jax.methods.supervised import CLASSIFIER_INITS
 from ssl_jax.models import layers, resnet, vit
 from ssl_jax.optim import (
@@ -109,6 +109,7 @@ def test_every_method_has_a_config_per_dataset():
 
 def test_choices_in_the_schema_equal_the_implemented_ones():
     model, optim = SCHEMA["model"], SCHEMA["optim"]
+    assert set(SCHEMA["method"].choices) == METHODS.keys()
     assert model["stem"].choices == resnet.STEMS
     assert model["padding"].choices == tuple(resnet.PADDINGS)
     assert model["head_init"].choices == ("official", "torch")

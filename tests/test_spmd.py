@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ssl_jax.errors import UserError
-from ssl_jax.spmd import AXIS, Spmd, device_groups, make_spmd
+from ssl_jax.spmd import AXIS, Spmd, device_groups, make_spmd, microbatches
 
 
 def test_batch_that_devices_do_not_divide_is_refused():
@@ -13,6 +13,15 @@ def test_batch_that_devices_do_not_divide_is_refused():
         make_spmd("shard_map", batch_size=30)
     with pytest.raises(UserError, match="such as 8"):
         make_spmd("shard_map", batch_size=3)
+    with pytest.raises(UserError, match="such as 2147483640"):
+        make_spmd("shard_map", batch_size=2147483647)
+
+
+@pytest.mark.parametrize(("batch_size", "devices"), [(96, 8), (96, 1), (97, 1), (1, 1), (144, 6)])
+def test_microbatches_divide_the_batch_evenly_over_the_devices(batch_size, devices):
+    for most in (0, 7, batch_size // 2, batch_size):
+        expected = [n for n in range(1, most + 1) if batch_size % n == 0 and n % devices == 0]
+        assert microbatches(batch_size, devices, most) == expected
 
 
 def test_pmap_in_several_processes_is_refused(monkeypatch):

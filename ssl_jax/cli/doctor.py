@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_jax.cli import backend
+from ssl_jax.errors import UserError
 from ssl_jax.version import __version__
 
 # Required packages: distribution and module.
@@ -71,6 +72,7 @@ _CLUSTERS = {
     "KUBERNETES_SERVICE_HOST": "Kubernetes",
     "TPU_WORKER_HOSTNAMES": "TPU pod",
 }
+_MAX_TIMEOUT = 86_400
 _GIB = 2**30  # formatted by hand: humanize may be missing
 
 
@@ -119,6 +121,10 @@ _FEATURES = (
 
 def run(args: argparse.Namespace) -> int:
     """Prints the diagnosis; returns 0 if everything required works, else 1."""
+    if not 0 < args.timeout <= _MAX_TIMEOUT:
+        raise UserError(
+            f"--timeout is {args.timeout}: set it above 0, to at most {_MAX_TIMEOUT} seconds."
+        )
     found = examine(args.timeout)
     print(json.dumps(found, indent=1) if args.json else text(found, brief=args.quiet))
     return 0 if found["healthy"] else 1

@@ -64,7 +64,7 @@ class ArraySource:
         self.bad: list[str] = []
         given = self.targets.values if self.targets else self.labels
         label_bytes = b"" if given is None else given.tobytes()
-        checksum = zlib.crc32(label_bytes, zlib.crc32(images.tobytes()))
+        checksum = zlib.crc32(label_bytes, zlib.crc32(np.ascontiguousarray(images).data))
         self.fingerprint = f"{self.num_examples} images, checksum {checksum:08x}"
 
     def names(self, ids: Sequence[int] | np.ndarray) -> list[str]:

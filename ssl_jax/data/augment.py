@@ -292,12 +292,12 @@ def blur_taps(size: tuple[int, int], view: ConfigDict) -> int:
       view: its config.
     """
     taps = view.blur.kernel_size or max(size[0] // 10, 1)
-    if view.jitter.style == "torchvision" and not view.blur.kernel_size:
-        # The reach of Pillow's blur depends on sigma only, not on the size of the image, of which
-        # the mirrored border has one pixel less than the image.
+    if view.jitter.style == "tf":
+        return taps
+    if not view.blur.kernel_size:
+        # The reach of Pillow's blur depends on sigma only, not on the size of the image.
         taps = max(taps, 2 * math.ceil(3 * view.blur.sigma[1]) + 1)
-        taps = min(taps, 2 * min(size) - 1)
-    return taps
+    return min(taps, 2 * min(size) - 1)  # the mirrored border has one pixel less than the image
 
 
 def _apply_blur(x: Images, parameters: Parameters, view: ConfigDict) -> Images:

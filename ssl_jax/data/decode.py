@@ -93,7 +93,9 @@ def image_size(contents: bytes) -> tuple[int, int] | None:
             return image.height, image.width
     except Exception:  # as in `decode`
         tags = _tiff_tags(contents)
-        return (int(tags[_HEIGHT]), int(tags[_WIDTH])) if {_HEIGHT, _WIDTH} <= tags.keys() else None
+        height, width = tags.get(_HEIGHT), tags.get(_WIDTH)
+        valid = all(isinstance(side, int) and 0 < side < 2**31 for side in (height, width))
+        return (height, width) if valid else None  # type: ignore[return-value]
 
 
 def image_bits(contents: bytes) -> int:

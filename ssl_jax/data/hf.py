@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from ssl_jax.config import close_path
 from ssl_jax.data.custom import CustomSource
 from ssl_jax.data.labels import NO_LABEL, numbered, of_lists, require_same_classes
-from ssl_jax.data.listing import named_path
+from ssl_jax.data.listing import named_path, read_image
 from ssl_jax.errors import UserError, did_you_mean, first_line, importing
 from ssl_jax.files import local_path
 
@@ -113,7 +113,7 @@ class HfImages:
                 f"Image {id} of {self._where} {reason}. Make the column an Image() and save the "
                 "dataset with `save_to_disk`, which stores the images."
             )
-        return (self._root / path).read_bytes()
+        return read_image(self._root / path)
 
 
 def _datasets() -> Any:

@@ -84,6 +84,8 @@ class HostSource:
         load_tensorflow()  # if it is not installed, fails here and not later in a thread
         _refuse_affine(config)
         keep_freed_memory()
+        if num_examples >= 2**31:
+            raise UserError(f"{where} has {num_examples} images: use fewer than {2**31}.")
         self._config, self._where = config, where
         self._views = flat_views(config)
         self.channels: int = config.data.channels

@@ -13,6 +13,7 @@ from ssl_jax.data.listing import IMAGES_IN_WORDS, read_image, require_packed
 from ssl_jax.data.values import MAX_CHANNELS
 from ssl_jax.errors import UserError, counted
 from ssl_jax.files import local_path, open_regular, reading, writing_output
+from ssl_jax.memory import require_host_memory
 
 _KEYS = {"images", "labels", "class_names"}
 
@@ -44,6 +45,11 @@ def pack(images: str | Path, out: str | Path, channels: int = 3, columns: Column
     if not 1 <= channels <= MAX_CHANNELS:
         raise UserError(f"--channels is {channels}. Set it to 1 to {MAX_CHANNELS}.")
     first = _decode(files[0], channels)
+    require_host_memory(
+        len(files) * first.nbytes,
+        f"{counted(len(files), 'image')} like {files[0]}",
+        "Write records with `ssl-jax data convert`, or set config.data.name to 'folder'.",
+    )
     pixels = np.empty((len(files), *first.shape), first.dtype)
     for row, file in zip(pixels, files, strict=True):
         image = _decode(file, channels)
@@ -85,7 +91,11 @@ def packed_source(config: ConfigDict, key: str) -> ArraySource:
         with opened as handle, np.load(handle, allow_pickle=False) as arrays:
             if set(arrays.files) != _KEYS:
                 raise ValueError("unexpected arrays")
+            size = sum(part.file_size for part in arrays.zip.infolist())
+            require_host_memory(size, f"The images of {path}", "Write records instead.")
             images, labels, names = (arrays[k] for k in ("images", "labels", "class_names"))
+    except UserError:
+        raise
     except Exception as error:  # a corrupt file fails in many ways
         raise UserError(
             f"{key} is {path}, which is corrupt or not a packed file. Write it with `ssl-jax data "

@@ -46,7 +46,7 @@ from ssl_jax.evals.results import (
     require_writable_results,
     write_result,
 )
-from ssl_jax.files import local_path, own_folder, reading, writing
+from ssl_jax.files import local_path, own_folder, read_regular, reading, writing
 from ssl_jax.interop.load import config_at, network_at, newest_step, weights_fingerprint
 from ssl_jax.recipes import set_channels
 from ssl_jax.run.nonfinite import NonFiniteError
@@ -119,7 +119,7 @@ def read_sets(path: str | Path) -> list[DataSet]:
       UserError: the file can't be read or is not such a list.
     """
     with reading(path):
-        text = local_path(path).read_bytes()
+        text = read_regular(local_path(path))
     try:
         listed = json.loads(text)
         if not isinstance(listed, dict) or not listed:

@@ -52,11 +52,11 @@ from ssl_jax.evals.results import (
     write_result,
 )
 from ssl_jax.files import writing
+from ssl_jax.memory import enough_memory, require_host_memory
 from ssl_jax.methods import make_method, title
 from ssl_jax.methods.base import Method, evaluated_names
 from ssl_jax.run import processes
 from ssl_jax.run.log import Progress
-from ssl_jax.run.memory import enough_memory, require_host_memory
 from ssl_jax.spmd import AXIS, Spmd
 
 Pytree = Any

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ssl_jax.errors import UserError
+from ssl_jax.memory import require_host_memory
 from ssl_jax.spmd import Layout, Spmd, make_spmd
 
 _QUERIES, _KEYS = 1024, 16_384  # per chunk: 64 MiB of similarities in float32
@@ -111,6 +112,7 @@ def nearest_neighbors(
             f"{keys.shape[1]}. Extract both with the same encoder."
         )
     k = min(k, len(keys))
+    require_host_memory(16 * k * len(queries), "The nearest neighbors", "Set a smaller k.")
     spmd = make_spmd(devices=jax.local_devices())
     merge = _mapped_merge(spmd, k)
     similarity, index = [], []

@@ -34,7 +34,7 @@ from ssl_jax.evals.multi_label import (
     multi_label_metrics,
     require_classes,
 )
-from ssl_jax.run.memory import enough_memory
+from ssl_jax.memory import enough_memory
 from ssl_jax.spmd import Spmd, make_spmd
 
 _Carry = tuple[Array, optax.OptState, Array, Array, Array]

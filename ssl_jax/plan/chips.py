@@ -84,6 +84,7 @@ class Topology:
         return self.chip.axes > 0
 
 
+_MOST_GPUS, _MOST_TPUS = 4096, 2**14  # XLA crashes when it simulates many more
 # Valid values of --topology, for messages.
 EXAMPLES = (
     "v3, v5e and v6e take two numbers such as v5e:4x4, v4 and v5p three such as v4:4x4x4, "
@@ -105,7 +106,10 @@ def parse_topology(name: str) -> Topology:
         chip.axes, 1
     ):
         raise UserError(f"--topology={name} is not a valid shape for {kind}: {EXAMPLES}.")
-    return Topology(name, chip, tuple(int(n) for n in shape.split("x")))
+    topology = Topology(name, chip, tuple(int(n) for n in shape.split("x")))
+    if topology.chips > (most := _MOST_TPUS if topology.is_tpu else _MOST_GPUS):
+        raise UserError(f"--topology={name} has more than {most} chips. Use fewer.")
+    return topology
 
 
 def require_compiler(topology: Topology) -> None:

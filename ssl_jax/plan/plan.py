@@ -27,7 +27,7 @@ from ssl_jax.plan.chips import BETWEEN_HOSTS, EXAMPLES, GPUS_PER_HOST, Topology,
 from ssl_jax.plan.flops import jaxpr_flops, model_flops
 from ssl_jax.plan.fused import Cost, fused_cost
 from ssl_jax.plan.hlo import Collectives, CompiledText, part_of
-from ssl_jax.spmd import make_spmd
+from ssl_jax.spmd import make_spmd, microbatches
 from ssl_jax.step import Program
 
 # Datasets with a known size: images in the training split, classes.
@@ -396,11 +396,7 @@ def fitting(
     if plan.fits:
         return plan
     batch, devices = config.microbatch or config.batch_size, plan.devices
-    sizes = [
-        size
-        for size in range(batch - devices, 0, -devices)
-        if config.batch_size % size == 0 and size % devices == 0
-    ]
+    sizes = microbatches(config.batch_size, devices, batch - devices)[::-1]
     # Memory grows with the microbatch, so bisect.
     low, high, best = 0, len(sizes), None
     while low < high:

@@ -127,16 +127,16 @@ def write_views(
       The number of images.
 
     Raises:
-      UserError: not a .png file or not writable, fewer than 1 image, a negative step, or an error
-        in the config's data and views.
+      UserError: not a .png file or not writable, fewer than 1 image, a step below 0 or from 2**31
+        on, or an error in the config's data and views.
     """
     out = local_path(out)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out is {out}, not a .png file: give it a name that ends in .png.")
     if images < 1:
         raise UserError(f"--images is {images}: set it to at least 1.")
-    if step < 0:
-        raise UserError(f"--step is {step}: set it to 0 or more.")
+    if not 0 <= step < 2**31:
+        raise UserError(f"--step is {step}: set it to 0 or more, and below {2**31}.")
     samples = collect(config, images, step)
     data = config.data.dataset if config.data.name == "tfds" else config.data.name
     title = f"Views of {data} at step {step}"

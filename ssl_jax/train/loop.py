@@ -21,6 +21,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.evals.results import has_results
 from ssl_jax.files import local_path
 from ssl_jax.interop.initial_weights import source_fingerprints
+from ssl_jax.memory import enough_memory, step_suggestions
 from ssl_jax.report import evaluation_table, images_settings, write_images, write_report
 from ssl_jax.run import processes
 from ssl_jax.run.folder import (
@@ -32,7 +33,6 @@ from ssl_jax.run.folder import (
     write_config,
 )
 from ssl_jax.run.log import Progress
-from ssl_jax.run.memory import enough_memory, step_suggestions
 from ssl_jax.run.nonfinite import COUNT, STEP
 from ssl_jax.step import TrainState
 from ssl_jax.train import summary

@@ -15,11 +15,11 @@ from ssl_jax.diagnostics import CollapseDetector
 from ssl_jax.errors import UserError
 from ssl_jax.evals.evaluator import Evaluator, evaluated_variables
 from ssl_jax.interop.initial_weights import load_initial_weights
+from ssl_jax.memory import require_state_memory
 from ssl_jax.run import processes
 from ssl_jax.run.checkpoint import Checkpoints, quarantine_corrupt
 from ssl_jax.run.folder import changed_settings, note_resumption
 from ssl_jax.run.log import Fetcher, MetricsLog, NoLog, Progress, read_metrics
-from ssl_jax.run.memory import require_state_memory
 from ssl_jax.run.nonfinite import NonfiniteGuard
 from ssl_jax.run.wandb import WandbWriter
 from ssl_jax.step import TrainState
@@ -156,6 +156,7 @@ def start_run(
     progress.begin(total, setup.schedule.steps_per_epoch, config.batch_size)
     progress.starting("Initializing the networks …")
     with processes.raise_on_all_processes():
+        require_state_memory(jax.eval_shape(setup.program.init))
         if primary:
             progress.warn(*quarantine_corrupt(workdir / "checkpoints", workdir / "corrupt"))
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
@@ -228,8 +229,6 @@ def _first_state(
             "number of bits per value (config.data.bits)": str(setup.config.data.bits),
         }
     )
-    with processes.raise_on_all_processes():
-        require_state_memory(jax.eval_shape(setup.program.init))
     state = setup.program.init()
     untrained = jax.device_get(evaluated_variables(setup.method, state))
     if not start:

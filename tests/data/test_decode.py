@@ -95,3 +95,6 @@ def test_what_is_no_whole_image_raises_a_value_error():
         with pytest.raises(ValueError, match="not an image"):
             decode(file)
     assert image_size(b"not an image") is None
+    header = struct.pack("<2sHIH", b"II", 42, 8, 2)
+    sides = struct.pack("<HHIIHHIII", 256, 4, 1, 8, 257, 4, 1, 2**32 - 1, 0)
+    assert image_size(header + sides) is None

@@ -132,6 +132,7 @@ def test_columns_of_bytes_and_of_strings_are_read(rows, images, tmp_path):
 def test_what_cannot_be_read_is_refused_in_a_sentence(rows, tmp_path):
     pixels = np.zeros((2, 4, 4, 3), np.uint8)
     columns = {"pixels": list(pixels), "score": [0.5, 1.0], "link": ["https://a/b.png"] * 2}
+    columns["device"] = ["/dev/zero"] * 2
     saved(datasets.Dataset.from_dict(columns), tmp_path / "odd")
     saved(datasets.Dataset.from_dict({"pixels": list(pixels)}), tmp_path / "none")
     saved(rows, tmp_path / "good")
@@ -145,6 +146,7 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(rows, tmp_path):
         ("good", {"label_key": "fine"}, "label_key is 'fine', which is not .* set it to ''"),
         ("odd", {"image_key": "link", "label_key": "score"}, "label_key is 'score', which holds"),
         ("odd", {"image_key": "link", "label_key": ""}, "is at https://a/b.png, which needs a net"),
+        ("odd", {"image_key": "device", "label_key": ""}, "/dev/zero"),
         ("good", {"split": "test"}, "config.data.split is 'test', which is not a split of"),
     ):
         with pytest.raises(UserError, match=words):

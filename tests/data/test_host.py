@@ -6,8 +6,10 @@ import resource
 
 import numpy as np
 import pytest
+from tiny import tiny_config
 
 from ssl_jax.data import host
+from ssl_jax.errors import UserError
 
 keep_freed_memory = host.keep_freed_memory.__wrapped__
 GLIBC = platform.libc_ver()[0] == "glibc"
@@ -18,6 +20,12 @@ def undecided(monkeypatch):
     for name in list(host.os.environ):
         if name.startswith(("MALLOC_", "GLIBC_TUNABLES")):
             monkeypatch.delenv(name)
+
+
+def test_more_images_than_32_bit_ids_are_refused():
+    pytest.importorskip("tensorflow")
+    with pytest.raises(UserError, match="my images has 2147483648 images: use fewer"):
+        host.HostSource(tiny_config(), "my images", 2**31, "")
 
 
 @pytest.mark.skipif(not GLIBC, reason="the options are glibc's")

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from tiny import tiny_config
 
+import ssl_jax.memory
 from ssl_jax.cli.main import main
 from ssl_jax.data import image_list
 from ssl_jax.data.decode import decode
@@ -62,6 +63,17 @@ def test_undecodable_image_is_named(folder, tmp_path):
     (folder / "cat" / "1.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="Cannot decode .*cat/1.png"):
         pack(folder, tmp_path / "out.npz")
+
+
+def test_images_that_cannot_fit_in_memory_are_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(ssl_jax.memory, "host_memory", lambda: 2**20)
+    pack(folder, tmp_path / "a.npz")
+    monkeypatch.setattr(ssl_jax.memory, "host_memory", lambda: 6 * 8 * 8 * 3 - 1)
+    with pytest.raises(UserError, match=r"6 images like .* take 1.1 KiB, but .* data convert"):
+        pack(folder, tmp_path / "b.npz")
+    assert not (tmp_path / "b.npz").exists()
+    with pytest.raises(UserError, match=r"The images of .*a.npz take 1.5 KiB, but"):
+        make_sources(packed_config(dir=str(tmp_path / "a.npz")))
 
 
 def test_bad_packed_files_raise_user_errors_with_the_fix(folder, tmp_path):

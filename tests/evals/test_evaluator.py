@@ -10,7 +10,7 @@ import pytest
 from sklearn.metrics import average_precision_score
 from tiny import random_source, tiny_config
 
-from ssl_jax import diagnostics
+from ssl_jax import diagnostics, memory
 from ssl_jax.config import run_schedule
 from ssl_jax.data.arrays import ArraySource
 from ssl_jax.data.index import fixed_sample
@@ -30,7 +30,6 @@ from ssl_jax.evals.results import (
     write_result,
 )
 from ssl_jax.report import evaluation_table, images_settings, write_images, write_report
-from ssl_jax.run import memory
 from ssl_jax.run.folder import FORMAT
 from ssl_jax.spmd import make_spmd
 from ssl_jax.step import Program

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
+import ssl_jax.memory
 from ssl_jax.downstream.features import Features, knn_metrics
 from ssl_jax.errors import UserError
 from ssl_jax.evals import knn as knn_module
@@ -102,6 +103,14 @@ def test_mismatched_shapes_are_refused():
         knn_classify(train, labels[1:], test, num_classes=3)
     with pytest.raises(UserError, match="dimension 5 with features of dimension 6"):
         nearest_neighbors(train, test[:, :5], k=1)
+
+
+def test_neighbors_that_cannot_fit_in_memory_are_refused(monkeypatch):
+    train, _, test = data()
+    monkeypatch.setattr(ssl_jax.memory, "host_memory", lambda: 16 * 9 * len(test))
+    nearest_neighbors(train, test, k=9)
+    with pytest.raises(UserError, match="The nearest neighbors take .* Set a smaller k"):
+        nearest_neighbors(train, test, k=10)
 
 
 def test_temperature_none_gives_neighbors_equal_votes():

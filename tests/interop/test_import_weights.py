@@ -124,8 +124,8 @@ def test_missing_names_are_listed_in_the_error(tmp_path, state):
         assert f"stage1_block1/{name}" in told
 
 
-def timms(std=0.5, mean=0.5):
-    told = {"mean": [mean] * 3, "std": [std] * 3, "input_size": [3, 40, 40], "crop_pct": 0.9}
+def timms(std=0.5, mean=0.5, size=40):
+    told = {"mean": [mean] * 3, "std": [std] * 3, "input_size": [3, size, size], "crop_pct": 0.9}
     return json.dumps({"pretrained_cfg": {**told, "interpolation": "bicubic"}})
 
 
@@ -138,7 +138,7 @@ def test_preprocessing_is_read_from_timm_config_next_to_torchvision_names_only(t
         assert config.views.view1.size == 40 and config.views.view1.std == (0.5,) * 3
         assert config.eval.crop_fraction == 0.9
         assert config.views.view1.crop.sampler == "torchvision"
-    for wrong in (timms(std=0.0), timms(std=-1.0), "[" * 100_000):
+    for wrong in (timms(std=0.0), timms(std=-1.0), timms(size=10**6), "[" * 100_000):
         beside.write_text(wrong)
         other = saved(tmp_path, {**state, "more": normal(len(wrong))}, "other.safetensors")
         assert read_weights(other).config.views.view1.size == 32

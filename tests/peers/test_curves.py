@@ -101,11 +101,13 @@ def parts(transform):
 def test_views_are_those_of_the_config(peer, method):
     file = Path(__file__).parents[2] / "configs" / f"{method}_cifar10.py"
     views = flat_views(load_config(f"{file}:lightly"))
-    theirs = peer.TRANSFORMS[method]().transforms
-    assert len(views) == len(theirs) == 2
-    for view, found in zip(views, map(parts, theirs), strict=True):
+    transforms = peer.TRANSFORMS[method]().transforms
+    assert len(views) == len(transforms) == 2
+    for view, found in zip(views, map(parts, transforms), strict=True):
         crop, jitter = found["RandomResizedCrop"], found["ColorJitter"]
         assert (crop.size, crop.scale) == ((view.size, view.size), tuple(view.crop.area))
+        assert tuple(crop.ratio) == pytest.approx(tuple(view.crop.aspect))
+        assert crop.interpolation.value == view.crop.interpolation
         for name in ("brightness", "contrast", "saturation"):
             strength = view.jitter[name]
             assert getattr(jitter, name) == pytest.approx((1 - strength, 1 + strength)), name
@@ -121,7 +123,7 @@ def test_views_are_those_of_the_config(peer, method):
 
 
 def test_both_libraries_train_in_alternation(tmp_path):
-    """The comparison itself, of real runs; colors tell the classes apart."""
+    """The comparison itself, of real runs; the two classes differ in color."""
     curves = importlib.import_module("curves")
     words = [
         *packed_colors(tmp_path),
@@ -133,8 +135,9 @@ def test_both_libraries_train_in_alternation(tmp_path):
     curves.main(words)
     header, _, *rows = (tmp_path / "curves" / "curves.md").read_text().splitlines()
     assert [row.split(" | ")[1] for row in rows] == ["ssl_jax", "lightly"]
-    cells = dict(zip(header.split(" | "), rows[0].split(" | "), strict=True))
-    assert float(cells["kNN, epoch 5"]) >= 50 and float(cells["images/s |"].strip(" |")) > 0
+    for row in rows:
+        cells = dict(zip(header.split(" | "), row.split(" | "), strict=True))
+        assert float(cells["kNN, epoch 5"]) > 90 and float(cells["images/s |"].strip(" |")) > 0
 
 
 def test_network_is_torchvisions(peer):

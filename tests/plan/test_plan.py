@@ -47,6 +47,12 @@ def test_invalid_shape_is_rejected_with_examples(name):
         parse_topology(name)
 
 
+@pytest.mark.parametrize(("name", "most"), [("h100:4097", 4096), ("v4:32x32x32", 16384)])
+def test_more_chips_than_can_be_simulated_are_rejected(name, most):
+    with pytest.raises(UserError, match=f"{name} has more than {most} chips"):
+        parse_topology(name)
+
+
 def test_unknown_chip_is_rejected_with_a_suggestion():
     with pytest.raises(UserError, match="is not a known chip. Did you mean 'v5p'"):
         parse_topology("v5:2x2x2")

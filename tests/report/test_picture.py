@@ -333,6 +333,7 @@ def test_bad_arguments_are_one_line_errors(tmp_path, capsys, monkeypatch):
     out = f"--out={tmp_path / 'views.png'}"
     assert "--images is 0" in error_of(out, "--images=0")
     assert "--step is -1" in error_of(out, "--step=-1")
+    assert "below 2147483648" in error_of(out, "--step=2147483648")
     assert "flop" in error_of(out, "--config.views.view1.flop=0.0")
     assert "no config file" in error_of(out, "--config=nowhere.py")
     monkeypatch.setattr(views_picture, "make_sources", lambda config: (random_source(), None))

@@ -691,7 +691,7 @@ def test_verdict_of_a_healthy_run_shows_its_evidence(tmp_path):
     assert "40.00 at the end" in text and "4.000 at the end" in text
 
 
-def test_verdict_on_a_single_measurement_says_so(tmp_path):
+def test_verdict_on_a_single_measurement_is_qualified(tmp_path):
     page = write_run_with(tmp_path, embedding_std=[0.7], rankme=[30], loss=[5, 4])
     assert verdict(page) == ["✓", "No sign of collapse in a single measurement."]
 

@@ -12,7 +12,7 @@ from tiny import (
     with_whole_images,
 )
 
-import ssl_jax.run.memory
+import ssl_jax.memory
 from ssl_jax.errors import UserError
 from ssl_jax.evals.evaluator import Evaluator
 from ssl_jax.interop import initial_weights
@@ -161,12 +161,11 @@ def test_loaded_weights_take_the_place_of_the_initial_ones(setup_of, tmp_path, m
 def test_state_that_cannot_fit_in_memory_is_refused_before_it_is_initialized(
     setup_of, tmp_path, monkeypatch
 ):
-    size = len(jax.devices()) * nbytes(jax.eval_shape(setup_of().program.init))
-    monkeypatch.setattr(ssl_jax.run.memory, "host_memory", lambda: size)
-    started(setup_of(), tmp_path / "fits")
-    monkeypatch.setattr(ssl_jax.run.memory, "host_memory", lambda: size - 1)
-    with pytest.raises(UserError, match=r"KiB per device, but .*\['dense1'\]\['kernel'\] \["):
-        started(setup_of(), tmp_path / "small")
-    monkeypatch.undo()
     with pytest.raises(UserError, match=r"TiB per device, but .*\[\d+, 2000000000\]"):
         started(setup_of(**{"byol.hidden": 2_000_000_000}), tmp_path / "large")
+    size = len(jax.devices()) * nbytes(jax.eval_shape(setup_of().program.init))
+    monkeypatch.setattr(ssl_jax.memory, "host_memory", lambda: size)
+    started(setup_of(), tmp_path / "fits")
+    monkeypatch.setattr(ssl_jax.memory, "host_memory", lambda: size - 1)
+    with pytest.raises(UserError, match=r"KiB per device, but .*\['dense1'\]\['kernel'\] \["):
+        started(setup_of(), tmp_path / "small")

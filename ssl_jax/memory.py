@@ -12,6 +12,7 @@ from humanize import naturalsize
 from ml_collections import ConfigDict
 
 from ssl_jax.errors import UserError, first_line
+from ssl_jax.spmd import microbatches
 
 
 @contextlib.contextmanager
@@ -69,14 +70,14 @@ def require_state_memory(state: Any) -> None:
     }
     device = jax.local_devices()[0]
     if device.platform == "cpu":
-        whole = host_memory() // jax.local_device_count()
+        whole: float = host_memory() // jax.local_device_count()
     else:
-        whole = (device.memory_stats() or {}).get("bytes_limit", math.inf)
+        whole = (device.memory_stats() or {}).get("bytes_limit") or math.inf
     if sum(sizes.values()) > whole:
         kept, of = (naturalsize(each, binary=True) for each in (sum(sizes.values()), whole))
         raise UserError(
-            f"The networks, their optimizer and queues take {kept} per device, but {of} are there; "
-            f"the largest array is state{max(sizes, key=sizes.__getitem__)}. Use a smaller one."
+            f"The train state takes {kept} per device, but only {of} are available. Its largest "
+            f"array is state{max(sizes, key=sizes.__getitem__)}. Reduce that size."
         )
 
 
@@ -100,7 +101,7 @@ def step_suggestions(config: ConfigDict, devices: int) -> list[str]:
       Command-line flags, the most effective first.
     """
     most = (config.microbatch or config.batch_size) // 2
-    fitting = [n for n in range(devices, most + 1, devices) if config.batch_size % n == 0]
+    fitting = microbatches(config.batch_size, devices, most)
     suggestions = [f"--config.microbatch={fitting[-1]}"] if fitting else []
     suggestions += [] if config.remat else ["--config.remat=True"]
     suggestions += [] if config.dtype == "bfloat16" else ["--config.dtype=bfloat16"]
