@@ -3,8 +3,8 @@
     python benchmarks/accelerator.py --out=DIR [--train=train.npz --test=test.npz] [--minutes=8.5]
         [--only=step,loss,...] [--toy]
 
-Steps run in order until the time is up, first what SimCLR and BYOL learn on CIFAR-10. Results are
-saved in DIR, and the same command resumes with the first step that isn't done. Each method is
+Steps run in order until the time is up; SimCLR's and BYOL's runs on CIFAR-10 come first. Results
+are saved in DIR, and the same command resumes with the first step that isn't done. Each method is
 trained on CIFAR-10 (files from `ssl-jax data pack`) with lightly's settings for 200 epochs; such a
 run stops when the time is up and resumes from its checkpoint. DIR/results.md is written after each
 step. The exit code is 0 if everything is done, 1 if a step failed, 3 if steps are left. `--toy`
