@@ -13,6 +13,7 @@ from jaxtyping import Int, Int8
 
 from ssl_jax.data.listing import some, utf8
 from ssl_jax.errors import UserError, printable
+from ssl_jax.memory import require_host_memory
 
 NO_LABEL = -1
 NO_COMMON_CLASS = (
@@ -129,7 +130,7 @@ def listed(values: Sequence[str], separator: str) -> tuple[Int8[np.ndarray, "n c
     each = [[name for name in row if name not in ("", UNKNOWN)] for row in each]
     names = sorted({name.removeprefix(UNKNOWN) for row in each for name in row})
     columns = {name: column for column, name in enumerate(names)}
-    targets = np.zeros((len(values), len(names)), np.int8)
+    targets = _no_targets(len(values), len(names))
     for target, row in zip(targets, each, strict=True):
         for name in sorted(row, key=lambda name: not name.startswith(UNKNOWN)):  # the known last
             target[columns[name.removeprefix(UNKNOWN)]] = -1 if name.startswith(UNKNOWN) else 1
@@ -138,13 +139,23 @@ def listed(values: Sequence[str], separator: str) -> tuple[Int8[np.ndarray, "n c
 
 def of_lists(lists: Sequence[Sequence[int] | None], classes: int) -> Int8[np.ndarray, "n c"]:
     """Targets of images whose classes are listed by number; -1 in the row of a missing list."""
-    targets = np.zeros((len(lists), classes), np.int8)
+    targets = _no_targets(len(lists), classes)
     for target, row in zip(targets, lists, strict=True):
         if row is None:
             target[:] = NO_LABEL
         else:
             target[[c for c in row if c is not None and c >= 0]] = 1
     return targets
+
+
+def _no_targets(images: int, classes: int) -> Int8[np.ndarray, "n c"]:
+    """Targets of no class, if they and the masks that are computed from them fit in memory."""
+    require_host_memory(
+        4 * images * classes,
+        f"The targets of {images} images and {classes} classes",
+        "If these are no classes, choose another column or field of labels.",
+    )
+    return np.zeros((images, classes), np.int8)
 
 
 def common_targets(train: Targets, test: Targets) -> tuple[Targets, Targets]:

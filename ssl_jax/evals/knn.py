@@ -74,6 +74,11 @@ def knn_votes(
             f"Labels range from {labels.min()} to {labels.max()}, but there are {num_classes} "
             "classes. Leave out images without a label, or set num_classes."
         )
+    require_host_memory(
+        16 * len(test_features) * num_classes,
+        f"The votes of {len(test_features)} images for {num_classes} classes",
+        "Evaluate fewer images, or number the classes without gaps.",
+    )
     similarity, neighbor = nearest_neighbors(train_features, test_features, k=k)
     # Divided by the row's largest weight, so that exp can't overflow; shares don't change.
     weight = np.ones_like(similarity)

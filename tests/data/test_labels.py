@@ -126,6 +126,8 @@ def test_lists_of_classes_become_targets():
     for cell in ("dog;?dog", "?dog;dog"):  # a plain and a difficult one in the same image
         assert listed([cell], ";")[0].tolist() == [[1]]
     assert of_lists([[1], None, []], 2).tolist() == [[0, 1], [-1, -1], [0, 0]]
+    with pytest.raises(UserError, match="targets of 1 images and 1000000000000 classes take 3.6"):
+        of_lists([[1]], 10**12)
 
 
 def test_classes_of_two_splits_are_matched_by_name():
