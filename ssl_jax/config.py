@@ -39,6 +39,7 @@ _USUAL_NAMES = {
 _REGISTERED: dict[str, dict[str, Key]] = {}
 _ENCODERS: dict[str, dict[str, Key]] = {}
 _MODEL = cast(Group, SCHEMA["model"])
+_MOST_PIXELS = 4096**2  # of a view
 # Keys of views that operate on RGB colors, and the operations' names.
 _RGB_KEYS = {"jitter.saturation": "saturation", "jitter.hue": "hue", "gray": "grayscale"}
 # Names of sources of images registered from outside the package.
@@ -93,7 +94,7 @@ def register_options(method: str, options: Mapping[str, Any]) -> None:
 
     Raises:
       UserError: the schema has another group or key of that name, or a default is of a type that
-        the schema doesn't have, or out of bounds.
+        the schema doesn't have.
     """
     if method in default_config() and method not in _REGISTERED:
         raise UserError(f"config.{method} is already in the schema. Register another name.")
@@ -125,7 +126,6 @@ def _keys(group: str, options: Mapping[str, Any]) -> dict[str, Key]:
                 f"{group}.{name} has the default {key.default!r}. Use a bool, number, string or "
                 "tuple."
             )
-        key.require(f"The default of {group}.{name}", key.default)
     return keys
 
 
@@ -219,7 +219,7 @@ def run_schedule(config: ConfigDict, num_examples: int) -> Schedule:
         total += 1
     if total >= MAX_INT:
         raise UserError(
-            f"config.epochs is {config.epochs}, but a run has fewer than {MAX_INT} steps."
+            f"config.epochs is {config.epochs}, which takes {MAX_INT} steps or more. Reduce it."
         )
     return Schedule(per_epoch, max(total, 1), exact)
 
@@ -371,6 +371,12 @@ def _require_fitting_channels(config: ConfigDict) -> None:
     channels = config.data.channels
     require_fitting_range(config)
     for name, each in config.views.items():
+        height, width = view_size(each)
+        if height * width > _MOST_PIXELS:
+            raise UserError(
+                f"config.views.{name}.size is {each.size}: use a view of at most {_MOST_PIXELS} "
+                "pixels."
+            )
         if len(each.mean) != len(each.std) or len(each.mean) not in (0, channels):
             values = "three values" if channels == 3 else f"{channels} (config.data.channels)"
             raise UserError(

@@ -1,7 +1,6 @@
 """Errors of too little memory, on a device or on the host, with suggestions."""
 
 import contextlib
-import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -55,30 +54,35 @@ def require_host_memory(size: int, what: str, fix: str) -> None:
         raise UserError(f"{what} take {kept}, but this machine has {of} of memory. {fix}")
 
 
-def require_state_memory(state: Any) -> None:
-    """Refuses a train state that can't fit in a device's memory, before it is initialized.
+def require_device_memory(arrays: Any) -> None:
+    """Refuses arrays of which every device holds a copy that can't fit in its memory.
 
     Args:
-      state: its shapes; each device holds all of it.
+      arrays: a tree of arrays or shapes.
 
     Raises:
       UserError: naming the largest array.
     """
     sizes = {
         f"{jax.tree_util.keystr(path)} {list(x.shape)}": x.size * x.dtype.itemsize
-        for path, x in jax.tree_util.tree_leaves_with_path(state)
+        for path, x in jax.tree_util.tree_leaves_with_path(arrays)
     }
+    whole, size = device_memory(), sum(sizes.values())
+    if whole and size > whole:
+        kept, of = (naturalsize(each, binary=True) for each in (size, whole))
+        raise UserError(
+            f"The train state and the data on the devices take {kept} on each, which has {of}. The "
+            f"largest array is {max(sizes, key=sizes.__getitem__)}. Use a smaller network, queue "
+            "or dataset."
+        )
+
+
+def device_memory() -> int:
+    """The memory of one of this process's devices, in bytes; on a CPU its share; 0 if unknown."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
-        whole: float = host_memory() // jax.local_device_count()
-    else:
-        whole = (device.memory_stats() or {}).get("bytes_limit") or math.inf
-    if sum(sizes.values()) > whole:
-        kept, of = (naturalsize(each, binary=True) for each in (sum(sizes.values()), whole))
-        raise UserError(
-            f"The train state takes {kept} per device, but only {of} are available. Its largest "
-            f"array is state{max(sizes, key=sizes.__getitem__)}. Reduce that size."
-        )
+        return host_memory() // jax.local_device_count()
+    return (device.memory_stats() or {}).get("bytes_limit", 0)
 
 
 def host_memory() -> int:

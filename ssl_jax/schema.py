@@ -50,8 +50,8 @@ POSITIVE_FRACTION = Bounds(0, 1, open_low=True)
 SEED = Bounds(0, 2**32 - 1)  # what a JAX key holds
 LAYERS = Bounds(1, 64)  # built one by one, as are views: a larger number would never end
 LAYERS_OR_NONE = Bounds(0, 64)
-SIDE = Bounds(1, 4096)  # of a view, pixels
-MAX_INT = 2**31 - 1  # of keys without an upper bound
+SIDE = Bounds(1, 2**16)  # of a view, pixels
+MAX_INT = 2**31 - 1  # the largest integer of keys without an upper bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,8 @@ class Key:
     Attributes:
       default: its value unless a config changes it; also fixes the key's type.
       doc: its meaning.
-      bounds: of a number, or of each number in a tuple; None for no check.
+      bounds: of a number, or of each number in a tuple, which without an upper bound must be
+        finite, and at most `MAX_INT` if it is an integer; None for no check.
       choices: the allowed values; empty for no check.
       is_open: whether users may register other values than the choices.
       is_range: a tuple (low, high), low <= high; or (), if that is the default.
@@ -102,12 +103,6 @@ class Key:
             require_choice(name, value, self.choices)
         elif isinstance(value, str) and value.lower() in ("true", "false", "none", "null"):
             raise UserError(f"{name} is '{value}'. Set a name, or --{name}= for none.")
-        if self.bounds is None or self.bounds.high == math.inf:
-            numbers = value if isinstance(value, tuple) else (value,)
-            if any(isinstance(number, int) and abs(number) > MAX_INT for number in numbers):
-                raise UserError(f"{name} must be between -{MAX_INT} and {MAX_INT}.")
-            if any(isinstance(number, float) and math.isinf(number) for number in numbers):
-                raise UserError(f"{name} is infinite: set a number.")
         if self.bounds is None or value == () == self.default:
             return
         if self.is_size and isinstance(value, tuple) and len(value) != 2:
@@ -128,6 +123,10 @@ class Key:
                 f"{name} is {value}: use integers, each {self.bounds}, such as "
                 f"{(96, 64) if self.is_size else self.default}."
             )
+        for number in value if isinstance(value, tuple) else (value,):
+            limited = isinstance(number, int) or number == math.inf
+            if limited and number > MAX_INT and self.bounds.high == math.inf:
+                raise UserError(f"{name} is too large: set at most {MAX_INT}.")
 
 
 def _number(value: float) -> str:
@@ -190,7 +189,8 @@ VIEW: Group = {
         "kernel_size": Key(
             0,
             "Kernel size in pixels; 0: a tenth of the height, or with "
-            "jitter.style=torchvision three sigma on both sides if that is more",
+            "jitter.style=torchvision three sigma on both sides if that is more; then at most "
+            "twice the image's side, less 1",
             Bounds(0, 1023),
         ),
     },
@@ -721,7 +721,7 @@ SCHEMA: Group = {
     ),
     "remat": Key(False, "Save memory: recompute each block's activations in the backward pass"),
     "epochs": Key(100.0, "Epochs of training", FINITE),
-    "steps": Key(0, "Steps of training; 0: from epochs", AT_LEAST_0),
+    "steps": Key(0, "Steps of training; 0: from epochs", Bounds(0, MAX_INT - 1)),
     "count_steps": Key(
         "epochs",
         "How epochs become steps, in the run's length, the warmup and every other key in epochs: "

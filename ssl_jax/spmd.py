@@ -198,7 +198,7 @@ def microbatches(batch_size: int, devices: int, most: int) -> list[int]:
     """Sizes of microbatches that the devices can share, ascending.
 
     Args:
-      batch_size: which they divide.
+      batch_size: of the whole step, which each size divides.
       devices: in the mesh.
       most: the largest size.
     """

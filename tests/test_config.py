@@ -116,16 +116,19 @@ def test_variant_is_passed_to_get_config(tmp_path):
         ("supervised.projector_layer=1000000", ["projector_layer", "from 0 to 64"]),
         ("model.vit.depth=1000000", ["config.model.vit.depth", "from 1 to 256"]),
         ("distill.projector_layer=1000000", ["config.distill.projector_layer", "from 0 to 64"]),
-        ("views.view1.size=5000", ["config.views.view1.size", "from 1 to 4096"]),
-        ("views.view1.blur.sigma=(1.0, 1e999)", ["config.views.view1.blur.sigma is infinite"]),
+        ("views.view1.size=5000", ["config.views.view1.size is 5000", "16777216 pixels"]),
+        ("views.view1.blur.sigma=(1.0, 1e999)", ["config.views.view1.blur.sigma", "too large"]),
         ("data.threads=100000", ["config.data.threads", "from 0 to 1024"]),
         ("swav.iterations=1000000", ["config.swav.iterations", "from 1 to 100"]),
         ("views.view1.blur.kernel_size=1000000", ["blur.kernel_size", "from 0 to 1023"]),
         ("eval.trials=1000000", ["config.eval.trials", "from 1 to 10000"]),
         ("eval.batch_size=2000000", ["config.eval.batch_size", "from 1 to 1048576"]),
-        ("moco.hidden=2147483648", ["config.moco.hidden", "and 2147483647"]),
-        ("moco.hidden=-2147483648", ["config.moco.hidden", "between -2147483647"]),
-        ("eval.labels_per_class=(2147483648,)", ["config.eval.labels_per_class", "between"]),
+        ("moco.hidden=2147483648", ["config.moco.hidden", "at most 2147483647"]),
+        ("moco.hidden=-2147483648", ["config.moco.hidden", "at least 0"]),
+        (
+            "eval.labels_per_class=(2147483648,)",
+            ["config.eval.labels_per_class", "at most"],
+        ),
     ],
 )
 def test_invalid_override_error_is_one_line_and_names_the_key(config_file, override, words):
@@ -188,7 +191,7 @@ def test_total_steps_follow_from_epochs_images_or_steps():
 def test_steps_fit_into_31_bits(count_steps):
     config = default_config()
     config.update(batch_size=256, epochs=1e9, count_steps=count_steps)
-    with pytest.raises(UserError, match=r"config.epochs is 1000000000.0, but .* 2147483647 steps"):
+    with pytest.raises(UserError, match=r"config.epochs is 1000000000.0, .* 2147483647 steps"):
         run_schedule(config, 1000)
     config.steps = 7
     assert run_schedule(config, 1000).steps(1e9) == 2**31 - 1  # such as a warmup

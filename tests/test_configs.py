@@ -324,6 +324,9 @@ def test_swav_imagenet_blurs_small_crops_by_three_sigma():
     assert taps == {224: 22, 96: 13}
     # The border mirrors at most the whole image.
     assert blur_taps((6, 6), config.views.small) == 11
+    config.views.small.blur.kernel_size = 23
+    assert blur_taps((6, 8), config.views.small) == 11
+    assert blur_taps((32, 32), config.views.small) == 23
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the diagnosis; returns 0 if everything required works, else 1."""
     if not 0 < args.timeout <= _MAX_TIMEOUT:
         raise UserError(
-            f"--timeout is {args.timeout}: set it above 0, to at most {_MAX_TIMEOUT} seconds."
+            f"--timeout is {args.timeout}: set it above 0, and to at most {_MAX_TIMEOUT} seconds."
         )
     found = examine(args.timeout)
     print(json.dumps(found, indent=1) if args.json else text(found, brief=args.quiet))

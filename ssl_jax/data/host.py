@@ -79,7 +79,8 @@ class HostSource:
           fingerprint: `contents_fingerprint` of the images.
 
         Raises:
-          UserError: TensorFlow isn't installed, or a view can't be made on the host.
+          UserError: TensorFlow isn't installed, a view can't be made on the host, or there are
+            2**31 images or more.
         """
         load_tensorflow()  # if it is not installed, fails here and not later in a thread
         _refuse_affine(config)

@@ -153,7 +153,7 @@ def _no_targets(images: int, classes: int) -> Int8[np.ndarray, "n c"]:
     require_host_memory(
         4 * images * classes,
         f"The targets of {images} images and {classes} classes",
-        "If these are no classes, choose another column or field of labels.",
+        "If the labels are not classes, choose another column.",
     )
     return np.zeros((images, classes), np.int8)
 

@@ -16,6 +16,7 @@ from ssl_jax.files import local_path, open_regular, reading, writing_output
 from ssl_jax.memory import require_host_memory
 
 _KEYS = {"images", "labels", "class_names"}
+_RECORDS = "Convert the images with `ssl-jax data convert`, or set config.data.name to 'folder'."
 
 
 def pack(images: str | Path, out: str | Path, channels: int = 3, columns: Columns = FLAGS) -> int:
@@ -35,7 +36,7 @@ def pack(images: str | Path, out: str | Path, channels: int = 3, columns: Column
 
     Raises:
       UserError: as `list_or_folder`, an image can't be decoded or differs in size, channels or
-        bits, or the file can't be written. No file is left behind.
+        bits, the images can't fit in memory, or the file can't be written. No file is left behind.
     """
     out = local_path(out)
     if out.suffix != ".npz":
@@ -48,7 +49,7 @@ def pack(images: str | Path, out: str | Path, channels: int = 3, columns: Column
     require_host_memory(
         len(files) * first.nbytes,
         f"{counted(len(files), 'image')} like {files[0]}",
-        "Write records with `ssl-jax data convert`, or set config.data.name to 'folder'.",
+        _RECORDS,
     )
     pixels = np.empty((len(files), *first.shape), first.dtype)
     for row, file in zip(pixels, files, strict=True):
@@ -81,7 +82,8 @@ def packed_source(config: ConfigDict, key: str) -> ArraySource:
       key: the key of `config.data` that names the file, "dir" or "test_dir".
 
     Raises:
-      UserError: the file is missing or corrupt, or its arrays aren't those that `pack` writes.
+      UserError: the file is missing or corrupt, its arrays aren't those that `pack` writes, or they
+        can't fit in memory.
     """
     path, key = config.data[key], f"config.data.{key}"
     file = require_packed(path, key)
@@ -92,7 +94,7 @@ def packed_source(config: ConfigDict, key: str) -> ArraySource:
             if set(arrays.files) != _KEYS:
                 raise ValueError("unexpected arrays")
             size = sum(part.file_size for part in arrays.zip.infolist())
-            require_host_memory(size, f"The images of {path}", "Write records instead.")
+            require_host_memory(size, f"The arrays of {path}", _RECORDS)
             images, labels, names = (arrays[k] for k in ("images", "labels", "class_names"))
     except UserError:
         raise

@@ -31,7 +31,7 @@ from ssl_jax.data.sources import (
 from ssl_jax.data.values import is_float, rgb
 from ssl_jax.evals import probe
 from ssl_jax.evals.features import extract_features, padded_batches
-from ssl_jax.evals.knn import knn_classify
+from ssl_jax.evals.knn import knn_classify, require_neighbors_memory
 from ssl_jax.evals.linear import few_label_accuracies, fit_multi_label, linear_probe
 from ssl_jax.evals.metrics import classification_metrics
 from ssl_jax.evals.multi_label import mean_average_precision, multi_label_metrics
@@ -101,7 +101,8 @@ class Evaluator:
           progress: shows what is being evaluated; None for nothing.
 
         Raises:
-          UserError: the features of both splits can't fit in the primary process's memory.
+          UserError: the features of both splits, or the nearest neighbors, can't fit in the primary
+            process's memory.
         """
         self.config, self.train, self.test = config, train, test
         self._several, self.not_scored = _scored(train, test, config.eval.linear_images)
@@ -112,6 +113,8 @@ class Evaluator:
         self._other = "online" if method.network_name() == "target" else ""
         if test is not None and processes.is_primary():
             _require_memory(train.num_examples + test.num_examples, method.num_features)
+            neighbors = min(config.eval.knn_k, train.num_examples)
+            require_neighbors_memory(test.num_examples, neighbors)
         layer = config.eval.projector_layer
 
         def encode(variables: Pytree, images: Array) -> Array:

@@ -13,6 +13,7 @@ from ssl_jax.memory import require_host_memory
 from ssl_jax.spmd import Layout, Spmd, make_spmd
 
 _QUERIES, _KEYS = 1024, 16_384  # per chunk: 64 MiB of similarities in float32
+_VOTES = 2**24  # images and classes whose votes are counted together: 256 MiB
 _CHUNKS = 64  # of queries that stay on a device while all keys are sent
 
 
@@ -39,18 +40,18 @@ def knn_classify(
       Predicted labels, int32 [m].
 
     Raises:
-      UserError: train and test features differ in dimension, or labels don't match the features or
-        the number of classes.
+      UserError: train and test features differ in dimension, labels don't match the features or
+        the number of classes, or k neighbors of each image can't fit in memory.
     """
-    votes = knn_votes(
-        train_features,
-        train_labels,
-        test_features,
-        num_classes=num_classes,
-        k=k,
-        temperature=temperature,
+    weight, voters = _voters(
+        train_features, train_labels, test_features, num_classes, k, temperature
     )
-    return votes.argmax(axis=1).astype(np.int32)
+    predicted = np.zeros(len(test_features), np.int32)
+    rows = max(1, _VOTES // num_classes)
+    for start in range(0, len(predicted), rows):
+        part = slice(start, start + rows)
+        predicted[part] = _shares(weight[part], voters[part], num_classes).argmax(axis=1)
+    return predicted
 
 
 def knn_votes(
@@ -62,7 +63,31 @@ def knn_votes(
     k: int = 200,
     temperature: float | None = 0.1,
 ) -> Float[np.ndarray, "m c"]:
-    """Share of each class in the vote; arguments as for `knn_classify`."""
+    """Share of each class in the vote; arguments and errors as for `knn_classify`.
+
+    Raises:
+      UserError: the shares of all images and classes can't fit in memory, either.
+    """
+    require_host_memory(
+        16 * len(test_features) * num_classes,
+        f"The votes of {len(test_features)} images for {num_classes} classes",
+        "Evaluate fewer images, or number the classes without gaps.",
+    )
+    weight, voters = _voters(
+        train_features, train_labels, test_features, num_classes, k, temperature
+    )
+    return _shares(weight, voters, num_classes)
+
+
+def _voters(
+    train_features: Float[np.ndarray, "n d"],
+    train_labels: Int[np.ndarray, " n"],
+    test_features: Float[np.ndarray, "m d"],
+    num_classes: int,
+    k: int,
+    temperature: float | None,
+) -> tuple[Float[np.ndarray, "m k"], Int[np.ndarray, "m k"]]:
+    """Weights and labels of each image's neighbors."""
     if len(train_labels) != len(train_features):
         raise UserError(
             f"The numbers of training features ({len(train_features)}) and labels "
@@ -74,19 +99,19 @@ def knn_votes(
             f"Labels range from {labels.min()} to {labels.max()}, but there are {num_classes} "
             "classes. Leave out images without a label, or set num_classes."
         )
-    require_host_memory(
-        16 * len(test_features) * num_classes,
-        f"The votes of {len(test_features)} images for {num_classes} classes",
-        "Evaluate fewer images, or number the classes without gaps.",
-    )
     similarity, neighbor = nearest_neighbors(train_features, test_features, k=k)
     # Divided by the row's largest weight, so that exp can't overflow; shares don't change.
     weight = np.ones_like(similarity)
     if temperature is not None:
         weight = np.exp((similarity - similarity[:, :1]) / temperature)
-    votes = np.zeros((len(test_features), num_classes))
-    rows = np.arange(len(test_features))[:, None]
-    np.add.at(votes, (rows, labels[neighbor]), weight)
+    return weight, labels[neighbor]
+
+
+def _shares(
+    weight: Float[np.ndarray, "m k"], voters: Int[np.ndarray, "m k"], num_classes: int
+) -> Float[np.ndarray, "m c"]:
+    votes = np.zeros((len(weight), num_classes))
+    np.add.at(votes, (np.arange(len(weight))[:, None], voters), weight)
     shares: np.ndarray = votes / votes.sum(axis=1, keepdims=True)
     return shares
 
@@ -109,7 +134,7 @@ def nearest_neighbors(
       Cosine similarities float32 [m, k], and indices of keys int32 [m, k].
 
     Raises:
-      UserError: keys and queries differ in dimension.
+      UserError: keys and queries differ in dimension, or the result can't fit in memory.
     """
     if keys.shape[1] != queries.shape[1]:
         raise UserError(
@@ -117,7 +142,7 @@ def nearest_neighbors(
             f"{keys.shape[1]}. Extract both with the same encoder."
         )
     k = min(k, len(keys))
-    require_host_memory(16 * k * len(queries), "The nearest neighbors", "Set a smaller k.")
+    require_neighbors_memory(len(queries), k)
     spmd = make_spmd(devices=jax.local_devices())
     merge = _mapped_merge(spmd, k)
     similarity, index = [], []
@@ -137,6 +162,12 @@ def nearest_neighbors(
         index += [np.asarray(b[1]) for b in best]
     count = len(queries)
     return np.concatenate(similarity)[:count], np.concatenate(index)[:count]
+
+
+def require_neighbors_memory(queries: int, k: int) -> None:
+    """Refuses k nearest neighbors of each query that can't fit in this machine's memory."""
+    fix = "Set a smaller config.eval.knn_k (--k)."
+    require_host_memory(16 * k * queries, f"{k} neighbors of {queries} images", fix)
 
 
 def _padded(queries: np.ndarray, rows: int) -> np.ndarray:

@@ -96,7 +96,7 @@ def parse_topology(name: str) -> Topology:
     """Parses `GENERATION:SHAPE`.
 
     Raises:
-      UserError: Unknown generation, or a shape that it doesn't have.
+      UserError: Unknown generation, a shape that it doesn't have, or too many chips.
     """
     kind, _, shape = name.partition(":")
     if kind not in CHIPS:

@@ -15,7 +15,7 @@ from ssl_jax.diagnostics import CollapseDetector
 from ssl_jax.errors import UserError
 from ssl_jax.evals.evaluator import Evaluator, evaluated_variables
 from ssl_jax.interop.initial_weights import load_initial_weights
-from ssl_jax.memory import require_state_memory
+from ssl_jax.memory import require_device_memory
 from ssl_jax.run import processes
 from ssl_jax.run.checkpoint import Checkpoints, quarantine_corrupt
 from ssl_jax.run.folder import changed_settings, note_resumption
@@ -149,14 +149,16 @@ def start_run(
       check_folder: see `Run`.
 
     Raises:
-      UserError: processes see different data or checkpoints, or a checkpoint can't be read.
+      UserError: processes see different data or checkpoints, a checkpoint can't be read, or the
+        train state doesn't fit in the devices' memory.
     """
     began, config, total = time.perf_counter(), setup.config, setup.schedule.total_steps
     primary = processes.is_primary()
     progress.begin(total, setup.schedule.steps_per_epoch, config.batch_size)
     progress.starting("Initializing the networks …")
     with processes.raise_on_all_processes():
-        require_state_memory(jax.eval_shape(setup.program.init))
+        shapes = jax.eval_shape(setup.program.init)
+        require_device_memory({"state": shapes, "data": setup.train.device_data()})
         if primary:
             progress.warn(*quarantine_corrupt(workdir / "checkpoints", workdir / "corrupt"))
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)

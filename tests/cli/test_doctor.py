@@ -57,7 +57,7 @@ def test_all_devices_work_on_this_machine():
 @pytest.mark.parametrize("seconds", ["0", "1e9", "inf", "nan"])
 def test_timeout_is_positive_and_at_most_a_day(seconds, machine, capsys):
     assert cli.main(["doctor", f"--timeout={seconds}"]) == 2
-    assert "set it above 0, to at most 86400 seconds" in capsys.readouterr().err
+    assert "set it above 0, and to at most 86400 seconds" in capsys.readouterr().err
 
 
 def test_doctor_imports_no_large_package(machine):

@@ -72,7 +72,7 @@ def test_images_that_cannot_fit_in_memory_are_refused(folder, tmp_path, monkeypa
     with pytest.raises(UserError, match=r"6 images like .* take 1.1 KiB, but .* data convert"):
         pack(folder, tmp_path / "b.npz")
     assert not (tmp_path / "b.npz").exists()
-    with pytest.raises(UserError, match=r"The images of .*a.npz take 1.5 KiB, but"):
+    with pytest.raises(UserError, match=r"The arrays of .*a.npz take 1.5 KiB, but"):
         make_sources(packed_config(dir=str(tmp_path / "a.npz")))
 
 

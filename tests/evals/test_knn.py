@@ -108,10 +108,13 @@ def test_mismatched_shapes_are_refused():
 def test_neighbors_that_cannot_fit_in_memory_are_refused(monkeypatch):
     train, labels, test = data()
     with pytest.raises(UserError, match="The votes of .* for 1000000000000 classes take .* gaps"):
-        knn_classify(train, labels, test, num_classes=10**12)
+        knn_votes(train, labels, test, num_classes=10**12)
+    together = knn_classify(train, labels, test, num_classes=3)
+    monkeypatch.setattr(knn_module, "_VOTES", 6)  # of two images
+    assert (knn_classify(train, labels, test, num_classes=3) == together).all()
     monkeypatch.setattr(ssl_jax.memory, "host_memory", lambda: 16 * 9 * len(test))
     nearest_neighbors(train, test, k=9)
-    with pytest.raises(UserError, match="The nearest neighbors take .* Set a smaller k"):
+    with pytest.raises(UserError, match="10 neighbors of .* take .* smaller config.eval.knn_k"):
         nearest_neighbors(train, test, k=10)
 
 

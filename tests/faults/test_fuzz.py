@@ -11,6 +11,7 @@ import pickle
 import re
 import resource
 import shutil
+import signal
 import zlib
 from pathlib import Path
 
@@ -482,9 +483,23 @@ def test_safetensors_with_odd_headers_are_read_or_a_one_line_error(run, tmp_path
     assert refused > 50
 
 
+@contextlib.contextmanager
+def within(seconds):
+    def late(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 @pytest.mark.parametrize("encoder", ["resnet", "vit"])
-@pytest.mark.parametrize("method", METHODS)
-def test_huge_integers_are_refused_or_cost_nothing(method, encoder):
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "simclr_memory"])
+def test_huge_integers_are_refused_before_they_cost_anything(method, encoder):
     config = method_config(method)
     config.model.name = encoder
     config.model.vit.update(width=12, depth=2, heads=2, patch=4)
@@ -492,16 +507,17 @@ def test_huge_integers_are_refused_or_cost_nothing(method, encoder):
     keys = [key for key, value in flatten(plain).items() if type(value) is int]
     if method != "simclr":  # the others' keys are common
         keys = [key for key in keys if key.split(".")[0] == method]
+    assert keys
     for key in keys:
         for number in (10**400, 2**31 - 1, 10**5):
             changed = copy.deepcopy(plain)
             *groups, last = key.split(".")
             functools.reduce(operator.getitem, groups, changed)[last] = number
-            try:
+            with pytest.raises(UserError) as caught, within(seconds=10):
+                # Without an array, the file is refused in any case once the shapes are known.
                 weights = Weights(from_json(changed), {"encoder": {}}, {})
                 require_complete(weights, Path("a.safetensors"))
-            except UserError as error:
-                assert_clear(error)
+            assert_clear(caught.value)
 
 
 def test_corrupt_config_is_read_or_a_one_line_error(run, tmp_path):

@@ -158,14 +158,17 @@ def test_loaded_weights_take_the_place_of_the_initial_ones(setup_of, tmp_path, m
     assert_replicated(state)
 
 
-def test_state_that_cannot_fit_in_memory_is_refused_before_it_is_initialized(
+def test_what_cannot_fit_in_the_devices_memory_is_refused_before_it_is_made(
     setup_of, tmp_path, monkeypatch
 ):
-    with pytest.raises(UserError, match=r"TiB per device, but .*\[\d+, 2000000000\]"):
+    largest = r"largest array is \['state'\].params\['predictor'\]\['dense1'\]\['kernel'\] \[32, "
+    with pytest.raises(UserError, match=rf"TiB on each, which has .*{largest}2000000000\]"):
         started(setup_of(**{"byol.hidden": 2_000_000_000}), tmp_path / "large")
-    size = len(jax.devices()) * nbytes(jax.eval_shape(setup_of().program.init))
+    setup = setup_of()
+    size = nbytes(jax.eval_shape(setup.program.init)) + nbytes(setup.train.device_data())
+    size *= len(jax.devices())
     monkeypatch.setattr(ssl_jax.memory, "host_memory", lambda: size)
-    started(setup_of(), tmp_path / "fits")
+    started(setup, tmp_path / "fits")
     monkeypatch.setattr(ssl_jax.memory, "host_memory", lambda: size - 1)
-    with pytest.raises(UserError, match=r"KiB per device, but .*\['dense1'\]\['kernel'\] \["):
+    with pytest.raises(UserError, match=rf"KiB on each, which has .*{largest}256\]"):
         started(setup_of(), tmp_path / "small")
