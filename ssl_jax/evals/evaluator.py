@@ -101,8 +101,7 @@ class Evaluator:
           progress: shows what is being evaluated; None for nothing.
 
         Raises:
-          UserError: the features of both splits, or the nearest neighbors, can't fit in the primary
-            process's memory.
+          UserError: features or nearest neighbors can't fit in the primary process's memory.
         """
         self.config, self.train, self.test = config, train, test
         self._several, self.not_scored = _scored(train, test, config.eval.linear_images)
@@ -112,9 +111,7 @@ class Evaluator:
         # Measured next to the target.
         self._other = "online" if method.network_name() == "target" else ""
         if test is not None and processes.is_primary():
-            _require_memory(train.num_examples + test.num_examples, method.num_features)
-            neighbors = min(config.eval.knn_k, train.num_examples)
-            require_neighbors_memory(test.num_examples, neighbors)
+            _require_memory(config, train.num_examples, test.num_examples, method.num_features)
         layer = config.eval.projector_layer
 
         def encode(variables: Pytree, images: Array) -> Array:
@@ -609,10 +606,11 @@ def _precisions(logits: Float[np.ndarray, "n c"], train: Targets, test: Targets)
     return multi_label_metrics(scores, test.values, test.names, skipped=skipped)
 
 
-def _require_memory(images: int, width: int) -> None:
-    """Refuses features, float32, that don't fit in the host's memory."""
+def _require_memory(config: ConfigDict, learned: int, held_out: int, width: int) -> None:
+    """Refuses features, float32, or neighbors that don't fit in the host's memory."""
+    require_neighbors_memory(held_out, min(config.eval.knn_k, learned))
     require_host_memory(
-        4 * images * width,
+        4 * (learned + held_out) * width,
         "The features of all training and held-out images, which are evaluated together,",
         "Evaluate fewer images, such as --config.data.subset=0.1.",
     )

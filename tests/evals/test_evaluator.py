@@ -35,9 +35,9 @@ from ssl_jax.spmd import make_spmd
 from ssl_jax.step import Program
 
 
-def evaluator_of(train, test, batch_size=64):
+def evaluator_of(train, test, batch_size=64, knn_k=200):
     config = tiny_config(batch_size=32)
-    config.eval.batch_size = batch_size
+    config.eval.update(batch_size=batch_size, knn_k=knn_k)
     config.data.num_classes = train.num_classes
     config.eval.at_end = True
     return Evaluator(config, make_spmd(), train, test)
@@ -342,10 +342,12 @@ def test_features_that_cannot_fit_in_memory_are_refused_at_the_start(monkeypatch
     train = random_source(24)
     size = 4 * 48 * 8  # 48 images with 8 features, float32
     monkeypatch.setattr(memory, "host_memory", lambda: size)
-    evaluator_of(train, train)
+    evaluator_of(train, train, knn_k=4)
+    with pytest.raises(UserError, match=r"5 neighbors of 24 images take 1.9 KiB.*eval.knn_k"):
+        evaluator_of(train, train, knn_k=5)
     monkeypatch.setattr(memory, "host_memory", lambda: size - 1)
     with pytest.raises(UserError, match=r"take 1.5 KiB, but this machine has 1.5 KiB.*subset"):
-        evaluator_of(train, train)
+        evaluator_of(train, train, knn_k=2)
 
 
 def several(source):
