@@ -135,8 +135,15 @@ class MLPHead(nn.Module):
         last = max(self.layers - 1, 0)
         if return_hidden is not None and not 0 <= return_hidden <= last:
             raise UserError(f"The head has no hidden layer {return_hidden}: use 0 to {last}.")
+        # BatchNorm in float32 with the exact variance (two passes, a collective each) is cheap for
+        # vectors, and necessary: features of different images are nearly equal at first.
         norm = batch_norm(
-            train, self.axis_name, self.axis_index_groups, self.bn_splits, dtype=jnp.float32
+            train,
+            self.axis_name,
+            self.axis_index_groups,
+            self.bn_splits,
+            dtype=jnp.float32,
+            use_fast_variance=False,
         )
         x = x.astype(jnp.float32)
         for i in range(1, self.layers if return_hidden is None else return_hidden + 1):

@@ -38,12 +38,6 @@ def batch_norm(
 ) -> Callable[..., Any]:
     """BatchNorm with the settings of all methods: decay 0.9, epsilon 1e-5, float32 statistics.
 
-    The variance is computed in two passes, with a collective each, as in PyTorch. In one pass, as
-    E[x²] - E[x]², its error in float32 is about 1e-7·E[x]², and heads amplify errors: features of
-    an untrained network are nearly equal for all images. With SimSiam's heads on a ResNet-18, one
-    pass changed the first gradients by 0.3 %, a permutation of the images by 3e-6, and SimSiam's
-    loss left the course that it takes with lightly within the first epoch.
-
     The running variance averages the biased batch variance, as in TensorFlow and Haiku. PyTorch
     keeps n/(n - 1) times that, and normalizes by the biased one as well.
 
@@ -64,7 +58,6 @@ def batch_norm(
         use_running_average=not train,
         momentum=0.9,
         epsilon=1e-5,
-        use_fast_variance=False,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         **options,
