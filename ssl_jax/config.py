@@ -39,7 +39,6 @@ _USUAL_NAMES = {
 _REGISTERED: dict[str, dict[str, Key]] = {}
 _ENCODERS: dict[str, dict[str, Key]] = {}
 _MODEL = cast(Group, SCHEMA["model"])
-_MOST_PIXELS = 4096**2  # of a view
 # Keys of views that operate on RGB colors, and the operations' names.
 _RGB_KEYS = {"jitter.saturation": "saturation", "jitter.hue": "hue", "gray": "grayscale"}
 # Names of sources of images registered from outside the package.
@@ -371,12 +370,6 @@ def _require_fitting_channels(config: ConfigDict) -> None:
     channels = config.data.channels
     require_fitting_range(config)
     for name, each in config.views.items():
-        height, width = view_size(each)
-        if height * width > _MOST_PIXELS:
-            raise UserError(
-                f"config.views.{name}.size is {each.size}: use a view of at most {_MOST_PIXELS} "
-                "pixels."
-            )
         if len(each.mean) != len(each.std) or len(each.mean) not in (0, channels):
             values = "three values" if channels == 3 else f"{channels} (config.data.channels)"
             raise UserError(

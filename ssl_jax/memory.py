@@ -67,7 +67,9 @@ def require_device_memory(arrays: Any) -> None:
         f"{jax.tree_util.keystr(path)} {list(x.shape)}": x.size * x.dtype.itemsize
         for path, x in jax.tree_util.tree_leaves_with_path(arrays)
     }
-    whole, size = device_memory(), sum(sizes.values())
+    size, whole = sum(sizes.values()), device_memory()
+    if jax.local_devices()[0].platform == "cpu":
+        whole = host_memory() // jax.local_device_count()
     if whole and size > whole:
         kept, of = (naturalsize(each, binary=True) for each in (size, whole))
         raise UserError(
@@ -78,11 +80,8 @@ def require_device_memory(arrays: Any) -> None:
 
 
 def device_memory() -> int:
-    """The memory of one of this process's devices, in bytes; on a CPU its share; 0 if unknown."""
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
-        return host_memory() // jax.local_device_count()
-    return (device.memory_stats() or {}).get("bytes_limit", 0)
+    """The memory of one of this process's devices, in bytes; 0 if unknown, as on a CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
 
 
 def host_memory() -> int:

@@ -50,7 +50,8 @@ POSITIVE_FRACTION = Bounds(0, 1, open_low=True)
 SEED = Bounds(0, 2**32 - 1)  # what a JAX key holds
 LAYERS = Bounds(1, 64)  # built one by one, as are views: a larger number would never end
 LAYERS_OR_NONE = Bounds(0, 64)
-SIDE = Bounds(1, 2**16)  # of a view, pixels
+SIZE = Bounds(1, 2**16)  # sides of a view, pixels
+MAX_PIXELS = 4096**2  # of a view
 MAX_INT = 2**31 - 1  # the largest integer of keys without an upper bound
 
 
@@ -123,7 +124,10 @@ class Key:
                 f"{name} is {value}: use integers, each {self.bounds}, such as "
                 f"{(96, 64) if self.is_size else self.default}."
             )
-        for number in value if isinstance(value, tuple) else (value,):
+        numbers = value if isinstance(value, tuple) else (value,)
+        if self.is_size and numbers[0] * numbers[-1] > MAX_PIXELS:
+            raise UserError(f"{name} is {value}: use a view of at most {MAX_PIXELS} pixels.")
+        for number in numbers:
             limited = isinstance(number, int) or number == math.inf
             if limited and number > MAX_INT and self.bounds.high == math.inf:
                 raise UserError(f"{name} is too large: set at most {MAX_INT}.")
@@ -147,7 +151,7 @@ _TEACHER = "of the teacher's run; filled in from there"
 
 # One kind of view. Sizes and blur sigmas are in pixels of the view, angles in degrees.
 VIEW: Group = {
-    "size": Key(224, "Side length in pixels, or a pair (height, width)", SIDE, is_size=True),
+    "size": Key(224, "Side length in pixels, or a pair (height, width)", SIZE, is_size=True),
     "count": Key(1, "Number of views of this kind", Bounds(1, 1024)),
     "crop": {
         "sampler": Key(

@@ -1,5 +1,6 @@
 """The train step of every method: forward, loss, gradient, optimizer, method update."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -460,6 +461,12 @@ class Program:
         replicated = self.spmd.sharding("replicated")
         return init_state(self.method, self.optimizer, self.config, replicated)
 
+    @functools.cached_property
+    def state_shapes(self) -> TrainState:
+        """Shapes and dtypes of the state, without computing it."""
+        shapes: TrainState = jax.eval_shape(self.init)
+        return shapes
+
     def shapes(
         self, device_data: dict[str, Any] | None = None, labeled: bool = True
     ) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
@@ -482,5 +489,5 @@ class Program:
             )
 
         raw = batch_shapes(self.config, self.config.batch_size, labeled, cropped=not device_data)
-        state = placed(jax.eval_shape(self.init), replicated)
+        state = placed(self.state_shapes, replicated)
         return state, placed(raw, sharded), placed(device_data or {}, replicated)

@@ -72,7 +72,7 @@ _CLUSTERS = {
     "KUBERNETES_SERVICE_HOST": "Kubernetes",
     "TPU_WORKER_HOSTNAMES": "TPU pod",
 }
-_MAX_TIMEOUT = 86_400
+_MAX_TIMEOUT = 86_400  # seconds
 _GIB = 2**30  # formatted by hand: humanize may be missing
 
 

@@ -94,8 +94,9 @@ def image_size(contents: bytes) -> tuple[int, int] | None:
     except Exception:  # as in `decode`
         tags = _tiff_tags(contents)
         height, width = tags.get(_HEIGHT), tags.get(_WIDTH)
-        valid = all(isinstance(side, int) and 0 < side < 2**31 for side in (height, width))
-        return (height, width) if valid else None  # type: ignore[return-value]
+        if not (isinstance(height, int) and isinstance(width, int)):
+            return None
+        return (height, width) if 0 < min(height, width) <= max(height, width) < 2**31 else None
 
 
 def image_bits(contents: bytes) -> int:

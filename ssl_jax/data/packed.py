@@ -46,11 +46,8 @@ def pack(images: str | Path, out: str | Path, channels: int = 3, columns: Column
     if not 1 <= channels <= MAX_CHANNELS:
         raise UserError(f"--channels is {channels}. Set it to 1 to {MAX_CHANNELS}.")
     first = _decode(files[0], channels)
-    require_host_memory(
-        len(files) * first.nbytes,
-        f"{counted(len(files), 'image')} like {files[0]}",
-        _RECORDS,
-    )
+    what = f"{counted(len(files), 'image')} like {files[0]}"
+    require_host_memory(len(files) * first.nbytes, what, _RECORDS)
     pixels = np.empty((len(files), *first.shape), first.dtype)
     for row, file in zip(pixels, files, strict=True):
         image = _decode(file, channels)

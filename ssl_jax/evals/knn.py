@@ -63,10 +63,10 @@ def knn_votes(
     k: int = 200,
     temperature: float | None = 0.1,
 ) -> Float[np.ndarray, "m c"]:
-    """Share of each class in the vote; arguments and errors as for `knn_classify`.
+    """Share of each class in the vote; arguments as for `knn_classify`.
 
     Raises:
-      UserError: the shares of all images and classes can't fit in memory, either.
+      UserError: as for `knn_classify`, or the shares of all classes can't fit in memory.
     """
     require_host_memory(
         16 * len(test_features) * num_classes,

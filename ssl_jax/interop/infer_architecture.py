@@ -22,7 +22,7 @@ from ssl_jax.methods import make_method
 from ssl_jax.methods.base import init_networks
 from ssl_jax.models.resnet import STAGES, ResNet
 from ssl_jax.recipes import CIFAR10, CIFAR10_SUPCONTRAST, IMAGENET, IMAGENET_SWAV, set_channels
-from ssl_jax.schema import SIDE
+from ssl_jax.schema import MAX_PIXELS
 
 # The methods whose heads are read, by the code that wrote the file.
 _METHODS = {name: name for name in ("moco", "simsiam", "swav", "simclr", "byol")}
@@ -293,7 +293,7 @@ def _timm_preprocessing(config: ConfigDict, path: Path) -> None:
         return
     if interpolation not in ("bicubic", "bilinear") or not 0 < fraction <= 1:
         return
-    if size not in SIDE:
+    if not 1 <= size <= math.isqrt(MAX_PIXELS):
         return
     if len(mean) != 3 or len(std) != 3 or not all(0 < s < math.inf for s in std):
         return

@@ -84,7 +84,7 @@ class Topology:
         return self.chip.axes > 0
 
 
-_MOST_GPUS, _MOST_TPUS = 4096, 2**14  # XLA crashes when it simulates many more
+_MOST_GPUS, _MOST_TPUS = 4096, 2**14  # XLA crashed when it simulated 100,000 GPUs
 # Valid values of --topology, for messages.
 EXAMPLES = (
     "v3, v5e and v6e take two numbers such as v5e:4x4, v4 and v5p three such as v4:4x4x4, "

@@ -82,8 +82,7 @@ def model_flops(program: Program) -> float:
 
     ResNet-50 at 224 pixels: 24.5 GFLOP per view.
     """
-    config, method = program.config, program.method
-    state = jax.eval_shape(program.init)
+    config, method, state = program.config, program.method, program.state_shapes
 
     @functools.cache
     def forward(shape: tuple[int, int, int]) -> float:

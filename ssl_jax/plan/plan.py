@@ -337,7 +337,7 @@ def _float32_activations(compiled: CompiledText, program: Program, plan: Plan) -
     """Returns large float32 arrays with an entry per image, or per view, and where they arise."""
     images = (plan.microbatch or plan.batch) // plan.devices
     entries = {images * views for views in range(1, plan.views + 1)}
-    weights = {leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(program.init))}
+    weights = {leaf.shape for leaf in jax.tree.leaves(program.state_shapes)}
     found = set()
     for shape, where in compiled.float32_arrays(2**20):
         dimensions = tuple(int(d) for d in re.findall(r"\d+", shape.removeprefix("f32")))

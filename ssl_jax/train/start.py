@@ -157,8 +157,8 @@ def start_run(
     progress.begin(total, setup.schedule.steps_per_epoch, config.batch_size)
     progress.starting("Initializing the networks …")
     with processes.raise_on_all_processes():
-        shapes = jax.eval_shape(setup.program.init)
-        require_device_memory({"state": shapes, "data": setup.train.device_data()})
+        arrays = {"state": setup.program.state_shapes, "data": setup.train.device_data()}
+        require_device_memory(arrays)
         if primary:
             progress.warn(*quarantine_corrupt(workdir / "checkpoints", workdir / "corrupt"))
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)

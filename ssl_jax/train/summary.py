@@ -15,6 +15,7 @@ from ssl_jax.config import flat_views, size_text, view_size
 from ssl_jax.data.labels import Targets, targets_of
 from ssl_jax.data.sources import Source, why_not_scored
 from ssl_jax.errors import UserError, counted
+from ssl_jax.memory import device_memory
 from ssl_jax.plan.flops import traced_flops
 from ssl_jax.plan.plan import memory_kinds
 from ssl_jax.run.log import read_metrics
@@ -275,7 +276,7 @@ def _memory(analysis: Any) -> str:
     """A compiled program's memory per device: total, available, and its two largest parts."""
     kinds = memory_kinds(analysis)
     kinds = {"state and data": kinds.pop("arguments"), **kinds}
-    whole = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    whole = device_memory()
     of = f" of {naturalsize(whole, binary=True)}" if whole else ""
     largest = sorted(kinds.items(), key=lambda item: -item[1])[:2]
     parts = ", ".join(f"{name} {naturalsize(n, binary=True)}" for name, n in largest)

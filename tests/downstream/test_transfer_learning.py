@@ -137,12 +137,15 @@ def test_transfer_without_fine_tuning_starts_no_run(run, sets, capsys):
     ],
 )
 def test_read_sets_refuses_bad_lists(tmp_path, listed, message):
-    with pytest.raises(UserError, match="/dev/zero"):
-        transfer_learning.read_sets("/dev/zero")
     file = tmp_path / "sets.json"
     file.write_text(listed)
     with pytest.raises(UserError, match=re.escape(message)):
         transfer_learning.read_sets(file)
+
+
+def test_a_device_is_no_list_of_datasets():
+    with pytest.raises(UserError, match="/dev/zero"):
+        transfer_learning.read_sets("/dev/zero")
 
 
 def test_missing_data_is_refused_before_any_training(run, tmp_path, capsys):
