@@ -107,7 +107,7 @@ def test_views_are_those_of_the_config(peer, method):
         crop, jitter = found["RandomResizedCrop"], found["ColorJitter"]
         assert (crop.size, crop.scale) == ((view.size, view.size), tuple(view.crop.area))
         assert tuple(crop.ratio) == pytest.approx(tuple(view.crop.aspect))
-        assert crop.interpolation.value == view.crop.interpolation
+        assert crop.interpolation == view.crop.interpolation
         for name in ("brightness", "contrast", "saturation"):
             strength = view.jitter[name]
             assert getattr(jitter, name) == pytest.approx((1 - strength, 1 + strength)), name
