@@ -74,6 +74,30 @@ def test_convolution_has_values_and_gradients_of_jax():
     )
 
 
+def test_images_smaller_than_the_kernel_have_values_and_gradients_of_jax():
+    kernels = [(3, 1, ((1, 1), (1, 1))), (3, 2, ((1, 1), (1, 1))), (3, 2, "SAME")]
+    kernels += [(7, 2, ((3, 3), (3, 3))), (5, 1, ((1, 3), (4, 2)))]
+    assert_alike(
+        {
+            f"{size}, kernel {k}, stride {stride}, {pads}": convolutions(
+                conv_general_dilated, (stride, stride), pads, (3, *size, 4), (k, k, 4, 5)
+            )
+            for size in [(1, 1), (2, 2), (4, 4), (2, 5), (5, 3), (6, 6)]
+            for k, stride, pads in kernels
+        },
+        value_rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize(("platform", "count"), [("cpu", 0), ("tpu", 1), ("cuda", 1)])
+def test_images_smaller_than_the_kernel_are_multiplied_on_cpu_only(platform, count):
+    conv = jax.jit(lambda x, w: conv_general_dilated(x, w, (1, 1), "SAME"))
+    traced = conv.trace(jnp.zeros((2, 2, 2, 4)), jnp.zeros((3, 3, 4, 8)))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("convolution(") == count
+    assert text.count("dot_general") == 1 - count
+
+
 def gradients(conv):
     def total(x, w):
         return conv(jax.nn.relu(conv(x, w, (1, 1), "SAME")), w, (2, 2), "SAME").sum()
