@@ -1,14 +1,17 @@
-"""GFLOP/s of ResNet-18's 3×3 convolutions on a CPU, by jaxlib and by torch.
+"""GFLOP/s of ResNet-18's 3×3 convolutions on a CPU, by ssl_jax, jaxlib and torch.
 
 Each stage's convolution by itself, float32, channels last: forward, gradient of the input, gradient
-of the kernel; medians of seven calls. jaxlib runs without and with the flag of
-`ssl_jax.cli.backend.tune_cpu`, and with the flag and each of --more. Each in its own process.
+of the kernel; medians of seven calls. The last two sizes are those of 32×32 images with the
+ImageNet stem; products with padding count as FLOPs. ssl_jax runs with the flag of
+`ssl_jax.cli.backend.tune_cpu`; jaxlib without and with it, and with it and each of --more. Each in
+its own process.
 
     python benchmarks/convolutions.py [--peer-python=PATH] [--views=128]
         [--more=--xla_cpu_use_onednn=true,--xla_cpu_use_xnnpack=true]
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -19,7 +22,14 @@ from typing import Any
 from classifier import seconds_of
 from markdown_table import print_table
 
-STAGES = ((64, 32), (128, 16), (256, 8), (512, 4))  # channels, and side of the images in pixels
+STAGES = (
+    (64, 32),
+    (128, 16),
+    (256, 8),
+    (512, 4),
+    (256, 2),
+    (512, 1),
+)  # channels, and side of the images in pixels
 CALLS = 7
 
 
@@ -29,12 +39,16 @@ def median_seconds(function: Callable[[], Any]) -> float:
     return seconds_of(function, CALLS)
 
 
-def by_jax(views: int, channels: int, side: int) -> list[float]:
-    """Seconds of the forward pass and both gradients in JAX."""
+def by_jax(ours: bool, views: int, channels: int, side: int) -> list[float]:
+    """Seconds of the forward pass and both gradients in JAX, by ssl_jax's function or JAX's own."""
     import jax
     import jax.numpy as jnp
 
+    from ssl_jax.models.conv import conv_general_dilated
+
     def convolve(x: Any, kernel: Any) -> Any:
+        if ours:
+            return conv_general_dilated(x, kernel, (1, 1), "SAME")
         layout = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
 
@@ -44,8 +58,8 @@ def by_jax(views: int, channels: int, side: int) -> list[float]:
     y = convolve(x, kernel)
     passes = [
         jax.jit(lambda x, kernel, y: convolve(x, kernel)),
-        jax.jit(lambda x, kernel, y: jax.linear_transpose(lambda x: convolve(x, kernel), x)(y)),
-        jax.jit(lambda x, kernel, y: jax.linear_transpose(lambda k: convolve(x, k), kernel)(y)),
+        jax.jit(lambda x, kernel, y: jax.vjp(lambda x: convolve(x, kernel), x)[1](y)),
+        jax.jit(lambda x, kernel, y: jax.vjp(lambda k: convolve(x, k), kernel)[1](y)),
     ]
     return [median_seconds(lambda f=f: jax.block_until_ready(f(x, kernel, y))) for f in passes]
 
@@ -73,7 +87,8 @@ def by_torch(views: int, channels: int, side: int) -> list[float]:
 
 def rates(by: str, views: int) -> list[str]:
     """GFLOP/s per stage: forward / gradient of the input / gradient of the kernel."""
-    measure = {"jax": by_jax, "torch": by_torch}[by]
+    jax_ways = {name: functools.partial(by_jax, name == "ssl_jax") for name in ("ssl_jax", "jax")}
+    measure = {**jax_ways, "torch": by_torch}[by]
     cells = []
     for channels, side in STAGES:
         flops = 2 * views * side**2 * channels**2 * 9
@@ -102,7 +117,7 @@ def main() -> None:
     parser.add_argument("--peer-python", help="interpreter that has torch")
     parser.add_argument("--views", type=int, default=128)
     parser.add_argument("--more", default="", help="comma-separated flags of XLA")
-    parser.add_argument("--by", choices=["jax", "torch"], help=argparse.SUPPRESS)
+    parser.add_argument("--by", choices=["ssl_jax", "jax", "torch"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.by:
         print(json.dumps(rates(args.by, args.views)))
@@ -113,13 +128,14 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     tune_cpu()
     flag = os.environ["XLA_FLAGS"]
-    ways = {"jaxlib": "", "jaxlib with the flag": flag}
-    ways |= {f"and {more}": f"{flag} {more}" for more in args.more.split(",") if more}
+    ways = {"ssl_jax": ("ssl_jax", flag), "jaxlib": ("jax", ""), "with the flag": ("jax", flag)}
+    for more in filter(None, args.more.split(",")):
+        ways[f"and {more}"] = "jax", f"{flag} {more}"
     columns = {}
     if args.peer_python:
         columns["torch"] = in_process(args.peer_python, "torch", args.views, "")
-    for name, flags in ways.items():
-        columns[name] = in_process(sys.executable, "jax", args.views, flags)
+    for name, (by, flags) in ways.items():
+        columns[name] = in_process(sys.executable, by, args.views, flags)
     names = [f"{channels}, {side}×{side}" for channels, side in STAGES]
     rows = [list(cells) for cells in zip(names, *columns.values(), strict=True)]
     print_table(["channels, size", *columns], rows)
