@@ -1,8 +1,7 @@
-"""Draws what `make quickstart` comes to: python docs/result.py runs/quickstart.
+"""Draws what a run comes to: python docs/result.py runs/quickstart docs/images/quickstart.png.
 
-It writes docs/images/quickstart.png from the run's own evaluation and pictures: accuracies of the
-frozen features beside raw pixels and the untrained network, and held-out scans with the training
-scans whose features are nearest.
+From the run's own evaluation and pictures: accuracies of the frozen features beside raw pixels and
+the untrained network, and held-out images with the training images whose features are nearest.
 """
 
 import json
@@ -12,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-OUT = Path(__file__).parent / "images" / "quickstart.png"
 SCALE = 2  # pixels of a unit, so that screens with dense pixels have sharp type
 WIDTH, HEIGHT = 800, 286
 INK, GRAY, PAPER, EDGE = "#16202a", "#55616c", "#fbfcfd", "#c6ccd2"
@@ -20,7 +18,7 @@ INK, GRAY, PAPER, EDGE = "#16202a", "#55616c", "#fbfcfd", "#c6ccd2"
 COLORS = {"raw pixels": "#b9c3cc", "random init": "#e39c37", "trained": "#00619e"}
 COLUMNS = ("1 label", "5 labels", "10 labels", "all, linear", "all, kNN")
 BASE, TOP, LEFT, GROUP, BAR = 226, 66, 44, 78, 22
-SHOWN, SIDE = 5, 30  # rows of neighbors, and the side of a scan
+SHOWN, SIDE = 5, 30  # rows of neighbors, and the side of an image
 
 
 class Page:
@@ -42,8 +40,8 @@ class Page:
         font = ImageFont.load_default(size * SCALE)
         self.draw.text((SCALE * x, SCALE * y), words, fill, font, anchor)
 
-    def scan(self, x: float, y: float, pixels: np.ndarray) -> None:
-        """An image of 8×8, enlarged."""
+    def picture(self, x: float, y: float, pixels: np.ndarray) -> None:
+        """A small image, enlarged."""
         picture = Image.fromarray(pixels).resize((SIDE * SCALE,) * 2, Image.Resampling.NEAREST)
         self.image.paste(picture, (round(x * SCALE), round(y * SCALE)))
 
@@ -54,13 +52,15 @@ def accuracies(row: dict) -> list[float]:
     return [100 * value for value in (*few, row["linear"], row["knn"])]
 
 
-def draw_accuracies(page: Page, rows: list[dict]) -> None:
+def draw_accuracies(page: Page, evaluation: dict) -> None:
     """Bars from 0, in a group for each way of measuring."""
-    page.text(LEFT, 24, "Accuracy on 450 held-out digits, %", 14, anchor="lm")
+    title = f"Accuracy on {evaluation['test_examples']:,} held-out images, %"
+    page.text(LEFT, 24, title, 14, anchor="lm")
+    rows = evaluation["rows"]
     for number, (row, color) in enumerate(zip(rows, COLORS.values(), strict=True)):
         x = LEFT + 116 * number
         page.box(x, 41, x + 10, 51, color)
-        name = "SimCLR, frozen" if number == 2 else row["name"]
+        name = "pretrained, frozen" if number == 2 else row["name"]
         page.text(x + 15, 46, name, 11.5, GRAY, "lm")
         for group, value in enumerate(accuracies(row)):
             left = LEFT + GROUP * group + (BAR + 1) * number
@@ -75,28 +75,30 @@ def draw_accuracies(page: Page, rows: list[dict]) -> None:
     )
 
 
-def draw_neighbors(page: Page, shown: dict[str, np.ndarray]) -> None:
-    """A held-out scan of as many digits as there is room for, and its nearest training scans."""
+def draw_neighbors(page: Page, shown: dict[str, np.ndarray], caption: str) -> None:
+    """A held-out image of as many classes as there is room for, and its nearest training images."""
     left = 484
     page.text(left, 24, "Held-out", 14, anchor="lm")
     page.text(left + 76, 24, "Nearest by features", 14, anchor="lm")
     _, first = np.unique(shown["query_label"], return_index=True)
     for number, row in enumerate(first[:SHOWN]):
         y = 42 + (SIDE + 8) * number
-        page.scan(left, y, shown["neighbors_query"][row])
+        page.picture(left, y, shown["neighbors_query"][row])
         for place, pixels in enumerate(shown["neighbors"][row]):
-            page.scan(left + 76 + (SIDE + 6) * place, y, pixels)
-    page.text(left, 264, "of one run of make quickstart", 11.5, GRAY, anchor="lm")
+            page.picture(left + 76 + (SIDE + 6) * place, y, pixels)
+    page.text(left, 264, caption, 11.5, GRAY, anchor="lm")
 
 
-def main(run: Path) -> None:
+def main(run: Path, out: Path) -> None:
     """Draws the picture of a run."""
     page = Page()
-    draw_accuracies(page, json.loads((run / "evaluation.json").read_text())["rows"])
+    config = json.loads((run / "config.json").read_text())["config"]
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    draw_accuracies(page, evaluation)
     with np.load(run / "report_images.npz") as shown:
-        draw_neighbors(page, dict(shown))
-    page.image.quantize(64).save(OUT, optimize=True)
+        draw_neighbors(page, dict(shown), f"{config['method']}, {evaluation['step']:,} steps")
+    page.image.quantize(256).save(out, optimize=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
