@@ -1,4 +1,4 @@
-"""SimCLR v1 on scikit-learn's digits: an end-to-end example, 2.5 minutes on two CPU cores.
+"""SimCLR v1 on scikit-learn's digits: an end-to-end example, two minutes on two CPU cores.
 
 Paper: Chen et al., 2020, arXiv:2002.05709, scaled down: a ResNet-18 of a quarter of the width with
 the CIFAR stem, 8×8 scans, batch 256. Result: 95.1 % at 5 labels per class (raw pixels 86.0 %); full
