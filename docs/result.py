@@ -1,4 +1,4 @@
-"""Draws what a run comes to: python docs/result.py runs/quickstart docs/images/quickstart.png.
+"""Draws what a run with labels comes to: python docs/result.py runs/quickstart docs/images/quickstart.png.
 
 From the run's own evaluation and pictures: accuracies of the frozen features beside raw pixels and
 the untrained network, and held-out images with the training images whose features are nearest.
@@ -41,7 +41,7 @@ class Page:
         self.draw.text((SCALE * x, SCALE * y), words, fill, font, anchor)
 
     def picture(self, x: float, y: float, pixels: np.ndarray) -> None:
-        """A small image, enlarged."""
+        """An image, at the side of `SIDE`."""
         picture = Image.fromarray(pixels).resize((SIDE * SCALE,) * 2, Image.Resampling.NEAREST)
         self.image.paste(picture, (round(x * SCALE), round(y * SCALE)))
 
@@ -70,9 +70,7 @@ def draw_accuracies(page: Page, evaluation: dict) -> None:
     page.box(LEFT - 6, BASE, LEFT + 5 * GROUP - 8, BASE + 0.5, INK)
     for group, name in enumerate(COLUMNS):
         page.text(LEFT + GROUP * group + 1.5 * BAR, BASE + 14, name, 11.5)
-    page.text(
-        LEFT, 264, "labels per class; no label was used in pretraining", 11.5, GRAY, anchor="lm"
-    )
+    page.text(LEFT, 264, "labels per class, of a classifier of the features", 11.5, GRAY, "lm")
 
 
 def draw_neighbors(page: Page, shown: dict[str, np.ndarray], caption: str) -> None:

@@ -17,13 +17,14 @@ The first convolves g, with s - 1 zeros between its pixels (`lhs_dilation`), wit
 kernel. The second convolves x with g as a kernel whose taps lie s pixels apart (`rhs_dilation`):
 examples act as input channels and input channels as examples.
 
-XLA's CPU backend computes a convolution whose kernel is larger than the image, as in the last
-stages of a ResNet on 32×32 pixels, in plain loops, ten to twenty times as slow as others. There, y
-is a product of matrices: all pixels that an output sees, next to each other, times k; dx is its
-transpose.
+XLA's CPU backend computes a convolution whose kernel has more pixels than the image, as in the last
+stages of a ResNet on 32×32 pixels, in plain loops, over ten times as slow as others. For such an x,
+y is a product of matrices: all pixels that an output sees, next to each other, times k. For such a
+g, dx is the transpose of this product.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -105,11 +106,11 @@ def _conv(x: Images, kernel: Kernel, strides: tuple[int, ...], pads: Pads) -> Im
 
 
 def _is_small(x: Images, kernel: Kernel) -> bool:
-    return any(n < k for n, k in zip(x.shape[1:3], kernel.shape[:2], strict=True))
+    return math.prod(x.shape[1:3]) < math.prod(kernel.shape[:2])
 
 
 def _patches_conv(x: Images, kernel: Kernel, strides: tuple[int, ...], pads: Pads) -> Images:
-    """A convolution as one product of matrices, without the taps that only ever meet padding."""
+    """A convolution as one product of matrices, without rows and columns that meet only padding."""
     taps, spans = [], []
     shapes = (x.shape[1:3], kernel.shape[:2], strides, pads)
     for n, k, stride, (before, after) in zip(*shapes, strict=True):
@@ -123,6 +124,8 @@ def _patches_conv(x: Images, kernel: Kernel, strides: tuple[int, ...], pads: Pad
         for i in rows
         for j in columns
     ]
+    if not patches:
+        return _lax_conv(x, kernel, strides, pads)
     return jnp.concatenate(patches, -1) @ kernel[*taps].reshape(-1, kernel.shape[-1])
 
 
@@ -190,7 +193,11 @@ def _conv_gradients(
         pads_x.append((k - 1 - before, n + before - extent))
         pads_kernel.append((before, extent - n + k - 1 - before))
     if _is_small(g, kernel):
-        (dx,) = jax.linear_transpose(lambda x: _patches_conv(x, kernel, strides, pads), x)(g)
+        # The transpose adds up to k² terms: in float32, and rounded once.
+        exact = kernel.astype(jnp.promote_types(x.dtype, jnp.float32))
+        like_x = jax.ShapeDtypeStruct(x.shape, exact.dtype)
+        pull = jax.linear_transpose(lambda x: _patches_conv(x, exact, strides, pads), like_x)
+        dx = pull(g.astype(exact.dtype))[0].astype(x.dtype)
     else:
         flipped = kernel[::-1, ::-1].swapaxes(2, 3)
         dx = _lax_conv(g, flipped, (1, 1), pads_x, lhs_dilation=strides)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -45,10 +45,7 @@ def _count(jaxpr: Any) -> float:
             continue
         inner = [_count(called) for called in _called(parameters)]
         if name == "cond":
-            # Of a choice by platform, the cheapest is the plain one: others do more work to be
-            # faster.
-            by_platform = parameters.get("branches_platforms") is not None
-            total += (min if by_platform else max)(inner, default=0.0)
+            total += _of_branches(inner, parameters.get("branches_platforms"))
         elif name == "scan":
             total += parameters["length"] * sum(inner)
         elif name == "shard_map":
@@ -56,6 +53,18 @@ def _count(jaxpr: Any) -> float:
         else:
             total += sum(inner)
     return total
+
+
+def _of_branches(flops: list[float], platforms: Sequence[Any] | None) -> float:
+    """The largest count of a condition's branches, or the plain one's of a choice by platform.
+
+    A TPU's branch of its own is plain. Without one, the cheapest is: others do more work to be
+    faster.
+    """
+    if platforms is None:
+        return max(flops, default=0.0)
+    tpu = (flops[i] for i, names in enumerate(platforms) if "tpu" in (names or ()))
+    return next(tpu, min(flops))
 
 
 def _convolution(equation: Any) -> float:

@@ -77,6 +77,7 @@ def test_convolution_has_values_and_gradients_of_jax():
 def test_images_smaller_than_the_kernel_have_values_and_gradients_of_jax():
     kernels = [(3, 1, ((1, 1), (1, 1))), (3, 2, ((1, 1), (1, 1))), (3, 2, "SAME")]
     kernels += [(7, 2, ((3, 3), (3, 3))), (5, 1, ((1, 3), (4, 2)))]
+    kernels += [(3, 4, ((5, 0), (5, 0)))]  # of 1×1 pixels, only padding is seen
     assert_alike(
         {
             f"{size}, kernel {k}, stride {stride}, {pads}": convolutions(
@@ -89,13 +90,34 @@ def test_images_smaller_than_the_kernel_have_values_and_gradients_of_jax():
     )
 
 
-@pytest.mark.parametrize(("platform", "count"), [("cpu", 0), ("tpu", 1), ("cuda", 1)])
-def test_images_smaller_than_the_kernel_are_multiplied_on_cpu_only(platform, count):
-    conv = jax.jit(lambda x, w: conv_general_dilated(x, w, (1, 1), "SAME"))
-    traced = conv.trace(jnp.zeros((2, 2, 2, 4)), jnp.zeros((3, 3, 4, 8)))
+@pytest.mark.parametrize(("platform", "multiplied"), [("cpu", 2), ("tpu", 0), ("cuda", 0)])
+def test_images_smaller_than_the_kernel_are_multiplied_on_cpu_only(platform, multiplied):
+    def passes(x, w):
+        y, pull = jax.vjp(lambda x, w: conv_general_dilated(x, w, (1, 1), "SAME"), x, w)
+        return pull(y)
+
+    traced = jax.jit(passes).trace(jnp.zeros((2, 2, 2, 4)), jnp.zeros((3, 3, 4, 8)))
     text = traced.lower(lowering_platforms=(platform,)).as_text()
-    assert text.count("convolution(") == count
-    assert text.count("dot_general") == 1 - count
+    assert text.count("convolution(") == 3 - multiplied  # y, dx; the kernel's gradient is none
+    assert text.count("dot_general") == multiplied
+
+
+def test_gradient_of_small_images_in_bfloat16_is_rounded_once():
+    x, w, g = random_arrays((8, 2, 2, 64), (3, 3, 64, 16), (8, 2, 2, 16))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def dx(dtype):
+        arrays = [jnp.asarray(a, jnp.bfloat16).astype(dtype) for a in (x, w, g)]
+        conv = functools.partial(conv_general_dilated, strides=(1, 1), padding="SAME")
+        return jax.vjp(lambda x: conv(x, arrays[1]), arrays[0])[1](arrays[2])[0]
+
+    assert np.mean(dx("bfloat16") == dx("float32").astype("bfloat16")) > 0.99
+
+
+def test_image_smaller_than_an_unpadded_kernel_gives_no_pixels():
+    assert conv_general_dilated(
+        jnp.zeros((2, 1, 1, 3)), jnp.zeros((3, 3, 3, 4)), (1, 1), ((0, 0), (0, 0))
+    ).shape == (2, 0, 0, 4)
 
 
 def gradients(conv):

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from ssl_jax.config import Schedule, load_config
 from ssl_jax.data.pipeline import Prefetcher
 from ssl_jax.errors import UserError
 from ssl_jax.models import ViT
+from ssl_jax.models.conv import conv_general_dilated
 from ssl_jax.plan import plan
 from ssl_jax.plan.chips import parse_topology
 from ssl_jax.plan.flops import jaxpr_flops, model_flops, traced_flops
@@ -93,11 +95,18 @@ def test_flops_of_matrix_products_in_loops_and_on_all_devices():
     assert traced_flops(mapped, jnp.zeros((16, 3))) == 8 * 2 * 2 * 2 * 3
 
 
-def test_flops_of_a_platform_dependent_function_are_those_of_the_cheapest_branch():
-    def square(x):
-        return jax.lax.platform_dependent(x, cpu=lambda x: x @ x @ x, default=lambda x: x @ x)
+def test_flops_of_a_platform_dependent_function_are_those_of_the_plain_branch():
+    def square(x, **more):
+        branches = {"cpu": lambda x: x @ x @ x, "default": lambda x: x @ x, **more}
+        return jax.lax.platform_dependent(x, **branches)
 
-    assert traced_flops(square, jnp.zeros((4, 4))) == 2 * 4**3
+    x = jnp.zeros((4, 4))
+    assert traced_flops(square, x) == 2 * 4**3
+    of_tpu = functools.partial(square, tpu=lambda x: x @ x @ x @ x)
+    assert traced_flops(of_tpu, x) == 3 * 2 * 4**3
+    # A CPU leaves out what meets only padding.
+    conv = functools.partial(conv_general_dilated, strides=(1, 1), padding="SAME")
+    assert traced_flops(conv, jnp.zeros((1, 1, 1, 4)), jnp.zeros((3, 3, 4, 5))) == 2 * 9 * 4 * 5
 
 
 def test_resnet_50_takes_24_5_gflop_per_view():
