@@ -1,4 +1,6 @@
-"""Draws what a run with labels comes to: python docs/result.py runs/quickstart docs/images/quickstart.png.
+"""Draws what a run with labels comes to.
+
+    python docs/result.py runs/quickstart docs/images/quickstart.png
 
 From the run's own evaluation and pictures: accuracies of the frozen features beside raw pixels and
 the untrained network, and held-out images with the training images whose features are nearest.
