@@ -110,23 +110,57 @@ def _is_small(x: Images, kernel: Kernel) -> bool:
 
 
 def _patches_conv(x: Images, kernel: Kernel, strides: tuple[int, ...], pads: Pads) -> Images:
-    """A convolution as one product of matrices, without rows and columns that meet only padding."""
+    """A convolution as one product of matrices."""
+    taps, spans = _taps(x, kernel, strides, pads)
+    return _patches(x, taps, spans, strides, pads) @ _matrix(kernel, taps)
+
+
+def _patches_gradient(
+    x: Images, kernel: Kernel, strides: tuple[int, ...], pads: Pads, g: Images
+) -> Images:
+    """Computes dx as the transpose of `_patches_conv`."""
+    taps, spans = _taps(x, kernel, strides, pads)
+    # A pixel's terms are added before they are rounded to the dtype of x.
+    exact = jnp.promote_types(x.dtype, jnp.float32)
+    terms = jnp.matmul(g, _matrix(kernel, taps).T, preferred_element_type=exact)
+    pull = jax.linear_transpose(
+        lambda x: _patches(x, taps, spans, strides, pads), jax.ShapeDtypeStruct(x.shape, exact)
+    )
+    dx: Images = pull(terms)[0].astype(x.dtype)
+    return dx
+
+
+def _taps(
+    x: Images, kernel: Kernel, strides: tuple[int, ...], pads: Pads
+) -> tuple[list[range], list[int]]:
+    """The kernel's rows and columns that meet more than padding, and the last window's offsets."""
     taps, spans = [], []
     shapes = (x.shape[1:3], kernel.shape[:2], strides, pads)
     for n, k, stride, (before, after) in zip(*shapes, strict=True):
-        span = (before + n + after - k) // stride * stride  # from the first window to the last
-        taps.append(slice(max(0, before - span), min(k, before + n)))
+        span = (before + n + after - k) // stride * stride
+        first = min(max(0, before - span), k - 1)
+        taps.append(range(first, max(min(k, before + n), first + 1)))
         spans.append(span)
+    return taps, spans
+
+
+def _patches(
+    x: Images, taps: list[range], spans: list[int], strides: tuple[int, ...], pads: Pads
+) -> Images:
+    """The pixels that each output sees, as channels."""
     padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*p, 0) for p in pads), (0, 0, 0)])
-    rows, columns = (range(part.start, part.stop) for part in taps)
+    rows, columns = taps
     patches = [
         padded[:, i : i + spans[0] + 1 : strides[0], j : j + spans[1] + 1 : strides[1]]
         for i in rows
         for j in columns
     ]
-    if not patches:
-        return _lax_conv(x, kernel, strides, pads)
-    return jnp.concatenate(patches, -1) @ kernel[*taps].reshape(-1, kernel.shape[-1])
+    return jnp.concatenate(patches, -1)
+
+
+def _matrix(kernel: Kernel, taps: list[range]) -> Float[Array, "_seen _out"]:
+    rows, columns = (slice(part.start, part.stop) for part in taps)
+    return kernel[rows, columns].reshape(-1, kernel.shape[-1])
 
 
 def _is_stem(x: Images, strides: tuple[int, ...]) -> bool:
@@ -193,11 +227,7 @@ def _conv_gradients(
         pads_x.append((k - 1 - before, n + before - extent))
         pads_kernel.append((before, extent - n + k - 1 - before))
     if _is_small(g, kernel):
-        # The transpose adds up to k² terms: in float32, and rounded once.
-        exact = kernel.astype(jnp.promote_types(x.dtype, jnp.float32))
-        like_x = jax.ShapeDtypeStruct(x.shape, exact.dtype)
-        pull = jax.linear_transpose(lambda x: _patches_conv(x, exact, strides, pads), like_x)
-        dx = pull(g.astype(exact.dtype))[0].astype(x.dtype)
+        dx = _patches_gradient(x, kernel, strides, pads, g)
     else:
         flipped = kernel[::-1, ::-1].swapaxes(2, 3)
         dx = _lax_conv(g, flipped, (1, 1), pads_x, lhs_dilation=strides)
