@@ -22,14 +22,8 @@ from typing import Any
 from classifier import seconds_of
 from markdown_table import print_table
 
-STAGES = (
-    (64, 32),
-    (128, 16),
-    (256, 8),
-    (512, 4),
-    (256, 2),
-    (512, 1),
-)  # channels, and side of the images in pixels
+# Channels, and side of the images in pixels.
+STAGES = ((64, 32), (128, 16), (256, 8), (512, 4), (256, 2), (512, 1))
 CALLS = 7
 
 

@@ -25,6 +25,7 @@ g, dx is the transpose of this product.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -111,56 +112,51 @@ def _is_small(x: Images, kernel: Kernel) -> bool:
 
 def _patches_conv(x: Images, kernel: Kernel, strides: tuple[int, ...], pads: Pads) -> Images:
     """A convolution as one product of matrices."""
-    taps, spans = _taps(x, kernel, strides, pads)
-    return _patches(x, taps, spans, strides, pads) @ _matrix(kernel, taps)
+    patches, weights = _as_product(x, kernel, strides, pads)
+    result: Images = patches(x) @ weights
+    return result
 
 
 def _patches_gradient(
     x: Images, kernel: Kernel, strides: tuple[int, ...], pads: Pads, g: Images
 ) -> Images:
     """Computes dx as the transpose of `_patches_conv`."""
-    taps, spans = _taps(x, kernel, strides, pads)
+    patches, weights = _as_product(x, kernel, strides, pads)
     # A pixel's terms are added before they are rounded to the dtype of x.
     exact = jnp.promote_types(x.dtype, jnp.float32)
-    terms = jnp.matmul(g, _matrix(kernel, taps).T, preferred_element_type=exact)
-    pull = jax.linear_transpose(
-        lambda x: _patches(x, taps, spans, strides, pads), jax.ShapeDtypeStruct(x.shape, exact)
-    )
+    terms = jnp.matmul(g, weights.T, preferred_element_type=exact)
+    pull = jax.linear_transpose(patches, jax.ShapeDtypeStruct(x.shape, exact))
     dx: Images = pull(terms)[0].astype(x.dtype)
     return dx
 
 
-def _taps(
+def _as_product(
     x: Images, kernel: Kernel, strides: tuple[int, ...], pads: Pads
-) -> tuple[list[range], list[int]]:
-    """The kernel's rows and columns that meet more than padding, and the last window's offsets."""
-    taps, spans = [], []
+) -> tuple[Callable[[Images], Images], Float[Array, "_seen _out"]]:
+    """The factors of `_patches_conv`: what an output sees, as channels, and the kernel's weights.
+
+    Rows and columns of the kernel that meet only padding are left out.
+    """
+    taps, spans = [], []  # of the kernel; from the first window to the last
     shapes = (x.shape[1:3], kernel.shape[:2], strides, pads)
     for n, k, stride, (before, after) in zip(*shapes, strict=True):
         span = (before + n + after - k) // stride * stride
         first = min(max(0, before - span), k - 1)
-        taps.append(range(first, max(min(k, before + n), first + 1)))
+        taps.append(slice(first, max(min(k, before + n), first + 1)))
         spans.append(span)
-    return taps, spans
+    rows, columns = (range(part.start, part.stop) for part in taps)
 
+    def patches(x: Images) -> Images:
+        edges = [(0, 0, 0), *((*p, 0) for p in pads), (0, 0, 0)]
+        padded = lax.pad(x, jnp.zeros((), x.dtype), edges)
+        seen = [
+            padded[:, i : i + spans[0] + 1 : strides[0], j : j + spans[1] + 1 : strides[1]]
+            for i in rows
+            for j in columns
+        ]
+        return jnp.concatenate(seen, -1)
 
-def _patches(
-    x: Images, taps: list[range], spans: list[int], strides: tuple[int, ...], pads: Pads
-) -> Images:
-    """The pixels that each output sees, as channels."""
-    padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*p, 0) for p in pads), (0, 0, 0)])
-    rows, columns = taps
-    patches = [
-        padded[:, i : i + spans[0] + 1 : strides[0], j : j + spans[1] + 1 : strides[1]]
-        for i in rows
-        for j in columns
-    ]
-    return jnp.concatenate(patches, -1)
-
-
-def _matrix(kernel: Kernel, taps: list[range]) -> Float[Array, "_seen _out"]:
-    rows, columns = (slice(part.start, part.stop) for part in taps)
-    return kernel[rows, columns].reshape(-1, kernel.shape[-1])
+    return patches, kernel[taps[0], taps[1]].reshape(-1, kernel.shape[-1])
 
 
 def _is_stem(x: Images, strides: tuple[int, ...]) -> bool:
