@@ -14,14 +14,14 @@ import argparse
 import json
 import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 from markdown_table import markdown
+from runs import pretrain
 
 from ssl_jax.diagnostics import CollapseDetector
 from ssl_jax.evals.intervals import mean_interval
+from ssl_jax.evals.results import LAST_FILE
 from ssl_jax.run.log import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -44,17 +44,14 @@ COLUMNS = (
 
 def run(name: str, group: str, args: argparse.Namespace) -> None:
     """Trains and evaluates one ablation, or resumes."""
-    command = [sys.executable, str(ROOT / "run_pretrain.py"), f"--config={FILE}:{name}"]
-    command += [f"--workdir={args.out / name}", *args.changes]
-    environment = dict(os.environ)
+    arguments = [f"--config={FILE}:{name}", *args.changes]
+    environment = {}
     if group == "augmentation":
-        command += [f"--config.data.dir={args.train}", f"--config.data.test_dir={args.test}"]
+        arguments += [f"--config.data.dir={args.train}", f"--config.data.test_dir={args.test}"]
     if group == "shuffle":
-        environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {DEVICES}"
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}"
         environment["JAX_PLATFORMS"] = "cpu"
-    print("$", *command, flush=True)
-    if subprocess.run(command, env=environment).returncode:
-        sys.exit(f"{name} failed. See the output above.")
+    pretrain(args.out / name, arguments, environment)
 
 
 def cells(name: str, workdir: Path) -> list[str]:
@@ -90,7 +87,7 @@ def table(group: str, out: Path) -> str:
         runs[name] = out / folder
     rows = []
     for name, workdir in sorted(runs.items(), key=lambda item: _order(item[0])):
-        if (workdir / "report_images.npz").exists():
+        if (workdir / LAST_FILE).exists():
             rows.append(cells(name, workdir))
     return markdown(COLUMNS, rows)
 

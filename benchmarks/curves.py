@@ -23,14 +23,12 @@ ssl_jax's runs are made. The peer's environment:
 import argparse
 import json
 import os
-import signal
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import runs
 from curves_picture import Panel, draw
 from markdown_table import markdown
 from setting import config_changes, require_setting
@@ -57,12 +55,11 @@ Found = dict[str, dict[str, dict[int, list[Line]]]]
 
 def run_ssl_jax(method: str, seed: int, workdir: Path, args: argparse.Namespace) -> list[Line]:
     """Trains with ssl_jax, or resumes; returns a record per epoch."""
-    command = [sys.executable, str(ROOT / "run_pretrain.py"), f"--workdir={workdir}"]
-    command.append(f"--config={ROOT / 'configs' / f'{method}_cifar10.py'}:lightly")
     changes = [*SETTING, *MORE.get(method, ()), f"seed={seed}", f"batch_size={args.batch}"]
     changes += [f"epochs={args.epochs}.0", f"eval.knn_every_epochs={args.epochs // PARTS}.0"]
     changes += [f"data.dir={args.train}", f"data.test_dir={args.test}", *args.changes]
-    execute([*command, *(f"--config.{change}" for change in changes)])
+    config = f"--config={ROOT / 'configs' / f'{method}_cifar10.py'}:lightly"
+    runs.pretrain(workdir, [config, *(f"--config.{change}" for change in changes)])
     return ssl_jax_lines(workdir, method, args.epochs, args.batch)
 
 
@@ -95,7 +92,7 @@ def run_lightly(method: str, seed: int, workdir: Path, args: argparse.Namespace)
     command += [f"--train={args.train}", f"--test={args.test}", f"--method={method}"]
     command += [f"--seed={seed}", f"--epochs={args.epochs}", f"--every={args.epochs // PARTS}"]
     command += [f"--batch={args.batch}", f"--workers={args.peer_workers}"]
-    execute(command)
+    runs.execute(command)
     return lightly_lines(workdir, method, args)
 
 
@@ -115,19 +112,6 @@ def lightly_lines(workdir: Path, method: str, args: argparse.Namespace) -> list[
     return lines
 
 
-def execute(command: list[str]) -> None:
-    """Runs a command to its end; it ends with this process."""
-    print("$", *command, file=sys.stderr, flush=True)
-    process = subprocess.Popen(command)
-    try:
-        code = process.wait()
-    finally:
-        process.terminate()
-        process.wait()
-    if code:
-        sys.exit(f"The command ended with exit code {code}. See the output above.")
-
-
 def read_results(workdir: Path, methods: list[str]) -> Found:
     """Reads the records of all finished runs, of any seed."""
     found: Found = {}
@@ -142,8 +126,8 @@ def read_results(workdir: Path, methods: list[str]) -> Found:
 
 def table(found: Found) -> str:
     """Formats finished runs as a Markdown table: means and 95 % intervals over seeds."""
-    runs = [lines for sides in found.values() for side in sides.values() for lines in side.values()]
-    epochs = sorted({int(line["epoch"]) for lines in runs for line in lines if "knn" in line})
+    each = [lines for sides in found.values() for side in sides.values() for lines in side.values()]
+    epochs = sorted({int(line["epoch"]) for lines in each for line in lines if "knn" in line})
     names = ["", "", "seeds", *(f"kNN, epoch {epoch}" for epoch in epochs)]
     header = [*names, "over lightly", "last loss", "minutes", "images/s"]
     rows = []
@@ -259,14 +243,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Makes the missing runs in alternation; prints the table."""
     args = parse_arguments(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the command in `execute` ends
     source, args.test = args.train.resolve(), args.test.resolve()
     setting = {"train": str(source), "test": str(args.test), "images": args.images}
     setting |= {"epochs": args.epochs, "batch": args.batch, "changes": args.changes}
     require_setting(args.workdir / "setting.json", setting)
     args.train = (args.workdir / "train.npz").resolve()
     first_of_each_class(source, args.images, args.train)
-    runs = {"ssl_jax": run_ssl_jax, "lightly": run_lightly}
+    train = {"ssl_jax": run_ssl_jax, "lightly": run_lightly}
     sides = SIDES if args.peer_python else SIDES[:1]
     for seed in range(args.seeds):
         for method in args.methods:
@@ -274,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
                 name = f"{method}_{seed}_{side}"
                 file = args.workdir / f"{name}.jsonl"
                 if not file.exists():
-                    write_lines(file, runs[side](method, seed, args.workdir / name, args))
+                    write_lines(file, train[side](method, seed, args.workdir / name, args))
                     for features in (args.workdir / name).glob("features_*.npz"):
                         features.unlink()
                     report(args.workdir, args.methods)

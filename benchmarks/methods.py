@@ -14,16 +14,15 @@ Config keys are set in all runs.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import runs
 from markdown_table import markdown
 from setting import config_changes, require_setting
 
 from ssl_jax.evals.intervals import mean_interval
-from ssl_jax.evals.results import ONLINE
+from ssl_jax.evals.results import LAST_FILE, ONLINE
 from ssl_jax.run.log import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -51,15 +50,12 @@ COLUMNS = (
 
 def run(method: str, args: argparse.Namespace, workdir: Path) -> None:
     """Trains and evaluates one method, or resumes."""
-    config = f"{ROOT / 'configs' / f'{method}_{args.data}.py'}"
-    command = [sys.executable, str(ROOT / "run_pretrain.py"), f"--workdir={workdir}"]
+    config = f"--config={ROOT / 'configs' / f'{method}_{args.data}.py'}"
     if args.data == "cifar10":
-        command += [f"--config.data.dir={args.train}", f"--config.data.test_dir={args.test}"]
-        config += ":cpu"
-    command += [f"--config={config}", *args.changes]
-    print("$", *command, flush=True)
-    if subprocess.run(command).returncode:
-        sys.exit(f"{method} failed. See the output above.")
+        data = [f"--config.data.dir={args.train}", f"--config.data.test_dir={args.test}"]
+        runs.pretrain(workdir, [f"{config}:cpu", *data, *args.changes])
+    else:
+        runs.pretrain(workdir, [config, *args.changes])
 
 
 def accuracies(row: dict, baselines: list[dict]) -> list[str]:
@@ -127,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     require_setting(args.workdir / f"{args.data}.json", setting)
     workdirs = {name: args.workdir / f"{name}_{args.data}" for name in args.methods.split(",")}
     for method, workdir in workdirs.items():
-        if not (workdir / "evaluation.json").exists():
+        if not (workdir / LAST_FILE).exists():
             run(method, args, workdir)
     text = table(workdirs)
     (args.workdir / f"{args.data}.md").write_text(text + "\n")

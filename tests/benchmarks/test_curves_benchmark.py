@@ -11,6 +11,7 @@ from images import packed_colors
 from PIL import Image
 
 from ssl_jax.config import load_config
+from ssl_jax.evals.results import LAST_FILE
 
 EPOCHS, STEPS, BATCH = 5, 2, 16
 
@@ -47,6 +48,7 @@ def pretend_ssl_jax(command):
         if step % STEPS == 0:
             records.append({"step": step, "knn": 0.5 + config.seed / 10, "rankme": 3.0})
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records))
+    (workdir / LAST_FILE).touch()
     return f"ssl_jax {config.method} {config.seed}"
 
 
@@ -77,11 +79,11 @@ def pictures():
 def run(benchmark, packed, pictures, tmp_path, monkeypatch, capsys):
     made = []
 
-    def execute(command):
+    def execute(command, environment=None):
         pretend = pretend_lightly if command[0] == "peer" else pretend_ssl_jax
         made.append(pretend(command))
 
-    monkeypatch.setattr(benchmark, "execute", execute)
+    monkeypatch.setattr(benchmark.runs, "execute", execute)
     monkeypatch.setattr(benchmark, "draw", lambda *drawn: pictures.append(drawn))
 
     def run(*more):
@@ -130,7 +132,21 @@ def test_table_has_means_with_intervals_over_seeds(run):
     assert peer == f"| BYOL | lightly | 2 |{' 90.0 ± 0.0 |' * 5}  | 0.750 ± 0.000 | 0.3 | 8 |"
 
 
-def test_invalid_arguments_and_failing_commands_end_the_benchmark(benchmark, packed, capsys):
+def test_record_of_a_stopped_run_is_not_written(benchmark, packed, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def stopped(command, environment=None):
+        pretend_ssl_jax(command)
+        (out / "byol_0_ssl_jax" / LAST_FILE).unlink()
+
+    monkeypatch.setattr(benchmark.runs, "execute", stopped)
+    words = [f"--workdir={out}", f"--epochs={EPOCHS}", f"--batch={BATCH}", "--images=32"]
+    with pytest.raises(SystemExit, match="byol_0_ssl_jax was stopped"):
+        benchmark.main([*packed, *words, "--methods=byol", "--seeds=1"])
+    assert not list(out.glob("*.jsonl"))
+
+
+def test_invalid_arguments_end_the_benchmark(benchmark, packed, capsys):
     for wrong, expected in {
         "--epochs=7": "not a multiple of 5",
         "--methods=dino": "--methods: dino",
@@ -139,8 +155,6 @@ def test_invalid_arguments_and_failing_commands_end_the_benchmark(benchmark, pac
         with pytest.raises(SystemExit):
             benchmark.parse_arguments([*packed, wrong])
         assert expected in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="exit code 3"):
-        benchmark.execute([sys.executable, "-c", "raise SystemExit(3)"])
 
 
 def test_picture_of_a_run_has_a_row_per_metric(benchmark, tmp_path, monkeypatch):

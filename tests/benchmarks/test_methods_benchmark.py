@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import subprocess
-from types import SimpleNamespace
 
 import pytest
 
@@ -39,13 +37,13 @@ def test_table_compares_each_run_with_its_own_baselines(tmp_path):
 
 def test_config_keys_are_set_in_all_runs(tmp_path, monkeypatch, capsys):
     commands = []
+    benchmark = importlib.import_module("methods")
+    main = benchmark.main
 
-    def run(command):
-        commands.append(command)
-        return SimpleNamespace(returncode=0)
+    def pretrain(workdir, arguments):
+        commands.append([workdir, *arguments])
 
-    monkeypatch.setattr(subprocess, "run", run)
-    main = importlib.import_module("methods").main
+    monkeypatch.setattr(benchmark.runs, "pretrain", pretrain)
     more = [f"--workdir={tmp_path}", "--methods=byol,moco"]
     main([*more, "--config.epochs=100.0"])
     assert [command[-1] for command in commands] == ["--config.epochs=100.0"] * 2
