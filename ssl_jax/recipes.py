@@ -257,7 +257,8 @@ def solo_cifar10_config(
 ) -> ConfigDict:
     """Settings of solo-learn's CIFAR-10 scripts: batch 256, 1,000 epochs, warmup 10, cosine.
 
-    Its stem pads two pixels, giving 34×34 maps; its warmup ends at the peak. Differences: bfloat16
+    Its stem pads two pixels, giving 34×34 maps, and is initialized unlike the other convolutions;
+    its warmup ends at the peak. Differences: bfloat16
     (--config.dtype=float32 turns it off); running variances without PyTorch's factor n/(n - 1),
     as in `lightly_cifar10_config`.
 

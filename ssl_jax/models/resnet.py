@@ -91,8 +91,8 @@ class ResNet(nn.Module):
         shortcut of ResNet-D (He et al., 2018, arXiv:1812.01187).
       stem: "imagenet" is a 7×7 convolution with stride 2 (ResNet-D: three 3×3) and a 3×3 max pool
         with stride 2; "cifar" is one 3×3 convolution without stride or pool, also with `sk`. Two
-        libraries differ: "cifar_pad2" pads two pixels (solo-learn), "cifar_no_relu" has no ReLU
-        (lightly's benchmarks).
+        libraries differ: "cifar_pad2" pads two pixels and starts as PyTorch's default (solo-learn),
+        "cifar_no_relu" has no ReLU (lightly's benchmarks).
       padding: "symmetric" as in PyTorch; "same" as in TensorFlow (BYOL), which pads strided layers
         less or not at all on the left and top; "simclr" is "same" for the max pool only.
       project_first: project the shortcut of the first block also where its shape doesn't change, at
@@ -200,9 +200,11 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Computes the input of the first block from images."""
-        small = self.kind.startswith("cifar")
+        small, conv = self.kind.startswith("cifar"), self.conv
         if self.kind == "cifar_pad2":
             x = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])  # the convolution pads the other pixel
+            # solo-learn puts it into torchvision's network, which has been initialized by then.
+            conv = functools.partial(conv, kernel_init=KERNEL_INITS["torch"])
         if small:
             layers = [(self.filters, 3, 1)]
         elif self.deep:
@@ -210,7 +212,7 @@ class Stem(nn.Module):
         else:
             layers = [(self.filters, 7, 2)]
         for i, (filters, size, stride) in enumerate(layers, start=1):
-            x = self.conv(filters, size, stride, name=f"conv{i}")(x)
+            x = conv(filters, size, stride, name=f"conv{i}")(x)
             x = self.norm(name=f"bn{i}")(x)
             x = x if self.kind == "cifar_no_relu" else nn.relu(x)
         return x if small else max_pool(x, _pads(3, self.pool_padding))

@@ -445,6 +445,19 @@ def test_conv_init_has_the_right_scale(name, std):
     np.testing.assert_allclose(kernel.mean(), 0, atol=0.02 * std)
 
 
+def test_solo_learns_stem_starts_as_torchs_default():
+    """Its conv1 takes the place of torchvision's, whose kernels are scaled by the fan-out."""
+    model = ResNet(18, stem="cifar_pad2", conv_init="fan_out_normal")
+    key, image = jax.random.key(0), jnp.zeros((1, 8, 8, 3))
+    variables = jax.jit(
+        lambda: model.init({"params": key}, image, train=False)["params"]["stem"]["conv1"]
+    )()
+    kernel = variables["kernel"]
+    assert kernel.shape == (3, 3, 3, 64)
+    np.testing.assert_allclose(kernel.std(), 81**-0.5, rtol=0.05)
+    assert np.abs(kernel).max() <= 27**-0.5  # uniform
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
