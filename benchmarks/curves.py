@@ -147,8 +147,11 @@ def table(found: Found) -> str:
 
 
 def median_rate(lines: list[Line]) -> float:
-    """Images per second of the median epoch, which a pause of the machine doesn't change."""
-    return statistics.median(line["images"] / line["seconds"] for line in lines)
+    """Images per second of the median epoch, which a pause of the machine doesn't change.
+
+    An epoch of a single step may have no time: that of a run's first step is not recorded.
+    """
+    return statistics.median(line["images"] / line["seconds"] for line in lines if line["seconds"])
 
 
 def interval(values: Sequence[float], digits: int = 1) -> str:

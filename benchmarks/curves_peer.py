@@ -325,6 +325,7 @@ class Run:
     def __init__(self, args: argparse.Namespace, images: np.ndarray):
         """Starts from the seed, or from the saved state."""
         torch.manual_seed(args.seed)
+        np.random.seed(args.seed)  # solarization and blur, if no other processes make the views
         self.method = METHODS[args.method](args.width)
         self.optimizer = self.method.optimizer(args.batch)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, args.epochs)
@@ -353,6 +354,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "random": torch.get_rng_state(),
+            "numpy_random": numpy_state(),
             "lines": self.lines,
         }
         part = self.file.with_suffix(".part")
@@ -367,6 +369,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["random"])
+        set_numpy_state(state["numpy_random"])
         self.lines = state["lines"]
 
     def epoch(self) -> dict[str, float]:
@@ -393,6 +396,18 @@ class Run:
             self.lines.append(self.epoch())
             yield self.lines[-1]
             self.save()
+
+
+def numpy_state() -> tuple[str, Tensor, int, int, float]:
+    """The state of NumPy's global generator, of types that `torch.load` takes."""
+    name, keys, *rest = np.random.get_state()
+    return name, torch.from_numpy(keys.astype(np.int64)), *rest
+
+
+def set_numpy_state(state: tuple[str, Tensor, int, int, float]) -> None:
+    """Restores the state of NumPy's global generator."""
+    name, keys, *rest = state
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
 
 
 def write_lines(file: Path, lines: list[dict[str, float]]) -> None:

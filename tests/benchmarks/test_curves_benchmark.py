@@ -146,6 +146,14 @@ def test_record_of_a_stopped_run_is_not_written(benchmark, packed, tmp_path, mon
     assert not list(out.glob("*.jsonl"))
 
 
+def test_epochs_without_a_time_have_no_rate(benchmark):
+    """Epochs of a single step: the first step of a run has no time."""
+    lines = [{"epoch": 1, "loss": 1.0, "seconds": 0.0, "images": 0, "knn": 0.5}]
+    lines += [{"epoch": 2, "loss": 1.0, "seconds": 2.0, "images": 16, "knn": 0.5}]
+    table = benchmark.table({"simclr": {"ssl_jax": {0: lines}}})
+    assert table.endswith("| 1.000 | 0.0 | 8 |")
+
+
 def test_invalid_arguments_end_the_benchmark(benchmark, packed, capsys):
     for wrong, expected in {
         "--epochs=7": "not a multiple of 5",
