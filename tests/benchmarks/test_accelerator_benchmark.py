@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,12 @@ def test_run_stopped_before_its_first_record_has_a_row(benchmark, tmp_path):
     assert "| moco | 0 |" in results and "| simclr | 20 | 63.6 |  | 0.3 |" in results
 
 
+def test_cifar10_is_skipped_without_its_files(benchmark, run, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "measure", lambda *_: "already done")
+    code, printed, _ = run(f"--out={tmp_path}")
+    assert code == 0 and "cifar_byol: skipped: requires --train and --test" in printed
+
+
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     """Arguments for 16 training and 16 test images of CIFAR's size, in two classes."""
@@ -101,9 +108,40 @@ def packed(tmp_path_factory):
 
 
 @pytest.mark.long
+def test_cifar10_run_stops_when_the_time_is_up_and_resumes(
+    benchmark, run, packed, tmp_path, monkeypatch
+):
+    workdir = tmp_path / "out" / "cifar_simclr"
+    monkeypatch.setattr(benchmark, "SHORT", (*benchmark.SHORT, "--config.epochs=400"))
+    benchmark.SHORT += ("--config.log_every=1", "--config.eval.knn_every_epochs=400")
+
+    class Popen(subprocess.Popen):
+        """A program whose time is up once the run has a record."""
+
+        def wait(self, timeout=None):
+            metrics = workdir / "metrics.jsonl"
+            while timeout != benchmark.SAVING_S and self.poll() is None:
+                if metrics.exists() and metrics.read_text().count("\n") > 2:
+                    raise subprocess.TimeoutExpired("run_pretrain.py", timeout)
+                time.sleep(0.01)
+            return super().wait(timeout)
+
+    words = (f"--out={tmp_path / 'out'}", *packed, "--only=cifar_simclr", "--budget-minutes=9")
+    with monkeypatch.context() as patched:
+        patched.setattr(benchmark.subprocess, "Popen", Popen)
+        code, printed, _ = run(*words)
+    assert code == 3 and "cifar_simclr: stopped, resumes next time" in printed
+    (checkpoint,) = (workdir / "checkpoints").glob("[0-9]*")
+    code, printed, _ = run(*words)
+    assert code == 0 and "cifar_simclr: done" in printed
+    log = (tmp_path / "out" / "cifar_simclr.log").read_text()
+    assert f"Resuming from step {checkpoint.name} of 400" in log
+
+
+@pytest.mark.long
 def test_all_steps_run_once_and_fill_the_table(run, packed, tmp_path):
     out = f"--out={tmp_path}"
-    code, printed, _ = run(out, *packed, "--minutes=30")
+    code, printed, _ = run(out, *packed, "--budget-minutes=30")
     assert code == 0, [file.read_text()[-2000:] for file in tmp_path.glob("*.log")]
     *steps, path = printed.splitlines()
     assert len(steps) == 16 and all(line.endswith(": done") for line in steps)
@@ -116,5 +154,5 @@ def test_all_steps_run_once_and_fill_the_table(run, packed, tmp_path):
     done = subprocess.run([*command, "--only=cached"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "cached: already done" in done.stdout, done.stderr
     (tmp_path / "sweep.json").unlink()
-    code, printed, _ = run(out, "--only=sweep", "--minutes=0.1")
+    code, printed, _ = run(out, "--only=sweep", "--budget-minutes=0.1")
     assert code == 3 and "sweep: left for the next run" in printed
