@@ -583,6 +583,14 @@ def test_result_of_a_run_can_be_drawn(here, tmp_path):
     with Image.open(out) as image:
         assert len(image.getcolors()) > 10
     assert out.stat().st_size < 150_000
+    # A run that evaluates its target has a row of the online network, too.
+    run = tmp_path / "run"
+    shutil.copytree(here / "runs" / "quickstart", run)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["rows"].insert(2, evaluation["rows"][0])
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    runpy.run_path(str(DOCS / "result.py"))["main"](run, tmp_path / "same.png")
+    assert (tmp_path / "same.png").read_bytes() == out.read_bytes()
 
 
 @LONG
