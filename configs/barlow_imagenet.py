@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 2048
     config.epochs = 1000.0
     config.views = barlow_views()
-    config.model.update(conv_init="fan_out_normal")
+    config.model.update(conv_init="fan_out_normal", bn_unbiased=True)
     config.barlow.loss_scale = 1 / 32
     config.optim.update(name="lars_byol", lr=0.2, norm_bias_lr=0.0048, weight_decay=1e-6)
     config.optim.final_lr = 0.0016  # a thousandth of the peak at this batch size

@@ -42,6 +42,7 @@ def resnet50() -> ConfigDict:
     config.batch_size = 512
     config.views = dino_views(areas=((0.14, 1.0), (0.05, 0.14)))
     config.model.update(conv_init="fan_out_normal", zero_init_residual=False)
+    config.model.bn_unbiased = True
     config.optim.update(name="sgd", lr=0.03, weight_decay=1e-4, final_lr=1e-6)
     return config
 

@@ -19,6 +19,7 @@ def get_config(variant: str = "v2") -> ConfigDict:
     config.epochs = 200.0
     config.views = {"v1": moco_v1_views, "v2": moco_v2_views}[variant]()
     config.model.update(conv_init="fan_out_normal", zero_init_residual=False, bn_group_size=1)
+    config.model.bn_unbiased = True
     config.optim.update(
         name="sgd",
         lr=0.03,

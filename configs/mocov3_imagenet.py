@@ -26,6 +26,7 @@ def get_config(variant: str = "1000") -> ConfigDict:
     config = imagenet_config("bilinear")
     config.method = "mocov3"
     config.batch_size = 4096
+    config.model.bn_unbiased = True
     if variant in WIDTHS:
         config.epochs = 300.0
         config.views = mocov3_views(smallest=0.08)

@@ -24,7 +24,7 @@ def paper() -> ConfigDict:
     config.batch_size = 512
     config.epochs = 800.0
     config.views = moco_v2_views(size=32, blur=False)
-    config.model.conv_init = "torch"
+    config.model.update(conv_init="torch", bn_unbiased=True)
     config.simsiam.update(layers=2, hidden=2048)
     config.optim.update(name="sgd", lr=0.03, weight_decay=5e-4, decay_norm_bias=True)
     config.optim.update(warmup_epochs=0.0, per_epoch=True)

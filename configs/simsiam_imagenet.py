@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.method = "simsiam"
     config.batch_size = 512
     config.views = moco_v2_views()
-    config.model.update(conv_init="torch")
+    config.model.update(conv_init="torch", bn_unbiased=True)
     config.optim.update(
         name="sgd",
         lr=0.05,

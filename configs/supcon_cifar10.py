@@ -21,6 +21,7 @@ def official() -> ConfigDict:
     config.epochs = 1000.0
     config.views = supcontrast_views()
     config.model.update(depth=50, conv_init="fan_out_normal", zero_init_residual=False)
+    config.model.bn_unbiased = True
     config.optim.update(name="sgd", lr=0.5, lr_scaling="none", final_lr=5e-4)
     config.optim.update(weight_decay=1e-4, decay_norm_bias=True, warmup_start=0.01)
     return config

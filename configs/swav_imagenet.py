@@ -21,6 +21,7 @@ def get_config(variant: str = "4096") -> ConfigDict:
     config.batch_size = int(variant)
     config.views = swav_views()
     config.model.update(conv_init="fan_out_normal", zero_init_residual=False)
+    config.model.bn_unbiased = True
     config.optim.update(name="larc", lr_scaling="none", weight_decay=1e-6)
     if variant == "256":
         config.epochs = 200.0

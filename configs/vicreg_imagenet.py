@@ -21,7 +21,7 @@ def get_config(variant: str = "1000") -> ConfigDict:
     config.batch_size, lr = RECIPES[variant]
     config.epochs = float(variant)
     config.views = barlow_views()
-    config.model.update(conv_init="fan_out_normal")
+    config.model.update(conv_init="fan_out_normal", bn_unbiased=True)
     config.optim.update(name="lars_byol", lr=lr, weight_decay=1e-6)
     # A thousandth of the peak; `final_lr` isn't scaled by the batch.
     config.optim.final_lr = 1e-3 * lr * config.batch_size / 256

@@ -224,10 +224,8 @@ def lightly_cifar10_config(
 
     Its variants are --config.batch_size=128 (with --config.moco.queue=4096) and
     --config.epochs=800. The cosine schedule moves once per epoch, without warmup. The network is
-    lightly's, whose first layer has no ReLU. Differences: bfloat16 (--config.dtype=float32 turns it
-    off), which changed kNN of the SimCLR runs of docs/curves.md by -0.2 ± 0.7 points (three seeds);
-    running variances without PyTorch's factor n/(n - 1), which evaluations use: with it, kNN of two
-    of these runs changed by 0.03 and 0.00 points.
+    lightly's, whose first layer has no ReLU. Difference: bfloat16 (--config.dtype=float32 turns it
+    off), which changed kNN of the SimCLR runs of docs/curves.md by -0.2 ± 0.7 points (three seeds).
 
     Args:
       smallest: smallest crop, as a share of the image; the default is that of SimCLR and MoCo.
@@ -247,7 +245,7 @@ def lightly_cifar10_config(
     config.views = {"view1": one, "view2": one.copy_and_resolve_references()}
     config.views.view2.solarize.prob = solarize
     config.model.update(stem="cifar_no_relu", conv_init="torch", zero_init_residual=False)
-    config.model.head_init = "torch"
+    config.model.update(head_init="torch", bn_unbiased=True)
     config.optim.update(name="sgd", lr=0.12, weight_decay=5e-4, decay_norm_bias=True)
     config.optim.update(warmup_epochs=0.0, per_epoch=True)
     return config
@@ -259,9 +257,7 @@ def solo_cifar10_config(
     """Settings of solo-learn's CIFAR-10 scripts: batch 256, 1,000 epochs, warmup 10, cosine.
 
     Its stem pads two pixels, giving 34×34 maps, and is initialized unlike the other convolutions;
-    its warmup ends at the peak. Differences: bfloat16
-    (--config.dtype=float32 turns it off); running variances without PyTorch's factor n/(n - 1),
-    as in `lightly_cifar10_config`.
+    its warmup ends at the peak. Difference: bfloat16 (--config.dtype=float32 turns it off).
 
     Args:
       jitter: strengths of brightness, contrast, saturation and hue.
@@ -281,7 +277,7 @@ def solo_cifar10_config(
     config.views = {"view1": one, "view2": one.copy_and_resolve_references()}
     config.views.view2.solarize.prob = solarize
     config.model.update(stem="cifar_pad2", conv_init="fan_out_normal", zero_init_residual=False)
-    config.model.head_init = "torch"
+    config.model.update(head_init="torch", bn_unbiased=True)
     config.optim.update(name="lars_clipped", trust_coefficient=0.02)
     config.optim.update(warmup_start=3e-5, warmup_inclusive=True)
     return config

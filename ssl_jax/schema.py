@@ -344,6 +344,11 @@ _MODEL: Group = {
         AT_LEAST_1,
         affects="results",  # as above
     ),
+    "bn_unbiased": Key(
+        False,
+        "Running variances average n/(n - 1) times the variance of a batch of n values, as in "
+        "PyTorch; evaluations normalize by them",
+    ),
     "head_init": Key(
         "official",
         "Initialization of projectors and predictors: as each method's official code, or torch: "

@@ -232,6 +232,7 @@ class Method:
             axis_name=self.axis_name,
             axis_index_groups=self.groups,
             bn_splits=self.config.model.bn_splits,
+            bn_unbiased=self.config.model.bn_unbiased,
             **options,
         )
 

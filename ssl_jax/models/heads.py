@@ -77,6 +77,7 @@ class MLPHead(nn.Module):
       axis_index_groups: groups of device positions that share statistics, None for all.
       bn_splits: parts of a device's examples with statistics of their own; see
         `layers.batch_norm`.
+      bn_unbiased: running variances are those of PyTorch; see there, too.
 
     Raises:
       UserError: on construction, for a value that is not listed above.
@@ -96,6 +97,7 @@ class MLPHead(nn.Module):
     axis_name: str | None = None
     axis_index_groups: Groups | None = None
     bn_splits: int = 1
+    bn_unbiased: bool = False
 
     def __post_init__(self) -> None:
         require_choice("The head's out_bn", self.out_bn, OUT_BN)
@@ -142,6 +144,7 @@ class MLPHead(nn.Module):
             self.axis_name,
             self.axis_index_groups,
             self.bn_splits,
+            unbiased=self.bn_unbiased,
             dtype=jnp.float32,
             use_fast_variance=False,
         )

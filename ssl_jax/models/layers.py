@@ -34,12 +34,10 @@ def batch_norm(
     axis_name: str | None,
     axis_index_groups: Groups | None,
     splits: int = 1,
+    unbiased: bool = False,
     **options: Any,
 ) -> Callable[..., Any]:
     """BatchNorm with the settings of all methods: decay 0.9, epsilon 1e-5, float32 statistics.
-
-    The running variance averages the biased batch variance, as in TensorFlow and Haiku. PyTorch
-    keeps n/(n - 1) times that, and normalizes by the biased one as well.
 
     Args:
       train: normalize by the batch statistics and update the running ones; if False, normalize by
@@ -48,13 +46,17 @@ def batch_norm(
       axis_index_groups: groups of device positions that share statistics, None for all.
       splits: equal, contiguous parts of this device's examples with statistics of their own, as if
         each part were on a device; the running statistics are averaged over them.
+      unbiased: the running variance averages n/(n - 1) times the variance of a batch of n values,
+        as in PyTorch, instead of that variance itself, as in Haiku and SimCLR's code. Batches are
+        normalized by their biased variance in any case.
       **options: for `flax.linen.BatchNorm`.
 
     Returns:
       A constructor of the module, which takes its name and further options.
     """
+    norm = _UnbiasedNorm if unbiased and train else nn.BatchNorm
     return functools.partial(
-        functools.partial(_split_norm, splits) if train and splits > 1 else nn.BatchNorm,
+        functools.partial(_split_norm, norm, splits) if train and splits > 1 else norm,
         use_running_average=not train,
         momentum=0.9,
         epsilon=1e-5,
@@ -64,10 +66,31 @@ def batch_norm(
     )
 
 
-def _split_norm(splits: int, **options: Any) -> Callable[[Array], Array]:
+class _UnbiasedNorm(nn.BatchNorm):
+    """A BatchNorm in training whose running variance averages unbiased ones."""
+
+    @nn.compact
+    def __call__(self, x: Array, *args: Any, **options: Any) -> Array:
+        """Normalizes a batch and updates the running statistics."""
+        before: Any = self.get_variable("batch_stats", "var")
+        y = super().__call__(x, *args, **options)
+        if not self.is_initializing():
+            after: Any = self.get_variable("batch_stats", "var")
+            devices = 1
+            if self.axis_name is not None:
+                groups = self.axis_index_groups
+                devices = len(groups[0]) if groups else jax.lax.axis_size(self.axis_name)
+            n = devices * x.size // x.shape[-1]
+            # The update of the base class, of the batch's biased variance, grows by 1/(n - 1).
+            unbiased = after + (after - self.momentum * before) / max(n - 1, 1)
+            self.put_variable("batch_stats", "var", unbiased)
+        return y
+
+
+def _split_norm(kind: type[nn.BatchNorm], splits: int, **options: Any) -> Callable[[Array], Array]:
     """A BatchNorm that is mapped over the parts of its input, with the same variables."""
     mapped = nn.vmap(
-        nn.BatchNorm, variable_axes={"params": None, "batch_stats": 0}, split_rngs={"params": False}
+        kind, variable_axes={"params": None, "batch_stats": 0}, split_rngs={"params": False}
     )
     averaged = nn.map_variables(
         mapped,

@@ -66,6 +66,7 @@ def build(config: ConfigDict, axis_name: str | None, groups: Groups | None) -> "
         axis_name=axis_name,
         axis_index_groups=groups,
         bn_splits=config.model.bn_splits,
+        bn_unbiased=config.model.bn_unbiased,
     )
 
 
@@ -107,6 +108,7 @@ class ResNet(nn.Module):
       axis_index_groups: groups of device positions that share statistics, None for all.
       bn_splits: parts of a device's examples with statistics of their own; see
         `layers.batch_norm`.
+      bn_unbiased: running variances are those of PyTorch; see there, too.
 
     Raises:
       UserError: on construction, for a value that is not listed above.
@@ -125,6 +127,7 @@ class ResNet(nn.Module):
     axis_name: str | None = None
     axis_index_groups: Groups | None = None
     bn_splits: int = 1
+    bn_unbiased: bool = False
 
     def __post_init__(self) -> None:
         require_choice("config.model.depth", self.depth, STAGES)
@@ -164,7 +167,12 @@ class ResNet(nn.Module):
         # instead of two. Its error in float32, about 1e-7·E[x]², is far below the variance of
         # convolutions' outputs; where it is not, in `SelectiveKernel` and the heads, it is off.
         norm = batch_norm(
-            train, self.axis_name, self.axis_index_groups, self.bn_splits, dtype=dtype
+            train,
+            self.axis_name,
+            self.axis_index_groups,
+            self.bn_splits,
+            unbiased=self.bn_unbiased,
+            dtype=dtype,
         )
         block: Layer = BottleneckBlock if self.depth >= 50 else BasicBlock
         if self.remat:

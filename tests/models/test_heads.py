@@ -257,10 +257,27 @@ def test_splits_are_normalized_like_batches_of_their_own():
     np.testing.assert_array_equal(*evaluated)
 
 
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_running_variance_averages_the_biased_or_unbiased_one(unbiased, splits):
+    head = MLPHead(hidden=7, out=5, layers=1, out_bn="full", bn_unbiased=unbiased, bn_splits=splits)
+    variables = random_variables(head, 6)
+    x = np.random.default_rng(1).normal(size=(32, 6)).astype(np.float32)
+    y, new = head.apply(variables, x, train=True, mutable=["batch_stats"])
+    dense = variables["params"]["dense1"]
+    parts = np.split(np.float64(x) @ np.float64(dense["kernel"]), splits)
+    variance = np.mean([part.var(axis=0, ddof=int(unbiased)) for part in parts], axis=0)
+    before = variables["batch_stats"]["bn1"]["var"]
+    found = new["batch_stats"]["bn1"]["var"]
+    np.testing.assert_allclose(found, 0.9 * before + 0.1 * variance, rtol=1e-5)
+    normal = MLPHead(hidden=7, out=5, layers=1, out_bn="full", bn_splits=splits)
+    np.testing.assert_array_equal(y, normal.apply(variables, x, True, mutable=["batch_stats"])[0])
+
+
 @pytest.mark.parametrize("group", [0, 1, 2])
 def test_batch_norm_groups_equal_their_images_on_one_device(group):
     """Compares outputs, statistics, and gradients after one mean over devices."""
-    options = {"hidden": 7, "out": 5, "out_bn": "full"}
+    options = {"hidden": 7, "out": 5, "out_bn": "full", "bn_unbiased": True}
     spmd = make_spmd()
     head = MLPHead(**options, axis_name=AXIS, axis_index_groups=device_groups(spmd.size, group))
     alone = MLPHead(**options)

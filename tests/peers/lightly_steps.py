@@ -37,7 +37,6 @@ from lightly.loss import (  # noqa: E402
     VICRegLoss,
 )
 from lightly.models import ResNetGenerator, utils  # noqa: E402
-from lightly.models.batchnorm import SplitBatchNorm  # noqa: E402
 from lightly.models.modules import heads  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -70,6 +69,7 @@ SMALL = {
 # schedules are shorter.
 SMALL["dino_official"] = SMALL["dino"] | {
     **{"model.name": "resnet", "model.stem": "cifar_no_relu", "model.conv_init": "torch"},
+    **{"model.bn_unbiased": True},
     **{"optim.frozen_steps": PER_EPOCH, "optim.warmup_epochs": 1.0, "optim.lr": 0.02},
     **{"optim.clip_norm_per_tensor": 0.05, "dino.norm_last_layer": False},
     **{"dino.teacher_temperature": 0.07, "dino.teacher_temperature_epochs": 3},
@@ -351,27 +351,6 @@ def fallen(step, total=STEPS):
     return (1 + np.cos(np.pi * step / total)) / 2
 
 
-def average_biased_variances(networks):
-    """Makes running variances the averages of biased variances, as in ssl_jax.
-
-    After each pass, because batches of views of different sizes have different factors n/(n - 1).
-    """
-    before = {}
-
-    def hook(layer, inputs, output):
-        splits = layer.num_splits if isinstance(layer, SplitBatchNorm) else 1
-        n = inputs[0].numel() // layer.num_features // splits
-        kept = (1 - layer.momentum) * before[layer]
-        layer.running_var.data.sub_(kept).mul_((n - 1) / n).add_(kept)  # unseen by autograd
-        before[layer] = layer.running_var.clone()
-
-    for network in networks.values():
-        for layer in network.modules():
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                before[layer] = layer.running_var.clone()
-                layer.register_forward_hook(hook)
-
-
 class Ours:
     """ssl_jax's train step on one device."""
 
@@ -477,8 +456,6 @@ def compare(method):
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     lightly = Lightly(method)
-    targets = {f"target_{name}": network for name, network in lightly.target.items()}
-    average_biased_variances(lightly.networks | targets)
     ours = Ours(method, lightly)
     # A split is a block of images in ssl_jax, every SPLITS-th image in lightly.
     order = np.arange(BATCH)
