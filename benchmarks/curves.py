@@ -23,7 +23,9 @@ ssl_jax's runs are made. The peer's environment:
 import argparse
 import json
 import os
+import shutil
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,9 +33,9 @@ import numpy as np
 import runs
 from curves_picture import Panel, draw
 from markdown_table import markdown
-from setting import config_changes, require_setting
+from setting import config_changes, require_file, require_setting
 
-from ssl_jax.evals.intervals import mean_interval
+from ssl_jax.evals.intervals import difference_interval, mean_interval
 from ssl_jax.evals.knn import knn_classify
 from ssl_jax.methods import title
 from ssl_jax.run.log import read_metrics
@@ -161,13 +163,16 @@ def interval(values: Sequence[float], digits: int = 1) -> str:
 
 
 def over_lightly(sides: dict[str, dict[int, list[Line]]]) -> str:
-    """Formats the difference in final kNN, paired by seed; "" without a pair."""
+    """Formats the difference in final kNN; "" without lightly's runs.
+
+    Not paired: seeds of two libraries have no random numbers in common.
+    """
     own, peer = sides["ssl_jax"], sides.get("lightly", {})
-    points = [100 * (own[seed][-1]["knn"] - peer[seed][-1]["knn"]) for seed in own if seed in peer]
-    if not points:
+    if not peer:
         return ""
-    text = interval(points)
-    return text if text.startswith("-") else f"+{text}"
+    first, second = ([100 * lines[-1]["knn"] for lines in side.values()] for side in (own, peer))
+    mean, half = difference_interval(first, second)
+    return f"{mean:+.1f}" + (f" ± {half:.1f}" if half == half else "")
 
 
 def panels(found: Found) -> dict[str, Panel]:
@@ -205,13 +210,14 @@ def write_lines(file: Path, lines: list[Line]) -> None:
 
 
 def first_of_each_class(source: Path, images: int, out: Path) -> None:
-    """Writes a packed file with the first images of each class, unless it exists."""
-    if out.exists():
-        return
+    """Writes a packed file with the first images of each class."""
     with np.load(source) as packed:
         arrays = dict(packed)
-    classes = len(arrays["class_names"])
-    rows = [np.flatnonzero(arrays["labels"] == k)[: images // classes] for k in range(classes)]
+    each = images // len(arrays["class_names"])
+    rows = [np.flatnonzero(arrays["labels"] == k) for k in range(len(arrays["class_names"]))]
+    if (fewest := min(map(len, rows))) < each:
+        sys.exit(f"--images={images} takes {each} of each class, but {source} has {fewest} of one.")
+    rows = [found[:each] for found in rows]
     chosen = np.concatenate(rows)
     arrays |= {name: arrays[name][chosen] for name in ("images", "labels")}
     part = out.with_suffix(".part")
@@ -222,19 +228,29 @@ def first_of_each_class(source: Path, images: int, out: Path) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parses the command line; other arguments are overrides for ssl_jax's configs."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="--config.KEY=VALUE changes ssl_jax's runs only. Rerun the command to resume.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--train", type=Path, required=True, help="packed training images")
     parser.add_argument("--test", type=Path, required=True, help="packed test images")
     parser.add_argument("--peer-python", help="interpreter of lightly's environment")
     parser.add_argument("--peer-workers", type=int, default=1, help="lightly's loader processes")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/curves"))
-    parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument(
+        "--workdir", type=Path, default=Path("runs/curves"), help="folder of the runs"
+    )
+    parser.add_argument("--methods", default=",".join(METHODS), help="names, with commas")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method and side")
+    parser.add_argument("--epochs", type=int, default=15, help=f"a multiple of {PARTS}")
     parser.add_argument("--images", type=int, default=20_000, help="training images")
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=256, help="images per step")
     args, more = parser.parse_known_args(argv)
     args.changes = [text.removeprefix("--config.") for text in config_changes(parser, more)]
+    for name in ("train", "test"):
+        require_file(parser, name, getattr(args, name))
+    if args.peer_python and not shutil.which(args.peer_python):
+        parser.error(f"--peer-python={args.peer_python} is not a program")
     if args.epochs % PARTS:
         parser.error(f"--epochs={args.epochs} is not a multiple of {PARTS}")
     args.methods = args.methods.split(",")
@@ -251,7 +267,8 @@ def main(argv: list[str] | None = None) -> None:
     setting |= {"epochs": args.epochs, "batch": args.batch, "changes": args.changes}
     require_setting(args.workdir / "setting.json", setting)
     args.train = (args.workdir / "train.npz").resolve()
-    first_of_each_class(source, args.images, args.train)
+    if not args.train.exists() or not any(args.workdir.glob("*/*")):
+        first_of_each_class(source, args.images, args.train)
     train = {"ssl_jax": run_ssl_jax, "lightly": run_lightly}
     sides = SIDES if args.peer_python else SIDES[:1]
     for seed in range(args.seeds):

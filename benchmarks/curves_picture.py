@@ -107,7 +107,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
     parser.add_argument("workdirs", type=Path, nargs="+")
     args = parser.parse_args()
-    panels = {title(folder): {"": [read_run(folder)]} for folder in args.workdirs}
+    for folder in args.workdirs:
+        if not (folder / "config.json").is_file():
+            parser.error(f"there is no run in {folder}: it has no config.json")
+    titles = [title(folder) for folder in args.workdirs]
+    if len(set(titles)) < len(titles):  # runs of one method
+        titles = [f"{name}, {folder}" for name, folder in zip(titles, args.workdirs, strict=True)]
+    runs = zip(titles, args.workdirs, strict=True)
+    panels = {name: {"": [read_run(folder)]} for name, folder in runs}
     draw(panels, args.out, "step")
 
 

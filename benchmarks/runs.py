@@ -39,6 +39,8 @@ def execute(command: Sequence[str], environment: Mapping[str, str] | None = None
     process = subprocess.Popen(command, env=os.environ | (environment or {}))
     try:
         code = process.wait()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)  # the command says what it does
     finally:
         process.terminate()
         process.wait()

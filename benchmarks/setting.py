@@ -19,12 +19,19 @@ def config_changes(parser: argparse.ArgumentParser, more: list[str]) -> list[str
 
 
 def require_setting(file: Path, setting: dict[str, Any]) -> None:
-    """Records the setting in a file of the runs' folder, or exits if a different one is there.
+    """Records the setting in a file of the runs' folder, or exits if there are runs with another.
 
-    Finished runs are kept, so runs with a different setting would be mistaken for these.
+    Finished runs are kept, so runs with a different setting would be mistaken for these. Folders
+    of runs that were refused before their start are empty.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    if not file.exists():
-        file.write_text(json.dumps(setting))
-    elif (started := json.loads(file.read_text())) != setting:
+    started = json.loads(file.read_text()) if file.exists() else setting
+    if started != setting and any(each for each in file.parent.glob("*/*")):
         sys.exit(f"{file.parent} holds runs with {started}, not {setting}. Set --workdir.")
+    file.write_text(json.dumps(setting))
+
+
+def require_file(parser: argparse.ArgumentParser, name: str, file: Path) -> None:
+    """Makes it a usage error if an argument's file doesn't exist."""
+    if not file.is_file():
+        parser.error(f"--{name}={file} is not a file")

@@ -1,13 +1,13 @@
 """Draws what a run with labels comes to.
 
-    python docs/result.py runs/quickstart docs/images/quickstart.png
+    python docs/result.py RUN OUT.png
 
 From the run's own evaluation and pictures: accuracies of the frozen features beside raw pixels and
 the untrained network, and held-out images with the training images whose features are nearest.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -102,4 +102,10 @@ def main(run: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("out", type=Path, help="the PNG to write")
+    args = parser.parse_args()
+    if not (args.run / "evaluation.json").is_file():
+        parser.error(f"{args.run} has no evaluation.json: the run has not finished")
+    main(args.run, args.out)

@@ -14,6 +14,7 @@ from ssl_jax.config import load_config
 from ssl_jax.evals.results import LAST_FILE
 
 EPOCHS, STEPS, BATCH = 5, 2, 16
+PEER = f"--peer-python={sys.executable}"
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def run(benchmark, packed, pictures, tmp_path, monkeypatch, capsys):
     made = []
 
     def execute(command, environment=None):
-        pretend = pretend_lightly if command[0] == "peer" else pretend_ssl_jax
+        pretend = pretend_lightly if "curves_peer.py" in command[1] else pretend_ssl_jax
         made.append(pretend(command))
 
     monkeypatch.setattr(benchmark.runs, "execute", execute)
@@ -97,15 +98,14 @@ def run(benchmark, packed, pictures, tmp_path, monkeypatch, capsys):
 
 
 def test_sides_alternate_and_finished_runs_are_kept(run, pictures, tmp_path):
-    peer = "--peer-python=peer"
     made, _ = run("--methods=byol", "--seeds=1")
     assert made == ["ssl_jax byol 0"]
-    made, printed = run(peer, "--methods=byol,moco", "--seeds=2")
+    made, printed = run(PEER, "--methods=byol,moco", "--seeds=2")
     assert made == [
         *("lightly byol 0", "ssl_jax moco 0", "lightly moco 0"),
         *("lightly byol 1", "ssl_jax byol 1", "lightly moco 1", "ssl_jax moco 1"),
     ]
-    assert run(peer, "--methods=byol,moco", "--seeds=2") == ([], printed)
+    assert run(PEER, "--methods=byol,moco", "--seeds=2") == ([], printed)
     out = tmp_path / "out"
     assert (out / "curves.md").read_text() == printed
     panels, file, x_label = pictures[-1]
@@ -120,8 +120,20 @@ def test_sides_alternate_and_finished_runs_are_kept(run, pictures, tmp_path):
         run("--config.optim.lr=1")
 
 
+def test_refused_setting_can_be_corrected(run, benchmark, tmp_path, monkeypatch):
+    """A run that is refused, such as for a wrong config key, leaves an empty folder at most."""
+    with monkeypatch.context() as refusing:
+        refusing.setattr(benchmark.runs, "execute", lambda *_: sys.exit("unknown key"))
+        with pytest.raises(SystemExit, match="unknown key"):
+            run("--methods=byol", "--seeds=1", "--images=16", "--config.optim.rl=1")
+    made, _ = run("--methods=byol", "--seeds=1")
+    assert made == ["ssl_jax byol 0"]
+    with np.load(tmp_path / "out" / "train.npz") as chosen:
+        assert len(chosen["labels"]) == 32  # not the 16 of the refused setting
+
+
 def test_table_has_means_with_intervals_over_seeds(run):
-    _, printed = run("--peer-python=peer", "--methods=byol", "--seeds=2")
+    _, printed = run(PEER, "--methods=byol", "--seeds=2")
     header, _, own, peer = printed.splitlines()
     assert header.startswith("|  |  | seeds | kNN, epoch 1 |")
     # Seeds 0 and 1 measure 50 and 60 %: Student's t with one degree of freedom is 12.71.
@@ -154,11 +166,18 @@ def test_epochs_without_a_time_have_no_rate(benchmark):
     assert table.endswith("| 1.000 | 0.0 | 8 |")
 
 
+def test_more_images_than_there_are_end_the_benchmark(run):
+    with pytest.raises(SystemExit, match="--images=9000 takes 4500 of each class, but .* has "):
+        run("--methods=byol", "--images=9000")
+
+
 def test_invalid_arguments_end_the_benchmark(benchmark, packed, capsys):
     for wrong, expected in {
         "--epochs=7": "not a multiple of 5",
         "--methods=dino": "--methods: dino",
         "--sedes=2": "unrecognized",
+        "--test=nowhere.npz": "--test=nowhere.npz is not a file",
+        "--peer-python=nowhere/python": "--peer-python=nowhere/python is not a program",
     }.items():
         with pytest.raises(SystemExit):
             benchmark.parse_arguments([*packed, wrong])
@@ -183,6 +202,18 @@ def test_picture_of_a_run_has_a_row_per_metric(benchmark, tmp_path, monkeypatch)
     picture.main()
     with Image.open(out) as drawn:
         assert drawn.height > 3 * drawn.width / 2 and len(drawn.getcolors()) > 10
+        width = drawn.width
+    again = tmp_path / "again"
+    again.mkdir()
+    for file in ("config.json", "metrics.jsonl"):
+        (again / file).write_text((tmp_path / file).read_text())
+    monkeypatch.setattr(sys, "argv", [*sys.argv, str(again)])  # of the same method
+    picture.main()
+    with Image.open(out) as drawn:
+        assert drawn.width > 1.5 * width
+    monkeypatch.setattr(sys, "argv", [*sys.argv, str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit):
+        picture.main()
     picture.draw({"BYOL": {"ssl_jax": [curve, curve], "lightly": [curve]}}, out, "epoch")
     with Image.open(out) as drawn:
         colors = {color for _, color in drawn.convert("RGB").getcolors(1 << 20)}

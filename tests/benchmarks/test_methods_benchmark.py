@@ -54,10 +54,12 @@ def test_config_keys_are_set_in_all_runs(tmp_path, monkeypatch, capsys):
     for wrong, message in (
         ([*more, "--epochs=100"], "unrecognized arguments: --epochs=100"),
         (["--methods=mocoo"], "mocoo. Choose from simclr,"),
+        (["--data=cifar10", "--train=no.npz", "--test=no.npz"], "--train=no.npz is not a file"),
     ):
         with pytest.raises(SystemExit):
             main(wrong)
         assert message in capsys.readouterr().err
+    (tmp_path / "byol_digits" / "checkpoints").mkdir(parents=True)
     with pytest.raises(SystemExit, match=r"holds runs with .*epochs=100\.0.*Set --workdir\."):
         main(more)  # finished runs would be taken for runs without the change
     assert len(commands) == 2  # none of the wrong ones has started
