@@ -172,7 +172,7 @@ def over_lightly(sides: dict[str, dict[int, list[Line]]]) -> str:
         return ""
     first, second = ([100 * lines[-1]["knn"] for lines in side.values()] for side in (own, peer))
     mean, half = difference_interval(first, second)
-    return f"{mean:+.1f}" + (f" ± {half:.1f}" if half == half else "")
+    return f"{round(mean, 1) + 0:+.1f}" + (f" ± {half:.1f}" if half == half else "")
 
 
 def panels(found: Found) -> dict[str, Panel]:
