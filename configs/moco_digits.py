@@ -1,9 +1,8 @@
 """MoCo v2 on scikit-learn's digits, minutes on a CPU.
 
 Paper: Chen et al., 2020, arXiv:2003.04297. Result: 93.5 % at 5 labels per class (raw pixels 86.0,
-random init 62.3); full linear 98.7 %. Cost: 800 steps, like
-`simclr_digits`. Deviations: `recipes.digits_config`; a symmetric loss, a queue of 1,024 and an EMA
-decay of 0.99.
+random init 62.3); full linear 98.7 %. Cost: 800 steps, like `simclr_digits`. Deviations:
+`recipes.digits_config`; a symmetric loss, a queue of 1,024 and an EMA decay of 0.99.
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,8 @@
 
 Paper: Chen et al., 2020, arXiv:2006.10029: a three-layer projector and the paper's memory bank.
 Result: 95.9 % at 5 labels per class (raw pixels 86.0, random init 62.3); full linear 99.1 %. Cost:
-800 steps, like `simclr_digits`. Deviations: `recipes.digits_config`; a memory bank of 1,024 with EMA decay
-0.99.
+800 steps, like `simclr_digits`. Deviations: `recipes.digits_config`; a memory bank of 1,024 with
+EMA decay 0.99.
 """
 
 from ml_collections import ConfigDict
