@@ -33,7 +33,7 @@ import numpy as np
 import runs
 from curves_picture import Panel, draw
 from markdown_table import markdown
-from setting import config_changes, require_file, require_setting
+from setting import config_changes, recorded_setting, require_file
 
 from ssl_jax.evals.intervals import difference_interval, mean_interval
 from ssl_jax.evals.knn import knn_classify
@@ -215,7 +215,7 @@ def first_of_each_class(source: Path, images: int, out: Path) -> None:
         arrays = dict(packed)
     each = images // len(arrays["class_names"])
     rows = [np.flatnonzero(arrays["labels"] == k) for k in range(len(arrays["class_names"]))]
-    if (fewest := min(map(len, rows))) < each:
+    if not 0 < each <= (fewest := min(map(len, rows))):
         sys.exit(f"--images={images} takes {each} of each class, but {source} has {fewest} of one.")
     rows = [found[:each] for found in rows]
     chosen = np.concatenate(rows)
@@ -265,10 +265,16 @@ def main(argv: list[str] | None = None) -> None:
     source, args.test = args.train.resolve(), args.test.resolve()
     setting = {"train": str(source), "test": str(args.test), "images": args.images}
     setting |= {"epochs": args.epochs, "batch": args.batch, "changes": args.changes}
-    require_setting(args.workdir / "setting.json", setting)
     args.train = (args.workdir / "train.npz").resolve()
-    if not args.train.exists() or not any(args.workdir.glob("*/*")):
-        first_of_each_class(source, args.images, args.train)
+    with recorded_setting(args.workdir / "setting.json", setting, "*_*/*") as new:
+        if new or not args.train.exists():
+            first_of_each_class(source, args.images, args.train)
+        make_runs(args)
+    print(report(args.workdir, args.methods))
+
+
+def make_runs(args: argparse.Namespace) -> None:
+    """Makes the missing runs in alternation, with a report after each."""
     train = {"ssl_jax": run_ssl_jax, "lightly": run_lightly}
     sides = SIDES if args.peer_python else SIDES[:1]
     for seed in range(args.seeds):
@@ -281,7 +287,6 @@ def main(argv: list[str] | None = None) -> None:
                     for features in (args.workdir / name).glob("features_*.npz"):
                         features.unlink()
                     report(args.workdir, args.methods)
-    print(report(args.workdir, args.methods))
 
 
 if __name__ == "__main__":

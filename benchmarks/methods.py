@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import runs
 from markdown_table import markdown
-from setting import config_changes, require_file, require_setting
+from setting import config_changes, recorded_setting, require_file
 
 from ssl_jax.evals.intervals import mean_interval
 from ssl_jax.evals.results import LAST_FILE, ONLINE
@@ -122,11 +122,11 @@ def main(argv: list[str] | None = None) -> None:
         require_file(parser, name, Path(getattr(args, name)))
     train, test = (file and str(Path(file).resolve()) for file in (args.train, args.test))
     setting = {"train": train, "test": test, "changes": args.changes}
-    require_setting(args.workdir / f"{args.data}.json", setting)
     workdirs = {name: args.workdir / f"{name}_{args.data}" for name in args.methods.split(",")}
-    for method, workdir in workdirs.items():
-        if not (workdir / LAST_FILE).exists():
-            run(method, args, workdir)
+    with recorded_setting(args.workdir / f"{args.data}.json", setting, f"*_{args.data}/*"):
+        for method, workdir in workdirs.items():
+            if not (workdir / LAST_FILE).exists():
+                run(method, args, workdir)
     text = table(workdirs)
     (args.workdir / f"{args.data}.md").write_text(text + "\n")
     print(text)

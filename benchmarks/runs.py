@@ -1,5 +1,6 @@
 """The runs and other commands that a benchmark starts."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from ssl_jax.evals.results import LAST_FILE
 
+INTERRUPTED_S = 30.0  # until a command that goes on after Ctrl-C is stopped by SIGTERM
 PROGRAM = Path(__file__).parent.parent / "run_pretrain.py"
 
 
@@ -17,11 +19,11 @@ def pretrain(
 ) -> None:
     """Makes a run of `run_pretrain.py`, or resumes it; exits unless it finishes.
 
-    A run that SIGTERM has stopped ends with exit code 0, so the code doesn't tell.
+    The exit code isn't enough: that of a run which SIGTERM has stopped is 0.
 
     Args:
       workdir: the run's folder.
-      arguments: of the program, without the folder.
+      arguments: the program's, without the folder.
       environment: variables to set in addition to this process's.
     """
     execute([sys.executable, str(PROGRAM), f"--workdir={workdir}", *arguments], environment)
@@ -32,7 +34,7 @@ def pretrain(
 def execute(command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
     """Runs a command to its end; exits if it fails.
 
-    It ends with this process, also if that gets SIGTERM.
+    If this process is interrupted or gets SIGTERM, the command ends first.
     """
     print("$", *command, file=sys.stderr, flush=True)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -40,7 +42,10 @@ def execute(command: Sequence[str], environment: Mapping[str, str] | None = None
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)  # the command says what it does
+        # A terminal has interrupted the command, too, which finishes its writes.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(INTERRUPTED_S)
+        sys.exit(128 + signal.SIGINT)
     finally:
         process.terminate()
         process.wait()

@@ -1,8 +1,10 @@
 """What all runs in the folder of a benchmark share."""
 
 import argparse
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,33 @@ def config_changes(parser: argparse.ArgumentParser, more: list[str]) -> list[str
     return more
 
 
-def require_setting(file: Path, setting: dict[str, Any]) -> None:
-    """Records the setting in a file of the runs' folder, or exits if there are runs with another.
+@contextlib.contextmanager
+def recorded_setting(file: Path, setting: dict[str, Any], runs: str) -> Iterator[bool]:
+    """Records the setting of the runs that the block makes, or exits if another one is recorded.
 
-    Finished runs are kept, so runs with a different setting would be mistaken for these. Folders
-    of runs that were refused before their start are empty.
+    Finished runs are kept, so runs with a different setting would be mistaken for these. If the
+    first run is refused, such as for a wrong config key, the new setting is removed again.
+
+    Args:
+      file: the record.
+      setting: of the runs.
+      runs: pattern of the runs' files, relative to the record's folder.
+
+    Yields:
+      Whether the setting is new.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    started = json.loads(file.read_text()) if file.exists() else setting
-    if started != setting and any(each for each in file.parent.glob("*/*")):
+    new = not file.exists()
+    if new:
+        file.write_text(json.dumps(setting))
+    elif (started := json.loads(file.read_text())) != setting:
         sys.exit(f"{file.parent} holds runs with {started}, not {setting}. Set --workdir.")
-    file.write_text(json.dumps(setting))
+    try:
+        yield new
+    except BaseException:
+        if new and not any(file.parent.glob(runs)):
+            file.unlink()
+        raise
 
 
 def require_file(parser: argparse.ArgumentParser, name: str, file: Path) -> None:

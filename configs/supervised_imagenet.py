@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.views = {
         "view1": view(crop=crop, jitter={"prob": 0.0}, gray=0.0, blur={"prob": 0.0}, **IMAGENET)
     }
-    config.model.update(conv_init="fan_out_normal", bn_unbiased=True)
+    config.model.conv_init = "fan_out_normal"
     config.optim.update(
         name="sgd", lr=0.1, weight_decay=1e-4, decay_norm_bias=True, warmup_epochs=5.0
     )

@@ -1,4 +1,4 @@
-"""Draws what a run with labels comes to.
+"""Draws the results of a run with labels.
 
     python docs/result.py RUN OUT.png
 

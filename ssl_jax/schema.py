@@ -304,7 +304,8 @@ _MODEL: Group = {
     "stem": Key(
         "imagenet",
         "First layers: 7×7 with stride 2 and pooling (imagenet), 3×3 (cifar), or as in "
-        "solo-learn (cifar_pad2) and lightly (cifar_no_relu)",
+        "solo-learn (cifar_pad2, whose kernel is initialized as by PyTorch's default) and "
+        "lightly (cifar_no_relu)",
         choices=("imagenet", "cifar", "cifar_pad2", "cifar_no_relu"),
     ),
     "padding": Key(

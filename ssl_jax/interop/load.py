@@ -122,8 +122,8 @@ class Encoder:
         if floats and images.size and float(images.max()) > 2.0:
             raise UserError(
                 f"Float images must be in [0, 1], but the maximum is {float(images.max()):g}: "
-                "divide them by 255, or convert them with images.astype(np.uint8); if 255 isn't "
-                "white, divide them by what is (16 in scikit-learn's digits)."
+                "divide them by 255, or convert them with images.astype(np.uint8); if white "
+                "isn't 255, divide by its value (16 in scikit-learn's digits)."
             )
         return self._apply(self.variables, images)
 

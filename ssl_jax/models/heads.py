@@ -77,7 +77,7 @@ class MLPHead(nn.Module):
       axis_index_groups: groups of device positions that share statistics, None for all.
       bn_splits: parts of a device's examples with statistics of their own; see
         `layers.batch_norm`.
-      bn_unbiased: running variances are those of PyTorch; see there, too.
+      bn_unbiased: average running variances as PyTorch does; see `layers.batch_norm`.
 
     Raises:
       UserError: on construction, for a value that is not listed above.

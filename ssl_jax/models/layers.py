@@ -52,11 +52,12 @@ def batch_norm(
       **options: for `flax.linen.BatchNorm`.
 
     Returns:
-      A constructor of the module, which takes its name and further options.
+      A constructor of the module, which takes its name and further options. Give each module a
+      name: with splits, Flax's own differ between training and evaluation.
     """
-    norm = _UnbiasedNorm if unbiased and train else nn.BatchNorm
     return functools.partial(
-        functools.partial(_split_norm, norm, splits) if train and splits > 1 else norm,
+        functools.partial(_split_norm, splits) if train and splits > 1 else BatchNorm,
+        unbiased=unbiased,
         use_running_average=not train,
         momentum=0.9,
         epsilon=1e-5,
@@ -66,31 +67,40 @@ def batch_norm(
     )
 
 
-class _UnbiasedNorm(nn.BatchNorm):
-    """A BatchNorm in training whose running variance averages unbiased ones."""
+class BatchNorm(nn.BatchNorm):
+    """Flax's BatchNorm over all axes but the last; its running variance may be PyTorch's.
+
+    Attributes:
+      unbiased: see `batch_norm`.
+    """
+
+    unbiased: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, *args: Any, **options: Any) -> Array:
-        """Normalizes a batch and updates the running statistics."""
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+    ) -> Array:
+        """Normalizes a batch, and in training updates the running statistics."""
         before: Any = self.get_variable("batch_stats", "var")
-        y = super().__call__(x, *args, **options)
-        if not self.is_initializing():
+        y = super().__call__(x, use_running_average, mask=mask)
+        evaluation = self.use_running_average or use_running_average
+        if self.unbiased and not (evaluation or self.is_initializing()):
             after: Any = self.get_variable("batch_stats", "var")
             devices = 1
             if self.axis_name is not None:
                 groups = self.axis_index_groups
                 devices = len(groups[0]) if groups else jax.lax.axis_size(self.axis_name)
             n = devices * x.size // x.shape[-1]
-            # The update of the base class, of the batch's biased variance, grows by 1/(n - 1).
+            # Flax's update, of the batch's biased variance, grows by 1/(n - 1).
             unbiased = after + (after - self.momentum * before) / max(n - 1, 1)
             self.put_variable("batch_stats", "var", unbiased)
         return y
 
 
-def _split_norm(kind: type[nn.BatchNorm], splits: int, **options: Any) -> Callable[[Array], Array]:
+def _split_norm(splits: int, **options: Any) -> Callable[[Array], Array]:
     """A BatchNorm that is mapped over the parts of its input, with the same variables."""
     mapped = nn.vmap(
-        kind, variable_axes={"params": None, "batch_stats": 0}, split_rngs={"params": False}
+        BatchNorm, variable_axes={"params": None, "batch_stats": 0}, split_rngs={"params": False}
     )
     averaged = nn.map_variables(
         mapped,
