@@ -1,8 +1,8 @@
 """Supervised baseline with all labels on CIFAR-10; the variant is `full` or `cpu`.
 
 ResNet-18 with the CIFAR stem on SimSiam's views, 200 epochs, batch 256, SGD 0.1 with a cosine
-schedule: what labels achieve on the same pipeline. No published setting; not measured yet. Cost:
-3.3 GFLOP per view. Data: `recipes.cifar10_config`.
+schedule: what labels achieve on the same pipeline. No published setting; measured with the
+variant `cpu` only (docs/benchmarks.md). Cost: 3.3 GFLOP per view. Data: `recipes.cifar10_config`.
 """
 
 from ml_collections import ConfigDict
