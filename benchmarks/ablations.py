@@ -18,7 +18,7 @@ from pathlib import Path
 
 from markdown_table import markdown
 from runs import pretrain
-from setting import require_file
+from setting import require_images
 
 from ssl_jax.diagnostics import CollapseDetector
 from ssl_jax.evals.intervals import mean_interval
@@ -115,8 +115,8 @@ def main() -> None:
             parser.error(f"--groups: no group {group}. Choose from {', '.join(ABLATIONS)}.")
     if "augmentation" in groups and not (args.train and args.test):
         parser.error("the group augmentation needs --train and --test")
-    for name in ("train", "test") if "augmentation" in groups else ():
-        require_file(parser, name, Path(getattr(args, name)))
+    if "augmentation" in groups:
+        require_images(parser, args)
     for group in groups:
         folder = UNCHANGED.get(group, (None,))[0]
         for name in ([folder] if folder else []) + list(ABLATIONS[group]):

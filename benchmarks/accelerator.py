@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from markdown_table import markdown
+from setting import require_images
 
 ROOT = Path(__file__).parent.parent
 IMAGES = 50_000  # in CIFAR-10
@@ -207,11 +208,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown := set(names) - {*measuring, *training}:
         parser.error(f"--only={unknown.pop()} is not a step: {', '.join([*measuring, *training])}")
     for name in ("train", "test"):
-        file = getattr(args, name)
-        if file is None and args.only and set(names) & {*training}:
+        if getattr(args, name) is None and args.only and set(names) & {*training}:
             parser.error(f"--{name} is required: pack CIFAR-10 with `ssl-jax data pack`")
-        if file is not None and not file.is_file():
-            parser.error(f"--{name}={file} is not a file")
+    require_images(parser, args)
     args.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.budget_minutes
     status = {}

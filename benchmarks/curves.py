@@ -22,6 +22,7 @@ ssl_jax's runs are made. The peer's environment:
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -33,7 +34,7 @@ import numpy as np
 import runs
 from curves_picture import Panel, draw
 from markdown_table import markdown
-from setting import config_changes, recorded_setting, require_file
+from setting import config_changes, recorded_setting, require_images
 
 from ssl_jax.evals.intervals import difference_interval, mean_interval
 from ssl_jax.evals.knn import knn_classify
@@ -172,7 +173,7 @@ def over_lightly(sides: dict[str, dict[int, list[Line]]]) -> str:
         return ""
     first, second = ([100 * lines[-1]["knn"] for lines in side.values()] for side in (own, peer))
     mean, half = difference_interval(first, second)
-    return f"{round(mean, 1) + 0:+.1f}" + (f" ± {half:.1f}" if half == half else "")
+    return f"{round(mean, 1) + 0:+.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}")
 
 
 def panels(found: Found) -> dict[str, Panel]:
@@ -213,12 +214,15 @@ def first_of_each_class(source: Path, images: int, out: Path) -> None:
     """Writes a packed file with the first images of each class."""
     with np.load(source) as packed:
         arrays = dict(packed)
-    each = images // len(arrays["class_names"])
-    rows = [np.flatnonzero(arrays["labels"] == k) for k in range(len(arrays["class_names"]))]
-    if not 0 < each <= (fewest := min(map(len, rows))):
-        sys.exit(f"--images={images} takes {each} of each class, but {source} has {fewest} of one.")
-    rows = [found[:each] for found in rows]
-    chosen = np.concatenate(rows)
+    classes = len(arrays["class_names"])
+    rows = [np.flatnonzero(arrays["labels"] == k) for k in range(classes)]
+    each, fewest = images // classes, min(map(len, rows))
+    if not 0 < each <= fewest:
+        sys.exit(
+            f"--images={images} takes {each} of each class, but {source} has {fewest} of one: "
+            f"use {classes} to {classes * fewest}."
+        )
+    chosen = np.concatenate([found[:each] for found in rows])
     arrays |= {name: arrays[name][chosen] for name in ("images", "labels")}
     part = out.with_suffix(".part")
     with part.open("wb") as file:
@@ -247,8 +251,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=256, help="images per step")
     args, more = parser.parse_known_args(argv)
     args.changes = [text.removeprefix("--config.") for text in config_changes(parser, more)]
-    for name in ("train", "test"):
-        require_file(parser, name, getattr(args, name))
+    require_images(parser, args)
     if args.peer_python and not shutil.which(args.peer_python):
         parser.error(f"--peer-python={args.peer_python} is not a program")
     if args.epochs % PARTS:

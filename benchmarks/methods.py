@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import runs
 from markdown_table import markdown
-from setting import config_changes, recorded_setting, require_file
+from setting import config_changes, recorded_setting, require_images
 
 from ssl_jax.evals.intervals import mean_interval
 from ssl_jax.evals.results import LAST_FILE, ONLINE
@@ -118,8 +118,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--methods: {', '.join(unknown)}. Choose from {', '.join(METHODS)}.")
     if args.data == "cifar10" and not (args.train and args.test):
         parser.error("--data=cifar10 needs --train and --test")
-    for name in ("train", "test") if args.data == "cifar10" else ():
-        require_file(parser, name, Path(getattr(args, name)))
+    if args.data == "cifar10":
+        require_images(parser, args)
     train, test = (file and str(Path(file).resolve()) for file in (args.train, args.test))
     setting = {"train": train, "test": test, "changes": args.changes}
     workdirs = {name: args.workdir / f"{name}_{args.data}" for name in args.methods.split(",")}

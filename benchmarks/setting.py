@@ -49,7 +49,9 @@ def recorded_setting(file: Path, setting: dict[str, Any], runs: str) -> Iterator
         raise
 
 
-def require_file(parser: argparse.ArgumentParser, name: str, file: Path) -> None:
-    """Makes it a usage error if an argument's file doesn't exist."""
-    if not file.is_file():
-        parser.error(f"--{name}={file} is not a file")
+def require_images(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Makes it a usage error if the file of --train or --test, where given, doesn't exist."""
+    for name in ("train", "test"):
+        file = getattr(args, name)
+        if file and not Path(file).is_file():
+            parser.error(f"--{name}={file} is not a file")

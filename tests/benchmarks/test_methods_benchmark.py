@@ -59,7 +59,6 @@ def test_config_keys_are_set_in_all_runs(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             main(wrong)
         assert message in capsys.readouterr().err
-    (tmp_path / "byol_digits" / "checkpoints").mkdir(parents=True)
     with pytest.raises(SystemExit, match=r"holds runs with .*epochs=100\.0.*Set --workdir\."):
         main(more)  # finished runs would be taken for runs without the change
     assert len(commands) == 2  # none of the wrong ones has started
